@@ -1,0 +1,74 @@
+# What people and CI type. `make run` and `make test` need Python 3.11+ and nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help run test check openapi bench docker setup setup-dev test-peers lock format clean
+
+help: ## show the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+run: setup ## serve on 127.0.0.1:8000 with the store in ./bonsai-lora-data
+	@$(BIN)/bonsai-lora serve
+
+test: setup-dev ## run the tests
+	@$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered
+
+check: setup-dev ## format, lint, types, imports, Dockerfile, compose file
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+format: setup-dev ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+openapi: setup-dev ## write openapi/openapi.json from the code
+	$(BIN)/python -m app.cli.openapi openapi/openapi.json
+
+bench: setup-dev ## run the benchmarks (torch and peft are used where installed)
+	$(BIN)/python benchmarks/run.py
+
+docker: ## build the image and start it
+	docker compose up --build
+
+test-peers: setup-dev $(VENV)/.peers ## compare with torch, peft, safetensors
+	@$(BIN)/python -m pytest -q -m peers
+
+setup: $(VENV)/.run
+
+setup-dev: $(VENV)/.dev
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …"; exit 1; }
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: requirements.lock pyproject.toml | $(BIN)/python
+	@echo "installing from requirements.lock"
+	@$(PIP) install --require-hashes --only-binary :all: -r requirements.lock
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.lock $(VENV)/.run
+	@echo "installing from requirements-dev.lock"
+	@$(PIP) install --require-hashes --only-binary :all: -r requirements-dev.lock
+	@touch $@
+
+# torch's CPU build is chosen by its exact version; a plain `torch` may bring gigabytes of CUDA.
+$(VENV)/.peers: requirements-peers.txt $(VENV)/.dev
+	@echo "installing from requirements-peers.txt"
+	@$(PIP) install -r requirements-peers.txt
+	@touch $@
+
+lock: setup-dev ## pin the dependencies anew
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate --upgrade pyproject.toml --group build -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate -c requirements.lock pyproject.toml --group dev -o requirements-dev.lock
+
+clean: ## remove what setup and tests made
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache

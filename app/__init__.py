@@ -1,0 +1,1 @@
+"""Bonsai LoRA: the adapter server for Bonsai and Qwen3 models."""

@@ -1,0 +1,86 @@
+"""The application: start reading here.
+
+A request passes `ObserveMiddleware` (id, metrics, log), one route of `routes/` (headers in, bytes
+on, headers out), a use case of `app.service`, and comes back; refusals become problems in
+`errors.py`.
+"""
+
+import shutil
+import tempfile
+import weakref
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.routing import Route
+
+from app.api.deps import Context
+from app.api.errors import install_error_handlers
+from app.api.metrics import Metrics
+from app.api.middleware import ObserveMiddleware
+from app.api.openapi import install_openapi
+from app.api.routes import adapters, apply, merge, operations, sets, stats
+from app.service.limits import Limits
+from app.service.stats import store_stats
+from app.service.work import WorkPool
+from app.settings import Settings
+from app.storage.store import SetStore
+
+_DESCRIPTION = """\
+Keeps named sets of LoRA adapters for Bonsai and Qwen3 models, applies them to batches of vectors
+beside the base model, and streams merged weights. Tensors go as JSON or as safetensors bodies.
+Refusals are RFC 9457 problems with a stable `code`."""
+
+_TAGS = [
+    {"name": "sets", "description": "Named sets of adapters."},
+    {"name": "adapters", "description": "The adapters of one set, by module."},
+    {"name": "apply", "description": "scaling · B·A·x for batches of vectors."},
+    {"name": "merge", "description": "W + scaling · B·A for weights that stream by."},
+    {"name": "statistics", "description": "Parameters, memory, norms."},
+    {"name": "operations", "description": "Health and metrics."},
+]
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the application over the store that `settings` names."""
+    store = open_store(settings)
+    metrics = Metrics(partial(store_stats, store))
+    app = FastAPI(
+        title="Bonsai LoRA",
+        version=version("bonsai-lora"),
+        summary="The adapter server for Bonsai and Qwen3 models.",
+        description=_DESCRIPTION,
+        openapi_tags=_TAGS,
+    )
+    app.state.context = Context(
+        settings,
+        store,
+        limits_of(settings),
+        WorkPool(settings.max_concurrency, settings.threads),
+        metrics,
+    )
+    routers = [one.router for one in (sets, adapters, apply, merge, stats, operations)]
+    for router in routers:
+        app.include_router(router)
+    own = [route for route in app.routes if isinstance(route, Route)]
+    install_error_handlers(app, [*own, *(route for router in routers for route in router.routes)])
+    install_openapi(app)
+    app.add_middleware(ObserveMiddleware, metrics=metrics)
+    return app
+
+
+def open_store(settings: Settings) -> SetStore:
+    """Return the store in its folder; a temporary folder goes with the store object."""
+    folder = settings.store_folder()
+    if folder is not None:
+        return SetStore(folder)
+    temporary = Path(tempfile.mkdtemp(prefix="bonsai-lora-"))
+    store = SetStore(temporary)
+    weakref.finalize(store, shutil.rmtree, temporary, ignore_errors=True)
+    return store
+
+
+def limits_of(settings: Settings) -> Limits:
+    """Return the limits among the settings."""
+    return Limits(**{name: getattr(settings, name) for name in Limits.__slots__})

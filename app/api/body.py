@@ -1,0 +1,101 @@
+"""Reading request bodies: bounded, in the form that they claim, without needless copies."""
+
+from collections.abc import AsyncIterator
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from app.api.errors import validation_problem
+from app.errors import BodyTooLargeError, InvalidRequestError, MalformedBodyError
+from app.wire.media import Form, request_form
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Return the whole body; raises BodyTooLargeError over `limit`, declared or received."""
+    declared = content_length(request)
+    if declared is not None:
+        check_length(declared, limit)
+    parts: list[bytes] = []
+    received = 0
+    async for part in request.stream():
+        received += len(part)
+        check_length(received, limit)
+        parts.append(part)
+    filled = [part for part in parts if part]
+    return filled[0] if len(filled) == 1 else b"".join(filled)
+
+
+async def read_model(request: Request, model: type[Model], limit: int) -> Model:
+    """Return the JSON body as a checked `model`.
+
+    Raises UnsupportedMediaTypeError, BodyTooLargeError, MalformedJsonError, InvalidRequestError.
+    """
+    request_form(request.headers.get("content-type"), (Form.JSON,))
+    body = await read_body(request, limit)
+    return parse_model(body, model)
+
+
+def parse_model(body: bytes, model: type[Model]) -> Model:
+    """Return JSON text as a checked `model`; raises MalformedJsonError, InvalidRequestError."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise validation_problem(error.errors(include_url=False)) from None
+
+
+def content_length(request: Request) -> int | None:
+    """Return the declared length of the body, None where it is not declared."""
+    declared = request.headers.get("content-length")
+    return int(declared) if declared is not None else None
+
+
+def check_length(length: int, limit: int) -> None:
+    """Raise BodyTooLargeError over `limit` bytes."""
+    if length > limit:
+        raise BodyTooLargeError(
+            f"the body has {length} bytes or more; at most {limit} are taken here",
+            got_bytes=length,
+            limit_bytes=limit,
+        )
+
+
+class BodyReader:
+    """Reads a streaming body in pieces of exactly the wanted size."""
+
+    def __init__(self, request: Request) -> None:
+        self._parts: AsyncIterator[bytes] = request.stream()
+        self._rest = memoryview(b"")
+
+    async def read_exactly(self, size: int) -> bytearray:
+        """Return the next `size` bytes; raises MalformedBodyError where the body ends before."""
+        block = bytearray(size)
+        view = memoryview(block)
+        filled = 0
+        while filled < size:
+            if not self._rest:
+                await self._next_part(size - filled)
+            piece = self._rest[: size - filled]
+            view[filled : filled + len(piece)] = piece
+            self._rest = self._rest[len(piece) :]
+            filled += len(piece)
+        return block
+
+    async def expect_end(self) -> None:
+        """Raise InvalidRequestError unless the body ends here."""
+        while not self._rest:
+            try:
+                self._rest = memoryview(await anext(self._parts))
+            except StopAsyncIteration:
+                return
+        raise InvalidRequestError("the body goes on after the weights")
+
+    async def _next_part(self, missing: int) -> None:
+        try:
+            self._rest = memoryview(await anext(self._parts))
+        except StopAsyncIteration:
+            raise MalformedBodyError(
+                f"the body ended {missing} bytes before the end of a block of the weights"
+            ) from None

@@ -1,0 +1,37 @@
+"""What routes work with, and how they get it."""
+
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Annotated, cast
+
+from fastapi import Depends, Path, Request
+
+from app.api.metrics import Metrics
+from app.service.limits import Limits
+from app.service.work import WorkPool
+from app.settings import Settings
+from app.storage.store import SetStore
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The objects of one running application."""
+
+    settings: Settings
+    store: SetStore
+    limits: Limits
+    pool: WorkPool
+    metrics: Metrics
+    started: float = field(default_factory=monotonic)
+
+
+def get_context(request: Request) -> Context:
+    """Return the context that `create_app` made."""
+    return cast("Context", request.app.state.context)
+
+
+InContext = Annotated[Context, Depends(get_context)]
+SetName = Annotated[str, Path(alias="set", description="name of a set", examples=["my-adapter"])]
+ModuleName = Annotated[
+    str, Path(description="module name", examples=["q_proj", "model.layers.0.self_attn.q_proj"])
+]

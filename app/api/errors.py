@@ -1,0 +1,126 @@
+"""From an error to its answer: one table of statuses, one shape (RFC 9457)."""
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
+from starlette.types import Scope
+
+from app import errors
+from app.errors import BonsaiLoraError
+
+PROBLEM_TYPE = "application/problem+json"
+RETRY_AFTER_SECONDS = 1
+
+STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
+    errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
+    errors.NotFoundError: HTTPStatus.NOT_FOUND,
+    errors.MethodNotAllowedError: HTTPStatus.METHOD_NOT_ALLOWED,
+    errors.NotAcceptableError: HTTPStatus.NOT_ACCEPTABLE,
+    errors.SetExistsError: HTTPStatus.CONFLICT,
+    errors.PreconditionFailedError: HTTPStatus.PRECONDITION_FAILED,
+    errors.TooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.UnsupportedMediaTypeError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    errors.RangeNotSatisfiableError: HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+    errors.InvalidError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.StoreReadOnlyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.MemoryBudgetError: HTTPStatus.INSUFFICIENT_STORAGE,
+    errors.StoreFullError: HTTPStatus.INSUFFICIENT_STORAGE,
+    errors.InternalError: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+"""Error class -> status; a class without a row has that of its nearest ancestor."""
+
+
+def status_of(kind: type[BonsaiLoraError]) -> HTTPStatus:
+    """Return the status of an error class, found along its ancestors."""
+    return next(STATUSES[parent] for parent in kind.__mro__ if parent in STATUSES)
+
+
+def problem_response(
+    error: BonsaiLoraError, scope: Scope, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return the answer to a refused request."""
+    status = status_of(type(error))
+    body = {
+        "type": f"urn:bonsai-lora:problem:{error.code}",
+        "title": error.title,
+        "status": int(status),
+        "detail": error.detail,
+        "instance": scope["path"],
+        "code": error.code,
+        "request_id": scope.get("request_id"),
+        **error.values,
+    }
+    more = dict(headers or {})
+    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+        more["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    content = orjson.dumps(body, default=str)
+    return Response(content, int(status), more, media_type=PROBLEM_TYPE)
+
+
+def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Make every refusal of `app`, the framework's own included, a problem.
+
+    `routes` are what `app` serves; they tell which methods a path allows.
+    """
+
+    @app.exception_handler(BonsaiLoraError)
+    def on_refusal(request: Request, error: BonsaiLoraError) -> Response:
+        headers = {}
+        if isinstance(error, errors.RangeNotSatisfiableError):
+            headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
+        return problem_response(error, request.scope, headers)
+
+    @app.exception_handler(RequestValidationError)
+    def on_validation(request: Request, error: RequestValidationError) -> Response:
+        return problem_response(validation_problem(error.errors()), request.scope)
+
+    @app.exception_handler(HTTPException)
+    def on_framework(request: Request, error: HTTPException) -> Response:
+        path, method = request.url.path, request.method
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            problem: BonsaiLoraError = errors.RouteNotFoundError(
+                f"nothing is served at {path!r}; /docs shows what is"
+            )
+            return problem_response(problem, request.scope)
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = _allowed_methods(routes, request.scope)
+            problem = errors.MethodNotAllowedError(
+                f"{method} is not allowed at {path!r}; use {' or '.join(allowed)}",
+                got=method,
+                expected=allowed,
+            )
+            return problem_response(problem, request.scope, {"Allow": ", ".join(allowed)})
+        return problem_response(
+            errors.MalformedBodyError("the request could not be read"), request.scope
+        )
+
+
+def validation_problem(found: Any) -> BonsaiLoraError:
+    """Return the refusal for pydantic's list of errors."""
+    first = found[0]
+    if first["type"] == "json_invalid":
+        return errors.MalformedJsonError(f"the body is not JSON: {first['msg']}")
+    place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return errors.InvalidRequestError(
+        f"{place or 'the request'}: {first['msg']}, got {str(first.get('input'))[:100]!r}{more}",
+        errors=[
+            {"field": ".".join(map(str, one["loc"])), "reason": one["msg"]} for one in found[:16]
+        ],
+    )
+
+
+def _allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
+    methods: set[str] = set()
+    for route in routes:
+        if route.matches(scope)[0] is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return sorted(methods)

@@ -1,0 +1,72 @@
+"""Prometheus metrics of one application."""
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from app.service.stats import StoreStats
+
+_LATENCY_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+
+
+class Metrics:
+    """Counters that requests feed; what the store holds is read when metrics are."""
+
+    def __init__(self, store_stats: Callable[[], StoreStats]) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._registry = CollectorRegistry()
+        self._registry.register(_StoreCollector(store_stats))
+        self.requests = Counter(
+            "bonsai_lora_requests",
+            "Requests answered.",
+            ["method", "route", "status"],
+            registry=self._registry,
+        )
+        self.latency = Histogram(
+            "bonsai_lora_request_seconds",
+            "Time from the request's head to the last byte of the answer.",
+            ["method", "route"],
+            buckets=_LATENCY_SECONDS,
+            registry=self._registry,
+        )
+        self.rows_applied = Counter(
+            "bonsai_lora_rows_applied", "Vectors through an adapter.", registry=self._registry
+        )
+        self.bytes_merged = Counter(
+            "bonsai_lora_merged_bytes", "Bytes of merged weights made.", registry=self._registry
+        )
+
+    def render(self) -> bytes:
+        """Return the exposition text."""
+        return generate_latest(self._registry)
+
+
+class _StoreCollector(Collector):
+    def __init__(self, store_stats: Callable[[], StoreStats]) -> None:
+        self._store_stats = store_stats
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._store_stats()
+        yield GaugeMetricFamily("bonsai_lora_sets", "Sets in the store.", stats.set_count)
+        yield GaugeMetricFamily(
+            "bonsai_lora_adapters", "Adapters of all sets.", stats.adapter_count
+        )
+        yield GaugeMetricFamily(
+            "bonsai_lora_sets_bytes", "Size of all sets as float32.", stats.total_memory_bytes
+        )
+        yield GaugeMetricFamily(
+            "bonsai_lora_resident_bytes",
+            "Bytes of sets that are in this process's memory.",
+            stats.resident_bytes,
+        )

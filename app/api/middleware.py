@@ -1,0 +1,82 @@
+"""What happens to every request: an id, a count, a log line, and no exception out."""
+
+import re
+import secrets
+from time import perf_counter
+
+import structlog
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.errors import problem_response
+from app.api.metrics import Metrics
+from app.errors import BonsaiLoraError, InternalError
+
+SLOW_SECONDS = 1.0
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
+_log = structlog.get_logger("app.requests")
+
+
+class ObserveMiddleware:
+    """Gives each request its id, counts and logs it, and answers what no handler caught."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = perf_counter()
+        request_id = scope["request_id"] = _request_id(scope)
+        status = 0
+
+        async def observed_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).append("X-Request-Id", request_id)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed_send)
+        except ClientDisconnect:
+            _log.info("client went away", path=scope["path"], request_id=request_id)
+        except BonsaiLoraError as error:  # after the first byte: the stream is broken off
+            _log.warning("answer broken off", reason=error.detail, request_id=request_id)
+        except Exception:  # noqa: BLE001 - nothing may get out
+            _log.exception("unexpected error", path=scope["path"], request_id=request_id)
+            if not status:
+                problem = InternalError(
+                    "something failed here; the log has the cause under this request id"
+                )
+                await problem_response(problem, scope)(scope, receive, observed_send)
+        finally:
+            self._observe(scope, status, perf_counter() - started)
+
+    def _observe(self, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "none")
+        method = scope["method"] if route != "none" else "any"
+        self._metrics.requests.labels(method, route, str(status)).inc()
+        self._metrics.latency.labels(method, route).observe(seconds)
+        log = _log.info if status >= 400 or seconds > SLOW_SECONDS or not status else _log.debug
+        log(
+            "request",
+            method=scope["method"],
+            path=scope["path"],
+            status=status,
+            ms=round(seconds * 1000, 2),
+            request_id=scope["request_id"],
+        )
+
+
+def _request_id(scope: Scope) -> str:
+    """Return the caller's X-Request-Id where it is a plain token, else a new one."""
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.match(value):
+            return str(value, "ascii")
+    return secrets.token_hex(8)

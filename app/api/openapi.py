@@ -1,0 +1,167 @@
+"""What routes say about themselves in the OpenAPI document."""
+
+from collections import defaultdict
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from app import errors
+from app.api import schemas
+from app.api.errors import PROBLEM_TYPE, status_of
+from app.errors import BonsaiLoraError
+from app.wire.media import Form
+
+_REF = "#/components/schemas/{model}"
+_BINARY = {"type": "string", "format": "binary"}
+
+Kinds = tuple[type[BonsaiLoraError], ...]
+
+ANY_ERRORS: Kinds = (errors.InternalError,)
+BODY_ERRORS: Kinds = (
+    errors.MalformedJsonError,
+    errors.BodyTooLargeError,
+    errors.UnsupportedMediaTypeError,
+    errors.InvalidRequestError,
+    errors.BusyError,
+)
+TENSOR_ERRORS: Kinds = (
+    *BODY_ERRORS,
+    errors.MalformedSafetensorsError,
+    errors.HeaderTooLargeError,
+    errors.NotAcceptableError,
+    errors.ShapeMismatchError,
+    errors.NonFiniteInputError,
+    errors.RaggedInputError,
+)
+APPLY_ERRORS: Kinds = (
+    *TENSOR_ERRORS,
+    errors.SetNotFoundError,
+    errors.AdapterNotFoundError,
+    errors.TooManyRowsError,
+    errors.AnswerTooLargeError,
+    errors.NonFiniteOutputError,
+)
+STORE_ERRORS: Kinds = (errors.MemoryBudgetError, errors.StoreFullError, errors.StoreReadOnlyError)
+
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def also(status: int, description: str, model: type[BaseModel] | None = None) -> Responses:
+    """Return one more answer of a route: `status`, with a body where `model` is given."""
+    more = {} if model is None else {"model": model}
+    return {status: {"description": description, **more}}
+
+
+def problems(*kinds: type[BonsaiLoraError]) -> Responses:
+    """Return the `responses` of a route that refuses with these errors."""
+    by_status: dict[int, list[str]] = defaultdict(list)
+    for kind in dict.fromkeys((*kinds, *ANY_ERRORS)):
+        by_status[int(status_of(kind))].append(kind.code)
+    return {
+        status: {
+            "description": " or ".join(f"`{code}`" for code in codes),
+            "content": {PROBLEM_TYPE: {"schema": _ref(schemas.Problem)}},
+        }
+        for status, codes in sorted(by_status.items())
+    }
+
+
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the `openapi_extra` of a route that reads `model` from JSON."""
+    return _request_body({Form.JSON.value: {"schema": _ref(model)}})
+
+
+def tensor_body(
+    model: type[BaseModel], *forms: Form, example: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the `openapi_extra` of a route that takes tensors as JSON `model` or as bytes."""
+    content: dict[str, Any] = {Form.JSON.value: {"schema": _ref(model)}}
+    if example is not None:
+        content[Form.JSON.value]["example"] = example
+    return _request_body(content | {form.value: {"schema": _BINARY} for form in forms})
+
+
+def tensor_answer(model: type[BaseModel], *forms: Form) -> Responses:
+    """Return the `responses` of a route that answers JSON `model` or bytes."""
+    content: dict[str, Any] = {Form.JSON.value: {"schema": _ref(model)}}
+    content |= {form.value: {"schema": _BINARY} for form in forms}
+    return {200: {"description": "computed in float32", "content": content}}
+
+
+def text_answer() -> Responses:
+    """Return the `responses` of a route that answers plain text."""
+    return {200: {"description": "text", "content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+
+def file_answer(media_type: str) -> Responses:
+    """Return the `responses` of a route that serves a file with ranges."""
+    content = {media_type: {"schema": _BINARY}}
+    return {
+        200: {"description": "the whole file", "content": content},
+        206: {
+            "description": "the ranges asked for",
+            "content": content | {"multipart/byteranges": {"schema": _BINARY}},
+        },
+        304: {"description": "the file is the one that If-None-Match names"},
+    }
+
+
+def install_openapi(app: FastAPI) -> None:
+    """Make `app.openapi()` include the models that only raw bodies refer to."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(
+                title=app.title,
+                version=app.version,
+                summary=app.summary,
+                description=app.description,
+                routes=app.routes,
+                tags=app.openapi_tags,
+            )
+            _add_models(document)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _add_models(document: dict[str, Any]) -> None:
+    """Add the schemas behind every reference that the document does not yet resolve."""
+    known = document.setdefault("components", {}).setdefault("schemas", {})
+    models = [
+        one
+        for one in vars(schemas).values()
+        if isinstance(one, type)
+        and issubclass(one, BaseModel)
+        and one.__module__ == schemas.__name__
+    ]
+    requests = {one for one in models if issubclass(one, schemas.RequestModel)}
+    pairs = [(one, "validation" if one in requests else "serialization") for one in models]
+    _, definitions = models_json_schema(pairs, ref_template=_REF)  # type: ignore[arg-type]
+    for name in _referenced(definitions["$defs"], document):
+        known.setdefault(name, definitions["$defs"][name])
+
+
+def _referenced(definitions: dict[str, Any], document: Any) -> set[str]:
+    """Return the definitions that the document refers to, directly or through others."""
+    found: set[str] = set()
+    places = [document]
+    while places:
+        text = str(places)
+        new = {name for name in definitions if f"'{_REF.format(model=name)}'" in text} - found
+        found |= new
+        places = [definitions[name] for name in new]
+    return found
+
+
+def _request_body(content: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REF.format(model=model.__name__)}

@@ -1,0 +1,1 @@
+"""The `bonsai-lora` command."""

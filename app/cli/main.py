@@ -1,0 +1,25 @@
+"""`bonsai-lora`: the command line."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+from app.cli import serve
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="bonsai-lora", description="The adapter server for Bonsai and Qwen3 models."
+    )
+    parser.add_argument("--version", action="version", version=version("bonsai-lora"))
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    serve.add_command(commands)
+    chosen = parser.parse_args(arguments)
+    code: int = chosen.run(chosen)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The LoRA maths on NumPy arrays: no I/O, no clock, no logging, no framework."""

@@ -1,0 +1,101 @@
+"""One LoRA adapter: the two thin matrices beside one weight matrix (Hu et al. 2021)."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from app.core.cast import Array, Floats, to_float32
+from app.core.config import LoraConfig
+from app.core.kaiming import kaiming_uniform
+from app.core.merge import blocks, merge_rows
+from app.errors import ShapeMismatchError
+
+
+@dataclass(frozen=True, eq=False)
+class LoraAdapter:
+    """A (r, d_in) and B (d_out, r) with the factor in `delta W = scaling * B @ A`; immutable.
+
+    The arrays are kept in the dtype they came in (float32, float16 or bfloat16), often views of
+    a file; arithmetic is float32.
+    """
+
+    config: LoraConfig
+    a_matrix: Array
+    """A, shape (rank, d_in)."""
+    b_matrix: Array
+    """B, shape (d_out, rank)."""
+    scaling: float
+    """alpha / r, or alpha / sqrt(r) for rsLoRA; 0.0 for rank 0; a float32 value."""
+
+    @classmethod
+    def new(cls, d_in: int, d_out: int, config: LoraConfig) -> "LoraAdapter":
+        """Return the reference's start: A uniform in ±sqrt(2 / d_in), B zero."""
+        a_matrix = kaiming_uniform(d_in, d_out, config.rank)
+        # Broadcast, so that a new adapter takes no memory for its zeros.
+        b_matrix = np.broadcast_to(np.float32(0), (d_out, config.rank))
+        return cls(config, a_matrix, b_matrix, config.scaling)
+
+    @property
+    def rank(self) -> int:
+        """r, as the matrices have it."""
+        return int(self.a_matrix.shape[0])
+
+    @property
+    def d_in(self) -> int:
+        """Width of the inputs."""
+        return int(self.a_matrix.shape[1])
+
+    @property
+    def d_out(self) -> int:
+        """Width of the outputs."""
+        return int(self.b_matrix.shape[0])
+
+    @cached_property
+    def factors(self) -> tuple[Floats, Floats]:
+        """A (r, d_in) and B (d_out, r) as float32; the arrays themselves where they are that."""
+        return to_float32(self.a_matrix), to_float32(self.b_matrix)
+
+    def apply(self, x: Floats) -> Floats:
+        """Return scaling * (x A^T) B^T as float32: (d_in,) -> (d_out,) or (n, d_in) -> (n, d_out).
+
+        Costs 2 n r (d_in + d_out) operations. Raises ShapeMismatchError for another width.
+        """
+        if x.ndim not in (1, 2) or x.shape[-1] != self.d_in:
+            raise ShapeMismatchError(
+                f"the input has width {x.shape[-1] if x.ndim else 0}, "
+                f"but this adapter takes {self.d_in}",
+                got=list(x.shape),
+                expected=[self.d_in] if x.ndim == 1 else ["rows", self.d_in],
+            )
+        a_matrix, b_matrix = self.factors
+        hidden: Floats = x @ a_matrix.T  # (n, r)
+        hidden *= np.float32(self.scaling)
+        outputs: Floats = hidden @ b_matrix.T  # (n, d_out)
+        return outputs
+
+    def param_count(self) -> int:
+        """Return r * (d_in + d_out)."""
+        return self.rank * (self.d_in + self.d_out)
+
+    def memory_bytes(self) -> int:
+        """Return the size of both matrices as float32, in bytes."""
+        return 4 * self.param_count()
+
+    def merge_into_weights(self, weights: Array) -> None:
+        """Add scaling * B @ A to `weights` (d_out, d_in) in place.
+
+        `weights` is float32, float16 or bfloat16 and C-contiguous; the sum is made in float32 and
+        rounded once, to nearest even. Raises ShapeMismatchError for another shape.
+        """
+        if weights.shape != (self.d_out, self.d_in):
+            raise ShapeMismatchError(
+                f"the weights have shape {list(weights.shape)}, "
+                f"but this adapter changes {[self.d_out, self.d_in]}",
+                got=list(weights.shape),
+                expected=[self.d_out, self.d_in],
+            )
+        a_matrix, b_matrix = self.factors
+        for rows, columns in blocks(self.d_out, self.d_in):
+            block = weights[rows, columns]
+            merge_rows(block, a_matrix[:, columns], b_matrix[rows], self.scaling, out=block)

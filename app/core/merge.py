@@ -1,0 +1,60 @@
+"""W + scaling * B @ A in row blocks that stay in the cache."""
+
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+
+from app.core.cast import FLOAT32, Array, Floats, round_to, to_float32
+
+BLOCK_VALUES = 1 << 17
+"""Values of W in a block: 512 KiB of float32, so a block and its delta fit in a 1 MiB L2 cache."""
+
+Block = tuple[slice, slice]
+"""Rows and columns of W that lie together in memory: whole rows, or a piece of one row."""
+
+
+def blocks(d_out: int, d_in: int) -> Iterator[Block]:
+    """Yield the blocks of W (d_out, d_in) in the order of memory, each at most BLOCK_VALUES."""
+    if d_in == 0:
+        return
+    if d_in <= BLOCK_VALUES:
+        step = BLOCK_VALUES // d_in
+        for start in range(0, d_out, step):
+            yield slice(start, min(start + step, d_out)), slice(0, d_in)
+        return
+    for row in range(d_out):
+        for start in range(0, d_in, BLOCK_VALUES):
+            yield slice(row, row + 1), slice(start, min(start + BLOCK_VALUES, d_in))
+
+
+def merge_rows(
+    rows: Array, a_columns: Floats, b_rows: Floats, scaling: float, *, out: Array
+) -> None:
+    """Write rows + scaling * b_rows @ a_columns to `out` (n, m), which may be `rows` itself.
+
+    `rows` and `out` have one dtype (float32, float16 or bfloat16); the sum is float32, rounded
+    once to nearest even. The order (B @ A, times scaling, plus W) is the reference's and PEFT's.
+    """
+    delta = _scratch("delta", rows.shape)
+    np.matmul(b_rows, a_columns, out=delta)
+    if scaling != 1.0:
+        delta *= np.float32(scaling)
+    if rows.dtype == FLOAT32:
+        np.add(rows, delta, out=out)
+        return
+    delta += to_float32(rows, out=_scratch("base", rows.shape))
+    round_to(delta, out)
+
+
+_local = threading.local()
+
+
+def _scratch(name: str, shape: tuple[int, ...]) -> Floats:
+    """Return this thread's float32 scratch array of that name and shape, reused between calls."""
+    size = int(np.prod(shape))
+    buffer: Floats | None = getattr(_local, name, None)
+    if buffer is None or buffer.size < size:
+        buffer = np.empty(max(size, BLOCK_VALUES), FLOAT32)
+        setattr(_local, name, buffer)
+    return buffer[:size].reshape(shape)

@@ -1,0 +1,1 @@
+"""Use cases over core, formats, wire and storage; knows nothing of HTTP."""

@@ -1,0 +1,73 @@
+"""Every setting, and the only reader of the environment."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_MIB, _GIB = 1 << 20, 1 << 30
+
+
+def _machine_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+class Settings(BaseSettings):
+    """Read from BONSAI_LORA_* variables; each field is also a flag of `bonsai-lora serve`."""
+
+    model_config = SettingsConfigDict(env_prefix="BONSAI_LORA_", extra="ignore")
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    store: str = Field(
+        "./bonsai-lora-data",
+        description="folder of the sets; 'memory:' is a temporary one that goes with the process",
+    )
+    memory_budget_bytes: int = Field(
+        default_factory=_machine_memory_bytes,
+        ge=0,
+        description="most that all sets may hold, as float32 (default: the machine's memory)",
+    )
+    max_body_bytes: int = Field(
+        64 * _MIB, ge=1, description="longest body that is held in memory (JSON and binary)"
+    )
+    max_upload_bytes: int = Field(
+        8 * _GIB, ge=1, description="longest uploaded adapter; it goes to the disk as it arrives"
+    )
+    max_header_bytes: int = Field(
+        16 * _MIB, ge=2, description="longest safetensors header in a request"
+    )
+    max_answer_bytes: int = Field(
+        256 * _MIB, ge=1, description="most float32 bytes that one apply may answer"
+    )
+    max_spill_bytes: int = Field(
+        4 * _GIB,
+        ge=0,
+        description="most disk for one streamed merge whose client sends all before it reads",
+    )
+    max_rows: int = Field(65536, ge=1, description="most rows of one batch")
+    max_rank: int = Field(1024, ge=1, description="highest rank of an adapter")
+    max_concurrency: int = Field(
+        64, ge=1, description="requests with bodies in progress; more get 503 with Retry-After"
+    )
+    threads: int = Field(
+        default_factory=lambda: os.cpu_count() or 1,
+        ge=1,
+        description="worker threads for large pieces of work (default: the number of cores)",
+    )
+    stall_seconds: float = Field(
+        60.0, gt=0, description="a stream whose client takes nothing for so long is broken off"
+    )
+    shutdown_seconds: int = Field(
+        30, ge=0, description="how long SIGTERM waits for requests in progress"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="debug logs every request; info those that fail or take over a second"
+    )
+    log_format: Literal["console", "json"] = Field("console", description="form of the log lines")
+
+    def store_folder(self) -> Path | None:
+        """Return the store's folder, or None for a temporary one."""
+        return None if self.store == "memory:" else Path(self.store)

@@ -1,0 +1,1 @@
+"""Sets kept durably under names."""

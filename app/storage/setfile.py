@@ -1,0 +1,188 @@
+"""The file of one set: safetensors with PEFT key names, everything else in its metadata.
+
+The file is itself the `adapter_model.safetensors` of the set's PEFT folder. Its record comes
+first in the header, so that a listing reads a few kilobytes of each file and no tensor entry.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from app.core.adapter import LoraAdapter
+from app.core.cast import Array
+from app.core.config import LoraConfig
+from app.core.loraset import BonsaiLoraSet
+from app.core.registry import LoraRegistry
+from app.errors import MalformedSafetensorsError
+from app.formats import safetensors
+from app.formats.dtypes import DTYPE_NAMES
+from app.formats.mapped import map_file
+from app.formats.peft import tensor_keys
+
+_METADATA_START = b'{"__metadata__":'
+_RECORD_KEY = "bonsai_lora"
+_MODULES_KEY = "bonsai_lora_modules"
+_CONFIG_KEY = "adapter_config"
+_PEEK_BYTES = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class SetRecord:
+    """What is known of a set without its tensors."""
+
+    name: str
+    uid: str
+    """Random at creation; with `version` it names one content for ever."""
+    version: int
+    """1 at creation, one more with each change."""
+    created_at: str
+    """RFC 3339, UTC."""
+    updated_at: str
+    origin: str
+    """initialized, peft, gguf or mixed."""
+    base_model_name: str
+    config: LoraConfig
+    adapter_count: int
+    total_trainable_params: int
+    data_bytes: int
+    """Length of the tensors in the file."""
+
+    @property
+    def total_memory_bytes(self) -> int:
+        """Size of all matrices as float32, in bytes."""
+        return 4 * self.total_trainable_params
+
+    @property
+    def etag(self) -> str:
+        """Strong entity tag, stable across restarts and processes."""
+        return f'"{self.uid}-{self.version}"'
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StoredSet:
+    """One version of a set, opened: its arrays are views of the mapped file."""
+
+    record: SetRecord
+    lora_set: BonsaiLoraSet
+    adapter_config: Mapping[str, Any] | None
+    """The adapter_config.json that came with an upload, while the set is still that upload."""
+    file: memoryview
+    """The whole file, mapped; stays readable when the set is replaced or deleted."""
+
+
+def write_set_file(
+    file: BinaryIO,
+    record: SetRecord,
+    adapters: Mapping[str, LoraAdapter],
+    adapter_config: Mapping[str, Any] | None,
+) -> None:
+    """Write the file of a set; zeros that were never written by anyone become holes."""
+    arrays = _arrays(adapters)
+    metadata = {
+        _RECORD_KEY: json.dumps({**asdict(record), "config": record.config.to_dict()}),
+        "format": "pt",
+        _MODULES_KEY: json.dumps(
+            {name: [one.config.alpha, one.scaling] for name, one in adapters.items()}
+        ),
+    }
+    if adapter_config is not None:
+        metadata[_CONFIG_KEY] = json.dumps(adapter_config)
+    layout = {name: (DTYPE_NAMES[array.dtype], array.shape) for name, array in arrays.items()}
+    header = safetensors.encode_header(layout, metadata)
+    file.write(header)
+    file.truncate(len(header) + record.data_bytes)
+    for array in arrays.values():
+        if _is_zero_constant(array):
+            file.seek(array.nbytes, os.SEEK_CUR)
+        else:
+            file.write(safetensors.as_bytes(array))
+
+
+def data_bytes(adapters: Mapping[str, LoraAdapter]) -> int:
+    """Return the bytes that the tensors of `adapters` take in a file."""
+    return sum(array.nbytes for array in _arrays(adapters).values())
+
+
+def _arrays(adapters: Mapping[str, LoraAdapter]) -> dict[str, Array]:
+    arrays: dict[str, Array] = {}
+    for module, adapter in adapters.items():
+        key_a, key_b = tensor_keys(module)
+        arrays[key_a], arrays[key_b] = adapter.a_matrix, adapter.b_matrix
+    return arrays
+
+
+def _is_zero_constant(array: Array) -> bool:
+    return array.size > 0 and not any(array.strides) and not array.flat[0]
+
+
+def read_record(path: Path) -> SetRecord:
+    """Return the record of the file without reading its tensor entries.
+
+    Raises MalformedSafetensorsError where it is not a whole file of ours.
+    """
+    with path.open("rb") as file:
+        prefix = file.read(_PEEK_BYTES)
+        length = safetensors.header_length(prefix)
+        while True:
+            try:
+                text = prefix[8 : 8 + length].decode("utf-8", "ignore")
+                metadata, _ = json.JSONDecoder().raw_decode(text, len(_METADATA_START))
+                break
+            except ValueError:
+                more = file.read(len(prefix))
+                if not more or len(prefix) >= 8 + length:
+                    raise MalformedSafetensorsError(f"{path.name} is no set file") from None
+                prefix += more
+        record = _decode_record(path, metadata)
+        _check_size(path, 8 + length + record.data_bytes, os.fstat(file.fileno()).st_size)
+        return record
+
+
+def open_set_file(path: Path) -> StoredSet:
+    """Return the set in that file, mapped; raises MalformedSafetensorsError as `read_record`."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        mapped = map_file(file)
+    header = safetensors.decode_header(mapped)
+    record = _decode_record(path, header.metadata)
+    _check_size(path, header.total_bytes, size)
+    registry = LoraRegistry(record.config, _open_adapters(mapped, header, record.config))
+    config = header.metadata.get(_CONFIG_KEY)
+    return StoredSet(
+        record,
+        BonsaiLoraSet(registry, record.base_model_name, record.name),
+        None if config is None else json.loads(config),
+        mapped,
+    )
+
+
+def _open_adapters(
+    mapped: memoryview, header: safetensors.Header, config: LoraConfig
+) -> dict[str, LoraAdapter]:
+    adapters = {}
+    for module, (alpha, scaling) in json.loads(header.metadata[_MODULES_KEY]).items():
+        key_a, key_b = tensor_keys(module)
+        a_matrix = safetensors.view(mapped, header, key_a)
+        b_matrix = safetensors.view(mapped, header, key_b)
+        own = LoraConfig(len(a_matrix), alpha, config.dropout, config.target_modules)
+        adapters[module] = LoraAdapter(own, a_matrix, b_matrix, scaling)
+    return adapters
+
+
+def _decode_record(path: Path, metadata: Any) -> SetRecord:
+    try:
+        fields = json.loads(metadata[_RECORD_KEY])
+        fields["config"] = LoraConfig.from_dict(fields["config"])
+        return SetRecord(**fields)
+    except (KeyError, TypeError, ValueError):
+        raise MalformedSafetensorsError(f"{path.name} has no record of a set") from None
+
+
+def _check_size(path: Path, expected: int, got: int) -> None:
+    if expected != got:
+        raise MalformedSafetensorsError(
+            f"{path.name} has {got} bytes, but its header describes {expected}: it was cut off"
+        )

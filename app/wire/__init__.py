@@ -1,0 +1,1 @@
+"""Tensors in requests and answers: JSON and binary forms."""

@@ -1,0 +1,134 @@
+"""Tensors as JSON: nested lists of finite numbers, read and written without a loop over them."""
+
+from typing import Any
+
+import numpy as np
+import orjson
+
+from app.core.cast import Array, Floats, to_float32
+from app.errors import (
+    InvalidRequestError,
+    MalformedJsonError,
+    NonFiniteInputError,
+    RaggedInputError,
+)
+from app.wire.finite import check_finite
+
+
+def decode_object(body: bytes, allowed: frozenset[str]) -> dict[str, Any]:
+    """Return the JSON object `body`.
+
+    Raises MalformedJsonError where it is not JSON, InvalidRequestError where it is not an object
+    or has a field outside `allowed`.
+    """
+    value = decode(body)
+    if not isinstance(value, dict):
+        raise InvalidRequestError(
+            f"the body must be a JSON object, got {_kind(value)}", expected=sorted(allowed)
+        )
+    unknown = sorted(value.keys() - allowed)
+    if unknown:
+        raise InvalidRequestError(
+            f"unknown field {unknown[0][:100]!r}; known are {', '.join(sorted(allowed))}",
+            got=[name[:100] for name in unknown[:8]],
+            expected=sorted(allowed),
+        )
+    return value
+
+
+def decode(body: bytes) -> Any:
+    """Return the JSON value `body`; raises MalformedJsonError."""
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise MalformedJsonError(f"the body is not JSON: {error}") from None
+
+
+def decode_tensor(value: Any, name: str, body: bytes) -> Floats:
+    """Return nested lists as float32 (width,) or (rows, width).
+
+    `body` is the text that `value` was read from; it tells whether a boolean can be among the
+    numbers. Raises InvalidRequestError for anything but lists of numbers one or two deep,
+    RaggedInputError for rows of different lengths, NonFiniteInputError for a number beyond
+    float32.
+    """
+    if not isinstance(value, list):
+        raise InvalidRequestError(
+            f"{name!r} must be a list of numbers or a list of such lists, got {_kind(value)}",
+            field=name,
+        )
+    if b"true" in body or b"false" in body:
+        _check_elements(value, name)
+    array = _to_array(value, name)
+    if array.ndim > 2:
+        raise InvalidRequestError(
+            f"{name!r} is nested {array.ndim} deep; expected one vector or a list of vectors",
+            field=name,
+        )
+    floats = to_float32(array)
+    check_finite(floats, name)
+    return floats
+
+
+def encode(value: dict[str, Any]) -> bytes:
+    """Return `value` as JSON; float32 arrays as the shortest decimals that read back the same."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _to_array(value: list[Any], name: str) -> Array:
+    try:
+        array: Array = np.array(value) if value else np.empty(0, np.float32)
+    except ValueError:  # rows of different lengths, or lists beside numbers
+        _check_rows(value, name)
+        _check_elements(value, name)
+        raise InvalidRequestError(f"{name!r} is not a regular list of numbers") from None
+    except OverflowError:
+        array = np.empty(0, object)
+    if array.dtype.kind == "O" or array.dtype.kind not in "fiu":
+        _check_elements(value, name)
+        raise NonFiniteInputError(f"{name!r} holds a number beyond float32", field=name)
+    return array
+
+
+def _check_rows(value: list[Any], name: str) -> None:
+    """Raise for the first row that is no list, or not as long as the first one."""
+    if not any(isinstance(row, list) for row in value):
+        return
+    for index, row in enumerate(value):
+        if not isinstance(row, list):
+            raise InvalidRequestError(
+                f"{name}[{index}] is {_kind(row)} among lists; "
+                "a batch is a list of lists of numbers",
+                field=name,
+                row=index,
+            )
+        if len(row) != len(value[0]):
+            raise RaggedInputError(
+                f"row {index} of {name!r} has {len(row)} numbers, but row 0 has {len(value[0])}; "
+                "all rows must have one length",
+                field=name,
+                row=index,
+                got=len(row),
+                expected=len(value[0]),
+            )
+
+
+def _check_elements(value: list[Any], name: str) -> None:
+    """Raise for the first element, one or two deep, that is not a number."""
+    for index, row in enumerate(value):
+        if not isinstance(row, list):
+            _check_number(row, f"{name}[{index}]")
+        elif not set(map(type, row)) <= {int, float}:
+            for column, element in enumerate(row):
+                if not isinstance(element, list):
+                    _check_number(element, f"{name}[{index}][{column}]")
+
+
+def _check_number(value: Any, where: str) -> None:
+    if type(value) not in (int, float):
+        raise InvalidRequestError(f"{where} is {_kind(value)}, expected a number", field=where)
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    return "null" if value is None else names.get(type(value), "a number")
