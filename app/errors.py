@@ -31,6 +31,7 @@
     │   ├── InvalidAdapterError
     │   └── UnsupportedAdapterError
     ├── BusyError                           try again later
+    ├── StalledError                        a client takes nothing; the answer is broken off
     ├── MemoryBudgetError
     ├── StoreFullError
     ├── StoreReadOnlyError
@@ -274,6 +275,13 @@ class BusyError(BonsaiLoraError):
 
     code = "busy"
     title = "Busy"
+
+
+class StalledError(BonsaiLoraError):
+    """The client of a stream takes nothing; the answer is broken off, so no status goes out."""
+
+    code = "stalled"
+    title = "Stalled"
 
 
 class MemoryBudgetError(BonsaiLoraError):

@@ -30,6 +30,7 @@ STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.RangeNotSatisfiableError: HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
     errors.InvalidError: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.StalledError: HTTPStatus.REQUEST_TIMEOUT,
     errors.StoreReadOnlyError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.MemoryBudgetError: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.StoreFullError: HTTPStatus.INSUFFICIENT_STORAGE,

@@ -12,6 +12,7 @@ from starlette.types import Send
 
 from app.api.body import BodyReader
 from app.api.spool import Spool
+from app.errors import StalledError
 from app.service.merge import WeightMerge
 from app.service.work import WorkPool
 
@@ -43,20 +44,21 @@ class MergeStream:
         self._pool = pool
         self._spool = spool
         self._on_bytes = on_bytes
+        self._error: Exception | None = None
 
     async def run(self, send: Send) -> None:
         """Answer; raises what the body or the client did wrong."""
         try:
             async with anyio.create_task_group() as tasks:
-                tasks.start_soon(self._produce)
-                error = await self._consume(send)
+                tasks.start_soon(self._produce, tasks.cancel_scope)
+                await self._consume(send)
                 tasks.cancel_scope.cancel()
         finally:
             self._spool.close()
-        if error is not None:
-            raise error
+        if self._error is not None:
+            raise self._error
 
-    async def _produce(self) -> None:
+    async def _produce(self, scope: anyio.CancelScope) -> None:
         try:
             for block, size in self._merge.blocks():
                 raw = await self._reader.read_exactly(size)
@@ -65,10 +67,13 @@ class MergeStream:
                 self._on_bytes(size)
             await self._reader.expect_end()
             self._spool.end()
+        except StalledError as error:  # the consumer waits for a client that takes nothing
+            self._error = error
+            scope.cancel()
         except Exception as error:  # noqa: BLE001 - raised again to the consumer
             self._spool.end(error)
 
-    async def _consume(self, send: Send) -> Exception | None:
+    async def _consume(self, send: Send) -> None:
         try:
             await self._spool.ready(min(_FIRST_BYTES, self._merge.total_bytes + 1))
             await send({"type": "http.response.start", "status": 200, "headers": self._headers()})
@@ -78,8 +83,7 @@ class MergeStream:
                 await _send_part(send, block)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except Exception as error:  # noqa: BLE001 - raised outside the task group, unwrapped
-            return error
-        return None
+            self._error = error
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         length = len(self._prefix) + self._merge.total_bytes

@@ -46,9 +46,12 @@ class ObserveMiddleware:
             await self._app(scope, receive, observed_send)
         except ClientDisconnect:
             _log.info("client went away", path=scope["path"], request_id=request_id)
-        except BonsaiLoraError as error:  # after the first byte: the stream is broken off
-            _log.warning("answer broken off", reason=error.detail, request_id=request_id)
-        except Exception:  # noqa: BLE001 - nothing may get out
+        except Exception as error:  # noqa: BLE001 - nothing may get out
+            # A refusal after the first byte arrives as the cause of the framework's complaint.
+            refusal = error.__cause__
+            if status and isinstance(refusal, BonsaiLoraError):
+                _log.warning("answer broken off", reason=refusal.detail, request_id=request_id)
+                return
             _log.exception("unexpected error", path=scope["path"], request_id=request_id)
             if not status:
                 problem = InternalError(

@@ -99,12 +99,13 @@ def text_answer() -> Responses:
 
 def file_answer(media_type: str) -> Responses:
     """Return the `responses` of a route that serves a file with ranges."""
-    content = {media_type: {"schema": _BINARY}}
+    schema = {"type": "object"} if media_type == Form.JSON.value else _BINARY
+    content = {media_type: {"schema": schema}}
     return {
         200: {"description": "the whole file", "content": content},
         206: {
             "description": "the ranges asked for",
-            "content": content | {"multipart/byteranges": {"schema": _BINARY}},
+            "content": {**content, "multipart/byteranges": {"schema": _BINARY}},
         },
         304: {"description": "the file is the one that If-None-Match names"},
     }
@@ -123,11 +124,23 @@ def install_openapi(app: FastAPI) -> None:
                 routes=app.routes,
                 tags=app.openapi_tags,
             )
+            _drop_unused_validation_errors(document)
             _add_models(document)
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _drop_unused_validation_errors(document: dict[str, Any]) -> None:
+    """Remove the 422 that FastAPI adds where a route has nothing but path strings to refuse."""
+    for item in document["paths"].values():
+        for operation in item.values():
+            answer = operation["responses"].get("422", {})
+            if PROBLEM_TYPE not in answer.get("content", {}):
+                operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
 
 
 def _add_models(document: dict[str, Any]) -> None:
@@ -143,7 +156,7 @@ def _add_models(document: dict[str, Any]) -> None:
     requests = {one for one in models if issubclass(one, schemas.RequestModel)}
     pairs = [(one, "validation" if one in requests else "serialization") for one in models]
     _, definitions = models_json_schema(pairs, ref_template=_REF)  # type: ignore[arg-type]
-    for name in _referenced(definitions["$defs"], document):
+    for name in sorted(_referenced(definitions["$defs"], document)):
         known.setdefault(name, definitions["$defs"][name])
 
 

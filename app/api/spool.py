@@ -8,7 +8,7 @@ from typing import IO, TypeVar
 import anyio
 import anyio.to_thread
 
-from app.errors import BusyError
+from app.errors import StalledError
 
 T = TypeVar("T")
 
@@ -21,8 +21,8 @@ _PIECE_BYTES = 1 << 20
 class Spool:
     """Blocks in the order they were put; memory first, then a temporary file of bounded size.
 
-    One task puts, one iterates. Where memory and file are full, `put` waits for the consumer, at most
-    `stall_seconds`. `close` gives memory and file back.
+    One task puts, one iterates. Where memory and file are full, `put` waits for the consumer, at
+    most `stall_seconds`. `close` gives memory and file back.
     """
 
     def __init__(self, max_disk_bytes: int, stall_seconds: float) -> None:
@@ -38,7 +38,7 @@ class Spool:
         self._changed = anyio.Event()
 
     async def put(self, block: bytes | bytearray) -> None:
-        """Append a block; raises BusyError where the consumer stands still."""
+        """Append a block; raises StalledError where the consumer stands still."""
         await self._wait(lambda: self._fits_memory(len(block)) or self._fits_disk(len(block)))
         if self._fits_memory(len(block)):
             self._memory.append(block)
@@ -133,7 +133,7 @@ class Spool:
                 with anyio.fail_after(self._stall):
                     await self._changed.wait()
         except TimeoutError:
-            raise BusyError(
+            raise StalledError(
                 f"the client sent {self._max_disk} bytes more than it read and then took nothing "
                 f"for {self._stall:g} s; read the answer while you send, or send less at once"
             ) from None

@@ -2,8 +2,10 @@
 
 import argparse
 import logging
+import signal
 import sys
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import uvicorn
 from pydantic import ValidationError
@@ -61,5 +63,12 @@ def run(arguments: argparse.Namespace) -> int:
         server_header=False,
     )
     logging.getLogger("app").info("store: %s", settings.store)
+    # uvicorn raises the signal that ended it once more, for the handler that was there before.
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, _exit)
     uvicorn.Server(config).run()
     return 0
+
+
+def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(0)

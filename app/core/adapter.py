@@ -69,9 +69,10 @@ class LoraAdapter:
                 expected=[self.d_in] if x.ndim == 1 else ["rows", self.d_in],
             )
         a_matrix, b_matrix = self.factors
-        hidden: Floats = x @ a_matrix.T  # (n, r)
-        hidden *= np.float32(self.scaling)
-        outputs: Floats = hidden @ b_matrix.T  # (n, d_out)
+        with np.errstate(over="ignore", invalid="ignore"):  # sums beyond float32 are infinite
+            hidden: Floats = x @ a_matrix.T  # (n, r)
+            hidden *= np.float32(self.scaling)
+            outputs: Floats = hidden @ b_matrix.T  # (n, d_out)
         return outputs
 
     def param_count(self) -> int:

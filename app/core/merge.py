@@ -37,13 +37,14 @@ def merge_rows(
     once to nearest even. The order (B @ A, times scaling, plus W) is the reference's and PEFT's.
     """
     delta = _scratch("delta", rows.shape)
-    np.matmul(b_rows, a_columns, out=delta)
-    if scaling != 1.0:
-        delta *= np.float32(scaling)
-    if rows.dtype == FLOAT32:
-        np.add(rows, delta, out=out)
-        return
-    delta += to_float32(rows, out=_scratch("base", rows.shape))
+    with np.errstate(over="ignore", invalid="ignore"):  # as torch: sums beyond float32 are infinite
+        np.matmul(b_rows, a_columns, out=delta)
+        if scaling != 1.0:
+            delta *= np.float32(scaling)
+        if rows.dtype == FLOAT32:
+            np.add(rows, delta, out=out)
+            return
+        delta += to_float32(rows, out=_scratch("base", rows.shape))
     round_to(delta, out)
 
 

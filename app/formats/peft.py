@@ -218,7 +218,7 @@ def _check_pair(module: str, a_matrix: Array, b_matrix: Array, rank: int) -> Non
     for half, matrix in (("A", a_matrix), ("B", b_matrix)):
         if matrix.ndim != 2:
             raise InvalidAdapterError(
-                f"lora_{half} of {module!r} has shape {list(matrix.shape)}; expected two dimensions",
+                f"lora_{half} of {module!r} has shape {list(matrix.shape)}, not two dimensions",
                 module=module,
                 got=list(matrix.shape),
             )

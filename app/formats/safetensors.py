@@ -14,7 +14,12 @@ from typing import Any
 import numpy as np
 
 from app.core.cast import Array
-from app.errors import HeaderTooLargeError, InvalidRequestError, MalformedSafetensorsError
+from app.errors import (
+    HeaderTooLargeError,
+    InvalidRequestError,
+    MalformedSafetensorsError,
+    ShapeMismatchError,
+)
 from app.formats.dtypes import DTYPE_NAMES, ELEMENT_BITS, FLOAT_DTYPES
 
 MAX_HEADER_BYTES = 100_000_000
@@ -127,7 +132,14 @@ def view(raw: bytes | memoryview, header: Header, name: str) -> Array:
         )
     count = (info.stop - info.start) // dtype.itemsize
     flat = np.frombuffer(raw, dtype, count, header.data_start + info.start)
-    array = flat.reshape(info.shape)
+    try:
+        array = flat.reshape(info.shape)
+    except ValueError:  # an empty tensor with a dimension beyond what NumPy can count
+        raise ShapeMismatchError(
+            f"tensor {name!r} has a shape that no array can have: {list(info.shape)}",
+            tensor=name,
+            got=list(info.shape),
+        ) from None
     array.flags.writeable = False
     return array
 

@@ -24,6 +24,11 @@ class WorkPool:
         self._max = max_concurrency
         self._limiter = anyio.CapacityLimiter(threads)
 
+    @property
+    def in_progress(self) -> int:
+        """Number of places held."""
+        return self._max - self._free
+
     @contextlib.contextmanager
     def admit(self) -> Iterator[None]:
         """Hold one of the places; raises BusyError at once where none is free."""

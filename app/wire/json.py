@@ -1,5 +1,6 @@
 """Tensors as JSON: nested lists of finite numbers, read and written without a loop over them."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,12 @@ def decode(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise MalformedJsonError(f"the body is not JSON: {error}") from None
+        try:
+            # The standard library also reads NaN, Infinity and 1e400, which many programs write:
+            # the check for finite numbers can then say where they are.
+            return json.loads(body.decode("utf-8"))
+        except (ValueError, RecursionError):
+            raise MalformedJsonError(f"the body is not JSON: {error}") from None
 
 
 def decode_tensor(value: Any, name: str, body: bytes) -> Floats:

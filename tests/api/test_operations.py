@@ -1,0 +1,99 @@
+import re
+import threading
+import time
+
+import httpx
+from conftest import TINY, assert_problem, serving, upload
+
+from app.api.app import create_app
+
+
+def test_health_and_readiness(client):
+    assert client.get("/healthz").json() == {"status": "alive"}
+    client.post("/v1/sets", json={"name": "s"})
+    assert client.get("/readyz").json() == {"status": "ready", "sets": 1, "bad_files": {}}
+    assert client.get("/docs").status_code == 200
+    assert client.get("/openapi.json").json()["info"]["title"] == "Bonsai LoRA"
+
+
+def test_metrics_count(client):
+    upload(client, "plain", TINY / "plain")
+    path = "/v1/sets/plain/adapters/model.layers.0.self_attn.q_proj"
+    client.post(f"{path}/apply", json={"inputs": [[0.0] * 64] * 3})
+    client.post(
+        f"{path}/merge?dtype=F32",
+        content=bytes(128 * 64 * 4),
+        headers={"Content-Type": "application/octet-stream"},
+    )
+    client.get("/nothing/here")
+    time.sleep(0.05)
+    text = client.get("/metrics").text
+    values = dict(re.findall(r"^(bonsai_lora_[^ #]+) ([\d.e+]+)$", text, re.MULTILINE))
+    route = 'route="/v1/sets/{set}/adapters/{module}/apply"'
+    assert values[f'bonsai_lora_requests_total{{method="POST",{route},status="200"}}'] == "1.0"
+    assert values["bonsai_lora_rows_applied_total"] == "3.0"
+    assert float(values["bonsai_lora_merged_bytes_total"]) == 128 * 64 * 4
+    assert values["bonsai_lora_sets"] == "1.0"
+    assert float(values["bonsai_lora_sets_bytes"]) == 83_968
+    assert values['bonsai_lora_requests_total{method="any",route="none",status="404"}'] == "1.0"
+
+
+def test_request_ids(client):
+    given = client.get("/healthz", headers={"X-Request-Id": "abc-123"})
+    assert given.headers["x-request-id"] == "abc-123"
+    made = {client.get("/healthz").headers["x-request-id"] for _ in range(3)}
+    assert len(made) == 3
+    hostile = client.get("/healthz", headers={"X-Request-Id": "a b\tc" * 50})
+    assert re.fullmatch(r"[0-9a-f]{16}", hostile.headers["x-request-id"])
+
+
+def test_the_frameworks_refusals_have_our_shape(client):
+    assert_problem(client.get("/nothing"), 404, "not_found")
+    answer = client.patch("/v1/sets/x")
+    assert_problem(answer, 405, "method_not_allowed")
+    assert answer.headers["allow"] == "DELETE, GET, PUT"
+    answer = client.post("/healthz")
+    assert_problem(answer, 405, "method_not_allowed")
+    assert_problem(client.get("/v1/sets?limit=x"), 422, "invalid_request")
+
+
+def test_an_unknown_error_shows_no_internals(app, client, monkeypatch):
+    def fail(_name):
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(app.state.context.store, "read", fail)
+    answer = client.get("/v1/sets/x")
+    assert_problem(answer, 500, "internal_error")
+    assert "secret" not in answer.text
+
+
+def test_overload_is_refused_at_once(settings):
+    tight = settings.model_copy(update={"max_concurrency": 1})
+    with serving(create_app(tight)) as url, httpx.Client(base_url=url, timeout=30) as client:
+        client.post("/v1/sets", json={"name": "s"})
+        client.put("/v1/sets/s/adapters/m", json={"d_in": 2, "d_out": 2})
+        path = "/v1/sets/s/adapters/m/apply"
+        release = threading.Event()
+
+        def slow_body():
+            yield b'{"inputs":'
+            release.wait(20)
+            yield b"[1,2]}"
+
+        holder = threading.Thread(
+            target=lambda: client.post(
+                path, content=slow_body(), headers={"Content-Type": "application/json"}
+            )
+        )
+        holder.start()
+        try:
+            deadline = time.monotonic() + 10
+            while (refused := client.post(path, json={"inputs": [1, 2]})).status_code == 200:
+                assert time.monotonic() < deadline
+            assert_problem(refused, 503, "busy")
+            assert int(refused.headers["retry-after"]) >= 1
+            assert client.get("/healthz").status_code == 200
+        finally:
+            release.set()
+            holder.join()
+        assert client.post(path, json={"inputs": [1, 2]}).status_code == 200

@@ -1,0 +1,358 @@
+import json
+import threading
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import (
+    TINY,
+    assert_problem,
+    peft_config,
+    peft_tensors,
+    read_tensors,
+    snapshot,
+    upload,
+    upload_parts,
+)
+
+from app.api.app import create_app
+from app.core.kaiming import kaiming_uniform
+from app.settings import Settings
+
+FULL = {
+    "name": "my-adapter",
+    "base_model_name": "bonsai-8b",
+    "config": {"rank": 2, "alpha": 8.0, "dropout": 0.0, "target_modules": []},
+    "attention": {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 32},
+    "mlp": {"hidden_size": 64, "intermediate_size": 160},
+    "num_layers": 2,
+}
+
+
+def test_create_answers_location_etag_and_info(client, store):
+    answer = client.post("/v1/sets", json=FULL)
+    assert answer.status_code == 201
+    assert answer.headers["location"] == "/v1/sets/my-adapter"
+    info = answer.json()
+    assert info["version"] == 1
+    assert info["origin"] == "initialized"
+    assert info["adapter_count"] == len(info["modules"]) == 14
+    assert info["total_memory_bytes"] == 4 * info["total_trainable_params"]
+    assert info["modules"][0] == {
+        "name": "model.layers.0.self_attn.q_proj",
+        "d_in": 64,
+        "d_out": 128,
+        "rank": 2,
+        "alpha": 8.0,
+        "scaling": 4.0,
+        "param_count": 2 * (64 + 128),
+        "memory_bytes": 8 * (64 + 128),
+    }
+    again = client.get("/v1/sets/my-adapter")
+    assert again.json() == info
+    assert again.headers["etag"] == answer.headers["etag"]
+    stored = store.read("my-adapter").lora_set.registry.get("model.layers.0.self_attn.q_proj")
+    assert np.array_equal(stored.a_matrix, kaiming_uniform(64, 128, 2))
+    assert not stored.b_matrix.any()
+
+
+def test_only_the_name_is_required(client):
+    info = client.post("/v1/sets", json={"name": "empty"}).json()
+    assert info["adapter_count"] == 0
+    assert info["modules"] == []
+    assert info["config"]["rank"] == 8
+    assert len(info["config"]["target_modules"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("model", "params"), [("qwen3-0.6b", 10_092_544 // 16), ("bonsai-1.7b", 17_432_576 // 16)]
+)
+def test_a_model_stands_for_its_shapes(client, model, params):
+    info = client.post("/v1/sets", json={"name": "m", "model": model, "config": {"rank": 1}}).json()
+    assert info["total_trainable_params"] == params
+    assert info["base_model_name"] == model
+    assert info["adapter_count"] == 28 * 7
+
+
+def test_target_modules_choose(client):
+    body = FULL | {"config": {"rank": 1, "target_modules": ["q_proj", "down_proj"]}}
+    info = client.post("/v1/sets", json=body).json()
+    assert info["adapter_count"] == 4
+    assert {one["name"].rpartition(".")[2] for one in info["modules"]} == {"q_proj", "down_proj"}
+
+
+def test_a_second_create_is_refused(client, store):
+    client.post("/v1/sets", json=FULL)
+    before = snapshot(store)
+    assert_problem(client.post("/v1/sets", json={"name": "my-adapter"}), 409, "set_exists")
+    assert snapshot(store) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        ({"name": ""}, 422, "invalid_name"),
+        ({"name": "a/b"}, 422, "invalid_name"),
+        ({"name": ".."}, 422, "invalid_name"),
+        ({"name": "x" * 97}, 422, "invalid_name"),
+        ({"name": "ok\n"}, 422, "invalid_name"),
+        ({"name": "v1"}, 422, "invalid_name"),
+        ({"name": "mixed"}, 422, "invalid_name"),
+        ({"name": 7}, 422, "invalid_request"),
+        ({"nam": "x"}, 422, "invalid_request"),
+        ({"config": {"rank": -1}}, 422, "invalid_request"),
+        ({"config": {"rank": "8"}}, 422, "invalid_request"),
+        ({"config": {"rank": 2.5}}, 422, "invalid_request"),
+        ({"config": {"rank": 5000}}, 422, "rank_too_large"),
+        ({"config": {"alpha": 1e39}}, 422, "invalid_request"),
+        ({"config": {"dropout": 1.0}}, 422, "invalid_request"),
+        ({"config": {"target_modules": ["nothing"]}}, 422, "invalid_request"),
+        ({"model": "gpt-5"}, 422, "invalid_request"),
+        ({"attention": None, "mlp": None}, 422, "invalid_request"),
+        ({"num_layers": 0}, 422, "invalid_request"),
+        ({"attention": {"hidden_size": 100, "num_heads": 8, "num_kv_heads": 2}}, 422, "invalid_request"),
+        ({"attention": {"hidden_size": 2**31 - 1, "num_heads": 1}, "mlp": None}, 507, "memory_budget_exceeded"),
+    ],
+)  # fmt: skip
+def test_wrong_requests_change_nothing(client, store, change, status, code):
+    assert_problem(client.post("/v1/sets", json=FULL | change), status, code)
+    assert snapshot(store) == {}
+
+
+def test_list_pages_and_filters(client):
+    for name, base in [("c", "x"), ("a", "x"), ("b", "y"), ("d", "x")]:
+        client.post("/v1/sets", json={"name": name, "base_model_name": base})
+    page = client.get("/v1/sets", params={"limit": 3}).json()
+    assert [one["name"] for one in page["sets"]] == ["a", "b", "c"]
+    assert "modules" not in page["sets"][0]
+    rest = client.get("/v1/sets", params={"limit": 3, "cursor": page["next_cursor"]}).json()
+    assert [one["name"] for one in rest["sets"]] == ["d"]
+    assert rest["next_cursor"] is None
+    filtered = client.get("/v1/sets", params={"base_model_name": "x", "limit": 3}).json()
+    assert [one["name"] for one in filtered["sets"]] == ["a", "c", "d"]
+    assert filtered["next_cursor"] is None
+    assert_problem(client.get("/v1/sets", params={"limit": 0}), 422, "invalid_request")
+
+
+def test_unknown_sets_and_modules(client):
+    client.post("/v1/sets", json=FULL)
+    for path in ("nothing", "nothing/stats", "nothing/adapters", "v1"):
+        assert_problem(client.get(f"/v1/sets/{path}"), 404, "set_not_found")
+    body = assert_problem(client.get("/v1/sets/my-adapter/adapters/x"), 404, "module_not_found")
+    assert "model.layers.0.self_attn.q_proj" in body["detail"]
+
+
+def test_delete_and_create_again_gives_another_etag(client):
+    first = client.post("/v1/sets", json={"name": "s"}).headers["etag"]
+    assert client.delete("/v1/sets/s").status_code == 204
+    assert_problem(client.get("/v1/sets/s"), 404, "set_not_found")
+    assert_problem(client.delete("/v1/sets/s"), 404, "set_not_found")
+    second = client.post("/v1/sets", json={"name": "s"})
+    assert second.headers["etag"] != first
+    assert second.json()["version"] == 1
+
+
+def test_conditions(client, store):
+    etag = upload(client, "plain", TINY / "plain").headers["etag"]
+    assert client.get("/v1/sets/plain", headers={"If-None-Match": etag}).status_code == 304
+    assert (
+        client.get("/v1/sets/plain", headers={"If-None-Match": f'"x", W/{etag}'}).status_code == 304
+    )
+    assert client.get("/v1/sets/plain", headers={"If-None-Match": '"x"'}).status_code == 200
+    before = snapshot(store)
+    for headers in ({"If-None-Match": "*"}, {"If-Match": '"x"'}):
+        refused = upload(client, "plain", TINY / "plain", headers=headers)
+        assert_problem(refused, 412, "precondition_failed")
+    refused = upload(client, "other", TINY / "plain", headers={"If-Match": "*"})
+    assert_problem(refused, 412, "precondition_failed")
+    refused = client.delete("/v1/sets/plain", headers={"If-Match": '"x"'})
+    assert_problem(refused, 412, "precondition_failed")
+    assert snapshot(store) == before
+    replaced = upload(client, "plain", TINY / "plain", headers={"If-Match": etag})
+    assert replaced.status_code == 200
+    assert replaced.json()["version"] == 2
+    assert replaced.headers["etag"] != etag
+    assert client.delete("/v1/sets/plain", headers={"If-Match": "*"}).status_code == 204
+
+
+def test_upload_reports_and_exports_what_came(client):
+    answer = upload(client, "plain", TINY / "plain")
+    assert answer.status_code == 201
+    assert answer.headers["location"] == "/v1/sets/plain"
+    report = answer.json()
+    assert report["origin"] == "peft"
+    assert report["base_model_name"] == "tiny-qwen3"
+    assert report["ignored_keys"] == []
+    assert report["warnings"] == []
+    tensors = read_tensors(TINY / "plain" / "adapter_model.safetensors")
+    for module in report["modules"]:
+        key = f"base_model.model.{module['name']}.lora_"
+        delta = 2.0 * tensors[f"{key}B.weight"].astype(float) @ tensors[f"{key}A.weight"]
+        assert module["delta_norm"] == pytest.approx(np.linalg.norm(delta), rel=1e-9)
+    config = client.get("/v1/sets/plain/adapter_config.json")
+    assert config.json() == json.loads((TINY / "plain" / "adapter_config.json").read_text())
+    exported = safetensors.numpy.load(
+        client.get("/v1/sets/plain/adapter_model.safetensors").content
+    )
+    assert exported.keys() == tensors.keys()
+    for key, array in tensors.items():
+        assert np.array_equal(exported[key].view(np.uint32), array.view(np.uint32))
+
+
+def test_an_export_comes_back_the_same(client):
+    client.post("/v1/sets", json=FULL)
+    module = "model.layers.1.mlp.up_proj"
+    weights = {"lora_A": [[1.0] * 64], "lora_B": [[0.5]] * 160, "alpha": 3.0}
+    assert client.put(f"/v1/sets/my-adapter/adapters/{module}", json=weights).status_code == 200
+    files = {
+        "adapter_config": client.get("/v1/sets/my-adapter/adapter_config.json").content,
+        "adapter_model": client.get("/v1/sets/my-adapter/adapter_model.safetensors").content,
+    }
+    report = client.put("/v1/sets/copy", files=files).json()
+    original = client.get("/v1/sets/my-adapter").json()
+    by_name = {one["name"]: one for one in report["modules"]}
+    for one in original["modules"]:
+        got = by_name[one["name"]]
+        assert {key: got[key] for key in one} == one
+
+
+def test_export_ranges_head_and_conditions(client):
+    upload(client, "plain", TINY / "plain")
+    path = "/v1/sets/plain/adapter_model.safetensors"
+    whole = client.get(path)
+    head = client.head(path)
+    assert head.headers["content-length"] == str(len(whole.content))
+    assert head.headers["accept-ranges"] == "bytes"
+    assert head.content == b""
+    etag = whole.headers["etag"]
+    part = client.get(path, headers={"Range": "bytes=8-99"})
+    assert part.status_code == 206
+    assert part.content == whole.content[8:100]
+    assert part.headers["content-range"] == f"bytes 8-99/{len(whole.content)}"
+    assert client.get(path, headers={"Range": "bytes=-5"}).content == whole.content[-5:]
+    beyond = client.get(path, headers={"Range": f"bytes={len(whole.content)}-"})
+    assert_problem(beyond, 416, "range_not_satisfiable")
+    assert beyond.headers["content-range"] == f"bytes */{len(whole.content)}"
+    stale = client.get(path, headers={"Range": "bytes=0-1", "If-Range": '"old"'})
+    assert stale.status_code == 200
+    fresh = client.get(path, headers={"Range": "bytes=0-1", "If-Range": etag})
+    assert fresh.status_code == 206
+    assert client.get(path, headers={"If-None-Match": etag}).status_code == 304
+    several = client.get(path, headers={"Range": "bytes=0-3,10-12"})
+    assert several.status_code == 206
+    assert several.headers["content-type"].startswith("multipart/byteranges; boundary=")
+    assert int(several.headers["content-length"]) == len(several.content)
+    assert whole.content[10:13] in several.content
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "word"),
+    [
+        ({"peft_type": "IA3"}, "unsupported_adapter", "IA3"),
+        ({"peft_type": None}, "unsupported_adapter", "peft_type"),
+        ({"alora_invocation_tokens": [1]}, "unsupported_adapter", "alora"),
+        ({"layer_replication": [[0, 2]]}, "unsupported_adapter", "layer_replication"),
+        ({"init_lora_weights": "pissa_niter_4"}, "unsupported_adapter", "pissa"),
+        ({"init_lora_weights": "olora"}, "unsupported_adapter", "olora"),
+        ({"use_qalora": True}, "unsupported_adapter", "use_qalora"),
+        ({"r": 5}, "invalid_adapter", "rank"),
+        ({"r": 0}, "invalid_adapter", "r must"),
+        ({"lora_alpha": "x"}, "invalid_adapter", "lora_alpha"),
+        ({"rank_pattern": {"q_proj": 3}}, "invalid_adapter", "rank"),
+        ({"rank_pattern": {"(": 4}}, "invalid_adapter", "regular expression"),
+        ({"alpha_pattern": {"q_proj": None}}, "invalid_adapter", "alpha_pattern"),
+        ({"target_modules": 7}, "invalid_adapter", "target_modules"),
+    ],
+)
+def test_adapters_that_would_be_wrong_are_refused(client, store, rng, change, code, word):
+    answer = upload_parts(client, "s", peft_config(**change), peft_tensors(rng))
+    body = assert_problem(answer, 422, code)
+    assert word in body["detail"]
+    assert snapshot(store) == {}
+
+
+def test_wrong_tensors_are_refused(client, store, rng):
+    good = peft_tensors(rng)
+    key_a, key_b = good
+    other = np.zeros((4, 4), np.float32)
+    cases = [
+        ({}, "invalid_adapter"),
+        ({key_a: good[key_a]}, "invalid_adapter"),
+        ({**good, "base_model.model.lm_head.weight": other}, "unsupported_adapter"),
+        ({**good, key_a: good[key_a][:3]}, "invalid_adapter"),
+        ({**good, key_b: np.full((5, 4), np.nan, np.float32)}, "invalid_adapter"),
+        ({**good, key_a: good[key_a][None]}, "invalid_adapter"),
+        ({**good, key_a: good[key_a].astype(np.float64)}, "unsupported_adapter"),
+        ({**good, key_a.replace("lora_A.weight", "lora_A.default.weight"): good[key_a]}, "invalid_adapter"),
+    ]  # fmt: skip
+    for tensors, code in cases:
+        assert_problem(upload_parts(client, "s", peft_config(), tensors), 422, code)
+    assert snapshot(store) == {}
+
+
+def test_rslora_and_patterns_follow_peft(client):
+    report = upload(client, "rs", TINY / "rslora-patterns").json()
+    by_name = {one["name"]: one for one in report["modules"]}
+    q_proj = by_name["model.layers.0.self_attn.q_proj"]
+    assert (q_proj["rank"], q_proj["alpha"], q_proj["scaling"]) == (4, 12.0, 6.0)
+    down = by_name["model.layers.1.mlp.down_proj"]
+    assert (down["rank"], down["scaling"]) == (16, 3.0)
+    assert by_name["model.layers.0.mlp.down_proj"]["rank"] == 8
+    assert by_name["model.layers.0.self_attn.v_proj"]["alpha"] == 24.0
+
+
+def test_a_pattern_that_never_ends_is_stopped(client, store, rng):
+    config = peft_config(rank_pattern={"(a*)*(b*)*(.*.*)*(.*)*x": 4})
+    tensors = peft_tensors(rng, module="model." + "a" * 200)
+    answer = upload_parts(client, "s", config, tensors)
+    assert answer.status_code in (201, 422)
+    assert answer.elapsed.total_seconds() < 10
+
+
+@pytest.mark.parametrize(
+    ("files", "code"),
+    [
+        ({"adapter_config": "{}"}, "malformed_multipart"),
+        ({"adapter_model": "x"}, "malformed_multipart"),
+        ({"adapter_config": "{}", "adapter_model": "x", "more": "y"}, "malformed_multipart"),
+    ],
+)
+def test_wrong_forms(client, store, files, code):
+    assert_problem(client.put("/v1/sets/s", files=files), 400, code)
+    assert snapshot(store) == {}
+
+
+def test_uploads_of_another_kind(client):
+    assert_problem(client.put("/v1/sets/s", json={}), 415, "unsupported_media_type")
+    files = {"adapter_config": "nonsense", "adapter_model": "x" * 20}
+    assert_problem(client.put("/v1/sets/s", files=files), 422, "invalid_adapter")
+    files = {
+        "adapter_config": json.dumps(peft_config()),
+        "adapter_model": b"\x80\x02pickle" + b"x" * 9,
+    }
+    answer = client.put("/v1/sets/s", files=files)
+    assert answer.status_code in (400, 413)
+    assert_problem(client.put("/v1/sets/v2", files=files), 422, "invalid_name")
+
+
+def test_concurrent_creates_of_one_name_make_one_set(client):
+    codes = []
+    threads = [
+        threading.Thread(
+            target=lambda: codes.append(client.post("/v1/sets", json=FULL).status_code)
+        )
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(codes) == [201] + [409] * 7
+
+
+def test_a_restart_keeps_the_sets(client, settings, tmp_path):
+    client.post("/v1/sets", json=FULL)
+    etag = client.get("/v1/sets/my-adapter").headers["etag"]
+    again = create_app(Settings(store=settings.store))
+    record = again.state.context.store.read("my-adapter").record
+    assert record.etag == etag

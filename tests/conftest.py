@@ -1,0 +1,117 @@
+import contextlib
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import uvicorn
+
+from app.api.app import create_app
+from app.cli.logs import configure_logging
+from app.formats import safetensors
+from app.settings import Settings
+
+sys.path[:0] = [str(Path(__file__).parent / part) for part in ("", "core", "api")]
+
+configure_logging("warning", "console")
+
+DATA = Path(__file__).parent / "data"
+TINY = DATA / "tiny-qwen3"
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return Settings(store=str(tmp_path / "store"))
+
+
+@pytest.fixture
+def app(settings):
+    return create_app(settings)
+
+
+@pytest.fixture
+def client(app):
+    with serving(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def serving(app):
+    """Serve `app` on a free port of the loopback, in a thread; give its URL."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, port=0, log_config=None, access_log=False, server_header=False)
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.002)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def store(app):
+    return app.state.context.store
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
+
+
+def read_tensors(path):
+    """The tensors of a safetensors file by name."""
+    return safetensors.decode(path.read_bytes())[0]
+
+
+def upload(client, name, folder, **options):
+    """PUT the PEFT adapter in `folder` as set `name`."""
+    files = {
+        "adapter_config": (folder / "adapter_config.json").read_bytes(),
+        "adapter_model": (folder / "adapter_model.safetensors").read_bytes(),
+    }
+    return client.put(f"/v1/sets/{name}", files=files, **options)
+
+
+def upload_parts(client, name, config, tensors, **options):
+    """PUT a PEFT adapter made of a configuration and arrays."""
+    files = {"adapter_config": json.dumps(config), "adapter_model": safetensors.encode(tensors)}
+    return client.put(f"/v1/sets/{name}", files=files, **options)
+
+
+def peft_config(**changes):
+    return {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **changes}
+
+
+def peft_tensors(rng, module="model.layers.0.self_attn.q_proj", rank=4, d_in=6, d_out=5):
+    prefix = f"base_model.model.{module}"
+    return {
+        f"{prefix}.lora_A.weight": rng.standard_normal((rank, d_in)).astype(np.float32),
+        f"{prefix}.lora_B.weight": rng.standard_normal((d_out, rank)).astype(np.float32),
+    }
+
+
+def snapshot(store):
+    """What is stored: the bytes of every set file."""
+    return {path.name: path.read_bytes() for path in (store.root / "sets").iterdir()}
+
+
+def assert_problem(response, status, code):
+    """The answer is a refusal in the one shape."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body = response.json()
+    assert body["code"] == code, body
+    assert body["status"] == status
+    assert body["detail"]
+    assert response.headers["x-request-id"] == body["request_id"]
+    return body

@@ -1,0 +1,47 @@
+import ml_dtypes
+import numpy as np
+import pytest
+
+from app.core.cast import BFLOAT16, FLOAT16, all_finite, round_to, to_float32
+
+SIXTEEN = [FLOAT16, BFLOAT16]
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_widening_every_value_is_exact(dtype):
+    every = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    got, expected = to_float32(every), every.astype(np.float32)
+    nan = np.isnan(expected)
+    assert np.array_equal(np.isnan(got), nan)
+    assert np.array_equal(got.view(np.uint32)[~nan], expected.view(np.uint32)[~nan])
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN)
+def test_narrowing_equals_numpy(dtype, rng):
+    values = rng.integers(0, 1 << 32, 1 << 20, dtype=np.uint32).view(np.float32)
+    values = values[np.isfinite(values)]
+    got = np.empty(values.shape, dtype)
+    round_to(values, got)
+    with np.errstate(over="ignore"):
+        expected = values.astype(dtype)
+    assert np.array_equal(got.view(np.uint16), expected.view(np.uint16))
+
+
+def test_float32_comes_back_as_it_is():
+    array = np.ones((2, 3), np.float32)
+    assert to_float32(array) is array
+
+
+def test_unaligned_and_float64_inputs():
+    raw = bytearray(1 + 8 * 4)
+    unaligned = np.frombuffer(raw, FLOAT16, 4, offset=1)
+    assert to_float32(unaligned).tolist() == [0, 0, 0, 0]
+    assert to_float32(np.array([1e300, -0.5])).tolist() == [np.inf, -0.5]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_all_finite(dtype):
+    assert all_finite(np.zeros(0, dtype))
+    assert all_finite(np.array([0.0, -1.5, 60000.0], dtype))
+    for bad in (np.nan, np.inf, -np.inf):
+        assert not all_finite(np.array([1.0, bad, 2.0], dtype))

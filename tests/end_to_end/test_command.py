@@ -1,0 +1,141 @@
+"""The command that serves, as a process: flags, variables, signals, restart."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.cli.main import main
+from app.settings import Settings
+
+COMMAND = str(Path(sys.executable).parent / "bonsai-lora")
+
+
+@contextlib.contextmanager
+def running(*flags, **variables):
+    """Run `bonsai-lora serve` on a free port; give its URL and process."""
+    process = subprocess.Popen(
+        [COMMAND, "serve", "--port", "0", *flags],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **variables},
+    )
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"running on (http://[\d.:]+)", line):
+                break
+        else:
+            pytest.fail("it did not start:\n" + "".join(lines))
+        drain = threading.Thread(target=process.stderr.read)
+        drain.start()
+        yield found[1], process
+    finally:
+        process.kill()
+        process.wait(timeout=20)
+        drain.join(timeout=20)
+        process.stderr.close()
+
+
+def test_sigterm_finishes_what_runs_and_exits_0(tmp_path):
+    with running("--store", str(tmp_path)) as (url, process):
+        httpx.post(f"{url}/v1/sets", json={"name": "s"})
+        httpx.put(f"{url}/v1/sets/s/adapters/m", json={"d_in": 2, "d_out": 2})
+        sent = threading.Event()
+
+        def body():
+            yield b'{"inputs":'
+            sent.set()
+            time.sleep(0.7)
+            yield b"[1,2]}"
+
+        answers = []
+        thread = threading.Thread(
+            target=lambda: answers.append(
+                httpx.post(
+                    f"{url}/v1/sets/s/adapters/m/apply",
+                    content=body(),
+                    headers={"Content-Type": "application/json"},
+                )
+            )
+        )
+        thread.start()
+        sent.wait(10)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        thread.join()
+        assert answers[0].json()["outputs"] == [0.0, 0.0]
+        assert process.wait(timeout=20) == 0
+
+
+def test_a_restart_keeps_everything(tmp_path):
+    with running(BONSAI_LORA_STORE=str(tmp_path)) as (url, process):
+        created = httpx.post(f"{url}/v1/sets", json={"name": "s", "model": "qwen3-0.6b"})
+        assert created.status_code == 201
+        process.kill()
+    with running(BONSAI_LORA_STORE=str(tmp_path)) as (url, _):
+        again = httpx.get(f"{url}/v1/sets/s")
+        assert again.headers["etag"] == created.headers["etag"]
+        assert again.json() == created.json()
+
+
+def test_a_flag_beats_the_variable_and_memory_goes_with_the_process(tmp_path):
+    with running("--store", "memory:", BONSAI_LORA_STORE=str(tmp_path / "x")) as (url, process):
+        assert httpx.post(f"{url}/v1/sets", json={"name": "s"}).status_code == 201
+        assert not (tmp_path / "x").exists()
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=20)
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--port", "x"], "port"),
+        (["--port", "70000"], "port"),
+        (["--max-rows", "0"], "max_rows"),
+        (["--log-format", "xml"], "log_format"),
+        (["--store", "/proc/nothing"], "store"),
+    ],
+)
+def test_wrong_settings_are_named(flags, word, capsys):
+    assert main(["serve", *flags]) == 2
+    assert word in capsys.readouterr().err
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["serve", "--help"])
+    assert done.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert field.description[:40] in text
+
+
+def test_json_logs_carry_the_request_id(tmp_path):
+    process = subprocess.Popen(
+        [COMMAND, "serve", "--port", "0", "--store", "memory:", "--log-format", "json"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines = []
+    with process:
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"running on (http://[\d.:]+)", line):
+                break
+        httpx.get(f"{found[1]}/v1/sets/none", headers={"X-Request-Id": "look-for-me"})
+        process.send_signal(signal.SIGTERM)
+        lines += process.stderr.readlines()
+    entries = [json.loads(line) for line in lines]
+    assert any(one.get("request_id") == "look-for-me" and one["status"] == 404 for one in entries)

@@ -1,0 +1,162 @@
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from app.core.config import LoraConfig
+from app.core.loraset import BonsaiLoraSet
+from app.errors import SetNotFoundError, StoreReadOnlyError
+from app.storage.store import SetStore
+
+NOW = "2026-01-01T00:00:00.000000Z"
+
+
+def some_set(name="s", rank=2):
+    return BonsaiLoraSet.new(LoraConfig(rank=rank), "base", name).add_mlp_adapters(8, 16)
+
+
+def write(store, lora_set, previous=None):
+    with store.lock(lora_set.adapter_name):
+        return store.write(lora_set, origin="initialized", now=NOW, previous=previous)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    return SetStore(tmp_path)
+
+
+def test_a_set_comes_back_as_it_was(opened, tmp_path):
+    written = write(opened, some_set())
+    for store in (opened, SetStore(tmp_path)):
+        stored = store.read("s")
+        assert stored.record == written.record == store.read_record("s")
+        for name, adapter in some_set().registry.adapters.items():
+            got = stored.lora_set.registry.get(name)
+            assert np.array_equal(got.a_matrix, adapter.a_matrix)
+            assert np.array_equal(got.b_matrix, adapter.b_matrix)
+            assert got.scaling == adapter.scaling
+            assert got.config == adapter.config
+
+
+def test_arrays_are_read_only_views_of_the_file(opened):
+    adapter = write(opened, some_set()).lora_set.registry.get("up_proj")
+    assert not adapter.a_matrix.flags.owndata
+    assert adapter.a_matrix.ctypes.data % 4 == 0
+    with pytest.raises(ValueError, match="read-only"):
+        adapter.a_matrix[0, 0] = 1
+
+
+def test_another_store_over_the_folder_sees_every_change_at_once(opened, tmp_path):
+    other = SetStore(tmp_path)
+    first = write(opened, some_set())
+    assert other.read("s").record.version == 1
+    second = write(other, some_set(rank=3), first.record)
+    assert opened.read("s").record.version == second.record.version == 2
+    assert opened.read("s").lora_set.registry.get("up_proj").rank == 3
+    with other.lock("s"):
+        other.delete("s")
+    for store in (opened, other):
+        with pytest.raises(SetNotFoundError):
+            store.read("s")
+        with pytest.raises(SetNotFoundError):
+            store.read_record("s")
+
+
+def test_a_reader_keeps_the_version_it_took(opened):
+    old = write(opened, some_set())
+    before = bytes(old.file)
+    write(opened, some_set(rank=5), old.record)
+    with opened.lock("s"):
+        opened.delete("s")
+    assert bytes(old.file) == before
+    assert old.lora_set.registry.get("up_proj").rank == 2
+
+
+def test_names_never_leave_the_folder(opened):
+    for name in ("../x", "", ".", "a/b", "x\0y", "tmp/../s"):
+        with pytest.raises(SetNotFoundError):
+            opened.read(name)
+        with pytest.raises(SetNotFoundError):
+            opened.delete(name)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "noise"])
+def test_a_bad_file_is_set_aside_and_the_rest_is_served(opened, tmp_path, damage):
+    write(opened, some_set("good"))
+    write(opened, some_set("bad"))
+    path = tmp_path / "sets" / "bad.safetensors"
+    content = path.read_bytes()
+    damaged = {
+        "cut": content[:-1],
+        "empty": b"",
+        "foreign": b"\x02\0\0\0\0\0\0\0{}",
+        "noise": os.urandom(3000),
+    }[damage]
+    path.write_bytes(damaged)
+    store = SetStore(tmp_path)
+    assert [record.name for record in store.records()] == ["good"]
+    assert set(store.bad_files) == {"bad"}
+    assert [kept.read_bytes() for kept in (tmp_path / "bad").iterdir()] == [damaged]
+    assert store.list_names() == ["good"]
+    write(store, some_set("bad"))
+    assert store.read("bad").record.version == 1
+
+
+def test_leftovers_of_dead_processes_go_but_not_those_in_use(opened, tmp_path):
+    (tmp_path / "tmp" / "left-by-the-dead").write_bytes(b"x")
+    with opened.new_file() as file:
+        SetStore(tmp_path)
+        assert [path.name for path in (tmp_path / "tmp").iterdir()] == [os.path.basename(file.name)]
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_writers_of_one_name_take_turns(tmp_path):
+    write(SetStore(tmp_path), some_set())
+    versions = []
+
+    def change():
+        store = SetStore(tmp_path)
+        for _ in range(10):
+            with store.lock("s"):
+                present = store.read("s")
+                written = store.write(
+                    present.lora_set, origin="mixed", now=NOW, previous=present.record
+                )
+                versions.append(written.record.version)
+
+    threads = [threading.Thread(target=change) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(versions) == list(range(2, 42))
+
+
+def test_zeros_take_no_room_on_the_disk(opened, tmp_path):
+    lora_set = BonsaiLoraSet.new(LoraConfig(rank=8), "base", "s").add_adapters({"m": (64, 500_000)})
+    write(opened, lora_set)
+    status = (tmp_path / "sets" / "s.safetensors").stat()
+    assert status.st_size > 16_000_000
+    assert status.st_blocks * 512 < 1_000_000
+    assert not opened.read("s").lora_set.registry.get("m").b_matrix.any()
+
+
+def test_a_store_that_cannot_be_written_says_so(opened, monkeypatch):
+    def refuse(*_args, **_options):
+        raise OSError(30, "Read-only file system")
+
+    write(opened, some_set())
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StoreReadOnlyError):
+        write(opened, some_set(rank=4), opened.read_record("s"))
+    monkeypatch.undo()
+    assert opened.read("s").record.version == 1
+
+
+def test_only_so_many_sets_stay_open(tmp_path):
+    store = SetStore(tmp_path, max_open=2)
+    for name in "abcd":
+        write(store, some_set(name))
+    assert [opened.record.name for opened in store.open_sets()] == ["c", "d"]
+    assert store.read("a").record.name == "a"
