@@ -1,0 +1,73 @@
+"""Apply in process, against the float32 peak of one core and PEFT's LoRA branch on torch CPU."""
+
+import contextlib
+import os
+
+from measure import in_turns, report
+
+import numpy as np
+
+from app.core.adapter import LoraAdapter
+from app.core.config import LoraConfig
+
+SHAPES = [(4096, 4096, 8), (4096, 12288, 16), (12288, 4096, 64), (4096, 1024, 16)]
+ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+
+
+def peak_gflops() -> float:
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((1024, 1024)).astype(np.float32) for _ in range(2))
+    out = np.empty_like(a)
+    return 2 * 1024**3 / in_turns({"matmul": lambda: np.matmul(a, b, out=out)})["matmul"] / 1e9
+
+
+def torch_branch(a_matrix, b_matrix, scaling):
+    """PEFT's branch, `lora_B(lora_A(dropout(x))) * scaling`, without the base layer beside it."""
+    import torch
+
+    torch.set_num_threads(int(os.environ["OPENBLAS_NUM_THREADS"]))
+    down = torch.nn.Linear(a_matrix.shape[1], a_matrix.shape[0], bias=False)
+    up = torch.nn.Linear(b_matrix.shape[1], b_matrix.shape[0], bias=False)
+    down.weight.data = torch.from_numpy(a_matrix.copy())
+    up.weight.data = torch.from_numpy(b_matrix.copy())
+
+    def run(x):
+        with torch.no_grad():
+            return up(down(x)) * scaling
+
+    return run, torch.from_numpy
+
+
+def main() -> None:
+    rng = np.random.default_rng(1)
+    peak = peak_gflops()
+    rows = []
+    for d_in, d_out, rank in SHAPES:
+        config = LoraConfig(rank=rank, alpha=2.0 * rank)
+        a_matrix = rng.standard_normal((rank, d_in)).astype(np.float32)
+        b_matrix = rng.standard_normal((d_out, rank)).astype(np.float32)
+        adapter = LoraAdapter(config, a_matrix, b_matrix, config.scaling)
+        for count in ROWS:
+            x = rng.standard_normal((count, d_in)).astype(np.float32)
+            rivals = {"ours": lambda adapter=adapter, x=x: adapter.apply(x)}
+            with contextlib.suppress(ImportError):
+                branch, tensor = torch_branch(a_matrix, b_matrix, config.scaling)
+                theirs = tensor(x)
+                rivals["torch"] = lambda branch=branch, theirs=theirs: branch(theirs)
+            seconds = in_turns(rivals, seconds=0.4)
+            operations = 2 * count * rank * (d_in + d_out)
+            rows.append(
+                {
+                    "shape": f"{d_in}→{d_out} r{rank}",
+                    "rows": count,
+                    "µs": seconds["ours"] * 1e6,
+                    "of peak": operations / seconds["ours"] / 1e9 / peak,
+                    "PEFT branch µs": seconds["torch"] * 1e6 if "torch" in seconds else "",
+                    "PEFT / ours": seconds["torch"] / seconds["ours"] if "torch" in seconds else "",
+                }
+            )
+    report(f"Apply, {os.environ['OPENBLAS_NUM_THREADS']} thread, peak {peak:.0f} GFLOP/s", rows)
+
+
+if __name__ == "__main__":
+    main()
