@@ -1,5 +1,6 @@
 """A queue of blocks between a producer and a slower consumer: some in memory, the rest on disk."""
 
+import os
 import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -44,6 +45,8 @@ class Spool:
             self._memory.append(block)
             self._memory_bytes += len(block)
         else:
+            if self._written == self._read:  # start over, so that the file stays short
+                self._written = self._read = 0
             await anyio.to_thread.run_sync(self._write, block)
         self._signal()
 
@@ -94,27 +97,24 @@ class Spool:
     def _drained(self) -> bool:
         return not self._memory and self._written == self._read
 
+    # The next two run in threads at the same time: they must not share a file position.
+
     def _write(self, block: bytes | bytearray) -> None:
+        """Append to the file, a ring of max_disk bytes."""
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        if self._written == self._read:  # start over, so that the file stays short
-            self._written = self._read = 0
-        # The file is a ring of max_disk bytes.
-        start = self._written % self._max_disk
-        first = block[: self._max_disk - start]
-        self._file.seek(start)
-        self._file.write(first)
-        if len(first) < len(block):
-            self._file.seek(0)
-            self._file.write(block[len(first) :])
-        self._written += len(block)
+        view = memoryview(block)
+        while view:
+            start = self._written % self._max_disk
+            count = os.pwrite(self._file.fileno(), view[: self._max_disk - start], start)
+            self._written += count
+            view = view[count:]
 
     def _read_piece(self) -> bytes:
         assert self._file is not None
         start = self._read % self._max_disk
-        self._file.seek(start)
         size = min(_PIECE_BYTES, self._written - self._read, self._max_disk - start)
-        piece = self._file.read(size)
+        piece = os.pread(self._file.fileno(), size, start)
         self._read += len(piece)
         return piece
 
