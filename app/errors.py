@@ -8,6 +8,7 @@
     ├── NotFoundError
     │   ├── SetNotFoundError
     │   ├── AdapterNotFoundError
+    │   ├── BaseNotFoundError
     │   └── RouteNotFoundError
     ├── MethodNotAllowedError
     ├── NotAcceptableError
@@ -28,6 +29,8 @@
     │   ├── NonFiniteOutputError
     │   ├── RaggedInputError
     │   ├── RankTooLargeError
+    │   ├── DoraNeedsBaseError
+    │   ├── InvalidBaseError
     │   ├── InvalidAdapterError
     │   └── UnsupportedAdapterError
     ├── BusyError                           try again later
@@ -116,6 +119,20 @@ class AdapterNotFoundError(NotFoundError):
             + (f"it has {len(known)}: {shown}" if known else "it is empty"),
             set=set_name,
             module=module,
+        )
+
+
+class BaseNotFoundError(NotFoundError):
+    """No base checkpoint has this name."""
+
+    code = "base_not_found"
+    title = "Base not found"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"there is no base named {name!r}: no folder of that name with safetensors files lies "
+            "under the setting bases; GET /v1/bases lists those that do",
+            base=name,
         )
 
 
@@ -254,6 +271,20 @@ class RankTooLargeError(InvalidError):
 
     code = "rank_too_large"
     title = "Rank too large"
+
+
+class DoraNeedsBaseError(InvalidError):
+    """A DoRA module's outputs need the base: its checkpoint, and W x from the caller."""
+
+    code = "dora_needs_base"
+    title = "DoRA needs the base"
+
+
+class InvalidBaseError(InvalidError):
+    """The files of a base are no checkpoint."""
+
+    code = "invalid_base"
+    title = "Invalid base"
 
 
 class InvalidAdapterError(InvalidError):

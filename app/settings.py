@@ -25,13 +25,22 @@ class Settings(BaseSettings):
         "./bonsai-lora-data",
         description="folder of the sets; 'memory:' is a temporary one that goes with the process",
     )
+    bases: str | None = Field(
+        None, description="folder of base checkpoints, each a folder of safetensors files"
+    )
+    workers: int = Field(
+        1, ge=1, le=256, description="processes that serve; they share the store and agree at once"
+    )
     memory_budget_bytes: int = Field(
         default_factory=_machine_memory_bytes,
         ge=0,
         description="most that all sets may hold, as float32 (default: the machine's memory)",
     )
     max_body_bytes: int = Field(
-        64 * _MIB, ge=1, description="longest body that is held in memory (JSON and binary)"
+        64 * _MIB, ge=1, description="longest binary body that is held in memory"
+    )
+    max_json_bytes: int = Field(
+        8 * _MIB, ge=1, description="longest JSON body; numbers in bulk go faster as safetensors"
     )
     max_upload_bytes: int = Field(
         8 * _GIB, ge=1, description="longest uploaded adapter; it goes to the disk as it arrives"

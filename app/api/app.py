@@ -21,6 +21,8 @@ from app.api.metrics import Metrics
 from app.api.middleware import ObserveMiddleware
 from app.api.openapi import install_openapi
 from app.api.routes import adapters, apply, merge, operations, sets, stats
+from app.checkpoints.bases import BaseFolder
+from app.service.apply import Applier
 from app.service.limits import Limits
 from app.service.stats import store_stats
 from app.service.work import WorkPool
@@ -53,11 +55,15 @@ def create_app(settings: Settings) -> FastAPI:
         description=_DESCRIPTION,
         openapi_tags=_TAGS,
     )
+    limits = limits_of(settings)
+    bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     app.state.context = Context(
         settings,
         store,
-        limits_of(settings),
+        limits,
         WorkPool(settings.max_concurrency, settings.threads),
+        Applier(limits, bases),
+        bases,
         metrics,
     )
     routers = [one.router for one in (sets, adapters, apply, merge, stats, operations)]
@@ -66,7 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
     own = [route for route in app.routes if isinstance(route, Route)]
     install_error_handlers(app, [*own, *(route for router in routers for route in router.routes)])
     install_openapi(app)
-    app.add_middleware(ObserveMiddleware, metrics=metrics)
+    app.add_middleware(ObserveMiddleware, metrics=metrics, stall_seconds=settings.stall_seconds)
     return app
 
 

@@ -1,13 +1,18 @@
 """Reading request bodies: bounded, in the form that they claim, without needless copies."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
 
 from app.api.errors import validation_problem
-from app.errors import BodyTooLargeError, InvalidRequestError, MalformedBodyError
+from app.errors import (
+    BodyTooLargeError,
+    InvalidRequestError,
+    MalformedBodyError,
+    UnsupportedMediaTypeError,
+)
 from app.wire.media import Form, request_form
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -28,13 +33,17 @@ async def read_body(request: Request, limit: int) -> bytes:
     return filled[0] if len(filled) == 1 else b"".join(filled)
 
 
-async def read_model(request: Request, model: type[Model], limit: int) -> Model:
+MODEL_BYTES = 1 << 20
+"""Longest body that becomes a pydantic model: those hold names and sizes, no tensors."""
+
+
+async def read_model(request: Request, model: type[Model]) -> Model:
     """Return the JSON body as a checked `model`.
 
     Raises UnsupportedMediaTypeError, BodyTooLargeError, MalformedJsonError, InvalidRequestError.
     """
-    request_form(request.headers.get("content-type"), (Form.JSON,))
-    body = await read_body(request, limit)
+    body_form(request, (Form.JSON,))
+    body = await read_body(request, MODEL_BYTES)
     return parse_model(body, model)
 
 
@@ -44,6 +53,18 @@ def parse_model(body: bytes, model: type[Model]) -> Model:
         return model.model_validate_json(body)
     except ValidationError as error:
         raise validation_problem(error.errors(include_url=False)) from None
+
+
+def body_form(request: Request, taken: Collection[Form]) -> Form:
+    """Return the form of the body; raises UnsupportedMediaTypeError, also where it is encoded."""
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise UnsupportedMediaTypeError(
+            f"Content-Encoding {encoding[:100]!r} is not taken here; send the body as it is",
+            got=encoding[:100],
+            expected=["identity"],
+        )
+    return request_form(request.headers.get("content-type"), taken)
 
 
 def content_length(request: Request) -> int | None:

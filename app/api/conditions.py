@@ -9,8 +9,8 @@ from app.storage.setfile import SetRecord
 
 def precondition(request: Request) -> Precondition:
     """Return the check that the request's conditions make before a change."""
-    if_match = request.headers.get("if-match")
-    if_none_match = request.headers.get("if-none-match")
+    if_match = _header(request, "if-match")
+    if_none_match = _header(request, "if-none-match")
 
     def check(present: SetRecord | None) -> None:
         etag = present.etag if present else None
@@ -33,14 +33,22 @@ def precondition(request: Request) -> Precondition:
 
 def not_modified(request: Request, etag: str) -> bool:
     """Return whether the caller's If-None-Match names `etag`, so that 304 is the answer."""
-    if_none_match = request.headers.get("if-none-match")
+    if_none_match = _header(request, "if-none-match")
     return if_none_match is not None and _matches(if_none_match, etag, weak=True)
+
+
+def _header(request: Request, name: str) -> str | None:
+    """Return all lines of a header as one list, None where there is none."""
+    lines = request.headers.getlist(name)
+    return ", ".join(lines) if lines else None
 
 
 def _matches(header: str, etag: str | None, *, weak: bool) -> bool:
     if etag is None:
         return False
+    if header.strip() == "*":
+        return True
     tags = [tag.strip() for tag in header.split(",")]
     if weak:
         tags = [tag.removeprefix("W/") for tag in tags]
-    return "*" in tags or etag in tags
+    return etag in tags

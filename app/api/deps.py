@@ -7,6 +7,8 @@ from typing import Annotated, cast
 from fastapi import Depends, Path, Request
 
 from app.api.metrics import Metrics
+from app.checkpoints.bases import BaseFolder
+from app.service.apply import Applier
 from app.service.limits import Limits
 from app.service.work import WorkPool
 from app.settings import Settings
@@ -21,6 +23,8 @@ class Context:
     store: SetStore
     limits: Limits
     pool: WorkPool
+    applier: Applier
+    bases: BaseFolder
     metrics: Metrics
     started: float = field(default_factory=monotonic)
 

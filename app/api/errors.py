@@ -1,10 +1,12 @@
 """From an error to its answer: one table of statuses, one shape (RFC 9457)."""
 
+import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from math import isfinite
 from typing import Any
 
-import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -62,8 +64,22 @@ def problem_response(
     more = dict(headers or {})
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
         more["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    content = orjson.dumps(body, default=str)
+    # The standard library also writes huge integers and half surrogate pairs, which may be echoed.
+    content = json.dumps(_shortened(body), separators=(",", ":"), default=str)
     return Response(content, int(status), more, media_type=PROBLEM_TYPE)
+
+
+def _shortened(value: Any) -> Any:
+    """Return `value` fit to be echoed: nothing long, and no number that is not JSON."""
+    if isinstance(value, dict):
+        return {key: _shortened(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shortened(one) for one in value[:64]]
+    if isinstance(value, str):
+        return value[:1000]
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
+        return "a very large integer"
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
@@ -112,7 +128,7 @@ def validation_problem(found: Any) -> BonsaiLoraError:
     place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return errors.InvalidRequestError(
-        f"{place or 'the request'}: {first['msg']}, got {str(first.get('input'))[:100]!r}{more}",
+        f"{place or 'the request'}: {first['msg']}, got {reprlib.repr(first.get('input'))}{more}",
         errors=[
             {"field": ".".join(map(str, one["loc"])), "reason": one["msg"]} for one in found[:16]
         ],

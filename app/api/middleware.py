@@ -2,8 +2,11 @@
 
 import re
 import secrets
+from collections.abc import Awaitable
 from time import perf_counter
+from typing import TypeVar
 
+import anyio
 import structlog
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -11,7 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import problem_response
 from app.api.metrics import Metrics
-from app.errors import BonsaiLoraError, InternalError
+from app.errors import BonsaiLoraError, InternalError, StalledError
+
+T = TypeVar("T")
 
 SLOW_SECONDS = 1.0
 
@@ -22,9 +27,10 @@ _log = structlog.get_logger("app.requests")
 class ObserveMiddleware:
     """Gives each request its id, counts and logs it, and answers what no handler caught."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, stall_seconds: float) -> None:
         self._app = app
         self._metrics = metrics
+        self._stall = stall_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -40,10 +46,13 @@ class ObserveMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message).append("X-Request-Id", request_id)
+            elif message.get("more_body"):  # a stream: its client must go on taking
+                await self._within_stall(send(message), "took")
+                return
             await send(message)
 
         try:
-            await self._app(scope, receive, observed_send)
+            await self._app(scope, self._bounded(receive), observed_send)
         except ClientDisconnect:
             _log.info("client went away", path=scope["path"], request_id=request_id)
         except Exception as error:  # noqa: BLE001 - nothing may get out
@@ -60,6 +69,28 @@ class ObserveMiddleware:
                 await problem_response(problem, scope)(scope, receive, observed_send)
         finally:
             self._observe(scope, status, perf_counter() - started)
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """Return `receive` that raises where the client stands still in the middle of its body."""
+        ended = False
+
+        async def bounded() -> Message:
+            nonlocal ended
+            if ended:
+                return await receive()
+            message = await self._within_stall(receive(), "sent")
+            ended = not message.get("more_body", False)
+            return message
+
+        return bounded
+
+    async def _within_stall(self, step: Awaitable[T], verb: str) -> T:
+        """Return what `step` gives; raises StalledError where the client stands still."""
+        try:
+            with anyio.fail_after(self._stall):
+                return await step
+        except TimeoutError:
+            raise StalledError(f"the client {verb} nothing for {self._stall:g} s") from None
 
     def _observe(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "none")

@@ -43,6 +43,8 @@ APPLY_ERRORS: Kinds = (
     errors.TooManyRowsError,
     errors.AnswerTooLargeError,
     errors.NonFiniteOutputError,
+    errors.DoraNeedsBaseError,
+    errors.UnsupportedAdapterError,
 )
 STORE_ERRORS: Kinds = (errors.MemoryBudgetError, errors.StoreFullError, errors.StoreReadOnlyError)
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, FailFast, Field, FiniteFloat
 
 from app.core import shapes
 from app.core.adapter import LoraAdapter
@@ -13,6 +13,7 @@ from app.service.stats import ModuleStats
 from app.storage.setfile import SetRecord, StoredSet
 
 Size = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Names = Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=1024), FailFast()]
 Rows = list[list[float]]
 Vectors = Rows | list[float]
 
@@ -31,7 +32,7 @@ class Config(RequestModel):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="used in training only"
     )
-    target_modules: list[str] = Field(
+    target_modules: Names = Field(
         list(LoraConfig().target_modules),
         description="modules to keep, by full name or last part; an empty list keeps all",
     )
@@ -242,6 +243,9 @@ class ApplyRequest(RequestModel):
     """Vectors for one module."""
 
     inputs: Vectors = Field(description="a list of vectors (rows, d_in), or one vector (d_in,)")
+    base_outputs: Vectors | None = Field(
+        None, description="W·x without bias, for DoRA modules only: (rows, d_out) or (d_out,)"
+    )
 
 
 class ApplyAnswer(BaseModel):
@@ -257,6 +261,9 @@ class ApplyManyRequest(RequestModel):
     """Vectors by module, or one batch for every `module` parameter."""
 
     inputs: dict[str, Vectors] | Vectors
+    base_outputs: dict[str, Vectors] | None = Field(
+        None, description="W·x without bias, for DoRA modules only"
+    )
 
 
 class ApplyManyAnswer(BaseModel):

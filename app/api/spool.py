@@ -4,12 +4,13 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import IO, TypeVar
 
 import anyio
 import anyio.to_thread
 
-from app.errors import StalledError
+from app.errors import StalledError, StoreFullError
 
 T = TypeVar("T")
 
@@ -26,9 +27,10 @@ class Spool:
     most `stall_seconds`. `close` gives memory and file back.
     """
 
-    def __init__(self, max_disk_bytes: int, stall_seconds: float) -> None:
+    def __init__(self, max_disk_bytes: int, stall_seconds: float, folder: Path) -> None:
         self._max_disk = max_disk_bytes
         self._stall = stall_seconds
+        self._folder = folder
         self._memory: deque[bytes | bytearray] = deque()
         self._memory_bytes = 0
         self._file: IO[bytes] | None = None
@@ -39,7 +41,10 @@ class Spool:
         self._changed = anyio.Event()
 
     async def put(self, block: bytes | bytearray) -> None:
-        """Append a block; raises StalledError where the consumer stands still."""
+        """Append a block; raises StalledError where the consumer stands still.
+
+        Raises StoreFullError where the disk is full.
+        """
         await self._wait(lambda: self._fits_memory(len(block)) or self._fits_disk(len(block)))
         if self._fits_memory(len(block)):
             self._memory.append(block)
@@ -47,7 +52,10 @@ class Spool:
         else:
             if self._written == self._read:  # start over, so that the file stays short
                 self._written = self._read = 0
-            await anyio.to_thread.run_sync(self._write, block)
+            try:
+                await anyio.to_thread.run_sync(self._write, block)
+            except OSError as error:
+                raise StoreFullError(f"the merge cannot be spilled to disk: {error}") from None
         self._signal()
 
     def end(self, error: Exception | None = None) -> None:
@@ -102,7 +110,7 @@ class Spool:
     def _write(self, block: bytes | bytearray) -> None:
         """Append to the file, a ring of max_disk bytes."""
         if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - see close()
         view = memoryview(block)
         while view:
             start = self._written % self._max_disk

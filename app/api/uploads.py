@@ -28,9 +28,10 @@ async def receive_adapter(request: Request, model_file: BinaryIO, limit: int) ->
     if declared is not None:
         check_length(declared, limit)
     form = _AdapterForm()
-    parser = MultipartParser(_boundary(request), form.callbacks())  # type: ignore[arg-type]
+    boundary = _boundary(request)
     received = 0
     try:
+        parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
         async for chunk in request.stream():
             received += len(chunk)
             check_length(received, limit)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
@@ -10,6 +11,9 @@ from app.core.config import LoraConfig
 from app.core.kaiming import kaiming_uniform
 from app.core.merge import blocks, merge_rows
 from app.errors import ShapeMismatchError
+
+LayerKind = Literal["linear", "conv1d", "embedding"]
+"""linear: the base weight is (d_out, d_in); conv1d, embedding: it is stored (d_in, d_out)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +31,11 @@ class LoraAdapter:
     """B, shape (d_out, rank)."""
     scaling: float
     """alpha / r, or alpha / sqrt(r) for rsLoRA; 0.0 for rank 0; a float32 value."""
+    bias: Array | None = None
+    """b of a lora_B with bias, shape (d_out,): the branch is scaling * (B A x + b)."""
+    magnitude: Array | None = None
+    """m of DoRA (Liu et al. 2024), shape (d_out,): W' = m / |W + scaling B A|, row by row."""
+    layer: LayerKind = "linear"
 
     @classmethod
     def new(cls, d_in: int, d_out: int, config: LoraConfig) -> "LoraAdapter":
@@ -57,9 +66,10 @@ class LoraAdapter:
         return to_float32(self.a_matrix), to_float32(self.b_matrix)
 
     def apply(self, x: Floats) -> Floats:
-        """Return scaling * (x A^T) B^T as float32: (d_in,) -> (d_out,) or (n, d_in) -> (n, d_out).
+        """Return scaling * ((x A^T) B^T + bias) as float32, (n, d_in) -> (n, d_out).
 
-        Costs 2 n r (d_in + d_out) operations. Raises ShapeMismatchError for another width.
+        One vector (d_in,) gives (d_out,). Costs 2 n r (d_in + d_out) operations. DoRA needs `apply_dora` on top. Raises
+        ShapeMismatchError for another width.
         """
         if x.ndim not in (1, 2) or x.shape[-1] != self.d_in:
             raise ShapeMismatchError(
@@ -73,14 +83,27 @@ class LoraAdapter:
             hidden: Floats = x @ a_matrix.T  # (n, r)
             hidden *= np.float32(self.scaling)
             outputs: Floats = hidden @ b_matrix.T  # (n, d_out)
+            if self.bias is not None:
+                outputs += np.float32(self.scaling) * to_float32(self.bias)
         return outputs
 
+    def apply_dora(self, x: Floats, base_outputs: Floats, row_norms: Floats) -> Floats:
+        """Return what a DoRA layer adds to `base_outputs` = W x (without bias), same shape.
+
+        (m/norm - 1) * W x + (m/norm) * scaling * B A x, with `row_norms` (d_out,) of
+        W + scaling * B @ A (peft 0.21, tuners/lora/dora.py).
+        """
+        assert self.magnitude is not None
+        ratio = to_float32(self.magnitude) / row_norms
+        return (ratio - 1) * base_outputs + ratio * self.apply(x)
+
     def param_count(self) -> int:
-        """Return r * (d_in + d_out)."""
-        return self.rank * (self.d_in + self.d_out)
+        """Return r * (d_in + d_out), plus d_out for each of bias and magnitude."""
+        vectors = sum(one is not None for one in (self.bias, self.magnitude))
+        return self.rank * (self.d_in + self.d_out) + vectors * self.d_out
 
     def memory_bytes(self) -> int:
-        """Return the size of both matrices as float32, in bytes."""
+        """Return the size of all parameters as float32, in bytes."""
         return 4 * self.param_count()
 
     def merge_into_weights(self, weights: Array) -> None:

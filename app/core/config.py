@@ -13,9 +13,15 @@ MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 
 
 def shortest_float32(value: float) -> float:
-    """Return the double that prints as the shortest decimal of `value` rounded to float32."""
-    with np.errstate(over="ignore"):
-        return float(str(np.float32(value)))
+    """Return the double that prints as the shortest decimal of `value` rounded to float32.
+
+    Infinite beyond float32.
+    """
+    try:
+        with np.errstate(over="ignore"):
+            return float(str(np.float32(value)))
+    except OverflowError:  # an integer beyond float64
+        return float("inf")
 
 
 @dataclass(frozen=True, slots=True)

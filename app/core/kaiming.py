@@ -6,6 +6,7 @@ jumped ahead with such matrices and then stepped together.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ def kaiming_uniform(d_in: int, d_out: int, rank: int) -> npt.NDArray[np.float32]
 
 def _draw(d_in: int, d_out: int, rank: int) -> npt.NDArray[np.float32]:
     seed = (d_in * _MULTIPLIER + d_out + rank + 1) & _MASK
-    values = xorshift64(seed, rank * d_in).astype(np.float32)
+    values = xorshift64(seed, rank * d_in, np.float32)
     bound = np.sqrt(np.float32(2) / np.float32(d_in)) if d_in else np.float32(0)
     # The reference's order of float32 operations: t = x / 2^64, then t * 2 * bound - bound.
     values *= np.float32(2.0**-63)
@@ -43,12 +44,12 @@ def _draw(d_in: int, d_out: int, rank: int) -> npt.NDArray[np.float32]:
 _draw_cached = lru_cache(maxsize=16)(_draw)
 
 
-def xorshift64(seed: int, count: int) -> Words:
-    """Return the first `count` states (count,) uint64 that follow `seed`."""
+def xorshift64(seed: int, count: int, dtype: type[np.generic] = np.uint64) -> npt.NDArray[Any]:
+    """Return the first `count` states (count,) that follow `seed`, each rounded to `dtype`."""
     steps = 1 << _STEPS_LOG2
     lanes = -(-count // steps)
     state = _lane_starts(seed, lanes)
-    out = np.empty((lanes, steps), np.uint64)
+    out = np.empty((lanes, steps), dtype)
     for step in range(steps):
         _step(state)
         out[:, step] = state

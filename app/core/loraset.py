@@ -1,8 +1,11 @@
 """A complete set of adapters for one Bonsai or Qwen3 model."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from app.core.adapter import LoraAdapter
+from app.core.cast import Array
 from app.core.config import LoraConfig
 from app.core.registry import LoraRegistry
 from app.core.shapes import AttentionShape, MlpShape, Shapes, layered
@@ -15,6 +18,8 @@ class BonsaiLoraSet:
     registry: LoraRegistry
     base_model_name: str
     adapter_name: str
+    replacements: Mapping[str, Array] = field(default_factory=lambda: MappingProxyType({}))
+    """Parameters of the base that are replaced as a whole (modules_to_save, biases), by name."""
 
     @classmethod
     def new(cls, config: LoraConfig, model_name: str, adapter_name: str) -> "BonsaiLoraSet":
@@ -61,8 +66,14 @@ class BonsaiLoraSet:
         return replace(self, registry=registry)
 
     def total_trainable_params(self) -> int:
-        """Return the parameter count of all adapters."""
-        return self.registry.total_param_count()
+        """Return the parameter count of all adapters and replaced parameters."""
+        return self.registry.total_param_count() + sum(
+            one.size for one in self.replacements.values()
+        )
+
+    def total_memory_bytes(self) -> int:
+        """Return the size of all parameters as float32, in bytes."""
+        return 4 * self.total_trainable_params()
 
     def efficiency_ratio(self, base_param_count: int) -> float:
         """Return LoRA parameters over base parameters; 0.0 where the count is 0."""

@@ -1,31 +1,46 @@
-"""Size and shape of delta W = scaling * B @ A from r x r Gram matrices, never from the product."""
+"""Size and shape of delta W = scaling * B @ A from r x r factors, never from the product."""
+
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
 from app.core.adapter import LoraAdapter
 
+Values = npt.NDArray[np.float64]
 
-def singular_values(adapter: LoraAdapter) -> npt.NDArray[np.float64]:
+_known: WeakKeyDictionary[LoraAdapter, Values] = WeakKeyDictionary()
+
+
+def singular_values(adapter: LoraAdapter) -> Values:
     """Return the r singular values of scaling * B @ A, largest first, as float64.
 
-    They are the roots of the eigenvalues of (B^T B)^(1/2) (A A^T) (B^T B)^(1/2). Values below
-    about 1e-8 of the largest are lost in rounding and come back as 0. Costs O(r^2 (d_in + d_out)).
+    B = Q R and A^T = P S give B @ A = Q (R S^T) P^T, so they are those of the r x r matrix R S^T.
+    Unlike eigenvalues of Gram matrices, nothing is squared, so small values keep their digits.
+    Costs O(r^2 (d_in + d_out)) once; an adapter's values are remembered as long as it lives.
     """
-    a_matrix, b_matrix = (factor.astype(np.float64) for factor in adapter.factors)
-    if adapter.rank == 0 or a_matrix.size == 0 or b_matrix.size == 0:
+    values = _known.get(adapter)
+    if values is None:
+        values = _known[adapter] = _compute(adapter)
+    return values
+
+
+def _compute(adapter: LoraAdapter) -> Values:
+    if adapter.rank == 0 or adapter.d_in == 0 or adapter.d_out == 0:
         return np.zeros(adapter.rank)
-    eigenvalues, vectors = np.linalg.eigh(b_matrix.T @ b_matrix)
-    root = vectors * np.sqrt(np.clip(eigenvalues, 0, None)) @ vectors.T
-    squares = np.linalg.eigvalsh(root @ (a_matrix @ a_matrix.T) @ root)[::-1]
-    squares = np.where(squares > squares[0] * 1e-15, squares, 0.0)
-    values: npt.NDArray[np.float64] = abs(adapter.scaling) * np.sqrt(squares)
+    a_matrix, b_matrix = (factor.astype(np.float64) for factor in adapter.factors)
+    right: Values = np.linalg.qr(b_matrix, mode="r")  # type: ignore[assignment]  # of NumPy's stubs
+    left: Values = np.linalg.qr(a_matrix.T, mode="r")  # type: ignore[assignment]
+    core = right @ left.T  # (r, r)
+    values = np.zeros(adapter.rank)
+    found = np.linalg.svd(core, compute_uv=False)
+    values[: len(found)] = abs(adapter.scaling) * found
     return values
 
 
 def delta_norm(adapter: LoraAdapter) -> float:
     """Return the Frobenius norm of scaling * B @ A."""
-    return float(np.sqrt(np.sum(singular_values(adapter) ** 2)))
+    return float(np.linalg.norm(singular_values(adapter)))
 
 
 def effective_rank(adapter: LoraAdapter) -> float:

@@ -1,124 +1,166 @@
-"""PEFT LoRA adapters: adapter_config.json and tensor names (peft 0.21, src/peft/tuners/lora)."""
+"""PEFT LoRA adapters: the tensors of adapter_model.safetensors as adapters, and back.
 
-import json
-import math
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+Names and shapes: peft 0.21.2, src/peft/tuners/lora/layer.py and src/peft/utils/save_and_load.py.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import regex
-
-from app.core.adapter import LoraAdapter
+from app.core.adapter import LayerKind, LoraAdapter
 from app.core.cast import Array, all_finite
-from app.core.config import LoraConfig, shortest_float32
+from app.core.config import LoraConfig
+from app.core.loraset import BonsaiLoraSet
 from app.core.registry import LoraRegistry
 from app.errors import InvalidAdapterError, UnsupportedAdapterError
 from app.formats.names import check_module_name
+from app.formats.peft_config import PeftConfig, is_named, unknown_fields
 
-_PREFIX = "base_model.model."
-_KEY = regex.compile(
-    r"(?:base_model\.(?:model\.)?)?(?P<module>.+)\.lora_(?P<half>[AB])(?:\.[^.]+)?\.weight"
+PREFIX = "base_model.model."
+
+_EMBEDDING_LAYERS = ("embed_tokens", "lm_head")
+_LORA_KEY = re.compile(
+    r"(?P<module>.+)\."
+    r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?:\.(?!weight$|bias$)[^.]+)?(?P<ending>\.weight|\.bias)?"
 )
-_PATTERN_LENGTH = 512
-_PATTERN_SECONDS = 2.0
+_WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.[^.]+)?)(?=\.(?:weight|bias)$)")
 
-_REFUSED_WHEN_SET = {
-    "use_dora": "DoRA needs the norms of the base weights",
-    "modules_to_save": "whole replaced modules cannot be applied as a delta",
-    "trainable_token_indices": "replaced token rows cannot be applied as a delta",
-    "target_parameters": "adapters of 3-D expert parameters are laid out differently",
-    "layer_replication": "the model's depth is changed, so layers do not fit the base",
-    "use_bdlora": "block-diagonal factors are stored in another shape",
-    "use_qalora": "pooled inputs are defined for GPTQ weights only",
-    "alora_invocation_tokens": "activated LoRA applies to some tokens only",
-    "arrow_config": "a router over several adapters is not one delta",
-    "kasa_config": "KaSA changes the base weights and adds a diagonal",
-    "lora_bias": "a bias beside B is not part of the delta's two matrices",
-    "fan_in_fan_out": "the base weights would be stored transposed; no Qwen3 module is",
-}
-"""Field -> why a true value is refused."""
-
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+Parts = dict[str, str]
+"""Part of an adapter (A, B, bias, embedding_A, embedding_B, magnitude) -> tensor name."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeftAdapter:
-    """What an upload holds, checked: the adapters and what was passed over on purpose."""
+    """What an upload holds, checked, and what was passed over on purpose."""
 
-    registry: LoraRegistry
-    base_model_name: str
-    ignored_keys: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-def tensor_keys(module: str) -> tuple[str, str]:
-    """Return the names of A and B of `module` in a PEFT file."""
-    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+    lora_set: BonsaiLoraSet
+    names: Mapping[str, str]
+    """Tensor name in the upload -> name in the set's file; those missing were ignored."""
+    ignored_keys: list[str]
+    warnings: list[str]
 
 
-def decode_config(raw: bytes) -> dict[str, Any]:
-    """Return the object in an adapter_config.json; raises InvalidAdapterError."""
-    try:
-        config = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise InvalidAdapterError(f"adapter_config.json is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InvalidAdapterError("adapter_config.json must be a JSON object")
-    return config
+def decode_adapter(config: PeftConfig, tensors: Mapping[str, Array], name: str) -> PeftAdapter:
+    """Return the set `name` that peft would make of `config` and `tensors` (views are kept).
 
-
-def decode_adapter(config: Mapping[str, Any], tensors: Mapping[str, Array]) -> PeftAdapter:
-    """Return the adapters that PEFT would make of `config` and `tensors` (views are kept).
-
-    Raises UnsupportedAdapterError for a kind that would be applied wrongly, InvalidAdapterError
-    where configuration and tensors contradict each other; both list what is wrong.
+    Raises UnsupportedAdapterError for tensors that would be applied wrongly or lost,
+    InvalidAdapterError where configuration and tensors contradict each other. Reads every tensor
+    once, to refuse NaN and infinity.
     """
-    _check_supported(config)
-    base_config = _decode_hyper_parameters(config)
-    pairs = _pair_tensors(tensors)
-    ranks = _Patterns(config, "rank_pattern")
-    alphas = _Patterns(config, "alpha_pattern")
-    adapters = {}
-    for module, (a_matrix, b_matrix) in pairs.items():
-        rank = ranks.value(module, base_config.rank)
-        alpha = alphas.value(module, base_config.alpha)
-        _check_pair(module, a_matrix, b_matrix, rank)
-        own = LoraConfig(rank, alpha, base_config.dropout, base_config.target_modules)
-        scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        adapters[module] = LoraAdapter(own, a_matrix, b_matrix, float(np.float32(scaling)))
-    return PeftAdapter(
-        LoraRegistry(base_config).add_all(adapters),
-        str(config.get("base_model_name_or_path") or ""),
-        warnings=_unknown_fields(config),
+    modules, others = group_keys(tensors)
+    if not modules:
+        raise InvalidAdapterError("the adapter has no LoRA tensors: it would change nothing")
+    _check_targets(config, modules)
+    adapters = {
+        module: _decode_module(config, module, parts, tensors) for module, parts in modules.items()
+    }
+    replacements, ignored = _replacements(config, others, modules)
+    for key in [
+        *replacements.values(),
+        *(key for parts in modules.values() for key in parts.values()),
+    ]:
+        _check_values(key, tensors[key])
+    lora_set = BonsaiLoraSet(
+        LoraRegistry(config.lora).add_all(adapters),
+        config.base_model_name,
+        name,
+        {parameter: tensors[key] for parameter, key in replacements.items()},
     )
+    canonical = {
+        key: tensor_name(module, part)
+        for module, parts in modules.items()
+        for part, key in parts.items()
+    } | {key: PREFIX + parameter for parameter, key in replacements.items()}
+    return PeftAdapter(lora_set, canonical, ignored, _warnings(config, modules, ignored))
 
 
-def encode_config(
-    registry: LoraRegistry, base_model_name: str, original: Mapping[str, Any] | None
-) -> dict[str, Any]:
+def tensor_name(module: str, part: str) -> str:
+    """Return the name that peft gives a part of a module's adapter."""
+    endings = {
+        "A": "lora_A.weight",
+        "B": "lora_B.weight",
+        "bias": "lora_B.bias",
+        "embedding_A": "lora_embedding_A",
+        "embedding_B": "lora_embedding_B",
+        "magnitude": "lora_magnitude_vector",
+    }
+    return f"{PREFIX}{module}.{endings[part]}"
+
+
+def set_tensors(lora_set: BonsaiLoraSet) -> dict[str, Array]:
+    """Return all tensors of a set under peft's names."""
+    tensors: dict[str, Array] = {}
+    for module, adapter in lora_set.registry.adapters.items():
+        embedding = "embedding_" if adapter.layer == "embedding" else ""
+        parts = {
+            f"{embedding}A": adapter.a_matrix,
+            f"{embedding}B": adapter.b_matrix,
+            "bias": adapter.bias,
+            "magnitude": adapter.magnitude,
+        }
+        tensors |= {
+            tensor_name(module, part): one for part, one in parts.items() if one is not None
+        }
+    return tensors | {PREFIX + name: one for name, one in lora_set.replacements.items()}
+
+
+def group_keys(keys: Iterable[str]) -> tuple[dict[str, Parts], dict[str, str]]:
+    """Return the adapters' tensor names by module and part, and the other tensors by parameter.
+
+    The prefix `base_model.model.` or `base_model.` and an adapter's name inside the key may be
+    there or not. Raises InvalidAdapterError where two keys mean one tensor.
+    """
+    modules: dict[str, Parts] = {}
+    others: dict[str, str] = {}
+    for key in keys:
+        path = re.sub(r"^base_model\.(model\.)?", "", key)
+        match = _LORA_KEY.fullmatch(path)
+        part = None if match is None else _part(match["part"], match["ending"])
+        place: dict[str, str]
+        if match is None or part is None:
+            name, place = _WRAPPED.sub("", path), others
+        else:
+            name, place = part, modules.setdefault(check_module_name(match["module"]), {})
+        if name in place:
+            raise InvalidAdapterError(
+                f"{key!r} and {place[name]!r} are the same tensor", keys=[key, place[name]]
+            )
+        place[name] = key
+    return modules, others
+
+
+def encode_config(lora_set: BonsaiLoraSet, original: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the adapter_config.json of a set: the uploaded one, or one that says the same.
 
     Scalings that are not alpha / r (rsLoRA) are written as the alpha that gives them.
     """
     if original is not None:
         return dict(original)
-    config = registry.config
-    adapters = registry.adapters
+    config = lora_set.registry.config
+    adapters = lora_set.registry.adapters
     alphas = {name: _exported_alpha(one) for name, one in adapters.items()}
     modules = sorted({name.rpartition(".")[2] for name in adapters}) or list(config.target_modules)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model_name or None,
+        "base_model_name_or_path": lora_set.base_model_name or None,
         "inference_mode": True,
         "r": max(config.rank, 1),
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "target_modules": modules,
-        "rank_pattern": {name: a.rank for name, a in adapters.items() if a.rank != config.rank},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != config.alpha},
+        "rank_pattern": {
+            _pattern_key(name, adapters): one.rank
+            for name, one in adapters.items()
+            if one.rank != config.rank
+        },
+        "alpha_pattern": {
+            _pattern_key(name, adapters): alpha
+            for name, alpha in alphas.items()
+            if alpha != config.alpha
+        },
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -134,178 +176,170 @@ def _exported_alpha(adapter: LoraAdapter) -> float:
     return adapter.scaling * adapter.rank
 
 
-def _check_supported(config: Mapping[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != "LORA":
-        raise UnsupportedAdapterError(
-            f"peft_type is {kind!r}; only 'LORA' adapters can be served here", got=kind
-        )
-    for name, reason in _REFUSED_WHEN_SET.items():
-        if config.get(name):
-            raise UnsupportedAdapterError(
-                f"{name} is set, and {reason}; it is not supported", field=name
-            )
-    if config.get("bias", "none") != "none":
-        raise UnsupportedAdapterError(
-            f"bias is {config['bias']!r}: replaced biases are no delta; only 'none' is supported",
-            field="bias",
-        )
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
-        raise UnsupportedAdapterError(
-            f"init_lora_weights is {init!r}, which changed the base weights when training began; "
-            "A and B do not fit the original base. Save it again with "
-            "path_initial_model_for_weight_conversion",
-            field="init_lora_weights",
+def _pattern_key(module: str, modules: Iterable[str]) -> str:
+    """Return the pattern for one module, anchored where it would match the end of another."""
+    return f"^{module}" if any(other.endswith("." + module) for other in modules) else module
+
+
+def _part(part: str, ending: str | None) -> str | None:
+    """Return which part of an adapter a key is; None where its ending does not belong to it."""
+    if part == "lora_A":
+        return "A" if ending == ".weight" else None
+    if part == "lora_B":
+        return {".weight": "B", ".bias": "bias"}.get(ending or "")
+    if part == "lora_magnitude_vector":
+        return "magnitude" if ending != ".bias" else None
+    return part.removeprefix("lora_") if ending is None else None
+
+
+def _check_targets(config: PeftConfig, modules: Iterable[str]) -> None:
+    stray = [module for module in modules if not config.targets(module)]
+    if stray:
+        raise InvalidAdapterError(
+            f"{len(stray)} modules have tensors, but the configuration (target_modules, "
+            "exclude_modules, layers_to_transform) does not name them, so peft would not load "
+            f"them: {', '.join(stray[:8])}",
+            modules=stray[:64],
         )
 
 
-def _decode_hyper_parameters(config: Mapping[str, Any]) -> LoraConfig:
-    rank = config.get("r", 8)
-    if type(rank) is not int or rank < 1:
-        raise InvalidAdapterError(f"r must be a positive integer, got {rank!r}", field="r")
-    targets = config.get("target_modules")
-    listed = [targets] if isinstance(targets, str) else targets or []
-    if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
-        raise InvalidAdapterError("target_modules must be a string or a list of strings")
-    return LoraConfig(
-        rank,
-        _number(config.get("lora_alpha", 8), "lora_alpha"),
-        _number(config.get("lora_dropout", 0.0) or 0.0, "lora_dropout"),
-        tuple(sorted(listed)),
+def _decode_module(
+    config: PeftConfig, module: str, parts: Parts, tensors: Mapping[str, Array]
+) -> LoraAdapter:
+    layer = _layer_kind(config, module, parts)
+    embedding = "embedding_" if layer == "embedding" else ""
+    a_matrix = tensors[parts[f"{embedding}A"]]
+    b_matrix = tensors[parts[f"{embedding}B"]]
+    rank, alpha, scaling = config.rank_and_scaling(module)
+    _check_factors(module, a_matrix, b_matrix, rank)
+    vectors = {}
+    for part, flag in (("bias", "lora_bias"), ("magnitude", "use_dora")):
+        vectors[part] = _vector(config, module, part, flag, parts, tensors, len(b_matrix))
+    own = LoraConfig(rank, alpha, config.lora.dropout, config.lora.target_modules)
+    return LoraAdapter(
+        own, a_matrix, b_matrix, scaling, vectors["bias"], vectors["magnitude"], layer
     )
 
 
-def _number(value: Any, name: str) -> float:
-    if type(value) not in (int, float) or not math.isfinite(shortest_float32(value)):
-        raise InvalidAdapterError(f"{name} must be a finite number, got {value!r}", field=name)
-    return float(value)
-
-
-def _pair_tensors(tensors: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
-    """Return A and B by module; raises for keys that are no LoRA weights and for lone halves."""
-    halves: dict[str, dict[str, Array]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            unknown.append(key)
-            continue
-        module = check_module_name(match["module"])
-        if match["half"] in halves.setdefault(module, {}):
-            raise InvalidAdapterError(
-                f"there are two tensors for lora_{match['half']} of {module!r}", module=module
-            )
-        halves[module][match["half"]] = tensor
-    if unknown:
-        raise UnsupportedAdapterError(
-            f"{len(unknown)} tensors are no LoRA weights and would be lost: "
-            + ", ".join(unknown[:8]),
-            keys=unknown[:64],
-        )
-    lone = [module for module, found in halves.items() if len(found) != 2]
-    if lone:
+def _layer_kind(config: PeftConfig, module: str, parts: Parts) -> LayerKind:
+    halves = parts.keys() & {"A", "B", "embedding_A", "embedding_B"}
+    if halves == {"embedding_A", "embedding_B"}:
+        return "embedding"
+    if halves != {"A", "B"}:
         raise InvalidAdapterError(
-            f"{len(lone)} modules have only one of lora_A and lora_B: " + ", ".join(lone[:8]),
-            modules=lone[:64],
-        )
-    if not halves:
-        raise InvalidAdapterError("the adapter has no LoRA tensors: it would change nothing")
-    return {module: (found["A"], found["B"]) for module, found in halves.items()}
-
-
-def _check_pair(module: str, a_matrix: Array, b_matrix: Array, rank: int) -> None:
-    for half, matrix in (("A", a_matrix), ("B", b_matrix)):
-        if matrix.ndim != 2:
-            raise InvalidAdapterError(
-                f"lora_{half} of {module!r} has shape {list(matrix.shape)}, not two dimensions",
-                module=module,
-                got=list(matrix.shape),
-            )
-        if matrix.dtype.itemsize == 8:
-            raise UnsupportedAdapterError(
-                f"lora_{half} of {module!r} is F64; expected F32, F16 or BF16", module=module
-            )
-        if not all_finite(matrix):
-            raise InvalidAdapterError(
-                f"lora_{half} of {module!r} holds NaN or infinity", module=module
-            )
-    if a_matrix.shape[0] != b_matrix.shape[1] or a_matrix.shape[0] != rank:
-        raise InvalidAdapterError(
-            f"module {module!r}: lora_A {list(a_matrix.shape)} and lora_B {list(b_matrix.shape)} "
-            f"have rank {a_matrix.shape[0]} and {b_matrix.shape[1]}, but the configuration "
-            f"says {rank}",
+            f"module {module!r} has {', '.join(sorted(parts.values()))}; expected both lora_A and "
+            "lora_B",
             module=module,
-            got=[a_matrix.shape[0], b_matrix.shape[1]],
+        )
+    return "conv1d" if config.raw.get("fan_in_fan_out") else "linear"
+
+
+def _check_factors(module: str, a_matrix: Array, b_matrix: Array, rank: int) -> None:
+    got = [list(a_matrix.shape), list(b_matrix.shape)]
+    if a_matrix.ndim != 2 or b_matrix.ndim != 2:
+        raise InvalidAdapterError(
+            f"module {module!r}: A and B have shapes {got[0]} and {got[1]}; expected two dimensions",
+            module=module,
+            got=got,
+        )
+    if a_matrix.shape[0] != rank or b_matrix.shape[1] != rank:
+        raise InvalidAdapterError(
+            f"module {module!r}: A {got[0]} has rank {a_matrix.shape[0]} and B {got[1]} has rank "
+            f"{b_matrix.shape[1]}, but the configuration says {rank}",
+            module=module,
+            got=got,
             expected=rank,
         )
 
 
-class _Patterns:
-    r"""rank_pattern or alpha_pattern: the first key that matches a module's path wins.
-
-    PEFT puts each key, as a regular expression, into `(.*\.)?(key)$`. All matching of one
-    pattern together may take two seconds, so that no expression can run for ever.
-    """
-
-    def __init__(self, config: Mapping[str, Any], name: str) -> None:
-        value = config.get(name) or {}
-        if not isinstance(value, dict):
-            raise InvalidAdapterError(f"{name} must be an object, got {value!r}", field=name)
-        self._name = name
-        self._deadline = time.monotonic() + _PATTERN_SECONDS
-        self._items = [(self._compile(key), self._check(one)) for key, one in value.items()]
-
-    def value(self, module: str, default: Any) -> Any:
-        """Return the value of the first key that matches, else `default`."""
-        for expression, value in self._items:
-            left = self._deadline - time.monotonic()
-            try:
-                if left > 0 and expression.match(module, timeout=left):
-                    return value
-            except TimeoutError:
-                left = 0
-            if left <= 0:
-                raise InvalidAdapterError(
-                    f"{self._name} took over {_PATTERN_SECONDS:g} s to match; simplify its keys",
-                    field=self._name,
-                )
-        return default
-
-    def _compile(self, key: str) -> Any:
-        if len(key) > _PATTERN_LENGTH:
-            raise InvalidAdapterError(
-                f"{self._name} has a key of {len(key)} characters; at most {_PATTERN_LENGTH}",
-                field=self._name,
-            )
-        try:
-            return regex.compile(rf"(.*\.)?({key})$")
-        except regex.error as error:
-            raise InvalidAdapterError(
-                f"{self._name} has the key {key!r}, no regular expression: {error}",
-                field=self._name,
-            ) from None
-
-    def _check(self, value: Any) -> Any:
-        if self._name == "alpha_pattern":
-            return _number(value, self._name)
-        if type(value) is not int or value < 1:
-            raise InvalidAdapterError(
-                f"rank_pattern must hold positive integers, got {value!r}", field=self._name
-            )
-        return value
+def _vector(
+    config: PeftConfig,
+    module: str,
+    part: str,
+    flag: str,
+    parts: Parts,
+    tensors: Mapping[str, Array],
+    d_out: int,
+) -> Array | None:
+    """Return the vector (d_out,) that goes with `flag`; both must be there, or neither."""
+    wanted = bool(config.raw.get(flag))
+    if wanted != (part in parts):
+        have, say = ("no", "set") if wanted else ("a", "not set")
+        raise InvalidAdapterError(
+            f"module {module!r} has {have} {part} vector, but {flag} is {say}",
+            module=module,
+            field=flag,
+        )
+    if not wanted:
+        return None
+    vector = tensors[parts[part]]
+    if vector.shape != (d_out,):
+        raise InvalidAdapterError(
+            f"the {part} vector of {module!r} has shape {list(vector.shape)}; expected {[d_out]}",
+            module=module,
+            got=list(vector.shape),
+            expected=[d_out],
+        )
+    return vector
 
 
-_KNOWN_FIELDS = frozenset(_REFUSED_WHEN_SET) | {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config",
-    "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
-    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config",
-    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config",
-}  # fmt: skip
+def _replacements(
+    config: PeftConfig, others: Mapping[str, str], modules: Iterable[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Return the replaced parameters (name -> tensor name), and the keys to ignore."""
+    adapted = set(modules)
+    replaced: dict[str, str] = {}
+    ignored, unknown = [], []
+    for parameter, key in others.items():
+        module, _, kind = parameter.rpartition(".")
+        if _is_saved(module, config.modules_to_save) or (kind == "bias" and config.replaces_biases):
+            replaced[parameter] = key
+        elif (
+            kind == "weight"
+            and module.rpartition(".")[2] in _EMBEDDING_LAYERS
+            and (module in adapted or ".base_layer." in key)
+        ):
+            ignored.append(key)
+        else:
+            unknown.append(key)
+    if unknown:
+        raise UnsupportedAdapterError(
+            f"{len(unknown)} tensors are neither LoRA weights nor named by modules_to_save or "
+            f"bias, and would be lost: {', '.join(unknown[:8])}",
+            keys=unknown[:64],
+        )
+    return replaced, ignored
 
 
-def _unknown_fields(config: Mapping[str, Any]) -> list[str]:
-    unknown = sorted(config.keys() - _KNOWN_FIELDS)
-    return [f"unknown field {name!r} was passed over" for name in unknown]
+def _is_saved(module: str, names: list[str]) -> bool:
+    """Whether `module` or a module around it is in modules_to_save."""
+    parts = module.split(".")
+    return any(is_named(".".join(parts[:stop]), names) for stop in range(1, len(parts) + 1))
+
+
+def _check_values(key: str, tensor: Array) -> None:
+    if tensor.dtype.itemsize == 8:
+        raise UnsupportedAdapterError(f"tensor {key!r} is F64; expected F32, F16 or BF16", key=key)
+    if not all_finite(tensor):
+        raise InvalidAdapterError(f"tensor {key!r} holds NaN or infinity", key=key)
+
+
+def _warnings(config: PeftConfig, modules: Iterable[str], ignored: list[str]) -> list[str]:
+    found = unknown_fields(config)
+    names = config.raw.get("target_modules")
+    if isinstance(names, list):
+        absent = sorted(
+            name for name in names if not any(is_named(module, [name]) for module in modules)
+        )
+        absent = [name for name in absent if name not in config.modules_to_save]
+        found += [f"target_modules names {name!r}, which has no tensors" for name in absent]
+    if ignored:
+        found.append(
+            "copies of base embeddings were ignored; where the vocabulary was resized, name the "
+            "layer in modules_to_save"
+        )
+    if config.raw.get("fan_in_fan_out"):
+        found.append(
+            "fan_in_fan_out is set: merging transposes the delta, which no Qwen3 model needs"
+        )
+    return found

@@ -7,6 +7,7 @@ bfloat16 in NumPy, and does not say which rule was broken (docs/decisions/0004-s
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _ALIGNMENT = 64
 _MAX_SIZE = 2**63 - 1
+_MAX_DIMENSIONS = 64  # NumPy's limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +146,17 @@ def view(raw: bytes | memoryview, header: Header, name: str) -> Array:
     return array
 
 
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensor name -> dtype name and shape, in the order of the data."""
+
+
+def layout_of(tensors: Mapping[str, Array]) -> Layout:
+    """Return the layout of float arrays."""
+    return {name: (DTYPE_NAMES[array.dtype], array.shape) for name, array in tensors.items()}
+
+
 def encode_header(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]],
+    tensors: Layout,
     metadata: Mapping[str, str] | None = None,
     *,
     length: int | None = None,
@@ -171,8 +182,7 @@ def encode_header(
 
 def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the file that holds `tensors` (float arrays) in the given order."""
-    layout = {name: (DTYPE_NAMES[array.dtype], array.shape) for name, array in tensors.items()}
-    return b"".join([encode_header(layout, metadata), *map(as_bytes, tensors.values())])
+    return b"".join([encode_header(layout_of(tensors), metadata), *map(as_bytes, tensors.values())])
 
 
 def as_bytes(array: Array) -> memoryview:
@@ -205,9 +215,8 @@ def _parse_object(text: bytes) -> dict[str, Any]:
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        doubled = next(name for name in names if names.count(name) > 1)
-        raise _malformed(f"the key {doubled[:100]!r} stands twice")
+        counts = Counter(name for name, _ in pairs)
+        raise _malformed(f"the key {counts.most_common(1)[0][0][:100]!r} stands twice")
     return result
 
 
@@ -229,13 +238,15 @@ def _check_entry(name: str, entry: Any) -> TensorInfo:
         raise _malformed(f"tensor {name[:100]!r} has the unknown dtype {str(dtype)[:40]!r}")
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
         raise _malformed(f"tensor {name[:100]!r} has a shape that is not a list of sizes")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise _malformed(f"tensor {name[:100]!r} has {len(shape)} dimensions")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise _malformed(f"tensor {name[:100]!r} must have data_offsets [begin, end]")
     bits = math.prod(shape) * ELEMENT_BITS[dtype]
     if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
         raise _malformed(
             f"tensor {name[:100]!r} of dtype {dtype} and shape {shape} has "
-            f"{bits / 8:g} bytes, but its data_offsets {offsets} say {offsets[1] - offsets[0]}"
+            f"{bits // 8} bytes, but its data_offsets {offsets} say {offsets[1] - offsets[0]}"
         )
     return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
 

@@ -18,6 +18,7 @@ class Limits:
     """Bounds from the settings; sizes in bytes."""
 
     max_body_bytes: int
+    max_json_bytes: int
     max_upload_bytes: int
     max_header_bytes: int
     max_rows: int

@@ -20,9 +20,11 @@ from app.errors import (
     SetExistsError,
     SetNotFoundError,
     ShapeMismatchError,
+    UnsupportedAdapterError,
 )
 from app.formats import peft, safetensors
 from app.formats.names import check_module_name, check_set_name
+from app.formats.peft_config import decode_config
 from app.service.limits import Limits, shapes_bytes
 from app.storage.setfile import SetRecord, StoredSet
 from app.storage.store import SetStore
@@ -66,9 +68,10 @@ def create_set(
         )
     with store.lock(name):
         _refuse_existing(store, name)
+        # Before the matrices are drawn, which takes memory and time.
         limits.check_budget(store, name, shapes_bytes(kept, config.rank))
         lora_set = BonsaiLoraSet.new(config, base_model_name, name).add_adapters(kept)
-        return store.write(lora_set, origin="initialized", now=_now(), previous=None)
+        return _write(store, limits, lora_set, origin="initialized", previous=None)
 
 
 def import_peft(
@@ -85,24 +88,23 @@ def import_peft(
     RankTooLargeError, MemoryBudgetError, and what `precondition` raises; nothing has changed then.
     """
     check_set_name(name)
-    config = peft.decode_config(raw_config)
+    config = decode_config(raw_config)
     tensors, _ = safetensors.decode(model, limit=limits.max_header_bytes)
-    adapter = peft.decode_adapter(config, tensors)
-    registry = adapter.registry
-    for one in registry.adapters.values():
+    adapter = peft.decode_adapter(config, tensors, name)
+    for one in adapter.lora_set.registry.adapters.values():
         limits.check_rank(one.rank)
     with store.lock(name):
         previous = _record_or_none(store, name)
         precondition(previous)
-        limits.check_budget(store, name, registry.total_memory_bytes())
-        stored = store.write(
-            BonsaiLoraSet(registry, adapter.base_model_name, name),
+        stored = _write(
+            store,
+            limits,
+            adapter.lora_set,
             origin="peft",
-            now=_now(),
             previous=previous,
-            adapter_config=config,
+            adapter_config=config.raw,
         )
-    norms = {module: delta_norm(one) for module, one in registry.adapters.items()}
+    norms = {module: delta_norm(one) for module, one in stored.lora_set.registry.adapters.items()}
     return Imported(stored, previous is None, adapter.ignored_keys, adapter.warnings, norms)
 
 
@@ -191,25 +193,65 @@ def put_weights(
     return _put_adapter(store, limits, name, module, make, precondition, initialised=False)
 
 
-def delete_adapter(store: SetStore, name: str, module: str, precondition: Precondition) -> None:
+def delete_adapter(
+    store: SetStore, limits: Limits, name: str, module: str, precondition: Precondition
+) -> None:
     """Take the adapter of `module` out of a set."""
     with store.lock(name):
         present = store.read(name)
         precondition(present.record)
         get_adapter(present, module)
         registry = present.lora_set.registry.remove(module)
-        store.write(
+        _write(
+            store,
+            limits,
             present.lora_set.with_registry(registry),
             origin=present.record.origin,
-            now=_now(),
             previous=present.record,
+            # peft gives a module without tensors an adapter that changes nothing.
+            adapter_config=present.adapter_config,
         )
 
 
 def export_config(stored: StoredSet) -> dict[str, Any]:
     """Return the set's adapter_config.json."""
-    lora_set = stored.lora_set
-    return peft.encode_config(lora_set.registry, lora_set.base_model_name, stored.adapter_config)
+    return peft.encode_config(stored.lora_set, stored.adapter_config)
+
+
+def _write(
+    store: SetStore,
+    limits: Limits,
+    lora_set: BonsaiLoraSet,
+    *,
+    origin: str,
+    previous: SetRecord | None,
+    adapter_config: Mapping[str, Any] | None = None,
+) -> StoredSet:
+    """Write a set while the budget holds; nobody else may fill it meanwhile."""
+    with store.lock_all():
+        limits.check_budget(store, lora_set.adapter_name, lora_set.total_memory_bytes())
+        return store.write(
+            lora_set,
+            origin=origin,
+            now=_now(),
+            previous=previous,
+            adapter_config=adapter_config,
+        )
+
+
+def _refuse_beside_variants(present: StoredSet) -> None:
+    """Raise where a plain adapter would stand beside kinds that PEFT switches for a whole set."""
+    lora_set = present.lora_set
+    adapters = lora_set.registry.adapters.values()
+    if lora_set.replacements or any(
+        one.bias is not None or one.magnitude is not None or one.layer != "linear"
+        for one in adapters
+    ):
+        raise UnsupportedAdapterError(
+            f"set {present.record.name!r} has DoRA, biases, embeddings or replaced modules, which "
+            "PEFT knows for whole sets only; upload it anew instead of changing one module",
+            set=present.record.name,
+        )
 
 
 def _put_adapter(
@@ -226,14 +268,15 @@ def _put_adapter(
     with store.lock(name):
         present = store.read(name)
         precondition(present.record)
+        _refuse_beside_variants(present)
         registry = present.lora_set.registry
         changed = registry.add(module, make(present))
-        limits.check_budget(store, name, changed.total_memory_bytes())
         unmixed = initialised and present.record.origin == "initialized"
-        stored = store.write(
+        stored = _write(
+            store,
+            limits,
             present.lora_set.with_registry(changed),
             origin="initialized" if unmixed else "mixed",
-            now=_now(),
             previous=present.record,
         )
         return stored, registry.get(module) is None

@@ -1,11 +1,10 @@
 """Parameters, memory, and what the deltas look like."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from app.core.adapter import LoraAdapter
 from app.core.spectrum import delta_norm, effective_rank
-from app.storage.setfile import SetRecord, StoredSet
+from app.storage.setfile import SetRecord
 from app.storage.store import SetStore
 
 LARGEST_SETS = 100
@@ -34,10 +33,9 @@ class StoreStats:
     largest: list[SetRecord]
 
 
-def module_stats(stored: StoredSet) -> Iterator[ModuleStats]:
-    """Yield the statistics of each module, in the set's order."""
-    for name, adapter in stored.lora_set.registry.adapters.items():
-        yield ModuleStats(name, adapter, delta_norm(adapter), effective_rank(adapter))
+def module_stats(name: str, adapter: LoraAdapter) -> ModuleStats:
+    """Return the statistics of one module."""
+    return ModuleStats(name, adapter, delta_norm(adapter), effective_rank(adapter))
 
 
 def store_stats(store: SetStore) -> StoreStats:

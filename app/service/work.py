@@ -11,10 +11,6 @@ from app.errors import BusyError
 
 T = TypeVar("T")
 
-INLINE_COST = 1_500_000
-"""Multiply-adds, or input bytes times ten, below which work stays on the event loop: under a
-millisecond here, against about 0.1 ms for the way through a thread."""
-
 
 class WorkPool:
     """Admits up to `max_concurrency` requests and runs `threads` pieces of work at a time."""
@@ -43,8 +39,8 @@ class WorkPool:
         finally:
             self._free += 1
 
-    async def run(self, work: Callable[[], T], *, cost: int = INLINE_COST) -> T:
-        """Return what `work` returns: at once for a small cost, else from a worker thread."""
-        if cost < INLINE_COST:
+    async def run(self, work: Callable[[], T], *, inline: bool = False) -> T:
+        """Return what `work` returns: from a worker thread, or at once where it is small."""
+        if inline:
             return work()
         return await anyio.to_thread.run_sync(work, limiter=self._limiter)

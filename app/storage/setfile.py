@@ -7,7 +7,7 @@ first in the header, so that a listing reads a few kilobytes of each file and no
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,11 +16,10 @@ from app.core.cast import Array
 from app.core.config import LoraConfig
 from app.core.loraset import BonsaiLoraSet
 from app.core.registry import LoraRegistry
-from app.errors import MalformedSafetensorsError
+from app.errors import HeaderTooLargeError, MalformedSafetensorsError
 from app.formats import safetensors
-from app.formats.dtypes import DTYPE_NAMES
 from app.formats.mapped import map_file
-from app.formats.peft import tensor_keys
+from app.formats.peft import group_keys, set_tensors
 
 _METADATA_START = b'{"__metadata__":'
 _RECORD_KEY = "bonsai_lora"
@@ -73,45 +72,58 @@ class StoredSet:
     """The whole file, mapped; stays readable when the set is replaced or deleted."""
 
 
-def write_set_file(
-    file: BinaryIO,
-    record: SetRecord,
-    adapters: Mapping[str, LoraAdapter],
-    adapter_config: Mapping[str, Any] | None,
-) -> None:
+def write_set_file(file: BinaryIO, stored: "NewSet") -> None:
     """Write the file of a set; zeros that were never written by anyone become holes."""
-    arrays = _arrays(adapters)
-    metadata = {
-        _RECORD_KEY: json.dumps({**asdict(record), "config": record.config.to_dict()}),
-        "format": "pt",
-        _MODULES_KEY: json.dumps(
-            {name: [one.config.alpha, one.scaling] for name, one in adapters.items()}
-        ),
-    }
-    if adapter_config is not None:
-        metadata[_CONFIG_KEY] = json.dumps(adapter_config)
-    layout = {name: (DTYPE_NAMES[array.dtype], array.shape) for name, array in arrays.items()}
-    header = safetensors.encode_header(layout, metadata)
+    header = stored.header()
     file.write(header)
-    file.truncate(len(header) + record.data_bytes)
-    for array in arrays.values():
+    file.truncate(len(header) + stored.record.data_bytes)
+    for array in set_tensors(stored.lora_set).values():
         if _is_zero_constant(array):
             file.seek(array.nbytes, os.SEEK_CUR)
         else:
             file.write(safetensors.as_bytes(array))
 
 
-def data_bytes(adapters: Mapping[str, LoraAdapter]) -> int:
-    """Return the bytes that the tensors of `adapters` take in a file."""
-    return sum(array.nbytes for array in _arrays(adapters).values())
+@dataclass(frozen=True, eq=False, slots=True)
+class NewSet:
+    """A set that is to be written."""
 
+    record: SetRecord
+    lora_set: BonsaiLoraSet
+    adapter_config: Mapping[str, Any] | None
 
-def _arrays(adapters: Mapping[str, LoraAdapter]) -> dict[str, Array]:
-    arrays: dict[str, Array] = {}
-    for module, adapter in adapters.items():
-        key_a, key_b = tensor_keys(module)
-        arrays[key_a], arrays[key_b] = adapter.a_matrix, adapter.b_matrix
-    return arrays
+    def header(self, layout: safetensors.Layout | None = None, length: int | None = None) -> bytes:
+        """Return the file's header, for tensors in the order of `layout` (default: the set's).
+
+        Raises HeaderTooLargeError where it could not be read again, ValueError where it does not
+        fit into `length` bytes.
+        """
+        if layout is None:
+            layout = safetensors.layout_of(set_tensors(self.lora_set))
+        header = safetensors.encode_header(layout, self._metadata(), length=length)
+        if len(header) > safetensors.MAX_HEADER_BYTES:
+            raise HeaderTooLargeError(
+                f"the set has so many or so long names that its header takes {len(header)} bytes; "
+                f"at most {safetensors.MAX_HEADER_BYTES} can be read again",
+                got_bytes=len(header),
+                limit_bytes=safetensors.MAX_HEADER_BYTES,
+            )
+        return header
+
+    def _metadata(self) -> dict[str, str]:
+        record = self.record
+        modules = {
+            name: [one.config.alpha, one.scaling, one.layer]
+            for name, one in self.lora_set.registry.adapters.items()
+        }
+        metadata = {
+            _RECORD_KEY: json.dumps({**asdict(record), "config": record.config.to_dict()}),
+            "format": "pt",
+            _MODULES_KEY: json.dumps(modules),
+        }
+        if self.adapter_config is not None:
+            metadata[_CONFIG_KEY] = json.dumps(self.adapter_config)
+        return metadata
 
 
 def _is_zero_constant(array: Array) -> bool:
@@ -149,27 +161,35 @@ def open_set_file(path: Path) -> StoredSet:
     header = safetensors.decode_header(mapped)
     record = _decode_record(path, header.metadata)
     _check_size(path, header.total_bytes, size)
-    registry = LoraRegistry(record.config, _open_adapters(mapped, header, record.config))
     config = header.metadata.get(_CONFIG_KEY)
     return StoredSet(
         record,
-        BonsaiLoraSet(registry, record.base_model_name, record.name),
+        _open_set(mapped, header, record),
         None if config is None else json.loads(config),
         mapped,
     )
 
 
-def _open_adapters(
-    mapped: memoryview, header: safetensors.Header, config: LoraConfig
-) -> dict[str, LoraAdapter]:
+def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord) -> BonsaiLoraSet:
+    def tensor(key: str | None) -> Array | None:
+        return None if key is None else safetensors.view(mapped, header, key)
+
+    modules, others = group_keys(header.tensors)
     adapters = {}
-    for module, (alpha, scaling) in json.loads(header.metadata[_MODULES_KEY]).items():
-        key_a, key_b = tensor_keys(module)
-        a_matrix = safetensors.view(mapped, header, key_a)
-        b_matrix = safetensors.view(mapped, header, key_b)
-        own = LoraConfig(len(a_matrix), alpha, config.dropout, config.target_modules)
-        adapters[module] = LoraAdapter(own, a_matrix, b_matrix, scaling)
-    return adapters
+    for module, (alpha, scaling, layer) in json.loads(header.metadata[_MODULES_KEY]).items():
+        parts = modules[module]
+        embedding = "embedding_" if layer == "embedding" else ""
+        a_matrix = safetensors.view(mapped, header, parts[f"{embedding}A"])
+        b_matrix = safetensors.view(mapped, header, parts[f"{embedding}B"])
+        own = replace(record.config, rank=len(a_matrix), alpha=alpha)
+        vectors = tensor(parts.get("bias")), tensor(parts.get("magnitude"))
+        adapters[module] = LoraAdapter(own, a_matrix, b_matrix, scaling, *vectors, layer)
+    return BonsaiLoraSet(
+        LoraRegistry(record.config).add_all(adapters),
+        record.base_model_name,
+        record.name,
+        {name: safetensors.view(mapped, header, key) for name, key in others.items()},
+    )
 
 
 def _decode_record(path: Path, metadata: Any) -> SetRecord:

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import resource
 import secrets
 import time
 from collections import OrderedDict
@@ -20,17 +21,18 @@ from typing import Any, BinaryIO, TypeVar
 
 from app.core.loraset import BonsaiLoraSet
 from app.errors import (
-    HeaderTooLargeError,
-    MalformedSafetensorsError,
+    BonsaiLoraError,
+    BusyError,
     SetNotFoundError,
     StoreFullError,
     StoreReadOnlyError,
 )
 from app.formats.names import is_set_name
+from app.formats.peft import set_tensors
 from app.storage.setfile import (
+    NewSet,
     SetRecord,
     StoredSet,
-    data_bytes,
     open_set_file,
     read_record,
     write_set_file,
@@ -48,23 +50,26 @@ _log = logging.getLogger(__name__)
 class SetStore:
     """A folder of sets. All methods may be called from any thread.
 
-    `root` is made if missing. Raises OSError where that fails.
+    `root` is made if missing; `max_open` sets stay mapped, by default half of the descriptors that
+    the process may have, at most 1024. Raises OSError where the folder cannot be made.
     """
 
-    def __init__(self, root: Path, *, max_open: int = 1024) -> None:
+    def __init__(self, root: Path, *, max_open: int | None = None) -> None:
         self.root = root
-        self.bad_files: dict[str, str] = {}
-        """Name -> reason, of files that were set aside since the start."""
-        self._temporary = root / "tmp"
+        self._unmovable: dict[str, str] = {}
+        self.temporary = root / "tmp"
+        """Folder for files that nobody keeps, in the file system of the sets."""
         self._sets = root / "sets"
         self._sets_prefix = f"{self._sets}{os.sep}"
         self._locks = root / "locks"
         self._bad = root / "bad"
-        self._max_open = max_open
+        # Python before 3.13 keeps a descriptor for each mapped file.
+        self._max_open = max_open or min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._open: OrderedDict[str, tuple[Identity, StoredSet]] = OrderedDict()
         self._records: dict[str, tuple[Identity, SetRecord]] = {}
-        for folder in (self._sets, self._temporary, self._locks):
-            folder.mkdir(parents=True, exist_ok=True)
+        for folder in (self._sets, self.temporary, self._locks):
+            if not folder.is_dir():
+                folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
 
     def list_names(self) -> list[str]:
@@ -75,9 +80,13 @@ class SetStore:
     def records(self) -> list[SetRecord]:
         """Return the records of all sets by name; a set deleted meanwhile is left out."""
         found = []
-        for name in self.list_names():
+        names = self.list_names()
+        for name in names:
             with contextlib.suppress(SetNotFoundError):
                 found.append(self.read_record(name))
+        # What another process deleted is let go here at the latest.
+        for gone in (self._open.keys() | self._records.keys()) - set(names):
+            self._forget(gone)
         return found
 
     def read_record(self, name: str) -> SetRecord:
@@ -98,6 +107,8 @@ class SetStore:
         identity = self._identity(name)
         known = self._open.get(name)
         if known is not None and known[0] == identity:
+            with contextlib.suppress(KeyError):  # another thread may forget it meanwhile
+                self._open.move_to_end(name)
             return known[1]
         opened = self._checked(name, open_set_file)
         self._remember(name, identity, opened)
@@ -107,7 +118,18 @@ class SetStore:
     def lock(self, name: str) -> Iterator[None]:
         """Hold the right to change `name`, against every thread and process of this store."""
         stripe = hashlib.blake2b(name.encode(), digest_size=2).digest()[0] % _LOCKS
-        with _storage_errors(), (self._locks / f"{stripe:02}").open("w") as file:
+        with self._locked(f"{stripe:02}"):
+            yield
+
+    @contextlib.contextmanager
+    def lock_all(self) -> Iterator[None]:
+        """Hold the right to change what all sets sum to; taken inside `lock`, never around it."""
+        with self._locked("all"):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        with _storage_errors(), (self._locks / name).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
@@ -125,7 +147,6 @@ class SetStore:
         Call with `lock` held. `now` is RFC 3339; `previous` is the version it replaces. Raises
         StoreFullError or StoreReadOnlyError, and then nothing has changed.
         """
-        adapters = lora_set.registry.adapters
         record = SetRecord(
             name=lora_set.adapter_name,
             uid=previous.uid if previous else secrets.token_hex(8),
@@ -137,10 +158,10 @@ class SetStore:
             config=lora_set.registry.config,
             adapter_count=lora_set.registry.adapter_count(),
             total_trainable_params=lora_set.total_trainable_params(),
-            data_bytes=data_bytes(adapters),
+            data_bytes=sum(one.nbytes for one in set_tensors(lora_set).values()),
         )
         with _storage_errors(), self.new_file() as file:
-            write_set_file(file, record, adapters, adapter_config)
+            write_set_file(file, NewSet(record, lora_set, adapter_config))
             self._commit(file, record.name)
         return self.read(record.name)
 
@@ -150,7 +171,7 @@ class SetStore:
 
         It is locked while in use, so that no starting process takes it for a leftover.
         """
-        path = self._temporary / secrets.token_hex(16)
+        path = self.temporary / secrets.token_hex(16)
         with _storage_errors(), path.open("x+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -176,13 +197,21 @@ class SetStore:
 
     def _commit(self, file: BinaryIO, name: str) -> None:
         """Make a temporary file the file of `name`, durably."""
+        # Opened first: no descriptor left must not fail a write that has happened.
+        folder = os.open(self._sets, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self._commit_into(folder, file, name)
+        finally:
+            os.close(folder)
+
+    def _commit_into(self, folder: int, file: BinaryIO, name: str) -> None:
         file.flush()
         # The kernel's clock ticks every few milliseconds; identities want nanoseconds.
         now = time.time_ns()
         os.utime(file.fileno(), ns=(now, now))
         os.fsync(file.fileno())
         Path(file.name).rename(self._path(name))
-        _sync_folder(self._sets)
+        os.fsync(folder)
 
     def _path(self, name: str) -> Path:
         return self._sets / f"{name}{_SUFFIX}"
@@ -204,31 +233,48 @@ class SetStore:
 
     def _remember(self, name: str, identity: Identity, opened: StoredSet) -> None:
         self._open[name] = (identity, opened)
-        self._open.move_to_end(name)
+        with contextlib.suppress(KeyError):
+            self._open.move_to_end(name)
         while len(self._open) > self._max_open:
             with contextlib.suppress(KeyError):
                 self._open.popitem(last=False)
 
     def _checked(self, name: str, reader: Callable[[Path], T]) -> T:
         """Return what `reader` makes of the file of `name`; a bad file is set aside."""
+        identity = self._identity(name)
         try:
             return reader(self._path(name))
         except FileNotFoundError:
             raise SetNotFoundError(name) from None
-        except (MalformedSafetensorsError, HeaderTooLargeError) as error:
-            self._set_aside(name, error.detail)
+        except (BonsaiLoraError, LookupError, ValueError) as error:
+            if self._identity(name) != identity:  # replaced meanwhile: that one may be good
+                return self._checked(name, reader)
+            self._set_aside(name, getattr(error, "detail", repr(error)))
             raise SetNotFoundError(name) from None
 
     def _set_aside(self, name: str, reason: str) -> None:
-        _log.error("the file of set %r is bad and was set aside: %s", name, reason)
-        self.bad_files[name] = reason
-        with contextlib.suppress(OSError):
+        """Move a bad file out of the way, with its reason beside it; keep it where that fails."""
+        if name not in self._unmovable:
+            _log.error("the file of set %r is bad and was set aside: %s", name, reason)
+        try:
             self._bad.mkdir(exist_ok=True)
-            self._path(name).rename(self._bad / f"{name}.{secrets.token_hex(4)}{_SUFFIX}")
+            target = self._bad / f"{name}.{secrets.token_hex(4)}"
+            target.with_name(f"{target.name}.reason").write_text(reason, encoding="utf-8")
+            self._path(name).rename(target.with_name(f"{target.name}{_SUFFIX}"))
+        except OSError:
+            self._unmovable[name] = reason
+
+    def bad_files(self) -> dict[str, str]:
+        """Return name -> reason of the files that were set aside and are still there."""
+        found = dict(self._unmovable)
+        if self._bad.is_dir():
+            for path in sorted(self._bad.glob("*.reason")):
+                found[path.name.rsplit(".", 2)[0]] = path.read_text(encoding="utf-8")
+        return found
 
     def _remove_leftovers(self) -> None:
         """Remove temporary files whose process is gone."""
-        for path in self._temporary.iterdir():
+        for path in self.temporary.iterdir():
             with contextlib.suppress(OSError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
@@ -256,4 +302,6 @@ def _storage_errors() -> Iterator[None]:
             raise StoreReadOnlyError(
                 "the store cannot be written to; nothing was changed"
             ) from error
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise BusyError("too many files are open; try again in a second") from error
         raise

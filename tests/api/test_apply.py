@@ -186,7 +186,7 @@ def test_many_modules_refusals(plain):
 
 def test_limits(settings):
     tight = settings.model_copy(
-        update={"max_rows": 4, "max_body_bytes": 20_000, "max_answer_bytes": 2000}
+        update={"max_rows": 4, "max_json_bytes": 20_000, "max_answer_bytes": 2000}
     )
     with serving(create_app(tight)) as url, httpx.Client(base_url=url) as client:
         client.post("/v1/sets", json={"name": "s"})

@@ -1,3 +1,6 @@
+import tempfile
+from pathlib import Path
+
 import anyio
 import pytest
 from hypothesis import given, settings
@@ -20,7 +23,7 @@ def test_blocks_come_out_as_they_went_in(sizes, disk, lazy, data):
     memory, spool.MEMORY_BYTES = spool.MEMORY_BYTES, 4000
 
     async def run():
-        queue = spool.Spool(disk, 5.0)
+        queue = spool.Spool(disk, 5.0, Path(tempfile.gettempdir()))
         got = bytearray()
 
         async def produce():
@@ -47,7 +50,7 @@ def test_blocks_come_out_as_they_went_in(sizes, disk, lazy, data):
 
 def test_a_full_spool_stalls_and_an_error_comes_last():
     async def stall():
-        queue = spool.Spool(0, 0.05)
+        queue = spool.Spool(0, 0.05, Path())
         for _ in range(1000):
             await queue.put(bytes(1 << 20))
 
@@ -55,7 +58,7 @@ def test_a_full_spool_stalls_and_an_error_comes_last():
         anyio.run(stall)
 
     async def fail():
-        queue = spool.Spool(0, 1)
+        queue = spool.Spool(0, 1, Path())
         await queue.put(b"x")
         queue.end(MalformedBodyError("y"))
         return [block async for block in queue.blocks()]

@@ -96,8 +96,9 @@ def test_a_bad_file_is_set_aside_and_the_rest_is_served(opened, tmp_path, damage
     path.write_bytes(damaged)
     store = SetStore(tmp_path)
     assert [record.name for record in store.records()] == ["good"]
-    assert set(store.bad_files) == {"bad"}
-    assert [kept.read_bytes() for kept in (tmp_path / "bad").iterdir()] == [damaged]
+    assert set(store.bad_files()) == {"bad"}
+    assert set(SetStore(tmp_path).bad_files()) == {"bad"}
+    assert [kept.read_bytes() for kept in (tmp_path / "bad").glob("*.safetensors")] == [damaged]
     assert store.list_names() == ["good"]
     write(store, some_set("bad"))
     assert store.read("bad").record.version == 1

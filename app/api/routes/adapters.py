@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from app import errors
 from app.api import schemas
-from app.api.body import parse_model, read_body
+from app.api.body import body_form, parse_model, read_body
 from app.api.conditions import precondition
 from app.api.deps import Context, InContext, ModuleName, SetName
 from app.api.openapi import STORE_ERRORS, TENSOR_ERRORS, also, problems, tensor_body
@@ -16,7 +16,7 @@ from app.formats import safetensors
 from app.service import sets
 from app.storage.setfile import StoredSet
 from app.wire import json
-from app.wire.media import Form, request_form
+from app.wire.media import Form
 
 router = APIRouter(tags=["adapters"])
 
@@ -91,7 +91,7 @@ async def put_adapter(
     ] = None,
 ) -> schemas.ModuleInfo:
     """`d_in` and `d_out` initialise it as the reference does; `lora_A` and `lora_B` set it."""
-    form = request_form(request.headers.get("content-type"), (Form.JSON, Form.BINARY))
+    form = body_form(request, (Form.JSON, Form.BINARY))
     context.store.read_record(name)
     with context.pool.admit():
         body = await read_body(request, context.limits.max_body_bytes)
@@ -166,4 +166,6 @@ async def delete_adapter(
 ) -> None:
     """The set gets its next version without this module."""
     check = precondition(request)
-    await context.pool.run(partial(sets.delete_adapter, context.store, name, module, check))
+    await context.pool.run(
+        partial(sets.delete_adapter, context.store, context.limits, name, module, check)
+    )

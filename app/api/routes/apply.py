@@ -1,18 +1,20 @@
 """Apply adapters to batches of vectors (contract, sections 3 and 4)."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
 from app.api import schemas
-from app.api.body import read_body
+from app.api.body import body_form, read_body
 from app.api.deps import Context, InContext, ModuleName, SetName
 from app.api.openapi import APPLY_ERRORS, problems, tensor_answer, tensor_body
-from app.service.apply import apply_adapter, apply_adapters
+from app.core.adapter import LoraAdapter
+from app.service.apply import is_small, rows_of
 from app.service.sets import get_adapter
-from app.wire.media import Form, answer_form, check_answer_dtype, request_form
-from app.wire.tensors import decode_inputs, decode_inputs_by_module, encode_outputs
+from app.wire.media import Form, answer_form, check_answer_dtype
+from app.wire.tensors import decode_many, decode_one, encode_outputs
 
 router = APIRouter(tags=["apply"])
 
@@ -45,17 +47,15 @@ async def apply_one(
     """
     stored = context.store.read(name)
     adapter = get_adapter(stored, module)
-    limits = context.limits
 
     def compute(body: bytes, taken: Form, given: Form, answer_dtype: str) -> bytes:
-        inputs = decode_inputs(taken, body, limits.max_header_bytes)
-        outputs = apply_adapter(stored, module, inputs, limits)
-        context.metrics.rows_applied.inc(1 if inputs.ndim == 1 else len(inputs))
+        batches = decode_one(taken, body, context.limits.max_header_bytes, module)
+        outputs = context.applier.apply(stored, batches.inputs, batches.base_outputs)
+        context.metrics.rows_applied.inc(rows_of(batches.inputs))
         about = {"set": name, "module": module, "version": stored.record.version}
-        return encode_outputs(given, outputs, about, answer_dtype)
+        return encode_outputs(given, outputs[module], about, answer_dtype)
 
-    width = adapter.rank * (adapter.d_in + adapter.d_out) // max(1, adapter.d_in)
-    return await _answer(request, context, dtype, compute, cost_per_value=width)
+    return await _answer(request, context, dtype, compute, adapter)
 
 
 @router.post(
@@ -83,18 +83,15 @@ async def apply_many(
     get the same. All outputs come from one version of the set.
     """
     stored = context.store.read(name)
-    limits = context.limits
 
     def compute(body: bytes, taken: Form, given: Form, answer_dtype: str) -> bytes:
-        inputs = decode_inputs_by_module(taken, body, limits.max_header_bytes, module or [])
-        outputs = apply_adapters(stored, inputs, limits)
-        rows = sum(1 if one.ndim == 1 else len(one) for one in inputs.values())
-        context.metrics.rows_applied.inc(rows)
+        batches = decode_many(taken, body, context.limits.max_header_bytes, module or [])
+        outputs = context.applier.apply(stored, batches.inputs, batches.base_outputs)
+        context.metrics.rows_applied.inc(rows_of(batches.inputs))
         about = {"set": name, "version": stored.record.version}
         return encode_outputs(given, outputs, about, answer_dtype)
 
-    # A body may name the whole model: let anything but a few kilobytes go to a thread.
-    return await _answer(request, context, dtype, compute, cost_per_value=1000)
+    return await _answer(request, context, dtype, compute, None)
 
 
 async def _answer(
@@ -102,18 +99,17 @@ async def _answer(
     context: Context,
     dtype: str | None,
     compute: Callable[[bytes, Form, Form, str], bytes],
-    *,
-    cost_per_value: int,
+    adapter: LoraAdapter | None,
 ) -> Response:
     """Read the body, compute in the right place, and answer in the form that the caller wants."""
-    taken = request_form(request.headers.get("content-type"), _FORMS)
+    taken = body_form(request, _FORMS)
     given = answer_form(request.headers.get("accept"), taken, _FORMS)
     answer_dtype = check_answer_dtype(dtype, given)
+    limits = context.limits
     with context.pool.admit():
-        body = await read_body(request, context.limits.max_body_bytes)
-        # A number takes at least 2 bytes ("0,"); reading it costs about as much as 16 products.
-        cost = len(body) // 2 * (cost_per_value + 16)
-        content = await context.pool.run(
-            lambda: compute(body, taken, given, answer_dtype), cost=cost
-        )
+        limit = limits.max_json_bytes if taken is Form.JSON else limits.max_body_bytes
+        body = await read_body(request, limit)
+        work = partial(compute, body, taken, given, answer_dtype)
+        small = adapter is not None and is_small(adapter, len(body), taken, given)
+        content = await context.pool.run(work, inline=small)
     return Response(content, media_type=given.value)

@@ -1,5 +1,6 @@
 """Merge one adapter into weights that stream by (contract, section 6)."""
 
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -8,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from app import errors
 from app.api import schemas
-from app.api.body import BodyReader, content_length, read_body
+from app.api.body import BodyReader, body_form, content_length, read_body
 from app.api.deps import Context, InContext, ModuleName, SetName
 from app.api.merge_stream import MergeStream
 from app.api.openapi import TENSOR_ERRORS, problems, tensor_answer, tensor_body
@@ -19,11 +20,13 @@ from app.service.merge import MERGE_DTYPES, WeightMerge, merge_of_header
 from app.service.sets import get_adapter
 from app.storage.setfile import StoredSet
 from app.wire import json
-from app.wire.media import Form, answer_form, request_form
+from app.wire.media import Form, answer_form
+from app.wire.tensors import check_json_output
 
 router = APIRouter(tags=["merge"])
 
 _FORMS = (Form.JSON, Form.BINARY, Form.RAW)
+_SMALL_HEADER_BYTES = 1 << 13
 
 
 @router.post(
@@ -33,7 +36,12 @@ _FORMS = (Form.JSON, Form.BINARY, Form.RAW)
     response_class=Response,
     openapi_extra=tensor_body(schemas.MergeRequest, Form.BINARY, Form.RAW),
     responses=tensor_answer(schemas.MergeAnswer, Form.BINARY, Form.RAW)
-    | problems(*TENSOR_ERRORS, errors.SetNotFoundError, errors.AdapterNotFoundError),
+    | problems(
+        *TENSOR_ERRORS,
+        errors.SetNotFoundError,
+        errors.AdapterNotFoundError,
+        errors.NonFiniteOutputError,
+    ),
 )
 async def merge_weights(
     request: Request,
@@ -50,7 +58,7 @@ async def merge_weights(
     """
     stored = context.store.read(name)
     adapter = get_adapter(stored, module)
-    form = request_form(request.headers.get("content-type"), _FORMS)
+    form = body_form(request, _FORMS)
     answer_form(request.headers.get("accept"), form, (form,))
     if dtype is not None and dtype not in MERGE_DTYPES:
         raise errors.InvalidRequestError(
@@ -69,12 +77,13 @@ async def _merge_json(
     request: Request, context: Context, stored: StoredSet, module: str, merge: WeightMerge
 ) -> Response:
     with context.pool.admit():
-        body = await read_body(request, context.limits.max_body_bytes)
+        body = await read_body(request, context.limits.max_json_bytes)
 
         def compute() -> bytes:
             value = json.decode_object(body, frozenset({"weights"}))
             weights = json.decode_tensor(value.get("weights"), "weights", body)
             merged = merge.merge_array(weights)
+            check_json_output("weights", merged)
             record = stored.record
             about = {"set": record.name, "module": module, "version": record.version}
             return json.encode({**about, "weights": merged})
@@ -117,7 +126,9 @@ class _StreamedMerge(StarletteResponse):
                 prefix,
                 self._form.value,
                 pool=self._context.pool,
-                spool=Spool(settings.max_spill_bytes, settings.stall_seconds),
+                spool=Spool(
+                    settings.max_spill_bytes, settings.stall_seconds, self._context.store.temporary
+                ),
                 on_bytes=self._context.metrics.bytes_merged.inc,
             )
             await stream.run(send)
@@ -133,7 +144,8 @@ class _StreamedMerge(StarletteResponse):
         limit = self._context.limits.max_header_bytes
         prefix = bytes(await reader.read_exactly(8))
         prefix += await reader.read_exactly(safetensors.header_length(prefix, limit))
-        header = safetensors.decode_header(prefix)
+        decode = partial(safetensors.decode_header, prefix)
+        header = await self._context.pool.run(decode, inline=len(prefix) < _SMALL_HEADER_BYTES)
         merge = merge_of_header(self._adapter, header, unmerge=self._unmerge)
         if self._dtype not in (None, merge.dtype):
             raise errors.InvalidRequestError(

@@ -28,7 +28,7 @@ async def get_health() -> schemas.Health:
 async def get_readiness(context: InContext) -> schemas.Readiness:
     """Also names the files of the store that were bad and set aside."""
     records = await anyio.to_thread.run_sync(context.store.records)
-    return schemas.Readiness(sets=len(records), bad_files=context.store.bad_files)
+    return schemas.Readiness(sets=len(records), bad_files=context.store.bad_files())
 
 
 @router.get(

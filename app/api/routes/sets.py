@@ -1,10 +1,10 @@
 """Sets: create, list, show, upload, delete, and the set as a PEFT folder (contract, section 2)."""
 
+import json
 from functools import partial
 from typing import Annotated
 
 import anyio.to_thread
-import orjson
 from fastapi import APIRouter, Query, Request, Response
 
 from app import errors
@@ -69,7 +69,7 @@ _UPLOAD_BODY = {
 async def create_set(request: Request, response: Response, context: InContext) -> schemas.SetInfo:
     """Make adapters as the reference initialises them (A uniform, B zero), or an empty set."""
     with context.pool.admit():
-        wanted = await read_model(request, schemas.CreateSet, context.limits.max_body_bytes)
+        wanted = await read_model(request, schemas.CreateSet)
         shapes, base_model_name = _wanted_shapes(wanted)
         make = partial(
             sets.create_set,
@@ -193,8 +193,8 @@ async def delete_set(request: Request, context: InContext, name: SetName) -> Non
 
 def _config_file(context: Context, name: str) -> BytesFile:
     stored = context.store.read(name)
-    text = orjson.dumps(sets.export_config(stored), option=orjson.OPT_INDENT_2)
-    return BytesFile(memoryview(text), stored.record.etag, Form.JSON.value)
+    text = json.dumps(sets.export_config(stored), indent=2) + "\n"
+    return BytesFile(memoryview(text.encode()), stored.record.etag, Form.JSON.value)
 
 
 def _model_file(context: Context, name: str) -> BytesFile:

@@ -1,5 +1,6 @@
 """Parameters, memory and how much fits (contract, section 5)."""
 
+from functools import partial
 from time import monotonic
 from typing import Annotated
 
@@ -22,7 +23,7 @@ Count = Annotated[int, Query(ge=0, le=2**63 - 1)]
     "/v1/sets/{set}/stats",
     operation_id="get_set_stats",
     summary="One set in numbers",
-    responses=problems(errors.SetNotFoundError, errors.InvalidRequestError),
+    responses=problems(errors.SetNotFoundError, errors.InvalidRequestError, errors.BusyError),
 )
 async def get_set_stats(
     context: InContext,
@@ -33,7 +34,13 @@ async def get_set_stats(
 ) -> schemas.SetStats:
     """Norm and effective rank of each delta come from r x r Gram matrices."""
     stored = context.store.read(name)
-    found = await context.pool.run(lambda: list(module_stats(stored)))
+    with context.pool.admit():
+        # One module at a time, so that other work comes in between.
+        adapters = stored.lora_set.registry.adapters
+        found = [
+            await context.pool.run(partial(module_stats, module, one))
+            for module, one in adapters.items()
+        ]
     ratio = None if base_param_count is None else stored.lora_set.efficiency_ratio(base_param_count)
     record = stored.record
     return schemas.SetStats(

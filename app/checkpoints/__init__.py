@@ -1,0 +1,1 @@
+"""Base checkpoints, and what is computed from them."""
