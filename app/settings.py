@@ -11,7 +11,11 @@ _MIB, _GIB = 1 << 20, 1 << 30
 
 
 def _machine_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the physical memory in bytes, or the container's limit where that is less."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
+    return min(physical, int(text)) if text.isdigit() else physical
 
 
 class Settings(BaseSettings):
@@ -62,7 +66,7 @@ class Settings(BaseSettings):
         64, ge=1, description="requests with bodies in progress; more get 503 with Retry-After"
     )
     threads: int = Field(
-        default_factory=lambda: os.cpu_count() or 1,
+        default_factory=lambda: len(os.sched_getaffinity(0)),
         ge=1,
         description="worker threads for large pieces of work (default: the number of cores)",
     )

@@ -54,6 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
         summary="The adapter server for Bonsai and Qwen3 models.",
         description=_DESCRIPTION,
         openapi_tags=_TAGS,
+        redirect_slashes=False,
     )
     limits = limits_of(settings)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)

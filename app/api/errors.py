@@ -61,6 +61,7 @@ def problem_response(
         "request_id": scope.get("request_id"),
         **error.values,
     }
+    scope["problem"] = error  # for the log
     more = dict(headers or {})
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
         more["Retry-After"] = str(RETRY_AFTER_SECONDS)
@@ -122,17 +123,28 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
 def validation_problem(found: Any) -> BonsaiLoraError:
     """Return the refusal for pydantic's list of errors."""
-    first = found[0]
-    if first["type"] == "json_invalid":
-        return errors.MalformedJsonError(f"the body is not JSON: {first['msg']}")
-    place = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    if found[0]["type"] == "json_invalid":
+        return errors.MalformedJsonError(f"the body is not JSON: {found[0]['msg']}")
+    reasons = [(_field(one), _reason(one)) for one in found[:16]]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return errors.InvalidRequestError(
-        f"{place or 'the request'}: {first['msg']}, got {reprlib.repr(first.get('input'))}{more}",
-        errors=[
-            {"field": ".".join(map(str, one["loc"])), "reason": one["msg"]} for one in found[:16]
-        ],
+        " ".join(reasons[0]) + more,
+        errors=[{"field": field, "reason": reason} for field, reason in reasons],
     )
+
+
+def _field(error: Any) -> str:
+    parts = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
+    return ".".join(parts) or "the body"
+
+
+def _reason(error: Any) -> str:
+    if error["type"] == "missing":
+        return "is missing"
+    if error["type"] == "extra_forbidden":
+        return "is not a known field"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"is wrong: {message}, got {reprlib.repr(error.get('input'))}"
 
 
 def _allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:

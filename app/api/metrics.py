@@ -1,5 +1,6 @@
 """Prometheus metrics of one application."""
 
+import os
 from collections.abc import Callable, Iterable
 
 from prometheus_client import (
@@ -10,6 +11,7 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from app.service.stats import StoreStats
@@ -23,7 +25,9 @@ class Metrics:
     def __init__(self, store_stats: Callable[[], StoreStats]) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
-        self._registry.register(_StoreCollector(store_stats))
+        self._store_registry = CollectorRegistry()
+        for registry in (self._registry, self._store_registry):
+            registry.register(_StoreCollector(store_stats))
         self.requests = Counter(
             "bonsai_lora_requests",
             "Requests answered.",
@@ -46,7 +50,11 @@ class Metrics:
 
     def render(self) -> bytes:
         """Return the exposition text."""
-        return generate_latest(self._registry)
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry) + generate_latest(self._store_registry)
 
 
 class _StoreCollector(Collector):

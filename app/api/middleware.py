@@ -97,12 +97,13 @@ class ObserveMiddleware:
         method = scope["method"] if route != "none" else "any"
         self._metrics.requests.labels(method, route, str(status)).inc()
         self._metrics.latency.labels(method, route).observe(seconds)
-        log = _log.info if status >= 400 or seconds > SLOW_SECONDS or not status else _log.debug
-        log(
-            "request",
-            method=scope["method"],
-            path=scope["path"],
-            status=status,
+        changed = scope["method"] in ("PUT", "DELETE") or status == 201
+        worth = changed or status >= 400 or seconds > SLOW_SECONDS or not status
+        problem = scope.get("problem")
+        about = {} if problem is None else {"code": problem.code, "detail": problem.detail[:300]}
+        (_log.info if worth else _log.debug)(
+            f"{status} {scope['method']} {scope['path'][:300]}",
+            **about,
             ms=round(seconds * 1000, 2),
             request_id=scope["request_id"],
         )

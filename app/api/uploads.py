@@ -1,7 +1,6 @@
 """Multipart uploads: the adapter's weights go to a file as they arrive."""
 
 from dataclasses import dataclass, field
-from typing import BinaryIO
 
 import anyio.to_thread
 from fastapi import Request
@@ -10,6 +9,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.api.body import check_length, content_length
 from app.errors import MalformedMultipartError, UnsupportedMediaTypeError
+from app.storage.upload import Upload
 
 CONFIG_PART = "adapter_config"
 MODEL_PART = "adapter_model"
@@ -18,11 +18,11 @@ _CONFIG_BYTES = 1 << 20
 _WRITE_BYTES = 1 << 20
 
 
-async def receive_adapter(request: Request, model_file: BinaryIO, limit: int) -> bytes:
-    """Write the part `adapter_model` to `model_file`; return the part `adapter_config`.
+async def receive_adapter(request: Request, upload: Upload, limit: int) -> bytes:
+    """Write the part `adapter_model` to `upload`; return the part `adapter_config`.
 
-    Raises UnsupportedMediaTypeError, BodyTooLargeError, and MalformedMultipartError where a part
-    is missing, doubled or unknown.
+    Raises UnsupportedMediaTypeError, BodyTooLargeError, MalformedMultipartError where a part is
+    missing, doubled or unknown, and what `Upload.write` raises.
     """
     declared = content_length(request)
     if declared is not None:
@@ -37,12 +37,11 @@ async def receive_adapter(request: Request, model_file: BinaryIO, limit: int) ->
             check_length(received, limit)
             parser.write(chunk)
             if len(form.model) >= _WRITE_BYTES:
-                await _flush(form, model_file)
+                await _flush(form, upload)
         parser.finalize()
     except FormParserError as error:
         raise MalformedMultipartError(f"the form cannot be read: {error}") from None
-    await _flush(form, model_file)
-    await anyio.to_thread.run_sync(model_file.flush)
+    await _flush(form, upload)
     missing = {CONFIG_PART, MODEL_PART} - form.seen
     if missing or not form.ended:
         what = f"part {min(missing)!r}" if missing else "closing boundary"
@@ -66,10 +65,10 @@ def _boundary(request: Request) -> bytes:
     return options[b"boundary"]
 
 
-async def _flush(form: "_AdapterForm", file: BinaryIO) -> None:
+async def _flush(form: "_AdapterForm", upload: Upload) -> None:
     model, form.model = form.model, bytearray()
     if model:
-        await anyio.to_thread.run_sync(file.write, model)
+        await anyio.to_thread.run_sync(upload.write, model)
 
 
 @dataclass

@@ -19,7 +19,10 @@ def configure_logging(level: str, form: str) -> None:
         if form == "json"
         else [
             structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+                colors=sys.stderr.isatty(),
+                sort_keys=False,
+                pad_event_to=0,
+                exception_formatter=structlog.dev.plain_traceback,
             )
         ]
     )
@@ -42,3 +45,5 @@ def configure_logging(level: str, form: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
+    # Its news (started, waiting, complete) is one line of ours.
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))

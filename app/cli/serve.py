@@ -1,18 +1,29 @@
 """`bonsai-lora serve`: one flag per setting, then uvicorn."""
 
 import argparse
+import ctypes
 import logging
+import os
+import resource
 import signal
+import socket
 import sys
+import tempfile
+from functools import partial
+from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import uvicorn
+from fastapi import FastAPI
 from pydantic import ValidationError
+from uvicorn.supervisors import Multiprocess
 
-from app.api.app import create_app
 from app.cli.logs import configure_logging
 from app.settings import Settings
+from app.storage.store import SetStore
+
+_log = logging.getLogger("app")
 
 
 def add_command(commands: Any) -> None:
@@ -21,23 +32,23 @@ def add_command(commands: Any) -> None:
         "serve",
         help="serve the HTTP API",
         description="Serve the HTTP API. Each flag is also a variable: --max-rows is "
-        "BONSAI_LORA_MAX_ROWS. A flag beats the variable.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "BONSAI_LORA_MAX_ROWS. A flag beats the variable. Sizes are in bytes.",
     )
     for name, field in Settings.model_fields.items():
-        default = "" if field.default_factory else f" (default: {field.default})"
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
+        default = "" if field.default_factory or field.default is None else f" ({field.default})"
         parser.add_argument(
-            f"--{name.replace('_', '-')}",
+            _flag(name),
             dest=name,
             default=argparse.SUPPRESS,
-            metavar=name.rpartition("_")[2].upper(),
+            metavar="{" + ",".join(choices) + "}" if choices else name.rpartition("_")[2].upper(),
             help=f"{field.description}{default}",
         )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT; return 0, or 2 for a wrong setting."""
+    """Serve until SIGTERM or SIGINT; return 0, or 2 where it cannot begin."""
     given = {
         name: value for name, value in vars(arguments).items() if name in Settings.model_fields
     }
@@ -45,29 +56,107 @@ def run(arguments: argparse.Namespace) -> int:
         settings = Settings(**given)
     except ValidationError as error:
         for one in error.errors():
-            print(f"bonsai-lora: setting {one['loc'][0]}: {one['msg']}", file=sys.stderr)
+            name = str(one["loc"][0])
+            variable = f"BONSAI_LORA_{name.upper()}"
+            _complain(f"{_flag(name)} ({variable}): {one['msg']}, got {one['input']!r}")
         return 2
     configure_logging(settings.log_level, settings.log_format)
+    _warn_of_unknown_variables()
+    _raise_file_limit()
     try:
-        app = create_app(settings)
+        listener = _listen(settings.host, settings.port)
     except OSError as error:
-        print(f"bonsai-lora: the store cannot be opened: {error}", file=sys.stderr)
+        _complain(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; see --port")
         return 2
+    with listener, tempfile.TemporaryDirectory(prefix="bonsai-lora-") as temporary:
+        if settings.store_folder() is None:
+            settings = settings.model_copy(update={"store": temporary})
+        return _serve(settings, listener, temporary)
+
+
+def make_app(settings: Settings) -> FastAPI:
+    """Return the application, in this or in a worker process."""
+    configure_logging(settings.log_level, settings.log_format)
+    if settings.workers > 1:
+        _end_with_parent()
+    from app.api.app import create_app  # noqa: PLC0415 - after the metrics' folder is known
+
+    return create_app(settings)
+
+
+def _serve(settings: Settings, listener: socket.socket, temporary: str) -> int:
+    if settings.workers > 1:
+        # Where prometheus_client keeps what the workers count, so that any of them can tell it all.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = temporary
     config = uvicorn.Config(
-        app,
-        host=settings.host,
-        port=settings.port,
+        partial(make_app, settings),
+        factory=True,
+        workers=settings.workers,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,
         server_header=False,
     )
-    logging.getLogger("app").info("store: %s", settings.store)
+    server = uvicorn.Server(config)
+    try:
+        SetStore(Path(settings.store))
+        if settings.workers == 1:
+            config.load()
+    except OSError as error:
+        _complain(f"the store {settings.store!r} cannot be opened: {error}")
+        return 2
+    host, port = listener.getsockname()[:2]
+    store = Path(settings.store).resolve()
+    _log.info("serving on http://%s:%s, sets in %s", host, port, store)
     # uvicorn raises the signal that ended it once more, for the handler that was there before.
     for ending in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ending, _exit)
-    uvicorn.Server(config).run()
+    if settings.workers == 1:
+        server.run(sockets=[listener])
+    else:
+        Multiprocess(config, sockets=[listener]).run()
     return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _end_with_parent() -> None:
+    """Let a worker get SIGTERM when its supervisor is gone, however that ended (prctl(2))."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _raise_file_limit() -> None:
+    """Let the process open as many files as it may: each opened set takes one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _warn_of_unknown_variables() -> None:
+    known = {f"BONSAI_LORA_{name.upper()}" for name in Settings.model_fields}
+    for name in sorted(os.environ):
+        if name.startswith("BONSAI_LORA_") and name not in known:
+            _log.warning("%s is no setting; see bonsai-lora serve --help", name)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _complain(text: str) -> None:
+    print(f"bonsai-lora: {text}", file=sys.stderr)
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:

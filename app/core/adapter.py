@@ -68,8 +68,8 @@ class LoraAdapter:
     def apply(self, x: Floats) -> Floats:
         """Return scaling * ((x A^T) B^T + bias) as float32, (n, d_in) -> (n, d_out).
 
-        One vector (d_in,) gives (d_out,). Costs 2 n r (d_in + d_out) operations. DoRA needs `apply_dora` on top. Raises
-        ShapeMismatchError for another width.
+        One vector (d_in,) gives (d_out,). Costs 2 n r (d_in + d_out) operations. DoRA needs
+        `apply_dora` instead. Raises ShapeMismatchError for another width.
         """
         if x.ndim not in (1, 2) or x.shape[-1] != self.d_in:
             raise ShapeMismatchError(

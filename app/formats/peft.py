@@ -238,7 +238,7 @@ def _check_factors(module: str, a_matrix: Array, b_matrix: Array, rank: int) -> 
     got = [list(a_matrix.shape), list(b_matrix.shape)]
     if a_matrix.ndim != 2 or b_matrix.ndim != 2:
         raise InvalidAdapterError(
-            f"module {module!r}: A and B have shapes {got[0]} and {got[1]}; expected two dimensions",
+            f"module {module!r}: A and B have shapes {got[0]} and {got[1]}, not matrices",
             module=module,
             got=got,
         )

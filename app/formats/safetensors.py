@@ -60,18 +60,20 @@ class Header:
 def header_length(prefix: bytes | memoryview, limit: int = MAX_HEADER_BYTES) -> int:
     """Return the length of the JSON header that the first 8 bytes announce.
 
-    Raises MalformedSafetensorsError where there are fewer than 8, HeaderTooLargeError over
-    `limit`.
+    Raises MalformedSafetensorsError where there are fewer than 8 or no header can be so long,
+    HeaderTooLargeError over `limit`.
     """
     if len(prefix) < _LENGTH_BYTES:
         raise _malformed(f"it has {len(prefix)} bytes, fewer than the 8 of the header length")
     length = int.from_bytes(prefix[:_LENGTH_BYTES], "little")
-    if length > min(limit, MAX_HEADER_BYTES):
+    if length > MAX_HEADER_BYTES:
+        start = bytes(prefix[:_LENGTH_BYTES])
+        raise _malformed(f"it begins with {start!r}, where the length of a header should be")
+    if length > limit:
         raise HeaderTooLargeError(
-            f"the safetensors header says it is {length} bytes long; at most "
-            f"{min(limit, MAX_HEADER_BYTES)} are taken",
+            f"the safetensors header is {length} bytes long; at most {limit} are taken",
             got_bytes=length,
-            limit_bytes=min(limit, MAX_HEADER_BYTES),
+            limit_bytes=limit,
         )
     return length
 

@@ -74,8 +74,8 @@ class Applier:
         given = base_outputs.get(module)
         if given is None:
             raise DoraNeedsBaseError(
-                f"module {module!r} is DoRA: its outputs need base_outputs, W·x without bias, beside "
-                "the inputs",
+                f"module {module!r} is DoRA: its outputs need base_outputs (W·x without bias) "
+                "beside the inputs",
                 module=module,
             )
         expected = (*inputs.shape[:-1], adapter.d_out)

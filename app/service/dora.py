@@ -21,8 +21,8 @@ def norms_of(stored: StoredSet, module: str, adapter: LoraAdapter, bases: BaseFo
     if base is None or weight is None:
         raise DoraNeedsBaseError(
             f"module {module!r} is DoRA, whose outputs depend on the norms of the base weights, "
-            f"and no base named {stored.lora_set.base_model_name!r} with that module is registered; "
-            "put its folder under the setting bases",
+            f"and no base named {stored.lora_set.base_model_name!r} with that module is "
+            "registered; put its folder under the setting bases",
             module=module,
             base_model_name=stored.lora_set.base_model_name,
         )

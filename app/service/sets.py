@@ -22,12 +22,13 @@ from app.errors import (
     ShapeMismatchError,
     UnsupportedAdapterError,
 )
-from app.formats import peft, safetensors
+from app.formats import peft
 from app.formats.names import check_module_name, check_set_name
 from app.formats.peft_config import decode_config
 from app.service.limits import Limits, shapes_bytes
 from app.storage.setfile import SetRecord, StoredSet
 from app.storage.store import SetStore
+from app.storage.upload import Arrived, Upload
 
 Precondition = Callable[[SetRecord | None], None]
 """Given the present record (None: no such set), raises PreconditionFailedError to refuse."""
@@ -79,18 +80,18 @@ def import_peft(
     limits: Limits,
     name: str,
     raw_config: bytes,
-    model: memoryview,
+    upload: Upload,
     precondition: Precondition,
 ) -> Imported:
-    """Make or replace a set from a PEFT adapter: its configuration and its safetensors bytes.
+    """Make or replace a set from a PEFT adapter: its configuration and its safetensors file.
 
-    Raises the errors of `peft.decode_adapter` and `safetensors.decode`, InvalidNameError,
+    Raises the errors of `peft.decode_adapter` and `Upload.finish`, InvalidNameError,
     RankTooLargeError, MemoryBudgetError, and what `precondition` raises; nothing has changed then.
     """
     check_set_name(name)
     config = decode_config(raw_config)
-    tensors, _ = safetensors.decode(model, limit=limits.max_header_bytes)
-    adapter = peft.decode_adapter(config, tensors, name)
+    arrived = upload.finish()
+    adapter = peft.decode_adapter(config, arrived.tensors, name)
     for one in adapter.lora_set.registry.adapters.values():
         limits.check_rank(one.rank)
     with store.lock(name):
@@ -103,6 +104,7 @@ def import_peft(
             origin="peft",
             previous=previous,
             adapter_config=config.raw,
+            arrived=None if adapter.ignored_keys else (arrived, adapter.names),
         )
     norms = {module: delta_norm(one) for module, one in stored.lora_set.registry.adapters.items()}
     return Imported(stored, previous is None, adapter.ignored_keys, adapter.warnings, norms)
@@ -226,6 +228,7 @@ def _write(
     origin: str,
     previous: SetRecord | None,
     adapter_config: Mapping[str, Any] | None = None,
+    arrived: tuple[Arrived, Mapping[str, str]] | None = None,
 ) -> StoredSet:
     """Write a set while the budget holds; nobody else may fill it meanwhile."""
     with store.lock_all():
@@ -236,6 +239,7 @@ def _write(
             now=_now(),
             previous=previous,
             adapter_config=adapter_config,
+            arrived=arrived,
         )
 
 

@@ -20,6 +20,7 @@ from app.errors import HeaderTooLargeError, MalformedSafetensorsError
 from app.formats import safetensors
 from app.formats.mapped import map_file
 from app.formats.peft import group_keys, set_tensors
+from app.storage.upload import Arrived
 
 _METADATA_START = b'{"__metadata__":'
 _RECORD_KEY = "bonsai_lora"
@@ -82,6 +83,18 @@ def write_set_file(file: BinaryIO, stored: "NewSet") -> None:
             file.seek(array.nbytes, os.SEEK_CUR)
         else:
             file.write(safetensors.as_bytes(array))
+
+
+def write_header(stored: "NewSet", arrived: Arrived, names: Mapping[str, str]) -> bool:
+    """Make an arrived upload the file of a set by its header; return False where it has no room."""
+    infos = arrived.header.tensors
+    layout = {names[key]: (info.dtype, info.shape) for key, info in infos.items()}
+    try:
+        header = stored.header(layout, arrived.header.data_start)
+    except ValueError:
+        return False
+    arrived.write_header(header)
+    return True
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -35,13 +35,16 @@ from app.storage.setfile import (
     StoredSet,
     open_set_file,
     read_record,
+    write_header,
     write_set_file,
 )
+from app.storage.upload import Arrived
 
 Identity = tuple[int, int, int]
 
 _SUFFIX = ".safetensors"
 _LOCKS = 64
+_LEFTOVER_SECONDS = 60
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -141,11 +144,14 @@ class SetStore:
         now: str,
         previous: SetRecord | None,
         adapter_config: Mapping[str, Any] | None = None,
+        arrived: tuple[Arrived, Mapping[str, str]] | None = None,
     ) -> StoredSet:
         """Make `lora_set` the next version of its name, durably, and return it opened.
 
-        Call with `lock` held. `now` is RFC 3339; `previous` is the version it replaces. Raises
-        StoreFullError or StoreReadOnlyError, and then nothing has changed.
+        Call with `lock` held. `now` is RFC 3339; `previous` is the version it replaces. `arrived`
+        is an upload in a file of `new_file` with exactly these tensors, and their names here by
+        the upload's: then only the header is written. Raises StoreFullError or
+        StoreReadOnlyError, and then nothing has changed.
         """
         record = SetRecord(
             name=lora_set.adapter_name,
@@ -160,9 +166,14 @@ class SetStore:
             total_trainable_params=lora_set.total_trainable_params(),
             data_bytes=sum(one.nbytes for one in set_tensors(lora_set).values()),
         )
-        with _storage_errors(), self.new_file() as file:
-            write_set_file(file, NewSet(record, lora_set, adapter_config))
-            self._commit(file, record.name)
+        new = NewSet(record, lora_set, adapter_config)
+        with _storage_errors():
+            if arrived is not None and write_header(new, *arrived):
+                self._commit(arrived[0].file, record.name)
+            else:
+                with self.new_file() as file:
+                    write_set_file(file, new)
+                    self._commit(file, record.name)
         return self.read(record.name)
 
     @contextlib.contextmanager
@@ -273,11 +284,12 @@ class SetStore:
         return found
 
     def _remove_leftovers(self) -> None:
-        """Remove temporary files whose process is gone."""
+        """Remove temporary files whose process is gone; one just made may not be locked yet."""
         for path in self.temporary.iterdir():
             with contextlib.suppress(OSError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                    path.unlink()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -35,8 +35,12 @@ def request_form(content_type: str | None, taken: Collection[Form]) -> Form:
     form = _FORMS.get(media)
     if form is None or form not in taken:
         expected = [form.value for form in taken]
+        hint = (
+            " (curl's default; add -H 'Content-Type: application/json')" if "form" in media else ""
+        )
         raise UnsupportedMediaTypeError(
-            f"this path does not take Content-Type {media!r}; send {' or '.join(expected)}",
+            f"this path does not take Content-Type {media[:100]!r}{hint}; "
+            f"send {' or '.join(expected)}",
             got=media,
             expected=expected,
         )

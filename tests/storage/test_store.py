@@ -106,7 +106,9 @@ def test_a_bad_file_is_set_aside_and_the_rest_is_served(opened, tmp_path, damage
 
 def test_leftovers_of_dead_processes_go_but_not_those_in_use(opened, tmp_path):
     (tmp_path / "tmp" / "left-by-the-dead").write_bytes(b"x")
+    os.utime(tmp_path / "tmp" / "left-by-the-dead", (1, 1))
     with opened.new_file() as file:
+        os.utime(file.name, (1, 1))
         SetStore(tmp_path)
         assert [path.name for path in (tmp_path / "tmp").iterdir()] == [os.path.basename(file.name)]
     assert list((tmp_path / "tmp").iterdir()) == []

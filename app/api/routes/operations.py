@@ -2,6 +2,7 @@
 
 import anyio.to_thread
 from fastapi import APIRouter, Response
+from starlette.responses import RedirectResponse
 
 from app import errors
 from app.api import schemas
@@ -9,6 +10,12 @@ from app.api.deps import InContext
 from app.api.openapi import problems, text_answer
 
 router = APIRouter(tags=["operations"])
+
+
+@router.get("/", include_in_schema=False)
+async def get_root() -> RedirectResponse:
+    """Show people the documentation."""
+    return RedirectResponse("/docs")
 
 
 @router.get(

@@ -16,9 +16,9 @@ from app.api.openapi import BODY_ERRORS, STORE_ERRORS, also, file_answer, json_b
 from app.api.ranges import BytesFile, file_response
 from app.api.uploads import receive_adapter
 from app.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, layered
-from app.formats.mapped import map_file
 from app.formats.names import check_set_name
 from app.service import sets
+from app.storage.upload import Upload
 from app.wire.media import Form
 
 router = APIRouter(tags=["sets"])
@@ -160,14 +160,17 @@ async def upload_set(
     """
     check_set_name(name)
     with context.pool.admit(), context.store.new_file() as file:
-        config = await receive_adapter(request, file, context.limits.max_upload_bytes)
-        check = precondition(request)
-
-        def make() -> sets.Imported:
-            return sets.import_peft(
-                context.store, context.limits, name, config, map_file(file), check
-            )
-
+        upload = Upload(file, context.limits.max_header_bytes)
+        config = await receive_adapter(request, upload, context.limits.max_upload_bytes)
+        make = partial(
+            sets.import_peft,
+            context.store,
+            context.limits,
+            name,
+            config,
+            upload,
+            precondition(request),
+        )
         imported = await context.pool.run(make)
     response.status_code = 201 if imported.created else 200
     response.headers["ETag"] = imported.stored.record.etag
@@ -194,7 +197,9 @@ async def delete_set(request: Request, context: InContext, name: SetName) -> Non
 def _config_file(context: Context, name: str) -> BytesFile:
     stored = context.store.read(name)
     text = json.dumps(sets.export_config(stored), indent=2) + "\n"
-    return BytesFile(memoryview(text.encode()), stored.record.etag, Form.JSON.value)
+    # One tag per file: caches of the hub's client name their files by it.
+    etag = f'{stored.record.etag[:-1]}-config"'
+    return BytesFile(memoryview(text.encode()), etag, Form.JSON.value)
 
 
 def _model_file(context: Context, name: str) -> BytesFile:
