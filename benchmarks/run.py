@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ["initialise", "apply", "merge"]
+SCRIPTS = ["initialise", "apply", "merge", "store"]
 
 
 def main() -> int:

@@ -15,7 +15,9 @@ from app.cli.logs import configure_logging
 from app.formats import safetensors
 from app.settings import Settings
 
-sys.path[:0] = [str(Path(__file__).parent / part) for part in ("", "core", "api", "end_to_end")]
+sys.path[:0] = [
+    str(Path(__file__).parent / part) for part in ("", "core", "api", "end_to_end", "peers")
+]
 
 configure_logging("warning", "console")
 

@@ -65,6 +65,12 @@ class LoraAdapter:
         """A (r, d_in) and B (d_out, r) as float32; the arrays themselves where they are that."""
         return to_float32(self.a_matrix), to_float32(self.b_matrix)
 
+    def copied_bytes(self) -> int:
+        """Return the bytes of float32 copies that `factors` has made so far."""
+        made = self.__dict__.get("factors", ())
+        own = (self.a_matrix, self.b_matrix)
+        return sum(copy.nbytes for copy, one in zip(made, own, strict=False) if copy is not one)
+
     def apply(self, x: Floats) -> Floats:
         """Return scaling * ((x A^T) B^T + bias) as float32, (n, d_in) -> (n, d_out).
 
@@ -119,6 +125,7 @@ class LoraAdapter:
                 got=list(weights.shape),
                 expected=[self.d_out, self.d_in],
             )
+        assert self.magnitude is None, "app.service.merge knows DoRA"
         a_matrix, b_matrix = self.factors
         for rows, columns in blocks(self.d_out, self.d_in):
             block = weights[rows, columns]

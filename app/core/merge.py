@@ -14,12 +14,15 @@ Block = tuple[slice, slice]
 """Rows and columns of W that lie together in memory: whole rows, or a piece of one row."""
 
 
-def blocks(d_out: int, d_in: int) -> Iterator[Block]:
-    """Yield the blocks of W (d_out, d_in) in the order of memory, each at most BLOCK_VALUES."""
+def blocks(d_out: int, d_in: int, *, whole_rows: bool = False) -> Iterator[Block]:
+    """Yield the blocks of W (d_out, d_in) in the order of memory, each at most BLOCK_VALUES.
+
+    With `whole_rows` a block is never less than a row, however long that is.
+    """
     if d_in == 0:
         return
-    if d_in <= BLOCK_VALUES:
-        step = BLOCK_VALUES // d_in
+    if whole_rows or d_in <= BLOCK_VALUES:
+        step = max(1, BLOCK_VALUES // d_in)
         for start in range(0, d_out, step):
             yield slice(start, min(start + step, d_out)), slice(0, d_in)
         return
@@ -29,9 +32,18 @@ def blocks(d_out: int, d_in: int) -> Iterator[Block]:
 
 
 def merge_rows(
-    rows: Array, a_columns: Floats, b_rows: Floats, scaling: float, *, out: Array
+    rows: Array,
+    a_columns: Floats,
+    b_rows: Floats,
+    scaling: float,
+    *,
+    out: Array,
+    magnitude: Floats | None = None,
 ) -> None:
     """Write rows + scaling * b_rows @ a_columns to `out` (n, m), which may be `rows` itself.
+
+    With `magnitude` (n,), of DoRA, each row of the sum is scaled to that norm; the rows must be
+    whole then. Norms are summed in float64.
 
     `rows` and `out` have one dtype (float32, float16 or bfloat16); the sum is float32, rounded
     once to nearest even. The order (B @ A, times scaling, plus W) is the reference's and PEFT's.
@@ -42,9 +54,12 @@ def merge_rows(
         if scaling != 1.0:
             delta *= np.float32(scaling)
         if rows.dtype == FLOAT32:
-            np.add(rows, delta, out=out)
-            return
-        delta += to_float32(rows, out=_scratch("base", rows.shape))
+            delta += rows
+        else:
+            delta += to_float32(rows, out=_scratch("base", rows.shape))
+        if magnitude is not None:
+            norms = np.sqrt(np.einsum("ij,ij->i", delta, delta, dtype=np.float64))
+            delta *= (magnitude / norms.astype(np.float32))[:, None]
     round_to(delta, out)
 
 

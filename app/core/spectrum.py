@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.core.adapter import LoraAdapter
+from app.core.cast import to_float32
 
 Values = npt.NDArray[np.float64]
 
@@ -28,7 +29,10 @@ def singular_values(adapter: LoraAdapter) -> Values:
 def _compute(adapter: LoraAdapter) -> Values:
     if adapter.rank == 0 or adapter.d_in == 0 or adapter.d_out == 0:
         return np.zeros(adapter.rank)
-    a_matrix, b_matrix = (factor.astype(np.float64) for factor in adapter.factors)
+    # Not adapter.factors, whose float32 copies stay: statistics must not fill the memory.
+    a_matrix, b_matrix = (
+        to_float32(one).astype(np.float64) for one in (adapter.a_matrix, adapter.b_matrix)
+    )
     right: Values = np.linalg.qr(b_matrix, mode="r")  # type: ignore[assignment]  # of NumPy's stubs
     left: Values = np.linalg.qr(a_matrix.T, mode="r")  # type: ignore[assignment]
     core = right @ left.T  # (r, r)

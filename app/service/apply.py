@@ -56,7 +56,7 @@ class Applier:
             raise InvalidRequestError("there are no inputs; give at least one module its vectors")
         adapters = {module: get_adapter(stored, module) for module in inputs}
         for module, adapter in adapters.items():
-            _check_bias(stored, module)
+            check_no_replaced_bias(stored, module)
             check_width(module, adapter, inputs[module])
         self.limits.check_rows(max(_rows(one) for one in inputs.values()))
         values = sum(_rows(inputs[module]) * one.d_out for module, one in adapters.items())
@@ -90,11 +90,12 @@ class Applier:
         return norms_of(stored, module, adapter, self.bases)
 
 
-def _check_bias(stored: StoredSet, module: str) -> None:
+def check_no_replaced_bias(stored: StoredSet, module: str) -> None:
+    """Raise UnsupportedAdapterError where the adapter replaces the module's bias."""
     if f"{module}.bias" in stored.lora_set.replacements:
         raise UnsupportedAdapterError(
-            f"the adapter replaces the bias of {module!r}, which a delta cannot say; use merged "
-            "weights",
+            f"the adapter replaces the bias of {module!r}, which its weights and deltas "
+            "cannot say; use a merged checkpoint",
             module=module,
         )
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from app.core.adapter import LoraAdapter
-from app.core.cast import Floats
+from app.core.cast import Array, Floats, to_float32
 from app.core.merge import Block, blocks, merge_rows
-from app.errors import InvalidRequestError, ShapeMismatchError
+from app.errors import InvalidRequestError, ShapeMismatchError, UnsupportedAdapterError
 from app.formats import safetensors
 from app.formats.dtypes import FLOAT_DTYPES
 
@@ -19,7 +19,9 @@ MERGE_DTYPES = ("F32", "F16", "BF16")
 class WeightMerge:
     """The merge of one adapter into weights of one dtype.
 
-    Raises InvalidRequestError for a dtype other than F32, F16, BF16.
+    W is as the base stores it: (d_out, d_in), or (d_in, d_out) for embeddings and Conv1D. Raises
+    InvalidRequestError for a dtype other than F32, F16, BF16, and UnsupportedAdapterError for a
+    merge that weights alone cannot hold.
     """
 
     adapter: LoraAdapter
@@ -27,7 +29,7 @@ class WeightMerge:
     unmerge: bool = False
 
     def __post_init__(self) -> None:
-        """Check the dtype."""
+        """Check the dtype and the kind of adapter."""
         if self.dtype not in MERGE_DTYPES:
             raise InvalidRequestError(
                 f"weights of dtype {self.dtype!r} cannot be merged; "
@@ -35,21 +37,32 @@ class WeightMerge:
                 got=self.dtype,
                 expected=list(MERGE_DTYPES),
             )
+        if self.adapter.bias is not None:
+            raise UnsupportedAdapterError(
+                "the adapter adds a bias (lora_bias), which weights alone cannot hold",
+                field="lora_bias",
+            )
+        if self._is_dora and (self.unmerge or self._is_transposed):
+            what = "taken out of weights again" if self.unmerge else "merged into an embedding"
+            raise UnsupportedAdapterError(
+                f"DoRA scales whole rows of the sum, so it cannot be {what} here", field="use_dora"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(d_out, d_in) of W."""
-        return self.adapter.d_out, self.adapter.d_in
+        """Shape of W."""
+        shape = (self.adapter.d_out, self.adapter.d_in)
+        return shape[::-1] if self._is_transposed else shape
 
     @property
     def total_bytes(self) -> int:
         """Length of W in bytes."""
-        return self.adapter.d_out * self.adapter.d_in * int(FLOAT_DTYPES[self.dtype].itemsize)
+        return self.shape[0] * self.shape[1] * int(FLOAT_DTYPES[self.dtype].itemsize)
 
     def blocks(self) -> Iterator[tuple[Block, int]]:
         """Yield each block of W in the order of memory, with its length in bytes."""
         itemsize = FLOAT_DTYPES[self.dtype].itemsize
-        for rows, columns in blocks(*self.shape):
+        for rows, columns in blocks(*self.shape, whole_rows=self._is_dora):
             size = (rows.stop - rows.start) * (columns.stop - columns.start) * itemsize
             yield (rows, columns), size
 
@@ -59,20 +72,15 @@ class WeightMerge:
         weights = np.frombuffer(raw, FLOAT_DTYPES[self.dtype]).reshape(
             rows.stop - rows.start, columns.stop - columns.start
         )
-        a_matrix, b_matrix = self.adapter.factors
-        scaling = -self.adapter.scaling if self.unmerge else self.adapter.scaling
-        merge_rows(weights, a_matrix[:, columns], b_matrix[rows], scaling, out=weights)
+        self._merge_into(block, weights)
         return raw
 
     def merge_array(self, weights: Floats) -> Floats:
-        """Return merged float32 weights (d_out, d_in); raises ShapeMismatchError."""
+        """Return merged float32 weights of the shape of W; raises ShapeMismatchError."""
         self.check_shape(weights.shape)
         merged = np.array(weights, np.float32, order="C")
-        a_matrix, b_matrix = self.adapter.factors
-        scaling = -self.adapter.scaling if self.unmerge else self.adapter.scaling
-        for rows, columns in blocks(*self.shape):
-            block = merged[rows, columns]
-            merge_rows(block, a_matrix[:, columns], b_matrix[rows], scaling, out=block)
+        for block, _ in self.blocks():
+            self._merge_into(block, merged[block])
         return merged
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
@@ -83,6 +91,32 @@ class WeightMerge:
                 got=list(shape),
                 expected=list(self.shape),
             )
+
+    @property
+    def _is_dora(self) -> bool:
+        return self.adapter.magnitude is not None
+
+    @property
+    def _is_transposed(self) -> bool:
+        return self.adapter.layer != "linear"
+
+    def _merge_into(self, block: Block, weights: Array) -> None:
+        """Merge a block of W in place."""
+        rows, columns = block
+        a_matrix, b_matrix = self.adapter.factors
+        if self._is_transposed:  # (B A)^T = A^T B^T
+            a_matrix, b_matrix = b_matrix.T, a_matrix.T
+        scaling = -self.adapter.scaling if self.unmerge else self.adapter.scaling
+        merge_rows(
+            weights,
+            a_matrix[:, columns],
+            b_matrix[rows],
+            scaling,
+            out=weights,
+            magnitude=None
+            if self.adapter.magnitude is None
+            else to_float32(self.adapter.magnitude[rows]),
+        )
 
 
 def merge_of_header(

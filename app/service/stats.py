@@ -46,6 +46,6 @@ def store_stats(store: SetStore) -> StoreStats:
         sum(one.adapter_count for one in records),
         sum(one.total_trainable_params for one in records),
         sum(one.total_memory_bytes for one in records),
-        sum(len(one.file) for one in store.open_sets()),
+        sum(one.resident_bytes() for one in store.open_sets()),
         sorted(records, key=lambda one: -one.total_memory_bytes)[:LARGEST_SETS],
     )

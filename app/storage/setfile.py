@@ -20,6 +20,7 @@ from app.errors import HeaderTooLargeError, MalformedSafetensorsError
 from app.formats import safetensors
 from app.formats.mapped import map_file
 from app.formats.peft import group_keys, set_tensors
+from app.storage.residency import resident_bytes
 from app.storage.upload import Arrived
 
 _METADATA_START = b'{"__metadata__":'
@@ -71,6 +72,11 @@ class StoredSet:
     """The adapter_config.json that came with an upload, while the set is still that upload."""
     file: memoryview
     """The whole file, mapped; stays readable when the set is replaced or deleted."""
+
+    def resident_bytes(self) -> int:
+        """Return what is in memory: pages of the file, and float32 copies of 16-bit factors."""
+        adapters = self.lora_set.registry.adapters.values()
+        return resident_bytes(self.file) + sum(one.copied_bytes() for one in adapters)
 
 
 def write_set_file(file: BinaryIO, stored: "NewSet") -> None:

@@ -259,7 +259,9 @@ def test_a_read_only_store_serves_and_refuses_changes(tmp_path):
     """A bind mount made read-only under a running service; skipped where mounting is not allowed."""
     store = tmp_path / "store"
     SetStore(store)
-    bound = subprocess.run(["mount", "--bind", str(store), str(store)], capture_output=True, check=False)
+    bound = subprocess.run(
+        ["mount", "--bind", str(store), str(store)], capture_output=True, check=False
+    )
     if bound.returncode != 0:
         pytest.skip("mounting is not allowed here")
     try:

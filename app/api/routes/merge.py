@@ -16,6 +16,7 @@ from app.api.openapi import TENSOR_ERRORS, problems, tensor_answer, tensor_body
 from app.api.spool import Spool
 from app.core.adapter import LoraAdapter
 from app.formats import safetensors
+from app.service.apply import check_no_replaced_bias
 from app.service.merge import MERGE_DTYPES, WeightMerge, merge_of_header
 from app.service.sets import get_adapter
 from app.storage.setfile import StoredSet
@@ -41,6 +42,7 @@ _SMALL_HEADER_BYTES = 1 << 13
         errors.SetNotFoundError,
         errors.AdapterNotFoundError,
         errors.NonFiniteOutputError,
+        errors.UnsupportedAdapterError,
     ),
 )
 async def merge_weights(
@@ -58,6 +60,7 @@ async def merge_weights(
     """
     stored = context.store.read(name)
     adapter = get_adapter(stored, module)
+    check_no_replaced_bias(stored, module)
     form = body_form(request, _FORMS)
     answer_form(request.headers.get("accept"), form, (form,))
     if dtype is not None and dtype not in MERGE_DTYPES:
@@ -119,7 +122,7 @@ class _StreamedMerge(StarletteResponse):
         with self._context.pool.admit():
             reader = BodyReader(self._request)
             merge, prefix = await self._begin(reader)
-            self._check_declared(len(prefix) + merge.total_bytes)
+            self._check_declared(merge, len(prefix) + merge.total_bytes)
             stream = MergeStream(
                 merge,
                 reader,
@@ -154,12 +157,12 @@ class _StreamedMerge(StarletteResponse):
             )
         return merge, prefix
 
-    def _check_declared(self, expected: int) -> None:
+    def _check_declared(self, merge: WeightMerge, expected: int) -> None:
         declared = content_length(self._request)
         if declared is not None and declared != expected:
             raise errors.ShapeMismatchError(
                 f"the body has {declared} bytes, but weights of shape "
-                f"{[self._adapter.d_out, self._adapter.d_in]} need {expected}",
+                f"{list(merge.shape)} need {expected}",
                 got_bytes=declared,
                 expected_bytes=expected,
             )

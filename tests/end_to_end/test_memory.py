@@ -1,0 +1,63 @@
+"""Deleting a set gives its memory back, while requests in flight finish on it."""
+
+import re
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import ml_dtypes
+import numpy as np
+from conftest import peft_config, peft_tensors, upload_parts
+from test_command import running
+
+from app.formats import safetensors
+
+MODULE = "model.layers.0.self_attn.q_proj"
+WIDTH = 4_000_000
+SIZE = 4 * 4 * WIDTH
+
+
+def private_bytes(pid):
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(int(kb) * 1024 for kb in re.findall(r"^Private_\w+: +(\d+) kB", text, re.MULTILINE))
+
+
+def test_memory_comes_back(tmp_path, rng):
+    tensors = {
+        key: value.astype(ml_dtypes.bfloat16)
+        for key, value in peft_tensors(rng, rank=4, d_in=WIDTH, d_out=8).items()
+    }
+    body = safetensors.encode({"inputs": np.ones((1, WIDTH), np.float32)})
+    path = f"/v1/sets/s/adapters/{MODULE}/apply"
+    headers = {"Content-Type": "application/vnd.safetensors"}
+    with running("--store", str(tmp_path)) as (url, process):
+        client = httpx.Client(base_url=url, timeout=30)
+        upload_parts(client, "s", peft_config(), tensors)
+        before = private_bytes(process.pid)
+        assert client.post(path, content=body, headers=headers).status_code == 200
+        held = private_bytes(process.pid) - before
+        assert held > 0.9 * SIZE, "the float32 copy of A is private memory"
+        assert client.get("/v1/stats").json()["resident_bytes"] > 0.9 * SIZE
+
+        deleted = threading.Event()
+
+        def slowly():
+            yield body[: len(body) // 2]
+            deleted.wait(20)
+            yield body[len(body) // 2 :]
+
+        answers = []
+        in_flight = threading.Thread(
+            target=lambda: answers.append(client.post(path, content=slowly(), headers=headers))
+        )
+        in_flight.start()
+        time.sleep(0.3)
+        assert httpx.delete(f"{url}/v1/sets/s").status_code == 204
+        assert httpx.post(f"{url}{path}", content=body, headers=headers).status_code == 404
+        deleted.set()
+        in_flight.join()
+        assert answers[0].status_code == 200, "it finishes on the set it started with"
+        assert client.get("/v1/stats").json()["resident_bytes"] == 0
+        assert private_bytes(process.pid) - before < 0.5 * SIZE
+        client.close()

@@ -1,0 +1,224 @@
+"""What peft means by its configuration and its tensor names."""
+
+import json
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import DATA, peft_config, peft_tensors
+
+from app.errors import BonsaiLoraError, InvalidAdapterError, UnsupportedAdapterError
+from app.formats.peft import decode_adapter, set_tensors
+from app.formats.peft_config import FIELDS, PeftConfig, decode_config
+
+MODULE = "model.layers.0.self_attn.q_proj"
+ROOT = DATA.parent.parent
+
+
+def decode(rng, tensors=None, module=MODULE, **changes):
+    config = PeftConfig(peft_config(**changes))
+    return decode_adapter(config, peft_tensors(rng, module) if tensors is None else tensors, "s")
+
+
+def adapters(found):
+    return found.lora_set.registry.adapters
+
+
+def test_the_table_in_the_docs_is_the_code():
+    text = (ROOT / "docs" / "peft.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (honoured|ignored|refused) \| (.*) \|$", text, re.MULTILINE)
+    assert rows == [(name, field.policy, field.why) for name, field in FIELDS.items()]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, field in FIELDS.items() if field.policy == "refused"]
+)
+def test_refused_fields_are_refused_where_they_are_set(rng, name):
+    with pytest.raises(UnsupportedAdapterError, match=name):
+        decode(rng, **{name: [1]})
+    for unset in (None, False, [], {}):
+        assert adapters(decode(rng, **{name: unset}))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, field in FIELDS.items() if field.policy == "ignored"]
+)
+def test_ignored_fields_change_nothing(rng, name):
+    value = 0.3 if name == "lora_dropout" else {"any": "thing"}
+    plain, other = decode(rng), decode(rng, **{name: value})
+    assert adapters(plain)[MODULE].scaling == adapters(other)[MODULE].scaling
+    assert other.warnings == []
+
+
+def test_unknown_fields_are_passed_over_with_a_warning(rng):
+    assert "from_the_future" in decode(rng, from_the_future=1).warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "matches"),
+    [
+        ("q_proj", True),
+        ("self_attn.q_proj", True),
+        (r"layers\.\d+\.self_attn\.q_proj", True),
+        ("model.layers.0.self_attn.q_proj", True),
+        (".*q_proj", True),
+        ("proj", False),
+        ("layers.1.self_attn.q_proj", False),
+        ("q_pro", False),
+        ("^q_proj", False),
+        ("^model.*q_proj", True),
+        ("k_proj|q_proj", True),
+    ],
+)
+def test_alpha_pattern_matches_as_peft_does(rng, key, matches):
+    found = adapters(decode(rng, alpha_pattern={key: 20}))[MODULE]
+    assert found.config.alpha == (20 if matches else 8)
+    # peft's own expression (get_pattern_key in tuners_utils.py)
+    assert bool(re.match(rf"(.*\.)?({key})$", MODULE)) == matches
+
+
+def test_the_first_matching_key_wins(rng):
+    found = decode(rng, alpha_pattern={"k_proj": 1, ".*_proj": 2, "q_proj": 3}, use_rslora=True)
+    adapter = adapters(found)[MODULE]
+    assert adapter.config.alpha == 2
+    assert adapter.scaling == 1.0  # 2 / sqrt(4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "taken"),
+    [
+        ({"target_modules": ["q_proj"]}, True),
+        ({"target_modules": ["self_attn.q_proj", "nothing"]}, True),
+        ({"target_modules": [MODULE]}, True),
+        ({"target_modules": ["proj"]}, False),
+        ({"target_modules": ["v_proj"]}, False),
+        ({"target_modules": r".*\.q_proj"}, True),
+        ({"target_modules": "q_proj"}, False),  # an expression must match the whole path
+        ({"target_modules": r".*layers\.1\..*"}, False),
+        ({"target_modules": "all-linear"}, True),
+        ({"target_modules": "ALL-LINEAR"}, True),
+        ({"target_modules": None}, True),
+        ({"exclude_modules": ["q_proj"]}, False),
+        ({"exclude_modules": r".*\.layers\.0\..*"}, False),
+        ({"exclude_modules": ["k_proj"]}, True),
+        ({"layers_to_transform": [0, 3]}, True),
+        ({"layers_to_transform": 0}, True),
+        ({"layers_to_transform": [1]}, False),
+        ({"layers_to_transform": []}, True),
+        ({"layers_to_transform": [0], "layers_pattern": "layers"}, True),
+        ({"layers_to_transform": [0], "layers_pattern": ["blocks", "layers"]}, True),
+        ({"layers_to_transform": [0], "layers_pattern": "blocks"}, False),
+    ],
+)
+def test_tensors_of_modules_that_peft_would_not_adapt_are_refused(rng, changes, taken):
+    if taken:
+        assert MODULE in adapters(decode(rng, **changes))
+    else:
+        with pytest.raises(InvalidAdapterError, match=r"q_proj"):
+            decode(rng, **changes)
+
+
+def test_a_target_without_tensors_is_a_warning(rng):
+    found = decode(rng, target_modules=["q_proj", "k_proj"])
+    assert found.warnings == ["target_modules names 'k_proj', which has no tensors"]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "base_model.model.{}.lora_{}.weight",
+        "base_model.model.{}.lora_{}.default.weight",
+        "base_model.model.{}.lora_{}.my_name.weight",
+        "{}.lora_{}.weight",
+        "{}.lora_{}.default.weight",
+    ],
+)
+def test_keys_with_and_without_prefix_and_adapter_name(rng, template):
+    tensors = {
+        template.format(MODULE, "A"): rng.standard_normal((4, 6)).astype(np.float32),
+        template.format(MODULE, "B"): rng.standard_normal((5, 4)).astype(np.float32),
+    }
+    found = decode(rng, tensors)
+    assert list(adapters(found)) == [MODULE]
+    assert set(set_tensors(found.lora_set)) == {
+        f"base_model.model.{MODULE}.lora_{half}.weight" for half in "AB"
+    }
+
+
+def with_extra(rng, **extra):
+    tensors = peft_tensors(rng)
+    return tensors | {f"base_model.model.{name}": value for name, value in extra.items()}
+
+
+def test_dora_and_lora_bias_need_their_vectors_exactly_when_set(rng):
+    vector = np.ones(5, np.float32)
+    for part, flag, attribute in (
+        ("lora_magnitude_vector", "use_dora", "magnitude"),
+        ("lora_B.bias", "lora_bias", "bias"),
+    ):
+        tensors = with_extra(rng, **{f"{MODULE}.{part}": vector})
+        adapter = adapters(decode(rng, tensors, **{flag: True}))[MODULE]
+        assert getattr(adapter, attribute).tolist() == vector.tolist()
+        assert adapter.param_count() == 4 * 11 + 5
+        with pytest.raises(InvalidAdapterError, match=flag):
+            decode(rng, tensors)
+        with pytest.raises(InvalidAdapterError, match=flag):
+            decode(rng, **{flag: True})
+        short = with_extra(rng, **{f"{MODULE}.{part}": vector[:4]})
+        with pytest.raises(InvalidAdapterError, match="shape"):
+            decode(rng, short, **{flag: True})
+
+
+def test_old_names_of_the_magnitude(rng):
+    for ending in ("", ".default", ".weight", ".default.weight"):
+        key = f"{MODULE}.lora_magnitude_vector{ending}"
+        tensors = with_extra(rng, **{key: np.ones(5, np.float32)})
+        assert adapters(decode(rng, tensors, use_dora=True))[MODULE].magnitude is not None
+
+
+def test_replaced_modules_and_biases(rng):
+    head = np.ones((3, 6), np.float32)
+    for key in ("lm_head.weight", "lm_head.modules_to_save.default.weight"):
+        found = decode(rng, with_extra(rng, **{key: head}), modules_to_save=["lm_head"])
+        assert found.lora_set.replacements.keys() == {"lm_head.weight"}
+        assert found.lora_set.total_trainable_params() == 4 * 11 + 18
+    for key in (f"{MODULE}.bias", f"{MODULE}.base_layer.bias"):
+        found = decode(rng, with_extra(rng, **{key: np.ones(5, np.float32)}), bias="all")
+        assert found.lora_set.replacements.keys() == {f"{MODULE}.bias"}
+    for key in ("lm_head.weight", f"{MODULE}.bias", "model.norm.weight"):
+        with pytest.raises(UnsupportedAdapterError, match="would be lost"):
+            decode(rng, with_extra(rng, **{key: head}))
+
+
+def test_embeddings(rng):
+    tensors = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 10), np.float32),
+        "base_model.model.model.embed_tokens.lora_embedding_B": np.ones((6, 4), np.float32),
+        "base_model.model.model.embed_tokens.base_layer.weight": np.ones((10, 6), np.float32),
+    }
+    found = decode(rng, tensors, target_modules=["embed_tokens"])
+    adapter = adapters(found)["model.embed_tokens"]
+    assert (adapter.layer, adapter.d_in, adapter.d_out) == ("embedding", 10, 6)
+    assert found.ignored_keys == ["base_model.model.model.embed_tokens.base_layer.weight"]
+    assert "vocabulary" in found.warnings[0]
+
+
+def test_sixteen_bit_tensors_stay_what_they_are(rng):
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        tensors = {key: value.astype(dtype) for key, value in peft_tensors(rng).items()}
+        adapter = adapters(decode(rng, tensors))[MODULE]
+        assert adapter.a_matrix.dtype == dtype
+        assert adapter.factors[0].dtype == np.float32
+
+
+HOSTILE = json.loads((DATA / "hostile" / "peft_configs.json").read_text())
+
+
+@pytest.mark.parametrize("case", HOSTILE, ids=lambda case: case["attack"])
+def test_hostile_configurations(rng, case):
+    text = case["text"] if "text" in case else json.dumps(peft_config(**case["changes"]))
+    with pytest.raises(BonsaiLoraError) as caught:
+        module = "model." + "a" * 60 + ".q_proj"
+        decode_adapter(decode_config(text.encode()), peft_tensors(rng, module), "s")
+    assert caught.value.code == case["code"]
