@@ -1,11 +1,16 @@
 """`bonsai-lora`: the command line."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from app.cli import serve
+# Requests are what runs in parallel here, so each product takes one thread. OpenBLAS reads this
+# when NumPy is first imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+from app.cli import serve  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

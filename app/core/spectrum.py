@@ -10,6 +10,7 @@ from app.core.cast import to_float32
 
 Values = npt.NDArray[np.float64]
 
+_CANCELLED = 1e-5
 _known: WeakKeyDictionary[LoraAdapter, Values] = WeakKeyDictionary()
 
 
@@ -29,10 +30,7 @@ def singular_values(adapter: LoraAdapter) -> Values:
 def _compute(adapter: LoraAdapter) -> Values:
     if adapter.rank == 0 or adapter.d_in == 0 or adapter.d_out == 0:
         return np.zeros(adapter.rank)
-    # Not adapter.factors, whose float32 copies stay: statistics must not fill the memory.
-    a_matrix, b_matrix = (
-        to_float32(one).astype(np.float64) for one in (adapter.a_matrix, adapter.b_matrix)
-    )
+    a_matrix, b_matrix = _doubles(adapter)
     right: Values = np.linalg.qr(b_matrix, mode="r")  # type: ignore[assignment]  # of NumPy's stubs
     left: Values = np.linalg.qr(a_matrix.T, mode="r")  # type: ignore[assignment]
     core = right @ left.T  # (r, r)
@@ -43,8 +41,26 @@ def _compute(adapter: LoraAdapter) -> Values:
 
 
 def delta_norm(adapter: LoraAdapter) -> float:
-    """Return the Frobenius norm of scaling * B @ A."""
-    return float(np.linalg.norm(singular_values(adapter)))
+    """Return the Frobenius norm of scaling * B @ A, to at least ten digits.
+
+    Its square is the sum of (B^T B) * (A A^T), two r x r Gram matrices. Where that sum nearly
+    cancels, so that digits are lost, the singular values give it.
+    """
+    a_matrix, b_matrix = _doubles(adapter)
+    gram_a, gram_b = a_matrix @ a_matrix.T, b_matrix.T @ b_matrix  # (r, r)
+    square = float(np.sum(gram_a * gram_b))
+    if square <= _CANCELLED * float(np.trace(gram_a) * np.trace(gram_b)):
+        return float(np.linalg.norm(singular_values(adapter)))
+    return abs(adapter.scaling) * float(np.sqrt(square))
+
+
+def _doubles(adapter: LoraAdapter) -> tuple[Values, Values]:
+    """Return A and B as float64.
+
+    Not by adapter.factors, whose float32 copies stay: statistics must not fill the memory.
+    """
+    a_matrix, b_matrix = adapter.a_matrix, adapter.b_matrix
+    return to_float32(a_matrix).astype(np.float64), to_float32(b_matrix).astype(np.float64)
 
 
 def effective_rank(adapter: LoraAdapter) -> float:

@@ -21,6 +21,19 @@ def test_against_the_svd_of_the_product(rng, d_in, d_out, rank):
     assert effective_rank(adapter) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), 1e-5)
 
 
+def test_values_that_nearly_cancel_keep_their_digits():
+    """A's rows are almost equal and B takes their difference."""
+    for a_matrix, b_matrix, norm in [
+        ([[1, 0], [1, 1e-9]], [[1, -1]], 1e-9),
+        ([[1, 0, 0], [1, 1e-8, 0], [0, 0, 1e-12]], [[1, -1, 0], [0, 0, 1]], 1e-8),
+    ]:
+        own = LoraConfig(rank=len(a_matrix), alpha=float(len(a_matrix)))
+        factors = np.array(a_matrix, np.float32), np.array(b_matrix, np.float32)
+        adapter = LoraAdapter(own, *factors, 1.0)
+        assert delta_norm(adapter) == pytest.approx(norm, rel=1e-6)
+        assert 1 <= effective_rank(adapter) < 1.01
+
+
 def test_equal_singular_values_give_the_full_rank():
     own = LoraConfig(rank=4, alpha=4.0)
     adapter = LoraAdapter(own, np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32), 1.0)
