@@ -160,13 +160,16 @@ def workers_row(folder: Path, workers: int) -> dict[str, object]:
 
 
 def private_bytes(pid: int) -> int:
-    """Private memory of a process and its children."""
+    """Private memory of a process and its children, without clean pages of mapped files.
+
+    Those count as private where one process maps a file and as shared where several do.
+    """
     children = subprocess.run(
         ["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False
     )
     total = 0
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Private_"):
+        if line.startswith("Private_Dirty"):
             total += int(line.split()[1]) * 1024
     return total + sum(private_bytes(int(child)) for child in children.stdout.split())
 

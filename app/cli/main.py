@@ -10,7 +10,7 @@ from importlib.metadata import version
 # when NumPy is first imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from app.cli import serve  # noqa: E402
+from app.cli import serve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
