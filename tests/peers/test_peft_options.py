@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 from conftest import TINY, serving, upload
-from test_peft import load_base, logits
+from test_peft_model import load_base, logits
 
 from app.api.app import create_app
 from app.formats import safetensors
