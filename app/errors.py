@@ -9,6 +9,7 @@
     │   ├── SetNotFoundError
     │   ├── AdapterNotFoundError
     │   ├── BaseNotFoundError
+    │   ├── FileNotInModelError
     │   └── RouteNotFoundError
     ├── MethodNotAllowedError
     ├── NotAcceptableError
@@ -35,6 +36,7 @@
     │   └── UnsupportedAdapterError
     ├── BusyError                           try again later
     ├── StalledError                        a client takes nothing; the answer is broken off
+    ├── BaseChangedError                    a base was overwritten while it was read
     ├── MemoryBudgetError
     ├── StoreFullError
     ├── StoreReadOnlyError
@@ -133,6 +135,18 @@ class BaseNotFoundError(NotFoundError):
             f"there is no base named {name!r}: no folder of that name with safetensors files lies "
             "under the setting bases; GET /v1/bases lists those that do",
             base=name,
+        )
+
+
+class FileNotInModelError(NotFoundError):
+    """A merged model has no file of this name."""
+
+    code = "file_not_found"
+    title = "File not found"
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        super().__init__(
+            f"there is no file {name[:200]!r}; the model has {', '.join(known[:16])}", file=name
         )
 
 
@@ -313,6 +327,13 @@ class StalledError(BonsaiLoraError):
 
     code = "stalled"
     title = "Stalled"
+
+
+class BaseChangedError(BonsaiLoraError):
+    """A file of a base was overwritten while it was read; what was mapped is gone."""
+
+    code = "base_changed"
+    title = "Base changed"
 
 
 class MemoryBudgetError(BonsaiLoraError):

@@ -8,6 +8,7 @@ on, headers out), a use case of `app.service`, and comes back; refusals become p
 import shutil
 import tempfile
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,10 +21,12 @@ from app.api.errors import install_error_handlers
 from app.api.metrics import Metrics
 from app.api.middleware import ObserveMiddleware
 from app.api.openapi import install_openapi
-from app.api.routes import adapters, apply, merge, operations, sets, stats
+from app.api.routes import adapters, apply, hub, merge, operations, sets, stats
+from app.api.routes import bases as bases_routes
 from app.checkpoints.bases import BaseFolder
 from app.service.apply import Applier
 from app.service.limits import Limits
+from app.service.merged import MergedModels
 from app.service.stats import store_stats
 from app.service.work import WorkPool
 from app.settings import Settings
@@ -39,6 +42,10 @@ _TAGS = [
     {"name": "adapters", "description": "The adapters of one set, by module."},
     {"name": "apply", "description": "scaling · B·A·x for batches of vectors."},
     {"name": "merge", "description": "W + scaling · B·A for weights that stream by."},
+    {
+        "name": "merged checkpoints",
+        "description": "Bases, and merged files that exist only while they are read.",
+    },
     {"name": "statistics", "description": "Parameters, memory, norms."},
     {"name": "operations", "description": "Health and metrics."},
 ]
@@ -65,9 +72,13 @@ def create_app(settings: Settings) -> FastAPI:
         WorkPool(settings.max_concurrency, settings.threads),
         Applier(limits, bases),
         bases,
+        MergedModels(bases, store),
+        ThreadPoolExecutor(settings.threads, "merge"),
         metrics,
     )
-    routers = [one.router for one in (sets, adapters, apply, merge, stats, operations)]
+    routers = [
+        one.router for one in (sets, adapters, apply, merge, bases_routes, stats, operations, hub)
+    ]
     for router in routers:
         app.include_router(router)
     own = [route for route in app.routes if isinstance(route, Route)]

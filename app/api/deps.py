@@ -1,5 +1,6 @@
 """What routes work with, and how they get it."""
 
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Annotated, cast
@@ -10,6 +11,7 @@ from app.api.metrics import Metrics
 from app.checkpoints.bases import BaseFolder
 from app.service.apply import Applier
 from app.service.limits import Limits
+from app.service.merged import MergedModels
 from app.service.work import WorkPool
 from app.settings import Settings
 from app.storage.store import SetStore
@@ -25,6 +27,8 @@ class Context:
     pool: WorkPool
     applier: Applier
     bases: BaseFolder
+    models: MergedModels
+    executor: Executor
     metrics: Metrics
     started: float = field(default_factory=monotonic)
 

@@ -33,6 +33,7 @@ STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.InvalidError: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StalledError: HTTPStatus.REQUEST_TIMEOUT,
+    errors.BaseChangedError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StoreReadOnlyError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.MemoryBudgetError: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.StoreFullError: HTTPStatus.INSUFFICIENT_STORAGE,

@@ -28,7 +28,7 @@ class RangedFile(Protocol):
     etag: str
     media_type: str
 
-    def read(self, start: int, stop: int) -> AsyncIterator[bytes]:
+    def read(self, start: int, stop: int) -> AsyncIterator[bytes | memoryview]:
         """Yield the bytes [start, stop) in blocks."""
         ...
 
@@ -116,7 +116,7 @@ def _multipart(file: RangedFile, ranges: list[Range], headers: dict[str, str]) -
     tail = f"\r\n--{boundary}--\r\n".encode()
     length = sum(map(len, heads)) + sum(b - a for a, b in ranges) + len(tail)
 
-    async def parts() -> AsyncIterator[bytes]:
+    async def parts() -> AsyncIterator[bytes | memoryview]:
         for head, span in zip(heads, ranges, strict=True):
             yield head
             async for block in file.read(*span):
@@ -136,7 +136,7 @@ class BytesFile:
         self.media_type = media_type
         self._content = content
 
-    async def read(self, start: int, stop: int) -> AsyncIterator[bytes]:
+    async def read(self, start: int, stop: int) -> AsyncIterator[bytes | memoryview]:
         """Yield the bytes [start, stop) in blocks of at most 1 MiB."""
         for offset in range(start, stop, _BLOCK_BYTES):
             piece = self._content[offset : min(offset + _BLOCK_BYTES, stop)]

@@ -349,6 +349,42 @@ class Estimate(BaseModel):
     bytes_per_adapter: int
 
 
+class BaseFile(BaseModel):
+    """A file of a base."""
+
+    name: str
+    size_bytes: int
+
+
+class BaseInfo(BaseModel):
+    """A base checkpoint."""
+
+    name: str
+    files: list[BaseFile]
+    dtypes: dict[str, int] = Field(description="parameters by dtype")
+    parameter_count: int
+
+
+class BaseList(BaseModel):
+    """The base checkpoints."""
+
+    bases: list[BaseInfo]
+
+
+class MergedFileInfo(BaseModel):
+    """A file of a merged model."""
+
+    name: str
+    size_bytes: int
+    etag: str
+
+
+class MergedFiles(BaseModel):
+    """The files of a merged model."""
+
+    files: list[MergedFileInfo]
+
+
 class Health(BaseModel):
     """The process answers."""
 

@@ -1,8 +1,13 @@
 """Base checkpoints: folders of safetensors files, read-only, found by their name."""
 
+import hashlib
 import json
+import math
 import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +22,27 @@ from app.formats.mapped import map_file
 from app.formats.names import is_set_name
 
 INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
+
+_OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"})
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """An opened base: its files mapped, its headers checked."""
+    """An opened base: all its files mapped, the headers of the safetensors among them checked."""
 
     name: str
     folder: Path
-    files: dict[str, memoryview]
-    headers: dict[str, safetensors.Header]
-    weight_map: dict[str, str]
+    files: Mapping[str, memoryview]
+    headers: Mapping[str, safetensors.Header]
+    weight_map: Mapping[str, str]
     """Tensor name -> file name."""
+    digest: str
+    """Stands for the content: names, sizes, times and headers of all files."""
+
+    def info(self, name: str) -> safetensors.TensorInfo | None:
+        """Return dtype, shape and place of a tensor, None where there is none."""
+        file = self.weight_map.get(name)
+        return None if file is None else self.headers[file].tensors[name]
 
     def tensor(self, name: str) -> Array | None:
         """Return a tensor as a read-only view of its file, None where there is none."""
@@ -38,9 +51,37 @@ class Base:
             return None
         return safetensors.view(self.files[file], self.headers[file], name)
 
-    def weight_of(self, module: str) -> Array | None:
-        """Return the weight of a module given by its full path."""
-        return self.tensor(f"{module}.weight")
+    def weights_of(self, module: str) -> Sequence[str]:
+        """Return the names of the weights of a module: by its full path, or by its last parts."""
+        exact = f"{module}.weight"
+        return (exact,) if exact in self.weight_map else self._by_ending.get(f".{exact}", ())
+
+    @cached_property
+    def _by_ending(self) -> Mapping[str, Sequence[str]]:
+        found: dict[str, list[str]] = {}
+        for name in self.weight_map:
+            for place, letter in enumerate(name):
+                if letter == ".":
+                    found.setdefault(name[place:], []).append(name)
+        return found
+
+    @cached_property
+    def is_tied(self) -> bool:
+        """Whether the head is the embedding: config.json says so, or there is no head."""
+        try:
+            config = json.loads(bytes(self.files["config.json"]))
+        except (KeyError, ValueError):
+            config = {}
+        return bool(config.get("tie_word_embeddings", "lm_head.weight" not in self.weight_map))
+
+    @cached_property
+    def parameters(self) -> Mapping[str, int]:
+        """Number of parameters by dtype."""
+        counts: Counter[str] = Counter()
+        for header in self.headers.values():
+            for info in header.tensors.values():
+                counts[info.dtype] += math.prod(info.shape)
+        return counts
 
 
 class BaseFolder:
@@ -48,7 +89,7 @@ class BaseFolder:
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
-        self._open: dict[str, tuple[tuple[int, ...], Base]] = {}
+        self._open: dict[str, tuple[object, Base]] = {}
 
     def names(self) -> list[str]:
         """Return the names of all bases, sorted; a new folder is there at once."""
@@ -57,7 +98,7 @@ class BaseFolder:
         return sorted(
             entry.name
             for entry in os.scandir(self._root)
-            if entry.is_dir() and is_set_name(entry.name) and _model_files(Path(entry.path))
+            if entry.is_dir() and is_set_name(entry.name) and _has_weights(Path(entry.path))
         )
 
     def get(self, name: str) -> Base:
@@ -68,13 +109,13 @@ class BaseFolder:
         if self._root is None or not is_set_name(name):
             raise BaseNotFoundError(name)
         folder = self._root / name
-        files = _model_files(folder)
-        if not files:
+        if not _has_weights(folder):
             raise BaseNotFoundError(name)
+        files = [path for path in sorted(folder.iterdir()) if _is_served(path)]
         identity = tuple(
-            part
-            for file in files
-            for part in (file.stat().st_ino, file.stat().st_mtime_ns, file.stat().st_size)
+            (path.name, status.st_ino, status.st_mtime_ns, status.st_size)
+            for path in files
+            for status in [path.stat()]
         )
         known = self._open.get(name)
         if known is not None and known[0] == identity:
@@ -112,45 +153,49 @@ def row_norms(weight: Array, adapter: LoraAdapter) -> Floats:
     return np.sqrt(squares).astype(np.float32)
 
 
-def _model_files(folder: Path) -> list[Path]:
-    index = folder / INDEX_FILE
-    if index.is_file():
-        return [index, *sorted(folder.glob("*.safetensors"))]
-    return sorted(folder.glob("*.safetensors"))
+def _has_weights(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.glob("*.safetensors"))
+
+
+def _is_served(path: Path) -> bool:
+    """Whether a file is part of the base: not hidden, and no weights in a form we do not merge."""
+    return path.is_file() and not path.name.startswith(".") and path.suffix not in _OTHER_WEIGHTS
 
 
 def _open(name: str, folder: Path, files: list[Path]) -> Base:
     mapped: dict[str, memoryview] = {}
     headers: dict[str, safetensors.Header] = {}
     weight_map: dict[str, str] = {}
+    digest = hashlib.sha256()
     for path in files:
-        if path.name == INDEX_FILE:
-            continue
         with path.open("rb") as file:
-            raw = map_file(file)
+            status = os.fstat(file.fileno())
+            raw = mapped[path.name] = map_file(file)
+        digest.update(f"{path.name}\n{status.st_size}\n{status.st_mtime_ns}\n".encode())
+        if path.suffix != ".safetensors":
+            continue
         try:
-            header = safetensors.decode_header(raw)
+            header = headers[path.name] = safetensors.decode_header(raw)
             safetensors.check_total(header, len(raw))
         except BonsaiLoraError as error:
             raise InvalidBaseError(
                 f"{path.name} of base {name!r}: {error.detail}", base=name
             ) from None
-        mapped[path.name], headers[path.name] = raw, header
+        digest.update(raw[: header.data_start])
         for tensor in header.tensors:
             if weight_map.setdefault(tensor, path.name) != path.name:
                 raise InvalidBaseError(
                     f"base {name!r} has tensor {tensor!r} in two files", base=name
                 )
-    _check_index(name, folder, weight_map)
-    return Base(name, folder, mapped, headers, weight_map)
+    _check_index(name, mapped, weight_map)
+    return Base(name, folder, mapped, headers, weight_map, digest.hexdigest())
 
 
-def _check_index(name: str, folder: Path, weight_map: dict[str, str]) -> None:
-    path = folder / INDEX_FILE
-    if not path.is_file():
+def _check_index(name: str, files: dict[str, memoryview], weight_map: dict[str, str]) -> None:
+    if INDEX_FILE not in files:
         return
     try:
-        listed: Any = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        listed: Any = json.loads(bytes(files[INDEX_FILE]))["weight_map"]
         wrong = [tensor for tensor, file in listed.items() if weight_map.get(tensor) != file]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InvalidBaseError(f"{INDEX_FILE} of base {name!r} cannot be read", base=name) from None

@@ -17,7 +17,7 @@ def norms_of(stored: StoredSet, module: str, adapter: LoraAdapter, bases: BaseFo
     Raises DoraNeedsBaseError where no base of the set's base_model_name has such a weight.
     """
     base = bases.find(stored.lora_set.base_model_name)
-    weight = None if base is None else base.weight_of(module)
+    weight = None if base is None else base.tensor(f"{module}.weight")
     if base is None or weight is None:
         raise DoraNeedsBaseError(
             f"module {module!r} is DoRA, whose outputs depend on the norms of the base weights, "

@@ -1,0 +1,298 @@
+"""Merged checkpoints that exist only while they are read."""
+
+import json
+import shutil
+
+import httpx
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+import safetensors.numpy
+from conftest import TINY, assert_problem, peft_config, peft_tensors, serving, upload, upload_parts
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from app.api.app import create_app
+from app.formats import safetensors as ours
+
+PATH = "/v1/bases/tiny-qwen3/merged"
+
+
+@pytest.fixture
+def based(settings, tmp_path):
+    shutil.copytree(TINY / "base", tmp_path / "bases" / "tiny-qwen3")
+    known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
+    with serving(create_app(known)) as url, httpx.Client(base_url=url, timeout=30) as client:
+        yield client
+
+
+def write_base(folder, tensors, **config):
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(ours.encode(tensors, {"format": "pt"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3", **config}))
+
+
+def test_bases(based, tmp_path):
+    info = based.get("/v1/bases").json()["bases"]
+    assert [one["name"] for one in info] == ["tiny-qwen3"]
+    assert info[0] == based.get("/v1/bases/tiny-qwen3").json()
+    assert info[0]["parameter_count"] == 127_424
+    assert info[0]["dtypes"] == {"BF16": 127_424}
+    assert "config.json" in {one["name"] for one in info[0]["files"]}
+    assert_problem(based.get("/v1/bases/nothing"), 404, "base_not_found")
+    write_base(tmp_path / "bases" / "new", {"x": np.ones(3, np.float32)})
+    assert len(based.get("/v1/bases").json()["bases"]) == 2
+
+
+@pytest.mark.parametrize("adapter", ["plain", "attention-only", "rslora-patterns", "dora"])
+def test_whole_files_are_what_peft_merged_rounded_once(based, adapter):
+    upload(based, adapter, TINY / adapter)
+    golden = safetensors.numpy.load_file(TINY / adapter / "merged_f32.safetensors")
+    files = based.get(f"{PATH}/{adapter}").json()["files"]
+    assert {one["name"] for one in files} == {path.name for path in (TINY / "base").iterdir()}
+    seen = set()
+    for one in files:
+        answer = based.get(f"{PATH}/{adapter}/{one['name']}")
+        original = (TINY / "base" / one["name"]).read_bytes()
+        assert len(answer.content) == one["size_bytes"] == len(original)
+        assert answer.headers["etag"] == one["etag"]
+        assert answer.headers["content-length"] == str(len(original))
+        if not one["name"].endswith(".safetensors"):
+            assert answer.content == original
+            continue
+        start = ours.decode_header(original).data_start
+        assert answer.content[:start] == original[:start]
+        tensors, _ = ours.decode(answer.content)
+        base, _ = ours.decode(original)
+        for name, got in tensors.items():
+            seen.add(name)
+            if name.removesuffix(".weight") not in {
+                m["name"] for m in based.get(f"/v1/sets/{adapter}").json()["modules"]
+            }:
+                assert got.tobytes() == base[name].tobytes(), name
+                continue
+            exact = golden[name]
+            # Rounded once: equal to golden's rounding but for sums that lie on the edge.
+            same = got.view(np.uint16) == exact.astype(ml_dtypes.bfloat16).view(np.uint16)
+            assert same.mean() > 0.995, name
+            assert (np.abs(got.astype(np.float32) - exact) <= np.abs(exact) * 2.0**-8 + 1e-7).all()
+    assert seen == set(golden)
+
+
+def test_any_range_is_the_same_slice_of_the_whole(based):
+    upload(based, "plain", TINY / "plain")
+    path = f"{PATH}/plain/model-00002-of-00003.safetensors"
+    whole = based.get(path).content
+
+    @given(st.integers(0, len(whole) - 1), st.integers(1, 5000))
+    @settings(max_examples=60, deadline=None)
+    def check(start, length):
+        part = based.get(path, headers={"Range": f"bytes={start}-{start + length - 1}"})
+        assert part.status_code == 206
+        assert part.content == whole[start : start + length]
+
+    check()
+    several = based.get(path, headers={"Range": "bytes=0-7,5001-5003,-2"})
+    assert whole[5001:5004] in several.content
+    etag = based.head(path).headers["etag"]
+    assert based.get(path, headers={"If-None-Match": etag}).status_code == 304
+    beyond = based.get(path, headers={"Range": f"bytes={len(whole)}-"})
+    assert_problem(beyond, 416, "range_not_satisfiable")
+
+
+@given(st.data())
+@settings(
+    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_random_layouts_agree_with_float64(tmp_path_factory, data):
+    from app.checkpoints.bases import BaseFolder
+    from app.checkpoints.merged import Ingredient, MergedModel
+    from app.core.adapter import LoraAdapter
+    from app.core.config import LoraConfig
+    from app.core.loraset import BonsaiLoraSet
+
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    kinds = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
+    tensors, registry = {}, BonsaiLoraSet.new(LoraConfig(rank=1), "b", "s").registry
+    for index in range(data.draw(st.integers(1, 5))):
+        dtype = data.draw(st.sampled_from(kinds))
+        d_out, d_in = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+        if data.draw(st.booleans()):
+            tensors[f"norm{index}"] = rng.standard_normal(d_in).astype(dtype)
+        tensors[f"m{index}.weight"] = rng.standard_normal((d_out, d_in)).astype(dtype)
+        if index == 0 or data.draw(st.booleans()):
+            config = LoraConfig(rank=data.draw(st.integers(1, 4)), alpha=3.0)
+            a_matrix = rng.standard_normal((config.rank, d_in)).astype(np.float32)
+            b_matrix = rng.standard_normal((d_out, config.rank)).astype(np.float32)
+            registry = registry.add(
+                f"m{index}", LoraAdapter(config, a_matrix, b_matrix, config.scaling)
+            )
+    root = tmp_path_factory.mktemp("bases")
+    write_base(root / "b", tensors, tie_word_embeddings=False)
+    base = BaseFolder(root).get("b")
+    model = MergedModel(base, [Ingredient(BonsaiLoraSet(registry, "b", "s"), '"e"')])
+    file = model.file("model.safetensors")
+    whole = b"".join(bytes(piece()) for piece in file.pieces(0, file.size_bytes))
+    assert len(whole) == file.size_bytes
+    for _ in range(8):
+        start = data.draw(st.integers(0, len(whole)))
+        stop = data.draw(st.integers(start, len(whole)))
+        assert b"".join(bytes(piece()) for piece in file.pieces(start, stop)) == whole[start:stop]
+    merged, _ = ours.decode(whole)
+    for name, original in tensors.items():
+        adapter = registry.get(name.removesuffix(".weight"))
+        if adapter is None:
+            assert merged[name].tobytes() == original.tobytes()
+            continue
+        exact = reference.merge(original, adapter.a_matrix, adapter.b_matrix, adapter.scaling)
+        eps = float(ml_dtypes.finfo(original.dtype).eps)
+        slack = 1e-5 if original.dtype != np.float64 else 1e-12
+        assert (np.abs(merged[name].astype(float) - exact) <= np.abs(exact) * eps / 2 + slack).all()
+
+
+def test_bare_names_match_every_layer(based):
+    body = {"name": "bare", "config": {"rank": 1, "alpha": 2.0}}
+    based.post("/v1/sets", json=body)
+    weights = {"lora_A": [[1.0] * 64], "lora_B": [[0.5]] * 128}
+    based.put("/v1/sets/bare/adapters/q_proj", json=weights)
+    changed = 0
+    for one in based.get(f"{PATH}/bare").json()["files"]:
+        if one["name"].endswith(".safetensors"):
+            got, _ = ours.decode(based.get(f"{PATH}/bare/{one['name']}").content)
+            base, _ = ours.decode((TINY / "base" / one["name"]).read_bytes())
+            for name in got:
+                if name.endswith("q_proj.weight"):
+                    changed += 1
+                    delta = got[name].astype(np.float32) - base[name].astype(np.float32)
+                    assert np.abs(delta - 1).max() < 0.01
+                else:
+                    assert got[name].tobytes() == base[name].tobytes()
+    assert changed == 2
+
+
+def test_scale_and_several_sets(based):
+    for name in ("plain", "attention-only"):
+        upload(based, name, TINY / name)
+    path = f"{PATH}/plain/model-00001-of-00003.safetensors"
+    zero, _ = ours.decode(based.get(f"{path}?scale=0").content)
+    base, _ = ours.decode((TINY / "base" / "model-00001-of-00003.safetensors").read_bytes())
+    for name in base:
+        assert np.array_equal(zero[name], base[name])
+    one = based.get(path)
+    half = based.get(f"{path}?scale=0.5")
+    assert half.headers["etag"] != one.headers["etag"]
+    both = f"{PATH}/plain/model-00002-of-00003.safetensors"
+    got, _ = ours.decode(based.get(f"{both}?scale=0.5&set=attention-only&weight=0.25").content)
+    base, _ = ours.decode((TINY / "base" / "model-00002-of-00003.safetensors").read_bytes())
+    name = "model.layers.1.self_attn.q_proj"
+    exact = base[f"{name}.weight"].astype(float)
+    for set_name, weight in (("plain", 0.5), ("attention-only", 0.25)):
+        tensors = safetensors.numpy.load_file(TINY / set_name / "adapter_model.safetensors")
+        halves = [tensors[f"base_model.model.{name}.lora_{half}.weight"] for half in "AB"]
+        scaling = 16 / len(halves[0])
+        exact += weight * reference.delta_weight(*halves, scaling)
+    assert (
+        np.abs(got[f"{name}.weight"].astype(float) - exact) <= np.abs(exact) * 2.0**-8 + 1e-6
+    ).all()
+    assert_problem(based.get(f"{path}?weight=1"), 422, "invalid_request")
+    assert_problem(based.get(f"{path}?set=plain"), 422, "invalid_request")
+    assert_problem(based.get(f"{path}?scale=nan"), 422, "invalid_request")
+
+
+def test_refusals(based, rng, tmp_path):
+    upload_parts(
+        based, "strange", peft_config(target_modules=["other"]), peft_tensors(rng, "other")
+    )
+    body = assert_problem(based.get(f"{PATH}/strange"), 422, "invalid_request")
+    assert body["modules"] == ["other"]
+    upload_parts(based, "shape", peft_config(), peft_tensors(rng))
+    assert_problem(based.get(f"{PATH}/shape/config.json"), 422, "shape_mismatch")
+    assert_problem(based.get(f"{PATH}/nothing"), 404, "set_not_found")
+    upload(based, "plain", TINY / "plain")
+    assert_problem(based.get(f"{PATH}/plain/nothing.json"), 404, "file_not_found")
+    assert_problem(based.get(f"{PATH}/plain/..%2fconfig.json"), 404, "not_found")
+    tensors = {"model.embed_tokens.weight": np.ones((10, 6), np.float32)}
+    write_base(tmp_path / "bases" / "tied", tensors, tie_word_embeddings=True)
+    embedding = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": np.ones((4, 10), np.float32),
+        "base_model.model.model.embed_tokens.lora_embedding_B": np.ones((6, 4), np.float32),
+    }
+    upload_parts(based, "e", peft_config(target_modules=["embed_tokens"]), embedding)
+    assert_problem(based.get("/v1/bases/tied/merged/e"), 422, "unsupported_adapter")
+    write_base(tmp_path / "bases" / "integers", {"x": np.ones(3, np.float32)})
+    (tmp_path / "bases" / "integers" / "model.safetensors").write_bytes(b"cut off")
+    assert_problem(based.get("/v1/bases/integers"), 422, "invalid_base")
+
+
+def test_replaced_and_embedded_tensors(based, tmp_path, rng):
+    base = {
+        "model.embed_tokens.weight": rng.standard_normal((10, 6)).astype(np.float16),
+        "lm_head.weight": rng.standard_normal((10, 6)).astype(np.float16),
+        "m.weight": rng.standard_normal((5, 6)).astype(np.float16),
+        "m.bias": rng.standard_normal(5).astype(np.float16),
+    }
+    write_base(tmp_path / "bases" / "b", base)
+    a_matrix, b_matrix = rng.standard_normal((4, 10)), rng.standard_normal((6, 4))
+    bias = rng.standard_normal(5).astype(np.float32)
+    head = rng.standard_normal((10, 6)).astype(np.float32)
+    tensors = peft_tensors(rng, "m") | {
+        "base_model.model.model.embed_tokens.lora_embedding_A": a_matrix.astype(np.float32),
+        "base_model.model.model.embed_tokens.lora_embedding_B": b_matrix.astype(np.float32),
+        "base_model.model.lm_head.weight": head,
+        "base_model.model.m.bias": bias,
+    }
+    config = peft_config(
+        target_modules=["m", "embed_tokens"], modules_to_save=["lm_head"], bias="all"
+    )
+    assert upload_parts(based, "s", config, tensors).status_code == 201
+    got, _ = ours.decode(based.get("/v1/bases/b/merged/s/model.safetensors").content)
+    assert np.array_equal(got["lm_head.weight"], head.astype(np.float16))
+    assert np.array_equal(got["m.bias"], bias.astype(np.float16))
+    exact = base["model.embed_tokens.weight"] + reference.delta_weight(a_matrix, b_matrix, 2.0).T
+    assert np.abs(got["model.embed_tokens.weight"] - exact).max() < 0.02
+
+
+def test_a_change_of_the_set_changes_the_tag_but_not_a_running_download(based):
+    upload(based, "plain", TINY / "plain")
+    path = f"{PATH}/plain/model-00001-of-00003.safetensors"
+    before = based.get(path)
+    with based.stream("GET", path) as running:
+        based.delete("/v1/sets/plain/adapters/model.layers.0.self_attn.q_proj")
+        assert running.read() == before.content
+    after = based.get(path)
+    assert after.headers["etag"] != before.headers["etag"]
+    assert after.content != before.content
+    stale = based.get(path, headers={"Range": "bytes=0-9", "If-Range": before.headers["etag"]})
+    assert stale.status_code == 200
+
+
+def test_the_hub_protocol(based):
+    upload(based, "plain", TINY / "plain")
+    path = "/tiny-qwen3/plain/resolve/main/model-00001-of-00003.safetensors"
+    head = based.head(path)
+    commit = head.headers["x-repo-commit"]
+    assert len(commit) == 40
+    native = based.get(f"{PATH}/plain/model-00001-of-00003.safetensors")
+    assert based.get(path).content == native.content
+    assert head.headers["content-length"] == str(len(native.content))
+    for revision in ("main", "1", commit):
+        info = based.get(f"/api/models/tiny-qwen3/plain/revision/{revision}").json()
+        assert info["sha"] == commit
+        assert {"rfilename": "config.json"} in info["siblings"]
+    files = based.get(
+        f"/api/models/tiny-qwen3/plain/tree/{commit}?recursive=true&expand=false"
+    ).json()
+    assert {one["path"] for one in files} == {one["rfilename"] for one in info["siblings"]}
+    missing = based.get("/tiny-qwen3/plain/resolve/main/adapter_config.json")
+    assert missing.status_code == 404
+    assert missing.headers["x-error-code"] == "EntryNotFound"
+    for wrong in ("/tiny-qwen3/no/resolve/main/x", "/no/plain/resolve/main/x"):
+        assert based.get(wrong).headers["x-error-code"] == "RepoNotFound"
+    old = based.get("/tiny-qwen3/plain/resolve/7/config.json")
+    assert old.headers["x-error-code"] == "RevisionNotFound"
+    config = based.get("/adapters/plain/resolve/main/adapter_config.json")
+    assert config.json() == json.loads((TINY / "plain" / "adapter_config.json").read_text())
+    listed = based.get("/api/models", params={"author": "tiny-qwen3"}).json()
+    assert [one["id"] for one in listed] == ["tiny-qwen3/plain"]
+    assert based.get("/api/agent-harnesses").status_code == 404

@@ -1,0 +1,64 @@
+"""Run by test_hub with HF_ENDPOINT set: the hub's own clients, unchanged, against the service."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import (
+    HfApi,
+    get_safetensors_metadata,
+    hf_hub_download,
+    list_repo_files,
+    snapshot_download,
+)
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base, adapter, tokens_path, cache = sys.argv[1:]
+tokens = torch.from_numpy(np.load(tokens_path))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(tokens).logits.float()
+
+
+merged = AutoModelForCausalLM.from_pretrained(f"{base}/{adapter}", dtype=torch.float32)
+api = HfApi()
+info = api.model_info(f"{base}/{adapter}")
+files = list_repo_files(f"{base}/{adapter}")
+folder = snapshot_download(f"{base}/{adapter}", revision=info.sha, cache_dir=cache)
+metadata = get_safetensors_metadata(f"{base}/{adapter}")
+one = Path(hf_hub_download(f"{base}/{adapter}", "config.json", cache_dir=cache))
+errors = {}
+for name, call in {
+    "entry": lambda: hf_hub_download(f"{base}/{adapter}", "nothing.json", cache_dir=cache),
+    "repo": lambda: hf_hub_download(f"{base}/nothing", "config.json", cache_dir=cache),
+    "revision": lambda: api.model_info(f"{base}/{adapter}", revision="99"),
+}.items():
+    try:
+        call()
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        errors[name] = type(error).__name__
+plain = AutoModelForCausalLM.from_pretrained(f"{base}/zero", dtype=torch.float32)
+wrapped = PeftModel.from_pretrained(plain, f"adapters/{adapter}")
+beside = logits(wrapped)
+once = logits(wrapped.merge_and_unload())
+print(
+    json.dumps(
+        {
+            "sha": info.sha,
+            "files": sorted(files),
+            "folder": sorted(path.name for path in Path(folder).iterdir()),
+            "config": one.exists(),
+            "parameters": sum(metadata.parameter_count.values()),
+            "listed": [model.id for model in api.list_models(author=base)],
+            "errors": errors,
+            "merged_against_peft": float((logits(merged) - once).norm() / once.norm()),
+            "beside_against_peft": float((beside - once).norm() / once.norm()),
+        }
+    )
+)
