@@ -10,7 +10,7 @@ from importlib.metadata import version
 # when NumPy is first imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from app.cli import serve
+from app.cli import client, serve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=version("bonsai-lora"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     serve.add_command(commands)
+    client.add_commands(commands)
     chosen = parser.parse_args(arguments)
     code: int = chosen.run(chosen)
     return code

@@ -13,7 +13,11 @@ from huggingface_hub import (
     list_repo_files,
     snapshot_download,
 )
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 

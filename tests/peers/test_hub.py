@@ -50,7 +50,14 @@ def test_by_name(settings, tmp_path, base, adapter):
         }
         script = Path(__file__).parent / "hub_client.py"
         done = subprocess.run(
-            [sys.executable, str(script), base, adapter, str(TINY / "tokens.npy"), str(tmp_path / "c")],
+            [
+                sys.executable,
+                str(script),
+                base,
+                adapter,
+                str(TINY / "tokens.npy"),
+                str(tmp_path / "c"),
+            ],
             capture_output=True,
             text=True,
             timeout=110,

@@ -1,0 +1,121 @@
+"""The client commands against a running service."""
+
+import io
+import json
+import shutil
+import sys
+
+import httpx
+import numpy as np
+import pytest
+from conftest import TINY, read_tensors, serving
+
+from app.api.app import create_app
+from app.cli.main import main
+from app.cli.pull import Progress
+
+
+@pytest.fixture
+def service(settings, tmp_path):
+    shutil.copytree(TINY / "base", tmp_path / "bases" / "tiny-qwen3")
+    known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
+    with serving(create_app(known)) as url:
+        yield url
+
+
+@pytest.fixture
+def run(service, capsys):
+    def run(*words):
+        code = main([words[0], "--url", service, *map(str, words[1:])])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_push_show_stats_ls_rm(run):
+    assert run("ls") == (0, "NAME  BASE  VERSION  ORIGIN  ADAPTERS  PARAMETERS\n", "")
+    assert run("push", "plain", TINY / "plain") == (0, "plain: version 1, 14 adapters\n", "")
+    code, out, _ = run("ls")
+    assert out.splitlines()[1].split() == ["plain", "tiny-qwen3", "1", "peft", "14", "20992"]
+    code, out, _ = run("show", "plain")
+    assert "model.layers.0.self_attn.q_proj  64    128" in out
+    assert "effective_rank".upper() in run("stats", "plain")[1]
+    assert "set_count: 1" in run("stats")[1]
+    assert json.loads(run("show", "plain", "--json")[1])["version"] == 1
+    assert json.loads(run("ls", "--json")[1])[0]["name"] == "plain"
+    assert run("rm", "plain") == (0, "", "")
+    code, _, err = run("rm", "plain")
+    assert code == 1
+    assert "set_not_found" in err
+    assert "there is no set named 'plain'" in err
+
+
+def test_apply_from_a_file_and_from_standard_input(run, tmp_path, monkeypatch):
+    run("push", "plain", TINY / "plain")
+    golden = read_tensors(TINY / "plain" / "golden.safetensors")
+    module = "model.layers.0.self_attn.q_proj"
+    text = json.dumps(golden[f"{module}.x"].tolist())
+    (tmp_path / "x.json").write_text(text)
+    code, out, _ = run("apply", "plain", module, tmp_path / "x.json")
+    assert code == 0
+    assert np.allclose(json.loads(out), golden[f"{module}.delta"], atol=1e-5)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert run("apply", "plain", module)[1] == out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("[[1, 2"))
+    assert run("apply", "plain", module)[0] == 2
+    monkeypatch.setattr(sys, "stdin", io.StringIO("[[1, 2]]"))
+    code, _, err = run("apply", "plain", module)
+    assert (code, "shape_mismatch" in err) == (1, True)
+
+
+def test_pull_a_merged_model(run, service, tmp_path):
+    run("push", "plain", TINY / "plain")
+    target = tmp_path / "out"
+    code, out, _ = run("pull", "tiny-qwen3/plain", "-o", target, "--json")
+    assert code == 0
+    names = {one["path"] for one in json.loads(out)["files"]}
+    assert names == {path.name for path in (TINY / "base").iterdir()}
+    with httpx.Client(base_url=service) as client:
+        for name in names:
+            served = client.get(f"/v1/bases/tiny-qwen3/merged/plain/{name}").content
+            assert (target / name).read_bytes() == served
+    # Interrupted: one file half there, one gone.
+    shard = target / "model-00001-of-00003.safetensors"
+    content = shard.read_bytes()
+    shard.unlink()
+    (target / "model-00001-of-00003.safetensors.partial").write_bytes(content[:5000])
+    (target / "config.json").unlink()
+    assert run("pull", "tiny-qwen3/plain", "-o", target)[0] == 0
+    assert shard.read_bytes() == content
+    assert not list(target.glob("*.partial"))
+    # Another version of the set: nothing old is kept.
+    with httpx.Client(base_url=service) as client:
+        client.delete("/v1/sets/plain/adapters/model.layers.0.self_attn.q_proj")
+    assert run("pull", "tiny-qwen3/plain", "-o", target)[0] == 0
+    assert shard.read_bytes() != content
+
+
+def test_pull_an_adapter_and_what_does_not_exist(run, tmp_path):
+    run("push", "plain", TINY / "plain")
+    assert run("pull", "adapters/plain", "-o", tmp_path / "a")[0] == 0
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["r"] == 8
+    assert run("push", "again", tmp_path / "a")[0] == 0
+    assert run("pull", "nothing/plain", "-o", tmp_path / "b")[0] == 1
+    assert run("pull", "plain", "-o", tmp_path / "b")[0] == 2
+    assert run("push", "x", tmp_path / "nowhere")[0] == 2
+
+
+def test_no_service(capsys):
+    assert main(["ls", "--url", "http://127.0.0.1:9"]) == 3
+    assert "no service at http://127.0.0.1:9" in capsys.readouterr().err
+
+
+def test_progress_shows_rate_and_time_left(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    with Progress(2_000_000) as progress:
+        progress.add(1_000_000)
+        progress.add(1_000_000)
+    assert "100% 2/2 MB" in screen.getvalue()
+    assert "s left" in screen.getvalue()
