@@ -111,7 +111,7 @@ class BaseFolder:
         folder = self._root / name
         if not _has_weights(folder):
             raise BaseNotFoundError(name)
-        files = [path for path in sorted(folder.iterdir()) if _is_served(path)]
+        files = _served_files(folder)
         identity = tuple(
             (path.name, status.st_ino, status.st_mtime_ns, status.st_size)
             for path in files
@@ -155,6 +155,17 @@ def row_norms(weight: Array, adapter: LoraAdapter) -> Floats:
 
 def _has_weights(folder: Path) -> bool:
     return folder.is_dir() and any(folder.glob("*.safetensors"))
+
+
+def _served_files(folder: Path) -> list[Path]:
+    """Return the files of a base, sorted; where there is an index, only weights that it names."""
+    files = [path for path in sorted(folder.iterdir()) if _is_served(path)]
+    try:
+        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        named = set(index.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return files
+    return [path for path in files if path.suffix != ".safetensors" or path.name in named]
 
 
 def _is_served(path: Path) -> bool:

@@ -74,11 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
         return _serve(settings, listener, temporary)
 
 
-def make_app(settings: Settings) -> FastAPI:
-    """Return the application, in this or in a worker process."""
+def make_app(settings: Settings, supervisor: int | None) -> FastAPI:
+    """Return the application, in this process or in a worker of the process `supervisor`."""
     configure_logging(settings.log_level, settings.log_format)
-    if settings.workers > 1:
-        _end_with_parent()
+    if supervisor is not None:
+        _end_with(supervisor)
     from app.api.app import create_app  # noqa: PLC0415 - after the metrics' folder is known
 
     return create_app(settings)
@@ -89,7 +89,7 @@ def _serve(settings: Settings, listener: socket.socket, temporary: str) -> int:
         # Where prometheus_client keeps what the workers count, so that any of them can tell it all.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = temporary
     config = uvicorn.Config(
-        partial(make_app, settings),
+        partial(make_app, settings, os.getpid() if settings.workers > 1 else None),
         factory=True,
         workers=settings.workers,
         log_config=None,
@@ -131,11 +131,13 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _end_with_parent() -> None:
+def _end_with(supervisor: int) -> None:
     """Let a worker get SIGTERM when its supervisor is gone, however that ended (prctl(2))."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != supervisor:  # it was gone before
+        sys.exit(0)
 
 
 def _raise_file_limit() -> None:

@@ -12,8 +12,8 @@ from app.core.kaiming import kaiming_uniform
 from app.core.merge import blocks, merge_rows
 from app.errors import ShapeMismatchError
 
-LayerKind = Literal["linear", "conv1d", "embedding"]
-"""linear: the base weight is (d_out, d_in); conv1d, embedding: it is stored (d_in, d_out)."""
+LayerKind = Literal["linear", "embedding"]
+"""linear: the base weight is (d_out, d_in); embedding: it is stored (d_in, d_out)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,15 +15,14 @@ from app.core.loraset import BonsaiLoraSet
 from app.core.registry import LoraRegistry
 from app.errors import InvalidAdapterError, UnsupportedAdapterError
 from app.formats.names import check_module_name
-from app.formats.peft_config import PeftConfig, is_named, unknown_fields
+from app.formats.peft_config import EMBEDDING_LAYERS, PeftConfig, endings, unknown_fields
 
 PREFIX = "base_model.model."
 
-_EMBEDDING_LAYERS = ("embed_tokens", "lm_head")
 _LORA_KEY = re.compile(
     r"(?P<module>.+)\."
     r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(?:\.(?!weight$|bias$)[^.]+)?(?P<ending>\.weight|\.bias)?"
+    r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?P<ending>\.weight|\.bias)?"
 )
 _WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.[^.]+)?)(?=\.(?:weight|bias)$)")
 
@@ -73,6 +72,9 @@ def decode_adapter(config: PeftConfig, tensors: Mapping[str, Array], name: str) 
         for module, parts in modules.items()
         for part, key in parts.items()
     } | {key: PREFIX + parameter for parameter, key in replacements.items()}
+    again = group_keys(canonical.values())
+    if again[0].keys() != modules.keys() or again[1].keys() != replacements.keys():
+        raise InvalidAdapterError("the tensors have names that would mean others when read again")
     return PeftAdapter(lora_set, canonical, ignored, _warnings(config, modules, ignored))
 
 
@@ -114,6 +116,7 @@ def group_keys(keys: Iterable[str]) -> tuple[dict[str, Parts], dict[str, str]]:
     """
     modules: dict[str, Parts] = {}
     others: dict[str, str] = {}
+    adapters: set[str | None] = set()
     for key in keys:
         path = re.sub(r"^base_model\.(model\.)?", "", key)
         match = _LORA_KEY.fullmatch(path)
@@ -123,11 +126,16 @@ def group_keys(keys: Iterable[str]) -> tuple[dict[str, Parts], dict[str, str]]:
             name, place = _WRAPPED.sub("", path), others
         else:
             name, place = part, modules.setdefault(check_module_name(match["module"]), {})
+            if part != "magnitude":  # whose name some versions of peft left in
+                adapters.add(match["adapter"])
         if name in place:
             raise InvalidAdapterError(
                 f"{key!r} and {place[name]!r} are the same tensor", keys=[key, place[name]]
             )
         place[name] = key
+    if len(adapters) > 1:
+        names = sorted(str(one) for one in adapters)
+        raise InvalidAdapterError(f"the keys name several adapters: {', '.join(names[:8])}")
     return modules, others
 
 
@@ -206,7 +214,7 @@ def _check_targets(config: PeftConfig, modules: Iterable[str]) -> None:
 def _decode_module(
     config: PeftConfig, module: str, parts: Parts, tensors: Mapping[str, Array]
 ) -> LoraAdapter:
-    layer = _layer_kind(config, module, parts)
+    layer = _layer_kind(module, parts)
     embedding = "embedding_" if layer == "embedding" else ""
     a_matrix = tensors[parts[f"{embedding}A"]]
     b_matrix = tensors[parts[f"{embedding}B"]]
@@ -221,7 +229,7 @@ def _decode_module(
     )
 
 
-def _layer_kind(config: PeftConfig, module: str, parts: Parts) -> LayerKind:
+def _layer_kind(module: str, parts: Parts) -> LayerKind:
     halves = parts.keys() & {"A", "B", "embedding_A", "embedding_B"}
     if halves == {"embedding_A", "embedding_B"}:
         return "embedding"
@@ -231,7 +239,7 @@ def _layer_kind(config: PeftConfig, module: str, parts: Parts) -> LayerKind:
             "lora_B",
             module=module,
         )
-    return "conv1d" if config.raw.get("fan_in_fan_out") else "linear"
+    return "linear"
 
 
 def _check_factors(module: str, a_matrix: Array, b_matrix: Array, rank: int) -> None:
@@ -292,11 +300,13 @@ def _replacements(
     ignored, unknown = [], []
     for parameter, key in others.items():
         module, _, kind = parameter.rpartition(".")
-        if _is_saved(module, config.modules_to_save) or (kind == "bias" and config.replaces_biases):
+        if _is_saved(module, config.modules_to_save) or _is_replaced_bias(
+            config, parameter, adapted
+        ):
             replaced[parameter] = key
         elif (
             kind == "weight"
-            and module.rpartition(".")[2] in _EMBEDDING_LAYERS
+            and module.rpartition(".")[2] in EMBEDDING_LAYERS
             and (module in adapted or ".base_layer." in key)
         ):
             ignored.append(key)
@@ -311,10 +321,17 @@ def _replacements(
     return replaced, ignored
 
 
+def _is_replaced_bias(config: PeftConfig, parameter: str, adapted: set[str]) -> bool:
+    module, _, kind = parameter.rpartition(".")
+    bias = config.raw.get("bias", "none")
+    return kind == "bias" and (bias == "all" or (bias == "lora_only" and module in adapted))
+
+
 def _is_saved(module: str, names: list[str]) -> bool:
-    """Whether `module` or a module around it is in modules_to_save."""
+    """Whether `module` or one around it ends with a name in modules_to_save, as peft asks."""
     parts = module.split(".")
-    return any(is_named(".".join(parts[:stop]), names) for stop in range(1, len(parts) + 1))
+    around = [".".join(parts[:stop]) for stop in range(1, len(parts) + 1)]
+    return any(path.endswith(name) for path in around for name in names)
 
 
 def _check_values(key: str, tensor: Array) -> None:
@@ -328,18 +345,14 @@ def _warnings(config: PeftConfig, modules: Iterable[str], ignored: list[str]) ->
     found = unknown_fields(config)
     names = config.raw.get("target_modules")
     if isinstance(names, list):
-        absent = sorted(
-            name for name in names if not any(is_named(module, [name]) for module in modules)
-        )
-        absent = [name for name in absent if name not in config.modules_to_save]
-        found += [f"target_modules names {name!r}, which has no tensors" for name in absent]
+        present = {ending for module in modules for ending in endings(module)}
+        absent = sorted(set(names) - present - set(config.modules_to_save))
+        found += [f"target_modules names {name!r}, which has no tensors" for name in absent[:64]]
     if ignored:
         found.append(
             "copies of base embeddings were ignored; where the vocabulary was resized, name the "
             "layer in modules_to_save"
         )
     if config.raw.get("fan_in_fan_out"):
-        found.append(
-            "fan_in_fan_out is set: merging transposes the delta, which no Qwen3 model needs"
-        )
+        found.append("fan_in_fan_out is taken as false, as peft does for linear layers")
     return found

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -23,6 +23,14 @@ PATTERN_LENGTH = 512
 PATTERN_SECONDS = 2.0
 """How long all matching for one adapter may take."""
 
+PATTERN_COUNT = 1024
+"""Most regular expressions of one configuration."""
+EMBEDDING_LAYERS = ("embed_tokens", "lm_head")
+DEFAULT_TARGETS = ["q_proj", "v_proj"]
+"""What peft adapts in Qwen3 where target_modules is null (its model mapping)."""
+
+# Fuzzy matching and POSIX classes, which are plain text to re.
+_NOT_THE_SAME = re.compile(r"\{(?!\d*,?\d*\})|\[:")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -49,7 +57,7 @@ FIELDS: Mapping[str, Field] = {
     "exclude_modules": Field("honoured", "tensors of excluded modules are refused"),
     "lora_alpha": Field("honoured", "numerator of the scaling"),
     "lora_dropout": Field("ignored", "training only; kept and exported"),
-    "fan_in_fan_out": Field("honoured", "the base weight is stored transposed; no Qwen3 weight is"),
+    "fan_in_fan_out": Field("honoured", "taken as false, as peft does for linear layers"),
     "bias": Field("honoured", "replaced biases go into merged weights"),
     "use_rslora": Field("honoured", "scaling is alpha / sqrt(r)"),
     "modules_to_save": Field("honoured", "replaced weights go into merged weights"),
@@ -81,7 +89,7 @@ FIELDS: Mapping[str, Field] = {
     "target_parameters": Field("refused", "adapters of 3-D parameters are laid out otherwise"),
     "use_bdlora": Field("refused", "block-diagonal factors are stored in another shape"),
     "arrow_config": Field("refused", "a router over several adapters is not one delta"),
-    "ensure_weight_tying": Field("honoured", "says that a tied head follows the embedding"),
+    "ensure_weight_tying": Field("ignored", "changes of tied tensors are not merged in any case"),
     "kasa_config": Field("refused", "KaSA truncates the base weights and adds a diagonal"),
     "velora_config": Field("ignored", "training only: A and B are those of plain LoRA"),
     "monteclora_config": Field("ignored", "training only: A and B are those of plain LoRA"),
@@ -102,7 +110,7 @@ class PeftConfig:
     def __post_init__(self) -> None:
         """Check what can be checked without the tensors."""
         _check_supported(self.raw)
-        _ = self.lora, self._targets, self.modules_to_save
+        _ = self.lora, self._targets, self._saved_patterns, self._layer_patterns
 
     @cached_property
     def lora(self) -> LoraConfig:
@@ -132,11 +140,6 @@ class PeftConfig:
         """Names of modules that are replaced as a whole."""
         return _strings(self.raw, "modules_to_save")
 
-    @property
-    def replaces_biases(self) -> bool:
-        """Whether the file holds biases that replace the base's."""
-        return bool(self.raw.get("bias", "none") != "none")
-
     def rank_and_scaling(self, module: str) -> tuple[int, float, float]:
         """Return r, alpha and the float32 scaling of a module (LoraLayer.update_layer in peft)."""
         rank = self._ranks.value(module, self.lora.rank)
@@ -148,9 +151,14 @@ class PeftConfig:
         """Whether peft would put an adapter on this module (check_target_module_exists)."""
         if self._excluded is not None and self._excluded.found(module):
             return False
-        if self._targets is not None and not self._targets.found(module):
+        if any(self._clock.match(one, module, "modules_to_save") for one in self._saved_patterns):
             return False
-        return self._is_layer_wanted(module)
+        targets = self.raw.get("target_modules")
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            return module.rpartition(".")[2] not in EMBEDDING_LAYERS
+        if isinstance(targets, str) or module in self._targets.names:
+            return self._targets.found(module)
+        return self._targets.found(module) and self._is_layer_wanted(module)
 
     @cached_property
     def _clock(self) -> "_Clock":
@@ -165,30 +173,46 @@ class PeftConfig:
         return _Patterns(self.raw, "alpha_pattern", self._clock)
 
     @cached_property
-    def _targets(self) -> "_Names | None":
+    def _targets(self) -> "_Names":
         value = self.raw.get("target_modules")
-        if value is None or (isinstance(value, str) and value.lower() == "all-linear"):
-            return None
-        return _Names(self.raw, "target_modules", self._clock)
+        return _Names(DEFAULT_TARGETS if value is None else value, "target_modules", self._clock)
 
     @cached_property
     def _excluded(self) -> "_Names | None":
-        return (
-            _Names(self.raw, "exclude_modules", self._clock)
-            if self.raw.get("exclude_modules")
-            else None
-        )
+        value = self.raw.get("exclude_modules")
+        return _Names(value, "exclude_modules", self._clock) if value else None
+
+    @cached_property
+    def _saved_patterns(self) -> list[Any]:
+        return [
+            self._clock.compile(rf"(^|.*\.){name}($|\..*)", "modules_to_save")
+            for name in self.modules_to_save
+        ]
+
+    @cached_property
+    def _layer_patterns(self) -> list[Any]:
+        patterns = self.raw.get("layers_pattern") or []
+        if isinstance(patterns, str):
+            patterns = [patterns]
+        if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
+            raise InvalidAdapterError(
+                f"layers_pattern must be a string or a list of strings, got {patterns!r}",
+                field="layers_pattern",
+            )
+        texts = [rf"(?:^|.*?\.){one}\.(?P<idx>\d+)\." for one in patterns]
+        return [
+            self._clock.compile(text, "layers_pattern")
+            for text in texts or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        ]
 
     def _is_layer_wanted(self, module: str) -> bool:
         wanted = self.raw.get("layers_to_transform")
         if wanted is None or wanted == []:
             return True
-        patterns = self.raw.get("layers_pattern") or [r"[^.]*"]
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            expression = self._clock.compile(rf".*?\.{pattern}\.(\d+)\.", "layers_pattern")
-            match = self._clock.match(expression, f"{module}.", "layers_pattern")
-            if match is not None:
-                index = int(match[1])
+        for pattern in self._layer_patterns:
+            match = self._clock.match(pattern, module, "layers_pattern")
+            if match is not None and match["idx"] is not None:
+                index = int(match["idx"])
                 return index in wanted if isinstance(wanted, list) else index == wanted
         return False
 
@@ -222,7 +246,8 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
             f"peft_type is {kind!r}; only 'LORA' adapters can be served here", got=kind
         )
     for name, field in FIELDS.items():
-        if field.policy == "refused" and raw.get(name):
+        # peft asks most of these for `is not None`: an empty object switches them on, too.
+        if field.policy == "refused" and raw.get(name) not in (None, False, []):
             raise UnsupportedAdapterError(
                 f"{name} is set: {field.why}; such an adapter is not supported", field=name
             )
@@ -265,6 +290,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self._deadline = time.monotonic() + PATTERN_SECONDS
+        self._count = 0
 
     def compile(self, expression: str, name: str) -> Any:
         if len(expression) > PATTERN_LENGTH:
@@ -272,6 +298,16 @@ class _Clock:
                 f"{name} has an expression of {len(expression)} characters; at most "
                 f"{PATTERN_LENGTH} are taken",
                 field=name,
+            )
+        if _NOT_THE_SAME.search(expression):
+            raise InvalidAdapterError(
+                f"{name} has {expression!r}, which means something else to regex than to re",
+                field=name,
+            )
+        self._count += 1
+        if self._count > PATTERN_COUNT or time.monotonic() > self._deadline:
+            raise InvalidAdapterError(
+                f"{name} has too many expressions; at most {PATTERN_COUNT}", field=name
             )
         try:
             re.compile(expression)  # what peft itself would refuse
@@ -329,18 +365,18 @@ class _Patterns:
 class _Names:
     """target_modules or exclude_modules: names or last parts, or one expression for the path."""
 
-    def __init__(self, raw: Mapping[str, Any], name: str, clock: _Clock) -> None:
+    def __init__(self, value: Any, name: str, clock: _Clock) -> None:
         self._name, self._clock = name, clock
-        value = raw[name]
         self._expression = clock.compile(value, name) if isinstance(value, str) else None
-        self._listed: Sequence[str] = [] if isinstance(value, str) else _strings(raw, name)
+        self.names = frozenset(() if isinstance(value, str) else _strings({name: value}, name))
 
     def found(self, module: str) -> bool:
         if self._expression is not None:
             return bool(self._clock.match(self._expression, module, self._name, full=True))
-        return is_named(module, self._listed)
+        return not self.names.isdisjoint(endings(module))
 
 
-def is_named(module: str, names: Sequence[str]) -> bool:
-    """Return whether one of `names` is the module's path or its last parts."""
-    return any(module == name or module.endswith("." + name) for name in names)
+def endings(module: str) -> list[str]:
+    """Return the module's path and everything that follows a dot in it."""
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]

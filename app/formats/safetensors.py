@@ -204,8 +204,9 @@ def _parse_object(text: bytes) -> dict[str, Any]:
             object_pairs_hook=_unique_pairs,
             parse_constant=_refuse_constant,
         )
-    except UnicodeDecodeError as error:
-        raise _malformed(f"the header is not UTF-8 (byte {error.start})") from None
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
+    except UnicodeError:
+        raise _malformed("the header is not UTF-8, or names half a surrogate pair") from None
     except RecursionError:
         raise _malformed("the header is nested too deeply") from None
     except ValueError as error:

@@ -19,7 +19,7 @@ MERGE_DTYPES = ("F32", "F16", "BF16")
 class WeightMerge:
     """The merge of one adapter into weights of one dtype.
 
-    W is as the base stores it: (d_out, d_in), or (d_in, d_out) for embeddings and Conv1D. Raises
+    W is as the base stores it: (d_out, d_in), or (d_in, d_out) for embeddings. Raises
     InvalidRequestError for a dtype other than F32, F16, BF16, and UnsupportedAdapterError for a
     merge that weights alone cannot hold.
     """

@@ -215,9 +215,12 @@ def _decode_record(path: Path, metadata: Any) -> SetRecord:
     try:
         fields = json.loads(metadata[_RECORD_KEY])
         fields["config"] = LoraConfig.from_dict(fields["config"])
-        return SetRecord(**fields)
+        record = SetRecord(**fields)
     except (KeyError, TypeError, ValueError):
         raise MalformedSafetensorsError(f"{path.name} has no record of a set") from None
+    if path.name != f"{record.name}.safetensors":
+        raise MalformedSafetensorsError(f"{path.name} is a copy of set {record.name!r}")
+    return record
 
 
 def _check_size(path: Path, expected: int, got: int) -> None:

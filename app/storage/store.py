@@ -13,6 +13,7 @@ import logging
 import os
 import resource
 import secrets
+import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -45,6 +46,15 @@ Identity = tuple[int, int, int]
 _SUFFIX = ".safetensors"
 _LOCKS = 64
 _LEFTOVER_SECONDS = 60
+_UNREADABLE = (
+    BonsaiLoraError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+)
+"""What a file that is none of ours makes its reader raise."""
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -120,8 +130,7 @@ class SetStore:
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Hold the right to change `name`, against every thread and process of this store."""
-        stripe = hashlib.blake2b(name.encode(), digest_size=2).digest()[0] % _LOCKS
-        with self._locked(f"{stripe:02}"):
+        with self._locked(self._stripe(name)):
             yield
 
     @contextlib.contextmanager
@@ -130,10 +139,15 @@ class SetStore:
         with self._locked("all"):
             yield
 
+    @staticmethod
+    def _stripe(name: str) -> str:
+        return f"{hashlib.blake2b(name.encode(), digest_size=2).digest()[0] % _LOCKS:02}"
+
     @contextlib.contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
+    def _locked(self, name: str, *, wait: bool = True) -> Iterator[None]:
+        """Hold a lock file; without `wait`, raises BlockingIOError where another holds it."""
         with _storage_errors(), (self._locks / name).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
 
     def write(
@@ -236,6 +250,12 @@ class SetStore:
         except FileNotFoundError:
             self._forget(name)
             raise SetNotFoundError(name) from None
+        except OSError as error:  # a loop of links, a failing disk
+            self._unmovable[name] = str(error)
+            raise SetNotFoundError(name) from None
+        if not stat.S_ISREG(status.st_mode):
+            self._unmovable[name] = "it is no regular file"
+            raise SetNotFoundError(name)
         return status.st_ino, status.st_mtime_ns, status.st_size
 
     def _forget(self, name: str) -> None:
@@ -254,29 +274,45 @@ class SetStore:
         """Return what `reader` makes of the file of `name`; a bad file is set aside."""
         identity = self._identity(name)
         try:
-            return reader(self._path(name))
+            found = reader(self._path(name))
+            self._unmovable.pop(name, None)
+            return found
         except FileNotFoundError:
             raise SetNotFoundError(name) from None
-        except (BonsaiLoraError, LookupError, ValueError) as error:
-            if self._identity(name) != identity:  # replaced meanwhile: that one may be good
-                return self._checked(name, reader)
-            self._set_aside(name, getattr(error, "detail", repr(error)))
+        except OSError as error:
+            with _storage_errors():
+                raise
+            raise SetNotFoundError(name) from error
+        except _UNREADABLE as error:
+            self._set_aside(name, identity, getattr(error, "detail", repr(error)))
             raise SetNotFoundError(name) from None
 
-    def _set_aside(self, name: str, reason: str) -> None:
-        """Move a bad file out of the way, with its reason beside it; keep it where that fails."""
-        if name not in self._unmovable:
-            _log.error("the file of set %r is bad and was set aside: %s", name, reason)
-        try:
+    def _set_aside(self, name: str, identity: Identity, reason: str) -> None:
+        """Move a bad file out of the way, with its reason beside it, unless somebody changes it.
+
+        Never waits for the lock: whoever reads while writing holds it already.
+        """
+        with (
+            contextlib.suppress(OSError, StoreReadOnlyError, SetNotFoundError),
+            self._locked(self._stripe(name), wait=False),
+        ):
+            if self._identity(name) != identity:
+                return
+            _log.error("the file of set %r is bad and is set aside: %s", name, reason)
             self._bad.mkdir(exist_ok=True)
             target = self._bad / f"{name}.{secrets.token_hex(4)}"
-            target.with_name(f"{target.name}.reason").write_text(reason, encoding="utf-8")
             self._path(name).rename(target.with_name(f"{target.name}{_SUFFIX}"))
-        except OSError:
-            self._unmovable[name] = reason
+            target.with_name(f"{target.name}.reason").write_text(reason, encoding="utf-8")
+            return
+        self._unmovable[name] = reason
 
     def bad_files(self) -> dict[str, str]:
         """Return name -> reason of the files that were set aside and are still there."""
+        self._unmovable = {
+            name: reason
+            for name, reason in self._unmovable.items()
+            if os.path.lexists(self._path(name))
+        }
         found = dict(self._unmovable)
         if self._bad.is_dir():
             for path in sorted(self._bad.glob("*.reason")):
@@ -284,11 +320,12 @@ class SetStore:
         return found
 
     def _remove_leftovers(self) -> None:
-        """Remove temporary files whose process is gone; one just made may not be locked yet."""
+        """Remove temporary files whose process is gone; a new, empty one may not be locked yet."""
         for path in self.temporary.iterdir():
             with contextlib.suppress(OSError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                status = path.stat()
+                if status.st_size or time.time() - status.st_mtime > _LEFTOVER_SECONDS:
                     path.unlink()
 
 

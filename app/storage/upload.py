@@ -55,8 +55,9 @@ class Upload:
             if not self._missing and len(self._head) == 8:
                 self._missing = safetensors.header_length(bytes(self._head), self._limit)
             if not self._missing:
-                room = 2 * len(self._head) + (1 << 16)
-                self._data_start = -(-room // _ALIGNMENT) * _ALIGNMENT
+                # Where that is not enough, the set is written anew instead.
+                room = min(2 * len(self._head) + (1 << 16), safetensors.MAX_HEADER_BYTES)
+                self._data_start = room // _ALIGNMENT * _ALIGNMENT
                 self._file.seek(self._data_start)
         if rest:
             self._file.write(rest)

@@ -118,7 +118,7 @@ def test_lora_bias(client, rng):
     assert_problem(merge, 422, "unsupported_adapter")
 
 
-def test_embeddings_and_transposed_weights(client, rng):
+def test_embeddings(client, rng):
     a_matrix = rng.standard_normal((4, 10)).astype(np.float32)
     b_matrix = rng.standard_normal((6, 4)).astype(np.float32)
     embedding = {
@@ -126,23 +126,26 @@ def test_embeddings_and_transposed_weights(client, rng):
         "base_model.model.model.embed_tokens.lora_embedding_B": b_matrix,
     }
     upload_parts(client, "e", peft_config(target_modules=["embed_tokens"]), embedding)
-    transposed = {
-        "base_model.model.c_attn.lora_A.weight": a_matrix,
-        "base_model.model.c_attn.lora_B.weight": b_matrix,
-    }
-    config = peft_config(target_modules=["c_attn"], fan_in_fan_out=True)
-    upload_parts(client, "t", config, transposed)
     weight = rng.standard_normal((10, 6)).astype(np.float32)
     delta = reference.delta_weight(a_matrix, b_matrix, 2.0)
     tokens = np.eye(10, dtype=np.float32)[[3, 9]]
-    for name, module in (("e", "model.embed_tokens"), ("t", "c_attn")):
-        path = f"/v1/sets/{name}/adapters/{module}"
-        got = decoded(post(client, f"{path}/apply", {"inputs": tokens}))["outputs"]
-        assert reference.relative_error(got, delta.T[[3, 9]]) < 1e-6
-        merged = decoded(post(client, f"{path}/merge", {"weights": weight}))["weights"]
-        assert reference.relative_error(merged, weight + delta.T) < 1e-6
-        wrong = post(client, f"{path}/merge", {"weights": weight.T.copy()})
-        assert_problem(wrong, 422, "shape_mismatch")
+    path = "/v1/sets/e/adapters/model.embed_tokens"
+    got = decoded(post(client, f"{path}/apply", {"inputs": tokens}))["outputs"]
+    assert reference.relative_error(got, delta.T[[3, 9]]) < 1e-6
+    merged = decoded(post(client, f"{path}/merge", {"weights": weight}))["weights"]
+    assert reference.relative_error(merged, weight + delta.T) < 1e-6
+    wrong = post(client, f"{path}/merge", {"weights": weight.T.copy()})
+    assert_problem(wrong, 422, "shape_mismatch")
+
+
+def test_fan_in_fan_out_is_false_for_linear_layers_as_peft_sets_it(client, rng):
+    tensors = peft_tensors(rng, d_in=6, d_out=6)
+    report = upload_parts(client, "t", peft_config(fan_in_fan_out=True), tensors).json()
+    assert "as peft does" in report["warnings"][0]
+    weight = rng.standard_normal((6, 6)).astype(np.float32)
+    merged = decoded(post(client, f"/v1/sets/t/adapters/{MODULE}/merge", {"weights": weight}))
+    delta = reference.delta_weight(*tensors.values(), 2.0)
+    assert reference.relative_error(merged["weights"], weight + delta) < 1e-6
 
 
 def test_replaced_parameters_are_kept_and_exported(client, rng, store):

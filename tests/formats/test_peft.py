@@ -37,7 +37,9 @@ def test_the_table_in_the_docs_is_the_code():
 def test_refused_fields_are_refused_where_they_are_set(rng, name):
     with pytest.raises(UnsupportedAdapterError, match=name):
         decode(rng, **{name: [1]})
-    for unset in (None, False, [], {}):
+    with pytest.raises(UnsupportedAdapterError, match=name):
+        decode(rng, **{name: {}})  # switches some of them on in peft
+    for unset in (None, False, []):
         assert adapters(decode(rng, **{name: unset}))
 
 
@@ -98,7 +100,9 @@ def test_the_first_matching_key_wins(rng):
         ({"target_modules": r".*layers\.1\..*"}, False),
         ({"target_modules": "all-linear"}, True),
         ({"target_modules": "ALL-LINEAR"}, True),
-        ({"target_modules": None}, True),
+        ({"target_modules": None}, True),  # q_proj and v_proj of Qwen3
+        ({"modules_to_save": ["self_attn"]}, False),
+        ({"modules_to_save": ["lm_head"]}, True),
         ({"exclude_modules": ["q_proj"]}, False),
         ({"exclude_modules": r".*\.layers\.0\..*"}, False),
         ({"exclude_modules": ["k_proj"]}, True),
@@ -109,6 +113,9 @@ def test_the_first_matching_key_wins(rng):
         ({"layers_to_transform": [0], "layers_pattern": "layers"}, True),
         ({"layers_to_transform": [0], "layers_pattern": ["blocks", "layers"]}, True),
         ({"layers_to_transform": [0], "layers_pattern": "blocks"}, False),
+        ({"layers_to_transform": [0], "layers_pattern": "(layers|h)"}, True),
+        ({"layers_to_transform": [1], "target_modules": [MODULE]}, True),  # an exact path
+        ({"layers_to_transform": [1], "target_modules": r".*q_proj"}, True),  # an expression
     ],
 )
 def test_tensors_of_modules_that_peft_would_not_adapt_are_refused(rng, changes, taken):
@@ -117,6 +124,47 @@ def test_tensors_of_modules_that_peft_would_not_adapt_are_refused(rng, changes, 
     else:
         with pytest.raises(InvalidAdapterError, match=r"q_proj"):
             decode(rng, **changes)
+
+
+@pytest.mark.parametrize(
+    ("module", "changes", "taken"),
+    [
+        ("layers.0.q_proj", {"layers_to_transform": [0], "layers_pattern": "layers"}, True),
+        ("layers.0.q_proj", {"layers_to_transform": [0]}, False),  # as peft: nothing before it
+        ("model.layers.0.self_attn.k_proj", {"target_modules": None}, False),
+        ("lm_head", {"target_modules": "all-linear"}, False),
+        ("lm_head", {"target_modules": ["lm_head"]}, True),
+    ],
+)
+def test_other_modules(rng, module, changes, taken):
+    if taken:
+        assert module in adapters(decode(rng, module=module, **changes))
+    else:
+        with pytest.raises(InvalidAdapterError, match="does not name them"):
+            decode(rng, module=module, **changes)
+
+
+def test_names_that_would_be_read_differently_are_refused(rng):
+    strange = with_extra(
+        rng, **{"lm_head.base_layer.modules_to_save.weight": np.ones((2, 2), np.float32)}
+    )
+    with pytest.raises(InvalidAdapterError, match="read again"):
+        decode(rng, strange, modules_to_save=["lm_head"])
+    tensors = peft_tensors(rng)
+    first, second = tensors
+    mixed = {
+        first.replace("lora_A", "lora_A.one"): tensors[first],
+        second.replace("lora_B", "lora_B.two"): tensors[second],
+    }
+    with pytest.raises(InvalidAdapterError, match="several adapters"):
+        decode(rng, mixed)
+
+
+def test_biases_of_adapted_modules_only(rng):
+    other = with_extra(rng, **{"model.norm.bias": np.ones(5, np.float32)})
+    assert decode(rng, other, bias="all").lora_set.replacements
+    with pytest.raises(UnsupportedAdapterError, match="would be lost"):
+        decode(rng, other, bias="lora_only")
 
 
 def test_a_target_without_tensors_is_a_warning(rng):

@@ -1,4 +1,6 @@
+import contextlib
 import os
+import shutil
 import threading
 
 import numpy as np
@@ -79,6 +81,45 @@ def test_names_never_leave_the_folder(opened):
             opened.read(name)
         with pytest.raises(SetNotFoundError):
             opened.delete(name)
+
+
+def test_a_set_written_while_a_bad_file_is_set_aside_stays(tmp_path):
+    """A reader that found a bad file must not move what a writer has just put there."""
+    for round_ in range(150):
+        name = f"s{round_}"
+        reader, writer = SetStore(tmp_path), SetStore(tmp_path)
+        (tmp_path / "sets" / f"{name}.safetensors").write_bytes(b"garbage")
+
+        def read(reader=reader, name=name):
+            with contextlib.suppress(SetNotFoundError):
+                reader.read(name)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        write(writer, some_set(name))
+        thread.join()
+        assert writer.read(name).record.name == name
+        assert (
+            name not in writer.bad_files() or (tmp_path / "sets" / f"{name}.safetensors").exists()
+        )
+
+
+def test_odd_entries_do_not_stop_the_rest(opened, tmp_path):
+    write(opened, some_set("good"))
+    folder = tmp_path / "sets"
+    (folder / "folder.safetensors").mkdir()
+    os.mkfifo(folder / "pipe.safetensors")
+    (folder / "loop.safetensors").symlink_to("loop.safetensors")
+    deep = b'{"__metadata__":' + b"[" * 10_000
+    (folder / "deep.safetensors").write_bytes(len(deep).to_bytes(8, "little") + deep)
+    shutil.copy(folder / "good.safetensors", folder / "copy.safetensors")
+    store = SetStore(tmp_path)
+    assert [record.name for record in store.records()] == ["good"]
+    assert set(store.bad_files()) == {"folder", "pipe", "loop", "deep", "copy"}
+    assert store.read("good").record.name == "good"
+    for name in ("folder", "pipe", "loop"):
+        with pytest.raises(SetNotFoundError):
+            store.read(name)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "noise"])
