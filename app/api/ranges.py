@@ -8,9 +8,11 @@ from typing import Protocol
 import anyio.to_thread
 from fastapi import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from app.api.conditions import not_modified
 from app.errors import RangeNotSatisfiableError
+from app.service.work import WorkPool
 
 MAX_RANGES = 64
 """A request for more ranges gets the whole file, as the RFC allows."""
@@ -34,9 +36,30 @@ class RangedFile(Protocol):
 
 
 def file_response(
-    request: Request, file: RangedFile, headers: Mapping[str, str] | None = None
+    request: Request, file: RangedFile, pool: WorkPool, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return the answer to GET or HEAD of a file: 200, 206, 304 or 416."""
+    """Return the answer to GET or HEAD of a file: 200, 206, 304 or 416.
+
+    It holds one of the places of `pool` while it streams, and is 503 where none is free.
+    """
+    response = _respond(request, file, headers)
+    return _Admitted(response, pool) if isinstance(response, StreamingResponse) else response
+
+
+class _Admitted(Response):
+    """A response that begins only where the pool has a place, and holds it to its end."""
+
+    def __init__(self, response: Response, pool: WorkPool) -> None:
+        self.background = None  # what FastAPI looks at on every response
+        self._response = response
+        self._pool = pool
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._pool.admit():
+            await self._response(scope, receive, send)
+
+
+def _respond(request: Request, file: RangedFile, headers: Mapping[str, str] | None) -> Response:
     common = {"ETag": file.etag, "Accept-Ranges": "bytes", **(headers or {})}
     if not_modified(request, file.etag):
         return Response(status_code=304, headers=common)

@@ -267,6 +267,60 @@ def test_a_change_of_the_set_changes_the_tag_but_not_a_running_download(based):
     assert stale.status_code == 200
 
 
+def test_a_base_that_is_overwritten_breaks_a_download_off(tmp_path):
+    from app.checkpoints.bases import BaseFolder
+    from app.checkpoints.merged import Ingredient, MergedModel
+    from app.core.config import LoraConfig
+    from app.core.loraset import BonsaiLoraSet
+    from app.errors import BaseChangedError
+
+    write_base(tmp_path / "b", {"q_proj.weight": np.ones((2000, 1000), np.float32)})
+    path = tmp_path / "b" / "model.safetensors"
+    folder = BaseFolder(tmp_path)
+    made = BonsaiLoraSet.new(LoraConfig(rank=1), "b", "s").add_adapters({"q_proj": (1000, 2000)})
+    before = MergedModel(folder.get("b"), [Ingredient(made, '"e"')])
+    file = before.file("model.safetensors")
+    pieces = file.pieces(0, file.size_bytes)
+    next(pieces)()
+    content = path.read_bytes()
+    replaced = path.with_suffix(".new")
+    replaced.write_bytes(content[:-4] + b"\0\0\0\0")
+    replaced.rename(path)  # another inode: what runs goes on with what it has
+    assert b"".join(bytes(piece()) for piece in file.pieces(0, file.size_bytes)) == content
+    after = MergedModel(folder.get("b"), [Ingredient(made, '"e"')])
+    assert after.digest != before.digest
+    file = after.file("model.safetensors")
+    pieces = file.pieces(0, file.size_bytes)
+    next(pieces)()
+    with path.open("r+b") as same:
+        same.write(content[:100])
+        same.flush()
+        import os
+
+        os.utime(same.fileno(), ns=(1, 1))
+    with pytest.raises(BaseChangedError):
+        next(pieces)()
+
+
+def test_readers_beyond_the_limit_are_told_to_wait(settings, tmp_path):
+    tensors = {"q_proj.weight": np.ones((4000, 2000), np.float32)}
+    write_base(tmp_path / "bases" / "b", tensors)
+    known = settings.model_copy(update={"bases": str(tmp_path / "bases"), "max_concurrency": 1})
+    with serving(create_app(known)) as url, httpx.Client(base_url=url, timeout=30) as client:
+        client.post("/v1/sets", json={"name": "s", "config": {"rank": 1}})
+        client.put("/v1/sets/s/adapters/q_proj", json={"d_in": 2000, "d_out": 4000})
+        path = "/v1/bases/b/merged/s/model.safetensors"
+        with client.stream("GET", path) as slow:
+            assert slow.status_code == 200
+            refused = httpx.get(url + path)
+            assert_problem(refused, 503, "busy")
+            assert httpx.head(url + path).status_code == 200
+        for _ in range(100):
+            if (again := client.get(path)).status_code == 200:
+                break
+        assert ours.decode(again.content)[0]["q_proj.weight"].shape == (4000, 2000)
+
+
 def test_the_hub_protocol(based):
     upload(based, "plain", TINY / "plain")
     path = "/tiny-qwen3/plain/resolve/main/model-00001-of-00003.safetensors"

@@ -11,11 +11,12 @@ import httpx
 import numpy as np
 import pytest
 from conftest import TINY, serving, upload
+from test_peft_options import OPTIONS, make_adapter
 
 from app.api.app import create_app
 from app.formats import safetensors
 
-pytestmark = [pytest.mark.peers]
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 
 
 def single_float32(folder):
@@ -30,7 +31,7 @@ def single_float32(folder):
         shutil.copy(TINY / "base" / name, folder)
 
 
-@pytest.mark.parametrize("adapter", ["plain", "rslora-patterns", "dora"])
+@pytest.mark.parametrize("adapter", ["plain", "rslora-patterns", "dora", "head-saved"])
 @pytest.mark.parametrize("base", ["float32", "bfloat16"])
 def test_by_name(settings, tmp_path, base, adapter):
     single_float32(tmp_path / "bases" / "float32")
@@ -38,7 +39,13 @@ def test_by_name(settings, tmp_path, base, adapter):
     known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
     with serving(create_app(known)) as url:
         with httpx.Client(base_url=url) as client:
-            upload(client, adapter, TINY / adapter)
+            folder = TINY / adapter
+            if adapter == "head-saved":
+                import torch
+
+                folder = tmp_path / "adapter"
+                make_adapter(folder, torch.float32, OPTIONS[adapter])
+            assert upload(client, adapter, folder).status_code == 201
             client.post("/v1/sets", json={"name": "zero", "config": {"rank": 1}})
             client.put("/v1/sets/zero/adapters/lm_head", json={"d_in": 64, "d_out": 128})
         environment = {

@@ -33,6 +33,7 @@ _MERGE_ERRORS = (
     errors.ShapeMismatchError,
     errors.UnsupportedAdapterError,
     errors.BaseChangedError,
+    errors.BusyError,
 )
 
 
@@ -106,7 +107,8 @@ async def get_merged_file(
     file = model.file(filename)
     if file is None:
         raise errors.FileNotInModelError(filename, model.files())
-    return file_response(request, StreamedFile(file, context.executor, context.settings.threads))
+    streamed = StreamedFile(file, context.executor, context.settings.threads)
+    return file_response(request, streamed, context.pool)
 
 
 async def _model(

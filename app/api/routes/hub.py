@@ -77,7 +77,7 @@ async def resolve(
     file = repo.files.get(path)
     if file is None:
         return _not_found(request, _HubError("EntryNotFound", f"{repo.id} has no file {path!r}"))
-    return file_response(request, file, {"X-Repo-Commit": repo.commit})
+    return file_response(request, file, context.pool, {"X-Repo-Commit": repo.commit})
 
 
 @router.get("/api/models")

@@ -207,7 +207,7 @@ def _model_file(context: Context, name: str) -> BytesFile:
     return BytesFile(stored.file, stored.record.etag, Form.BINARY.value)
 
 
-_FILE_ERRORS = (errors.SetNotFoundError, errors.RangeNotSatisfiableError)
+_FILE_ERRORS = (errors.SetNotFoundError, errors.RangeNotSatisfiableError, errors.BusyError)
 
 
 @router.get(
@@ -220,7 +220,7 @@ _FILE_ERRORS = (errors.SetNotFoundError, errors.RangeNotSatisfiableError)
 @router.head("/v1/sets/{set}/adapter_config.json", include_in_schema=False)
 async def get_adapter_config(request: Request, context: InContext, name: SetName) -> Response:
     """With `adapter_model.safetensors` in one folder, `peft` loads it as it is."""
-    return file_response(request, _config_file(context, name))
+    return file_response(request, _config_file(context, name), context.pool)
 
 
 @router.get(
@@ -233,7 +233,7 @@ async def get_adapter_config(request: Request, context: InContext, name: SetName
 @router.head("/v1/sets/{set}/adapter_model.safetensors", include_in_schema=False)
 async def get_adapter_model(request: Request, context: InContext, name: SetName) -> Response:
     """Tensors keep the dtype that they came in, bit for bit."""
-    return file_response(request, _model_file(context, name))
+    return file_response(request, _model_file(context, name), context.pool)
 
 
 def _wanted_shapes(wanted: schemas.CreateSet) -> tuple[Shapes, str]:
