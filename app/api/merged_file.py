@@ -5,9 +5,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 
-from app.checkpoints.merged import MergedFile, Piece
-
-_PAGE = 4096
+from app.checkpoints.merged import MergedFile
 
 
 class StreamedFile:
@@ -28,7 +26,7 @@ class StreamedFile:
         pending: deque[asyncio.Future[bytes | memoryview]] = deque()
         try:
             for piece in pieces:
-                pending.append(loop.run_in_executor(self._executor, _ready, piece))
+                pending.append(loop.run_in_executor(self._executor, piece))
                 if len(pending) > self._ahead:
                     yield await pending.popleft()
             while pending:
@@ -36,10 +34,3 @@ class StreamedFile:
         finally:
             for one in pending:
                 one.cancel()
-
-
-def _ready(piece: Piece) -> bytes | memoryview:
-    """Compute a piece; touch mapped pages here, so that sending does not wait for the disk."""
-    content = piece()
-    bytes(content[::_PAGE])
-    return content

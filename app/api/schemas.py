@@ -369,6 +369,7 @@ class BaseList(BaseModel):
     """The base checkpoints."""
 
     bases: list[BaseInfo]
+    bad: dict[str, str] = Field(description="name -> reason, of folders that are no checkpoint")
 
 
 class MergedFileInfo(BaseModel):

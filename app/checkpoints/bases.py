@@ -70,7 +70,9 @@ class Base:
         """Whether the head is the embedding: config.json says so, or there is no head."""
         try:
             config = json.loads(bytes(self.files["config.json"]))
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, RecursionError):
+            config = None
+        if not isinstance(config, dict):
             config = {}
         return bool(config.get("tie_word_embeddings", "lm_head.weight" not in self.weight_map))
 
@@ -110,6 +112,7 @@ class BaseFolder:
             raise BaseNotFoundError(name)
         folder = self._root / name
         if not _has_weights(folder):
+            self._open.pop(name, None)
             raise BaseNotFoundError(name)
         files = _served_files(folder)
         identity = tuple(
@@ -154,7 +157,7 @@ def row_norms(weight: Array, adapter: LoraAdapter) -> Floats:
 
 
 def _has_weights(folder: Path) -> bool:
-    return folder.is_dir() and any(folder.glob("*.safetensors"))
+    return folder.is_dir() and any(path.is_file() for path in folder.glob("*.safetensors"))
 
 
 def _served_files(folder: Path) -> list[Path]:
@@ -170,6 +173,10 @@ def _served_files(folder: Path) -> list[Path]:
 
 def _is_served(path: Path) -> bool:
     """Whether a file is part of the base: not hidden, and no weights in a form we do not merge."""
+    try:
+        path.name.encode()
+    except UnicodeEncodeError:  # no request can name it
+        return False
     return path.is_file() and not path.name.startswith(".") and path.suffix not in _OTHER_WEIGHTS
 
 

@@ -66,11 +66,17 @@ class MergedModel:
         self._touched: dict[str, _Touched] = {}
         self._tensors: dict[str, _Tensor] = {}
         for one in ingredients:
+            _check_not_empty(one.lora_set)
             _check_ties(base, one.lora_set)
             self._add_adapters(one)
             self._add_replacements(one)
         for name, touched in self._touched.items():
             _check_tensor(base, name, touched)
+
+    @property
+    def etags(self) -> list[str]:
+        """The tags of the sets that are merged in."""
+        return [one.etag for one in self._ingredients]
 
     @property
     def digest(self) -> str:
@@ -156,9 +162,10 @@ class MergedFile:
                 yield from self._computed(name, first, last)
 
     def _copy(self, start: int, stop: int) -> Piece:
-        def piece() -> memoryview:
+        def piece() -> bytes:
+            content = bytes(self._raw[start:stop])
             self._check_unchanged()
-            return self._raw[start:stop]
+            return content
 
         return piece
 
@@ -204,12 +211,14 @@ class MergedFile:
 
     def _piece(self, tensor: "_Tensor", block: Block, first: int, last: int) -> Piece:
         def piece() -> memoryview:
+            content = safetensors.as_bytes(tensor.compute(block))[first:last]
             self._check_unchanged()
-            return safetensors.as_bytes(tensor.compute(block))[first:last]
+            return content
 
         return piece
 
     def _check_unchanged(self) -> None:
+        """Raise BaseChangedError where what was just read may not be what was opened."""
         try:
             identity = _identity(os.stat(self._path))  # noqa: PTH116
         except FileNotFoundError:
@@ -340,10 +349,19 @@ def _check_tensor(base: Base, name: str, touched: _Touched) -> None:
                 expected=list(info.shape),
             )
     dora = [one for one, _ in touched.deltas if one.magnitude is not None]
-    if dora and (len(touched.deltas) > 1 or touched.deltas[0][1] != 1.0):
+    alone = len(touched.deltas) == 1 and touched.replacement is None
+    if dora and (not alone or touched.deltas[0][1] != 1.0):
         raise UnsupportedAdapterError(
             f"DoRA scales whole rows of {name!r}, so it cannot be weighted or added to other sets",
             tensor=name,
+        )
+
+
+def _check_not_empty(lora_set: BonsaiLoraSet) -> None:
+    if lora_set.registry.is_empty() and not lora_set.replacements:
+        raise InvalidRequestError(
+            f"set {lora_set.adapter_name!r} is empty: it would change nothing",
+            set=lora_set.adapter_name,
         )
 
 

@@ -11,6 +11,7 @@ from urllib.parse import quote
 import httpx
 
 from app.cli.pull import pull
+from app.formats.names import is_set_name
 
 EXIT_REFUSED = 1
 """The service refused."""
@@ -18,6 +19,9 @@ EXIT_USAGE = 2
 """The command's words are wrong, or a file cannot be read."""
 EXIT_UNREACHABLE = 3
 """No service answers."""
+
+EXIT_INTERRUPTED = 130
+"""Ctrl-C."""
 
 _URL = "http://127.0.0.1:8000"
 
@@ -76,6 +80,15 @@ def _guarded(run: Callable[[httpx.Client, argparse.Namespace], Any]) -> Callable
         except CommandError as error:
             print(f"bonsai-lora: {error}", file=sys.stderr)
             return error.code
+        except KeyboardInterrupt:
+            print("bonsai-lora: interrupted", file=sys.stderr)
+            return EXIT_INTERRUPTED
+        except (KeyError, TypeError) as error:
+            print(
+                f"bonsai-lora: {arguments.url} answers, but not as this service: {error!r}",
+                file=sys.stderr,
+            )
+            return EXIT_UNREACHABLE
         except httpx.TransportError as error:
             print(f"bonsai-lora: no service at {arguments.url}: {error}", file=sys.stderr)
             return EXIT_UNREACHABLE
@@ -204,9 +217,9 @@ def apply_set(client: httpx.Client, arguments: argparse.Namespace) -> Any:
 def pull_model(client: httpx.Client, arguments: argparse.Namespace) -> Any:
     """Download the files of BASE/SET or adapters/SET."""
     owner, slash, name = arguments.model.partition("/")
-    if not slash or "/" in name:
+    if not slash or not is_set_name(name) or (owner != "adapters" and not is_set_name(owner)):
         raise CommandError(f"{arguments.model!r} is not BASE/SET or adapters/SET", EXIT_USAGE)
-    repo = f"{quote(owner, safe='')}/{quote(name, safe='')}"
+    repo = f"{owner}/{name}"
     info = client.get(f"/api/models/{repo}")
     if info.is_error:
         raise CommandError(refusal(info), EXIT_REFUSED)
@@ -219,7 +232,9 @@ def pull_model(client: httpx.Client, arguments: argparse.Namespace) -> Any:
 
 
 def _set_path(name: str) -> str:
-    return f"/v1/sets/{quote(name, safe='')}"
+    if not is_set_name(name):
+        raise CommandError(f"{name!r} cannot name a set", EXIT_USAGE)
+    return f"/v1/sets/{name}"
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> None:

@@ -220,9 +220,38 @@ def test_refusals(based, rng, tmp_path):
     }
     upload_parts(based, "e", peft_config(target_modules=["embed_tokens"]), embedding)
     assert_problem(based.get("/v1/bases/tied/merged/e"), 422, "unsupported_adapter")
+    based.post("/v1/sets", json={"name": "empty"})
+    assert_problem(based.get(f"{PATH}/empty"), 422, "invalid_request")
     write_base(tmp_path / "bases" / "integers", {"x": np.ones(3, np.float32)})
     (tmp_path / "bases" / "integers" / "model.safetensors").write_bytes(b"cut off")
     assert_problem(based.get("/v1/bases/integers"), 422, "invalid_base")
+    (tmp_path / "bases" / "folder" / "model.safetensors").mkdir(parents=True)
+    (tmp_path / "bases" / "tied" / "x\udcff.txt").write_text("not UTF-8")
+    (tmp_path / "bases" / "tied" / "config.json").write_text("[1]")
+    listed = based.get("/v1/bases").json()
+    assert set(listed["bad"]) == {"integers"}
+    assert [one["name"] for one in listed["bases"]] == ["tied", "tiny-qwen3"]
+    assert_problem(based.get("/v1/bases/tied/merged/e"), 422, "unsupported_adapter")
+
+
+def test_dora_of_a_replaced_tensor_is_refused(based, tmp_path, rng):
+    base = {"m.weight": rng.standard_normal((5, 6)).astype(np.float32)}
+    write_base(tmp_path / "bases" / "b", base)
+    dora = peft_tensors(rng, "m") | {
+        "base_model.model.m.lora_magnitude_vector": np.ones(5, np.float32)
+    }
+    upload_parts(based, "d", peft_config(target_modules=["m"], use_dora=True), dora)
+    saved = peft_tensors(rng, "n") | {"base_model.model.m.weight": np.ones((5, 6), np.float32)}
+    config = peft_config(target_modules=["n"], modules_to_save=["m"])
+    upload_parts(based, "r", config, saved)
+    base["n.weight"] = base["m.weight"]
+    shutil.rmtree(tmp_path / "bases" / "b")
+    write_base(tmp_path / "bases" / "b", base)
+    assert based.get("/v1/bases/b/merged/d").status_code == 200
+    assert based.get("/v1/bases/b/merged/r").status_code == 200
+    assert_problem(based.get("/v1/bases/b/merged/d?set=r"), 422, "unsupported_adapter")
+    one = based.get("/v1/bases/b/merged/r/model.safetensors").content
+    assert (ours.decode(one)[0]["m.weight"] == 1).all()
 
 
 def test_replaced_and_embedded_tensors(based, tmp_path, rng):

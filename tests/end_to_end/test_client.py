@@ -12,7 +12,7 @@ from conftest import TINY, read_tensors, serving
 
 from app.api.app import create_app
 from app.cli.main import main
-from app.cli.pull import Progress
+from app.cli.pull import MARKS, Progress
 
 
 @pytest.fixture
@@ -83,16 +83,25 @@ def test_pull_a_merged_model(run, service, tmp_path):
     shard = target / "model-00001-of-00003.safetensors"
     content = shard.read_bytes()
     shard.unlink()
-    (target / "model-00001-of-00003.safetensors.partial").write_bytes(content[:5000])
+    mark = target / MARKS / "model-00001-of-00003.safetensors.tag"
+    tag = mark.read_text()
+    (target / MARKS / f"model-00001-of-00003.safetensors.{tag}.partial").write_bytes(content[:5000])
     (target / "config.json").unlink()
     assert run("pull", "tiny-qwen3/plain", "-o", target)[0] == 0
     assert shard.read_bytes() == content
-    assert not list(target.glob("*.partial"))
+    assert not list((target / MARKS).glob("*.partial"))
+    assert {path.name for path in target.iterdir()} == names | {MARKS}
     # Another version of the set: nothing old is kept.
     with httpx.Client(base_url=service) as client:
         client.delete("/v1/sets/plain/adapters/model.layers.0.self_attn.q_proj")
+    # A piece of the old content, and a run that dies before its answer, must not matter.
+    (target / MARKS / f"model-00001-of-00003.safetensors.{tag}.partial").write_bytes(content[:9000])
+    assert main(["pull", "--url", "http://127.0.0.1:9", "tiny-qwen3/plain", "-o", str(target)]) == 3
     assert run("pull", "tiny-qwen3/plain", "-o", target)[0] == 0
-    assert shard.read_bytes() != content
+    with httpx.Client(base_url=service) as client:
+        served = client.get(f"/v1/bases/tiny-qwen3/merged/plain/{shard.name}").content
+    assert shard.read_bytes() == served != content
+    assert not list((target / MARKS).glob("*.partial"))
 
 
 def test_pull_an_adapter_and_what_does_not_exist(run, tmp_path):
@@ -103,6 +112,25 @@ def test_pull_an_adapter_and_what_does_not_exist(run, tmp_path):
     assert run("pull", "nothing/plain", "-o", tmp_path / "b")[0] == 1
     assert run("pull", "plain", "-o", tmp_path / "b")[0] == 2
     assert run("push", "x", tmp_path / "nowhere")[0] == 2
+
+
+@pytest.mark.parametrize(
+    "words", [("show", ".."), ("stats", "."), ("rm", ""), ("pull", "../..", "-o", "x")]
+)
+def test_names_that_are_none(run, words):
+    code, _, err = run(*words)
+    assert code == 2
+    assert err.startswith("bonsai-lora: ")
+
+
+def test_odd_file_names(run, settings, tmp_path):
+    base = tmp_path / "bases" / "odd"
+    shutil.copytree(TINY / "base", base)
+    for name in ("notes#1.txt", "what?.md", "a%41.txt", "space it.txt"):
+        (base / name).write_text(name)
+    run("push", "plain", TINY / "plain")
+    assert run("pull", "odd/plain", "-o", tmp_path / "o")[0] == 0
+    assert (tmp_path / "o" / "a%41.txt").read_text() == "a%41.txt"
 
 
 def test_no_service(capsys):

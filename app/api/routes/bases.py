@@ -41,13 +41,19 @@ _MERGE_ERRORS = (
     "/v1/bases",
     operation_id="list_bases",
     summary="List the base checkpoints",
-    responses=problems(errors.InvalidBaseError),
+    responses=problems(),
 )
 async def list_bases(context: InContext) -> schemas.BaseList:
     """Each folder with safetensors files under the setting `bases`; a new one is there at once."""
-    names = context.bases.names()
-    infos = [await context.pool.run(partial(_info, context, name)) for name in names]
-    return schemas.BaseList(bases=infos)
+    found, bad = [], {}
+    for name in context.bases.names():
+        try:
+            found.append(await context.pool.run(partial(_info, context, name)))
+        except errors.InvalidBaseError as error:
+            bad[name] = error.detail
+        except errors.BaseNotFoundError:
+            continue
+    return schemas.BaseList(bases=found, bad=bad)
 
 
 @router.get(

@@ -84,18 +84,21 @@ async def resolve(
 async def list_models(
     context: InContext,
     author: Annotated[str | None, Query()] = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+    search: Annotated[str | None, Query()] = None,
+    limit: Annotated[int, Query(ge=1)] = 1000,
 ) -> list[dict[str, Any]]:
     """The repositories of an author: a base's merged models, or the adapters."""
     owners = [author] if author else [ADAPTERS, *context.bases.names()]
     found: list[dict[str, Any]] = []
     for owner in owners:
         for name in context.store.list_names():
+            if search and search.lower() not in f"{owner}/{name}".lower():
+                continue
             try:
                 found.append((await _repo(context, owner, name, "main")).info())
             except _HubError:
                 continue
-            if len(found) == limit:
+            if len(found) == min(limit, 1000):
                 return found
     return found
 
@@ -158,8 +161,10 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
 
 
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
-    model = context.models.get(owner, weighted_sets(name, 1.0, [], []))
     record = context.store.read(name).record
+    model = context.models.get(owner, weighted_sets(name, 1.0, [], []))
+    if model.etags != [record.etag]:  # changed between the two
+        return _merged_repo(context, owner, name)
     files: dict[str, RangedFile] = {}
     for path in model.files():
         file = model.file(path)
