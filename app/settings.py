@@ -44,7 +44,7 @@ class Settings(BaseSettings):
         64 * _MIB, ge=1, description="longest binary body that is held in memory"
     )
     max_json_bytes: int = Field(
-        8 * _MIB, ge=1, description="longest JSON body; numbers in bulk go faster as safetensors"
+        16 * _MIB, ge=1, description="longest JSON body; numbers in bulk go faster as safetensors"
     )
     max_upload_bytes: int = Field(
         8 * _GIB, ge=1, description="longest uploaded adapter; it goes to the disk as it arrives"

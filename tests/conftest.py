@@ -1,5 +1,6 @@
 import contextlib
 import json
+import shutil
 import sys
 import threading
 import time
@@ -38,6 +39,15 @@ def app(settings):
 @pytest.fixture
 def client(app):
     with serving(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture
+def based(settings, tmp_path):
+    """A client of a service that knows the base `tiny-qwen3`, which the adapters of the data name."""
+    shutil.copytree(TINY / "base", tmp_path / "bases" / "tiny-qwen3")
+    known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
+    with serving(create_app(known)) as url, httpx.Client(base_url=url, timeout=30) as client:
         yield client
 
 

@@ -19,14 +19,6 @@ from app.formats import safetensors as ours
 PATH = "/v1/bases/tiny-qwen3/merged"
 
 
-@pytest.fixture
-def based(settings, tmp_path):
-    shutil.copytree(TINY / "base", tmp_path / "bases" / "tiny-qwen3")
-    known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
-    with serving(create_app(known)) as url, httpx.Client(base_url=url, timeout=30) as client:
-        yield client
-
-
 def write_base(folder, tensors, **config):
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(ours.encode(tensors, {"format": "pt"}))

@@ -1,10 +1,7 @@
 """DoRA, biases, embeddings and replaced modules over HTTP."""
 
-import shutil
 
-import httpx
 import numpy as np
-import pytest
 import reference
 from conftest import (
     TINY,
@@ -12,7 +9,6 @@ from conftest import (
     peft_config,
     peft_tensors,
     read_tensors,
-    serving,
     snapshot,
     upload,
     upload_parts,
@@ -20,18 +16,7 @@ from conftest import (
 from test_apply import decoded, post
 from test_merge import BASE
 
-from app.api.app import create_app
-
 MODULE = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture
-def based(settings, tmp_path):
-    """A service that knows the base `tiny-qwen3`, which the adapters of the data name."""
-    shutil.copytree(TINY / "base", tmp_path / "bases" / "tiny-qwen3")
-    known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
-    with serving(create_app(known)) as url, httpx.Client(base_url=url, timeout=30) as client:
-        yield client
 
 
 def test_dora_agrees_with_torch_on_every_module(based):

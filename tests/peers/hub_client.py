@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from huggingface_hub import (
     HfApi,
+    get_hf_file_metadata,
     get_safetensors_metadata,
     hf_hub_download,
+    hf_hub_url,
     list_repo_files,
     snapshot_download,
 )
@@ -35,6 +37,16 @@ api = HfApi()
 info = api.model_info(f"{base}/{adapter}")
 files = list_repo_files(f"{base}/{adapter}")
 folder = snapshot_download(f"{base}/{adapter}", revision=info.sha, cache_dir=cache)
+
+# A download that was broken off: the hub's cache has a piece of the file, under the file's tag.
+weights = next(name for name in files if name.endswith(".safetensors"))
+about = get_hf_file_metadata(hf_hub_url(f"{base}/{adapter}", weights))
+whole = (Path(folder) / weights).read_bytes()
+blobs = Path(cache) / "resumed" / f"models--{base}--{adapter}" / "blobs"
+blobs.mkdir(parents=True)
+(blobs / f"{about.etag}.incomplete").write_bytes(whole[:3000])
+again = hf_hub_download(f"{base}/{adapter}", weights, cache_dir=Path(cache) / "resumed")
+resumed = Path(again).read_bytes() == whole and about.size == len(whole)
 metadata = get_safetensors_metadata(f"{base}/{adapter}")
 one = Path(hf_hub_download(f"{base}/{adapter}", "config.json", cache_dir=cache))
 errors = {}
@@ -58,6 +70,7 @@ print(
             "files": sorted(files),
             "folder": sorted(path.name for path in Path(folder).iterdir()),
             "config": one.exists(),
+            "resumed": resumed,
             "parameters": sum(metadata.parameter_count.values()),
             "listed": [model.id for model in api.list_models(author=base)],
             "errors": errors,

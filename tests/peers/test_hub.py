@@ -75,6 +75,7 @@ def test_by_name(settings, tmp_path, base, adapter):
     assert len(found["sha"]) == 40
     assert found["files"] == found["folder"]
     assert found["config"]
+    assert found["resumed"]
     assert found["parameters"] == 127_424
     assert f"{base}/{adapter}" in found["listed"]
     assert found["errors"] == {
