@@ -1,6 +1,5 @@
 """DoRA, biases, embeddings and replaced modules over HTTP."""
 
-
 import numpy as np
 import reference
 from conftest import (
