@@ -23,6 +23,9 @@ from app.formats.names import is_set_name
 
 INDEX_FILE = "model.safetensors.index.json"
 
+Identity = tuple[int, int, int]
+"""Inode, time of change in nanoseconds, length."""
+
 _OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"})
 
 
@@ -36,6 +39,8 @@ class Base:
     headers: Mapping[str, safetensors.Header]
     weight_map: Mapping[str, str]
     """Tensor name -> file name."""
+    identities: Mapping[str, Identity]
+    """File name -> identity when it was mapped."""
     digest: str
     """Stands for the content: names, sizes, times and headers of all files."""
 
@@ -115,11 +120,7 @@ class BaseFolder:
             self._open.pop(name, None)
             raise BaseNotFoundError(name)
         files = _served_files(folder)
-        identity = tuple(
-            (path.name, status.st_ino, status.st_mtime_ns, status.st_size)
-            for path in files
-            for status in [path.stat()]
-        )
+        identity = {path.name: identity_of(path.stat()) for path in files}
         known = self._open.get(name)
         if known is not None and known[0] == identity:
             return known[1]
@@ -137,6 +138,11 @@ class BaseFolder:
             except BaseNotFoundError:
                 continue
         return None
+
+
+def identity_of(status: os.stat_result) -> Identity:
+    """Return what tells two contents of a file apart."""
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def row_norms(weight: Array, adapter: LoraAdapter) -> Floats:
@@ -184,11 +190,13 @@ def _open(name: str, folder: Path, files: list[Path]) -> Base:
     mapped: dict[str, memoryview] = {}
     headers: dict[str, safetensors.Header] = {}
     weight_map: dict[str, str] = {}
+    identities: dict[str, Identity] = {}
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
             status = os.fstat(file.fileno())
             raw = mapped[path.name] = map_file(file)
+        identities[path.name] = identity_of(status)
         digest.update(f"{path.name}\n{status.st_size}\n{status.st_mtime_ns}\n".encode())
         if path.suffix != ".safetensors":
             continue
@@ -206,7 +214,7 @@ def _open(name: str, folder: Path, files: list[Path]) -> Base:
                     f"base {name!r} has tensor {tensor!r} in two files", base=name
                 )
     _check_index(name, mapped, weight_map)
-    return Base(name, folder, mapped, headers, weight_map, digest.hexdigest())
+    return Base(name, folder, mapped, headers, weight_map, identities, digest.hexdigest())
 
 
 def _check_index(name: str, files: dict[str, memoryview], weight_map: dict[str, str]) -> None:

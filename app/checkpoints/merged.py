@@ -6,7 +6,6 @@ a range is always the same slice of the whole.
 """
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from app.checkpoints.bases import Base, row_norms
+from app.checkpoints.bases import Base, identity_of, row_norms
 from app.core.adapter import LoraAdapter
 from app.core.cast import FLOAT32, Array, Floats, round_to, to_float32
 from app.core.loraset import BonsaiLoraSet
@@ -30,6 +29,8 @@ from app.formats.dtypes import FLOAT_DTYPES
 
 PIECE_BYTES = 1 << 20
 """Length of the pieces in which untouched bytes are handed out."""
+
+_BYTES = "application/octet-stream"
 
 Piece = Callable[[], bytes | memoryview]
 """A part of a file that is computed when it is called, in any thread."""
@@ -145,7 +146,7 @@ class MergedFile:
         self._raw = model.base.files[name]
         self._header = model.base.headers.get(name)
         self._path = model.base.folder / name
-        self._identity = _identity(os.stat(self._path))  # noqa: PTH116
+        self._identity = model.base.identities[name]
         self.name = name
         self.size_bytes = len(self._raw)
         seed = f"{model.digest}/{name}" if self._header else f"{model.base.digest}/{name}"
@@ -220,14 +221,11 @@ class MergedFile:
     def _check_unchanged(self) -> None:
         """Raise BaseChangedError where what was just read may not be what was opened."""
         try:
-            identity = _identity(os.stat(self._path))  # noqa: PTH116
+            identity = identity_of(self._path.stat())
         except FileNotFoundError:
             return  # the mapping stays as it was
         if identity[0] == self._identity[0] and identity != self._identity:
             raise BaseChangedError(f"{self.name} of base {self._model.base.name!r} was overwritten")
-
-
-_BYTES = "application/octet-stream"
 
 
 class _Tensor:
@@ -311,10 +309,6 @@ def _stored_factors(adapter: LoraAdapter) -> tuple[Floats, Floats]:
 
 def _scaled(adapter: LoraAdapter, weight: float) -> float:
     return adapter.scaling if weight == 1.0 else adapter.scaling * weight
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _check_tensor(base: Base, name: str, touched: _Touched) -> None:

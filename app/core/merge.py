@@ -53,10 +53,10 @@ def merge_rows(
         np.matmul(b_rows, a_columns, out=delta)
         if scaling != 1.0:
             delta *= np.float32(scaling)
-        if rows.dtype == FLOAT32:
-            delta += rows
-        else:
-            delta += to_float32(rows, out=_scratch("base", rows.shape))
+        if rows.dtype == FLOAT32 and magnitude is None:
+            np.add(rows, delta, out=out)
+            return
+        delta += to_float32(rows, out=_scratch("base", rows.shape))
         if magnitude is not None:
             norms = np.sqrt(np.einsum("ij,ij->i", delta, delta, dtype=np.float64))
             delta *= (magnitude / norms.astype(np.float32))[:, None]

@@ -24,7 +24,6 @@ class Limits:
     max_rows: int
     max_rank: int
     max_answer_bytes: int
-    max_spill_bytes: int
     memory_budget_bytes: int
 
     def check_rows(self, rows: int) -> None:
