@@ -11,6 +11,7 @@ from app.formats.names import SET_NAME_PATTERN
 from app.service.sets import Imported
 from app.service.stats import ModuleStats
 from app.storage.setfile import SetRecord, StoredSet
+from app.wire.stacks import MAX_STACK
 
 Size = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Names = Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=1024), FailFast()]
@@ -257,10 +258,23 @@ class ApplyAnswer(BaseModel):
     outputs: Vectors
 
 
+class WeightedSet(RequestModel):
+    """A set with the factor on what it adds."""
+
+    set: str
+    weight: float = 1.0
+
+
+Stack = Annotated[list[WeightedSet | str], Field(max_length=MAX_STACK)]
+
+
 class ApplyManyRequest(RequestModel):
     """Vectors by module, or one batch for every `module` parameter."""
 
     inputs: dict[str, Vectors] | Vectors
+    sets: Stack | None = Field(
+        None, description="further sets whose deltas are added, each with its weight"
+    )
     base_outputs: dict[str, Vectors] | None = Field(
         None, description="W·x without bias, for DoRA modules only"
     )
@@ -271,7 +285,31 @@ class ApplyManyAnswer(BaseModel):
 
     set: str
     version: int
+    versions: dict[str, int] | None = Field(
+        None, description="by set, where `sets` stacked several"
+    )
     outputs: dict[str, Vectors]
+
+
+class ApplyMixedRequest(RequestModel):
+    """Vectors for one module, each row through its own sets."""
+
+    module: str
+    sets: list[str | Stack | None] = Field(
+        description="one entry per row: a set's name, null for none, or sets with weights"
+    )
+    inputs: Vectors = Field(description="(rows, d_in), or one vector (d_in,)")
+    base_outputs: Vectors | None = Field(
+        None, description="W·x without bias, for DoRA sets only: (rows, d_out) or (d_out,)"
+    )
+
+
+class ApplyMixedAnswer(BaseModel):
+    """What the sets add, in the order of the rows."""
+
+    module: str
+    versions: dict[str, int] = Field(description="the version with which each set took part")
+    outputs: Vectors
 
 
 class MergeRequest(RequestModel):

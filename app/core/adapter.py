@@ -71,11 +71,12 @@ class LoraAdapter:
         own = (self.a_matrix, self.b_matrix)
         return sum(copy.nbytes for copy, one in zip(made, own, strict=False) if copy is not one)
 
-    def apply(self, x: Floats) -> Floats:
-        """Return scaling * ((x A^T) B^T + bias) as float32, (n, d_in) -> (n, d_out).
+    def apply(self, x: Floats, weight: float | Floats = 1.0) -> Floats:
+        """Return weight * scaling * ((x A^T) B^T + bias) as float32, (n, d_in) -> (n, d_out).
 
-        One vector (d_in,) gives (d_out,). Costs 2 n r (d_in + d_out) operations. DoRA needs
-        `apply_dora` instead. Raises ShapeMismatchError for another width.
+        One vector (d_in,) gives (d_out,). `weight` is for all rows, or one per row (n,). Costs
+        2 n r (d_in + d_out) operations. DoRA needs `apply_dora` instead. Raises ShapeMismatchError
+        for another width.
         """
         if x.ndim not in (1, 2) or x.shape[-1] != self.d_in:
             raise ShapeMismatchError(
@@ -86,12 +87,19 @@ class LoraAdapter:
             )
         a_matrix, b_matrix = self.factors
         with np.errstate(over="ignore", invalid="ignore"):  # sums beyond float32 are infinite
+            factor = self._factor(weight)
             hidden: Floats = x @ a_matrix.T  # (n, r)
-            hidden *= np.float32(self.scaling)
+            hidden *= factor
             outputs: Floats = hidden @ b_matrix.T  # (n, d_out)
             if self.bias is not None:
-                outputs += np.float32(self.scaling) * to_float32(self.bias)
+                outputs += factor * to_float32(self.bias)
         return outputs
+
+    def _factor(self, weight: float | Floats) -> np.float32 | Floats:
+        """Return scaling * weight as float32: a number, or one per row (n, 1)."""
+        if isinstance(weight, np.ndarray):
+            return (self.scaling * weight).astype(np.float32)[:, None]
+        return np.float32(self.scaling * weight)
 
     def apply_dora(self, x: Floats, base_outputs: Floats, row_norms: Floats) -> Floats:
         """Return what a DoRA layer adds to `base_outputs` = W x (without bias), same shape.

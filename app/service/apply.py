@@ -1,11 +1,16 @@
 """What adapters add to a batch: bytes or arrays in, arrays out."""
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
 
 from app.checkpoints.bases import BaseFolder
 from app.core.adapter import LoraAdapter
-from app.core.cast import Floats
+from app.core.batch import Rows, Segment, apply_segments, rows_of
+from app.core.cast import FLOAT32, Floats
 from app.errors import (
     DoraNeedsBaseError,
     InvalidRequestError,
@@ -17,10 +22,70 @@ from app.service.limits import Limits
 from app.service.sets import get_adapter
 from app.storage.setfile import StoredSet
 from app.wire.media import Form
+from app.wire.stacks import Stack
 
 Inputs = Mapping[str, Floats]
 
 INLINE_NANOSECONDS = 500_000
+
+Read = Callable[[str], StoredSet]
+"""Gives a set as it is now; raises SetNotFoundError."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Share:
+    """The part that one set takes in a batch: which rows, and at which weight."""
+
+    stored: StoredSet
+    weights: float | Floats = 1.0
+    """One for all its rows, or one per row."""
+    rows: Rows | None = None
+    """None: all."""
+
+    @property
+    def places(self) -> Rows:
+        """Its rows, in any case as an index."""
+        return slice(None) if self.rows is None else self.rows
+
+
+def shares_of(stacks: Sequence[Stack], scale: float, read: Read) -> list[Share]:
+    """Return the share of each set that `stacks`, one per row, name; `scale` weighs all.
+
+    Each set is read once, so all its rows see one version. Raises SetNotFoundError, and
+    InvalidRequestError where no row names a set.
+    """
+    rows: defaultdict[str, list[int]] = defaultdict(list)
+    weights: defaultdict[str, list[float]] = defaultdict(list)
+    for number, stack in enumerate(stacks):
+        for name, weight in stack:
+            rows[name].append(number)
+            weights[name].append(weight * scale)
+    if not rows:
+        raise InvalidRequestError(
+            "no row names a set, so the width of the outputs is unknown; name at least one",
+            field="sets",
+        )
+    return [
+        Share(read(name), np.array(weights[name], FLOAT32), rows_of(rows[name])) for name in rows
+    ]
+
+
+def stack_of(stored: StoredSet, stack: Stack, scale: float, read: Read) -> list[Share]:
+    """Return the shares where all rows go through `stored` and the further sets of `stack`.
+
+    `stored` has weight 1 unless `stack` names it. Raises SetNotFoundError.
+    """
+    own = stored.record.name
+    weights = {own: 1.0} | dict(stack)
+    return [
+        Share(stored if name == own else read(name), weight * scale)
+        for name, weight in weights.items()
+    ]
+
+
+def versions_of(shares: Sequence[Share]) -> dict[str, int]:
+    """Return the version with which each set took part."""
+    return {share.stored.record.name: share.stored.record.version for share in shares}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,64 +95,114 @@ class Applier:
     limits: Limits
     bases: BaseFolder
 
-    def apply(self, stored: StoredSet, inputs: Inputs, base_outputs: Inputs) -> dict[str, Floats]:
-        """Return what each module adds for its own inputs (d_in,) or (rows, d_in).
+    def apply(
+        self, shares: Sequence[Share], inputs: Inputs, base_outputs: Inputs
+    ) -> dict[str, Floats]:
+        """Return what the sets of `shares` add, by module, for inputs (d_in,) or (rows, d_in).
 
         `base_outputs` are W x without bias, for DoRA modules only. All is checked before anything
         is computed. Raises InvalidRequestError where there is no module at all,
         AdapterNotFoundError, ShapeMismatchError, TooManyRowsError, AnswerTooLargeError,
-        DoraNeedsBaseError, and UnsupportedAdapterError for a module whose bias is replaced.
+        DoraNeedsBaseError, and UnsupportedAdapterError for a module whose bias is replaced, or a
+        DoRA module that is weighted or stacked.
         """
-        adapters = self._checked(stored, inputs)
-        norms = {
-            module: self._dora_norms(stored, module, adapter, inputs[module], base_outputs)
-            for module, adapter in adapters.items()
-            if adapter.magnitude is not None
-        }
-        return {
-            module: adapter.apply(inputs[module])
-            if module not in norms
-            else adapter.apply_dora(inputs[module], base_outputs[module], norms[module])
-            for module, adapter in adapters.items()
-        }
-
-    def _checked(self, stored: StoredSet, inputs: Inputs) -> dict[str, LoraAdapter]:
         if not inputs:
             raise InvalidRequestError("there are no inputs; give at least one module its vectors")
-        adapters = {module: get_adapter(stored, module) for module in inputs}
-        for module, adapter in adapters.items():
-            check_no_replaced_bias(stored, module)
-            check_width(module, adapter, inputs[module])
+        adapters = {module: _adapters_of(module, shares, batch) for module, batch in inputs.items()}
         self.limits.check_rows(max(_rows(one) for one in inputs.values()))
-        values = sum(_rows(inputs[module]) * one.d_out for module, one in adapters.items())
+        values = sum(_rows(inputs[module]) * some[0].d_out for module, some in adapters.items())
         self.limits.check_answer(values)
-        return adapters
+        planned = {
+            module: self._plan(module, shares, some, inputs[module], base_outputs.get(module))
+            for module, some in adapters.items()
+        }
+        return {module: compute() for module, compute in planned.items()}
 
-    def _dora_norms(
+    def _plan(
         self,
-        stored: StoredSet,
         module: str,
-        adapter: LoraAdapter,
-        inputs: Floats,
-        base_outputs: Inputs,
-    ) -> Floats:
-        given = base_outputs.get(module)
-        if given is None:
-            raise DoraNeedsBaseError(
-                f"module {module!r} is DoRA: its outputs need base_outputs (W·x without bias) "
-                "beside the inputs",
-                module=module,
+        shares: Sequence[Share],
+        adapters: Sequence[LoraAdapter],
+        x: Floats,
+        base_outputs: Floats | None,
+    ) -> Callable[[], Floats]:
+        """Return the computation for one module, with everything checked that can be refused."""
+        is_dora = any(one.magnitude is not None for one in adapters)
+        if len(shares) == 1 and shares[0].rows is None and not is_dora:
+            return partial(adapters[0].apply, x, shares[0].weights)
+        d_out = adapters[0].d_out
+        if is_dora:
+            _check_dora(module, shares, adapters, _rows(x))
+            base_outputs = _check_base_outputs(module, base_outputs, (*x.shape[:-1], d_out))
+        segments = [
+            Segment(adapter, share.places, share.weights)
+            if adapter.magnitude is None or base_outputs is None
+            else Segment(
+                adapter,
+                share.places,
+                share.weights,
+                base_outputs.reshape(-1, d_out),
+                norms_of(share.stored, module, adapter, self.bases),
             )
-        expected = (*inputs.shape[:-1], adapter.d_out)
-        if given.shape != expected:
+            for share, adapter in zip(shares, adapters, strict=True)
+        ]
+        batch = x.reshape(-1, x.shape[-1])
+        return lambda: apply_segments(batch, segments, d_out).reshape(*x.shape[:-1], d_out)
+
+
+def _adapters_of(module: str, shares: Sequence[Share], x: Floats) -> list[LoraAdapter]:
+    """Return the adapter of each share; raises where one is not there or of another shape."""
+    adapters = [get_adapter(share.stored, module) for share in shares]
+    for share, adapter in zip(shares, adapters, strict=True):
+        check_no_replaced_bias(share.stored, module)
+        check_width(module, adapter, x)
+        if adapter.d_out != adapters[0].d_out:
             raise ShapeMismatchError(
-                f"base_outputs for {module!r} have shape {list(given.shape)}; expected "
-                f"{list(expected)}",
+                f"set {share.stored.record.name!r} gives {module!r} outputs of width "
+                f"{adapter.d_out}, but set {shares[0].stored.record.name!r} of width "
+                f"{adapters[0].d_out}; the sets of one batch must be for one model",
                 module=module,
-                got=list(given.shape),
-                expected=list(expected),
+                got=adapter.d_out,
+                expected=adapters[0].d_out,
             )
-        return norms_of(stored, module, adapter, self.bases)
+    return adapters
+
+
+def _check_dora(
+    module: str, shares: Sequence[Share], adapters: Sequence[LoraAdapter], rows: int
+) -> None:
+    """Raise where a row goes through DoRA and something else, or through DoRA at a weight."""
+    taking_part = np.zeros(rows, np.intp)
+    for share in shares:
+        taking_part[share.places] += 1
+    for share, adapter in zip(shares, adapters, strict=True):
+        if adapter.magnitude is None:
+            continue
+        if np.any(taking_part[share.places] > 1) or np.any(np.not_equal(share.weights, 1.0)):
+            raise UnsupportedAdapterError(
+                f"module {module!r} of set {share.stored.record.name!r} is DoRA, which scales the "
+                "whole output, so it cannot be weighted or stacked with other sets",
+                set=share.stored.record.name,
+                module=module,
+            )
+
+
+def _check_base_outputs(module: str, given: Floats | None, expected: tuple[int, ...]) -> Floats:
+    if given is None:
+        raise DoraNeedsBaseError(
+            f"module {module!r} is DoRA: its outputs need base_outputs (W·x without bias) "
+            "beside the inputs",
+            module=module,
+        )
+    if given.shape != expected:
+        raise ShapeMismatchError(
+            f"base_outputs for {module!r} have shape {list(given.shape)}; expected "
+            f"{list(expected)}",
+            module=module,
+            got=list(given.shape),
+            expected=list(expected),
+        )
+    return given
 
 
 def check_no_replaced_bias(stored: StoredSet, module: str) -> None:
@@ -112,7 +227,7 @@ def check_width(module: str, adapter: LoraAdapter, inputs: Floats) -> None:
         )
 
 
-def rows_of(inputs: Inputs) -> int:
+def count_rows(inputs: Inputs) -> int:
     """Return the number of vectors in all batches."""
     return sum(_rows(one) for one in inputs.values())
 

@@ -2,18 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from json import dumps
 from typing import Any
 
 from app.core.cast import Floats, all_finite
 from app.errors import InvalidRequestError, NonFiniteOutputError
 from app.wire import binary, json
 from app.wire.media import Form
+from app.wire.stacks import SETS, Stack, check_rows, decode_metadata, decode_row, decode_stack
 
+MODULE = "module"
 INPUTS = "inputs"
 OUTPUTS = "outputs"
 BASE_OUTPUTS = "base_outputs"
 
-_FIELDS = frozenset({INPUTS, BASE_OUTPUTS})
+_TENSORS = frozenset({INPUTS, BASE_OUTPUTS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,18 @@ class Batches:
 
     inputs: dict[str, Floats]
     base_outputs: dict[str, Floats]
+    stack: Stack = ()
+    """Further sets that all rows go through."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class MixedBatch:
+    """Rows for one module, each through its own sets."""
+
+    module: str
+    stacks: list[Stack]
+    inputs: Floats
+    base_outputs: Floats | None
 
 
 def decode_one(form: Form, body: bytes, max_header_bytes: int, module: str) -> Batches:
@@ -31,7 +46,8 @@ def decode_one(form: Form, body: bytes, max_header_bytes: int, module: str) -> B
     `binary.decode_tensors`, and InvalidRequestError for other fields or tensors.
     """
     if form is Form.JSON:
-        found = {name: json.decode_tensor(one, name, body) for name, one in _fields(body).items()}
+        fields = _fields(body, _TENSORS)
+        found = {name: json.decode_tensor(one, name, body) for name, one in fields.items()}
     else:
         found = binary.decode_tensors(body, max_header_bytes)[0]
         _check_names(found)
@@ -42,15 +58,21 @@ def decode_one(form: Form, body: bytes, max_header_bytes: int, module: str) -> B
 def decode_many(form: Form, body: bytes, max_header_bytes: int, modules: list[str]) -> Batches:
     """Return a batch per module: the body's own, or its one batch for each of `modules`.
 
-    In binary, `<module>.base_outputs` beside `<module>` is W x of a DoRA module. Raises as
-    `decode_one`.
+    `sets` (binary: JSON in the metadata) are further sets that all rows go through. In binary,
+    `<module>.base_outputs` beside `<module>` is W x of a DoRA module. Raises as `decode_one`.
     """
-    if modules:
-        (shared,) = decode_one(form, body, max_header_bytes, "").inputs.values()
-        return Batches(dict.fromkeys(modules, shared), {})
+    if form is Form.JSON:
+        fields = _fields(body, _TENSORS | {SETS})
+        sets = fields.pop(SETS, None)
+    else:
+        tensors, metadata = binary.decode_tensors(body, max_header_bytes)
+        sets = decode_metadata(metadata)
+    stack = () if sets is None else decode_stack(sets, SETS)
     if form is not Form.JSON:
-        return _split(binary.decode_tensors(body, max_header_bytes)[0])
-    fields = _fields(body)
+        return _split(tensors, stack) if not modules else _shared(tensors, modules, stack)
+    if modules:
+        shared = {name: json.decode_tensor(one, name, body) for name, one in fields.items()}
+        return _shared(shared, modules, stack)
     for name, value in fields.items():
         if not isinstance(value, dict):
             raise InvalidRequestError(
@@ -65,25 +87,66 @@ def decode_many(form: Form, body: bytes, max_header_bytes: int, modules: list[st
         }
         for name, value in fields.items()
     }
-    return Batches(decoded[INPUTS], decoded.get(BASE_OUTPUTS, {}))
+    return Batches(decoded[INPUTS], decoded.get(BASE_OUTPUTS, {}), stack)
 
 
-def _split(tensors: dict[str, Floats]) -> Batches:
+def decode_mixed(form: Form, body: bytes, max_header_bytes: int) -> MixedBatch:
+    """Return the batch of a body: `module`, `sets`, `inputs` (and `base_outputs` for DoRA).
+
+    In binary, `module` and `sets` are JSON in the metadata (a bare module name is taken too).
+    Raises as `decode_one` and `decode_row`, and ShapeMismatchError where `sets` has not one entry
+    per row.
+    """
+    if form is Form.JSON:
+        fields = _fields(body, _TENSORS | {MODULE, SETS})
+        module, sets = fields.pop(MODULE, None), fields.pop(SETS, None)
+        tensors = {name: json.decode_tensor(one, name, body) for name, one in fields.items()}
+    else:
+        tensors, metadata = binary.decode_tensors(body, max_header_bytes)
+        _check_names(tensors)
+        module, sets = metadata.get(MODULE), decode_metadata(metadata)
+        if module is not None and module.startswith('"'):
+            module = json.decode(module.encode())
+    if not isinstance(module, str):
+        raise InvalidRequestError(f"{MODULE!r} must name the module, as a string", field=MODULE)
+    if not isinstance(sets, list):
+        raise InvalidRequestError(
+            f"{SETS!r} must be a list with one entry per row: a set's name, null, or a list of "
+            '{"set": name, "weight": number}',
+            field=SETS,
+        )
+    stacks = [decode_row(one, f"{SETS}[{row}]") for row, one in enumerate(sets)]
+    check_rows(stacks, tensors[INPUTS])
+    return MixedBatch(module, stacks, tensors[INPUTS], tensors.get(BASE_OUTPUTS))
+
+
+def _shared(tensors: Mapping[str, Floats], modules: list[str], stack: Stack) -> Batches:
+    """Return one batch for each of `modules`, whose outputs differ, so W x cannot be shared."""
+    if tensors.keys() != {INPUTS}:
+        _check_names(tensors)
+        raise InvalidRequestError(
+            f"{BASE_OUTPUTS!r} cannot be shared by several modules; send them by module",
+            field=BASE_OUTPUTS,
+        )
+    return Batches(dict.fromkeys(modules, tensors[INPUTS]), {}, stack)
+
+
+def _split(tensors: Mapping[str, Floats], stack: Stack) -> Batches:
     ending = f".{BASE_OUTPUTS}"
     given = {name: one for name, one in tensors.items() if name.endswith(ending)}
     inputs = {name: one for name, one in tensors.items() if name not in given}
-    return Batches(inputs, {name.removesuffix(ending): one for name, one in given.items()})
+    return Batches(inputs, {name.removesuffix(ending): one for name, one in given.items()}, stack)
 
 
-def _fields(body: bytes) -> dict[str, Any]:
-    value = json.decode_object(body, _FIELDS)
+def _fields(body: bytes, allowed: frozenset[str]) -> dict[str, Any]:
+    value = json.decode_object(body, allowed)
     if INPUTS not in value:
         raise InvalidRequestError(f"the body has no {INPUTS!r}", field=INPUTS)
     return value
 
 
-def _check_names(tensors: Mapping[str, Floats]) -> None:
-    if INPUTS not in tensors or tensors.keys() - _FIELDS:
+def _check_names(tensors: Mapping[str, Any]) -> None:
+    if INPUTS not in tensors or tensors.keys() - _TENSORS:
         raise InvalidRequestError(
             f"expected the tensor {INPUTS!r} (and {BASE_OUTPUTS!r} for DoRA), got "
             f"{sorted(tensors)[:8]}",
@@ -102,7 +165,8 @@ def encode_outputs(
     """
     named = outputs if isinstance(outputs, Mapping) else {OUTPUTS: outputs}
     if form is not Form.JSON:
-        return binary.encode_tensors(named, dtype, {key: str(one) for key, one in about.items()})
+        metadata = {key: one if isinstance(one, str) else dumps(one) for key, one in about.items()}
+        return binary.encode_tensors(named, dtype, metadata)
     for name, array in named.items():
         check_json_output(name, array)
     return json.encode({**about, OUTPUTS: outputs})

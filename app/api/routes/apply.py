@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -11,17 +11,22 @@ from app.api.body import body_form, read_body
 from app.api.deps import Context, InContext, ModuleName, SetName
 from app.api.openapi import APPLY_ERRORS, problems, tensor_answer, tensor_body
 from app.core.adapter import LoraAdapter
-from app.service.apply import is_small, rows_of
+from app.service.apply import Share, count_rows, is_small, shares_of, stack_of, versions_of
 from app.service.sets import get_adapter
 from app.wire.media import Form, answer_form, check_answer_dtype
-from app.wire.tensors import decode_many, decode_one, encode_outputs
+from app.wire.tensors import decode_many, decode_mixed, decode_one, encode_outputs
 
 router = APIRouter(tags=["apply"])
 
 _FORMS = (Form.JSON, Form.BINARY)
 
+MAX_SCALE = 1e6
+
 AnswerDtype = Annotated[
     str | None, Query(alias="dtype", description="F32 (default), F16 or BF16; binary answers only")
+]
+Scale = Annotated[
+    float, Query(ge=-MAX_SCALE, le=MAX_SCALE, description="factor on everything that is added")
 ]
 
 
@@ -41,6 +46,7 @@ async def apply_one(
     name: SetName,
     module: ModuleName,
     dtype: AnswerDtype = None,
+    scale: Scale = 1.0,
 ) -> Response:
     """Answers scaling · B·A·x for each row x; add it to the base layer's output. The binary form
     is a safetensors body with the tensor `inputs`, answered by the tensor `outputs`.
@@ -50,8 +56,9 @@ async def apply_one(
 
     def compute(body: bytes, taken: Form, given: Form, answer_dtype: str) -> bytes:
         batches = decode_one(taken, body, context.limits.max_header_bytes, module)
-        outputs = context.applier.apply(stored, batches.inputs, batches.base_outputs)
-        context.metrics.rows_applied.inc(rows_of(batches.inputs))
+        shares = [Share(stored, scale)]
+        outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
+        context.metrics.rows_applied.inc(count_rows(batches.inputs))
         about = {"set": name, "module": module, "version": stored.record.version}
         return encode_outputs(given, outputs[module], about, answer_dtype)
 
@@ -78,18 +85,64 @@ async def apply_many(
         list[str] | None, Query(description="modules that all get the one batch `inputs`")
     ] = None,
     dtype: AnswerDtype = None,
+    scale: Scale = 1.0,
 ) -> Response:
     """Each module gets its own inputs (binary: a tensor of its name), or all named by `module`
-    get the same. All outputs come from one version of the set.
+    get the same. All outputs come from one version of the set. `sets` stacks further sets on top,
+    each with its weight (binary: as JSON in the metadata); naming the path's own set there gives
+    it a weight too.
     """
     stored = context.store.read(name)
 
     def compute(body: bytes, taken: Form, given: Form, answer_dtype: str) -> bytes:
         batches = decode_many(taken, body, context.limits.max_header_bytes, module or [])
-        outputs = context.applier.apply(stored, batches.inputs, batches.base_outputs)
-        context.metrics.rows_applied.inc(rows_of(batches.inputs))
-        about = {"set": name, "version": stored.record.version}
+        shares = stack_of(stored, batches.stack, scale, context.store.read)
+        outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
+        context.metrics.rows_applied.inc(count_rows(batches.inputs))
+        about: dict[str, Any] = {"set": name, "version": stored.record.version}
+        if batches.stack:
+            about["versions"] = versions_of(shares)
         return encode_outputs(given, outputs, about, answer_dtype)
+
+    return await _answer(request, context, dtype, compute, None)
+
+
+@router.post(
+    "/v1/apply",
+    operation_id="apply_mixed",
+    summary="Apply a different set to each row of a batch",
+    response_class=Response,
+    openapi_extra=tensor_body(
+        schemas.ApplyMixedRequest,
+        Form.BINARY,
+        example={
+            "module": "q_proj",
+            "sets": ["my-adapter", None, [{"set": "my-adapter", "weight": 0.5}]],
+            "inputs": [[0.5, -1.0, 2.0, 0.25], [1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]],
+        },
+    ),
+    responses=tensor_answer(schemas.ApplyMixedAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
+)
+async def apply_mixed(
+    request: Request,
+    context: InContext,
+    dtype: AnswerDtype = None,
+    scale: Scale = 1.0,
+) -> Response:
+    """`sets` says for each row which set it goes through: a name, null for none (its delta is
+    zero), or a list of sets with weights whose deltas are added. Ranks may differ. In binary,
+    `module` and `sets` are JSON in the metadata. Each set takes part with one version.
+    """
+
+    def compute(body: bytes, taken: Form, given: Form, answer_dtype: str) -> bytes:
+        batch = decode_mixed(taken, body, context.limits.max_header_bytes)
+        module, inputs = batch.module, {batch.module: batch.inputs}
+        base_outputs = {} if batch.base_outputs is None else {module: batch.base_outputs}
+        shares = shares_of(batch.stacks, scale, context.store.read)
+        outputs = context.applier.apply(shares, inputs, base_outputs)
+        context.metrics.rows_applied.inc(count_rows(inputs))
+        about = {"module": module, "versions": versions_of(shares)}
+        return encode_outputs(given, outputs[module], about, answer_dtype)
 
     return await _answer(request, context, dtype, compute, None)
 
