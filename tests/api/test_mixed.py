@@ -10,7 +10,7 @@ from conftest import TINY, assert_problem, read_tensors, upload
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_apply import BINARY, Q_PROJ, decoded
-from test_variants import BASE
+from test_merge import BASE
 
 from app.formats import safetensors
 
@@ -87,7 +87,7 @@ def weights_of(entry):
 @settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(sets=st.lists(rows, min_size=1, max_size=12).filter(lambda some: any(some)))
+@given(sets=st.lists(rows, min_size=1, max_size=12).filter(any))
 def test_a_mixed_batch_equals_row_by_row_applies(several, sets):
     x = np.random.default_rng(len(sets)).standard_normal((len(sets), 64)).astype(np.float32)
     alone = deltas(several, x)
