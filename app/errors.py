@@ -10,6 +10,8 @@
     │   ├── AdapterNotFoundError
     │   ├── BaseNotFoundError
     │   ├── FileNotInModelError
+    │   ├── VersionNotFoundError
+    │   ├── RegionNotFoundError
     │   └── RouteNotFoundError
     ├── MethodNotAllowedError
     ├── NotAcceptableError
@@ -40,6 +42,7 @@
     ├── MemoryBudgetError
     ├── StoreFullError
     ├── StoreReadOnlyError
+    ├── UnsupportedFeatureError             not here, or not switched on
     └── InternalError                       ours, not the caller's
 
 Each class has a stable `code`. Nothing here knows an HTTP status: the one table from
@@ -148,6 +151,20 @@ class FileNotInModelError(NotFoundError):
         super().__init__(
             f"there is no file {name[:200]!r}; the model has {', '.join(known[:16])}", file=name
         )
+
+
+class VersionNotFoundError(NotFoundError):
+    """A model has another version now."""
+
+    code = "version_not_found"
+    title = "Version not found"
+
+
+class RegionNotFoundError(NotFoundError):
+    """No shared-memory region has this name."""
+
+    code = "region_not_found"
+    title = "Region not found"
 
 
 class RouteNotFoundError(NotFoundError):
@@ -355,6 +372,13 @@ class StoreReadOnlyError(BonsaiLoraError):
 
     code = "store_read_only"
     title = "Store read-only"
+
+
+class UnsupportedFeatureError(BonsaiLoraError):
+    """A feature that this service does not have, or that was not switched on."""
+
+    code = "unsupported_feature"
+    title = "Unsupported feature"
 
 
 class InternalError(BonsaiLoraError):

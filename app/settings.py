@@ -1,10 +1,11 @@
 """Every setting, and the only reader of the environment."""
 
 import os
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _MIB, _GIB = 1 << 20, 1 << 30
@@ -16,6 +17,14 @@ def _machine_memory_bytes() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
     return min(physical, int(text)) if text.isdigit() else physical
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach a listener on `host`."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Settings(BaseSettings):
@@ -34,6 +43,11 @@ class Settings(BaseSettings):
     )
     workers: int = Field(
         1, ge=1, le=256, description="processes that serve; they share the store and agree at once"
+    )
+    shared_memory: bool = Field(
+        False,
+        description="true: local clients of /v2 may pass tensors through shared memory; only on "
+        "a loopback address",
     )
     memory_budget_bytes: int = Field(
         default_factory=_machine_memory_bytes,
@@ -80,6 +94,15 @@ class Settings(BaseSettings):
         "info", description="debug logs every request; info those that fail or take over a second"
     )
     log_format: Literal["console", "json"] = Field("console", description="form of the log lines")
+
+    @field_validator("shared_memory")
+    @classmethod
+    def _check_loopback(cls, value: bool, info: ValidationInfo) -> bool:  # noqa: FBT001
+        """Memory of this machine is for callers on this machine."""
+        host = info.data.get("host", "")
+        if value and not is_loopback(host):
+            raise ValueError(f"shared memory needs a loopback address, but the host is {host!r}")
+        return value
 
     def store_folder(self) -> Path | None:
         """Return the store's folder, or None for a temporary one."""

@@ -21,15 +21,18 @@ from app.api.errors import install_error_handlers
 from app.api.metrics import Metrics
 from app.api.middleware import ObserveMiddleware
 from app.api.openapi import install_openapi
-from app.api.routes import adapters, apply, hub, merge, operations, sets, stats
+from app.api.routes import adapters, apply, hub, merge, oip, operations, sets, stats
 from app.api.routes import bases as bases_routes
 from app.checkpoints.bases import BaseFolder
 from app.service.apply import Applier
+from app.service.infer import Inference
 from app.service.limits import Limits
 from app.service.merged import MergedModels
 from app.service.stats import store_stats
 from app.service.work import WorkPool
 from app.settings import Settings
+from app.storage.counts import CountFile
+from app.storage.regions import SharedRegions
 from app.storage.store import SetStore
 
 _DESCRIPTION = """\
@@ -46,14 +49,24 @@ _TAGS = [
         "name": "merged checkpoints",
         "description": "Bases, and merged files that exist only while they are read.",
     },
+    {
+        "name": "open inference protocol",
+        "description": "Sets as models of the Open Inference Protocol v2, with Triton's extensions "
+        "for binary data, statistics, repository and shared memory.",
+    },
     {"name": "statistics", "description": "Parameters, memory, norms."},
     {"name": "operations", "description": "Health and metrics."},
 ]
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """Return the application over the store that `settings` names."""
+def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
+    """Return the application over the store that `settings` names.
+
+    `shared` is a folder that all workers of the service have in common for as long as it runs; by
+    default a temporary one that goes with the application.
+    """
     store = open_store(settings)
+    shared = shared or _temporary_folder(store)
     metrics = Metrics(partial(store_stats, store))
     app = FastAPI(
         title="Bonsai LoRA",
@@ -65,19 +78,24 @@ def create_app(settings: Settings) -> FastAPI:
     )
     limits = limits_of(settings)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
+    applier = Applier(limits, bases)
+    regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
     app.state.context = Context(
         settings,
         store,
         limits,
         WorkPool(settings.max_concurrency, settings.threads),
-        Applier(limits, bases),
+        applier,
+        Inference(applier, store, regions),
+        CountFile(shared),
         bases,
         MergedModels(bases, store),
         ThreadPoolExecutor(settings.threads, "merge"),
         metrics,
     )
     routers = [
-        one.router for one in (sets, adapters, apply, merge, bases_routes, stats, operations, hub)
+        one.router
+        for one in (sets, adapters, apply, merge, bases_routes, oip, stats, operations, hub)
     ]
     for router in routers:
         app.include_router(router)
@@ -95,8 +113,19 @@ def open_store(settings: Settings) -> SetStore:
         return SetStore(folder)
     temporary = Path(tempfile.mkdtemp(prefix="bonsai-lora-"))
     store = SetStore(temporary)
-    weakref.finalize(store, shutil.rmtree, temporary, ignore_errors=True)
+    _remove_with(store, temporary)
     return store
+
+
+def _temporary_folder(owner: object) -> Path:
+    """Return a new folder that goes with `owner`."""
+    folder = Path(tempfile.mkdtemp(prefix="bonsai-lora-"))
+    _remove_with(owner, folder)
+    return folder
+
+
+def _remove_with(owner: object, folder: Path) -> None:
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
 
 
 def limits_of(settings: Settings) -> Limits:

@@ -10,10 +10,12 @@ from fastapi import Depends, Path, Request
 from app.api.metrics import Metrics
 from app.checkpoints.bases import BaseFolder
 from app.service.apply import Applier
+from app.service.infer import Inference
 from app.service.limits import Limits
 from app.service.merged import MergedModels
 from app.service.work import WorkPool
 from app.settings import Settings
+from app.storage.counts import CountFile
 from app.storage.store import SetStore
 
 
@@ -26,6 +28,8 @@ class Context:
     limits: Limits
     pool: WorkPool
     applier: Applier
+    inference: Inference
+    counts: CountFile
     bases: BaseFolder
     models: MergedModels
     executor: Executor

@@ -37,6 +37,7 @@ STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.StoreReadOnlyError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.MemoryBudgetError: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.StoreFullError: HTTPStatus.INSUFFICIENT_STORAGE,
+    errors.UnsupportedFeatureError: HTTPStatus.NOT_IMPLEMENTED,
     errors.InternalError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 """Error class -> status; a class without a row has that of its nearest ancestor."""
@@ -51,6 +52,8 @@ def problem_response(
     error: BonsaiLoraError, scope: Scope, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Return the answer to a refused request."""
+    if is_oip(scope["path"]):
+        return _oip_response(error, scope, headers)
     status = status_of(type(error))
     body = {
         "type": f"urn:bonsai-lora:problem:{error.code}",
@@ -69,6 +72,41 @@ def problem_response(
     # The standard library also writes huge integers and half surrogate pairs, which may be echoed.
     content = json.dumps(_shortened(body), separators=(",", ":"), default=str)
     return Response(content, int(status), more, media_type=PROBLEM_TYPE)
+
+
+def is_oip(path: str) -> bool:
+    """Return whether a path belongs to the Open Inference Protocol, which has errors of its own."""
+    return path == "/v2" or path.startswith("/v2/")
+
+
+_OIP_STATUSES = frozenset(
+    {
+        HTTPStatus.NOT_FOUND,
+        HTTPStatus.METHOD_NOT_ALLOWED,
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        HTTPStatus.NOT_IMPLEMENTED,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    }
+)
+"""What Triton says apart; everything else is 400 there."""
+
+
+def _oip_response(
+    error: BonsaiLoraError, scope: Scope, headers: Mapping[str, str] | None
+) -> Response:
+    scope["problem"] = error  # for the log
+    status = status_of(type(error))
+    if status not in _OIP_STATUSES:
+        status = HTTPStatus.BAD_REQUEST
+    text = error.detail
+    if isinstance(error, errors.SetNotFoundError):
+        text = f"Request for unknown model: '{error.values['set'][:200]}' is not found"
+    more = dict(headers or {})
+    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+        more["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    content = json.dumps({"error": text}, separators=(",", ":"))
+    return Response(content, int(status), more, media_type="application/json")
 
 
 def _shortened(value: Any) -> Any:

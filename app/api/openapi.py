@@ -1,6 +1,7 @@
 """What routes say about themselves in the OpenAPI document."""
 
 from collections import defaultdict
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
@@ -92,6 +93,50 @@ def tensor_answer(model: type[BaseModel], *forms: Form) -> Responses:
     content: dict[str, Any] = {Form.JSON.value: {"schema": _ref(model)}}
     content |= {form.value: {"schema": _BINARY} for form in forms}
     return {200: {"description": "computed in float32", "content": content}}
+
+
+def oip_errors(*statuses: int) -> Responses:
+    """Return the `responses` of a route of the Open Inference Protocol that refuses so."""
+    content = {Form.JSON.value: {"schema": _ref(schemas.OipError)}}
+    words = {status: HTTPStatus(status).phrase for status in sorted({*statuses, 500})}
+    return {status: {"description": word, "content": content} for status, word in words.items()}
+
+
+def infer_body() -> dict[str, Any]:
+    """Return the `openapi_extra` of infer: JSON, or JSON with binary data behind it."""
+    example = {
+        "inputs": [
+            {"name": "q_proj", "shape": [1, 4], "datatype": "FP32", "data": [0.5, -1.0, 2.0, 0.25]}
+        ]
+    }
+    content: dict[str, Any] = {
+        Form.JSON.value: {"schema": _ref(schemas.InferRequest), "example": example},
+        Form.RAW.value: {"schema": _BINARY},
+    }
+    return _request_body(content)
+
+
+def infer_answer() -> Responses:
+    """Return the `responses` of infer."""
+    return tensor_answer(schemas.InferResponse, Form.RAW)
+
+
+def empty_answer() -> Responses:
+    """Return the `responses` of a route whose answer has no body."""
+    return {200: {"description": "done", "content": {}}}
+
+
+def optional_body(model: type[BaseModel], *, required: bool = False) -> dict[str, Any]:
+    """Return the `openapi_extra` of a route that reads `model` from JSON of any Content-Type."""
+    content = {Form.JSON.value: {"schema": _ref(model)}}
+    return {"requestBody": {"required": required, "content": content}}
+
+
+def version_parameter() -> dict[str, Any]:
+    """Return the `openapi_extra` of a path with {version}, which its route takes by itself."""
+    schema = {"type": "string"}
+    about = {"name": "version", "in": "path", "required": True, "schema": schema}
+    return {"parameters": [{**about, "description": "the version that the set must have"}]}
 
 
 def text_answer() -> Responses:

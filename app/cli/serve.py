@@ -37,10 +37,12 @@ def add_command(commands: Any) -> None:
     for name, field in Settings.model_fields.items():
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
         default = "" if field.default_factory or field.default is None else f" ({field.default})"
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
         parser.add_argument(
             _flag(name),
             dest=name,
             default=argparse.SUPPRESS,
+            **switch,
             metavar="{" + ",".join(choices) + "}" if choices else name.rpartition("_")[2].upper(),
             help=f"{field.description}{default}",
         )
@@ -74,14 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
         return _serve(settings, listener, temporary)
 
 
-def make_app(settings: Settings, supervisor: int | None) -> FastAPI:
+def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAPI:
     """Return the application, in this process or in a worker of the process `supervisor`."""
     configure_logging(settings.log_level, settings.log_format)
     if supervisor is not None:
         _end_with(supervisor)
     from app.api.app import create_app  # noqa: PLC0415 - after the metrics' folder is known
 
-    return create_app(settings)
+    return create_app(settings, shared)
 
 
 def _serve(settings: Settings, listener: socket.socket, temporary: str) -> int:
@@ -89,7 +91,7 @@ def _serve(settings: Settings, listener: socket.socket, temporary: str) -> int:
         # Where prometheus_client keeps what the workers count, so that any of them can tell it all.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = temporary
     config = uvicorn.Config(
-        partial(make_app, settings, os.getpid() if settings.workers > 1 else None),
+        partial(make_app, settings, Path(temporary), os.getpid() if settings.workers > 1 else None),
         factory=True,
         workers=settings.workers,
         log_config=None,

@@ -233,19 +233,22 @@ def count_rows(inputs: Inputs) -> int:
 
 
 def is_small(adapter: LoraAdapter, body_bytes: int, taken: Form, given: Form) -> bool:
-    """Return whether an apply takes under a millisecond by estimate, from before it is read.
-
-    A thread costs about 0.1 ms to reach. Costs in nanoseconds per number, measured here: 36 to
-    read from JSON, 24 to write, 1 in binary; 0.02 per multiply-add.
-    """
+    """Return whether an apply takes under INLINE_NANOSECONDS by estimate, before it is read."""
     if adapter.d_in == 0:
         return False
     values = body_bytes / (8 if taken is Form.JSON else 2)
-    rows = max(1.0, values / adapter.d_in)
-    read = values * (36 if taken is Form.JSON else 1)
+    return cost_of(adapter, max(1.0, values / adapter.d_in), taken, given) < INLINE_NANOSECONDS
+
+
+def cost_of(adapter: LoraAdapter, rows: float, taken: Form, given: Form) -> float:
+    """Return how many nanoseconds an apply takes, by estimate.
+
+    Costs per number, measured here: 36 to read from JSON, 24 to write, 1 in binary; 0.02 per
+    multiply-add. A thread costs about 0.1 ms to reach.
+    """
+    read = rows * adapter.d_in * (36 if taken is Form.JSON else 1)
     written = rows * adapter.d_out * (24 if given is Form.JSON else 1)
-    product = rows * adapter.rank * (adapter.d_in + adapter.d_out) * 0.02
-    return read + written + product < INLINE_NANOSECONDS
+    return read + written + rows * adapter.rank * (adapter.d_in + adapter.d_out) * 0.02
 
 
 def _rows(inputs: Floats) -> int:

@@ -216,6 +216,10 @@ class SetStore:
             _sync_folder(self._sets)
         self._forget(name)
 
+    def close(self, name: str) -> None:
+        """Let go of what this process has open of a set; it is opened again when it is read."""
+        self._forget(name)
+
     def open_sets(self) -> list[StoredSet]:
         """Return the sets that this process has open."""
         return [opened for _, opened in list(self._open.values())]

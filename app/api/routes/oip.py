@@ -1,0 +1,416 @@
+"""The Open Inference Protocol v2, with Triton's extensions (contract, section 7).
+
+A set is a model, its version the model's version. Refusals are `{"error": …}` with the statuses
+that Triton uses (`app/api/errors.py`).
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version as package_version
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import APIRouter, Depends, Path, Request, Response
+from pydantic import BaseModel
+
+from app.api import schemas
+from app.api.body import check_length, parse_model, read_body
+from app.api.deps import Context, InContext
+from app.api.openapi import (
+    empty_answer,
+    infer_answer,
+    infer_body,
+    oip_errors,
+    optional_body,
+    version_parameter,
+)
+from app.errors import MalformedBodyError, UnsupportedFeatureError
+from app.service import models
+from app.service.infer import (
+    MIXED,
+    MIXED_VERSION,
+    Model,
+    find_model,
+    is_light,
+    raw_request,
+    rows_of,
+)
+from app.storage.counts import Counts
+from app.storage.regions import Region
+from app.wire.compress import coding_of, compress, decompress, wanted_coding
+from app.wire.media import Form
+from app.wire.oip import InferRequest, decode_request
+
+router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+INLINE_BYTES = 1 << 17
+"""Longest body whose JSON is read on the event loop."""
+
+_EXTENSIONS = (
+    "binary_tensor_data",
+    "model_configuration",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "parameters",
+    "statistics",
+)
+_MODEL = "/models/{model}"
+_VERSION = "/models/{model}/versions/{version}"
+
+ModelPath = Annotated[
+    str, Path(description=f"name of a set, or {MIXED!r}", examples=["my-adapter"])
+]
+RegionPath = Annotated[str, Path(description="name of a shared-memory region")]
+
+
+def _find(request: Request, context: InContext, model: ModelPath) -> Model:
+    return find_model(context.store, model, request.path_params.get("version"))
+
+
+FoundModel = Annotated[Model, Depends(_find)]
+
+
+@router.get("", operation_id="get_server", summary="The server and its extensions")
+@router.get("/", include_in_schema=False)
+async def get_server(context: InContext) -> schemas.ServerMetadata:
+    """As the protocol says."""
+    shared = ("system_shared_memory",) if context.inference.regions.is_on else ()
+    return schemas.ServerMetadata(
+        name="bonsai-lora",
+        version=package_version("bonsai-lora"),
+        extensions=[*_EXTENSIONS, *shared],
+    )
+
+
+@router.get("/health/live", operation_id="get_server_live", summary="Is the server alive?")
+async def get_live() -> schemas.ServerLive:
+    """Answers as long as the process does."""
+    return schemas.ServerLive()
+
+
+@router.get("/health/ready", operation_id="get_server_ready", summary="Is the server ready?")
+async def get_ready() -> schemas.ServerReady:
+    """It is ready when it answers: sets are opened as they are needed."""
+    return schemas.ServerReady()
+
+
+@router.get(
+    "/models/stats",
+    operation_id="get_all_statistics",
+    summary="Statistics of all models",
+    responses=oip_errors(503),
+)
+async def get_all_statistics(context: InContext) -> schemas.ModelStatistics:
+    """Counts since the start, over all workers; times in nanoseconds."""
+    return await anyio.to_thread.run_sync(_all_statistics, context)
+
+
+@router.get(_MODEL, operation_id="get_model", summary="A set as a model", responses=oip_errors(404))
+@router.get(
+    _VERSION,
+    operation_id="get_model_version",
+    summary="A set as a model, if this is its version",
+    openapi_extra=version_parameter(),
+    responses=oip_errors(404),
+)
+async def get_model(model: FoundModel) -> schemas.ModelMetadata:
+    """Its inputs and outputs are its modules; the input `x` feeds all that are asked for."""
+    return schemas.ModelMetadata(
+        name=model.name,
+        versions=[model.version],
+        platform=models.PLATFORM,
+        inputs=[schemas.TensorMetadata.of(one) for one in models.inputs_of(model)],
+        outputs=[schemas.TensorMetadata.of(one) for one in models.outputs_of(model)],
+    )
+
+
+@router.get(
+    f"{_MODEL}/ready",
+    operation_id="get_model_ready",
+    summary="Is the model ready?",
+    responses=oip_errors(404),
+)
+@router.get(
+    f"{_VERSION}/ready",
+    operation_id="get_model_version_ready",
+    summary="Is this the model's version?",
+    openapi_extra=version_parameter(),
+    responses=oip_errors(404),
+)
+async def get_model_ready(model: FoundModel) -> schemas.ModelReady:
+    """Every set that exists is ready."""
+    return schemas.ModelReady(name=model.name)
+
+
+@router.get(
+    f"{_MODEL}/config",
+    operation_id="get_model_config",
+    summary="The model's configuration",
+    responses=oip_errors(404),
+)
+@router.get(
+    f"{_VERSION}/config",
+    operation_id="get_model_version_config",
+    summary="The configuration, if this is the model's version",
+    openapi_extra=version_parameter(),
+    responses=oip_errors(404),
+)
+async def get_model_config(model: FoundModel) -> schemas.ModelConfig:
+    """In the fields of Triton's model configuration."""
+    return schemas.ModelConfig(**models.config_of(model))
+
+
+@router.get(
+    f"{_MODEL}/stats",
+    operation_id="get_model_statistics",
+    summary="Statistics of a model",
+    responses=oip_errors(404),
+)
+@router.get(
+    f"{_VERSION}/stats",
+    operation_id="get_model_version_statistics",
+    summary="Statistics, if this is the model's version",
+    openapi_extra=version_parameter(),
+    responses=oip_errors(404),
+)
+async def get_model_statistics(context: InContext, model: FoundModel) -> schemas.ModelStatistics:
+    """Counts since the start or the set's last change, over all workers; times in nanoseconds."""
+    return await anyio.to_thread.run_sync(
+        _statistics, context, [(model.name, model.version, model.content)]
+    )
+
+
+@router.post(
+    f"{_MODEL}/infer",
+    operation_id="infer",
+    summary="Apply a set to the inputs",
+    response_class=Response,
+    openapi_extra=infer_body(),
+    responses=infer_answer() | oip_errors(400, 404, 503),
+)
+@router.post(
+    f"{_VERSION}/infer",
+    operation_id="infer_version",
+    summary="Apply a set, if this is its version",
+    response_class=Response,
+    openapi_extra=infer_body() | version_parameter(),
+    responses=infer_answer() | oip_errors(400, 404, 503),
+)
+async def infer(request: Request, context: InContext, model: FoundModel) -> Response:
+    """An input named like a module feeds that module, and gives an output of its name; `x` feeds
+    every module named in `outputs` (without `outputs`: every module that it fits). On the model
+    `mixed`, the BYTES input `sets` names a set for each row. The parameter `scale` is a factor on
+    everything that is added. Binary data, compression and shared memory as in Triton.
+    """
+    coding = coding_of(request.headers.get("content-encoding"))
+    header_length = _header_length(request)
+    counts = Counts()
+    started = time.perf_counter_ns()
+    try:
+        with context.pool.admit():
+            body = await read_body(request, context.limits.max_body_bytes)
+            content, length = await _run(context, model, body, coding, header_length, counts)
+        counts.success_count, counts.success_ns = 1, time.perf_counter_ns() - started
+    except Exception:
+        counts = Counts(fail_count=1, fail_ns=time.perf_counter_ns() - started)
+        raise
+    finally:
+        now_ms = time.time_ns() // 1_000_000
+        context.counts.add(model.name, model.content, now_ms, counts)
+    context.metrics.rows_applied.inc(counts.rows)
+    headers = {} if length is None else {HEADER_LENGTH: str(length)}
+    wanted = wanted_coding(request.headers.get("accept-encoding"))
+    if wanted is not None:
+        content = await context.pool.run(partial(compress, content, wanted))
+        headers["Content-Encoding"] = wanted
+    media = Form.JSON if length is None else Form.RAW
+    return Response(content, headers=headers, media_type=media.value)
+
+
+@router.post(
+    "/repository/index",
+    operation_id="get_repository_index",
+    summary="All models",
+    openapi_extra=optional_body(schemas.IndexRequest),
+    responses=oip_errors(400, 503),
+)
+async def get_index(request: Request, context: InContext) -> list[schemas.IndexEntry]:
+    """Every set is ready; `reason` says which are not in memory yet."""
+    await _read_optional(request, schemas.IndexRequest)
+    found = await anyio.to_thread.run_sync(models.list_models, context.store)
+    return [schemas.IndexEntry(**one) for one in found]
+
+
+@router.post(
+    "/repository/models/{model}/load",
+    operation_id="load_model",
+    summary="Bring a set into memory",
+    response_class=Response,
+    openapi_extra=optional_body(schemas.RepositoryRequest),
+    responses=empty_answer() | oip_errors(400, 404, 501, 503),
+)
+async def load_model(request: Request, context: InContext, model: FoundModel) -> Response:
+    """Later requests find it there. Sets are made and changed under /v1/sets, not here."""
+    asked = await _read_optional(request, schemas.RepositoryRequest)
+    if asked.parameters:
+        raise UnsupportedFeatureError(
+            f"load takes no {', '.join(sorted(asked.parameters))[:200]} here; upload an adapter "
+            "with PUT /v1/sets/{set}"
+        )
+    if model.stored is not None:
+        with context.pool.admit():
+            await context.pool.run(partial(models.load, model.stored))
+    return Response()
+
+
+@router.post(
+    "/repository/models/{model}/unload",
+    operation_id="unload_model",
+    summary="Let go of a set's memory",
+    response_class=Response,
+    openapi_extra=optional_body(schemas.RepositoryRequest),
+    responses=empty_answer() | oip_errors(400, 404),
+)
+async def unload_model(request: Request, context: InContext, model: FoundModel) -> Response:
+    """The set stays, and is opened again when it is next used."""
+    await _read_optional(request, schemas.RepositoryRequest)
+    context.store.close(model.name)
+    return Response()
+
+
+@router.get(
+    "/systemsharedmemory/status",
+    operation_id="get_shared_memory",
+    summary="All shared-memory regions",
+    responses=oip_errors(501),
+)
+async def get_shared_memory(context: InContext) -> list[schemas.RegionInfo]:
+    """Only where the service was started with `--shared-memory`."""
+    return [_region_info(one) for one in context.inference.regions.list()]
+
+
+@router.get(
+    "/systemsharedmemory/region/{region}/status",
+    operation_id="get_shared_memory_region",
+    summary="One shared-memory region",
+    responses=oip_errors(404, 501),
+)
+async def get_shared_memory_region(
+    context: InContext, region: RegionPath
+) -> list[schemas.RegionInfo]:
+    """A list with that region."""
+    return [_region_info(context.inference.regions.get(region))]
+
+
+@router.post(
+    "/systemsharedmemory/region/{region}/register",
+    operation_id="register_shared_memory",
+    summary="Give shared memory a name",
+    response_class=Response,
+    openapi_extra=optional_body(schemas.RegisterRequest, required=True),
+    responses=empty_answer() | oip_errors(400, 501),
+)
+async def register(request: Request, context: InContext, region: RegionPath) -> Response:
+    """The memory must exist; it is never removed here."""
+    asked = parse_model(await read_body(request, 1 << 16), schemas.RegisterRequest)
+    context.inference.regions.register(region, asked.key, asked.offset, asked.byte_size)
+    return Response()
+
+
+@router.post(
+    "/systemsharedmemory/region/{region}/unregister",
+    operation_id="unregister_shared_memory_region",
+    summary="Forget a shared-memory region",
+    response_class=Response,
+    responses=empty_answer() | oip_errors(501),
+)
+async def unregister(context: InContext, region: RegionPath) -> Response:
+    """Nothing happens where there is none of that name."""
+    context.inference.regions.unregister(region)
+    return Response()
+
+
+@router.post(
+    "/systemsharedmemory/unregister",
+    operation_id="unregister_shared_memory",
+    summary="Forget all shared-memory regions",
+    response_class=Response,
+    responses=empty_answer() | oip_errors(501),
+)
+async def unregister_all(context: InContext) -> Response:
+    """The memory itself stays."""
+    for one in context.inference.regions.list():
+        context.inference.regions.unregister(one.name)
+    return Response()
+
+
+async def _run(
+    context: Context,
+    model: Model,
+    body: bytes,
+    coding: str | None,
+    header_length: int | None,
+    counts: Counts,
+) -> tuple[bytes, int | None]:
+    """Decode and infer: on the event loop where it is little work, else in a thread."""
+    limits, inference = context.limits, context.inference
+
+    def decode() -> InferRequest:
+        plain = decompress(body, coding, limits.max_body_bytes) if coding else body
+        check_length(len(plain) if header_length is None else header_length, limits.max_json_bytes)
+        if header_length == 0:
+            return raw_request(model, memoryview(plain))
+        return decode_request(memoryview(plain), header_length)
+
+    asked = None
+    if coding is None and len(body) <= INLINE_BYTES:
+        asked = _timed(decode, counts)
+    queued = time.perf_counter_ns()
+
+    def work() -> tuple[bytes, int | None]:
+        counts.queue_ns = time.perf_counter_ns() - queued
+        return inference.infer(model, asked or _timed(decode, counts), counts)
+
+    return await context.pool.run(work, inline=asked is not None and is_light(model, asked))
+
+
+def _timed(decode: Callable[[], InferRequest], counts: Counts) -> InferRequest:
+    """Return what `decode` gives; its time and the request's rows are counted."""
+    started = time.perf_counter_ns()
+    asked = decode()
+    counts.input_ns += time.perf_counter_ns() - started
+    counts.rows = rows_of(asked)
+    return asked
+
+
+def _header_length(request: Request) -> int | None:
+    given = request.headers.get(HEADER_LENGTH)
+    if given is None:
+        return None
+    if not (given.isascii() and given.isdigit() and len(given) < 16):
+        raise MalformedBodyError(f"{HEADER_LENGTH} is {given[:100]!r}, expected a number of bytes")
+    return int(given)
+
+
+async def _read_optional(request: Request, model: type[BaseModel]) -> Any:
+    body = await read_body(request, 1 << 20)
+    return parse_model(body, model) if body.strip() else model()
+
+
+def _region_info(region: Region) -> schemas.RegionInfo:
+    return schemas.RegionInfo(
+        name=region.name, key=region.key, offset=region.offset, byte_size=region.byte_size
+    )
+
+
+def _all_statistics(context: Context) -> schemas.ModelStatistics:
+    records = context.store.records()
+    found = [(one.name, str(one.version), one.etag) for one in records]
+    return _statistics(context, [*found, (MIXED, MIXED_VERSION, MIXED)])
+
+
+def _statistics(context: Context, found: list[tuple[str, str, str]]) -> schemas.ModelStatistics:
+    memory = {one.record.name: one.resident_bytes() for one in context.store.open_sets()}
+    return schemas.ModelStatistics(model_stats=models.statistics_of(context.counts, found, memory))

@@ -1,0 +1,345 @@
+"""Sets as models of the Open Inference Protocol: infer, in and out of any of its forms."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from app.core.adapter import LoraAdapter
+from app.core.cast import Floats
+from app.errors import InvalidRequestError, ShapeMismatchError, VersionNotFoundError
+from app.formats.safetensors import as_bytes
+from app.service.apply import INLINE_NANOSECONDS, Applier, Share, cost_of, shares_of
+from app.service.sets import get_adapter
+from app.storage.counts import Counts
+from app.storage.regions import SharedRegions, Span
+from app.storage.setfile import StoredSet
+from app.storage.store import SetStore
+from app.wire import json
+from app.wire.media import Form
+from app.wire.oip import (
+    InferInput,
+    InferOutput,
+    InferRequest,
+    Placed,
+    decode_floats,
+    decode_strings,
+    encode_response,
+)
+from app.wire.stacks import Stack, decode_row
+from app.wire.tensors import BASE_OUTPUTS
+
+MIXED = "mixed"
+"""The model whose rows each name a set."""
+MIXED_VERSION = "1"
+SHARED_INPUT = "x"
+"""The input that feeds every requested output that has none of its own name."""
+SETS = "sets"
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a model name stands for now: a set, or None for the mixed model."""
+
+    name: str
+    stored: StoredSet | None
+
+    @property
+    def version(self) -> str:
+        """The version of the set."""
+        return MIXED_VERSION if self.stored is None else str(self.stored.record.version)
+
+    @property
+    def content(self) -> str:
+        """A tag that changes with what the model computes."""
+        return MIXED if self.stored is None else self.stored.record.etag
+
+
+def find_model(store: SetStore, name: str, version: str | None) -> Model:
+    """Return the model of that name; raises SetNotFoundError, VersionNotFoundError."""
+    model = Model(name, None if name == MIXED else store.read(name))
+    if version is not None and version != model.version:
+        raise VersionNotFoundError(
+            f"Request for unknown model: '{name}' version {version[:20]} is not found; its version "
+            f"is {model.version}",
+            model=name,
+            got=version[:20],
+            expected=model.version,
+        )
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """Answers infer requests through the one applier."""
+
+    applier: Applier
+    store: SetStore
+    regions: SharedRegions
+
+    def infer(
+        self, model: Model, request: InferRequest, counts: Counts
+    ) -> tuple[bytes, int | None]:
+        """Return the response to a request, and the length of its JSON where data follows.
+
+        Outputs that are placed in shared memory are written there. `counts` gets rows and times.
+        Raises the errors of `Applier.apply` and of app.wire.oip, and of `SharedRegions`; all
+        places are checked before anything is computed.
+        """
+        started = time.perf_counter_ns()
+        outputs, compute = self._plan(model, request)
+        ready = time.perf_counter_ns()
+        arrays = compute()
+        computed = time.perf_counter_ns()
+        answers = [(one, arrays[one.name]) for one in outputs]
+        for one, array in answers:
+            if one.placed is not None:
+                self.regions.write(one.placed, as_bytes(array))
+        encoded = encode_response(model.name, model.version, request.id, answers)
+        counts.input_ns += ready - started
+        counts.infer_ns += computed - ready
+        counts.output_ns += time.perf_counter_ns() - computed
+        return encoded
+
+    def _plan(
+        self, model: Model, request: InferRequest
+    ) -> tuple[Sequence[InferOutput], Callable[[], dict[str, Floats]]]:
+        """Return the outputs to give, and their computation by module."""
+        tensors = _Tensors(request, self.regions)
+        shares = (
+            self._mixed_shares(request, tensors)
+            if model.stored is None
+            else [Share(model.stored, request.scale)]
+        )
+        outputs = _outputs_of(model, request)
+        sources = {one.name: _source(request, one.name) for one in outputs}
+        for name, source in sources.items():
+            adapter = get_adapter(shares[0].stored, name)
+            _check_width(model, source, adapter.d_in)
+        self._check_places(outputs, shares, sources)
+        inputs = {name: tensors.floats(source) for name, source in sources.items()}
+        endings = {name: f"{name}.{BASE_OUTPUTS}" for name in inputs}
+        base_outputs = {
+            name: tensors.floats(request.inputs[ending])
+            for name, ending in endings.items()
+            if ending in request.inputs
+        }
+        return outputs, lambda: self.applier.apply(shares, inputs, base_outputs)
+
+    def _mixed_shares(self, request: InferRequest, tensors: "_Tensors") -> list[Share]:
+        sets = request.inputs.get(SETS)
+        if sets is None:
+            raise InvalidRequestError(
+                f"model '{MIXED}' expects the input '{SETS}': one set's name per row, as BYTES",
+                field=SETS,
+            )
+        stacks = [_stack_of(text, row) for row, text in enumerate(tensors.strings(sets))]
+        for one in request.inputs.values():
+            if one is not sets and (one.rows if len(one.shape) > 1 else 1) != len(stacks):
+                raise ShapeMismatchError(
+                    f"input '{one.name}' has {one.rows} rows, but '{SETS}' has {len(stacks)}",
+                    field=one.name,
+                    got=one.rows,
+                    expected=len(stacks),
+                )
+        return shares_of(stacks, request.scale, self.store.read)
+
+    def _check_places(
+        self,
+        outputs: Sequence[InferOutput],
+        shares: Sequence[Share],
+        sources: Mapping[str, InferInput],
+    ) -> None:
+        """Raise where an output does not fit its place in shared memory, or two share one."""
+        taken: list[tuple[str, Span]] = []
+        for one in outputs:
+            if one.placed is None:
+                continue
+            needed = 4 * sources[one.name].rows * get_adapter(shares[0].stored, one.name).d_out
+            if one.placed.byte_size < needed:
+                raise InvalidRequestError(
+                    f"shared memory size specified with the request for output '{one.name}' "
+                    f"({one.placed.byte_size} bytes) should be at least {needed} bytes to hold the "
+                    "results",
+                    field=one.name,
+                )
+            span = self.regions.span_to_write(replace(one.placed, byte_size=needed))
+            for other, there in taken:
+                if span.overlaps(there):
+                    raise InvalidRequestError(
+                        f"outputs '{other}' and '{one.name}' overlap in shared memory",
+                        field=one.name,
+                    )
+            taken.append((one.name, span))
+
+
+def raw_request(model: Model, body: memoryview) -> InferRequest:
+    """Return the request of a body that is nothing but the FP32 data of a model's one input.
+
+    That is the only module of the set, or `x` where all modules have one width. All outputs are
+    asked for, in binary. Raises InvalidRequestError for other models or lengths.
+    """
+    adapters = {} if model.stored is None else model.stored.lora_set.registry.adapters
+    widths = {one.d_in for one in adapters.values()}
+    if len(widths) != 1 or widths == {0}:
+        raise InvalidRequestError(
+            f"raw input must only be used for models with one input width; '{model.name}' has "
+            f"{len(widths)}, so send the JSON header that names its inputs"
+        )
+    (width,) = widths
+    if len(body) % (4 * width):
+        raise InvalidRequestError(
+            f"raw input has {len(body)} bytes, which are no FP32 rows of width {width} "
+            f"({4 * width} bytes each)"
+        )
+    name = next(iter(adapters)) if len(adapters) == 1 else SHARED_INPUT
+    tensor = InferInput(name, "FP32", (len(body) // (4 * width), width), body)
+    return InferRequest("", {name: tensor}, None, is_binary=True)
+
+
+def is_light(model: Model, request: InferRequest) -> bool:
+    """Return whether a request takes so little that a thread is not worth reaching."""
+    if model.stored is None:
+        return False
+    adapters = model.stored.lora_set.registry.adapters
+    wanted = request.inputs if request.outputs is None else [one.name for one in request.outputs]
+    if SHARED_INPUT in wanted and SHARED_INPUT not in adapters:  # every module that it fits
+        return False
+    cost = 0.0
+    for name in wanted:
+        source = request.inputs.get(name) or request.inputs.get(SHARED_INPUT)
+        adapter = adapters.get(name)
+        if source is not None and adapter is not None:
+            given = Form.JSON if isinstance(source.content, list) else Form.BINARY
+            cost += cost_of(adapter, source.rows, given, given)
+    return cost < INLINE_NANOSECONDS
+
+
+def rows_of(request: InferRequest) -> int:
+    """Return the rows of a request's largest input."""
+    return max((one.rows for one in request.inputs.values() if one.shape), default=0)
+
+
+class _Tensors:
+    """The inputs of a request as arrays, each decoded once."""
+
+    def __init__(self, request: InferRequest, regions: SharedRegions) -> None:
+        self._text = request.text
+        self._regions = regions
+        self._known: dict[str, Floats] = {}
+
+    def floats(self, tensor: InferInput) -> Floats:
+        """Return a float tensor as float32."""
+        known = self._known.get(tensor.name)
+        if known is None:
+            known = decode_floats(tensor, self._content(tensor), self._text)
+            self._known[tensor.name] = known
+        return known
+
+    def strings(self, tensor: InferInput) -> list[str]:
+        """Return the elements of a BYTES tensor."""
+        return decode_strings(tensor, self._content(tensor))
+
+    def _content(self, tensor: InferInput) -> memoryview | list[Any]:
+        if isinstance(tensor.content, Placed):
+            return self._regions.read(tensor.content)
+        return tensor.content
+
+
+def _outputs_of(model: Model, request: InferRequest) -> Sequence[InferOutput]:
+    """Return the outputs that are asked for, all that the inputs can give where none is named.
+
+    Raises InvalidRequestError for inputs and outputs that the model does not have.
+    """
+    known = None if model.stored is None else model.stored.lora_set.registry.adapters
+    own = []
+    for name in request.inputs:
+        module = name.removesuffix(f".{BASE_OUTPUTS}")
+        if known is None and name == SETS:
+            continue
+        if known is not None and module not in known and name != SHARED_INPUT:
+            raise InvalidRequestError(
+                f"unexpected inference input '{name}' for model '{model.name}'; its inputs are its "
+                f"modules, or '{SHARED_INPUT}' for all outputs",
+                field=name,
+            )
+        if module == name and (name != SHARED_INPUT or (known is not None and name in known)):
+            own.append(name)
+    if request.outputs is None:
+        fitting = [] if known is None else _fitting(request, known)
+        names = [*own, *(name for name in fitting if name not in own)]
+        found = [InferOutput(name, request.is_binary) for name in names]
+    else:
+        found = list(request.outputs)
+    if not found:
+        raise InvalidRequestError(_nothing_to_do(model, request))
+    for one in found:
+        if known is not None and one.name not in known:
+            raise InvalidRequestError(
+                f"unexpected inference output '{one.name}' for model '{model.name}'; it has "
+                f"{len(known)}: {', '.join(list(known)[:8])}",
+                field=one.name,
+            )
+    if len({one.name for one in found}) != len(found):
+        raise InvalidRequestError("an output is asked for twice", field="outputs")
+    return found
+
+
+def _fitting(request: InferRequest, known: Mapping[str, LoraAdapter]) -> list[str]:
+    """Return the modules that the shared input fits, where there is one."""
+    shared = request.inputs.get(SHARED_INPUT)
+    if shared is None or SHARED_INPUT in known:
+        return []
+    return [name for name, one in known.items() if shared.shape[-1:] == (one.d_in,)]
+
+
+def _nothing_to_do(model: Model, request: InferRequest) -> str:
+    shared = request.inputs.get(SHARED_INPUT)
+    if model.stored is None:
+        return (
+            f"model '{MIXED}' gets no module to apply; name the input like the module, or name "
+            "the outputs"
+        )
+    if shared is None:
+        return (
+            f"expected at least one input for model '{model.name}': one of its modules, or "
+            f"'{SHARED_INPUT}'"
+        )
+    widths = sorted({one.d_in for one in model.stored.lora_set.registry.adapters.values()})
+    return (
+        f"unexpected shape for input '{SHARED_INPUT}' for model '{model.name}'. Expected "
+        f"[-1,{' or '.join(map(str, widths[:8]))}], got {_shape(shared)}"
+    )
+
+
+def _source(request: InferRequest, output: str) -> InferInput:
+    """Return the input that feeds an output: the one of its name, else the shared one."""
+    source = request.inputs.get(output) or request.inputs.get(SHARED_INPUT)
+    if source is None:
+        raise InvalidRequestError(
+            f"output '{output}' has no input; send '{output}' or '{SHARED_INPUT}'", field=output
+        )
+    return source
+
+
+def _check_width(model: Model, source: InferInput, d_in: int) -> None:
+    if len(source.shape) not in (1, 2) or source.shape[-1] != d_in:
+        raise ShapeMismatchError(
+            f"unexpected shape for input '{source.name}' for model '{model.name}'. Expected "
+            f"[-1,{d_in}], got {_shape(source)}",
+            field=source.name,
+            got=list(source.shape),
+            expected=[-1, d_in],
+        )
+
+
+def _shape(tensor: InferInput) -> str:
+    return f"[{','.join(map(str, tensor.shape))}]"
+
+
+def _stack_of(text: str, row: int) -> Stack:
+    """Return the stack of a row: a set's name, nothing, or a JSON list of weighted sets."""
+    if not text:
+        return ()
+    value = json.decode(text.encode()) if text.startswith("[") else text
+    return decode_row(value, f"{SETS}[{row}]")

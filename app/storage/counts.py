@@ -1,0 +1,105 @@
+"""What inferences cost, counted by model in files that all workers of one service share.
+
+Each process writes to a file of its own and reads all: the sums are true whichever worker is
+asked, and outlive a worker that had to be replaced.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_FIELDS = (
+    "success_count",
+    "success_ns",
+    "fail_count",
+    "fail_ns",
+    "queue_ns",
+    "input_ns",
+    "infer_ns",
+    "output_ns",
+    "rows",
+)
+_ROW = np.dtype(
+    [("model", "S96"), ("content", "S48"), ("last_ms", "<i8"), ("sums", "<i8", len(_FIELDS))]
+)
+_FIRST_ROWS = 1024
+_PATTERN = "counts-*"
+
+
+@dataclass(slots=True)
+class Counts:
+    """Sums since the service started, or since the model last changed; times in nanoseconds."""
+
+    last_ms: int = 0
+    """When the last inference ended, in milliseconds since 1970; 0: never."""
+    success_count: int = 0
+    success_ns: int = 0
+    fail_count: int = 0
+    fail_ns: int = 0
+    queue_ns: int = 0
+    input_ns: int = 0
+    infer_ns: int = 0
+    output_ns: int = 0
+    rows: int = 0
+
+
+class CountFile:
+    """The counts of this process, and the sums over all of them. Adding is for one thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / f"counts-{os.getpid()}-{id(self):x}"
+        self._path.write_bytes(bytes(_ROW.itemsize * _FIRST_ROWS))
+        self._rows = _open(self._path)
+        self._places: dict[str, int] = {}
+
+    def add(self, model: str, content: str, now_ms: int, counts: Counts) -> None:
+        """Add `counts` to those of `model`, whose present content has the tag `content`.
+
+        A changed content starts again from zero.
+        """
+        place = self._places.get(model)
+        if place is None:
+            place = self._places[model] = len(self._places)
+            if place == len(self._rows):
+                self._grow()
+            self._rows[place] = (model.encode(), content.encode(), 0, 0)
+        row: Any = self._rows[place]
+        tag = content.encode()
+        if row["content"] != tag:
+            row["content"], row["sums"] = tag, 0
+        row["last_ms"] = now_ms
+        row["sums"] += [getattr(counts, name) for name in _FIELDS]
+
+    def read(self, wanted: dict[str, str]) -> dict[str, Counts]:
+        """Return the sums of all processes for the models of `wanted`: model -> content tag."""
+        found = {model: Counts() for model in wanted}
+        for row in self._all_rows():
+            model = row["model"].decode()
+            if wanted.get(model) != row["content"].decode():
+                continue
+            total = found[model]
+            total.last_ms = max(total.last_ms, int(row["last_ms"]))
+            for name, value in zip(_FIELDS, row["sums"].tolist(), strict=True):
+                setattr(total, name, getattr(total, name) + value)
+        return found
+
+    def _all_rows(self) -> Iterator[Any]:
+        for path in self._folder.glob(_PATTERN):
+            for row in _open(path):
+                if not row["model"]:
+                    break
+                yield row
+
+    def _grow(self) -> None:
+        size = 2 * self._path.stat().st_size
+        os.truncate(self._path, size)
+        self._rows = _open(self._path)
+
+
+def _open(path: Path) -> Any:
+    return np.memmap(path, _ROW, "r+")
