@@ -146,3 +146,15 @@ def test_json_logs_carry_the_request_id(tmp_path):
     assert any(
         one.get("request_id") == "look-for-me" and one["code"] == "set_not_found" for one in entries
     )
+
+
+def test_shared_memory_is_a_switch_for_the_loopback_only(tmp_path, capsys):
+    flags = ["serve", "--port", "0", "--store", str(tmp_path), "--host", "0.0.0.0"]
+    assert main([*flags, "--shared-memory"]) == 2
+    assert "--shared-memory" in (said := capsys.readouterr().err)
+    assert "loopback" in said
+    for given in ((), ("true",)):
+        with running("--store", str(tmp_path), "--shared-memory", *given) as (url, _):
+            assert "system_shared_memory" in httpx.get(f"{url}/v2").json()["extensions"]
+    with running("--store", str(tmp_path), BONSAI_LORA_SHARED_MEMORY="1") as (url, _):
+        assert httpx.get(f"{url}/v2/systemsharedmemory/status").json() == []

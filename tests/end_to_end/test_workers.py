@@ -280,3 +280,36 @@ def test_a_read_only_store_serves_and_refuses_changes(tmp_path):
             assert httpx.get(f"{url}/v1/sets/s").json()["version"] == 1
     finally:
         subprocess.run(["umount", str(store)], check=True)
+
+
+def test_regions_and_statistics_are_those_of_all_workers(tmp_path):
+    memory = Path(f"/dev/shm/bonsai-test-{os.getpid()}")
+    x = np.arange(64, dtype=np.float32)
+    memory.write_bytes(x.tobytes())
+    flags = ("--workers", "3", "--store", str(tmp_path), "--shared-memory")
+    try:
+        with running(*flags) as (url, _):
+            wait_until_ready(url)
+            with httpx.Client(base_url=url) as client:
+                upload(client, "plain", TINY / "plain")
+            module = "model.layers.0.self_attn.q_proj"
+            region = {"key": memory.name, "offset": 0, "byte_size": x.nbytes}
+            path = "/v2/systemsharedmemory/region/r/register"
+            assert fresh(url, path, "POST", json=region).status_code == 200
+            place = {"shared_memory_region": "r", "shared_memory_byte_size": x.nbytes}
+            given = {"name": module, "shape": [64], "datatype": "FP32", "parameters": place}
+            answers = [
+                fresh(url, "/v2/models/plain/infer", "POST", json={"inputs": [given]})
+                for _ in range(24)
+            ]
+            assert {answer.status_code for answer in answers} == {200}
+            assert len({answer.text for answer in answers}) == 1
+            for _ in range(6):
+                stats = fresh(url, "/v2/models/plain/stats").json()["model_stats"][0]
+                assert stats["execution_count"] == stats["inference_count"] == 24
+            fresh(url, "/v2/systemsharedmemory/unregister", "POST")
+            for _ in range(6):
+                answer = fresh(url, "/v2/models/plain/infer", "POST", json={"inputs": [given]})
+                assert answer.status_code == 404
+    finally:
+        memory.unlink()
