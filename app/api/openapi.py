@@ -200,7 +200,8 @@ def _add_models(document: dict[str, Any]) -> None:
         and issubclass(one, BaseModel)
         and one.__module__ == schemas.__name__
     ]
-    requests = {one for one in models if issubclass(one, schemas.RequestModel)}
+    kinds = (schemas.RequestModel, schemas.LenientModel)
+    requests = {one for one in models if issubclass(one, kinds)}
     pairs = [(one, "validation" if one in requests else "serialization") for one in models]
     _, definitions = models_json_schema(pairs, ref_template=_REF)  # type: ignore[arg-type]
     for name in sorted(_referenced(definitions["$defs"], document)):

@@ -552,7 +552,13 @@ class InferResponse(BaseModel):
     outputs: list[InferTensor]
 
 
-class IndexRequest(BaseModel):
+class LenientModel(BaseModel):
+    """No silent conversions; unknown fields are those of other servers."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class IndexRequest(LenientModel):
     """What the repository index is asked."""
 
     ready: bool = Field(False, description="only models that are ready; here all are")
@@ -567,13 +573,13 @@ class IndexEntry(BaseModel):
     reason: str
 
 
-class RepositoryRequest(BaseModel):
+class RepositoryRequest(LenientModel):
     """What load and unload are asked."""
 
     parameters: dict[str, Any] = Field(default_factory=dict)
 
 
-class RegisterRequest(RequestModel):
+class RegisterRequest(LenientModel):
     """Shared memory of a client on this machine."""
 
     key: str = Field(description="name of the shared memory, as of shm_open")
