@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test check openapi bench docker setup setup-dev test-peers lock format clean
+.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev test-peers lock format clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,14 @@ openapi: setup-dev ## write openapi/openapi.json from the code
 
 bench: setup-dev ## run the benchmarks (torch and peft are used where installed)
 	$(BIN)/python benchmarks/run.py
+
+bench-rivals: setup-dev benchmarks/rivals/.venv/.done ## install the rivals, each in a venv of its own, and compare
+	$(BIN)/python benchmarks/throughput.py --json benchmarks/results/throughput.json
+
+benchmarks/rivals/.venv/.done: benchmarks/rivals/requirements.txt
+	@$(PYTHON) -m venv benchmarks/rivals/.venv
+	@benchmarks/rivals/.venv/bin/python -m pip --disable-pip-version-check --quiet install -r $<
+	@touch $@
 
 docker: ## build the image and start it
 	docker compose up --build

@@ -39,7 +39,7 @@ def report(title: str, rows: list[dict[str, object]]) -> None:
         )
     parser = argparse.ArgumentParser()
     parser.add_argument("--json", type=Path)
-    target = parser.parse_args().json
+    target = parser.parse_known_args()[0].json
     if target is not None:
         about = {"title": title, "machine": platform.processor() or platform.machine()}
         target.write_text(json.dumps({**about, "cores": os.cpu_count(), "rows": rows}, indent=1))
