@@ -12,7 +12,7 @@ from app.service.models import Tensor
 from app.service.sets import Imported
 from app.service.stats import ModuleStats
 from app.storage.setfile import SetRecord, StoredSet
-from app.wire.stacks import MAX_STACK
+from app.wire.stacks import MAX_SCALE, MAX_STACK
 
 Size = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Names = Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=1024), FailFast()]
@@ -241,6 +241,19 @@ class SetWeights(RequestModel):
     alpha: FiniteFloat | None = Field(None, description="default: the set's")
 
 
+class WeightedSet(RequestModel):
+    """A set with the factor on what it adds."""
+
+    set: str
+    weight: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)] = 1.0
+
+
+Stack = Annotated[list[WeightedSet | str], Field(max_length=MAX_STACK)]
+Stacked = Annotated[
+    Stack | None, Field(description="further sets whose deltas are added, each with its weight")
+]
+
+
 class ApplyRequest(RequestModel):
     """Vectors for one module."""
 
@@ -248,6 +261,7 @@ class ApplyRequest(RequestModel):
     base_outputs: Vectors | None = Field(
         None, description="W·x without bias, for DoRA modules only: (rows, d_out) or (d_out,)"
     )
+    sets: Stacked = None
 
 
 class ApplyAnswer(BaseModel):
@@ -256,26 +270,17 @@ class ApplyAnswer(BaseModel):
     set: str
     module: str
     version: int
+    versions: dict[str, int] | None = Field(
+        None, description="by set, where `sets` stacked several"
+    )
     outputs: Vectors
-
-
-class WeightedSet(RequestModel):
-    """A set with the factor on what it adds."""
-
-    set: str
-    weight: float = 1.0
-
-
-Stack = Annotated[list[WeightedSet | str], Field(max_length=MAX_STACK)]
 
 
 class ApplyManyRequest(RequestModel):
     """Vectors by module, or one batch for every `module` parameter."""
 
     inputs: dict[str, Vectors] | Vectors
-    sets: Stack | None = Field(
-        None, description="further sets whose deltas are added, each with its weight"
-    )
+    sets: Stacked = None
     base_outputs: dict[str, Vectors] | None = Field(
         None, description="W·x without bias, for DoRA modules only"
     )
@@ -296,7 +301,7 @@ class ApplyMixedRequest(RequestModel):
     """Vectors for one module, each row through its own sets."""
 
     module: str
-    sets: list[str | Stack | None] = Field(
+    sets: list[str | WeightedSet | Stack | None] = Field(
         description="one entry per row: a set's name, null for none, or sets with weights"
     )
     inputs: Vectors = Field(description="(rows, d_in), or one vector (d_in,)")

@@ -44,6 +44,11 @@ def round_to(array: Floats, out: Array) -> None:
     _cast(array, out)
 
 
+def count_rows(batch: Array) -> int:
+    """Return the number of vectors: 1 for (width,), n for (n, width)."""
+    return 1 if batch.ndim == 1 else len(batch)
+
+
 def all_finite(array: Array) -> bool:
     """Return whether a float32, float16 or bfloat16 array has no NaN and no infinity."""
     if array.size == 0:

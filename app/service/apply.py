@@ -10,7 +10,7 @@ import numpy as np
 from app.checkpoints.bases import BaseFolder
 from app.core.adapter import LoraAdapter
 from app.core.batch import Rows, Segment, apply_segments, rows_of
-from app.core.cast import FLOAT32, Floats
+from app.core.cast import FLOAT32, Floats, count_rows
 from app.errors import (
     DoraNeedsBaseError,
     InvalidRequestError,
@@ -70,7 +70,7 @@ def shares_of(stacks: Sequence[Stack], scale: float, read: Read) -> list[Share]:
     ]
 
 
-def stack_of(stored: StoredSet, stack: Stack, scale: float, read: Read) -> list[Share]:
+def stacked_shares(stored: StoredSet, stack: Stack, scale: float, read: Read) -> list[Share]:
     """Return the shares where all rows go through `stored` and the further sets of `stack`.
 
     `stored` has weight 1 unless `stack` names it. Raises SetNotFoundError.
@@ -109,8 +109,10 @@ class Applier:
         if not inputs:
             raise InvalidRequestError("there are no inputs; give at least one module its vectors")
         adapters = {module: _adapters_of(module, shares, batch) for module, batch in inputs.items()}
-        self.limits.check_rows(max(_rows(one) for one in inputs.values()))
-        values = sum(_rows(inputs[module]) * some[0].d_out for module, some in adapters.items())
+        self.limits.check_rows(max(count_rows(one) for one in inputs.values()))
+        values = sum(
+            count_rows(inputs[module]) * some[0].d_out for module, some in adapters.items()
+        )
         self.limits.check_answer(values)
         planned = {
             module: self._plan(module, shares, some, inputs[module], base_outputs.get(module))
@@ -132,7 +134,7 @@ class Applier:
             return partial(adapters[0].apply, x, shares[0].weights)
         d_out = adapters[0].d_out
         if is_dora:
-            _check_dora(module, shares, adapters, _rows(x))
+            _check_dora(module, shares, adapters, count_rows(x))
             base_outputs = _check_base_outputs(module, base_outputs, (*x.shape[:-1], d_out))
         segments = [
             Segment(adapter, share.places, share.weights)
@@ -227,9 +229,9 @@ def check_width(module: str, adapter: LoraAdapter, inputs: Floats) -> None:
         )
 
 
-def count_rows(inputs: Inputs) -> int:
+def total_rows(inputs: Inputs) -> int:
     """Return the number of vectors in all batches."""
-    return sum(_rows(one) for one in inputs.values())
+    return sum(count_rows(one) for one in inputs.values())
 
 
 def is_small(adapter: LoraAdapter, body_bytes: int, taken: Form, given: Form) -> bool:
@@ -249,7 +251,3 @@ def cost_of(adapter: LoraAdapter, rows: float, taken: Form, given: Form) -> floa
     read = rows * adapter.d_in * (36 if taken is Form.JSON else 1)
     written = rows * adapter.d_out * (24 if given is Form.JSON else 1)
     return read + written + rows * adapter.rank * (adapter.d_in + adapter.d_out) * 0.02
-
-
-def _rows(inputs: Floats) -> int:
-    return 1 if inputs.ndim == 1 else len(inputs)

@@ -1,7 +1,8 @@
 """Sets as models of the Open Inference Protocol: infer, in and out of any of its forms."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +22,14 @@ from app.wire.oip import (
     InferInput,
     InferOutput,
     InferRequest,
-    Placed,
+    Placement,
+    check_floats,
     decode_floats,
     decode_strings,
     encode_response,
+    text_of,
 )
-from app.wire.stacks import Stack, decode_row
+from app.wire.stacks import SETS, Stack, decode_row
 from app.wire.tensors import BASE_OUTPUTS
 
 MIXED = "mixed"
@@ -34,7 +37,7 @@ MIXED = "mixed"
 MIXED_VERSION = "1"
 SHARED_INPUT = "x"
 """The input that feeds every requested output that has none of its own name."""
-SETS = "sets"
+_ENDING = f".{BASE_OUTPUTS}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,11 @@ class Model:
 
     name: str
     stored: StoredSet | None
+
+    @property
+    def adapters(self) -> Mapping[str, LoraAdapter]:
+        """By module; none for the mixed model."""
+        return {} if self.stored is None else self.stored.lora_set.registry.adapters
 
     @property
     def version(self) -> str:
@@ -106,6 +114,9 @@ class Inference:
     ) -> tuple[Sequence[InferOutput], Callable[[], dict[str, Floats]]]:
         """Return the outputs to give, and their computation by module."""
         tensors = _Tensors(request, self.regions)
+        placed = [one.content for one in request.inputs.values()]
+        sizes = [one.byte_size for one in placed if isinstance(one, Placement)]
+        self.applier.limits.check_region_bytes(sum(sizes))
         shares = (
             self._mixed_shares(request, tensors)
             if model.stored is None
@@ -117,8 +128,11 @@ class Inference:
             adapter = get_adapter(shares[0].stored, name)
             _check_width(model, source, adapter.d_in)
         self._check_places(outputs, shares, sources)
+        for source in sources.values():
+            self.applier.limits.check_rows(source.rows)
+            check_floats(source)
         inputs = {name: tensors.floats(source) for name, source in sources.items()}
-        endings = {name: f"{name}.{BASE_OUTPUTS}" for name in inputs}
+        endings = {name: f"{name}{_ENDING}" for name in inputs}
         base_outputs = {
             name: tensors.floats(request.inputs[ending])
             for name, ending in endings.items()
@@ -135,7 +149,7 @@ class Inference:
             )
         stacks = [_stack_of(text, row) for row, text in enumerate(tensors.strings(sets))]
         for one in request.inputs.values():
-            if one is not sets and (one.rows if len(one.shape) > 1 else 1) != len(stacks):
+            if one is not sets and one.rows != len(stacks):
                 raise ShapeMismatchError(
                     f"input '{one.name}' has {one.rows} rows, but '{SETS}' has {len(stacks)}",
                     field=one.name,
@@ -179,8 +193,12 @@ def raw_request(model: Model, body: memoryview) -> InferRequest:
     That is the only module of the set, or `x` where all modules have one width. All outputs are
     asked for, in binary. Raises InvalidRequestError for other models or lengths.
     """
-    adapters = {} if model.stored is None else model.stored.lora_set.registry.adapters
+    adapters = model.adapters
     widths = {one.d_in for one in adapters.values()}
+    if model.stored is None:
+        raise InvalidRequestError(
+            f"model '{MIXED}' expects the input '{SETS}', so it takes no raw input"
+        )
     if len(widths) != 1 or widths == {0}:
         raise InvalidRequestError(
             f"raw input must only be used for models with one input width; '{model.name}' has "
@@ -201,7 +219,7 @@ def is_light(model: Model, request: InferRequest) -> bool:
     """Return whether a request takes so little that a thread is not worth reaching."""
     if model.stored is None:
         return False
-    adapters = model.stored.lora_set.registry.adapters
+    adapters = model.adapters
     wanted = request.inputs if request.outputs is None else [one.name for one in request.outputs]
     if SHARED_INPUT in wanted and SHARED_INPUT not in adapters:  # every module that it fits
         return False
@@ -241,7 +259,7 @@ class _Tensors:
         return decode_strings(tensor, self._content(tensor))
 
     def _content(self, tensor: InferInput) -> memoryview | list[Any]:
-        if isinstance(tensor.content, Placed):
+        if isinstance(tensor.content, Placement):
             return self._regions.read(tensor.content)
         return tensor.content
 
@@ -249,48 +267,73 @@ class _Tensors:
 def _outputs_of(model: Model, request: InferRequest) -> Sequence[InferOutput]:
     """Return the outputs that are asked for, all that the inputs can give where none is named.
 
-    Raises InvalidRequestError for inputs and outputs that the model does not have.
+    Raises InvalidRequestError for inputs and outputs that the model does not have, and for inputs
+    that would feed nothing.
     """
-    known = None if model.stored is None else model.stored.lora_set.registry.adapters
-    own = []
-    for name in request.inputs:
-        module = name.removesuffix(f".{BASE_OUTPUTS}")
-        if known is None and name == SETS:
-            continue
-        if known is not None and module not in known and name != SHARED_INPUT:
+    asked = request.outputs
+    if asked is None:
+        asked = [InferOutput(name, request.is_binary) for name in _default_outputs(model, request)]
+    if not asked:
+        raise InvalidRequestError(_nothing_to_do(model, request))
+    names = {one.name for one in asked}
+    if len(names) != len(asked):
+        raise InvalidRequestError("an output is asked for twice", field="outputs")
+    if model.stored is not None:
+        _check_known(model, request.inputs, names)
+    _check_all_feed(request, names, aside={SETS} if model.stored is None else set())
+    return asked
+
+
+def _check_known(model: Model, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    for name in inputs:
+        if name != SHARED_INPUT and name.removesuffix(_ENDING) not in model.adapters:
             raise InvalidRequestError(
-                f"unexpected inference input '{name}' for model '{model.name}'; its inputs are its "
-                f"modules, or '{SHARED_INPUT}' for all outputs",
+                f"unexpected inference input '{name}' for model '{model.name}'; its inputs are "
+                f"'{SHARED_INPUT}' for all outputs, or its modules: {_some(model)}",
                 field=name,
             )
-        if module == name and (name != SHARED_INPUT or (known is not None and name in known)):
-            own.append(name)
-    if request.outputs is None:
-        fitting = [] if known is None else _fitting(request, known)
-        names = [*own, *(name for name in fitting if name not in own)]
-        found = [InferOutput(name, request.is_binary) for name in names]
-    else:
-        found = list(request.outputs)
-    if not found:
-        raise InvalidRequestError(_nothing_to_do(model, request))
-    for one in found:
-        if known is not None and one.name not in known:
+    for name in outputs:
+        if name not in model.adapters:
             raise InvalidRequestError(
-                f"unexpected inference output '{one.name}' for model '{model.name}'; it has "
-                f"{len(known)}: {', '.join(list(known)[:8])}",
-                field=one.name,
+                f"unexpected inference output '{name}' for model '{model.name}'; it has "
+                f"{_some(model)}",
+                field=name,
             )
-    if len({one.name for one in found}) != len(found):
-        raise InvalidRequestError("an output is asked for twice", field="outputs")
-    return found
 
 
-def _fitting(request: InferRequest, known: Mapping[str, LoraAdapter]) -> list[str]:
-    """Return the modules that the shared input fits, where there is one."""
-    shared = request.inputs.get(SHARED_INPUT)
-    if shared is None or SHARED_INPUT in known:
-        return []
-    return [name for name, one in known.items() if shared.shape[-1:] == (one.d_in,)]
+def _check_all_feed(
+    request: InferRequest, outputs: AbstractSet[str], *, aside: AbstractSet[str]
+) -> None:
+    """Raise where an input feeds nothing: it may be misspelt, or its output forgotten."""
+    fed = {_source(request, name).name for name in outputs}
+    fed |= aside | {f"{name}{_ENDING}" for name in outputs}
+    for name in request.inputs:
+        if name not in fed:
+            raise InvalidRequestError(
+                f"input '{name}' feeds none of the outputs {', '.join(sorted(outputs)[:8])}; leave "
+                "it out, or ask for its output",
+                field=name,
+            )
+
+
+def _default_outputs(model: Model, request: InferRequest) -> list[str]:
+    """Return the modules that have an input of their own, then those that the shared one fits."""
+    has_shared = SHARED_INPUT in request.inputs and SHARED_INPUT not in model.adapters
+    aside = {SHARED_INPUT} if has_shared else set()
+    if model.stored is None:
+        aside |= {SHARED_INPUT, SETS}
+    named = [name for name in request.inputs if not name.endswith(_ENDING)]
+    own = [name for name in named if name not in aside]
+    if not has_shared:
+        return own
+    width = request.inputs[SHARED_INPUT].shape[-1:]
+    fitting = [name for name, one in model.adapters.items() if width == (one.d_in,)]
+    return [*own, *(name for name in fitting if name not in own)]
+
+
+def _some(model: Model) -> str:
+    names = list(model.adapters)
+    return f"{len(names)}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
 
 
 def _nothing_to_do(model: Model, request: InferRequest) -> str:
@@ -301,14 +344,15 @@ def _nothing_to_do(model: Model, request: InferRequest) -> str:
             "the outputs"
         )
     if shared is None:
+        more = f" (besides '{next(iter(request.inputs))}')" if request.inputs else ""
         return (
-            f"expected at least one input for model '{model.name}': one of its modules, or "
+            f"expected at least one input for model '{model.name}'{more}: one of its modules, or "
             f"'{SHARED_INPUT}'"
         )
-    widths = sorted({one.d_in for one in model.stored.lora_set.registry.adapters.values()})
+    widths = sorted({one.d_in for one in model.adapters.values()})
     return (
         f"unexpected shape for input '{SHARED_INPUT}' for model '{model.name}'. Expected "
-        f"[-1,{' or '.join(map(str, widths[:8]))}], got {_shape(shared)}"
+        f"[-1,{' or '.join(map(str, widths[:8]))}], got {text_of(shared.shape)}"
     )
 
 
@@ -326,20 +370,17 @@ def _check_width(model: Model, source: InferInput, d_in: int) -> None:
     if len(source.shape) not in (1, 2) or source.shape[-1] != d_in:
         raise ShapeMismatchError(
             f"unexpected shape for input '{source.name}' for model '{model.name}'. Expected "
-            f"[-1,{d_in}], got {_shape(source)}",
+            f"[-1,{d_in}], got {text_of(source.shape)}",
             field=source.name,
             got=list(source.shape),
             expected=[-1, d_in],
         )
 
 
-def _shape(tensor: InferInput) -> str:
-    return f"[{','.join(map(str, tensor.shape))}]"
-
-
 def _stack_of(text: str, row: int) -> Stack:
-    """Return the stack of a row: a set's name, nothing, or a JSON list of weighted sets."""
+    """Return the stack of a row: a set's name, nothing, or JSON of one or several weighted sets."""
     if not text:
         return ()
-    value = json.decode(text.encode()) if text.startswith("[") else text
-    return decode_row(value, f"{SETS}[{row}]")
+    where = f"{SETS}[{row}]"
+    value = json.decode(text.encode(), where) if text[0] in "[{" else text
+    return decode_row(value, where)

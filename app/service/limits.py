@@ -6,6 +6,7 @@ from app.core.registry import adapter_bytes
 from app.core.shapes import Shapes
 from app.errors import (
     AnswerTooLargeError,
+    BodyTooLargeError,
     MemoryBudgetError,
     RankTooLargeError,
     TooManyRowsError,
@@ -43,6 +44,16 @@ class Limits:
                 f"{self.max_answer_bytes} are given at once, ask for fewer rows or modules",
                 got_bytes=4 * values,
                 limit_bytes=self.max_answer_bytes,
+            )
+
+    def check_region_bytes(self, size: int) -> None:
+        """Raise BodyTooLargeError where inputs in shared memory exceed what a body may hold."""
+        if size > self.max_body_bytes:
+            raise BodyTooLargeError(
+                f"the inputs have {size} bytes in shared memory; at most {self.max_body_bytes} are "
+                "taken at once",
+                got_bytes=size,
+                limit_bytes=self.max_body_bytes,
             )
 
     def check_rank(self, rank: int) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from app.core.adapter import LoraAdapter
-from app.service.infer import MIXED, MIXED_VERSION, SETS, SHARED_INPUT, Model
+from app.service.infer import MIXED, MIXED_VERSION, SHARED_INPUT, Model
 from app.storage.counts import CountFile, Counts
 from app.storage.setfile import StoredSet
 from app.storage.store import SetStore
+from app.wire.stacks import SETS
+from app.wire.tensors import BASE_OUTPUTS
 
 PLATFORM = "bonsai_lora"
 
@@ -29,14 +30,19 @@ def inputs_of(model: Model) -> list[Tensor]:
     shared = Tensor(SHARED_INPUT, "FP32", [-1, -1])
     if model.stored is None:
         return [Tensor(SETS, "BYTES", [-1]), shared]
-    adapters = _adapters(model)
+    adapters = model.adapters
     own = [Tensor(name, "FP32", [-1, one.d_in]) for name, one in adapters.items()]
+    own += [
+        Tensor(f"{name}.{BASE_OUTPUTS}", "FP32", [-1, one.d_out])
+        for name, one in adapters.items()
+        if one.magnitude is not None
+    ]
     return own if SHARED_INPUT in adapters else [*own, shared]
 
 
 def outputs_of(model: Model) -> list[Tensor]:
     """Return what a model gives: its modules. Those of the mixed model are its sets' own."""
-    return [Tensor(name, "FP32", [-1, one.d_out]) for name, one in _adapters(model).items()]
+    return [Tensor(name, "FP32", [-1, one.d_out]) for name, one in model.adapters.items()]
 
 
 def config_of(model: Model) -> dict[str, Any]:
@@ -126,7 +132,3 @@ def _statistics(counts: Counts, memory_bytes: int | None) -> dict[str, Any]:
         if memory_bytes is None
         else [{"type": "CPU", "id": 0, "byte_size": memory_bytes}],
     }
-
-
-def _adapters(model: Model) -> Mapping[str, LoraAdapter]:
-    return {} if model.stored is None else model.stored.lora_set.registry.adapters

@@ -6,28 +6,11 @@ asked, and outlive a worker that had to be replaced.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-_FIELDS = (
-    "success_count",
-    "success_ns",
-    "fail_count",
-    "fail_ns",
-    "queue_ns",
-    "input_ns",
-    "infer_ns",
-    "output_ns",
-    "rows",
-)
-_ROW = np.dtype(
-    [("model", "S96"), ("content", "S48"), ("last_ms", "<i8"), ("sums", "<i8", len(_FIELDS))]
-)
-_FIRST_ROWS = 1024
-_PATTERN = "counts-*"
 
 
 @dataclass(slots=True)
@@ -45,6 +28,19 @@ class Counts:
     infer_ns: int = 0
     output_ns: int = 0
     rows: int = 0
+
+
+_SUMS = tuple(field.name for field in fields(Counts) if field.name != "last_ms")
+_ROW = np.dtype(
+    [
+        ("model", "S96"),  # as long as a set's name may be
+        ("content", "S48"),  # as long as an ETag is
+        ("last_ms", "<i8"),
+        ("sums", "<i8", len(_SUMS)),
+    ]
+)
+_FIRST_ROWS = 1024
+_PATTERN = "counts-*"
 
 
 class CountFile:
@@ -73,7 +69,7 @@ class CountFile:
         if row["content"] != tag:
             row["content"], row["sums"] = tag, 0
         row["last_ms"] = now_ms
-        row["sums"] += [getattr(counts, name) for name in _FIELDS]
+        row["sums"] += [getattr(counts, name) for name in _SUMS]
 
     def read(self, wanted: dict[str, str]) -> dict[str, Counts]:
         """Return the sums of all processes for the models of `wanted`: model -> content tag."""
@@ -84,7 +80,7 @@ class CountFile:
                 continue
             total = found[model]
             total.last_ms = max(total.last_ms, int(row["last_ms"]))
-            for name, value in zip(_FIELDS, row["sums"].tolist(), strict=True):
+            for name, value in zip(_SUMS, row["sums"].tolist(), strict=True):
                 setattr(total, name, getattr(total, name) + value)
         return found
 

@@ -15,17 +15,20 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import stat
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from app.errors import InvalidRequestError, RegionNotFoundError, UnsupportedFeatureError
-from app.wire.oip import Placed
+from app.wire.oip import Placement
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the place of POSIX shared memory on Linux
 
 _KEY = re.compile(r"/?([A-Za-z0-9._-]{1,250})\Z")
+_PREFIX = "region-"
+_PATTERN = "region-*"
 _SEMAPHORE = "sem."
 """How the C library names its semaphores, which live in the same folder."""
 
@@ -79,16 +82,20 @@ class SharedRegions:
         """
         path = self._path(name)
         file = _File(key)
-        file.check(offset, byte_size, key)
+        file.check(offset, byte_size)
         region = Region(name, key, offset, byte_size, file.identity)
+        new = path.with_name(f"new-{secrets.token_hex(8)}")
         try:
-            with path.open("x", encoding="utf-8") as target:
-                json.dump(asdict(region), target)
+            new.write_text(json.dumps(asdict(region)), encoding="utf-8")
+            path.hardlink_to(new)  # whole or not at all, and never over another
+            self._open[name] = (_registration(path.stat()), region, file)
         except FileExistsError:
             raise InvalidRequestError(
                 f"shared memory region '{name}' already in manager; unregister it first",
                 region=name,
             ) from None
+        finally:
+            new.unlink(missing_ok=True)
 
     def unregister(self, name: str) -> None:
         """Forget a region; the client's file stays. Nothing happens where there is none."""
@@ -98,8 +105,8 @@ class SharedRegions:
     def list(self) -> list[Region]:
         """Return all regions by name."""
         found = []
-        for path in self._require_on().iterdir():
-            with contextlib.suppress(FileNotFoundError, ValueError):
+        for path in self._require_on().glob(_PATTERN):
+            with contextlib.suppress(FileNotFoundError):
                 found.append(_decode(path.read_text(encoding="utf-8")))
         return sorted(found, key=lambda region: region.name)
 
@@ -107,10 +114,10 @@ class SharedRegions:
         """Return a region; raises RegionNotFoundError."""
         try:
             return _decode(self._path(name).read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+        except FileNotFoundError:
             raise _not_found(name) from None
 
-    def span_to_write(self, placed: Placed) -> "Span":
+    def span_to_write(self, placed: Placement) -> "Span":
         """Return where these bytes lie; raises as `read` does, and where they are read-only."""
         file, start = self._find(placed)
         if not file.is_writable:
@@ -120,7 +127,7 @@ class SharedRegions:
             )
         return Span(file.identity, start, start + placed.byte_size)
 
-    def read(self, placed: Placed) -> memoryview:
+    def read(self, placed: Placement) -> memoryview:
         """Return a copy of bytes of a region.
 
         Raises RegionNotFoundError, InvalidRequestError where they are not within the region or
@@ -136,7 +143,7 @@ class SharedRegions:
             done += count
         return buffer
 
-    def write(self, placed: Placed, data: memoryview) -> None:
+    def write(self, placed: Placement, data: memoryview) -> None:
         """Write `data` at the beginning of these bytes; raises as `read` does."""
         file, start = self._find(placed)
         done = 0
@@ -151,7 +158,7 @@ class SharedRegions:
                 ) from None
             raise
 
-    def _find(self, placed: Placed) -> tuple["_File", int]:
+    def _find(self, placed: Placement) -> tuple["_File", int]:
         """Return the file of a region, and where in it the bytes begin."""
         path = self._path(placed.region)
         try:
@@ -160,7 +167,7 @@ class SharedRegions:
             self._open.pop(placed.region, None)
             raise _not_found(placed.region) from None
         known = self._open.get(placed.region)
-        registered = (status.st_ino, status.st_mtime_ns)
+        registered = _registration(status)
         if known is None or known[0] != registered:
             region = self.get(placed.region)
             known = (registered, region, _File(region.key, region.identity))
@@ -174,12 +181,12 @@ class SharedRegions:
                 region=region.name,
             )
         start = region.offset + placed.offset
-        file.check(start, placed.byte_size, region.key)
+        file.check(start, placed.byte_size)
         return file, start
 
     def _path(self, name: str) -> Path:
         digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16)
-        return self._require_on() / digest.hexdigest()
+        return self._require_on() / f"{_PREFIX}{digest.hexdigest()}"
 
     def _require_on(self) -> Path:
         if self._folder is None:
@@ -196,26 +203,31 @@ class _File:
         matched = _KEY.match(key)
         if matched is None or matched[1] in (".", "..") or matched[1].startswith(_SEMAPHORE):
             raise InvalidRequestError(
-                f"Unable to open shared memory region: {key[:100]!r} is no key; expected "
-                "letters, digits, '.', '_' and '-', at most 250, and no semaphore"
+                f"Unable to open shared memory region: {key[:100]!r} is no key; expected the name "
+                "that shm_open takes ('/name', no path): letters, digits, '.', '_' and '-', at "
+                "most 250, and no semaphore"
             )
+        self._key = key
         self.descriptor, self.is_writable = _open(SHARED_MEMORY / matched[1], key)
         status = os.fstat(self.descriptor)
         self.identity = (status.st_dev, status.st_ino)
-        if not stat.S_ISREG(status.st_mode) or (identity and identity != self.identity):
+        if not stat.S_ISREG(status.st_mode):
             raise InvalidRequestError(
-                f"Unable to open shared memory region: '{key}' is not what was registered"
-                if identity
-                else f"Unable to open shared memory region: '{key}' is no shared memory"
+                f"Unable to open shared memory region: '{key}' is no shared memory"
+            )
+        if identity not in (None, self.identity):
+            raise InvalidRequestError(
+                f"Unable to open shared memory region: '{key}' is not what was registered; "
+                "unregister the region and register it again"
             )
 
-    def check(self, offset: int, byte_size: int, key: str) -> None:
+    def check(self, offset: int, byte_size: int) -> None:
         """Raise InvalidRequestError where the file does not have these bytes (any more)."""
         length = os.fstat(self.descriptor).st_size
         if offset + byte_size > length:
             raise InvalidRequestError(
-                f"shared memory '{key}' has {length} bytes, but {byte_size} at offset {offset} "
-                "were asked for"
+                f"shared memory '{self._key}' has {length} bytes, but {byte_size} at offset "
+                f"{offset} were asked for"
             )
 
     def __del__(self) -> None:
@@ -237,6 +249,11 @@ def _open(path: Path, key: str) -> tuple[int, bool]:
         raise InvalidRequestError(
             f"Unable to open shared memory region: '{key}': {error.strerror}"
         ) from None
+
+
+def _registration(status: os.stat_result) -> tuple[int, int]:
+    """Return what tells one registration file from the next of that name."""
+    return status.st_ino, status.st_mtime_ns
 
 
 def _decode(text: str) -> Region:

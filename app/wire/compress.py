@@ -69,5 +69,5 @@ def wanted_coding(accept_encoding: str | None) -> str | None:
     Most clients say by default that they take several. Only one that names a single coding, as
     tritonclient does, wants it more than a quick answer.
     """
-    coding = (accept_encoding or "").partition(";")[0].strip().lower()
-    return coding if coding in _WINDOWS and "," not in (accept_encoding or "") else None
+    coding = (accept_encoding or "").strip().lower()
+    return coding if coding in _WINDOWS else None

@@ -22,7 +22,8 @@ def decode_object(body: bytes, allowed: frozenset[str]) -> dict[str, Any]:
     Raises MalformedJsonError where it is not JSON, InvalidRequestError where it is not an object
     or has a field outside `allowed`.
     """
-    value = decode(body)
+    hint = " (for safetensors, say so in Content-Type)" if body[8:9] == b"{" else ""
+    value = decode(body, hint=hint)
     if not isinstance(value, dict):
         raise InvalidRequestError(
             f"the body must be a JSON object, got {_kind(value)}", expected=sorted(allowed)
@@ -37,8 +38,8 @@ def decode_object(body: bytes, allowed: frozenset[str]) -> dict[str, Any]:
     return value
 
 
-def decode(body: bytes) -> Any:
-    """Return the JSON value `body`; raises MalformedJsonError."""
+def decode(body: bytes, what: str = "the body", hint: str = "") -> Any:
+    """Return the JSON value `body`; raises MalformedJsonError with `what` it is and a `hint`."""
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -47,7 +48,7 @@ def decode(body: bytes) -> Any:
             # the check for finite numbers can then say where they are.
             return json.loads(body.decode("utf-8"))
         except (ValueError, RecursionError):
-            raise MalformedJsonError(f"the body is not JSON: {error}") from None
+            raise MalformedJsonError(f"{what} is not JSON{hint}: {error}") from None
 
 
 def decode_tensor(value: Any, name: str, body: bytes) -> Floats:

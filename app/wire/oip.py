@@ -34,10 +34,11 @@ _REGION_OFFSET = "shared_memory_offset"
 _REGION_SIZE = "shared_memory_byte_size"
 
 _BINARY_ONLY = ("FP16", "BF16")
+_HINT = " (where binary data follow it, its length must be in Inference-Header-Content-Length)"
 
 
 @dataclass(frozen=True, slots=True)
-class Placed:
+class Placement:
     """Bytes of a tensor in a shared-memory region."""
 
     region: str
@@ -52,7 +53,7 @@ class InferInput:
     name: str
     datatype: str
     shape: tuple[int, ...]
-    content: memoryview | list[Any] | Placed
+    content: memoryview | list[Any] | Placement
 
     @property
     def rows(self) -> int:
@@ -66,7 +67,7 @@ class InferOutput:
 
     name: str
     is_binary: bool = False
-    placed: Placed | None = None
+    placed: Placement | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -80,7 +81,7 @@ class InferRequest:
     is_binary: bool = False
     scale: float = 1.0
     text: bytes = b""
-    """The JSON."""
+    """The JSON; it tells whether a boolean can be among numbers."""
 
 
 def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
@@ -96,8 +97,8 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
             f"Inference-Header-Content-Length is {end}, but the body has {len(body)} bytes"
         )
     text = bytes(body[:end])
-    fields = json.decode(text)
-    if not isinstance(fields, dict) or not _are(fields.get("inputs"), dict):
+    fields = json.decode(text, "the request's JSON", _HINT)
+    if not isinstance(fields, dict) or not _is_list_of(dict, fields.get("inputs")):
         raise InvalidRequestError(
             "the request must be a JSON object with the list 'inputs'", field="inputs"
         )
@@ -115,10 +116,10 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
     parameters = _parameters(fields, "the request")
     is_binary = _flag(parameters, "binary_data_output", default=False)
     asked = fields.get("outputs")
-    if asked and not _are(asked, dict):
+    if asked and not _is_list_of(dict, asked):
         raise InvalidRequestError("'outputs' must be a list of objects", field="outputs")
     return InferRequest(
-        _string(fields.get("id", ""), "id"),
+        _string(fields.get("id") or "", "id"),
         inputs,
         [_decode_output(one, default=is_binary) for one in asked] if asked else None,
         is_binary,
@@ -127,11 +128,11 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
     )
 
 
-def decode_floats(tensor: InferInput, content: memoryview | list[Any], text: bytes) -> Floats:
-    """Return a tensor as float32 of its own shape, (width,) or (rows, width).
+def check_floats(tensor: InferInput) -> np.dtype[Any]:
+    """Return the dtype of a tensor of numbers, before anything of it is read.
 
-    `text` is the request's JSON. Raises InvalidRequestError for another datatype,
-    ShapeMismatchError where shape and data differ, NonFiniteInputError.
+    Raises InvalidRequestError for another datatype, ShapeMismatchError where it has not one or two
+    dimensions, or its bytes are not as many as its shape says.
     """
     name, shape = tensor.name, tensor.shape
     dtype = DATATYPES.get(tensor.datatype)
@@ -143,18 +144,33 @@ def decode_floats(tensor: InferInput, content: memoryview | list[Any], text: byt
         )
     if len(shape) not in (1, 2):
         raise ShapeMismatchError(
-            f"unexpected shape {list(shape)} for input '{name}'; expected [rows, width] or [width]",
+            f"unexpected shape {text_of(shape)} for input '{name}'; expected [rows, width] or "
+            "[width]",
             field=name,
         )
+    content = tensor.content
+    if not isinstance(content, list):
+        expected = math.prod(shape) * dtype.itemsize
+        got = content.byte_size if isinstance(content, Placement) else len(content)
+        if got != expected:
+            raise ShapeMismatchError(
+                f"input byte size mismatch for input '{name}'. Expected {expected} for shape "
+                f"{text_of(shape)} of {tensor.datatype}, got {got}",
+                field=name,
+            )
+    return dtype
+
+
+def decode_floats(tensor: InferInput, content: memoryview | list[Any], text: bytes) -> Floats:
+    """Return a tensor as float32 of its own shape, (width,) or (rows, width).
+
+    `text` is the request's JSON. Raises as `check_floats`, ShapeMismatchError where a JSON list
+    has another shape, NonFiniteInputError.
+    """
+    name, shape = tensor.name, tensor.shape
+    dtype = check_floats(tensor)
     if isinstance(content, list):
         return _from_json(tensor, content, text)
-    count = math.prod(shape)
-    if len(content) != count * dtype.itemsize:
-        raise ShapeMismatchError(
-            f"input byte size mismatch for input '{name}'. Expected {count * dtype.itemsize} for "
-            f"shape {list(shape)} of {tensor.datatype}, got {len(content)}",
-            field=name,
-        )
     floats = to_float32(np.frombuffer(content, dtype).reshape(shape))
     check_finite(floats, name)
     return floats
@@ -172,14 +188,16 @@ def decode_strings(tensor: InferInput, content: memoryview | list[Any]) -> list[
             f"inference input '{name}' data-type is '{tensor.datatype}', expected 'BYTES'",
             field=name,
         )
-    found = _flat_strings(content, name) if isinstance(content, list) else _lengths(content, name)
+    unpack = _json_strings if isinstance(content, list) else _binary_strings
+    found = unpack(content, name)
     if len(tensor.shape) not in (1, 2) or tensor.shape[1:] not in ((), (1,)):
         raise ShapeMismatchError(
-            f"unexpected shape {list(tensor.shape)} for input '{name}'; expected [rows]", field=name
+            f"unexpected shape {text_of(tensor.shape)} for input '{name}'; expected [rows]",
+            field=name,
         )
     if len(found) != tensor.shape[0]:
         raise ShapeMismatchError(
-            f"input '{name}' has {len(found)} elements, but its shape is {list(tensor.shape)}",
+            f"input '{name}' has {len(found)} elements, but its shape is {text_of(tensor.shape)}",
             field=name,
         )
     return found
@@ -225,9 +243,10 @@ def _decode_input(value: Any, body: memoryview, start: int) -> tuple[InferInput,
     """Return an input, and where its data in `body`, from `start`, ends."""
     name = _string(value.get("name"), "an input's name")
     shape = value.get("shape")
-    if not _are(shape, int) or not all(0 <= one < 2**48 for one in shape):
+    if not _is_list_of(int, shape) or not all(0 <= one < 2**48 for one in shape):
         raise InvalidRequestError(
-            f"the shape of input '{name}' must be a list of numbers from 0", field=name
+            f"the shape of input '{name}' must be a list of its true numbers, none negative",
+            field=name,
         )
     parameters = _parameters(value, f"input '{name}'")
     size, placed = parameters.get("binary_data_size"), _decode_placed(parameters, name)
@@ -238,7 +257,7 @@ def _decode_input(value: Any, body: memoryview, start: int) -> tuple[InferInput,
             f"the parameter '{_REGION}'",
             field=name,
         )
-    content: memoryview | list[Any] | Placed
+    content: memoryview | list[Any] | Placement
     stop = start
     if placed is not None:
         content = placed
@@ -247,7 +266,8 @@ def _decode_input(value: Any, body: memoryview, start: int) -> tuple[InferInput,
         if stop > len(body):
             raise MalformedBodyError(
                 f"input '{name}' says that it has {size} bytes of binary data, but the body has "
-                f"{len(body) - start} left",
+                f"{len(body) - start} left behind the JSON; is Inference-Header-Content-Length "
+                "right?",
                 field=name,
             )
         content = body[start:stop]
@@ -268,7 +288,7 @@ def _decode_output(value: Any, *, default: bool) -> InferOutput:
     return InferOutput(name, _flag(parameters, "binary_data", default=default), placed)
 
 
-def _decode_placed(parameters: Mapping[str, Any], name: str) -> Placed | None:
+def _decode_placed(parameters: Mapping[str, Any], name: str) -> Placement | None:
     region = parameters.get(_REGION)
     if region is None:
         return None
@@ -276,7 +296,7 @@ def _decode_placed(parameters: Mapping[str, Any], name: str) -> Placed | None:
         raise InvalidRequestError(
             f"'{name}' must not have both 'binary_data_size' and '{_REGION}'", field=name
         )
-    return Placed(
+    return Placement(
         _string(region, f"'{_REGION}' of '{name}'"),
         _size(parameters.get(_REGION_OFFSET, 0), _REGION_OFFSET, name),
         _size(parameters.get(_REGION_SIZE), _REGION_SIZE, name),
@@ -295,21 +315,21 @@ def _from_json(tensor: InferInput, content: list[Any], text: bytes) -> Floats:
     flat = floats.ndim == 1 and floats.size == math.prod(tensor.shape)
     if not flat and floats.shape != tensor.shape:
         raise ShapeMismatchError(
-            f"input '{name}' has data of shape {list(floats.shape)}, but its shape is "
-            f"{list(tensor.shape)}",
+            f"input '{name}' has data of shape {text_of(floats.shape)}, but its shape is "
+            f"{text_of(tensor.shape)}",
             field=name,
         )
     return floats.reshape(tensor.shape)
 
 
-def _flat_strings(content: list[Any], name: str) -> list[str]:
+def _json_strings(content: Any, name: str) -> list[str]:
     flat = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in content]
-    if not _are(flat, str):
+    if not _is_list_of(str, flat):
         raise InvalidRequestError(f"the data of input '{name}' must be strings", field=name)
     return flat
 
 
-def _lengths(content: memoryview, name: str) -> list[str]:
+def _binary_strings(content: Any, name: str) -> list[str]:
     """Return strings that each have their length in four bytes before them."""
     found = []
     start = 0
@@ -325,6 +345,11 @@ def _lengths(content: memoryview, name: str) -> list[str]:
     except UnicodeDecodeError:
         raise MalformedBodyError(f"a string of input '{name}' is not UTF-8", field=name) from None
     return found
+
+
+def text_of(shape: tuple[int, ...]) -> str:
+    """Return a shape as Triton writes it."""
+    return f"[{','.join(map(str, shape))}]"
 
 
 def _parameters(value: Mapping[str, Any], where: str) -> Mapping[str, Any]:
@@ -352,11 +377,13 @@ def _size(value: Any, what: str, name: str) -> int:
 
 
 def _string(value: Any, what: str) -> str:
+    if value is None:
+        raise InvalidRequestError(f"{what} is missing")
     if not isinstance(value, str):
         raise InvalidRequestError(f"{what} must be a string")
     return value
 
 
-def _are(value: Any, kind: type) -> bool:
+def _is_list_of(kind: type, value: Any) -> bool:
     """Return whether `value` is a list of exactly `kind`."""
     return isinstance(value, list) and all(type(one) is kind for one in value)

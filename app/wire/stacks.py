@@ -3,9 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from app.core.cast import Floats
+from app.core.cast import Floats, count_rows
 from app.errors import InvalidRequestError, ShapeMismatchError
 from app.wire import json
 
@@ -17,22 +15,24 @@ MAX_STACK = 32
 Stack = tuple[tuple[str, float], ...]
 """Sets with their weights; empty: no adapter."""
 
-_MAX = float(np.finfo(np.float32).max)
+MAX_SCALE = 1e6
+"""Largest weight of a set, and largest scale of a request: no product overflows float32."""
 
 
-def decode_metadata(metadata: Mapping[str, str]) -> Any:
+def sets_of_metadata(metadata: Mapping[str, str]) -> Any:
     """Return what `sets` in safetensors metadata says; None where it is absent."""
     text = metadata.get(SETS)
-    return None if text is None else json.decode(text.encode())
+    where = f'the metadata {SETS!r} (such as ["my-adapter", null])'
+    return None if text is None else json.decode(text.encode(), where)
 
 
 def check_rows(stacks: Sequence[Stack], inputs: Floats) -> None:
     """Raise ShapeMismatchError unless there is one stack per row of `inputs`."""
-    rows = 1 if inputs.ndim == 1 else len(inputs)
+    rows = count_rows(inputs)
     if len(stacks) != rows:
         raise ShapeMismatchError(
-            f"'sets' has {len(stacks)} entries, but 'inputs' has {rows} rows; give one per row "
-            "(null for no adapter)",
+            f"the length of 'sets' is {len(stacks)}, but 'inputs' is a batch of {rows}; give one "
+            "entry per row (null for no adapter)",
             field=SETS,
             got=len(stacks),
             expected=rows,
@@ -40,14 +40,14 @@ def check_rows(stacks: Sequence[Stack], inputs: Floats) -> None:
 
 
 def decode_row(value: Any, where: str) -> Stack:
-    """Return the stack of one row: from a set's name, null, or a list of weighted sets.
+    """Return the stack of one row: from a set's name, null, a weighted set, or a list of these.
 
     Raises InvalidRequestError, naming `where`, for anything else.
     """
     if value is None:
         return ()
-    if isinstance(value, str):
-        return ((value, 1.0),)
+    if isinstance(value, str | dict):
+        return (_decode_weighted(value, where),)
     return decode_stack(value, where)
 
 
@@ -59,8 +59,8 @@ def decode_stack(value: Any, where: str) -> Stack:
     """
     if not isinstance(value, list) or len(value) > MAX_STACK:
         raise InvalidRequestError(
-            f"{where} must be a set's name, null, or a list of at most {MAX_STACK} objects "
-            '{"set": name, "weight": number}',
+            f"{where} must be a list of at most {MAX_STACK} objects "
+            '{"set": name, "weight": number}, or sets\' names',
             field=where,
         )
     stack = tuple(_decode_weighted(one, f"{where}[{number}]") for number, one in enumerate(value))
@@ -72,9 +72,15 @@ def decode_stack(value: Any, where: str) -> Stack:
 def _decode_weighted(value: Any, where: str) -> tuple[str, float]:
     if isinstance(value, str):
         return value, 1.0
-    if not isinstance(value, dict) or not {"set"} <= value.keys() <= {"set", "weight"}:
+    if not isinstance(value, dict) or "set" not in value:
         raise InvalidRequestError(
             f'{where} must be a set\'s name or {{"set": name, "weight": number}}', field=where
+        )
+    unknown = sorted(value.keys() - {"set", "weight"})
+    if unknown:
+        raise InvalidRequestError(
+            f"{where} has the unknown field {unknown[0][:100]!r}; known are 'set' and 'weight'",
+            field=where,
         )
     name, weight = value["set"], value.get("weight", 1.0)
     if not isinstance(name, str):
@@ -83,7 +89,10 @@ def _decode_weighted(value: Any, where: str) -> tuple[str, float]:
 
 
 def decode_weight(value: Any, where: str) -> float:
-    """Return a number that is finite as a float32; raises InvalidRequestError for others."""
-    if type(value) not in (int, float) or not abs(value) <= _MAX:
-        raise InvalidRequestError(f"{where} must be a finite number", field=where)
+    """Return a number of at most MAX_SCALE either way; raises InvalidRequestError for others."""
+    if type(value) not in (int, float) or not abs(value) <= MAX_SCALE:
+        raise InvalidRequestError(
+            f"{where} must be a number from -{MAX_SCALE:g} to {MAX_SCALE:g}, got {value!r:.100}",
+            field=where,
+        )
     return float(value)

@@ -9,7 +9,7 @@ from app.core.cast import Floats, all_finite
 from app.errors import InvalidRequestError, NonFiniteOutputError
 from app.wire import binary, json
 from app.wire.media import Form
-from app.wire.stacks import SETS, Stack, check_rows, decode_metadata, decode_row, decode_stack
+from app.wire.stacks import SETS, Stack, check_rows, decode_row, decode_stack, sets_of_metadata
 
 MODULE = "module"
 INPUTS = "inputs"
@@ -42,17 +42,21 @@ class MixedBatch:
 def decode_one(form: Form, body: bytes, max_header_bytes: int, module: str) -> Batches:
     """Return the one batch `inputs` (and `base_outputs`) of a body, as that of `module`.
 
-    Arrays are float32 (d_in,) or (rows, d_in). Raises the errors of `json.decode_tensor` or
+    Arrays are float32 (d_in,) or (rows, d_in). `sets` (binary: JSON in the metadata) are further
+    sets that all rows go through. Raises the errors of `json.decode_tensor` or
     `binary.decode_tensors`, and InvalidRequestError for other fields or tensors.
     """
     if form is Form.JSON:
-        fields = _fields(body, _TENSORS)
+        fields = _fields(body, _TENSORS | {SETS})
+        sets = fields.pop(SETS, None)
         found = {name: json.decode_tensor(one, name, body) for name, one in fields.items()}
     else:
-        found = binary.decode_tensors(body, max_header_bytes)[0]
+        found, metadata = binary.decode_tensors(body, max_header_bytes)
+        sets = sets_of_metadata(metadata)
         _check_names(found)
+    stack = () if sets is None else decode_stack(sets, SETS)
     shared = found.get(BASE_OUTPUTS)
-    return Batches({module: found[INPUTS]}, {} if shared is None else {module: shared})
+    return Batches({module: found[INPUTS]}, {} if shared is None else {module: shared}, stack)
 
 
 def decode_many(form: Form, body: bytes, max_header_bytes: int, modules: list[str]) -> Batches:
@@ -66,7 +70,7 @@ def decode_many(form: Form, body: bytes, max_header_bytes: int, modules: list[st
         sets = fields.pop(SETS, None)
     else:
         tensors, metadata = binary.decode_tensors(body, max_header_bytes)
-        sets = decode_metadata(metadata)
+        sets = sets_of_metadata(metadata)
     stack = () if sets is None else decode_stack(sets, SETS)
     if form is not Form.JSON:
         return _split(tensors, stack) if not modules else _shared(tensors, modules, stack)
@@ -104,9 +108,9 @@ def decode_mixed(form: Form, body: bytes, max_header_bytes: int) -> MixedBatch:
     else:
         tensors, metadata = binary.decode_tensors(body, max_header_bytes)
         _check_names(tensors)
-        module, sets = metadata.get(MODULE), decode_metadata(metadata)
+        module, sets = metadata.get(MODULE), sets_of_metadata(metadata)
         if module is not None and module.startswith('"'):
-            module = json.decode(module.encode())
+            module = json.decode(module.encode(), f"the metadata {MODULE!r}")
     if not isinstance(module, str):
         raise InvalidRequestError(f"{MODULE!r} must name the module, as a string", field=MODULE)
     if not isinstance(sets, list):

@@ -126,6 +126,21 @@ def test_metadata_of_the_binary_answer_and_a_quoted_module(several, rng):
     assert not tensors["outputs"][1].any()
 
 
+def test_a_row_may_be_one_weighted_set(several, rng):
+    x = rng.standard_normal((1, 64)).astype(np.float32)
+    weighted = {"set": "small", "weight": 2}
+    one = decoded(mixed_binary(several, [weighted], x))["outputs"]
+    assert np.array_equal(one, decoded(mixed_binary(several, [[weighted]], x))["outputs"])
+
+
+def test_no_weight_and_scale_make_an_infinity_of_a_zero(several):
+    sets = [{"set": "small", "weight": 1e6}, None]
+    outputs = decoded(mixed_binary(several, sets, np.zeros((2, 64), np.float32), scale=1e6))[
+        "outputs"
+    ]
+    assert not outputs.any()
+
+
 def test_one_vector(several):
     x = np.ones(64, np.float32)
     outputs = mixed(several, ["small"], x).json()["outputs"]
@@ -169,6 +184,12 @@ def test_further_sets_on_the_many_module_form(several, rng):
         f"/v1/sets/plain/apply?module={Q_PROJ}", content=body, headers={"Content-Type": BINARY}
     )
     assert reference.relative_error(decoded(answer)[Q_PROJ], expected) < 1e-6
+    path = f"/v1/sets/plain/adapters/{Q_PROJ}/apply"
+    single = several.post(path, json={"inputs": x.tolist(), "sets": sets}).json()
+    assert single["versions"] == {"plain": 1, "small": 2, "third": 2}
+    assert reference.relative_error(np.array(single["outputs"]), expected) < 1e-6
+    answer = several.post(path, content=body, headers={"Content-Type": BINARY})
+    assert reference.relative_error(decoded(answer)["outputs"], expected) < 1e-6
     weighed = several.post(
         "/v1/sets/plain/apply?scale=2",
         json={"inputs": {Q_PROJ: x.tolist()}, "sets": [{"set": "plain", "weight": 0.25}]},
@@ -190,6 +211,7 @@ def test_further_sets_on_the_many_module_form(several, rng):
         (["small", [{"weight": 1}]], 422, "invalid_request"),
         (["small", [{"set": "small", "weight": True}]], 422, "invalid_request"),
         (["small", [{"set": "small", "weight": 1e39}]], 422, "invalid_request"),
+        (["small", {"set": "small", "weight": 2e6}], 422, "invalid_request"),
         (["small", [{"set": "small", "wight": 1}]], 422, "invalid_request"),
         (["small", [{"set": 3}]], 422, "invalid_request"),
         (["small", [f"set{i}" for i in range(33)]], 422, "invalid_request"),

@@ -176,7 +176,7 @@ def test_compressed_answers_say_so(loaded, golden):
         answer = client.post(post, json=body, headers={"Accept-Encoding": coding})
         assert answer.headers["content-encoding"] == coding
         assert answer.json()["outputs"][0]["shape"] == [128]
-    for several in ("gzip, deflate", "gzip, deflate, br", "identity", "br"):
+    for several in ("gzip, deflate", "gzip, deflate, br", "identity", "br", "gzip;q=0"):
         answer = client.post(post, json=body, headers={"Accept-Encoding": several})
         assert "content-encoding" not in answer.headers
 
@@ -366,6 +366,39 @@ def test_refusals_in_tritons_words(server, golden):
     refused(server.get_cuda_shared_memory_status, 404, "nothing is served")
 
 
+def test_inputs_that_feed_nothing(loaded, golden):
+    client, server = loaded
+    x = golden[f"{Q_PROJ}.x"]
+    asked = [triton.InferRequestedOutput(Q_PROJ)]
+    extra = [tensor(Q_PROJ, x), tensor(V_PROJ, x)]
+    refused(lambda: server.infer("plain", extra, outputs=asked), 400, "feeds none")
+    extra = [tensor(Q_PROJ, x), tensor("x", x)]
+    refused(lambda: server.infer("plain", extra, outputs=asked), 400, "'x' feeds none")
+    refused(lambda: server.infer("plain", [tensor(Q_PROJ, x), tensor("x", x[:, :9])]), 400, "'x'")
+    sets = tensor("sets", names(*["plain"] * len(x)), "BYTES")
+    for more in ("v_prjo", "x", "zzz.base_outputs"):
+        inputs = [sets, tensor(Q_PROJ, x), tensor(more, x)]
+        refused(lambda some=inputs: server.infer("mixed", some, outputs=asked), 400, "feeds none")
+    assert (
+        client.post("/v2/models/mixed/infer", content=b"", headers={LENGTH: "0"}).status_code == 400
+    )
+
+
+def test_an_id_may_be_null(loaded):
+    client, _ = loaded
+    body = {"id": None, "inputs": [described(data=[0.5] * 64)]}
+    answer = client.post("/v2/models/plain/infer", json=body)
+    assert "id" not in answer.json()
+
+
+def test_the_scale_is_bounded_like_every_scale(loaded):
+    client, _ = loaded
+    for scale in (1e7, -1e7, 1e400, "2", True, None):
+        text = json.dumps({"inputs": [described(data=[0.5] * 64)], "parameters": {"scale": scale}})
+        answer = client.post("/v2/models/plain/infer", content=text.replace("Infinity", "1e400"))
+        error_of(answer, 400, "scale")
+
+
 def described(**changes):
     return {"name": Q_PROJ, "shape": [1, 64], "datatype": "FP32", **changes}
 
@@ -386,7 +419,7 @@ HOSTILE = {
     "negative shape": ({"inputs": [described(shape=[-1, 64], data=[])]}, None, "shape"),
     "boolean shape": ({"inputs": [described(shape=[True, 64], data=[])]}, None, "shape"),
     "huge shape": ({"inputs": [sized(0, shape=[2**40, 2**40])]}, b"", "unexpected shape"),
-    "shape of overflow": ({"inputs": [sized(0, shape=[2**47, 64])]}, b"", "mismatch"),
+    "shape of overflow": ({"inputs": [sized(0, shape=[2**47, 64])]}, b"", "rows"),
     "no data": ({"inputs": [described()]}, None, "exactly one"),
     "data twice": ({"inputs": [sized(4, data=[1])]}, b"1234", "exactly one"),
     "data no list": ({"inputs": [described(data="x")]}, None, "list"),

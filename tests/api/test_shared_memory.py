@@ -133,7 +133,7 @@ def test_sizes_and_places_that_are_refused(local):
         shm.set_shared_memory_region(handle, [x], offset=256)
         for size, offset, words in (
             (256, 257, "Invalid offset"),
-            (513, 0, "Invalid offset"),
+            (513, 0, "Expected 256"),
             (256, 2**62, "Invalid offset"),
             (252, 0, "Expected 256"),
             (260, 0, "Expected 256"),
@@ -151,6 +151,35 @@ def test_sizes_and_places_that_are_refused(local):
             status = 404 if "find" in words else 400
             refused(lambda o=outputs: server.infer("plain", good, outputs=o), status, words)
         assert bytes(handle._mpsm_handle.buf) == before
+
+
+def test_nothing_is_read_before_its_size_is_known(local):
+    """A sparse region of gigabytes costs its client nothing; it must cost the server nothing."""
+    _, server = local
+    path = SHARED_MEMORY / f"bonsai-test-{secrets.token_hex(8)}"
+    path.touch()
+    try:
+        os.truncate(path, 1 << 33)
+        server.register_system_shared_memory("r", path.name, 1 << 33)
+        for shape, words in (([1, 64], "at most 67108864"), ([1 << 25, 64], "at most 67108864")):
+            given = triton.InferInput(Q_PROJ, shape, "FP32").set_shared_memory("r", 1 << 33)
+            refused(lambda one=given: server.infer("plain", [one]), 400, words)
+        given = triton.InferInput(Q_PROJ, [1, 64], "FP32").set_shared_memory("r", 1 << 20)
+        refused(lambda: server.infer("plain", [given]), 400, "Expected 256")
+        rows = triton.InferInput(Q_PROJ, [1 << 17, 64], "FP32").set_shared_memory("r", 1 << 25)
+        refused(lambda: server.infer("plain", [rows]), 400, "131072 rows")
+    finally:
+        path.unlink()
+
+
+def test_memory_may_be_unlinked_once_it_is_registered(local):
+    client, server = local
+    x = np.ones((1, 64), np.float32)
+    with memory(256) as (handle, key):
+        shm.set_shared_memory_region(handle, [x])
+        server.register_system_shared_memory("r", key, 256)
+    got = server.infer("plain", [placed(Q_PROJ, x, "r")]).as_numpy(Q_PROJ)
+    assert np.array_equal(got, exact(client, Q_PROJ, x))
 
 
 def test_overlapping_outputs_are_refused(local):
@@ -246,26 +275,26 @@ def test_a_region_that_shrinks_is_an_error_and_no_crash(local):
 def test_another_worker_opens_only_what_was_registered(tmp_path):
     one, other = SharedRegions(tmp_path), SharedRegions(tmp_path)
     from app.errors import InvalidRequestError, RegionNotFoundError
-    from app.wire.oip import Placed
+    from app.wire.oip import Placement
 
     path = SHARED_MEMORY / f"bonsai-test-{secrets.token_hex(8)}"
     path.write_bytes(b"first")
     try:
         one.register("r", path.name, 0, 5)
-        assert bytes(other.read(Placed("r", 1, 3))) == b"irs"
-        other.write(Placed("r", 0, 2), memoryview(b"FI"))
+        assert bytes(other.read(Placement("r", 1, 3))) == b"irs"
+        other.write(Placement("r", 0, 2), memoryview(b"FI"))
         assert path.read_bytes() == b"FIrst"
         replaced = path.with_name(f"{path.name}-new")
         replaced.write_bytes(b"other")
         third = SharedRegions(tmp_path)
         replaced.rename(path)
         with pytest.raises(InvalidRequestError, match="not what was registered"):
-            third.read(Placed("r", 0, 5))
+            third.read(Placement("r", 0, 5))
         other.unregister("r")
         with pytest.raises(RegionNotFoundError):
-            one.read(Placed("r", 0, 5))
+            one.read(Placement("r", 0, 5))
         one.register("r", path.name, 0, 5)
-        assert bytes(other.read(Placed("r", 0, 5))) == b"other"
+        assert bytes(other.read(Placement("r", 0, 5))) == b"other"
     finally:
         path.unlink()
 

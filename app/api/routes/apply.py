@@ -11,16 +11,15 @@ from app.api.body import body_form, read_body
 from app.api.deps import Context, InContext, ModuleName, SetName
 from app.api.openapi import APPLY_ERRORS, problems, tensor_answer, tensor_body
 from app.core.adapter import LoraAdapter
-from app.service.apply import Share, count_rows, is_small, shares_of, stack_of, versions_of
+from app.service.apply import is_small, shares_of, stacked_shares, total_rows, versions_of
 from app.service.sets import get_adapter
 from app.wire.media import Form, answer_form, check_answer_dtype
+from app.wire.stacks import MAX_SCALE
 from app.wire.tensors import decode_many, decode_mixed, decode_one, encode_outputs
 
 router = APIRouter(tags=["apply"])
 
 _FORMS = (Form.JSON, Form.BINARY)
-
-MAX_SCALE = 1e6
 
 AnswerDtype = Annotated[
     str | None, Query(alias="dtype", description="F32 (default), F16 or BF16; binary answers only")
@@ -56,10 +55,12 @@ async def apply_one(
 
     def compute(body: bytes, taken: Form, given: Form, answer_dtype: str) -> bytes:
         batches = decode_one(taken, body, context.limits.max_header_bytes, module)
-        shares = [Share(stored, scale)]
+        shares = stacked_shares(stored, batches.stack, scale, context.store.read)
         outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
-        context.metrics.rows_applied.inc(count_rows(batches.inputs))
-        about = {"set": name, "module": module, "version": stored.record.version}
+        context.metrics.rows_applied.inc(total_rows(batches.inputs))
+        about: dict[str, Any] = {"set": name, "module": module, "version": stored.record.version}
+        if batches.stack:
+            about["versions"] = versions_of(shares)
         return encode_outputs(given, outputs[module], about, answer_dtype)
 
     return await _answer(request, context, dtype, compute, adapter)
@@ -96,9 +97,9 @@ async def apply_many(
 
     def compute(body: bytes, taken: Form, given: Form, answer_dtype: str) -> bytes:
         batches = decode_many(taken, body, context.limits.max_header_bytes, module or [])
-        shares = stack_of(stored, batches.stack, scale, context.store.read)
+        shares = stacked_shares(stored, batches.stack, scale, context.store.read)
         outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
-        context.metrics.rows_applied.inc(count_rows(batches.inputs))
+        context.metrics.rows_applied.inc(total_rows(batches.inputs))
         about: dict[str, Any] = {"set": name, "version": stored.record.version}
         if batches.stack:
             about["versions"] = versions_of(shares)
@@ -140,7 +141,7 @@ async def apply_mixed(
         base_outputs = {} if batch.base_outputs is None else {module: batch.base_outputs}
         shares = shares_of(batch.stacks, scale, context.store.read)
         outputs = context.applier.apply(shares, inputs, base_outputs)
-        context.metrics.rows_applied.inc(count_rows(inputs))
+        context.metrics.rows_applied.inc(total_rows(inputs))
         about = {"module": module, "versions": versions_of(shares)}
         return encode_outputs(given, outputs[module], about, answer_dtype)
 
