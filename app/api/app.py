@@ -2,7 +2,8 @@
 
 A request passes `ObserveMiddleware` (id, metrics, log), one route of `routes/` (headers in, bytes
 on, headers out), a use case of `app.service`, and comes back; refusals become problems in
-`errors.py`.
+`errors.py`. The few routes that are called all the time are answered by `hot.py`, before the
+framework.
 """
 
 import shutil
@@ -15,9 +16,11 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api.deps import Context
 from app.api.errors import install_error_handlers
+from app.api.hot import HotRoutes
 from app.api.metrics import Metrics
 from app.api.middleware import ObserveMiddleware
 from app.api.openapi import install_openapi
@@ -59,6 +62,21 @@ _TAGS = [
 ]
 
 
+class Application(FastAPI):
+    """FastAPI with something before it."""
+
+    front: ASGIApp
+    """What a server calls; it passes on to `serve`."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request or the lifespan."""
+        await self.front(scope, receive, send)
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve by the framework."""
+        await super().__call__(scope, receive, send)
+
+
 def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     """Return the application over the store that `settings` names.
 
@@ -68,7 +86,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     store = open_store(settings)
     shared = shared or _temporary_folder(store)
     metrics = Metrics(partial(store_stats, store))
-    app = FastAPI(
+    app = Application(
         title="Bonsai LoRA",
         version=version("bonsai-lora"),
         summary="The adapter server for Bonsai and Qwen3 models.",
@@ -102,7 +120,11 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     own = [route for route in app.routes if isinstance(route, Route)]
     install_error_handlers(app, [*own, *(route for router in routers for route in router.routes)])
     install_openapi(app)
-    app.add_middleware(ObserveMiddleware, metrics=metrics, stall_seconds=settings.stall_seconds)
+    app.front = ObserveMiddleware(
+        HotRoutes(app.serve, app.state.context, [*apply.HOT_ROUTES, *oip.HOT_ROUTES]),
+        metrics=metrics,
+        stall_seconds=settings.stall_seconds,
+    )
     return app
 
 

@@ -5,6 +5,8 @@ from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 from app.api.errors import validation_problem
 from app.errors import (
@@ -20,17 +22,29 @@ Model = TypeVar("Model", bound=BaseModel)
 
 async def read_body(request: Request, limit: int) -> bytes:
     """Return the whole body; raises BodyTooLargeError over `limit`, declared or received."""
-    declared = content_length(request)
+    return await read_all(request.receive, content_length(request), limit)
+
+
+async def read_all(receive: Receive, declared: int | None, limit: int) -> bytes:
+    """Return the whole body that `receive` gives, of `declared` bytes where that is known.
+
+    Raises BodyTooLargeError over `limit`, declared or received, and ClientDisconnect.
+    """
     if declared is not None:
         check_length(declared, limit)
     parts: list[bytes] = []
     received = 0
-    async for part in request.stream():
-        received += len(part)
-        check_length(received, limit)
-        parts.append(part)
-    filled = [part for part in parts if part]
-    return filled[0] if len(filled) == 1 else b"".join(filled)
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientDisconnect
+        part = message["body"]
+        if part:
+            received += len(part)
+            check_length(received, limit)
+            parts.append(part)
+        if not message.get("more_body"):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 MODEL_BYTES = 1 << 20
@@ -57,14 +71,18 @@ def parse_model(body: bytes, model: type[Model]) -> Model:
 
 def body_form(request: Request, taken: Collection[Form]) -> Form:
     """Return the form of the body; raises UnsupportedMediaTypeError, also where it is encoded."""
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding.strip().lower() != "identity":
+    check_coding(request.headers.get("content-encoding"))
+    return request_form(request.headers.get("content-type"), taken)
+
+
+def check_coding(coding: str | None) -> None:
+    """Raise UnsupportedMediaTypeError where Content-Encoding names a compression."""
+    if coding is not None and coding.strip().lower() != "identity":
         raise UnsupportedMediaTypeError(
-            f"Content-Encoding {encoding[:100]!r} is not taken here; send the body as it is",
-            got=encoding[:100],
+            f"Content-Encoding {coding[:100]!r} is not taken here; send the body as it is",
+            got=coding[:100],
             expected=["identity"],
         )
-    return request_form(request.headers.get("content-type"), taken)
 
 
 def content_length(request: Request) -> int | None:

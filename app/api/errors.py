@@ -74,6 +74,14 @@ def problem_response(
     return Response(content, int(status), more, media_type=PROBLEM_TYPE)
 
 
+def fault_response(scope: Scope) -> Response:
+    """Return the answer to a request that failed by our fault."""
+    return problem_response(
+        errors.InternalError("something failed here; the log has the cause under this request id"),
+        scope,
+    )
+
+
 def is_oip(path: str) -> bool:
     """Return whether a path belongs to the Open Inference Protocol, which has errors of its own."""
     return path == "/v2" or path.startswith("/v2/")
@@ -105,7 +113,7 @@ def _oip_response(
     more = dict(headers or {})
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
         more["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    content = json.dumps({"error": text}, separators=(",", ":"))
+    content = json.dumps({"error": text[:2000]}, separators=(",", ":"))
     return Response(content, int(status), more, media_type="application/json")
 
 
@@ -134,6 +142,10 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         if isinstance(error, errors.RangeNotSatisfiableError):
             headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
         return problem_response(error, request.scope, headers)
+
+    @app.exception_handler(Exception)
+    def on_fault(request: Request, _: Exception) -> Response:
+        return fault_response(request.scope)  # the framework raises it again, for the log
 
     @app.exception_handler(RequestValidationError)
     def on_validation(request: Request, error: RequestValidationError) -> Response:

@@ -41,12 +41,25 @@ class Metrics:
             buckets=_LATENCY_SECONDS,
             registry=self._registry,
         )
+        self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.rows_applied = Counter(
             "bonsai_lora_rows_applied", "Vectors through an adapter.", registry=self._registry
         )
         self.bytes_merged = Counter(
             "bonsai_lora_merged_bytes", "Bytes of merged weights made.", registry=self._registry
         )
+
+    def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count a request that was answered."""
+        key = (method, route, status)
+        known = self._children.get(key)
+        if known is None:
+            known = self._children[key] = (
+                self.requests.labels(method, route, str(status)),
+                self.latency.labels(method, route),
+            )
+        known[0].inc()
+        known[1].observe(seconds)
 
     def render(self) -> bytes:
         """Return the exposition text."""

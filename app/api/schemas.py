@@ -43,8 +43,17 @@ class Config(RequestModel):
         """Return the core's configuration."""
         return LoraConfig(self.rank, self.alpha, self.dropout, tuple(self.target_modules))
 
+
+class ConfigInfo(BaseModel):
+    """Hyper-parameters of a set; an upload's may be beyond what can be asked for here."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: list[str]
+
     @classmethod
-    def of(cls, config: LoraConfig) -> "Config":
+    def of(cls, config: LoraConfig) -> "ConfigInfo":
         """Return the answer's form of a configuration."""
         return cls(**config.to_dict())
 
@@ -175,7 +184,7 @@ class SetSummary(BaseModel):
 class SetInfo(SetSummary):
     """Everything about a set but its weights."""
 
-    config: Config
+    config: ConfigInfo
     modules: list[ModuleInfo]
 
     @staticmethod
@@ -184,7 +193,7 @@ class SetInfo(SetSummary):
         adapters = stored.lora_set.registry.adapters.items()
         return {
             **SetSummary.fields_of(stored.record),
-            "config": Config.of(stored.record.config),
+            "config": ConfigInfo.of(stored.record.config),
             "modules": [ModuleInfo.of(name, adapter) for name, adapter in adapters],
         }
 
@@ -205,7 +214,7 @@ class ImportedModule(ModuleInfo):
 class ImportReport(SetSummary):
     """What an upload became."""
 
-    config: Config
+    config: ConfigInfo
     modules: list[ImportedModule]
     ignored_keys: list[str] = Field(description="tensors that were left out on purpose")
     warnings: list[str]
@@ -220,7 +229,7 @@ class ImportReport(SetSummary):
         ]
         return cls(
             **SetSummary.fields_of(stored.record),
-            config=Config.of(stored.record.config),
+            config=ConfigInfo.of(stored.record.config),
             modules=modules,
             ignored_keys=imported.ignored_keys,
             warnings=imported.warnings,

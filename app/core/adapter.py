@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from app.core.cast import Array, Floats, to_float32
+from app.core.cast import FLOAT32, Array, Floats, to_float32
 from app.core.config import LoraConfig
 from app.core.kaiming import kaiming_uniform
 from app.core.merge import blocks, merge_rows
@@ -64,6 +64,11 @@ class LoraAdapter:
     def factors(self) -> tuple[Floats, Floats]:
         """A (r, d_in) and B (d_out, r) as float32; the arrays themselves where they are that."""
         return to_float32(self.a_matrix), to_float32(self.b_matrix)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `factors` costs nothing: it was asked for before, or copies nothing."""
+        return "factors" in self.__dict__ or self.a_matrix.dtype == self.b_matrix.dtype == FLOAT32
 
     def copied_bytes(self) -> int:
         """Return the bytes of float32 copies that `factors` has made so far."""

@@ -184,7 +184,14 @@ def encode_header(
 
 def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the file that holds `tensors` (float arrays) in the given order."""
-    return b"".join([encode_header(layout_of(tensors), metadata), *map(as_bytes, tensors.values())])
+    return b"".join(encode_parts(tensors, metadata))
+
+
+def encode_parts(
+    tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None
+) -> list[bytes | memoryview]:
+    """Return the same file in parts: its header, then each tensor's bytes, not copied."""
+    return [encode_header(layout_of(tensors), metadata), *map(as_bytes, tensors.values())]
 
 
 def as_bytes(array: Array) -> memoryview:

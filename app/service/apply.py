@@ -1,5 +1,6 @@
 """What adapters add to a batch: bytes or arrays in, arrays out."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,12 +144,12 @@ class Applier:
                 adapter,
                 share.places,
                 share.weights,
-                base_outputs.reshape(-1, d_out),
+                base_outputs.reshape(count_rows(x), d_out),
                 norms_of(share.stored, module, adapter, self.bases),
             )
             for share, adapter in zip(shares, adapters, strict=True)
         ]
-        batch = x.reshape(-1, x.shape[-1])
+        batch = x.reshape(count_rows(x), x.shape[-1])
         return lambda: apply_segments(batch, segments, d_out).reshape(*x.shape[:-1], d_out)
 
 
@@ -243,11 +244,13 @@ def is_small(adapter: LoraAdapter, body_bytes: int, taken: Form, given: Form) ->
 
 
 def cost_of(adapter: LoraAdapter, rows: float, taken: Form, given: Form) -> float:
-    """Return how many nanoseconds an apply takes, by estimate.
+    """Return how many nanoseconds an apply takes, by estimate; infinite where a file is read first.
 
     Costs per number, measured here: 36 to read from JSON, 24 to write, 1 in binary; 0.02 per
     multiply-add. A thread costs about 0.1 ms to reach.
     """
+    if adapter.magnitude is not None or not adapter.is_ready:
+        return math.inf
     read = rows * adapter.d_in * (36 if taken is Form.JSON else 1)
     written = rows * adapter.d_out * (24 if given is Form.JSON else 1)
     return read + written + rows * adapter.rank * (adapter.d_in + adapter.d_out) * 0.02

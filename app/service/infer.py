@@ -3,14 +3,15 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from app.core.adapter import LoraAdapter
-from app.core.cast import Floats
+from app.core.cast import Floats, count_rows
 from app.errors import InvalidRequestError, ShapeMismatchError, VersionNotFoundError
 from app.formats.safetensors import as_bytes
-from app.service.apply import INLINE_NANOSECONDS, Applier, Share, cost_of, shares_of
+from app.service.apply import INLINE_NANOSECONDS, Applier, Inputs, Share, cost_of, shares_of
 from app.service.sets import get_adapter
 from app.storage.counts import Counts
 from app.storage.regions import SharedRegions, Span
@@ -19,6 +20,7 @@ from app.storage.store import SetStore
 from app.wire import json
 from app.wire.media import Form
 from app.wire.oip import (
+    Encoded,
     InferInput,
     InferOutput,
     InferRequest,
@@ -35,6 +37,8 @@ from app.wire.tensors import BASE_OUTPUTS
 MIXED = "mixed"
 """The model whose rows each name a set."""
 MIXED_VERSION = "1"
+MODULE_NANOSECONDS = 30_000
+"""What each module of a request costs, however small."""
 SHARED_INPUT = "x"
 """The input that feeds every requested output that has none of its own name."""
 _ENDING = f".{BASE_OUTPUTS}"
@@ -62,6 +66,11 @@ class Model:
         """A tag that changes with what the model computes."""
         return MIXED if self.stored is None else self.stored.record.etag
 
+    @property
+    def counted_as(self) -> tuple[str, str, str]:
+        """Its name, the tag of its content, and since when it has that."""
+        return self.name, self.content, "" if self.stored is None else self.stored.record.updated_at
+
 
 def find_model(store: SetStore, name: str, version: str | None) -> Model:
     """Return the model of that name; raises SetNotFoundError, VersionNotFoundError."""
@@ -85,9 +94,7 @@ class Inference:
     store: SetStore
     regions: SharedRegions
 
-    def infer(
-        self, model: Model, request: InferRequest, counts: Counts
-    ) -> tuple[bytes, int | None]:
+    def infer(self, model: Model, request: InferRequest, counts: Counts) -> Encoded:
         """Return the response to a request, and the length of its JSON where data follows.
 
         Outputs that are placed in shared memory are written there. `counts` gets rows and times.
@@ -95,15 +102,16 @@ class Inference:
         places are checked before anything is computed.
         """
         started = time.perf_counter_ns()
-        outputs, compute = self._plan(model, request)
+        outputs, inputs, compute = self._plan(model, request)
         ready = time.perf_counter_ns()
         arrays = compute()
         computed = time.perf_counter_ns()
         answers = [(one, arrays[one.name]) for one in outputs]
-        for one, array in answers:
+        encoded = encode_response(model.name, model.version, request.id, answers)
+        for one, array in answers:  # at last, when nothing can be refused any more
             if one.placed is not None:
                 self.regions.write(one.placed, as_bytes(array))
-        encoded = encode_response(model.name, model.version, request.id, answers)
+        counts.rows = max(count_rows(one) for one in inputs.values())
         counts.input_ns += ready - started
         counts.infer_ns += computed - ready
         counts.output_ns += time.perf_counter_ns() - computed
@@ -111,8 +119,8 @@ class Inference:
 
     def _plan(
         self, model: Model, request: InferRequest
-    ) -> tuple[Sequence[InferOutput], Callable[[], dict[str, Floats]]]:
-        """Return the outputs to give, and their computation by module."""
+    ) -> tuple[Sequence[InferOutput], Inputs, Callable[[], dict[str, Floats]]]:
+        """Return the outputs to give, their inputs and their computation by module."""
         tensors = _Tensors(request, self.regions)
         placed = [one.content for one in request.inputs.values()]
         sizes = [one.byte_size for one in placed if isinstance(one, Placement)]
@@ -138,7 +146,7 @@ class Inference:
             for name, ending in endings.items()
             if ending in request.inputs
         }
-        return outputs, lambda: self.applier.apply(shares, inputs, base_outputs)
+        return outputs, inputs, lambda: self.applier.apply(shares, inputs, base_outputs)
 
     def _mixed_shares(self, request: InferRequest, tensors: "_Tensors") -> list[Share]:
         sets = request.inputs.get(SETS)
@@ -147,6 +155,7 @@ class Inference:
                 f"model '{MIXED}' expects the input '{SETS}': one set's name per row, as BYTES",
                 field=SETS,
             )
+        self.applier.limits.check_rows(sets.shape[0] if sets.shape else 0)
         stacks = [_stack_of(text, row) for row, text in enumerate(tensors.strings(sets))]
         for one in request.inputs.values():
             if one is not sets and one.rows != len(stacks):
@@ -165,7 +174,7 @@ class Inference:
         sources: Mapping[str, InferInput],
     ) -> None:
         """Raise where an output does not fit its place in shared memory, or two share one."""
-        taken: list[tuple[str, Span]] = []
+        spans: list[tuple[Span, str]] = []
         for one in outputs:
             if one.placed is None:
                 continue
@@ -177,14 +186,13 @@ class Inference:
                     "results",
                     field=one.name,
                 )
-            span = self.regions.span_to_write(replace(one.placed, byte_size=needed))
-            for other, there in taken:
-                if span.overlaps(there):
-                    raise InvalidRequestError(
-                        f"outputs '{other}' and '{one.name}' overlap in shared memory",
-                        field=one.name,
-                    )
-            taken.append((one.name, span))
+            spans.append((self.regions.span_to_write(one.placed, needed), one.name))
+        spans.sort(key=lambda pair: (pair[0].identity, pair[0].start))
+        for (span, name), (following, other) in pairwise(spans):
+            if span.overlaps(following):
+                raise InvalidRequestError(
+                    f"outputs '{name}' and '{other}' overlap in shared memory", field=name
+                )
 
 
 def raw_request(model: Model, body: memoryview) -> InferRequest:
@@ -219,30 +227,28 @@ def is_light(model: Model, request: InferRequest) -> bool:
     """Return whether a request takes so little that a thread is not worth reaching."""
     if model.stored is None:
         return False
-    adapters = model.adapters
-    wanted = request.inputs if request.outputs is None else [one.name for one in request.outputs]
-    if SHARED_INPUT in wanted and SHARED_INPUT not in adapters:  # every module that it fits
-        return False
+    if request.outputs is None:
+        if SHARED_INPUT in request.inputs and SHARED_INPUT not in model.adapters:
+            return False  # every module that it fits
+        outputs = [InferOutput(name, request.is_binary) for name in request.inputs]
+    else:
+        outputs = list(request.outputs)
     cost = 0.0
-    for name in wanted:
-        source = request.inputs.get(name) or request.inputs.get(SHARED_INPUT)
-        adapter = adapters.get(name)
+    for one in outputs:
+        source = request.inputs.get(one.name) or request.inputs.get(SHARED_INPUT)
+        adapter = model.adapters.get(one.name)
         if source is not None and adapter is not None:
-            given = Form.JSON if isinstance(source.content, list) else Form.BINARY
-            cost += cost_of(adapter, source.rows, given, given)
+            taken = Form.JSON if isinstance(source.content, list) else Form.BINARY
+            given = Form.BINARY if one.is_binary or one.placed else Form.JSON
+            cost += MODULE_NANOSECONDS + cost_of(adapter, source.rows, taken, given)
     return cost < INLINE_NANOSECONDS
-
-
-def rows_of(request: InferRequest) -> int:
-    """Return the rows of a request's largest input."""
-    return max((one.rows for one in request.inputs.values() if one.shape), default=0)
 
 
 class _Tensors:
     """The inputs of a request as arrays, each decoded once."""
 
     def __init__(self, request: InferRequest, regions: SharedRegions) -> None:
-        self._text = request.text
+        self._has_booleans = request.has_booleans
         self._regions = regions
         self._known: dict[str, Floats] = {}
 
@@ -250,7 +256,7 @@ class _Tensors:
         """Return a float tensor as float32."""
         known = self._known.get(tensor.name)
         if known is None:
-            known = decode_floats(tensor, self._content(tensor), self._text)
+            known = decode_floats(tensor, self._content(tensor), has_booleans=self._has_booleans)
             self._known[tensor.name] = known
         return known
 
@@ -328,7 +334,8 @@ def _default_outputs(model: Model, request: InferRequest) -> list[str]:
         return own
     width = request.inputs[SHARED_INPUT].shape[-1:]
     fitting = [name for name, one in model.adapters.items() if width == (one.d_in,)]
-    return [*own, *(name for name in fitting if name not in own)]
+    fed = set(own)
+    return [*own, *(name for name in fitting if name not in fed)]
 
 
 def _some(model: Model) -> str:

@@ -1,7 +1,6 @@
 """Where work is done: small pieces on the event loop, large ones in a few threads."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
 import anyio
@@ -25,19 +24,23 @@ class WorkPool:
         """Number of places held."""
         return self._max - self._free
 
-    @contextlib.contextmanager
-    def admit(self) -> Iterator[None]:
-        """Hold one of the places; raises BusyError at once where none is free."""
+    def admit(self) -> "WorkPool":
+        """Return a context that holds one of the places.
+
+        Entering it raises BusyError at once where none is free.
+        """
+        return self
+
+    def __enter__(self) -> None:
         if self._free <= 0:
             raise BusyError(
                 f"{self._max} requests are in progress, which is the limit; try again in a second",
                 limit=self._max,
             )
         self._free -= 1
-        try:
-            yield
-        finally:
-            self._free += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._free += 1
 
     async def run(self, work: Callable[[], T], *, inline: bool = False) -> T:
         """Return what `work` returns: from a worker thread, or at once where it is small."""

@@ -35,6 +35,7 @@ _ROW = np.dtype(
     [
         ("model", "S96"),  # as long as a set's name may be
         ("content", "S48"),  # as long as an ETag is
+        ("since", "S32"),  # as long as a time in RFC 3339 is
         ("last_ms", "<i8"),
         ("sums", "<i8", len(_SUMS)),
     ]
@@ -53,21 +54,23 @@ class CountFile:
         self._rows = _open(self._path)
         self._places: dict[str, int] = {}
 
-    def add(self, model: str, content: str, now_ms: int, counts: Counts) -> None:
-        """Add `counts` to those of `model`, whose present content has the tag `content`.
+    def add(self, model: str, content: str, since: str, now_ms: int, counts: Counts) -> None:
+        """Add `counts` to those of `model`, whose content, tagged `content`, is from `since`.
 
-        A changed content starts again from zero.
+        A newer content starts again from zero; what came late for an older one is left out.
         """
         place = self._places.get(model)
         if place is None:
             place = self._places[model] = len(self._places)
             if place == len(self._rows):
                 self._grow()
-            self._rows[place] = (model.encode(), content.encode(), 0, 0)
+            self._rows[place] = (model.encode(), b"", b"", 0, 0)
         row: Any = self._rows[place]
         tag = content.encode()
         if row["content"] != tag:
-            row["content"], row["sums"] = tag, 0
+            if since.encode() < row["since"]:
+                return
+            row["content"], row["since"], row["sums"] = tag, since.encode(), 0
         row["last_ms"] = now_ms
         row["sums"] += [getattr(counts, name) for name in _SUMS]
 

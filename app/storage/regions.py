@@ -21,10 +21,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from app.errors import InvalidRequestError, RegionNotFoundError, UnsupportedFeatureError
+import numpy as np
+
+from app.errors import BusyError, InvalidRequestError, RegionNotFoundError, UnsupportedFeatureError
+from app.formats.safetensors import as_bytes
 from app.wire.oip import Placement
 
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the place of POSIX shared memory on Linux
+
+MAX_REGIONS = 1024
 
 _KEY = re.compile(r"/?([A-Za-z0-9._-]{1,250})\Z")
 _PREFIX = "region-"
@@ -81,6 +86,12 @@ class SharedRegions:
         file, or it is shorter.
         """
         path = self._path(name)
+        if len(self.list()) >= MAX_REGIONS:
+            raise InvalidRequestError(
+                f"there are {MAX_REGIONS} shared memory regions, which is the limit; unregister "
+                "some",
+                limit=MAX_REGIONS,
+            )
         file = _File(key)
         file.check(offset, byte_size)
         region = Region(name, key, offset, byte_size, file.identity)
@@ -88,7 +99,7 @@ class SharedRegions:
         try:
             new.write_text(json.dumps(asdict(region)), encoding="utf-8")
             path.hardlink_to(new)  # whole or not at all, and never over another
-            self._open[name] = (_registration(path.stat()), region, file)
+            self._remember(name, _registration(path.stat()), region, file)
         except FileExistsError:
             raise InvalidRequestError(
                 f"shared memory region '{name}' already in manager; unregister it first",
@@ -117,15 +128,18 @@ class SharedRegions:
         except FileNotFoundError:
             raise _not_found(name) from None
 
-    def span_to_write(self, placed: Placement) -> "Span":
-        """Return where these bytes lie; raises as `read` does, and where they are read-only."""
+    def span_to_write(self, placed: Placement, needed: int) -> "Span":
+        """Return where the first `needed` of these bytes lie.
+
+        Raises as `read` does, and where they are read-only.
+        """
         file, start = self._find(placed)
         if not file.is_writable:
             raise InvalidRequestError(
                 f"shared memory region '{placed.region}' cannot be written by this service",
                 region=placed.region,
             )
-        return Span(file.identity, start, start + placed.byte_size)
+        return Span(file.identity, start, start + needed)
 
     def read(self, placed: Placement) -> memoryview:
         """Return a copy of bytes of a region.
@@ -134,7 +148,7 @@ class SharedRegions:
         the file has become shorter.
         """
         file, start = self._find(placed)
-        buffer = memoryview(bytearray(placed.byte_size))
+        buffer = as_bytes(np.empty(placed.byte_size, np.uint8))
         done = 0
         while done < len(buffer):
             count = os.preadv(file.descriptor, [buffer[done:]], start + done)
@@ -171,7 +185,7 @@ class SharedRegions:
         if known is None or known[0] != registered:
             region = self.get(placed.region)
             known = (registered, region, _File(region.key, region.identity))
-            self._open[placed.region] = known
+            self._remember(placed.region, *known)
         _, region, file = known
         if placed.offset + placed.byte_size > region.byte_size:
             raise InvalidRequestError(
@@ -183,6 +197,15 @@ class SharedRegions:
         start = region.offset + placed.offset
         file.check(start, placed.byte_size)
         return file, start
+
+    def _remember(
+        self, name: str, registered: tuple[int, int], region: Region, file: "_File"
+    ) -> None:
+        """Keep a region open, and let go of those that were unregistered elsewhere meanwhile."""
+        for other in list(self._open):
+            if not self._path(other).exists():
+                self._open.pop(other, None)
+        self._open[name] = (registered, region, file)
 
     def _path(self, name: str) -> Path:
         digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16)
@@ -246,6 +269,8 @@ def _open(path: Path, key: str) -> tuple[int, bool]:
         except PermissionError:
             return os.open(path, os.O_RDONLY | flags), False
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise BusyError("too many files are open; try again in a second") from None
         raise InvalidRequestError(
             f"Unable to open shared memory region: '{key}': {error.strerror}"
         ) from None

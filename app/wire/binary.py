@@ -36,12 +36,15 @@ def _checked(array: Array, name: str) -> Floats:
 
 def encode_tensors(
     tensors: Mapping[str, Floats], dtype: str, metadata: Mapping[str, str] | None = None
-) -> bytes:
-    """Return a safetensors body of `tensors` as F32, F16 or BF16, rounded to nearest even."""
+) -> list[bytes | memoryview]:
+    """Return a safetensors body of `tensors`, in parts, as F32, F16 or BF16.
+
+    Those are rounded to nearest even; F32 is not copied.
+    """
     target = FLOAT_DTYPES[dtype]
     if dtype == "F32":
-        return safetensors.encode(tensors, metadata)
+        return safetensors.encode_parts(tensors, metadata)
     rounded = {name: np.empty(array.shape, target) for name, array in tensors.items()}
     for name, array in tensors.items():
         round_to(np.ascontiguousarray(array), rounded[name])
-    return safetensors.encode(rounded, metadata)
+    return safetensors.encode_parts(rounded, metadata)

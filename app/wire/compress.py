@@ -33,28 +33,21 @@ def decompress(body: bytes, coding: str, limit: int) -> bytes:
     Raises BodyTooLargeError as soon as that is more than `limit` bytes, MalformedBodyError where
     it is no such data, is cut off, or goes on behind its end.
     """
-    parts: list[bytes] = []
-    size = 0
-    rest = body
+    stream = zlib.decompressobj(_WINDOWS[coding])
     try:
-        while rest or not parts:
-            stream = zlib.decompressobj(_WINDOWS[coding])
-            part = stream.decompress(rest, limit - size + 1)
-            parts.append(part)
-            size += len(part)
-            if size > limit:
-                raise BodyTooLargeError(
-                    f"the body decompresses to more than {limit} bytes, which is the limit",
-                    limit_bytes=limit,
-                )
-            if not stream.eof:
-                raise MalformedBodyError(f"the {coding} body is cut off")
-            rest = stream.unused_data
-            if rest and coding == "deflate":
-                raise MalformedBodyError("the deflate body goes on behind its end")
+        plain = stream.decompress(body, limit + 1)
     except zlib.error as error:
         raise MalformedBodyError(f"the body is not {coding}: {error}") from None
-    return b"".join(parts)
+    if len(plain) > limit:
+        raise BodyTooLargeError(
+            f"the body decompresses to more than {limit} bytes, which is the limit",
+            limit_bytes=limit,
+        )
+    if not stream.eof:
+        raise MalformedBodyError(f"the {coding} body is cut off")
+    if stream.unused_data:
+        raise MalformedBodyError(f"the {coding} body goes on behind its end")
+    return plain
 
 
 def compress(body: bytes, coding: str) -> bytes:

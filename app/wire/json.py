@@ -43,28 +43,44 @@ def decode(body: bytes, what: str = "the body", hint: str = "") -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        try:
-            # The standard library also reads NaN, Infinity and 1e400, which many programs write:
-            # the check for finite numbers can then say where they are.
-            return json.loads(body.decode("utf-8"))
-        except (ValueError, RecursionError):
+        found = _decode_more(body)
+        if found is None:
             raise MalformedJsonError(f"{what} is not JSON{hint}: {error}") from None
+        return found
 
 
-def decode_tensor(value: Any, name: str, body: bytes) -> Floats:
+def _decode_more(body: bytes) -> Any:
+    """Return what the standard library reads as JSON and orjson does not; None for nothing.
+
+    NaN, Infinity and 1e400, which many programs write: the check for finite numbers can then say
+    where they are. Not half surrogate pairs, which nothing can write again.
+    """
+    if rb"\ud" in body.lower():
+        return None
+    try:
+        return json.loads(body.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+
+
+def may_hold_booleans(body: bytes) -> bool:
+    """Return whether a boolean may be among the numbers of `body`, which is then looked at."""
+    return b"true" in body or b"false" in body
+
+
+def decode_tensor(value: Any, name: str, *, has_booleans: bool) -> Floats:
     """Return nested lists as float32 (width,) or (rows, width).
 
-    `body` is the text that `value` was read from; it tells whether a boolean can be among the
-    numbers. Raises InvalidRequestError for anything but lists of numbers one or two deep,
-    RaggedInputError for rows of different lengths, NonFiniteInputError for a number beyond
-    float32.
+    `has_booleans` is what `may_hold_booleans` says of the text. Raises InvalidRequestError for
+    anything but lists of numbers one or two deep, RaggedInputError for rows of different lengths,
+    NonFiniteInputError for a number beyond float32.
     """
     if not isinstance(value, list):
         raise InvalidRequestError(
             f"{name!r} must be a list of numbers or a list of such lists, got {_kind(value)}",
             field=name,
         )
-    if b"true" in body or b"false" in body:
+    if has_booleans:
         _check_elements(value, name)
     array = _to_array(value, name)
     if array.ndim > 2:

@@ -29,9 +29,15 @@ DATATYPES: Mapping[str, np.dtype[Any]] = {
 }
 BYTES = "BYTES"
 
+Encoded = tuple[list[bytes | memoryview], int | None]
+"""A response's body in parts, and the length of its JSON where binary data follow."""
+
 _REGION = "shared_memory_region"
 _REGION_OFFSET = "shared_memory_offset"
 _REGION_SIZE = "shared_memory_byte_size"
+
+_MAX_DIMENSIONS = 8
+"""So that no product of a shape takes long."""
 
 _BINARY_ONLY = ("FP16", "BF16")
 _HINT = " (where binary data follow it, its length must be in Inference-Header-Content-Length)"
@@ -80,8 +86,8 @@ class InferRequest:
     """None: all, in the form that `is_binary` says."""
     is_binary: bool = False
     scale: float = 1.0
-    text: bytes = b""
-    """The JSON; it tells whether a boolean can be among numbers."""
+    has_booleans: bool = False
+    """Whether a boolean may be among the numbers of its JSON."""
 
 
 def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
@@ -124,7 +130,7 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
         [_decode_output(one, default=is_binary) for one in asked] if asked else None,
         is_binary,
         decode_weight(parameters.get("scale", 1.0), "parameters.scale"),
-        text,
+        json.may_hold_booleans(text),
     )
 
 
@@ -161,16 +167,18 @@ def check_floats(tensor: InferInput) -> np.dtype[Any]:
     return dtype
 
 
-def decode_floats(tensor: InferInput, content: memoryview | list[Any], text: bytes) -> Floats:
+def decode_floats(
+    tensor: InferInput, content: memoryview | list[Any], *, has_booleans: bool
+) -> Floats:
     """Return a tensor as float32 of its own shape, (width,) or (rows, width).
 
-    `text` is the request's JSON. Raises as `check_floats`, ShapeMismatchError where a JSON list
-    has another shape, NonFiniteInputError.
+    `has_booleans`: whether a boolean may be among numbers of the JSON. Raises as `check_floats`,
+    ShapeMismatchError where a JSON list has another shape, NonFiniteInputError.
     """
     name, shape = tensor.name, tensor.shape
     dtype = check_floats(tensor)
     if isinstance(content, list):
-        return _from_json(tensor, content, text)
+        return _from_json(tensor, content, has_booleans=has_booleans)
     floats = to_float32(np.frombuffer(content, dtype).reshape(shape))
     check_finite(floats, name)
     return floats
@@ -188,16 +196,21 @@ def decode_strings(tensor: InferInput, content: memoryview | list[Any]) -> list[
             f"inference input '{name}' data-type is '{tensor.datatype}', expected 'BYTES'",
             field=name,
         )
-    unpack = _json_strings if isinstance(content, list) else _binary_strings
-    found = unpack(content, name)
     if len(tensor.shape) not in (1, 2) or tensor.shape[1:] not in ((), (1,)):
         raise ShapeMismatchError(
             f"unexpected shape {text_of(tensor.shape)} for input '{name}'; expected [rows]",
             field=name,
         )
-    if len(found) != tensor.shape[0]:
+    count = tensor.shape[0]
+    found = (
+        _json_strings(content, name)
+        if isinstance(content, list)
+        else _binary_strings(content, name, count + 1)
+    )
+    if len(found) != count:
+        got = str(len(found)) if len(found) < count else f"more than {count}"
         raise ShapeMismatchError(
-            f"input '{name}' has {len(found)} elements, but its shape is {text_of(tensor.shape)}",
+            f"input '{name}' has {got} elements, but its shape is {text_of(tensor.shape)}",
             field=name,
         )
     return found
@@ -205,7 +218,7 @@ def decode_strings(tensor: InferInput, content: memoryview | list[Any]) -> list[
 
 def encode_response(
     model: str, version: str, request_id: str, outputs: Sequence[tuple[InferOutput, Floats]]
-) -> tuple[bytes, int | None]:
+) -> Encoded:
     """Return a response's body, and the length of its JSON where binary data follows.
 
     Outputs are FP32. One that is placed in shared memory is only described. Raises
@@ -235,14 +248,20 @@ def encode_response(
     fields = {"model_name": model, "model_version": version, "outputs": described}
     text = json.encode({"id": request_id, **fields} if request_id else fields)
     if not any(one.is_binary and one.placed is None for one, _ in outputs):
-        return text, None
-    return b"".join([text, *data]), len(text)
+        return [text], None
+    return [text, *data], len(text)
 
 
 def _decode_input(value: Any, body: memoryview, start: int) -> tuple[InferInput, int]:
     """Return an input, and where its data in `body`, from `start`, ends."""
     name = _string(value.get("name"), "an input's name")
     shape = value.get("shape")
+    if _is_list_of(int, shape) and len(shape) > _MAX_DIMENSIONS:
+        raise ShapeMismatchError(
+            f"unexpected shape of {len(shape)} dimensions for input '{name}'; expected "
+            "[rows, width] or [width]",
+            field=name,
+        )
     if not _is_list_of(int, shape) or not all(0 <= one < 2**48 for one in shape):
         raise InvalidRequestError(
             f"the shape of input '{name}' must be a list of its true numbers, none negative",
@@ -303,7 +322,7 @@ def _decode_placed(parameters: Mapping[str, Any], name: str) -> Placement | None
     )
 
 
-def _from_json(tensor: InferInput, content: list[Any], text: bytes) -> Floats:
+def _from_json(tensor: InferInput, content: list[Any], *, has_booleans: bool) -> Floats:
     name = tensor.name
     if tensor.datatype in _BINARY_ONLY:
         raise InvalidRequestError(
@@ -311,7 +330,7 @@ def _from_json(tensor: InferInput, content: list[Any], text: bytes) -> Floats:
             f"data format for input '{name}'",
             field=name,
         )
-    floats = json.decode_tensor(content, name, text)
+    floats = json.decode_tensor(content, name, has_booleans=has_booleans)
     flat = floats.ndim == 1 and floats.size == math.prod(tensor.shape)
     if not flat and floats.shape != tensor.shape:
         raise ShapeMismatchError(
@@ -322,19 +341,19 @@ def _from_json(tensor: InferInput, content: list[Any], text: bytes) -> Floats:
     return floats.reshape(tensor.shape)
 
 
-def _json_strings(content: Any, name: str) -> list[str]:
+def _json_strings(content: list[Any], name: str) -> list[str]:
     flat = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in content]
     if not _is_list_of(str, flat):
         raise InvalidRequestError(f"the data of input '{name}' must be strings", field=name)
     return flat
 
 
-def _binary_strings(content: Any, name: str) -> list[str]:
-    """Return strings that each have their length in four bytes before them."""
-    found = []
+def _binary_strings(content: memoryview, name: str, most: int) -> list[str]:
+    """Return at most so many strings, each behind its length in four bytes."""
+    found: list[str] = []
     start = 0
     try:
-        while start < len(content):
+        while start < len(content) and len(found) < most:
             (length,) = struct.unpack_from("<I", content, start)
             start += 4 + length
             if start > len(content):

@@ -26,15 +26,15 @@ def sets_of_metadata(metadata: Mapping[str, str]) -> Any:
     return None if text is None else json.decode(text.encode(), where)
 
 
-def check_rows(stacks: Sequence[Stack], inputs: Floats) -> None:
-    """Raise ShapeMismatchError unless there is one stack per row of `inputs`."""
+def check_rows(sets: Sequence[Any], inputs: Floats) -> None:
+    """Raise ShapeMismatchError unless there is one entry per row of `inputs`."""
     rows = count_rows(inputs)
-    if len(stacks) != rows:
+    if len(sets) != rows:
         raise ShapeMismatchError(
-            f"the length of 'sets' is {len(stacks)}, but 'inputs' is a batch of {rows}; give one "
+            f"the length of 'sets' is {len(sets)}, but 'inputs' is a batch of {rows}; give one "
             "entry per row (null for no adapter)",
             field=SETS,
-            got=len(stacks),
+            got=len(sets),
             expected=rows,
         )
 

@@ -49,7 +49,7 @@ def decode_one(form: Form, body: bytes, max_header_bytes: int, module: str) -> B
     if form is Form.JSON:
         fields = _fields(body, _TENSORS | {SETS})
         sets = fields.pop(SETS, None)
-        found = {name: json.decode_tensor(one, name, body) for name, one in fields.items()}
+        found = _arrays(fields, body)
     else:
         found, metadata = binary.decode_tensors(body, max_header_bytes)
         sets = sets_of_metadata(metadata)
@@ -75,8 +75,7 @@ def decode_many(form: Form, body: bytes, max_header_bytes: int, modules: list[st
     if form is not Form.JSON:
         return _split(tensors, stack) if not modules else _shared(tensors, modules, stack)
     if modules:
-        shared = {name: json.decode_tensor(one, name, body) for name, one in fields.items()}
-        return _shared(shared, modules, stack)
+        return _shared(_arrays(fields, body), modules, stack)
     for name, value in fields.items():
         if not isinstance(value, dict):
             raise InvalidRequestError(
@@ -84,9 +83,10 @@ def decode_many(form: Form, body: bytes, max_header_bytes: int, modules: list[st
                 'or send {"inputs": {"q_proj": [[…]]}}',
                 field=name,
             )
+    has_booleans = json.may_hold_booleans(body)
     decoded = {
         name: {
-            module: json.decode_tensor(batch, f"{name}.{module}", body)
+            module: json.decode_tensor(batch, f"{name}.{module}", has_booleans=has_booleans)
             for module, batch in value.items()
         }
         for name, value in fields.items()
@@ -104,7 +104,7 @@ def decode_mixed(form: Form, body: bytes, max_header_bytes: int) -> MixedBatch:
     if form is Form.JSON:
         fields = _fields(body, _TENSORS | {MODULE, SETS})
         module, sets = fields.pop(MODULE, None), fields.pop(SETS, None)
-        tensors = {name: json.decode_tensor(one, name, body) for name, one in fields.items()}
+        tensors = _arrays(fields, body)
     else:
         tensors, metadata = binary.decode_tensors(body, max_header_bytes)
         _check_names(tensors)
@@ -119,9 +119,17 @@ def decode_mixed(form: Form, body: bytes, max_header_bytes: int) -> MixedBatch:
             '{"set": name, "weight": number}',
             field=SETS,
         )
+    check_rows(sets, tensors[INPUTS])
     stacks = [decode_row(one, f"{SETS}[{row}]") for row, one in enumerate(sets)]
-    check_rows(stacks, tensors[INPUTS])
     return MixedBatch(module, stacks, tensors[INPUTS], tensors.get(BASE_OUTPUTS))
+
+
+def _arrays(fields: Mapping[str, Any], body: bytes) -> dict[str, Floats]:
+    has_booleans = json.may_hold_booleans(body)
+    return {
+        name: json.decode_tensor(one, name, has_booleans=has_booleans)
+        for name, one in fields.items()
+    }
 
 
 def _shared(tensors: Mapping[str, Floats], modules: list[str], stack: Stack) -> Batches:
@@ -161,8 +169,8 @@ def _check_names(tensors: Mapping[str, Any]) -> None:
 
 def encode_outputs(
     form: Form, outputs: Floats | Mapping[str, Floats], about: Mapping[str, Any], dtype: str
-) -> bytes:
-    """Return an answer: `about` and the outputs, as JSON or as safetensors of `dtype`.
+) -> list[bytes | memoryview]:
+    """Return an answer in parts: `about` and the outputs, as JSON or as safetensors of `dtype`.
 
     In binary, `about` is the metadata, and one array is the tensor `outputs`. Raises
     NonFiniteOutputError where JSON cannot carry a sum that overflowed float32.
@@ -173,7 +181,7 @@ def encode_outputs(
         return binary.encode_tensors(named, dtype, metadata)
     for name, array in named.items():
         check_json_output(name, array)
-    return json.encode({**about, OUTPUTS: outputs})
+    return [json.encode({**about, OUTPUTS: outputs})]
 
 
 def check_json_output(name: str, array: Floats) -> None:

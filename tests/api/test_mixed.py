@@ -276,3 +276,16 @@ def test_dora_rows_beside_others(based, rng):
         body = safetensors.encode({"inputs": x, "base_outputs": wx}, metadata)
         answer = based.post("/v1/apply", content=body, headers={"Content-Type": BINARY})
         assert_problem(answer, 422, "unsupported_adapter")
+
+
+def test_a_module_that_takes_nothing(client):
+    client.post("/v1/sets", json={"name": "z"})
+    client.put("/v1/sets/z/adapters/m", json={"d_in": 0, "d_out": 3})
+    body = {"module": "m", "sets": ["z"], "inputs": [[]]}
+    assert client.post("/v1/apply", json=body).json()["outputs"] == [[0.0, 0.0, 0.0]]
+
+
+def test_an_unknown_query_parameter_is_named(several):
+    body = {"inputs": [0.0] * 64}
+    answer = several.post(f"/v1/sets/small/adapters/{Q_PROJ}/apply?scael=2", json=body)
+    assert "'scael'" in assert_problem(answer, 422, "invalid_request")["detail"]

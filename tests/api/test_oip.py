@@ -574,3 +574,50 @@ def test_a_limit_on_the_json(settings):
         post = "/v2/models/s/infer"
         error_of(client.post(post, content=b" " * 1001), 400, "1001 bytes")
         error_of(client.post(post, content=b" " * 5001), 400, "5001 bytes")
+
+
+def test_shapes_of_many_dimensions_cost_nothing(loaded):
+    client, _ = loaded
+    body = {"inputs": [described(shape=[2**48 - 1] * 80_000, data=[])]}
+    error_of(client.post("/v2/models/plain/infer", json=body), 400, "80000 dimensions")
+
+
+def test_many_members_and_many_names_cost_nothing(loaded):
+    client, _ = loaded
+    post = "/v2/models/plain/infer"
+    members = gzip.compress(b"") * 100_000
+    error_of(
+        client.post(post, content=members, headers={"Content-Encoding": "gzip"}), 400, "behind"
+    )
+    header = {"name": "sets", "shape": [3], "datatype": "BYTES"}
+    header["parameters"] = {"binary_data_size": 60 << 20}
+    text = json.dumps({"inputs": [header, described(data=[1.0] * 64)]}).encode()
+    packed = gzip.compress(text + bytes(60 << 20))
+    headers = {"Content-Encoding": "gzip", LENGTH: str(len(text))}
+    answer = client.post("/v2/models/mixed/infer", content=packed, headers=headers)
+    error_of(answer, 400, "more than 3 elements")
+
+
+def test_half_surrogates_are_refused_as_orjson_does(loaded):
+    client, _ = loaded
+    for text in (
+        '{"id": "\\ud800", "inputs": []}',
+        '{"inputs": [{"name": "sets", "shape": [1], "datatype": "BYTES", "data": ["[\\ud800"]}]}',
+    ):
+        error_of(client.post("/v2/models/mixed/infer", content=text), 400, "JSON")
+
+
+def test_counts_that_come_late_do_not_erase_newer_ones(tmp_path):
+    from app.storage.counts import CountFile, Counts
+
+    counts = CountFile(tmp_path)
+    one = Counts(success_count=1, rows=2)
+    counts.add("s", "a-1", "2026-01-01", 5, one)
+    counts.add("s", "a-2", "2026-01-02", 6, one)
+    counts.add("s", "a-1", "2026-01-01", 7, one)
+    counts.add("s", "a-2", "2026-01-02", 8, one)
+    assert counts.read({"s": "a-2"})["s"].rows == 4
+    for number in range(3000):  # grows beyond its first rows
+        counts.add(f"t{number}", "b", "", 1, one)
+    found = counts.read({f"t{number}": "b" for number in range(3000)})
+    assert {total.success_count for total in found.values()} == {1}

@@ -356,3 +356,9 @@ def test_a_restart_keeps_the_sets(client, settings, tmp_path):
     again = create_app(Settings(store=settings.store))
     record = again.state.context.store.read("my-adapter").record
     assert record.etag == etag
+
+
+def test_an_upload_may_name_very_many_target_modules(client, rng):
+    config = peft_config(target_modules=["q_proj", *(f"m{number}" for number in range(2000))])
+    assert upload_parts(client, "many", config, peft_tensors(rng)).status_code == 201
+    assert len(client.get("/v1/sets/many").json()["config"]["target_modules"]) == 2001

@@ -319,3 +319,19 @@ def test_descriptors_are_given_back(local):
     assert len(os.listdir("/proc/self/fd")) < before + 10
     assert not list(Path("/dev/shm").glob("bonsai-test-*"))
     assert client.get("/v2/systemsharedmemory/status").json() == []
+
+
+def test_a_refusal_leaves_shared_memory_as_it_was(local):
+    _, server = local
+    k_proj = Q_PROJ.replace("q_proj", "k_proj")
+    size = 4 * 128
+    with memory(4096) as (handle, key):
+        server.register_system_shared_memory("r", key, 4096)
+        x = np.ones((1, 64), np.float32)
+        before = bytes(handle._mpsm_handle.buf)
+        beyond = [output(Q_PROJ, "r", size), output(k_proj, "r", 1 << 20, offset=size)]
+        refused(lambda: server.infer("plain", [tensor("x", x)], outputs=beyond), 400, "offset")
+        huge = np.full((1, 64), 3e38, np.float32)
+        half = [output(Q_PROJ, "r", size), triton.InferRequestedOutput(k_proj, binary_data=False)]
+        refused(lambda: server.infer("plain", [tensor("x", huge)], outputs=half), 400, "overflows")
+        assert bytes(handle._mpsm_handle.buf) == before

@@ -1,23 +1,32 @@
-"""Apply adapters to batches of vectors (contract, sections 3 and 4)."""
+"""Apply adapters to batches of vectors.
 
-from collections.abc import Callable
+The operations are declared here to the framework, for its document, and answered by the functions
+below them, which `app/api/hot.py` calls.
+"""
+
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Query, Response
 
 from app.api import schemas
-from app.api.body import body_form, read_body
-from app.api.deps import Context, InContext, ModuleName, SetName
-from app.api.openapi import APPLY_ERRORS, problems, tensor_answer, tensor_body
+from app.api.call import Buffer, Call, answer_options
+from app.api.deps import Context, ModuleName, SetName
+from app.api.hot import HotRoute
+from app.api.openapi import APPLY_ERRORS, answered_before, problems, tensor_answer, tensor_body
 from app.core.adapter import LoraAdapter
 from app.service.apply import is_small, shares_of, stacked_shares, total_rows, versions_of
 from app.service.sets import get_adapter
-from app.wire.media import Form, answer_form, check_answer_dtype
+from app.wire.media import Form
 from app.wire.stacks import MAX_SCALE
 from app.wire.tensors import decode_many, decode_mixed, decode_one, encode_outputs
 
 router = APIRouter(tags=["apply"])
+
+ONE = "/v1/sets/{set}/adapters/{module}/apply"
+MANY = "/v1/sets/{set}/apply"
+MIXED = "/v1/apply"
 
 _FORMS = (Form.JSON, Form.BINARY)
 
@@ -30,7 +39,7 @@ Scale = Annotated[
 
 
 @router.post(
-    "/v1/sets/{set}/adapters/{module}/apply",
+    ONE,
     operation_id="apply_adapter",
     summary="Apply one adapter to a batch of vectors",
     response_class=Response,
@@ -39,21 +48,26 @@ Scale = Annotated[
     ),
     responses=tensor_answer(schemas.ApplyAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
 )
+@answered_before
 async def apply_one(
-    request: Request,
-    context: InContext,
-    name: SetName,
-    module: ModuleName,
-    dtype: AnswerDtype = None,
-    scale: Scale = 1.0,
-) -> Response:
+    name: SetName, module: ModuleName, dtype: AnswerDtype = None, scale: Scale = 1.0
+) -> None:
     """Answers scaling · B·A·x for each row x; add it to the base layer's output. The binary form
-    is a safetensors body with the tensor `inputs`, answered by the tensor `outputs`.
+    is a safetensors body with the tensor `inputs`, answered by the tensor `outputs`. `sets` stacks
+    further sets on top, each with its weight (binary: as JSON in the metadata); naming the path's
+    own set there gives it a weight too.
     """
+
+
+async def answer_one(context: Context, call: Call, name: str, module: str) -> None:
+    """Answer `apply_one`."""
     stored = context.store.read(name)
     adapter = get_adapter(stored, module)
+    query = call.query("dtype", "scale")
+    taken, given = call.forms(_FORMS)
+    dtype, scale = answer_options(query, given)
 
-    def compute(body: bytes, taken: Form, given: Form, answer_dtype: str) -> bytes:
+    def compute(body: bytes) -> Sequence[Buffer]:
         batches = decode_one(taken, body, context.limits.max_header_bytes, module)
         shares = stacked_shares(stored, batches.stack, scale, context.store.read)
         outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
@@ -61,13 +75,13 @@ async def apply_one(
         about: dict[str, Any] = {"set": name, "module": module, "version": stored.record.version}
         if batches.stack:
             about["versions"] = versions_of(shares)
-        return encode_outputs(given, outputs[module], about, answer_dtype)
+        return encode_outputs(given, outputs[module], about, dtype)
 
-    return await _answer(request, context, dtype, compute, adapter)
+    await _answer(context, call, taken, given, compute, adapter)
 
 
 @router.post(
-    "/v1/sets/{set}/apply",
+    MANY,
     operation_id="apply_many",
     summary="Apply many adapters of a set in one request",
     response_class=Response,
@@ -78,38 +92,44 @@ async def apply_one(
     ),
     responses=tensor_answer(schemas.ApplyManyAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
 )
+@answered_before
 async def apply_many(
-    request: Request,
-    context: InContext,
     name: SetName,
     module: Annotated[
         list[str] | None, Query(description="modules that all get the one batch `inputs`")
     ] = None,
     dtype: AnswerDtype = None,
     scale: Scale = 1.0,
-) -> Response:
+) -> None:
     """Each module gets its own inputs (binary: a tensor of its name), or all named by `module`
     get the same. All outputs come from one version of the set. `sets` stacks further sets on top,
     each with its weight (binary: as JSON in the metadata); naming the path's own set there gives
     it a weight too.
     """
-    stored = context.store.read(name)
 
-    def compute(body: bytes, taken: Form, given: Form, answer_dtype: str) -> bytes:
-        batches = decode_many(taken, body, context.limits.max_header_bytes, module or [])
+
+async def answer_many(context: Context, call: Call, name: str) -> None:
+    """Answer `apply_many`."""
+    stored = context.store.read(name)
+    query = call.query("dtype", "scale", "module")
+    taken, given = call.forms(_FORMS)
+    dtype, scale = answer_options(query, given)
+
+    def compute(body: bytes) -> Sequence[Buffer]:
+        batches = decode_many(taken, body, context.limits.max_header_bytes, query.get("module", []))
         shares = stacked_shares(stored, batches.stack, scale, context.store.read)
         outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
         context.metrics.rows_applied.inc(total_rows(batches.inputs))
         about: dict[str, Any] = {"set": name, "version": stored.record.version}
         if batches.stack:
             about["versions"] = versions_of(shares)
-        return encode_outputs(given, outputs, about, answer_dtype)
+        return encode_outputs(given, outputs, about, dtype)
 
-    return await _answer(request, context, dtype, compute, None)
+    await _answer(context, call, taken, given, compute, None)
 
 
 @router.post(
-    "/v1/apply",
+    MIXED,
     operation_id="apply_mixed",
     summary="Apply a different set to each row of a batch",
     response_class=Response,
@@ -124,18 +144,21 @@ async def apply_many(
     ),
     responses=tensor_answer(schemas.ApplyMixedAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
 )
-async def apply_mixed(
-    request: Request,
-    context: InContext,
-    dtype: AnswerDtype = None,
-    scale: Scale = 1.0,
-) -> Response:
+@answered_before
+async def apply_mixed(dtype: AnswerDtype = None, scale: Scale = 1.0) -> None:
     """`sets` says for each row which set it goes through: a name, null for none (its delta is
     zero), or a list of sets with weights whose deltas are added. Ranks may differ. In binary,
     `module` and `sets` are JSON in the metadata. Each set takes part with one version.
     """
 
-    def compute(body: bytes, taken: Form, given: Form, answer_dtype: str) -> bytes:
+
+async def answer_mixed(context: Context, call: Call) -> None:
+    """Answer `apply_mixed`."""
+    query = call.query("dtype", "scale")
+    taken, given = call.forms(_FORMS)
+    dtype, scale = answer_options(query, given)
+
+    def compute(body: bytes) -> Sequence[Buffer]:
         batch = decode_mixed(taken, body, context.limits.max_header_bytes)
         module, inputs = batch.module, {batch.module: batch.inputs}
         base_outputs = {} if batch.base_outputs is None else {module: batch.base_outputs}
@@ -143,27 +166,32 @@ async def apply_mixed(
         outputs = context.applier.apply(shares, inputs, base_outputs)
         context.metrics.rows_applied.inc(total_rows(inputs))
         about = {"module": module, "versions": versions_of(shares)}
-        return encode_outputs(given, outputs[module], about, answer_dtype)
+        return encode_outputs(given, outputs[module], about, dtype)
 
-    return await _answer(request, context, dtype, compute, None)
+    await _answer(context, call, taken, given, compute, None)
+
+
+HOT_ROUTES = [
+    HotRoute(ONE, answer_one),
+    HotRoute(MANY, answer_many),
+    HotRoute(MIXED, answer_mixed),
+]
 
 
 async def _answer(
-    request: Request,
     context: Context,
-    dtype: str | None,
-    compute: Callable[[bytes, Form, Form, str], bytes],
+    call: Call,
+    taken: Form,
+    given: Form,
+    compute: Callable[[bytes], Sequence[Buffer]],
     adapter: LoraAdapter | None,
-) -> Response:
-    """Read the body, compute in the right place, and answer in the form that the caller wants."""
-    taken = body_form(request, _FORMS)
-    given = answer_form(request.headers.get("accept"), taken, _FORMS)
-    answer_dtype = check_answer_dtype(dtype, given)
+) -> None:
+    """Read the body, compute in the right place, and answer."""
     limits = context.limits
     with context.pool.admit():
-        limit = limits.max_json_bytes if taken is Form.JSON else limits.max_body_bytes
-        body = await read_body(request, limit)
-        work = partial(compute, body, taken, given, answer_dtype)
+        body = await call.body(
+            limits.max_json_bytes if taken is Form.JSON else limits.max_body_bytes
+        )
         small = adapter is not None and is_small(adapter, len(body), taken, given)
-        content = await context.pool.run(work, inline=small)
-    return Response(content, media_type=given.value)
+        parts = await context.pool.run(partial(compute, body), inline=small)
+    await call.answer(parts, given.value)

@@ -16,8 +16,11 @@ from pydantic import BaseModel
 
 from app.api import schemas
 from app.api.body import check_length, parse_model, read_body
+from app.api.call import Call
 from app.api.deps import Context, InContext
+from app.api.hot import HotRoute
 from app.api.openapi import (
+    answered_before,
     empty_answer,
     infer_answer,
     infer_body,
@@ -25,7 +28,7 @@ from app.api.openapi import (
     optional_body,
     version_parameter,
 )
-from app.errors import MalformedBodyError, UnsupportedFeatureError
+from app.errors import BonsaiLoraError, MalformedBodyError, UnsupportedFeatureError
 from app.service import models
 from app.service.infer import (
     MIXED,
@@ -34,17 +37,16 @@ from app.service.infer import (
     find_model,
     is_light,
     raw_request,
-    rows_of,
 )
 from app.storage.counts import Counts
 from app.storage.regions import Region
 from app.wire.compress import coding_of, compress, decompress, wanted_coding
 from app.wire.media import Form
-from app.wire.oip import InferRequest, decode_request
+from app.wire.oip import Encoded, InferRequest, decode_request
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
-HEADER_LENGTH = "Inference-Header-Content-Length"
+HEADER_LENGTH = b"inference-header-content-length"
 INLINE_BYTES = 1 << 17
 """Longest body whose JSON is read on the event loop."""
 
@@ -198,35 +200,45 @@ async def get_model_statistics(context: InContext, model: FoundModel) -> schemas
     openapi_extra=infer_body() | version_parameter(),
     responses=infer_answer() | oip_errors(400, 404, 503),
 )
-async def infer(request: Request, context: InContext, model: FoundModel) -> Response:
+@answered_before
+async def infer(model: ModelPath) -> None:
     """An input named like a module feeds that module, and gives an output of its name; `x` feeds
     every module named in `outputs` (without `outputs`: every module that it fits). On the model
     `mixed`, the BYTES input `sets` names a set for each row. The parameter `scale` is a factor on
     everything that is added. Binary data, compression and shared memory as in Triton.
     """
-    coding = coding_of(request.headers.get("content-encoding"))
-    header_length = _header_length(request)
+
+
+async def answer_infer(context: Context, call: Call, name: str, version: str | None = None) -> None:
+    """Answer `infer`, and count what it cost."""
+    model = find_model(context.store, name, version)
+    coding = coding_of(call.header(b"content-encoding"))
+    header_length = _header_length(call)
     counts = Counts()
     started = time.perf_counter_ns()
     try:
         with context.pool.admit():
-            body = await read_body(request, context.limits.max_body_bytes)
-            content, length = await _run(context, model, body, coding, header_length, counts)
-        counts.success_count, counts.success_ns = 1, time.perf_counter_ns() - started
-    except Exception:
-        counts = Counts(fail_count=1, fail_ns=time.perf_counter_ns() - started)
+            body = await call.body(context.limits.max_body_bytes)
+            parts, length = await _run(context, model, body, coding, header_length, counts)
+    except BonsaiLoraError:
+        failed = Counts(fail_count=1, fail_ns=time.perf_counter_ns() - started)
+        context.counts.add(*model.counted_as, time.time_ns() // 1_000_000, failed)
         raise
-    finally:
-        now_ms = time.time_ns() // 1_000_000
-        context.counts.add(model.name, model.content, now_ms, counts)
+    counts.success_count, counts.success_ns = 1, time.perf_counter_ns() - started
+    context.counts.add(*model.counted_as, time.time_ns() // 1_000_000, counts)
     context.metrics.rows_applied.inc(counts.rows)
-    headers = {} if length is None else {HEADER_LENGTH: str(length)}
-    wanted = wanted_coding(request.headers.get("accept-encoding"))
+    headers = [] if length is None else [(HEADER_LENGTH, b"%d" % length)]
+    wanted = wanted_coding(call.header(b"accept-encoding"))
     if wanted is not None:
-        content = await context.pool.run(partial(compress, content, wanted))
-        headers["Content-Encoding"] = wanted
-    media = Form.JSON if length is None else Form.RAW
-    return Response(content, headers=headers, media_type=media.value)
+        parts = [await context.pool.run(partial(compress, b"".join(parts), wanted))]
+        headers.append((b"content-encoding", wanted.encode()))
+    await call.answer(parts, (Form.JSON if length is None else Form.RAW).value, headers)
+
+
+HOT_ROUTES = [
+    HotRoute("/v2/models/{model}/infer", answer_infer),
+    HotRoute("/v2/models/{model}/versions/{version}/infer", answer_infer),
+]
 
 
 @router.post(
@@ -353,7 +365,7 @@ async def _run(
     coding: str | None,
     header_length: int | None,
     counts: Counts,
-) -> tuple[bytes, int | None]:
+) -> Encoded:
     """Decode and infer: on the event loop where it is little work, else in a thread."""
     limits, inference = context.limits, context.inference
 
@@ -369,7 +381,7 @@ async def _run(
         asked = _timed(decode, counts)
     queued = time.perf_counter_ns()
 
-    def work() -> tuple[bytes, int | None]:
+    def work() -> Encoded:
         counts.queue_ns = time.perf_counter_ns() - queued
         return inference.infer(model, asked or _timed(decode, counts), counts)
 
@@ -377,20 +389,21 @@ async def _run(
 
 
 def _timed(decode: Callable[[], InferRequest], counts: Counts) -> InferRequest:
-    """Return what `decode` gives; its time and the request's rows are counted."""
+    """Return what `decode` gives; its time is counted."""
     started = time.perf_counter_ns()
     asked = decode()
     counts.input_ns += time.perf_counter_ns() - started
-    counts.rows = rows_of(asked)
     return asked
 
 
-def _header_length(request: Request) -> int | None:
-    given = request.headers.get(HEADER_LENGTH)
+def _header_length(call: Call) -> int | None:
+    given = call.header(HEADER_LENGTH)
     if given is None:
         return None
     if not (given.isascii() and given.isdigit() and len(given) < 16):
-        raise MalformedBodyError(f"{HEADER_LENGTH} is {given[:100]!r}, expected a number of bytes")
+        raise MalformedBodyError(
+            f"Inference-Header-Content-Length is {given[:100]!r}, expected a number of bytes"
+        )
     return int(given)
 
 
