@@ -11,7 +11,7 @@ from app.core.adapter import LoraAdapter
 from app.core.config import LoraConfig
 
 SHAPES = [(4096, 4096, 8), (4096, 12288, 16), (12288, 4096, 64), (4096, 1024, 16)]
-ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
+ROWS = [1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256]
 
 
 def peak_gflops() -> float:

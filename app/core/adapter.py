@@ -6,11 +6,15 @@ from typing import Literal
 
 import numpy as np
 
-from app.core.cast import FLOAT32, Array, Floats, to_float32
+from app.core.cast import FLOAT32, Array, Floats, count_rows, to_float32
 from app.core.config import LoraConfig
 from app.core.kaiming import kaiming_uniform
+from app.core.layout import ROOM, column_major
 from app.core.merge import blocks, merge_rows
 from app.errors import ShapeMismatchError
+
+GEMM_ROWS = 4
+"""Fewer rows go one by one through a matrix-vector product: the large matrix is read in order."""
 
 LayerKind = Literal["linear", "embedding"]
 """linear: the base weight is (d_out, d_in); embedding: it is stored (d_in, d_out)."""
@@ -45,36 +49,44 @@ class LoraAdapter:
         b_matrix = np.broadcast_to(np.float32(0), (d_out, config.rank))
         return cls(config, a_matrix, b_matrix, config.scaling)
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """r, as the matrices have it."""
         return int(self.a_matrix.shape[0])
 
-    @property
+    @cached_property
     def d_in(self) -> int:
         """Width of the inputs."""
         return int(self.a_matrix.shape[1])
 
-    @property
+    @cached_property
     def d_out(self) -> int:
         """Width of the outputs."""
         return int(self.b_matrix.shape[0])
 
-    @cached_property
+    @property
     def factors(self) -> tuple[Floats, Floats]:
-        """A (r, d_in) and B (d_out, r) as float32; the arrays themselves where they are that."""
-        return to_float32(self.a_matrix), to_float32(self.b_matrix)
+        """A (r, d_in) and B (d_out, r) as float32.
+
+        Kept column by column where there is room for such copies; else the arrays themselves, or
+        casts that are made anew each time.
+        """
+        made: tuple[Floats, Floats] | None = self.__dict__.get("_laid_out")
+        if made is None:
+            if not ROOM.take(self, 4 * (self.a_matrix.size + self.b_matrix.size)):
+                return to_float32(self.a_matrix), to_float32(self.b_matrix)
+            made = column_major(self.a_matrix), column_major(self.b_matrix)
+            self.__dict__["_laid_out"] = made
+        return made
 
     @property
-    def is_ready(self) -> bool:
-        """Whether `factors` costs nothing: it was asked for before, or copies nothing."""
-        return "factors" in self.__dict__ or self.a_matrix.dtype == self.b_matrix.dtype == FLOAT32
+    def is_laid_out(self) -> bool:
+        """Whether `factors` has its copies already, or reads a file first."""
+        return "_laid_out" in self.__dict__
 
     def copied_bytes(self) -> int:
-        """Return the bytes of float32 copies that `factors` has made so far."""
-        made = self.__dict__.get("factors", ())
-        own = (self.a_matrix, self.b_matrix)
-        return sum(copy.nbytes for copy, one in zip(made, own, strict=False) if copy is not one)
+        """Return the bytes of copies that `factors` keeps."""
+        return sum(one.nbytes for one in self.__dict__.get("_laid_out", ()))
 
     def apply(self, x: Floats, weight: float | Floats = 1.0) -> Floats:
         """Return weight * scaling * ((x A^T) B^T + bias) as float32, (n, d_in) -> (n, d_out).
@@ -93,9 +105,9 @@ class LoraAdapter:
         a_matrix, b_matrix = self.factors
         with np.errstate(over="ignore", invalid="ignore"):  # sums beyond float32 are infinite
             factor = self._factor(weight)
-            hidden: Floats = x @ a_matrix.T  # (n, r)
+            hidden = _down(x, a_matrix)  # (n, r)
             hidden *= factor
-            outputs: Floats = hidden @ b_matrix.T  # (n, d_out)
+            outputs: Floats = np.dot(hidden, b_matrix.T)  # (n, d_out)
             if self.bias is not None:
                 outputs += factor * to_float32(self.bias)
         return outputs
@@ -143,3 +155,18 @@ class LoraAdapter:
         for rows, columns in blocks(self.d_out, self.d_in):
             block = weights[rows, columns]
             merge_rows(block, a_matrix[:, columns], b_matrix[rows], self.scaling, out=block)
+
+
+def _down(x: Floats, a_matrix: Floats) -> Floats:
+    """Return x A^T, (d_in,) -> (r,) or (n, d_in) -> (n, r)."""
+    rows = count_rows(x)
+    if rows < 2 or rows >= 2 * GEMM_ROWS or rows == GEMM_ROWS:
+        product: Floats = np.dot(x, a_matrix.T)
+        return product
+    hidden = np.empty((rows, len(a_matrix)), FLOAT32)
+    together = rows - rows % GEMM_ROWS
+    if together:
+        np.dot(x[:together], a_matrix.T, out=hidden[:together])
+    for row in range(together, rows):
+        np.dot(a_matrix, x[row], out=hidden[row])
+    return hidden

@@ -19,7 +19,7 @@ BASE_OUTPUTS = "base_outputs"
 _TENSORS = frozenset({INPUTS, BASE_OUTPUTS})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Batches:
     """What an apply was given: vectors by module, and W x by module where they were sent."""
 
@@ -177,7 +177,9 @@ def encode_outputs(
     """
     named = outputs if isinstance(outputs, Mapping) else {OUTPUTS: outputs}
     if form is not Form.JSON:
-        metadata = {key: one if isinstance(one, str) else dumps(one) for key, one in about.items()}
+        metadata = {
+            key: dumps(one) if type(one) is dict else str(one) for key, one in about.items()
+        }
         return binary.encode_tensors(named, dtype, metadata)
     for name, array in named.items():
         check_json_output(name, array)
