@@ -5,7 +5,8 @@ from urllib.parse import parse_qsl
 
 from starlette.types import Receive, Scope, Send
 
-from app.api.body import check_coding, read_all
+from app.api.body import check_coding, check_length, read_all
+from app.api.direct import direct_body
 from app.errors import InvalidRequestError
 from app.wire.media import Form, answer_form, check_answer_dtype, request_form
 from app.wire.stacks import MAX_SCALE
@@ -65,8 +66,25 @@ class Call:
 
     async def body(self, limit: int) -> bytes:
         """Return the whole body; raises BodyTooLargeError over `limit` bytes."""
+        return await read_all(self._receive, self._declared(limit), limit)
+
+    async def long_body(self, limit: int, stall_seconds: float) -> Buffer:
+        """Return the whole body as `body` does, without copies where the server can do that.
+
+        Raises StalledError too.
+        """
+        direct = direct_body(self._scope)
+        declared = self._declared(limit)
+        if direct is None:
+            return await read_all(self._receive, declared, limit)
+        return await direct.read(stall_seconds)
+
+    def _declared(self, limit: int) -> int | None:
         declared = self._headers.get(b"content-length")
-        return await read_all(self._receive, None if declared is None else int(declared), limit)
+        if declared is None:
+            return None
+        check_length(int(declared), limit)
+        return int(declared)
 
     async def answer(
         self,

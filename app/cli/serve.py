@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from uvicorn.supervisors import Multiprocess
 
+from app.api.direct import DirectProtocol
 from app.cli.logs import configure_logging
 from app.settings import Settings
 from app.storage.store import SetStore
@@ -105,6 +106,7 @@ def _serve(settings: Settings, listener: socket.socket, temporary: str) -> int:
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,
         server_header=False,
+        http=DirectProtocol,
         proxy_headers=False,  # nothing here asks who the caller is
     )
     server = uvicorn.Server(config)

@@ -27,7 +27,7 @@ from app.wire.stacks import Stack
 
 Inputs = Mapping[str, Floats]
 
-INLINE_NANOSECONDS = 500_000
+INLINE_NANOSECONDS = 2_000_000
 
 Read = Callable[[str], StoredSet]
 """Gives a set as it is now; raises SetNotFoundError."""
@@ -239,7 +239,7 @@ def is_small(adapter: LoraAdapter, body_bytes: int, taken: Form, given: Form) ->
     """Return whether an apply takes under INLINE_NANOSECONDS by estimate, before it is read."""
     if adapter.d_in == 0:
         return False
-    values = body_bytes / (8 if taken is Form.JSON else 2)
+    values = body_bytes / (8 if taken is Form.JSON else 4)
     return cost_of(adapter, max(1.0, values / adapter.d_in), taken, given) < INLINE_NANOSECONDS
 
 

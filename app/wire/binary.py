@@ -11,7 +11,9 @@ from app.formats.dtypes import FLOAT_DTYPES
 from app.wire.finite import check_finite
 
 
-def decode_tensors(body: bytes, max_header_bytes: int) -> tuple[dict[str, Floats], dict[str, str]]:
+def decode_tensors(
+    body: bytes | memoryview, max_header_bytes: int
+) -> tuple[dict[str, Floats], dict[str, str]]:
     """Return the tensors of `body` by name as float32 (width,) or (rows, width), and its metadata.
 
     Aligned F32 tensors are views of `body`. Raises the errors of `safetensors.decode`,

@@ -27,7 +27,7 @@ def coding_of(header: str | None) -> str | None:
     return coding
 
 
-def decompress(body: bytes, coding: str, limit: int) -> bytes:
+def decompress(body: bytes | memoryview, coding: str, limit: int) -> bytes:
     """Return what `body` holds.
 
     Raises BodyTooLargeError as soon as that is more than `limit` bytes, MalformedBodyError where

@@ -11,6 +11,8 @@ from app.wire import binary, json
 from app.wire.media import Form
 from app.wire.stacks import SETS, Stack, check_rows, decode_row, decode_stack, sets_of_metadata
 
+Buffer = bytes | memoryview
+
 MODULE = "module"
 INPUTS = "inputs"
 OUTPUTS = "outputs"
@@ -39,7 +41,7 @@ class MixedBatch:
     base_outputs: Floats | None
 
 
-def decode_one(form: Form, body: bytes, max_header_bytes: int, module: str) -> Batches:
+def decode_one(form: Form, body: Buffer, max_header_bytes: int, module: str) -> Batches:
     """Return the one batch `inputs` (and `base_outputs`) of a body, as that of `module`.
 
     Arrays are float32 (d_in,) or (rows, d_in). `sets` (binary: JSON in the metadata) are further
@@ -59,7 +61,7 @@ def decode_one(form: Form, body: bytes, max_header_bytes: int, module: str) -> B
     return Batches({module: found[INPUTS]}, {} if shared is None else {module: shared}, stack)
 
 
-def decode_many(form: Form, body: bytes, max_header_bytes: int, modules: list[str]) -> Batches:
+def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: list[str]) -> Batches:
     """Return a batch per module: the body's own, or its one batch for each of `modules`.
 
     `sets` (binary: JSON in the metadata) are further sets that all rows go through. In binary,
@@ -83,7 +85,7 @@ def decode_many(form: Form, body: bytes, max_header_bytes: int, modules: list[st
                 'or send {"inputs": {"q_proj": [[…]]}}',
                 field=name,
             )
-    has_booleans = json.may_hold_booleans(body)
+    has_booleans = json.may_hold_booleans(bytes(body))
     decoded = {
         name: {
             module: json.decode_tensor(batch, f"{name}.{module}", has_booleans=has_booleans)
@@ -94,7 +96,7 @@ def decode_many(form: Form, body: bytes, max_header_bytes: int, modules: list[st
     return Batches(decoded[INPUTS], decoded.get(BASE_OUTPUTS, {}), stack)
 
 
-def decode_mixed(form: Form, body: bytes, max_header_bytes: int) -> MixedBatch:
+def decode_mixed(form: Form, body: Buffer, max_header_bytes: int) -> MixedBatch:
     """Return the batch of a body: `module`, `sets`, `inputs` (and `base_outputs` for DoRA).
 
     In binary, `module` and `sets` are JSON in the metadata (a bare module name is taken too).
@@ -124,8 +126,8 @@ def decode_mixed(form: Form, body: bytes, max_header_bytes: int) -> MixedBatch:
     return MixedBatch(module, stacks, tensors[INPUTS], tensors.get(BASE_OUTPUTS))
 
 
-def _arrays(fields: Mapping[str, Any], body: bytes) -> dict[str, Floats]:
-    has_booleans = json.may_hold_booleans(body)
+def _arrays(fields: Mapping[str, Any], body: Buffer) -> dict[str, Floats]:
+    has_booleans = json.may_hold_booleans(bytes(body))
     return {
         name: json.decode_tensor(one, name, has_booleans=has_booleans)
         for name, one in fields.items()
@@ -150,8 +152,8 @@ def _split(tensors: Mapping[str, Floats], stack: Stack) -> Batches:
     return Batches(inputs, {name.removesuffix(ending): one for name, one in given.items()}, stack)
 
 
-def _fields(body: bytes, allowed: frozenset[str]) -> dict[str, Any]:
-    value = json.decode_object(body, allowed)
+def _fields(body: Buffer, allowed: frozenset[str]) -> dict[str, Any]:
+    value = json.decode_object(bytes(body), allowed)
     if INPUTS not in value:
         raise InvalidRequestError(f"the body has no {INPUTS!r}", field=INPUTS)
     return value

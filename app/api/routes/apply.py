@@ -67,7 +67,7 @@ async def answer_one(context: Context, call: Call, name: str, module: str) -> No
     taken, given = call.forms(_FORMS)
     dtype, scale = answer_options(query, given)
 
-    def compute(body: bytes) -> Sequence[Buffer]:
+    def compute(body: Buffer) -> Sequence[Buffer]:
         batches = decode_one(taken, body, context.limits.max_header_bytes, module)
         shares = stacked_shares(stored, batches.stack, scale, context.store.read)
         outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
@@ -115,7 +115,7 @@ async def answer_many(context: Context, call: Call, name: str) -> None:
     taken, given = call.forms(_FORMS)
     dtype, scale = answer_options(query, given)
 
-    def compute(body: bytes) -> Sequence[Buffer]:
+    def compute(body: Buffer) -> Sequence[Buffer]:
         batches = decode_many(taken, body, context.limits.max_header_bytes, query.get("module", []))
         shares = stacked_shares(stored, batches.stack, scale, context.store.read)
         outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
@@ -158,7 +158,7 @@ async def answer_mixed(context: Context, call: Call) -> None:
     taken, given = call.forms(_FORMS)
     dtype, scale = answer_options(query, given)
 
-    def compute(body: bytes) -> Sequence[Buffer]:
+    def compute(body: Buffer) -> Sequence[Buffer]:
         batch = decode_mixed(taken, body, context.limits.max_header_bytes)
         module, inputs = batch.module, {batch.module: batch.inputs}
         base_outputs = {} if batch.base_outputs is None else {module: batch.base_outputs}
@@ -183,15 +183,17 @@ async def _answer(
     call: Call,
     taken: Form,
     given: Form,
-    compute: Callable[[bytes], Sequence[Buffer]],
+    compute: Callable[[Buffer], Sequence[Buffer]],
     adapter: LoraAdapter | None,
 ) -> None:
     """Read the body, compute in the right place, and answer."""
     limits = context.limits
     with context.pool.admit():
-        body = await call.body(
-            limits.max_json_bytes if taken is Form.JSON else limits.max_body_bytes
-        )
+        body: Buffer
+        if taken is Form.JSON:
+            body = await call.body(limits.max_json_bytes)
+        else:
+            body = await call.long_body(limits.max_body_bytes, context.settings.stall_seconds)
         small = adapter is not None and is_small(adapter, len(body), taken, given)
         parts = await context.pool.run(partial(compute, body), inline=small)
     await call.answer(parts, given.value)

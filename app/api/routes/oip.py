@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from app.api import schemas
 from app.api.body import check_length, parse_model, read_body
-from app.api.call import Call
+from app.api.call import Buffer, Call
 from app.api.deps import Context, InContext
 from app.api.hot import HotRoute
 from app.api.openapi import (
@@ -218,7 +218,9 @@ async def answer_infer(context: Context, call: Call, name: str, version: str | N
     started = time.perf_counter_ns()
     try:
         with context.pool.admit():
-            body = await call.body(context.limits.max_body_bytes)
+            body = await call.long_body(
+                context.limits.max_body_bytes, context.settings.stall_seconds
+            )
             parts, length = await _run(context, model, body, coding, header_length, counts)
     except BonsaiLoraError:
         failed = Counts(fail_count=1, fail_ns=time.perf_counter_ns() - started)
@@ -361,7 +363,7 @@ async def unregister_all(context: InContext) -> Response:
 async def _run(
     context: Context,
     model: Model,
-    body: bytes,
+    body: Buffer,
     coding: str | None,
     header_length: int | None,
     counts: Counts,

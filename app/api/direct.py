@@ -1,0 +1,128 @@
+"""Long bodies, from the socket straight into one array.
+
+uvicorn copies a body four times on its way: into pieces, out of the parser, behind each other, and
+the application joins them. Here, once the head of a request has been parsed and its route has asked
+for the whole body, the connection is read into the array where the tensors will lie, and given
+back to the parser afterwards (docs/decisions/0012-direct-bodies.md).
+"""
+
+import asyncio
+from typing import Any, cast
+
+import httptools
+import numpy as np
+from starlette.requests import ClientDisconnect
+from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from app.errors import StalledError
+from app.formats.safetensors import as_bytes
+
+DIRECT_BYTES = 1 << 17
+"""Shorter bodies come in one or two pieces anyway."""
+
+_EXTENSION = "bonsai_lora.direct_body"
+
+
+class DirectProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, which offers `DirectBody` to the application for long bodies."""
+
+    def on_headers_complete(self) -> None:
+        """Begin a request."""
+        before = self.cycle
+        super().on_headers_complete()
+        if before is not None and not before.response_complete:
+            return  # a pipelined request: the one before it owns the connection
+        declared = next((value for name, value in self.headers if name == b"content-length"), b"")
+        if declared.isdigit() and int(declared) >= DIRECT_BYTES:
+            scope = cast("dict[str, Any]", self.scope)
+            scope["extensions"] = {_EXTENSION: DirectBody(self, int(declared))}
+
+    def begin_again(self) -> None:
+        """Take the connection back, with its next byte the first of a request."""
+        self.parser = httptools.HttpRequestParser(self)
+
+
+class DirectBody(asyncio.BufferedProtocol):
+    """The connection's protocol while a body is read."""
+
+    def __init__(self, http: DirectProtocol, length: int) -> None:
+        self._http = http
+        self._length = length
+        self._filled = 0
+
+    async def read(self, stall_seconds: float) -> memoryview:
+        """Return the body.
+
+        Raises StalledError where nothing comes for so long, ClientDisconnect.
+        """
+        http, cycle = self._http, self._http.cycle
+        self._target = as_bytes(np.empty(self._length, np.uint8))
+        self._filled = len(cycle.body)
+        self._target[: self._filled] = cycle.body
+        cycle.body = bytearray()
+        if cycle.disconnected:
+            raise ClientDisconnect
+        if cycle.more_body:
+            if cycle.waiting_for_100_continue:
+                http.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                cycle.waiting_for_100_continue = False
+            cycle.keep_alive, keep_alive = False, cycle.keep_alive  # unless all of it comes
+            await self._take(stall_seconds)
+            cycle.keep_alive, cycle.more_body = keep_alive, False
+        return self._target
+
+    async def _take(self, stall_seconds: float) -> None:
+        """Read from the socket until the body is whole."""
+        self._done = asyncio.get_running_loop().create_future()
+        self._http.flow.resume_reading()
+        self._turn_to(self)
+        try:
+            while not self._done.done():
+                before = self._filled
+                await asyncio.wait([self._done], timeout=stall_seconds)
+                if self._filled == before and not self._done.done():
+                    raise StalledError(f"the client sent nothing for {stall_seconds:g} s")
+            self._done.result()
+        finally:
+            self._turn_to(self._http)
+        self._http.begin_again()
+
+    def _turn_to(self, protocol: asyncio.BaseProtocol) -> None:
+        transport = self._http.transport
+        if transport.is_closing():
+            return
+        transport.pause_reading()  # which of the two ways to read is chosen when reading begins
+        transport.set_protocol(protocol)
+        transport.resume_reading()
+
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        """Return where the next bytes go."""
+        return self._target[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Count bytes that have come."""
+        self._filled += nbytes
+        if self._filled == self._length and not self._done.done():
+            self._http.transport.pause_reading()
+            self._done.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Pass on that the client went away."""
+        self._http.connection_lost(exc)
+        if not self._done.done():
+            self._done.set_exception(ClientDisconnect())
+
+    def pause_writing(self) -> None:
+        """Pass on."""
+        self._http.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Pass on."""
+        self._http.resume_writing()
+
+
+def direct_body(scope: Scope) -> DirectBody | None:
+    """Return the way to read a long body directly, where the server offers it."""
+    extensions: dict[str, Any] = scope.get("extensions") or {}
+    return extensions.get(_EXTENSION)
