@@ -13,7 +13,7 @@ from app.wire.stacks import MAX_SCALE
 
 Buffer = bytes | memoryview
 
-JOINED_BYTES = 1 << 14
+JOINED_BYTES = 1 << 16
 """Answers up to this length are copied into one piece: less to do than two pieces."""
 
 _NO_QUERY: dict[str, list[str]] = {}
