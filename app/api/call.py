@@ -64,14 +64,10 @@ class Call:
         taken = request_form(self.header(b"content-type"), forms)
         return taken, answer_form(self.header(b"accept"), taken, forms)
 
-    async def body(self, limit: int) -> bytes:
-        """Return the whole body; raises BodyTooLargeError over `limit` bytes."""
-        return await read_all(self._receive, self._declared(limit), limit)
+    async def body(self, limit: int, stall_seconds: float) -> Buffer:
+        """Return the whole body, without copies where the server can do that.
 
-    async def long_body(self, limit: int, stall_seconds: float) -> Buffer:
-        """Return the whole body as `body` does, without copies where the server can do that.
-
-        Raises StalledError too.
+        Raises BodyTooLargeError over `limit` bytes, StalledError.
         """
         direct = direct_body(self._scope)
         declared = self._declared(limit)

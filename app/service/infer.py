@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from app.core.adapter import LoraAdapter
-from app.core.cast import Floats, count_rows
+from app.core.cast import Array, Floats, count_rows
 from app.errors import InvalidRequestError, ShapeMismatchError, VersionNotFoundError
 from app.formats.safetensors import as_bytes
 from app.service.apply import INLINE_NANOSECONDS, Applier, Inputs, Share, cost_of, shares_of
@@ -238,7 +240,7 @@ def is_light(model: Model, request: InferRequest) -> bool:
         source = request.inputs.get(one.name) or request.inputs.get(SHARED_INPUT)
         adapter = model.adapters.get(one.name)
         if source is not None and adapter is not None:
-            taken = Form.JSON if isinstance(source.content, list) else Form.BINARY
+            taken = Form.JSON if isinstance(source.content, list | np.ndarray) else Form.BINARY
             given = Form.BINARY if one.is_binary or one.placed else Form.JSON
             cost += MODULE_NANOSECONDS + cost_of(adapter, source.rows, taken, given)
     return cost < INLINE_NANOSECONDS
@@ -248,7 +250,7 @@ class _Tensors:
     """The inputs of a request as arrays, each decoded once."""
 
     def __init__(self, request: InferRequest, regions: SharedRegions) -> None:
-        self._has_booleans = request.has_booleans
+        self._text = request.text
         self._regions = regions
         self._known: dict[str, Floats] = {}
 
@@ -256,7 +258,7 @@ class _Tensors:
         """Return a float tensor as float32."""
         known = self._known.get(tensor.name)
         if known is None:
-            known = decode_floats(tensor, self._content(tensor), has_booleans=self._has_booleans)
+            known = decode_floats(tensor, self._content(tensor), self._text)
             self._known[tensor.name] = known
         return known
 
@@ -264,7 +266,7 @@ class _Tensors:
         """Return the elements of a BYTES tensor."""
         return decode_strings(tensor, self._content(tensor))
 
-    def _content(self, tensor: InferInput) -> memoryview | list[Any]:
+    def _content(self, tensor: InferInput) -> memoryview | Array | list[Any]:
         if isinstance(tensor.content, Placement):
             return self._regions.read(tensor.content)
         return tensor.content

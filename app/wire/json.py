@@ -1,6 +1,8 @@
 """Tensors as JSON: nested lists of finite numbers, read and written without a loop over them."""
 
 import json
+import threading
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,19 @@ from app.errors import (
 )
 from app.wire.finite import check_finite
 
+try:
+    import simdjson
+except ImportError:  # it has no wheel for this Python yet; orjson reads the same, more slowly
+    simdjson = None  # type: ignore[assignment]
+
+_TENSOR_KEYS = frozenset({"inputs", "base_outputs", "data", "weights", "lora_A", "lora_B"})
+"""Fields whose lists of numbers may become arrays as they are read."""
+
+_SHORT_BYTES = 1 << 10
+"""Below this, lists are as fast."""
+
+_local = threading.local()
+
 
 def decode_object(body: bytes, allowed: frozenset[str]) -> dict[str, Any]:
     """Return the JSON object `body`.
@@ -23,7 +38,7 @@ def decode_object(body: bytes, allowed: frozenset[str]) -> dict[str, Any]:
     or has a field outside `allowed`.
     """
     hint = " (for safetensors, say so in Content-Type)" if body[8:9] == b"{" else ""
-    value = decode(body, hint=hint)
+    value = decode_with_arrays(body, hint=hint)
     if not isinstance(value, dict):
         raise InvalidRequestError(
             f"the body must be a JSON object, got {_kind(value)}", expected=sorted(allowed)
@@ -49,6 +64,61 @@ def decode(body: bytes, what: str = "the body", hint: str = "") -> Any:
         return found
 
 
+def decode_with_arrays(body: bytes, what: str = "the body", hint: str = "") -> Any:
+    """Return the JSON value `body` as `decode` does, but tensors in it as float64 arrays.
+
+    Those are lists of numbers, one or two deep and not ragged, in fields of _TENSOR_KEYS. Not all
+    of them need become arrays: `decode_tensor` takes lists as well, and says what is wrong.
+    """
+    if simdjson is not None and len(body) > _SHORT_BYTES:
+        try:
+            return _Arrays(body).value
+        except (ValueError, TypeError, RuntimeError, OverflowError, RecursionError):
+            pass  # something is wrong or uncommon; read it the ordinary way
+    return decode(body, what, hint)
+
+
+class _Arrays:
+    """JSON read by simdjson, whose numbers go into arrays without becoming objects."""
+
+    def __init__(self, body: bytes) -> None:
+        parser = getattr(_local, "parser", None)
+        if parser is None:
+            parser = _local.parser = simdjson.Parser()
+        self._lists = 0
+        self.value = self._convert(parser.parse(body), is_tensor=False)
+        # A list among numbers would have been flattened.
+        if body.count(b"[") != self._lists:
+            raise ValueError
+
+    def _convert(self, value: Any, *, is_tensor: bool) -> Any:
+        if isinstance(value, simdjson.Object):
+            keys = list(value.keys())
+            if len(set(keys)) != len(keys):
+                raise ValueError
+            return {
+                key: self._convert(value[key], is_tensor=is_tensor or key in _TENSOR_KEYS)
+                for key in keys
+            }
+        if not isinstance(value, simdjson.Array):
+            return value
+        self._lists += 1
+        if is_tensor and len(value):
+            first: Any = value[0]
+            if isinstance(first, simdjson.Array) and len(first):
+                rows: Any = value
+                if any(len(row) != len(first) for row in rows):
+                    raise ValueError
+                self._lists += len(value)
+                return self._numbers(value).reshape(len(value), len(first))
+            if type(first) in (int, float):
+                return self._numbers(value)
+        return [self._convert(one, is_tensor=False) for one in value]
+
+    def _numbers(self, value: Any) -> Array:
+        return np.frombuffer(value.as_buffer(of_type="d"), np.float64)
+
+
 def _decode_more(body: bytes) -> Any:
     """Return what the standard library reads as JSON and orjson does not; None for nothing.
 
@@ -63,24 +133,35 @@ def _decode_more(body: bytes) -> Any:
         return None
 
 
-def may_hold_booleans(body: bytes) -> bool:
-    """Return whether a boolean may be among the numbers of `body`, which is then looked at."""
-    return b"true" in body or b"false" in body
+class Text:
+    """The text that values were read from, where it must be asked about booleans."""
+
+    def __init__(self, body: bytes) -> None:
+        self._body = body
+
+    @cached_property
+    def may_hold_booleans(self) -> bool:
+        """Whether a boolean may be among numbers, which NumPy would take for 0 or 1."""
+        return b"true" in self._body or b"false" in self._body
 
 
-def decode_tensor(value: Any, name: str, *, has_booleans: bool) -> Floats:
-    """Return nested lists as float32 (width,) or (rows, width).
+def decode_tensor(value: Any, name: str, text: Text) -> Floats:
+    """Return nested lists, or an array that was made of them, as float32 (width,) or (rows, width).
 
-    `has_booleans` is what `may_hold_booleans` says of the text. Raises InvalidRequestError for
-    anything but lists of numbers one or two deep, RaggedInputError for rows of different lengths,
-    NonFiniteInputError for a number beyond float32.
+    `text` is what `value` was read from. Raises InvalidRequestError for anything but lists of
+    numbers one or two deep, RaggedInputError for rows of different lengths, NonFiniteInputError for
+    a number beyond float32.
     """
+    if isinstance(value, np.ndarray):
+        read = to_float32(value)
+        check_finite(read, name)
+        return read
     if not isinstance(value, list):
         raise InvalidRequestError(
             f"{name!r} must be a list of numbers or a list of such lists, got {_kind(value)}",
             field=name,
         )
-    if has_booleans:
+    if text.may_hold_booleans:
         _check_elements(value, name)
     array = _to_array(value, name)
     if array.ndim > 2:

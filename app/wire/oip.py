@@ -8,12 +8,12 @@ docs/protocol). The words of refusals are close to Triton's, since people search
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from app.core.cast import BFLOAT16, FLOAT16, FLOAT32, Floats, to_float32
+from app.core.cast import BFLOAT16, FLOAT16, FLOAT32, Array, Floats, to_float32
 from app.errors import InvalidRequestError, MalformedBodyError, ShapeMismatchError
 from app.formats.safetensors import as_bytes
 from app.wire import json
@@ -59,7 +59,7 @@ class InferInput:
     name: str
     datatype: str
     shape: tuple[int, ...]
-    content: memoryview | list[Any] | Placement
+    content: memoryview | Array | list[Any] | Placement
 
     @property
     def rows(self) -> int:
@@ -86,8 +86,8 @@ class InferRequest:
     """None: all, in the form that `is_binary` says."""
     is_binary: bool = False
     scale: float = 1.0
-    has_booleans: bool = False
-    """Whether a boolean may be among the numbers of its JSON."""
+    text: json.Text = field(default_factory=lambda: json.Text(b""))
+    """Its JSON, which is asked whether booleans are among the numbers."""
 
 
 def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
@@ -103,7 +103,7 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
             f"Inference-Header-Content-Length is {end}, but the body has {len(body)} bytes"
         )
     text = bytes(body[:end])
-    fields = json.decode(text, "the request's JSON", _HINT)
+    fields = json.decode_with_arrays(text, "the request's JSON", _HINT)
     if not isinstance(fields, dict) or not _is_list_of(dict, fields.get("inputs")):
         raise InvalidRequestError(
             "the request must be a JSON object with the list 'inputs'", field="inputs"
@@ -130,7 +130,7 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
         [_decode_output(one, default=is_binary) for one in asked] if asked else None,
         is_binary,
         decode_weight(parameters.get("scale", 1.0), "parameters.scale"),
-        json.may_hold_booleans(text),
+        json.Text(text),
     )
 
 
@@ -155,7 +155,7 @@ def check_floats(tensor: InferInput) -> np.dtype[Any]:
             field=name,
         )
     content = tensor.content
-    if not isinstance(content, list):
+    if isinstance(content, memoryview | Placement):
         expected = math.prod(shape) * dtype.itemsize
         got = content.byte_size if isinstance(content, Placement) else len(content)
         if got != expected:
@@ -168,23 +168,23 @@ def check_floats(tensor: InferInput) -> np.dtype[Any]:
 
 
 def decode_floats(
-    tensor: InferInput, content: memoryview | list[Any], *, has_booleans: bool
+    tensor: InferInput, content: memoryview | Array | list[Any], text: json.Text
 ) -> Floats:
     """Return a tensor as float32 of its own shape, (width,) or (rows, width).
 
-    `has_booleans`: whether a boolean may be among numbers of the JSON. Raises as `check_floats`,
-    ShapeMismatchError where a JSON list has another shape, NonFiniteInputError.
+    `text` is the JSON of the request. Raises as `check_floats`, ShapeMismatchError where a JSON
+    list has another shape, NonFiniteInputError.
     """
     name, shape = tensor.name, tensor.shape
     dtype = check_floats(tensor)
-    if isinstance(content, list):
-        return _from_json(tensor, content, has_booleans=has_booleans)
+    if not isinstance(content, memoryview):
+        return _from_json(tensor, content, text)
     floats = to_float32(np.frombuffer(content, dtype).reshape(shape))
     check_finite(floats, name)
     return floats
 
 
-def decode_strings(tensor: InferInput, content: memoryview | list[Any]) -> list[str]:
+def decode_strings(tensor: InferInput, content: memoryview | Array | list[Any]) -> list[str]:
     """Return the elements of a BYTES tensor of shape (n,) or (n, 1).
 
     Raises InvalidRequestError for another datatype or broken text, ShapeMismatchError for another
@@ -203,9 +203,9 @@ def decode_strings(tensor: InferInput, content: memoryview | list[Any]) -> list[
         )
     count = tensor.shape[0]
     found = (
-        _json_strings(content, name)
-        if isinstance(content, list)
-        else _binary_strings(content, name, count + 1)
+        _binary_strings(content, name, count + 1)
+        if isinstance(content, memoryview)
+        else _json_strings(content, name)
     )
     if len(found) != count:
         got = str(len(found)) if len(found) < count else f"more than {count}"
@@ -276,7 +276,7 @@ def _decode_input(value: Any, body: memoryview, start: int) -> tuple[InferInput,
             f"the parameter '{_REGION}'",
             field=name,
         )
-    content: memoryview | list[Any] | Placement
+    content: memoryview | Array | list[Any] | Placement
     stop = start
     if placed is not None:
         content = placed
@@ -290,7 +290,7 @@ def _decode_input(value: Any, body: memoryview, start: int) -> tuple[InferInput,
                 field=name,
             )
         content = body[start:stop]
-    elif isinstance(data, list):
+    elif isinstance(data, list | np.ndarray):
         content = data
     else:
         raise InvalidRequestError(f"'data' of input '{name}' must be a list", field=name)
@@ -322,7 +322,7 @@ def _decode_placed(parameters: Mapping[str, Any], name: str) -> Placement | None
     )
 
 
-def _from_json(tensor: InferInput, content: list[Any], *, has_booleans: bool) -> Floats:
+def _from_json(tensor: InferInput, content: Array | list[Any], text: json.Text) -> Floats:
     name = tensor.name
     if tensor.datatype in _BINARY_ONLY:
         raise InvalidRequestError(
@@ -330,7 +330,7 @@ def _from_json(tensor: InferInput, content: list[Any], *, has_booleans: bool) ->
             f"data format for input '{name}'",
             field=name,
         )
-    floats = json.decode_tensor(content, name, has_booleans=has_booleans)
+    floats = json.decode_tensor(content, name, text)
     flat = floats.ndim == 1 and floats.size == math.prod(tensor.shape)
     if not flat and floats.shape != tensor.shape:
         raise ShapeMismatchError(
@@ -341,7 +341,7 @@ def _from_json(tensor: InferInput, content: list[Any], *, has_booleans: bool) ->
     return floats.reshape(tensor.shape)
 
 
-def _json_strings(content: list[Any], name: str) -> list[str]:
+def _json_strings(content: Array | list[Any], name: str) -> list[str]:
     flat = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in content]
     if not _is_list_of(str, flat):
         raise InvalidRequestError(f"the data of input '{name}' must be strings", field=name)

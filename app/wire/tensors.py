@@ -85,10 +85,10 @@ def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: list[s
                 'or send {"inputs": {"q_proj": [[…]]}}',
                 field=name,
             )
-    has_booleans = json.may_hold_booleans(bytes(body))
+    text = json.Text(bytes(body))
     decoded = {
         name: {
-            module: json.decode_tensor(batch, f"{name}.{module}", has_booleans=has_booleans)
+            module: json.decode_tensor(batch, f"{name}.{module}", text)
             for module, batch in value.items()
         }
         for name, value in fields.items()
@@ -127,11 +127,8 @@ def decode_mixed(form: Form, body: Buffer, max_header_bytes: int) -> MixedBatch:
 
 
 def _arrays(fields: Mapping[str, Any], body: Buffer) -> dict[str, Floats]:
-    has_booleans = json.may_hold_booleans(bytes(body))
-    return {
-        name: json.decode_tensor(one, name, has_booleans=has_booleans)
-        for name, one in fields.items()
-    }
+    text = json.Text(bytes(body))
+    return {name: json.decode_tensor(one, name, text) for name, one in fields.items()}
 
 
 def _shared(tensors: Mapping[str, Floats], modules: list[str], stack: Stack) -> Batches:

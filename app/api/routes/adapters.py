@@ -142,10 +142,9 @@ def _put_json(
     own_alpha = value.pop("alpha", None)
     if own_alpha is not None and type(own_alpha) not in (int, float):
         raise errors.InvalidRequestError("alpha must be a number", field="alpha")
-    has_booleans = json.may_hold_booleans(body)
+    text = json.Text(body)
     tensors: dict[str, Array] = {
-        key: json.decode_tensor(matrix, key, has_booleans=has_booleans)
-        for key, matrix in value.items()
+        key: json.decode_tensor(matrix, key, text) for key, matrix in value.items()
     }
     chosen = alpha if own_alpha is None else own_alpha
     return sets.put_weights(context.store, context.limits, name, module, tensors, chosen, check)

@@ -189,11 +189,8 @@ async def _answer(
     """Read the body, compute in the right place, and answer."""
     limits = context.limits
     with context.pool.admit():
-        body: Buffer
-        if taken is Form.JSON:
-            body = await call.body(limits.max_json_bytes)
-        else:
-            body = await call.long_body(limits.max_body_bytes, context.settings.stall_seconds)
+        limit = limits.max_json_bytes if taken is Form.JSON else limits.max_body_bytes
+        body = await call.body(limit, context.settings.stall_seconds)
         small = adapter is not None and is_small(adapter, len(body), taken, given)
         parts = await context.pool.run(partial(compute, body), inline=small)
     await call.answer(parts, given.value)

@@ -84,9 +84,7 @@ async def _merge_json(
 
         def compute() -> bytes:
             value = json.decode_object(body, frozenset({"weights"}))
-            weights = json.decode_tensor(
-                value.get("weights"), "weights", has_booleans=json.may_hold_booleans(body)
-            )
+            weights = json.decode_tensor(value.get("weights"), "weights", json.Text(body))
             merged = merge.merge_array(weights)
             check_json_output("weights", merged)
             record = stored.record

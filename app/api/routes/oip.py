@@ -218,9 +218,7 @@ async def answer_infer(context: Context, call: Call, name: str, version: str | N
     started = time.perf_counter_ns()
     try:
         with context.pool.admit():
-            body = await call.long_body(
-                context.limits.max_body_bytes, context.settings.stall_seconds
-            )
+            body = await call.body(context.limits.max_body_bytes, context.settings.stall_seconds)
             parts, length = await _run(context, model, body, coding, header_length, counts)
     except BonsaiLoraError:
         failed = Counts(fail_count=1, fail_ns=time.perf_counter_ns() - started)
