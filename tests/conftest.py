@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 
 from app.api.app import create_app
+from app.api.direct import DirectProtocol
 from app.cli.logs import configure_logging
 from app.formats import safetensors
 from app.settings import Settings
@@ -55,7 +56,14 @@ def based(settings, tmp_path):
 def serving(app):
     """Serve `app` on a free port of the loopback, in a thread; give its URL."""
     server = uvicorn.Server(
-        uvicorn.Config(app, port=0, log_config=None, access_log=False, server_header=False)
+        uvicorn.Config(
+            app,
+            port=0,
+            http=DirectProtocol,  # as `bonsai-lora serve` does
+            log_config=None,
+            access_log=False,
+            server_header=False,
+        )
     )
     thread = threading.Thread(target=server.run)
     thread.start()

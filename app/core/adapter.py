@@ -1,5 +1,6 @@
 """One LoRA adapter: the two thin matrices beside one weight matrix (Hu et al. 2021)."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -10,7 +11,7 @@ from app.core.cast import FLOAT32, Array, Floats, count_rows, to_float32
 from app.core.config import LoraConfig
 from app.core.kaiming import kaiming_uniform
 from app.core.layout import ROOM, column_major
-from app.core.merge import blocks, merge_rows
+from app.core.merge import Block, blocks, merge_rows
 from app.errors import ShapeMismatchError
 
 GEMM_ROWS = 4
@@ -137,8 +138,8 @@ class LoraAdapter:
         """Return the size of all parameters as float32, in bytes."""
         return 4 * self.param_count()
 
-    def merge_into_weights(self, weights: Array) -> None:
-        """Add scaling * B @ A to `weights` (d_out, d_in) in place.
+    def merge_into_weights(self, weights: Array, *, threads: int = 1) -> None:
+        """Add scaling * B @ A to `weights` (d_out, d_in) in place, with so many threads.
 
         `weights` is float32, float16 or bfloat16 and C-contiguous; the sum is made in float32 and
         rounded once, to nearest even. Raises ShapeMismatchError for another shape.
@@ -152,9 +153,20 @@ class LoraAdapter:
             )
         assert self.magnitude is None, "app.service.merge knows DoRA"
         a_matrix, b_matrix = self.factors
-        for rows, columns in blocks(self.d_out, self.d_in):
+
+        def merge(place: Block) -> None:
+            rows, columns = place
             block = weights[rows, columns]
             merge_rows(block, a_matrix[:, columns], b_matrix[rows], self.scaling, out=block)
+
+        places = blocks(self.d_out, self.d_in)
+        if threads == 1:
+            for place in places:
+                merge(place)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(merge, places):
+                pass
 
 
 def _down(x: Floats, a_matrix: Floats) -> Floats:
