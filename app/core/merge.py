@@ -9,8 +9,8 @@ import numpy as np
 from app.core.cast import FLOAT32, Array, Floats, round_to, to_float32
 
 BLOCK_VALUES = 1 << 19
-"""Values of W in a block: 2 MiB of float32; measured, see benchmarks/merge.py. Fewer cost more calls,
-and more hand-overs between threads."""
+"""Values of W in a block: 2 MiB of float32, measured by benchmarks/merge.py. Smaller blocks cost
+more calls, and more hand-overs between threads."""
 
 Block = tuple[slice, slice]
 """Rows and columns of W that lie together in memory: whole rows, or a piece of one row."""

@@ -1,0 +1,207 @@
+"""Long bodies read straight from the socket: every way in which a client can send one."""
+
+import json
+import socket
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+from conftest import TINY, serving, upload
+from test_apply import Q_PROJ
+
+from app.api.app import create_app
+from app.api.direct import DIRECT_BYTES
+from app.formats import safetensors
+
+ROWS = 1 + DIRECT_BYTES // 256
+"""Rows of 64 numbers that make a body just long enough."""
+
+
+@pytest.fixture
+def plain(client):
+    upload(client, "plain", TINY / "plain")
+    return client
+
+
+def path_of(module=Q_PROJ):
+    return f"/v1/sets/plain/adapters/{module}/apply"
+
+
+def head_of(length, path=None, **headers):
+    lines = [f"POST {path or path_of()} HTTP/1.1", "Host: x", f"Content-Length: {length}"]
+    lines += ["Content-Type: application/vnd.safetensors"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def connect(client):
+    url = client.base_url
+    return socket.create_connection((url.host, url.port), timeout=20)
+
+
+def read_answer(connection, rest=b""):
+    """Status, body, and what already came of the next answer."""
+    while b"\r\n\r\n" not in rest:
+        part = connection.recv(1 << 16)
+        assert part, rest
+        rest += part
+    head, _, rest = rest.partition(b"\r\n\r\n")
+    length = int(head.lower().split(b"\r\ncontent-length:")[1].split(b"\r\n")[0])
+    while len(rest) < length:
+        part = connection.recv(1 << 16)
+        assert part
+        rest += part
+    return int(head.split()[1]), rest[:length], rest[length:]
+
+
+def batch(rows=ROWS, seed=0):
+    x = np.random.default_rng(seed).standard_normal((rows, 64)).astype(np.float32)
+    return x, safetensors.encode({"inputs": x})
+
+
+def expected(client, x):
+    """By the form that is never read directly."""
+    body = {"inputs": x[:300].tolist()}
+    return np.array(client.post(path_of(), json=body).json()["outputs"], np.float32)
+
+
+def outputs(body):
+    return safetensors.decode(body)[0]["outputs"]
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1 << 30], [1], [1000, 1, 65536], [65537], [DIRECT_BYTES - 1, 1]]
+)
+def test_a_body_in_pieces_of_any_size(plain, sizes):
+    x, body = batch()
+    right = expected(plain, x)
+    with connect(plain) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for _ in range(2):  # the connection can be used again
+            connection.sendall(head_of(len(body)))
+            at = 0
+            for number in range(60):
+                size = sizes[number % len(sizes)]
+                connection.sendall(body[at : at + size])
+                at += size
+                time.sleep(0.001)
+            connection.sendall(body[at:])
+            status, answer, rest = read_answer(connection)
+            assert (status, rest) == (200, b"")
+            got = outputs(answer)
+            assert got.shape == (ROWS, 128)
+            assert np.abs(got[:300] - right).max() < 1e-5
+
+
+def test_requests_behind_each_other(plain):
+    """The next request begins in the packet in which the body ends."""
+    x, body = batch()
+    y, other = batch(seed=1)
+    small = json.dumps({"inputs": [0.5] * 64}).encode()
+    short = head_of(len(small)).replace(b"vnd.safetensors", b"json") + small
+    with connect(plain) as connection:
+        sent = head_of(len(body)) + body + short + head_of(len(other)) + other + short
+        threading.Thread(target=connection.sendall, args=(sent,)).start()
+        rest = b""
+        for wanted in (x, None, y, None):
+            status, answer, rest = read_answer(connection, rest)
+            assert status == 200
+            if wanted is not None:
+                assert np.abs(outputs(answer)[:300] - expected(plain, wanted)).max() < 1e-5
+        assert rest == b""
+
+
+def test_expect_100_continue(plain):
+    x, body = batch()
+    with connect(plain) as connection:
+        connection.sendall(head_of(len(body), Expect="100-continue"))
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        status, answer, _ = read_answer(connection)
+        assert status == 200
+        assert outputs(answer).shape == (len(x), 128)
+
+
+def test_refusals_before_the_body(plain):
+    """What is refused by its head is answered, and the connection goes on or ends properly."""
+    x, body = batch()
+    for path, headers, status in (
+        (path_of("nothing"), {}, 404),
+        (path_of() + "?scale=x", {}, 422),
+        (path_of(), {"Accept": "text/html"}, 406),
+    ):
+        with connect(plain) as connection:
+            connection.sendall(head_of(len(body), path, **headers) + body)
+            got, answer, _ = read_answer(connection)
+            assert got == status, answer
+    with connect(plain) as connection:
+        connection.sendall(head_of(1 << 40))
+        assert read_answer(connection)[0] == 413
+    assert plain.get("/healthz").status_code == 200
+    assert len(x) == ROWS
+
+
+def test_a_client_that_goes_away(plain):
+    _, body = batch()
+    for cut in (0, 10, len(body) // 2, len(body) - 1):
+        with connect(plain) as connection:
+            connection.sendall(head_of(len(body)) + body[:cut])
+    assert plain.get("/healthz").status_code == 200
+
+
+def test_every_place_is_given_back(app, plain):
+    _, body = batch()
+    for cut in (0, len(body) // 2):
+        with connect(plain) as connection:
+            connection.sendall(head_of(len(body)) + body[:cut])
+            time.sleep(0.05)
+            assert app.state.context.pool.in_progress == 1
+    deadline = time.monotonic() + 10
+    while app.state.context.pool.in_progress:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_client_that_stands_still(settings):
+    _, body = batch()
+    app = create_app(settings.model_copy(update={"stall_seconds": 0.3}))
+    with serving(app) as url, httpx.Client(base_url=url) as client:
+        upload(client, "plain", TINY / "plain")
+        with connect(client) as connection:
+            connection.sendall(head_of(len(body)))
+            for start in range(0, 50_000, 10_000):  # slow, but going on
+                connection.sendall(body[start : start + 10_000])
+                time.sleep(0.15)
+            status, answer, _ = read_answer(connection)
+            assert status == 408
+            assert json.loads(answer)["code"] == "stalled"
+            assert connection.recv(100) == b""  # the rest of the body would be taken for a request
+        assert app.state.context.pool.in_progress == 0
+
+
+def test_wrong_bodies(plain):
+    _, body = batch()
+    for bad in (bytes(len(body)), b"\xff" * len(body), body[:-4] + b"\x00\x00\xc0\x7f"):
+        headers = {"Content-Type": "application/vnd.safetensors"}
+        answer = plain.post(path_of(), content=bad, headers=headers)
+        assert answer.status_code in (400, 422), answer.text
+
+
+def test_infer_with_a_long_body(plain):
+    x, _ = batch()
+    tensor = {"name": Q_PROJ, "shape": list(x.shape), "datatype": "FP32"}
+    tensor["parameters"] = {"binary_data_size": x.nbytes}
+    head = json.dumps({"inputs": [tensor], "parameters": {"binary_data_output": True}}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    answer = plain.post("/v2/models/plain/infer", content=head + x.tobytes(), headers=headers)
+    length = int(answer.headers["Inference-Header-Content-Length"])
+    got = np.frombuffer(answer.content[length:], np.float32).reshape(-1, 128)
+    assert np.abs(got[:300] - expected(plain, x)).max() < 1e-5
+
+
+def test_long_json(plain):
+    x, _ = batch()
+    answer = plain.post(path_of(), json={"inputs": x.tolist()})
+    assert np.array(answer.json()["outputs"]).shape == (ROWS, 128)
