@@ -31,10 +31,11 @@ format: setup-dev ## format the code
 openapi: setup-dev ## write openapi/openapi.json from the code
 	$(BIN)/python -m app.cli.openapi openapi/openapi.json
 
-bench: setup-dev ## run the benchmarks (torch and peft are used where installed)
+bench: setup-dev $(VENV)/.bench ## run the benchmarks (torch, peft and rivals are used where installed)
 	$(BIN)/python benchmarks/run.py
 
-bench-rivals: setup-dev benchmarks/rivals/.venv/.done ## install the rivals, each in a venv of its own, and compare
+bench-rivals: setup-dev benchmarks/rivals/.venv/.done ## install the rivals in a venv of their own, and compare
+	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/throughput.py --json benchmarks/results/throughput.json
 
 benchmarks/rivals/.venv/.done: benchmarks/rivals/requirements.txt
@@ -72,6 +73,11 @@ $(VENV)/.dev: requirements-dev.lock $(VENV)/.run
 $(VENV)/.peers: requirements-peers.txt $(VENV)/.dev
 	@echo "installing from requirements-peers.txt"
 	@$(PIP) install -r requirements-peers.txt
+	@touch $@
+
+$(VENV)/.bench: requirements-bench.txt $(VENV)/.dev
+	@echo "installing from requirements-bench.txt"
+	@$(PIP) install --only-binary :all: -r requirements-bench.txt
 	@touch $@
 
 lock: setup-dev ## pin the dependencies anew

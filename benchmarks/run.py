@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ["initialise", "apply", "mixed", "merge", "store", "merged", "throughput"]
+SCRIPTS = ["initialise", "apply", "mixed", "merge", "store", "merged", "throughput", "scaling"]
 
 
 def main() -> int:
