@@ -47,6 +47,8 @@ async def read_all(receive: Receive, declared: int | None, limit: int) -> bytes:
             return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+_LENGTH_DIGITS = 18
+
 MODEL_BYTES = 1 << 20
 """Longest body that becomes a pydantic model: those hold names and sizes, no tensors."""
 
@@ -88,7 +90,15 @@ def check_coding(coding: str | None) -> None:
 def content_length(request: Request) -> int | None:
     """Return the declared length of the body, None where it is not declared."""
     declared = request.headers.get("content-length")
-    return int(declared) if declared is not None else None
+    return None if declared is None else parse_length(declared.encode("latin-1"))
+
+
+def parse_length(declared: bytes) -> int:
+    """Return the number of a Content-Length: 0 for none, a huge one for more than 18 digits."""
+    digits = declared.lstrip(b"0")
+    if len(digits) > _LENGTH_DIGITS:
+        return int(10**_LENGTH_DIGITS)
+    return int(digits) if digits.isdigit() else 0
 
 
 def check_length(length: int, limit: int) -> None:

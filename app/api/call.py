@@ -5,7 +5,7 @@ from urllib.parse import parse_qsl
 
 from starlette.types import Receive, Scope, Send
 
-from app.api.body import check_coding, check_length, read_all
+from app.api.body import check_coding, check_length, parse_length, read_all
 from app.api.direct import direct_body
 from app.errors import InvalidRequestError
 from app.wire.media import Form, answer_form, check_answer_dtype, request_form
@@ -79,8 +79,9 @@ class Call:
         declared = self._headers.get(b"content-length")
         if declared is None:
             return None
-        check_length(int(declared), limit)
-        return int(declared)
+        length = parse_length(declared)
+        check_length(length, limit)
+        return length
 
     async def answer(
         self,

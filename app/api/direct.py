@@ -12,15 +12,19 @@ from typing import Any, cast
 
 import httptools
 import numpy as np
+import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import Scope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from app.api.body import parse_length
 from app.errors import StalledError
 from app.formats.safetensors import as_bytes
 
 DIRECT_BYTES = 1 << 17
 """Shorter bodies come in one or two pieces anyway."""
+
+_log = structlog.get_logger("app.requests")
 
 _EXTENSION = "bonsai_lora.direct_body"
 
@@ -28,17 +32,57 @@ _EXTENSION = "bonsai_lora.direct_body"
 class DirectProtocol(HttpToolsProtocol):
     """uvicorn's protocol, which offers `DirectBody` to the application for long bodies."""
 
+    stall_seconds = 60.0
+    """After so long a client that takes nothing of its answer is ended."""
+    _watch: asyncio.TimerHandle | None = None
+
     def on_headers_complete(self) -> None:
         """Begin a request."""
         before = self.cycle
         super().on_headers_complete()
+        if self.cycle is before:
+            return  # uvicorn takes it for something else than a request
         self.cycle.transport = cast("asyncio.Transport", _HeldHead(self.transport, self.loop))
         if before is not None and not before.response_complete:
             return  # a pipelined request: the one before it owns the connection
         declared = next((value for name, value in self.headers if name == b"content-length"), b"")
-        if declared.isdigit() and int(declared) >= DIRECT_BYTES:
+        length = parse_length(declared)
+        if length >= DIRECT_BYTES:
             scope = cast("dict[str, Any]", self.scope)
-            scope["extensions"] = {_EXTENSION: DirectBody(self, int(declared))}
+            scope["extensions"] = {_EXTENSION: DirectBody(self, self.cycle, length)}
+
+    def pause_writing(self) -> None:
+        """Begin to watch a client that does not take its answer."""
+        super().pause_writing()
+        if self._watch is None:
+            self._watch_writing(self.transport.get_write_buffer_size() + 1)
+
+    def resume_writing(self) -> None:
+        """End it."""
+        super().resume_writing()
+        self._end_watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End it."""
+        self._end_watch()
+        super().connection_lost(exc)
+
+    def _watch_writing(self, before: int) -> None:
+        """End the connection where nothing of an answer was taken for `stall_seconds`.
+
+        An answer that nobody takes is memory that nothing else bounds.
+        """
+        waiting = self.transport.get_write_buffer_size()
+        if waiting >= before:
+            _log.warning("broken off: a client took nothing", waiting_bytes=waiting)
+            self.transport.abort()
+            return
+        self._watch = self.loop.call_later(self.stall_seconds, self._watch_writing, waiting)
+
+    def _end_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
 
     def begin_again(self) -> None:
         """Take the connection back, with its next byte the first of a request."""
@@ -70,6 +114,8 @@ class _HeldHead:
     def _join(self, data: bytes) -> None:
         head, self._head = self._head, None
         self.write = self._transport.write
+        if self.is_closing():
+            return
         if head is None:
             self._transport.write(data)
         else:
@@ -77,7 +123,7 @@ class _HeldHead:
 
     def _flush(self) -> None:
         head, self._head = self._head, None
-        if head is not None:
+        if head is not None and not self.is_closing():
             self._transport.write(head)
 
     def _close(self) -> None:
@@ -88,8 +134,9 @@ class _HeldHead:
 class DirectBody(asyncio.BufferedProtocol):
     """The connection's protocol while a body is read."""
 
-    def __init__(self, http: DirectProtocol, length: int) -> None:
+    def __init__(self, http: DirectProtocol, cycle: RequestResponseCycle, length: int) -> None:
         self._http = http
+        self._cycle = cycle  # the connection's own may be that of the next request by now
         self._length = length
         self._filled = 0
 
@@ -98,20 +145,25 @@ class DirectBody(asyncio.BufferedProtocol):
 
         Raises StalledError where nothing comes for so long, ClientDisconnect.
         """
-        http, cycle = self._http, self._http.cycle
+        http, cycle = self._http, self._cycle
+        if cycle.disconnected:
+            raise ClientDisconnect
+        if not cycle.more_body:  # it has come whole; the next request may have begun behind it
+            return memoryview(cycle.body)
+        assert http.cycle is cycle, "the connection is in the middle of this body"
         self._target = as_bytes(np.empty(self._length, np.uint8))
         self._filled = len(cycle.body)
         self._target[: self._filled] = cycle.body
         cycle.body = bytearray()
-        if cycle.disconnected:
-            raise ClientDisconnect
-        if cycle.more_body:
-            if cycle.waiting_for_100_continue:
-                http.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                cycle.waiting_for_100_continue = False
-            cycle.keep_alive, keep_alive = False, cycle.keep_alive  # unless all of it comes
+        if cycle.waiting_for_100_continue:
+            http.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            cycle.waiting_for_100_continue = False
+        try:
             await self._take(stall_seconds)
-            cycle.keep_alive, cycle.more_body = keep_alive, False
+        except BaseException:
+            cycle.keep_alive = False  # the rest of the body would be taken for a request
+            raise
+        cycle.more_body = False
         return self._target
 
     async def _take(self, stall_seconds: float) -> None:

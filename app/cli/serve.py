@@ -27,8 +27,8 @@ from app.storage.store import SetStore
 
 _log = logging.getLogger("app")
 
-_MAPPED_BYTES = 32 << 20
-"""Blocks up to this size come from the heap; glibc takes no more."""
+_MAPPED_BYTES = 8 << 20
+"""Blocks up to this size come from the heap and stay; larger ones are given back."""
 _KEPT_BYTES = 256 << 20
 """Most free memory at the heap's end that is kept."""
 
@@ -87,6 +87,7 @@ def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAP
     """Return the application, in this process or in a worker of the process `supervisor`."""
     configure_logging(settings.log_level, settings.log_format)
     _keep_freed_memory()
+    DirectProtocol.stall_seconds = settings.stall_seconds
     if supervisor is not None:
         _end_with(supervisor)
     from app.api.app import create_app  # noqa: PLC0415 - after the metrics' folder is known
@@ -107,6 +108,7 @@ def _serve(settings: Settings, listener: socket.socket, temporary: str) -> int:
         timeout_graceful_shutdown=settings.shutdown_seconds,
         server_header=False,
         http=DirectProtocol,
+        ws="none",
         proxy_headers=False,  # nothing here asks who the caller is
     )
     server = uvicorn.Server(config)

@@ -10,7 +10,7 @@ import numpy as np
 from app.core.cast import FLOAT32, Array, Floats, count_rows, to_float32
 from app.core.config import LoraConfig
 from app.core.kaiming import kaiming_uniform
-from app.core.layout import ROOM, column_major
+from app.core.layout import ROOM
 from app.core.merge import Block, blocks, merge_rows
 from app.errors import ShapeMismatchError
 
@@ -74,9 +74,9 @@ class LoraAdapter:
         """
         made: tuple[Floats, Floats] | None = self.__dict__.get("_laid_out")
         if made is None:
-            if not ROOM.take(self, 4 * (self.a_matrix.size + self.b_matrix.size)):
+            made = ROOM.lay_out(self, self.a_matrix, self.b_matrix)
+            if made is None:
                 return to_float32(self.a_matrix), to_float32(self.b_matrix)
-            made = column_major(self.a_matrix), column_major(self.b_matrix)
             self.__dict__["_laid_out"] = made
         return made
 

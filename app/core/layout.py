@@ -15,27 +15,35 @@ from app.core.cast import FLOAT32, Array, Floats, to_float32
 
 ROOM_BYTES = 256 << 20
 
+Pair = tuple[Floats, Floats]
+
 
 class Room:
     """Bytes that copies may take in this process; what owns them gives them back when it goes."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self._taken = 0
+        self.taken_bytes = 0
+        self._copies: weakref.WeakKeyDictionary[object, Pair] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def take(self, owner: object, size: int) -> bool:
-        """Take `size` bytes for as long as `owner` lives; return False where they are not there."""
+    def lay_out(self, owner: object, first: Array, second: Array) -> Pair | None:
+        """Return column-major float32 copies of two matrices, kept as long as `owner` lives.
+
+        One owner has one pair, whichever thread asks. None where there is no room for them.
+        """
+        size = 4 * (first.size + second.size)
         with self._lock:
-            if self._taken + size > self.max_bytes:
-                return False
-            self._taken += size
-        weakref.finalize(owner, self._give_back, size)
-        return True
+            known = self._copies.get(owner)
+            if known is None and self.taken_bytes + size <= self.max_bytes:
+                known = self._copies[owner] = column_major(first), column_major(second)
+                self.taken_bytes += size
+                weakref.finalize(owner, self._give_back, size)
+            return known
 
     def _give_back(self, size: int) -> None:
-        # No lock: the garbage collector may run this while the same thread is in `take`.
-        self._taken -= size
+        # No lock: the garbage collector may run this while the same thread is in `lay_out`.
+        self.taken_bytes -= size
 
 
 ROOM = Room(ROOM_BYTES)

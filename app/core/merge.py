@@ -12,6 +12,9 @@ BLOCK_VALUES = 1 << 19
 """Values of W in a block: 2 MiB of float32, measured by benchmarks/merge.py. Smaller blocks cost
 more calls, and more hand-overs between threads."""
 
+_SAFE_EXPONENT = 16
+"""Powers of two up to this do not bring numbers of any use near the ends of float32."""
+
 Block = tuple[slice, slice]
 """Rows and columns of W that lie together in memory: whole rows, or a piece of one row."""
 
@@ -52,7 +55,8 @@ def merge_rows(
     """
     delta = _scratch("delta", rows.shape)
     with np.errstate(over="ignore", invalid="ignore"):  # as torch: sums beyond float32 are infinite
-        if scaling != 1.0 and abs(math.frexp(scaling)[0]) == 0.5:
+        fraction, exponent = math.frexp(scaling)
+        if scaling != 1.0 and abs(fraction) == 0.5 and abs(exponent) < _SAFE_EXPONENT:
             # A power of two only moves exponents, so it may come first: B is small, the delta not.
             b_rows, scaling = b_rows * np.float32(scaling), 1.0
         np.matmul(b_rows, a_columns, out=delta)

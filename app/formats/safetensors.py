@@ -33,6 +33,7 @@ _ALIGNMENT = 64
 _MAX_SIZE = 2**63 - 1
 _SHORT_BYTES = 1 << 11
 """Headers up to this length are remembered."""
+_FEW = 4
 _MAX_DIMENSIONS = 64  # NumPy's limit
 
 
@@ -180,12 +181,15 @@ def encode_header(
     The data begins at a multiple of 64 bytes, or right after exactly `length` bytes if that is
     given and enough. Raises ValueError where it is not.
     """
-    if length is None and len(tensors) == 1:
-        layout, about = (
-            tuple(tensors.items()),
-            None if metadata is None else tuple(metadata.items()),
-        )
-        return _encode_short(layout, about)
+    texts = {} if metadata is None else metadata
+    if (
+        length is None
+        and len(tensors) == 1
+        and len(texts) <= _FEW
+        and sum(map(len, texts.values())) <= _SHORT_BYTES
+    ):
+        about = None if metadata is None else tuple(metadata.items())
+        return _encode_short(tuple(tensors.items()), about)
     return _encode_text(tensors, metadata, length)
 
 

@@ -98,8 +98,9 @@ class SharedRegions:
         new = path.with_name(f"new-{secrets.token_hex(8)}")
         try:
             new.write_text(json.dumps(asdict(region)), encoding="utf-8")
+            registered = _registration(new.stat())
             path.hardlink_to(new)  # whole or not at all, and never over another
-            self._remember(name, _registration(path.stat()), region, file)
+            self._remember(name, registered, region, file)
         except FileExistsError:
             raise InvalidRequestError(
                 f"shared memory region '{name}' already in manager; unregister it first",

@@ -27,6 +27,10 @@ _TENSOR_KEYS = frozenset({"inputs", "base_outputs", "data", "weights", "lora_A",
 
 _SHORT_BYTES = 1 << 10
 """Below this, lists are as fast."""
+_KEPT_BYTES = 1 << 20
+"""Longest body whose parser is kept for the next one."""
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""RFC 8259 section 8.1: none in what is sent; simdjson would pass over it."""
 
 _local = threading.local()
 
@@ -73,7 +77,7 @@ def decode_with_arrays(body: bytes, what: str = "the body", hint: str = "") -> A
     if simdjson is not None and len(body) > _SHORT_BYTES:
         try:
             return _Arrays(body).value
-        except (ValueError, TypeError, RuntimeError, OverflowError, RecursionError):
+        except (ValueError, TypeError, LookupError, RuntimeError, OverflowError):
             pass  # something is wrong or uncommon; read it the ordinary way
     return decode(body, what, hint)
 
@@ -82,9 +86,13 @@ class _Arrays:
     """JSON read by simdjson, whose numbers go into arrays without becoming objects."""
 
     def __init__(self, body: bytes) -> None:
+        if body.startswith(_BYTE_ORDER_MARK):
+            raise ValueError
         parser = getattr(_local, "parser", None)
-        if parser is None:
-            parser = _local.parser = simdjson.Parser()
+        if parser is None or len(body) > _KEPT_BYTES:  # a parser keeps the room that it once needed
+            parser = simdjson.Parser()
+            if len(body) <= _KEPT_BYTES:
+                _local.parser = parser
         self._lists = 0
         self.value = self._convert(parser.parse(body), is_tensor=False)
         # A list among numbers would have been flattened.
@@ -94,7 +102,8 @@ class _Arrays:
     def _convert(self, value: Any, *, is_tensor: bool) -> Any:
         if isinstance(value, simdjson.Object):
             keys = list(value.keys())
-            if len(set(keys)) != len(keys):
+            # simdjson looks a key up by its first occurrence, and only to its first NUL.
+            if len(set(keys)) != len(keys) or any("\0" in key for key in keys):
                 raise ValueError
             return {
                 key: self._convert(value[key], is_tensor=is_tensor or key in _TENSOR_KEYS)

@@ -1,5 +1,7 @@
 """Long bodies read straight from the socket: every way in which a client can send one."""
 
+import asyncio
+import contextlib
 import json
 import socket
 import threading
@@ -8,11 +10,13 @@ import time
 import httpx
 import numpy as np
 import pytest
+import uvicorn
 from conftest import TINY, serving, upload
 from test_apply import Q_PROJ
+from uvicorn.server import ServerState
 
 from app.api.app import create_app
-from app.api.direct import DIRECT_BYTES
+from app.api.direct import DIRECT_BYTES, DirectProtocol
 from app.formats import safetensors
 
 ROWS = 1 + DIRECT_BYTES // 256
@@ -205,3 +209,87 @@ def test_long_json(plain):
     x, _ = batch()
     answer = plain.post(path_of(), json={"inputs": x.tolist()})
     assert np.array(answer.json()["outputs"]).shape == (ROWS, 128)
+
+
+class Transport(asyncio.Transport):
+    """What a protocol needs of a transport, with what was written."""
+
+    def __init__(self):
+        super().__init__()
+        self.written = b""
+
+    def write(self, data):
+        self.written += bytes(data)
+
+    def writelines(self, parts):
+        self.written += b"".join(map(bytes, parts))
+
+    def is_closing(self):
+        return False
+
+    def pause_reading(self):
+        pass
+
+    def resume_reading(self):
+        pass
+
+    def get_write_buffer_size(self):
+        return 0
+
+    def close(self):
+        pass
+
+
+def test_a_body_and_the_next_request_in_one_read(app, client):
+    """The second request is the connection's present one when the first asks for its body."""
+    upload(client, "plain", TINY / "plain")
+    x, body = batch()
+    right = expected(client, x)
+    short = json.dumps({"inputs": [0.5] * 64}).encode()
+    following = head_of(len(short)).replace(b"vnd.safetensors", b"json")
+
+    async def talk():
+        config = uvicorn.Config(app, http=DirectProtocol, log_config=None)
+        config.load()
+        transport = Transport()
+        protocol = DirectProtocol(config, ServerState(), {})
+        protocol.connection_made(transport)
+        protocol.data_received(head_of(len(body)) + body + following + short[:10])
+        deadline = time.monotonic() + 20
+        while len(transport.written) < 4 * 128 * ROWS:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        protocol.data_received(short[10:])
+        while transport.written.count(b"HTTP/1.1 200") < 2:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        protocol.connection_lost(None)
+        return transport.written
+
+    first = asyncio.run(talk()).partition(b"\r\n\r\n")[2]
+    length = 8 + int.from_bytes(first[:8], "little") + 4 * 128 * ROWS
+    got = outputs(first[:length])
+    assert np.abs(got[:300] - right).max() < 1e-5
+
+
+def test_a_client_that_never_reads_is_ended(settings):
+    """Answers that nobody takes are memory; they go when the client stands still."""
+    x, body = batch(rows=30_000)
+    app = create_app(settings)
+    kept = DirectProtocol.stall_seconds
+    DirectProtocol.stall_seconds = 0.3
+    try:
+        with serving(app) as url, httpx.Client(base_url=url) as client:
+            upload(client, "plain", TINY / "plain")
+            with socket.socket() as connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                connection.connect((client.base_url.host, client.base_url.port))
+                connection.sendall(head_of(len(body)) + body)
+                time.sleep(1.5)
+                got = 0
+                with contextlib.suppress(ConnectionResetError):
+                    while part := connection.recv(1 << 20):
+                        got += len(part)
+                assert got < 4 * 128 * len(x)
+    finally:
+        DirectProtocol.stall_seconds = kept

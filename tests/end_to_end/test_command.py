@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,9 +13,11 @@ import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from app.cli.main import main
+from app.formats import safetensors
 from app.settings import Settings
 
 COMMAND = str(Path(sys.executable).parent / "bonsai-lora")
@@ -158,3 +161,28 @@ def test_shared_memory_is_a_switch_for_the_loopback_only(tmp_path, capsys):
             assert "system_shared_memory" in httpx.get(f"{url}/v2").json()["extensions"]
     with running("--store", str(tmp_path), BONSAI_LORA_SHARED_MEMORY="1") as (url, _):
         assert httpx.get(f"{url}/v2/systemsharedmemory/status").json() == []
+
+
+def test_sigterm_in_the_middle_of_a_long_body(tmp_path):
+    """The request is finished, and the connection takes no other."""
+    with running("--store", str(tmp_path)) as (url, process):
+        httpx.post(f"{url}/v1/sets", json={"name": "s"})
+        httpx.put(f"{url}/v1/sets/s/adapters/m", json={"d_in": 256, "d_out": 2})
+        body = safetensors.encode({"inputs": np.zeros((2000, 256), np.float32)})
+        head = (
+            f"POST /v1/sets/s/adapters/m/apply HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+            "\r\nContent-Type: application/vnd.safetensors\r\n\r\n"
+        )
+        host, _, port = url.removeprefix("http://").partition(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            connection.sendall(head.encode() + body[:1_000_000])
+            time.sleep(0.3)
+            process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            connection.sendall(body[1_000_000:])
+            answer = b""
+            while part := connection.recv(1 << 16):
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in answer.partition(b"\r\n\r\n")[0].lower()
+        assert process.wait(timeout=10) == 0
