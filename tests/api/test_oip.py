@@ -129,7 +129,11 @@ def test_infer_is_the_native_apply(loaded, golden, sent, wanted):
 def test_binary_datatypes(loaded, golden, datatype, dtype):
     client, server = loaded
     x = golden[f"{Q_PROJ}.x"].astype(dtype)
-    got = server.infer("plain", [tensor(Q_PROJ, x, datatype)]).as_numpy(Q_PROJ)
+    try:
+        given = tensor(Q_PROJ, x, datatype)
+    except InferenceServerException:  # clients before 2.70 cut bfloat16 out of float32 themselves
+        given = tensor(Q_PROJ, x.astype(np.float32), datatype)
+    got = server.infer("plain", [given]).as_numpy(Q_PROJ)
     assert np.array_equal(got, exact(client, Q_PROJ, x))
 
 
