@@ -27,7 +27,7 @@ _TENSOR_KEYS = frozenset({"inputs", "base_outputs", "data", "weights", "lora_A",
 
 _SHORT_BYTES = 1 << 10
 """Below this, lists are as fast."""
-_KEPT_BYTES = 1 << 20
+_KEPT_BYTES = 1 << 21
 """Longest body whose parser is kept for the next one."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """RFC 8259 section 8.1: none in what is sent; simdjson would pass over it."""
