@@ -1,4 +1,4 @@
-"""uvicorn's protocol with two shorter ways: for long bodies in, and for the head of an answer out.
+"""Long bodies, from the socket straight into one array; and an end to answers that nobody takes.
 
 uvicorn copies a body four times on its way: into pieces, out of the parser, behind each other, and
 the application joins them. Here, once the head of a request has been parsed and its route has asked
@@ -7,7 +7,6 @@ back to the parser afterwards (docs/decisions/0012-direct-bodies.md).
 """
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
@@ -42,7 +41,6 @@ class DirectProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is before:
             return  # uvicorn takes it for something else than a request
-        self.cycle.transport = cast("asyncio.Transport", _HeldHead(self.transport, self.loop))
         if before is not None and not before.response_complete:
             return  # a pipelined request: the one before it owns the connection
         declared = next((value for name, value in self.headers if name == b"content-length"), b"")
@@ -87,48 +85,6 @@ class DirectProtocol(HttpToolsProtocol):
     def begin_again(self) -> None:
         """Take the connection back, with its next byte the first of a request."""
         self.parser = httptools.HttpRequestParser(self)
-
-
-class _HeldHead:
-    """A transport for one answer, which sends its head together with what follows it.
-
-    That is one system call instead of two. A head that nothing follows is sent at the end of the
-    event loop's round.
-    """
-
-    __slots__ = ("_head", "_loop", "_transport", "close", "is_closing", "write")
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._head: bytes | None = None
-        self.is_closing = transport.is_closing
-        self.close = self._close
-        self.write: Callable[[bytes], None] = self._hold
-
-    def _hold(self, head: bytes) -> None:
-        self._head = head
-        self.write = self._join
-        self._loop.call_soon(self._flush)
-
-    def _join(self, data: bytes) -> None:
-        head, self._head = self._head, None
-        self.write = self._transport.write
-        if self.is_closing():
-            return
-        if head is None:
-            self._transport.write(data)
-        else:
-            self._transport.writelines([head, data])
-
-    def _flush(self) -> None:
-        head, self._head = self._head, None
-        if head is not None and not self.is_closing():
-            self._transport.write(head)
-
-    def _close(self) -> None:
-        self._flush()
-        self._transport.close()
 
 
 class DirectBody(asyncio.BufferedProtocol):
