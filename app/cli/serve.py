@@ -22,6 +22,7 @@ from uvicorn.supervisors import Multiprocess
 
 from app.api.direct import DirectProtocol
 from app.cli.logs import configure_logging
+from app.core.layout import ROOM
 from app.settings import Settings
 from app.storage.store import SetStore
 
@@ -88,6 +89,7 @@ def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAP
     configure_logging(settings.log_level, settings.log_format)
     _keep_freed_memory()
     DirectProtocol.stall_seconds = settings.stall_seconds
+    ROOM.max_bytes = settings.layout_bytes
     if supervisor is not None:
         _end_with(supervisor)
     from app.api.app import create_app  # noqa: PLC0415 - after the metrics' folder is known

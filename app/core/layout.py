@@ -13,7 +13,7 @@ import numpy as np
 
 from app.core.cast import FLOAT32, Array, Floats, to_float32
 
-ROOM_BYTES = 256 << 20
+ROOM_BYTES = 64 << 20
 
 Pair = tuple[Floats, Floats]
 
