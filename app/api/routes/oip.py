@@ -48,7 +48,7 @@ router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
 HEADER_LENGTH = b"inference-header-content-length"
 INLINE_BYTES = 1 << 17
-"""Longest body whose JSON is read on the event loop."""
+"""Longest JSON that is read on the event loop."""
 
 _EXTENSIONS = (
     "binary_tensor_data",
@@ -377,7 +377,8 @@ async def _run(
         return decode_request(memoryview(plain), header_length)
 
     asked = None
-    if coding is None and len(body) <= INLINE_BYTES:
+    text_length = len(body) if header_length is None else header_length
+    if coding is None and text_length <= INLINE_BYTES:
         asked = _timed(decode, counts)
     queued = time.perf_counter_ns()
 
