@@ -94,7 +94,9 @@ async def put_adapter(
     form = body_form(request, (Form.JSON, Form.BINARY))
     context.store.read_record(name)
     with context.pool.admit():
-        body = await read_body(request, context.limits.max_body_bytes)
+        limits = context.limits
+        limit = limits.max_json_bytes if form is Form.JSON else limits.max_body_bytes
+        body = await read_body(request, limit)
         check = precondition(request)
         put = _put_binary if form is Form.BINARY else _put_json
         stored, created = await context.pool.run(
