@@ -27,7 +27,7 @@ from app.wire.stacks import Stack
 
 Inputs = Mapping[str, Floats]
 
-INLINE_NANOSECONDS = 2_000_000
+INLINE_NANOSECONDS = 4_000_000
 
 Read = Callable[[str], StoredSet]
 """Gives a set as it is now; raises SetNotFoundError."""
