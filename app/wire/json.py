@@ -29,6 +29,8 @@ _SHORT_BYTES = 1 << 10
 """Below this, lists are as fast."""
 _KEPT_BYTES = 1 << 21
 """Longest body whose parser is kept for the next one."""
+_EXACT = 2.0**53
+"""Every integer below it is a float64."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """RFC 8259 section 8.1: none in what is sent; simdjson would pass over it."""
 
@@ -125,7 +127,11 @@ class _Arrays:
         return [self._convert(one, is_tensor=False) for one in value]
 
     def _numbers(self, value: Any) -> Array:
-        return np.frombuffer(value.as_buffer(of_type="d"), np.float64)
+        numbers = np.frombuffer(value.as_buffer(of_type="d"), np.float64)
+        # Larger integers would be rounded twice on their way to float32.
+        if numbers.max() >= _EXACT or numbers.min() <= -_EXACT:
+            raise ValueError
+        return numbers
 
 
 def _decode_more(body: bytes) -> Any:

@@ -289,3 +289,10 @@ def test_an_unknown_query_parameter_is_named(several):
     body = {"inputs": [0.0] * 64}
     answer = several.post(f"/v1/sets/small/adapters/{Q_PROJ}/apply?scael=2", json=body)
     assert "'scael'" in assert_problem(answer, 422, "invalid_request")["detail"]
+
+
+def test_an_empty_batch_gives_no_rows(several):
+    empty = mixed_binary(several, [], np.zeros((0, 64), np.float32))
+    assert len(decoded(empty)["outputs"]) == 0
+    one = mixed_binary(several, [None], np.zeros((1, 64), np.float32))
+    assert_problem(one, 422, "invalid_request")  # one row of unknown width

@@ -17,7 +17,7 @@ PAD = " " * 1100  # longer than what is read the ordinary way
 number = st.one_of(
     st.integers(-(2**53), 2**53),
     st.floats(allow_nan=False, allow_infinity=False),
-    st.sampled_from([0, -0.0, 1e300, 3.5e38, 2**64 - 1, 2**63, 10**30]),
+    st.sampled_from([0, -0.0, 1e300, 3.5e38, 2**64 - 1, 2**63, 10**30, 2**60 + 2**36 + 1]),
 )
 element = st.one_of(
     number,

@@ -162,6 +162,10 @@ async def answer_mixed(context: Context, call: Call) -> None:
         batch = decode_mixed(taken, body, context.limits.max_header_bytes)
         module, inputs = batch.module, {batch.module: batch.inputs}
         base_outputs = {} if batch.base_outputs is None else {module: batch.base_outputs}
+        if not batch.stacks:  # nothing in, nothing out; nobody says how wide that is
+            return encode_outputs(
+                given, inputs[module][:, :0], {"module": module, "versions": {}}, dtype
+            )
         shares = shares_of(batch.stacks, scale, context.store.read)
         outputs = context.applier.apply(shares, inputs, base_outputs)
         context.metrics.rows_applied.inc(total_rows(inputs))
