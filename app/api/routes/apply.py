@@ -16,11 +16,13 @@ from app.api.deps import Context, ModuleName, SetName
 from app.api.hot import HotRoute
 from app.api.openapi import APPLY_ERRORS, answered_before, problems, tensor_answer, tensor_body
 from app.core.adapter import LoraAdapter
+from app.core.cast import Floats
 from app.service.apply import is_small, shares_of, stacked_shares, total_rows, versions_of
 from app.service.sets import get_adapter
+from app.storage.setfile import StoredSet
 from app.wire.media import Form
 from app.wire.stacks import MAX_SCALE
-from app.wire.tensors import decode_many, decode_mixed, decode_one, encode_outputs
+from app.wire.tensors import Batches, decode_many, decode_mixed, decode_one, encode_outputs
 
 router = APIRouter(tags=["apply"])
 
@@ -29,6 +31,9 @@ MANY = "/v1/sets/{set}/apply"
 MIXED = "/v1/apply"
 
 _FORMS = (Form.JSON, Form.BINARY)
+
+About = dict[str, Any]
+"""What an answer says besides its tensors."""
 
 AnswerDtype = Annotated[
     str | None, Query(alias="dtype", description="F32 (default), F16 or BF16; binary answers only")
@@ -69,12 +74,8 @@ async def answer_one(context: Context, call: Call, name: str, module: str) -> No
 
     def compute(body: Buffer) -> Sequence[Buffer]:
         batches = decode_one(taken, body, context.limits.max_header_bytes, module)
-        shares = stacked_shares(stored, batches.stack, scale, context.store.read)
-        outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
-        context.metrics.rows_applied.inc(total_rows(batches.inputs))
-        about: dict[str, Any] = {"set": name, "module": module, "version": stored.record.version}
-        if batches.stack:
-            about["versions"] = versions_of(shares)
+        about: About = {"set": name, "module": module, "version": stored.record.version}
+        outputs = _stacked(context, stored, batches, scale, about)
         return encode_outputs(given, outputs[module], about, dtype)
 
     await _answer(context, call, taken, given, compute, adapter)
@@ -117,12 +118,8 @@ async def answer_many(context: Context, call: Call, name: str) -> None:
 
     def compute(body: Buffer) -> Sequence[Buffer]:
         batches = decode_many(taken, body, context.limits.max_header_bytes, query.get("module", []))
-        shares = stacked_shares(stored, batches.stack, scale, context.store.read)
-        outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
-        context.metrics.rows_applied.inc(total_rows(batches.inputs))
-        about: dict[str, Any] = {"set": name, "version": stored.record.version}
-        if batches.stack:
-            about["versions"] = versions_of(shares)
+        about: About = {"set": name, "version": stored.record.version}
+        outputs = _stacked(context, stored, batches, scale, about)
         return encode_outputs(given, outputs, about, dtype)
 
     await _answer(context, call, taken, given, compute, None)
@@ -180,6 +177,18 @@ HOT_ROUTES = [
     HotRoute(MANY, answer_many),
     HotRoute(MIXED, answer_mixed),
 ]
+
+
+def _stacked(
+    context: Context, stored: StoredSet, batches: Batches, scale: float, about: About
+) -> dict[str, Floats]:
+    """Return what the set and those stacked on it add; `about` learns of their versions."""
+    shares = stacked_shares(stored, batches.stack, scale, context.store.read)
+    outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
+    context.metrics.rows_applied.inc(total_rows(batches.inputs))
+    if batches.stack:
+        about["versions"] = versions_of(shares)
+    return outputs
 
 
 async def _answer(
