@@ -84,7 +84,9 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     default a temporary one that goes with the application.
     """
     store = open_store(settings)
-    shared = shared or _temporary_folder(store)
+    if shared is None:
+        shared = _new_folder()
+        _remove_with(store, shared)
     metrics = Metrics(partial(store_stats, store))
     app = Application(
         title="Bonsai LoRA",
@@ -133,20 +135,18 @@ def open_store(settings: Settings) -> SetStore:
     folder = settings.store_folder()
     if folder is not None:
         return SetStore(folder)
-    temporary = Path(tempfile.mkdtemp(prefix="bonsai-lora-"))
+    temporary = _new_folder()
     store = SetStore(temporary)
     _remove_with(store, temporary)
     return store
 
 
-def _temporary_folder(owner: object) -> Path:
-    """Return a new folder that goes with `owner`."""
-    folder = Path(tempfile.mkdtemp(prefix="bonsai-lora-"))
-    _remove_with(owner, folder)
-    return folder
+def _new_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="bonsai-lora-"))
 
 
 def _remove_with(owner: object, folder: Path) -> None:
+    """Let a temporary folder go when its owner does."""
     weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
 
 

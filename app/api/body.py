@@ -22,16 +22,14 @@ Model = TypeVar("Model", bound=BaseModel)
 
 async def read_body(request: Request, limit: int) -> bytes:
     """Return the whole body; raises BodyTooLargeError over `limit`, declared or received."""
-    return await read_all(request.receive, content_length(request), limit)
-
-
-async def read_all(receive: Receive, declared: int | None, limit: int) -> bytes:
-    """Return the whole body that `receive` gives, of `declared` bytes where that is known.
-
-    Raises BodyTooLargeError over `limit`, declared or received, and ClientDisconnect.
-    """
+    declared = content_length(request)
     if declared is not None:
         check_length(declared, limit)
+    return await read_all(request.receive, limit)
+
+
+async def read_all(receive: Receive, limit: int) -> bytes:
+    """Return the whole body that `receive` gives; raises BodyTooLargeError, ClientDisconnect."""
     parts: list[bytes] = []
     received = 0
     while True:

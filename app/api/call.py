@@ -10,8 +10,7 @@ from app.api.direct import direct_body
 from app.errors import InvalidRequestError
 from app.wire.media import Form, answer_form, check_answer_dtype, request_form
 from app.wire.stacks import MAX_SCALE
-
-Buffer = bytes | memoryview
+from app.wire.tensors import Buffer
 
 JOINED_BYTES = 1 << 16
 """Answers up to this length are copied into one piece: less to do than two pieces."""
@@ -69,19 +68,13 @@ class Call:
 
         Raises BodyTooLargeError over `limit` bytes, StalledError.
         """
-        direct = direct_body(self._scope)
-        declared = self._declared(limit)
-        if direct is None:
-            return await read_all(self._receive, declared, limit)
-        return await direct.read(stall_seconds)
-
-    def _declared(self, limit: int) -> int | None:
         declared = self._headers.get(b"content-length")
-        if declared is None:
-            return None
-        length = parse_length(declared)
-        check_length(length, limit)
-        return length
+        if declared is not None:
+            check_length(parse_length(declared), limit)
+        direct = direct_body(self._scope)
+        if direct is None:
+            return await read_all(self._receive, limit)
+        return await direct.read(stall_seconds)
 
     async def answer(
         self,

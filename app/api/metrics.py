@@ -28,13 +28,13 @@ class Metrics:
         self._store_registry = CollectorRegistry()
         for registry in (self._registry, self._store_registry):
             registry.register(_StoreCollector(store_stats))
-        self.requests = Counter(
+        self._requests = Counter(
             "bonsai_lora_requests",
             "Requests answered.",
             ["method", "route", "status"],
             registry=self._registry,
         )
-        self.latency = Histogram(
+        self._latency = Histogram(
             "bonsai_lora_request_seconds",
             "Time from the request's head to the last byte of the answer.",
             ["method", "route"],
@@ -55,8 +55,8 @@ class Metrics:
         known = self._children.get(key)
         if known is None:
             known = self._children[key] = (
-                self.requests.labels(method, route, str(status)),
-                self.latency.labels(method, route),
+                self._requests.labels(method, route, str(status)),
+                self._latency.labels(method, route),
             )
         known[0].inc()
         known[1].observe(seconds)

@@ -145,8 +145,7 @@ def empty_answer() -> Responses:
 
 def optional_body(model: type[BaseModel], *, required: bool = False) -> dict[str, Any]:
     """Return the `openapi_extra` of a route that reads `model` from JSON of any Content-Type."""
-    content = {Form.JSON.value: {"schema": _ref(model)}}
-    return {"requestBody": {"required": required, "content": content}}
+    return _request_body({Form.JSON.value: {"schema": _ref(model)}}, required=required)
 
 
 def version_parameter() -> dict[str, Any]:
@@ -237,8 +236,8 @@ def _referenced(definitions: dict[str, Any], document: Any) -> set[str]:
     return found
 
 
-def _request_body(content: dict[str, Any]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": content}}
+def _request_body(content: dict[str, Any], *, required: bool = True) -> dict[str, Any]:
+    return {"requestBody": {"required": required, "content": content}}
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:

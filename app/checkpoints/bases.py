@@ -153,11 +153,11 @@ def row_norms(weight: Array, adapter: LoraAdapter) -> Floats:
     """
     if adapter.layer != "linear":
         weight = weight.T
-    a_matrix, b_matrix = adapter.factors
     squares = np.zeros(adapter.d_out)
     for rows, columns in blocks(adapter.d_out, adapter.d_in):
         block = to_float32(np.ascontiguousarray(weight[rows, columns]))
-        merged = block + np.float32(adapter.scaling) * (b_matrix[rows] @ a_matrix[:, columns])
+        a_columns, b_rows = adapter.factors_of(rows, columns)
+        merged = block + np.float32(adapter.scaling) * (b_rows @ a_columns)
         squares[rows] += np.einsum("ij,ij->i", merged, merged, dtype=np.float64)
     return np.sqrt(squares).astype(np.float32)
 

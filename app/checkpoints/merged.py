@@ -15,7 +15,7 @@ import numpy as np
 
 from app.checkpoints.bases import Base, identity_of, row_norms
 from app.core.adapter import LoraAdapter
-from app.core.cast import FLOAT32, Array, Floats, round_to, to_float32
+from app.core.cast import FLOAT32, Array, round_to, to_float32
 from app.core.loraset import BonsaiLoraSet
 from app.core.merge import Block, blocks, merge_rows
 from app.errors import (
@@ -255,10 +255,8 @@ class _Tensor:
             and only.magnitude is None
             and self._dtype is np.float32
         ):
-            rows, columns = block
-            a_matrix, b_matrix = _stored_factors(only)
-            scaling = _scaled(only, deltas[0][1])
-            merge_rows(self._base[block], a_matrix[:, columns], b_matrix[rows], scaling, out=out)
+            factors = only.stored_factors_of(*block)
+            merge_rows(self._base[block], *factors, _scaled(only, deltas[0][1]), out=out)
             return out
         total = self._start(block)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -284,8 +282,8 @@ class _Tensor:
 
     def _add(self, total: Array, adapter: LoraAdapter, weight: float, block: Block) -> None:
         rows, columns = block
-        a_matrix, b_matrix = _stored_factors(adapter)
-        delta = b_matrix[rows].astype(self._dtype) @ a_matrix[:, columns].astype(self._dtype)
+        a_columns, b_rows = adapter.stored_factors_of(rows, columns)
+        delta = b_rows.astype(self._dtype) @ a_columns.astype(self._dtype)
         delta *= self._dtype(_scaled(adapter, weight))
         total += delta
         if adapter.magnitude is not None:
@@ -299,12 +297,6 @@ class _Tensor:
                 assert adapter.magnitude is not None
                 self._ratio = to_float32(adapter.magnitude) / row_norms(self._base, adapter)
             return self._ratio
-
-
-def _stored_factors(adapter: LoraAdapter) -> tuple[Floats, Floats]:
-    """Return A and B whose product is the delta as the base stores it."""
-    a_matrix, b_matrix = adapter.factors
-    return (a_matrix, b_matrix) if adapter.layer == "linear" else (b_matrix.T, a_matrix.T)
 
 
 def _scaled(adapter: LoraAdapter, weight: float) -> float:

@@ -67,27 +67,42 @@ class LoraAdapter:
 
     @property
     def factors(self) -> tuple[Floats, Floats]:
-        """A (r, d_in) and B (d_out, r) as float32.
+        """A (r, d_in) and B (d_out, r) as float32, laid out for `apply` where there is room.
 
-        Kept column by column where there is room for such copies; else the arrays themselves, or
-        casts that are made anew each time.
+        Else the arrays themselves, or, of 16-bit matrices, casts that are made anew each time.
         """
-        made: tuple[Floats, Floats] | None = self.__dict__.get("_laid_out")
+        kept: tuple[Floats, Floats] | None = self.__dict__.get("_factors")
+        if kept is not None:
+            return kept
+        made = ROOM.lay_out(self, self.a_matrix, self.b_matrix)
         if made is None:
-            made = ROOM.lay_out(self, self.a_matrix, self.b_matrix)
-            if made is None:
-                return to_float32(self.a_matrix), to_float32(self.b_matrix)
-            self.__dict__["_laid_out"] = made
+            made = to_float32(self.a_matrix), to_float32(self.b_matrix)
+            if made[0] is not self.a_matrix or made[1] is not self.b_matrix:
+                return made
+        self.__dict__["_factors"] = made
         return made
 
     @property
-    def is_laid_out(self) -> bool:
-        """Whether `factors` has its copies already, or reads a file first."""
-        return "_laid_out" in self.__dict__
+    def is_ready(self) -> bool:
+        """Whether `factors` is at hand: the first time reads a file, and copies it."""
+        return "_factors" in self.__dict__
 
     def copied_bytes(self) -> int:
         """Return the bytes of copies that `factors` keeps."""
-        return sum(one.nbytes for one in self.__dict__.get("_laid_out", ()))
+        kept = self.__dict__.get("_factors", ())
+        own = (self.a_matrix, self.b_matrix)
+        return sum(one.nbytes for one, mine in zip(kept, own, strict=False) if one is not mine)
+
+    def factors_of(self, rows: slice, columns: slice) -> tuple[Floats, Floats]:
+        """Return A[:, columns] and B[rows] as float32, as they lie: a merge takes no room."""
+        return to_float32(self.a_matrix[:, columns]), to_float32(self.b_matrix[rows])
+
+    def stored_factors_of(self, rows: slice, columns: slice) -> tuple[Floats, Floats]:
+        """Return the two whose product B @ A is this block of the delta as the base stores it."""
+        if self.layer == "linear":
+            return self.factors_of(rows, columns)
+        a_matrix, b_matrix = self.factors_of(columns, rows)  # (B A)^T = A^T B^T
+        return b_matrix.T, a_matrix.T
 
     def apply(self, x: Floats, weight: float | Floats = 1.0) -> Floats:
         """Return weight * scaling * ((x A^T) B^T + bias) as float32, (n, d_in) -> (n, d_out).
@@ -152,12 +167,10 @@ class LoraAdapter:
                 expected=[self.d_out, self.d_in],
             )
         assert self.magnitude is None, "app.service.merge knows DoRA"
-        a_matrix, b_matrix = self.factors
 
         def merge(place: Block) -> None:
-            rows, columns = place
-            block = weights[rows, columns]
-            merge_rows(block, a_matrix[:, columns], b_matrix[rows], self.scaling, out=block)
+            block = weights[place]
+            merge_rows(block, *self.factors_of(*place), self.scaling, out=block)
 
         places = blocks(self.d_out, self.d_in)
         if threads == 1:

@@ -11,7 +11,7 @@ import weakref
 
 import numpy as np
 
-from app.core.cast import FLOAT32, Array, Floats, to_float32
+from app.core.cast import Array, Floats, to_float32
 
 ROOM_BYTES = 64 << 20
 
@@ -50,8 +50,5 @@ ROOM = Room(ROOM_BYTES)
 
 
 def column_major(matrix: Array) -> Floats:
-    """Return a float32 copy of `matrix`, column by column in memory; itself where it is that."""
-    if matrix.dtype == FLOAT32:
-        return np.asfortranarray(matrix)
-    # Cast as it lies, which is fast, then turned.
-    return np.asfortranarray(to_float32(matrix))
+    """Return a float32 copy of `matrix`, column by column in memory."""
+    return np.asfortranarray(to_float32(matrix))  # cast as it lies, which is fast, then turned

@@ -249,7 +249,7 @@ def cost_of(adapter: LoraAdapter, rows: float, taken: Form, given: Form) -> floa
     Costs per number, measured here: 36 to read from JSON, 24 to write, 1 in binary; 0.02 per
     multiply-add. A thread costs about 0.1 ms to reach.
     """
-    if adapter.magnitude is not None or not adapter.is_laid_out:
+    if adapter.magnitude is not None or not adapter.is_ready:
         return math.inf
     read = rows * adapter.d_in * (36 if taken is Form.JSON else 1)
     written = rows * adapter.d_out * (24 if given is Form.JSON else 1)

@@ -34,7 +34,7 @@ from app.wire.oip import (
     text_of,
 )
 from app.wire.stacks import SETS, Stack, decode_row
-from app.wire.tensors import BASE_OUTPUTS
+from app.wire.tensors import BASE_ENDING
 
 MIXED = "mixed"
 """The model whose rows each name a set."""
@@ -43,7 +43,6 @@ MODULE_NANOSECONDS = 30_000
 """What each module of a request costs, however small."""
 SHARED_INPUT = "x"
 """The input that feeds every requested output that has none of its own name."""
-_ENDING = f".{BASE_OUTPUTS}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +141,7 @@ class Inference:
             self.applier.limits.check_rows(source.rows)
             check_floats(source)
         inputs = {name: tensors.floats(source) for name, source in sources.items()}
-        endings = {name: f"{name}{_ENDING}" for name in inputs}
+        endings = {name: f"{name}{BASE_ENDING}" for name in inputs}
         base_outputs = {
             name: tensors.floats(request.inputs[ending])
             for name, ending in endings.items()
@@ -237,7 +236,7 @@ def is_light(model: Model, request: InferRequest) -> bool:
         outputs = list(request.outputs)
     cost = 0.0
     for one in outputs:
-        source = request.inputs.get(one.name) or request.inputs.get(SHARED_INPUT)
+        source = _find_source(request, one.name)
         adapter = model.adapters.get(one.name)
         if source is not None and adapter is not None:
             taken = Form.JSON if isinstance(source.content, list | np.ndarray) else Form.BINARY
@@ -294,7 +293,7 @@ def _outputs_of(model: Model, request: InferRequest) -> Sequence[InferOutput]:
 
 def _check_known(model: Model, inputs: Iterable[str], outputs: Iterable[str]) -> None:
     for name in inputs:
-        if name != SHARED_INPUT and name.removesuffix(_ENDING) not in model.adapters:
+        if name != SHARED_INPUT and name.removesuffix(BASE_ENDING) not in model.adapters:
             raise InvalidRequestError(
                 f"unexpected inference input '{name}' for model '{model.name}'; its inputs are "
                 f"'{SHARED_INPUT}' for all outputs, or its modules: {_some(model)}",
@@ -314,7 +313,7 @@ def _check_all_feed(
 ) -> None:
     """Raise where an input feeds nothing: it may be misspelt, or its output forgotten."""
     fed = {_source(request, name).name for name in outputs}
-    fed |= aside | {f"{name}{_ENDING}" for name in outputs}
+    fed |= aside | {f"{name}{BASE_ENDING}" for name in outputs}
     for name in request.inputs:
         if name not in fed:
             raise InvalidRequestError(
@@ -330,7 +329,7 @@ def _default_outputs(model: Model, request: InferRequest) -> list[str]:
     aside = {SHARED_INPUT} if has_shared else set()
     if model.stored is None:
         aside |= {SHARED_INPUT, SETS}
-    named = [name for name in request.inputs if not name.endswith(_ENDING)]
+    named = [name for name in request.inputs if not name.endswith(BASE_ENDING)]
     own = [name for name in named if name not in aside]
     if not has_shared:
         return own
@@ -367,12 +366,16 @@ def _nothing_to_do(model: Model, request: InferRequest) -> str:
 
 def _source(request: InferRequest, output: str) -> InferInput:
     """Return the input that feeds an output: the one of its name, else the shared one."""
-    source = request.inputs.get(output) or request.inputs.get(SHARED_INPUT)
+    source = _find_source(request, output)
     if source is None:
         raise InvalidRequestError(
             f"output '{output}' has no input; send '{output}' or '{SHARED_INPUT}'", field=output
         )
     return source
+
+
+def _find_source(request: InferRequest, output: str) -> InferInput | None:
+    return request.inputs.get(output) or request.inputs.get(SHARED_INPUT)
 
 
 def _check_width(model: Model, source: InferInput, d_in: int) -> None:

@@ -102,15 +102,11 @@ class WeightMerge:
 
     def _merge_into(self, block: Block, weights: Array) -> None:
         """Merge a block of W in place."""
-        rows, columns = block
-        a_matrix, b_matrix = self.adapter.factors
-        if self._is_transposed:  # (B A)^T = A^T B^T
-            a_matrix, b_matrix = b_matrix.T, a_matrix.T
+        rows, _ = block
         scaling = -self.adapter.scaling if self.unmerge else self.adapter.scaling
         merge_rows(
             weights,
-            a_matrix[:, columns],
-            b_matrix[rows],
+            *self.adapter.stored_factors_of(*block),
             scaling,
             out=weights,
             magnitude=None

@@ -54,7 +54,7 @@ class CountFile:
         self._rows = _open(self._path)
         self._places: dict[str, int] = {}
 
-    def add(self, model: str, content: str, since: str, now_ms: int, counts: Counts) -> None:
+    def add(self, model: str, content: str, since: str, counts: Counts) -> None:
         """Add `counts` to those of `model`, whose content, tagged `content`, is from `since`.
 
         A newer content starts again from zero; what came late for an older one is left out.
@@ -71,7 +71,7 @@ class CountFile:
             if since.encode() < row["since"]:
                 return
             row["content"], row["since"], row["sums"] = tag, since.encode(), 0
-        row["last_ms"] = now_ms
+        row["last_ms"] = counts.last_ms
         row["sums"] += [getattr(counts, name) for name in _SUMS]
 
     def read(self, wanted: dict[str, str]) -> dict[str, Counts]:

@@ -99,7 +99,7 @@ class SetStore:
                 found.append(self.read_record(name))
         # What another process deleted is let go here at the latest.
         for gone in (self._open.keys() | self._records.keys()) - set(names):
-            self._forget(gone)
+            self.forget(gone)
         return found
 
     def read_record(self, name: str) -> SetRecord:
@@ -214,11 +214,7 @@ class SetStore:
             except FileNotFoundError:
                 raise SetNotFoundError(name) from None
             _sync_folder(self._sets)
-        self._forget(name)
-
-    def close(self, name: str) -> None:
-        """Let go of what this process has open of a set; it is opened again when it is read."""
-        self._forget(name)
+        self.forget(name)
 
     def open_sets(self) -> list[StoredSet]:
         """Return the sets that this process has open."""
@@ -252,7 +248,7 @@ class SetStore:
             # Not Path.stat: this is on the way of every request.
             status = os.stat(f"{self._sets_prefix}{name}{_SUFFIX}")  # noqa: PTH116
         except FileNotFoundError:
-            self._forget(name)
+            self.forget(name)
             raise SetNotFoundError(name) from None
         except OSError as error:  # a loop of links, a failing disk
             self._unmovable[name] = str(error)
@@ -262,7 +258,8 @@ class SetStore:
             raise SetNotFoundError(name)
         return status.st_ino, status.st_mtime_ns, status.st_size
 
-    def _forget(self, name: str) -> None:
+    def forget(self, name: str) -> None:
+        """Let go of what this process has of a set; it is read anew when it is next asked for."""
         self._open.pop(name, None)
         self._records.pop(name, None)
 

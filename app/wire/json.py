@@ -151,13 +151,13 @@ def _decode_more(body: bytes) -> Any:
 class Text:
     """The text that values were read from, where it must be asked about booleans."""
 
-    def __init__(self, body: bytes) -> None:
-        self._body = body
+    def __init__(self, body: bytes | memoryview) -> None:
+        self.body = bytes(body)
 
     @cached_property
     def may_hold_booleans(self) -> bool:
         """Whether a boolean may be among numbers, which NumPy would take for 0 or 1."""
-        return b"true" in self._body or b"false" in self._body
+        return b"true" in self.body or b"false" in self.body
 
 
 def decode_tensor(value: Any, name: str, text: Text) -> Floats:

@@ -102,8 +102,8 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
         raise MalformedBodyError(
             f"Inference-Header-Content-Length is {end}, but the body has {len(body)} bytes"
         )
-    text = bytes(body[:end])
-    fields = json.decode_with_arrays(text, "the request's JSON", _HINT)
+    text = json.Text(body[:end])
+    fields = json.decode_with_arrays(text.body, "the request's JSON", _HINT)
     if not isinstance(fields, dict) or not _is_list_of(dict, fields.get("inputs")):
         raise InvalidRequestError(
             "the request must be a JSON object with the list 'inputs'", field="inputs"
@@ -130,7 +130,7 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
         [_decode_output(one, default=is_binary) for one in asked] if asked else None,
         is_binary,
         decode_weight(parameters.get("scale", 1.0), "parameters.scale"),
-        json.Text(text),
+        text,
     )
 
 
@@ -247,9 +247,7 @@ def encode_response(
         described.append(entry)
     fields = {"model_name": model, "model_version": version, "outputs": described}
     text = json.encode({"id": request_id, **fields} if request_id else fields)
-    if not any(one.is_binary and one.placed is None for one, _ in outputs):
-        return [text], None
-    return [text, *data], len(text)
+    return [text, *data], len(text) if data else None
 
 
 def _decode_input(value: Any, body: memoryview, start: int) -> tuple[InferInput, int]:

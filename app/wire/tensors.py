@@ -17,6 +17,8 @@ MODULE = "module"
 INPUTS = "inputs"
 OUTPUTS = "outputs"
 BASE_OUTPUTS = "base_outputs"
+BASE_ENDING = f".{BASE_OUTPUTS}"
+"""Behind a module's name: W x for it, where each module has inputs of its own."""
 
 _TENSORS = frozenset({INPUTS, BASE_OUTPUTS})
 
@@ -49,16 +51,18 @@ def decode_one(form: Form, body: Buffer, max_header_bytes: int, module: str) -> 
     `binary.decode_tensors`, and InvalidRequestError for other fields or tensors.
     """
     if form is Form.JSON:
-        fields = _fields(body, _TENSORS | {SETS})
+        text = json.Text(body)
+        fields = _fields(text, _TENSORS | {SETS})
         sets = fields.pop(SETS, None)
-        found = _arrays(fields, body)
+        found = _arrays(fields, text)
     else:
         found, metadata = binary.decode_tensors(body, max_header_bytes)
         sets = sets_of_metadata(metadata)
         _check_names(found)
-    stack = () if sets is None else decode_stack(sets, SETS)
     shared = found.get(BASE_OUTPUTS)
-    return Batches({module: found[INPUTS]}, {} if shared is None else {module: shared}, stack)
+    return Batches(
+        {module: found[INPUTS]}, {} if shared is None else {module: shared}, _stack(sets)
+    )
 
 
 def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: list[str]) -> Batches:
@@ -67,17 +71,15 @@ def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: list[s
     `sets` (binary: JSON in the metadata) are further sets that all rows go through. In binary,
     `<module>.base_outputs` beside `<module>` is W x of a DoRA module. Raises as `decode_one`.
     """
-    if form is Form.JSON:
-        fields = _fields(body, _TENSORS | {SETS})
-        sets = fields.pop(SETS, None)
-    else:
-        tensors, metadata = binary.decode_tensors(body, max_header_bytes)
-        sets = sets_of_metadata(metadata)
-    stack = () if sets is None else decode_stack(sets, SETS)
     if form is not Form.JSON:
-        return _split(tensors, stack) if not modules else _shared(tensors, modules, stack)
+        tensors, metadata = binary.decode_tensors(body, max_header_bytes)
+        stack = _stack(sets_of_metadata(metadata))
+        return _shared(tensors, modules, stack) if modules else _split(tensors, stack)
+    text = json.Text(body)
+    fields = _fields(text, _TENSORS | {SETS})
+    stack = _stack(fields.pop(SETS, None))
     if modules:
-        return _shared(_arrays(fields, body), modules, stack)
+        return _shared(_arrays(fields, text), modules, stack)
     for name, value in fields.items():
         if not isinstance(value, dict):
             raise InvalidRequestError(
@@ -85,7 +87,6 @@ def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: list[s
                 'or send {"inputs": {"q_proj": [[…]]}}',
                 field=name,
             )
-    text = json.Text(bytes(body))
     decoded = {
         name: {
             module: json.decode_tensor(batch, f"{name}.{module}", text)
@@ -104,9 +105,10 @@ def decode_mixed(form: Form, body: Buffer, max_header_bytes: int) -> MixedBatch:
     per row.
     """
     if form is Form.JSON:
-        fields = _fields(body, _TENSORS | {MODULE, SETS})
+        text = json.Text(body)
+        fields = _fields(text, _TENSORS | {MODULE, SETS})
         module, sets = fields.pop(MODULE, None), fields.pop(SETS, None)
-        tensors = _arrays(fields, body)
+        tensors = _arrays(fields, text)
     else:
         tensors, metadata = binary.decode_tensors(body, max_header_bytes)
         _check_names(tensors)
@@ -126,8 +128,11 @@ def decode_mixed(form: Form, body: Buffer, max_header_bytes: int) -> MixedBatch:
     return MixedBatch(module, stacks, tensors[INPUTS], tensors.get(BASE_OUTPUTS))
 
 
-def _arrays(fields: Mapping[str, Any], body: Buffer) -> dict[str, Floats]:
-    text = json.Text(bytes(body))
+def _stack(sets: Any) -> Stack:
+    return () if sets is None else decode_stack(sets, SETS)
+
+
+def _arrays(fields: Mapping[str, Any], text: json.Text) -> dict[str, Floats]:
     return {name: json.decode_tensor(one, name, text) for name, one in fields.items()}
 
 
@@ -143,14 +148,15 @@ def _shared(tensors: Mapping[str, Floats], modules: list[str], stack: Stack) -> 
 
 
 def _split(tensors: Mapping[str, Floats], stack: Stack) -> Batches:
-    ending = f".{BASE_OUTPUTS}"
-    given = {name: one for name, one in tensors.items() if name.endswith(ending)}
+    given = {name: one for name, one in tensors.items() if name.endswith(BASE_ENDING)}
     inputs = {name: one for name, one in tensors.items() if name not in given}
-    return Batches(inputs, {name.removesuffix(ending): one for name, one in given.items()}, stack)
+    return Batches(
+        inputs, {name.removesuffix(BASE_ENDING): one for name, one in given.items()}, stack
+    )
 
 
-def _fields(body: Buffer, allowed: frozenset[str]) -> dict[str, Any]:
-    value = json.decode_object(bytes(body), allowed)
+def _fields(text: json.Text, allowed: frozenset[str]) -> dict[str, Any]:
+    value = json.decode_object(text.body, allowed)
     if INPUTS not in value:
         raise InvalidRequestError(f"the body has no {INPUTS!r}", field=INPUTS)
     return value

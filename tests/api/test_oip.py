@@ -616,12 +616,12 @@ def test_counts_that_come_late_do_not_erase_newer_ones(tmp_path):
 
     counts = CountFile(tmp_path)
     one = Counts(success_count=1, rows=2)
-    counts.add("s", "a-1", "2026-01-01", 5, one)
-    counts.add("s", "a-2", "2026-01-02", 6, one)
-    counts.add("s", "a-1", "2026-01-01", 7, one)
-    counts.add("s", "a-2", "2026-01-02", 8, one)
+    counts.add("s", "a-1", "2026-01-01", one)
+    counts.add("s", "a-2", "2026-01-02", one)
+    counts.add("s", "a-1", "2026-01-01", one)
+    counts.add("s", "a-2", "2026-01-02", one)
     assert counts.read({"s": "a-2"})["s"].rows == 4
     for number in range(3000):  # grows beyond its first rows
-        counts.add(f"t{number}", "b", "", 1, one)
+        counts.add(f"t{number}", "b", "", one)
     found = counts.read({f"t{number}": "b" for number in range(3000)})
     assert {total.success_count for total in found.values()} == {1}

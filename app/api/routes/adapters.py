@@ -1,4 +1,4 @@
-"""The adapters of a set (contract, section 3)."""
+"""The adapters of a set."""
 
 from functools import partial
 from typing import Annotated

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 
 from app.api import schemas
-from app.api.call import Buffer, Call, answer_options
+from app.api.call import Call, answer_options
 from app.api.deps import Context, ModuleName, SetName
 from app.api.hot import HotRoute
 from app.api.openapi import APPLY_ERRORS, answered_before, problems, tensor_answer, tensor_body
@@ -22,7 +22,7 @@ from app.service.sets import get_adapter
 from app.storage.setfile import StoredSet
 from app.wire.media import Form
 from app.wire.stacks import MAX_SCALE
-from app.wire.tensors import Batches, decode_many, decode_mixed, decode_one, encode_outputs
+from app.wire.tensors import Batches, Buffer, decode_many, decode_mixed, decode_one, encode_outputs
 
 router = APIRouter(tags=["apply"])
 

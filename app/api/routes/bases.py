@@ -1,4 +1,4 @@
-"""Base checkpoints, and merged files that exist only while they are read (contract, section 6)."""
+"""Base checkpoints, and merged files that exist only while they are read."""
 
 from functools import partial
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Merge one adapter into weights that stream by (contract, section 6)."""
+"""Merge one adapter into weights that stream by."""
 
 from functools import partial
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2, with Triton's extensions (contract, section 7).
+"""The Open Inference Protocol v2, with Triton's extensions.
 
 A set is a model, its version the model's version. Refusals are `{"error": …}` with the statuses
 that Triton uses (`app/api/errors.py`).
@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from app.api import schemas
 from app.api.body import check_length, parse_model, read_body
-from app.api.call import Buffer, Call
+from app.api.call import Call
 from app.api.deps import Context, InContext
 from app.api.hot import HotRoute
 from app.api.openapi import (
@@ -43,6 +43,7 @@ from app.storage.regions import Region
 from app.wire.compress import coding_of, compress, decompress, wanted_coding
 from app.wire.media import Form
 from app.wire.oip import Encoded, InferRequest, decode_request
+from app.wire.tensors import Buffer
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
@@ -221,11 +222,12 @@ async def answer_infer(context: Context, call: Call, name: str, version: str | N
             body = await call.body(context.limits.max_body_bytes, context.settings.stall_seconds)
             parts, length = await _run(context, model, body, coding, header_length, counts)
     except BonsaiLoraError:
-        failed = Counts(fail_count=1, fail_ns=time.perf_counter_ns() - started)
-        context.counts.add(*model.counted_as, time.time_ns() // 1_000_000, failed)
+        failed = Counts(_now_ms(), fail_count=1, fail_ns=time.perf_counter_ns() - started)
+        context.counts.add(*model.counted_as, failed)
         raise
     counts.success_count, counts.success_ns = 1, time.perf_counter_ns() - started
-    context.counts.add(*model.counted_as, time.time_ns() // 1_000_000, counts)
+    counts.last_ms = _now_ms()
+    context.counts.add(*model.counted_as, counts)
     context.metrics.rows_applied.inc(counts.rows)
     headers = [] if length is None else [(HEADER_LENGTH, b"%d" % length)]
     wanted = wanted_coding(call.header(b"accept-encoding"))
@@ -288,7 +290,7 @@ async def load_model(request: Request, context: InContext, model: FoundModel) ->
 async def unload_model(request: Request, context: InContext, model: FoundModel) -> Response:
     """The set stays, and is opened again when it is next used."""
     await _read_optional(request, schemas.RepositoryRequest)
-    context.store.close(model.name)
+    context.store.forget(model.name)
     return Response()
 
 
@@ -395,6 +397,10 @@ def _timed(decode: Callable[[], InferRequest], counts: Counts) -> InferRequest:
     asked = decode()
     counts.input_ns += time.perf_counter_ns() - started
     return asked
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _header_length(call: Call) -> int | None:

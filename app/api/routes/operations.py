@@ -1,4 +1,4 @@
-"""Health and metrics (contract, section 9)."""
+"""Health and metrics."""
 
 import anyio.to_thread
 from fastapi import APIRouter, Response

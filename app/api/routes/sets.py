@@ -1,4 +1,4 @@
-"""Sets: create, list, show, upload, delete, and the set as a PEFT folder (contract, section 2)."""
+"""Sets: create, list, show, upload, delete, and the set as a PEFT folder."""
 
 import json
 from functools import partial

@@ -1,4 +1,4 @@
-"""Parameters, memory and how much fits (contract, section 5)."""
+"""Parameters, memory and how much fits."""
 
 from functools import partial
 from time import monotonic
