@@ -24,7 +24,7 @@ from app.api.hot import HotRoutes
 from app.api.metrics import Metrics
 from app.api.middleware import ObserveMiddleware
 from app.api.openapi import install_openapi
-from app.api.routes import adapters, apply, hub, merge, oip, operations, sets, stats
+from app.api.routes import adapters, apply, hub, merge, oip, operations, sets, shared_memory, stats
 from app.api.routes import bases as bases_routes
 from app.checkpoints.bases import BaseFolder
 from app.service.apply import Applier
@@ -115,7 +115,18 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     )
     routers = [
         one.router
-        for one in (sets, adapters, apply, merge, bases_routes, oip, stats, operations, hub)
+        for one in (
+            sets,
+            adapters,
+            apply,
+            merge,
+            bases_routes,
+            oip,
+            shared_memory,
+            stats,
+            operations,
+            hub,
+        )
     ]
     for router in routers:
         app.include_router(router)

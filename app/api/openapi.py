@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from app import errors
-from app.api import schemas
+from app.api import oip_schemas, schemas
 from app.api.errors import PROBLEM_TYPE, status_of
 from app.errors import BonsaiLoraError
 from app.wire.media import Form
@@ -114,7 +114,7 @@ def tensor_answer(model: type[BaseModel], *forms: Form) -> Responses:
 
 def oip_errors(*statuses: int) -> Responses:
     """Return the `responses` of a route of the Open Inference Protocol that refuses so."""
-    content = {Form.JSON.value: {"schema": _ref(schemas.OipError)}}
+    content = {Form.JSON.value: {"schema": _ref(oip_schemas.OipError)}}
     words = {status: HTTPStatus(status).phrase for status in sorted({*statuses, 500})}
     return {status: {"description": word, "content": content} for status, word in words.items()}
 
@@ -127,7 +127,7 @@ def infer_body() -> dict[str, Any]:
         ]
     }
     content: dict[str, Any] = {
-        Form.JSON.value: {"schema": _ref(schemas.InferRequest), "example": example},
+        Form.JSON.value: {"schema": _ref(oip_schemas.InferRequest), "example": example},
         Form.RAW.value: {"schema": _BINARY},
     }
     return _request_body(content)
@@ -135,7 +135,7 @@ def infer_body() -> dict[str, Any]:
 
 def infer_answer() -> Responses:
     """Return the `responses` of infer."""
-    return tensor_answer(schemas.InferResponse, Form.RAW)
+    return tensor_answer(oip_schemas.InferResponse, Form.RAW)
 
 
 def empty_answer() -> Responses:
@@ -211,12 +211,13 @@ def _add_models(document: dict[str, Any]) -> None:
     known = document.setdefault("components", {}).setdefault("schemas", {})
     models = [
         one
-        for one in vars(schemas).values()
+        for module in (schemas, oip_schemas)
+        for one in vars(module).values()
         if isinstance(one, type)
         and issubclass(one, BaseModel)
-        and one.__module__ == schemas.__name__
+        and one.__module__ == module.__name__
     ]
-    kinds = (schemas.RequestModel, schemas.LenientModel)
+    kinds = (schemas.RequestModel, oip_schemas.LenientModel)
     requests = {one for one in models if issubclass(one, kinds)}
     pairs = [(one, "validation" if one in requests else "serialization") for one in models]
     _, definitions = models_json_schema(pairs, ref_template=_REF)  # type: ignore[arg-type]

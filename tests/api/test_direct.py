@@ -130,7 +130,7 @@ def test_expect_100_continue(plain):
 
 def test_refusals_before_the_body(plain):
     """What is refused by its head is answered, and the connection goes on or ends properly."""
-    x, body = batch()
+    _, body = batch()
     for path, headers, status in (
         (path_of("nothing"), {}, 404),
         (path_of() + "?scale=x", {}, 422),
@@ -144,7 +144,6 @@ def test_refusals_before_the_body(plain):
         connection.sendall(head_of(1 << 40))
         assert read_answer(connection)[0] == 413
     assert plain.get("/healthz").status_code == 200
-    assert len(x) == ROWS
 
 
 def test_a_client_that_goes_away(plain):

@@ -216,11 +216,24 @@ def test_scale_is_a_parameter(loaded, golden):
     assert reference.relative_error(result.as_numpy(Q_PROJ), expected) < 1e-6
 
 
-def test_reserved_parameters_are_taken(server, golden):
+def test_reserved_parameters_change_nothing(loaded, golden):
+    client, server = loaded
+    x = golden[f"{Q_PROJ}.x"]
     result = server.infer(
-        "plain", [tensor(Q_PROJ, golden[f"{Q_PROJ}.x"])], priority=2, timeout=1000, sequence_id=7
+        "plain", [tensor(Q_PROJ, x)], priority=2, timeout=1000, sequence_id=7, sequence_start=True
     )
-    assert result.as_numpy(Q_PROJ) is not None
+    assert np.array_equal(result.as_numpy(Q_PROJ), exact(client, Q_PROJ, x))
+
+
+def test_load_makes_what_the_first_apply_would(app, loaded):
+    _, server = loaded
+    stored = app.state.context.store.read("plain")
+    adapters = stored.lora_set.registry.adapters.values()
+    assert not any(one.is_ready for one in adapters)
+    server.load_model("plain")
+    assert all(one.is_ready for one in adapters)
+    server.unload_model("plain")
+    assert app.state.context.store.read("plain") is not stored
 
 
 @pytest.mark.parametrize("binary", [True, False])

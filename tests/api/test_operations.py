@@ -47,6 +47,15 @@ def test_request_ids(client):
     assert re.fullmatch(r"[0-9a-f]{16}", hostile.headers["x-request-id"])
 
 
+def test_hot_routes_have_ids_too(client):
+    upload(client, "plain", TINY / "plain")
+    path = "/v1/sets/plain/adapters/model.layers.0.self_attn.q_proj/apply"
+    headers = {"X-Request-Id": "abc-123"}
+    answer = client.post(path, json={"inputs": [0.5] * 64}, headers=headers)
+    assert (answer.status_code, answer.headers["x-request-id"]) == (200, "abc-123")
+    assert client.post(path, json={"inputs": [0.5] * 64}).headers["x-request-id"] != "abc-123"
+
+
 def test_the_frameworks_refusals_have_our_shape(client):
     assert_problem(client.get("/nothing"), 404, "not_found")
     answer = client.patch("/v1/sets/x")

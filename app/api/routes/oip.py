@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version as package_version
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import anyio.to_thread
 from fastapi import APIRouter, Depends, Path, Request, Response
 from pydantic import BaseModel
 
-from app.api import schemas
+from app.api import oip_schemas
 from app.api.body import check_length, parse_model, read_body
 from app.api.call import Call
 from app.api.deps import Context, InContext
@@ -39,7 +39,6 @@ from app.service.infer import (
     raw_request,
 )
 from app.storage.counts import Counts
-from app.storage.regions import Region
 from app.wire.compress import coding_of, compress, decompress, wanted_coding
 from app.wire.media import Form
 from app.wire.oip import Encoded, InferRequest, decode_request
@@ -59,13 +58,14 @@ _EXTENSIONS = (
     "parameters",
     "statistics",
 )
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+
 _MODEL = "/models/{model}"
 _VERSION = "/models/{model}/versions/{version}"
 
 ModelPath = Annotated[
     str, Path(description=f"name of a set, or {MIXED!r}", examples=["my-adapter"])
 ]
-RegionPath = Annotated[str, Path(description="name of a shared-memory region")]
 
 
 def _find(request: Request, context: InContext, model: ModelPath) -> Model:
@@ -75,12 +75,34 @@ def _find(request: Request, context: InContext, model: ModelPath) -> Model:
 FoundModel = Annotated[Model, Depends(_find)]
 
 
+def _of_model(ending: str, what: str, summary: str) -> Callable[[Endpoint], Endpoint]:
+    """Declare a GET of a model: as it is now, and of one version, which is 404 once it is gone."""
+
+    def declare(endpoint: Endpoint) -> Endpoint:
+        responses = oip_errors(404)
+        router.get(
+            f"{_MODEL}{ending}",
+            operation_id=f"get_model{what}",
+            summary=summary,
+            responses=responses,
+        )(endpoint)
+        return router.get(
+            f"{_VERSION}{ending}",
+            operation_id=f"get_model_version{what}",
+            summary=f"{summary} (one version)",
+            openapi_extra=version_parameter(),
+            responses=responses,
+        )(endpoint)
+
+    return declare
+
+
 @router.get("", operation_id="get_server", summary="The server and its extensions")
 @router.get("/", include_in_schema=False)
-async def get_server(context: InContext) -> schemas.ServerMetadata:
+async def get_server(context: InContext) -> oip_schemas.ServerMetadata:
     """As the protocol says."""
     shared = ("system_shared_memory",) if context.inference.regions.is_on else ()
-    return schemas.ServerMetadata(
+    return oip_schemas.ServerMetadata(
         name="bonsai-lora",
         version=package_version("bonsai-lora"),
         extensions=[*_EXTENSIONS, *shared],
@@ -88,15 +110,15 @@ async def get_server(context: InContext) -> schemas.ServerMetadata:
 
 
 @router.get("/health/live", operation_id="get_server_live", summary="Is the server alive?")
-async def get_live() -> schemas.ServerLive:
+async def get_live() -> oip_schemas.ServerLive:
     """Answers as long as the process does."""
-    return schemas.ServerLive()
+    return oip_schemas.ServerLive()
 
 
 @router.get("/health/ready", operation_id="get_server_ready", summary="Is the server ready?")
-async def get_ready() -> schemas.ServerReady:
+async def get_ready() -> oip_schemas.ServerReady:
     """It is ready when it answers: sets are opened as they are needed."""
-    return schemas.ServerReady()
+    return oip_schemas.ServerReady()
 
 
 @router.get(
@@ -105,80 +127,39 @@ async def get_ready() -> schemas.ServerReady:
     summary="Statistics of all models",
     responses=oip_errors(503),
 )
-async def get_all_statistics(context: InContext) -> schemas.ModelStatistics:
+async def get_all_statistics(context: InContext) -> oip_schemas.ModelStatistics:
     """Counts since the start, over all workers; times in nanoseconds."""
     return await anyio.to_thread.run_sync(_all_statistics, context)
 
 
-@router.get(_MODEL, operation_id="get_model", summary="A set as a model", responses=oip_errors(404))
-@router.get(
-    _VERSION,
-    operation_id="get_model_version",
-    summary="A set as a model, if this is its version",
-    openapi_extra=version_parameter(),
-    responses=oip_errors(404),
-)
-async def get_model(model: FoundModel) -> schemas.ModelMetadata:
+@_of_model("", "", "A set as a model")
+async def get_model(model: FoundModel) -> oip_schemas.ModelMetadata:
     """Its inputs and outputs are its modules; the input `x` feeds all that are asked for."""
-    return schemas.ModelMetadata(
+    return oip_schemas.ModelMetadata(
         name=model.name,
         versions=[model.version],
         platform=models.PLATFORM,
-        inputs=[schemas.TensorMetadata.of(one) for one in models.inputs_of(model)],
-        outputs=[schemas.TensorMetadata.of(one) for one in models.outputs_of(model)],
+        inputs=[oip_schemas.TensorMetadata.of(one) for one in models.inputs_of(model)],
+        outputs=[oip_schemas.TensorMetadata.of(one) for one in models.outputs_of(model)],
     )
 
 
-@router.get(
-    f"{_MODEL}/ready",
-    operation_id="get_model_ready",
-    summary="Is the model ready?",
-    responses=oip_errors(404),
-)
-@router.get(
-    f"{_VERSION}/ready",
-    operation_id="get_model_version_ready",
-    summary="Is this the model's version?",
-    openapi_extra=version_parameter(),
-    responses=oip_errors(404),
-)
-async def get_model_ready(model: FoundModel) -> schemas.ModelReady:
+@_of_model("/ready", "_ready", "Is the model ready?")
+async def get_model_ready(model: FoundModel) -> oip_schemas.ModelReady:
     """Every set that exists is ready."""
-    return schemas.ModelReady(name=model.name)
+    return oip_schemas.ModelReady(name=model.name)
 
 
-@router.get(
-    f"{_MODEL}/config",
-    operation_id="get_model_config",
-    summary="The model's configuration",
-    responses=oip_errors(404),
-)
-@router.get(
-    f"{_VERSION}/config",
-    operation_id="get_model_version_config",
-    summary="The configuration, if this is the model's version",
-    openapi_extra=version_parameter(),
-    responses=oip_errors(404),
-)
-async def get_model_config(model: FoundModel) -> schemas.ModelConfig:
+@_of_model("/config", "_config", "The model's configuration")
+async def get_model_config(model: FoundModel) -> oip_schemas.ModelConfig:
     """In the fields of Triton's model configuration."""
-    return schemas.ModelConfig(**models.config_of(model))
+    return oip_schemas.ModelConfig(**models.config_of(model))
 
 
-@router.get(
-    f"{_MODEL}/stats",
-    operation_id="get_model_statistics",
-    summary="Statistics of a model",
-    responses=oip_errors(404),
-)
-@router.get(
-    f"{_VERSION}/stats",
-    operation_id="get_model_version_statistics",
-    summary="Statistics, if this is the model's version",
-    openapi_extra=version_parameter(),
-    responses=oip_errors(404),
-)
-async def get_model_statistics(context: InContext, model: FoundModel) -> schemas.ModelStatistics:
+@_of_model("/stats", "_statistics", "Statistics of a model")
+async def get_model_statistics(
+    context: InContext, model: FoundModel
+) -> oip_schemas.ModelStatistics:
     """Counts since the start or the set's last change, over all workers; times in nanoseconds."""
     return await anyio.to_thread.run_sync(
         _statistics, context, [(model.name, model.version, model.content)]
@@ -247,14 +228,14 @@ HOT_ROUTES = [
     "/repository/index",
     operation_id="get_repository_index",
     summary="All models",
-    openapi_extra=optional_body(schemas.IndexRequest),
+    openapi_extra=optional_body(oip_schemas.IndexRequest),
     responses=oip_errors(400, 503),
 )
-async def get_index(request: Request, context: InContext) -> list[schemas.IndexEntry]:
+async def get_index(request: Request, context: InContext) -> list[oip_schemas.IndexEntry]:
     """Every set is ready; `reason` says which are not in memory yet."""
-    await _read_optional(request, schemas.IndexRequest)
+    await _read_optional(request, oip_schemas.IndexRequest)
     found = await anyio.to_thread.run_sync(models.list_models, context.store)
-    return [schemas.IndexEntry(**one) for one in found]
+    return [oip_schemas.IndexEntry(**one) for one in found]
 
 
 @router.post(
@@ -262,12 +243,12 @@ async def get_index(request: Request, context: InContext) -> list[schemas.IndexE
     operation_id="load_model",
     summary="Bring a set into memory",
     response_class=Response,
-    openapi_extra=optional_body(schemas.RepositoryRequest),
+    openapi_extra=optional_body(oip_schemas.RepositoryRequest),
     responses=empty_answer() | oip_errors(400, 404, 501, 503),
 )
 async def load_model(request: Request, context: InContext, model: FoundModel) -> Response:
     """Later requests find it there. Sets are made and changed under /v1/sets, not here."""
-    asked = await _read_optional(request, schemas.RepositoryRequest)
+    asked = await _read_optional(request, oip_schemas.RepositoryRequest)
     if asked.parameters:
         raise UnsupportedFeatureError(
             f"load takes no {', '.join(sorted(asked.parameters))[:200]} here; upload an adapter "
@@ -284,79 +265,13 @@ async def load_model(request: Request, context: InContext, model: FoundModel) ->
     operation_id="unload_model",
     summary="Let go of a set's memory",
     response_class=Response,
-    openapi_extra=optional_body(schemas.RepositoryRequest),
+    openapi_extra=optional_body(oip_schemas.RepositoryRequest),
     responses=empty_answer() | oip_errors(400, 404),
 )
 async def unload_model(request: Request, context: InContext, model: FoundModel) -> Response:
     """The set stays, and is opened again when it is next used."""
-    await _read_optional(request, schemas.RepositoryRequest)
+    await _read_optional(request, oip_schemas.RepositoryRequest)
     context.store.forget(model.name)
-    return Response()
-
-
-@router.get(
-    "/systemsharedmemory/status",
-    operation_id="get_shared_memory",
-    summary="All shared-memory regions",
-    responses=oip_errors(501),
-)
-async def get_shared_memory(context: InContext) -> list[schemas.RegionInfo]:
-    """Only where the service was started with `--shared-memory`."""
-    return [_region_info(one) for one in context.inference.regions.list()]
-
-
-@router.get(
-    "/systemsharedmemory/region/{region}/status",
-    operation_id="get_shared_memory_region",
-    summary="One shared-memory region",
-    responses=oip_errors(404, 501),
-)
-async def get_shared_memory_region(
-    context: InContext, region: RegionPath
-) -> list[schemas.RegionInfo]:
-    """A list with that region."""
-    return [_region_info(context.inference.regions.get(region))]
-
-
-@router.post(
-    "/systemsharedmemory/region/{region}/register",
-    operation_id="register_shared_memory",
-    summary="Give shared memory a name",
-    response_class=Response,
-    openapi_extra=optional_body(schemas.RegisterRequest, required=True),
-    responses=empty_answer() | oip_errors(400, 501),
-)
-async def register(request: Request, context: InContext, region: RegionPath) -> Response:
-    """The memory must exist; it is never removed here."""
-    asked = parse_model(await read_body(request, 1 << 16), schemas.RegisterRequest)
-    context.inference.regions.register(region, asked.key, asked.offset, asked.byte_size)
-    return Response()
-
-
-@router.post(
-    "/systemsharedmemory/region/{region}/unregister",
-    operation_id="unregister_shared_memory_region",
-    summary="Forget a shared-memory region",
-    response_class=Response,
-    responses=empty_answer() | oip_errors(501),
-)
-async def unregister(context: InContext, region: RegionPath) -> Response:
-    """Nothing happens where there is none of that name."""
-    context.inference.regions.unregister(region)
-    return Response()
-
-
-@router.post(
-    "/systemsharedmemory/unregister",
-    operation_id="unregister_shared_memory",
-    summary="Forget all shared-memory regions",
-    response_class=Response,
-    responses=empty_answer() | oip_errors(501),
-)
-async def unregister_all(context: InContext) -> Response:
-    """The memory itself stays."""
-    for one in context.inference.regions.list():
-        context.inference.regions.unregister(one.name)
     return Response()
 
 
@@ -419,18 +334,14 @@ async def _read_optional(request: Request, model: type[BaseModel]) -> Any:
     return parse_model(body, model) if body.strip() else model()
 
 
-def _region_info(region: Region) -> schemas.RegionInfo:
-    return schemas.RegionInfo(
-        name=region.name, key=region.key, offset=region.offset, byte_size=region.byte_size
-    )
-
-
-def _all_statistics(context: Context) -> schemas.ModelStatistics:
+def _all_statistics(context: Context) -> oip_schemas.ModelStatistics:
     records = context.store.records()
     found = [(one.name, str(one.version), one.etag) for one in records]
     return _statistics(context, [*found, (MIXED, MIXED_VERSION, MIXED)])
 
 
-def _statistics(context: Context, found: list[tuple[str, str, str]]) -> schemas.ModelStatistics:
+def _statistics(context: Context, found: list[tuple[str, str, str]]) -> oip_schemas.ModelStatistics:
     memory = {one.record.name: one.resident_bytes() for one in context.store.open_sets()}
-    return schemas.ModelStatistics(model_stats=models.statistics_of(context.counts, found, memory))
+    return oip_schemas.ModelStatistics(
+        model_stats=models.statistics_of(context.counts, found, memory)
+    )
