@@ -4,7 +4,7 @@ WORKDIR /src
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/bonsai-lora
 COPY requirements.lock ./
-RUN /opt/bonsai-lora/bin/pip install --require-hashes --only-binary :all: -r requirements.lock
+RUN /opt/bonsai-lora/bin/pip install --require-hashes --no-deps --only-binary :all: -r requirements.lock
 COPY pyproject.toml README.md ./
 COPY app ./app
 RUN /opt/bonsai-lora/bin/pip install --no-deps --no-build-isolation .
