@@ -63,6 +63,7 @@ def serving(app):
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,
         )
     )
     thread = threading.Thread(target=server.run)

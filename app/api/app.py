@@ -22,7 +22,7 @@ from app.api.deps import Context
 from app.api.errors import install_error_handlers
 from app.api.hot import HotRoutes
 from app.api.metrics import Metrics
-from app.api.middleware import ObserveMiddleware
+from app.api.middleware import ObserveMiddleware, Observer
 from app.api.openapi import install_openapi
 from app.api.routes import adapters, apply, hub, merge, oip, operations, sets, shared_memory, stats
 from app.api.routes import bases as bases_routes
@@ -67,6 +67,8 @@ class Application(FastAPI):
 
     front: ASGIApp
     """What a server calls; it passes on to `serve`."""
+    hot: HotRoutes
+    """The routes that `app/api/direct.py` answers without ASGI."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request or the lifespan."""
@@ -133,11 +135,10 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     own = [route for route in app.routes if isinstance(route, Route)]
     install_error_handlers(app, [*own, *(route for router in routers for route in router.routes)])
     install_openapi(app)
-    app.front = ObserveMiddleware(
-        HotRoutes(app.serve, app.state.context, [*apply.HOT_ROUTES, *oip.HOT_ROUTES]),
-        metrics=metrics,
-        stall_seconds=settings.stall_seconds,
-    )
+    observer = Observer(metrics)
+    routes = [*apply.HOT_ROUTES, *oip.HOT_ROUTES]
+    app.hot = HotRoutes(app.serve, app.state.context, routes, observer)
+    app.front = ObserveMiddleware(app.hot, observer, settings.stall_seconds)
     return app
 
 

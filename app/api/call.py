@@ -1,12 +1,15 @@
-"""One request and its answer in plain ASGI, for the routes that the framework never sees."""
+"""One request and its answer, for the routes that the framework never sees."""
 
-from collections.abc import Collection, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import parse_qsl
 
 from starlette.types import Receive, Scope, Send
 
 from app.api.body import check_coding, check_length, parse_length, read_all
-from app.api.direct import direct_body
+from app.api.request_head import join_lines
 from app.errors import InvalidRequestError
 from app.wire.media import Form, answer_form, check_answer_dtype, request_form
 from app.wire.stacks import MAX_SCALE
@@ -15,53 +18,39 @@ from app.wire.tensors import Buffer
 JOINED_BYTES = 1 << 16
 """Answers up to this length are copied into one piece: less to do than two pieces."""
 
-_NO_QUERY: dict[str, list[str]] = {}
+Lines = Sequence[tuple[bytes, bytes]]
+"""Header lines."""
+
+_FORMS = (Form.JSON, Form.BINARY)
 
 
-class Call:
+class Call(ABC):
     """Headers and body of a request, and the way to answer it."""
 
-    __slots__ = ("_headers", "_receive", "_scope", "_send")
+    __slots__ = ("_headers", "_query_string")
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._scope = scope
-        self._receive = receive
-        self._send = send
-        lines: list[tuple[bytes, bytes]] = scope["headers"]
-        self._headers = dict(lines)
-        if len(self._headers) != len(lines):
-            for name in self._headers:  # RFC 9110 section 5.3: lines of one name are one list
-                self._headers[name] = b", ".join(value for one, value in lines if one == name)
+    def __init__(self, headers: Mapping[bytes, bytes], query_string: bytes) -> None:
+        self._headers = headers
+        self._query_string = query_string
 
     def header(self, name: bytes) -> str | None:
         """Return a header by its lower-case name."""
-        value = self._headers.get(name)
-        return None if value is None else value.decode("latin-1")
+        return _text(self._headers.get(name))
 
-    def query(self, *known: str) -> dict[str, list[str]]:
-        """Return the query's values by name; raises InvalidRequestError for others than `known`."""
-        text = self._scope["query_string"]
-        if not text:
-            return _NO_QUERY
-        found: dict[str, list[str]] = {}
-        for name, value in parse_qsl(text.decode("latin-1"), keep_blank_values=True):
-            if name not in known:
-                raise InvalidRequestError(
-                    f"unknown query parameter {name[:100]!r}; known are {', '.join(known)}",
-                    got=name[:100],
-                    expected=list(known),
-                )
-            found.setdefault(name, []).append(value)
-        return found
+    def options(self, *known: str) -> "Options":
+        """Return what the head asks of an apply; `known` are the query parameters that it takes.
 
-    def forms(self, forms: Collection[Form]) -> tuple[Form, Form]:
-        """Return the form of the body and of the answer, out of `forms`.
-
-        Raises UnsupportedMediaTypeError, NotAcceptableError.
+        Raises InvalidRequestError for others, or wrong values, UnsupportedMediaTypeError,
+        NotAcceptableError.
         """
-        check_coding(self.header(b"content-encoding"))
-        taken = request_form(self.header(b"content-type"), forms)
-        return taken, answer_form(self.header(b"accept"), taken, forms)
+        header = self._headers.get
+        return _options(
+            known,
+            self._query_string,
+            header(b"content-type"),
+            header(b"accept"),
+            header(b"content-encoding"),
+        )
 
     async def body(self, limit: int, stall_seconds: float) -> Buffer:
         """Return the whole body, without copies where the server can do that.
@@ -71,39 +60,93 @@ class Call:
         declared = self._headers.get(b"content-length")
         if declared is not None:
             check_length(parse_length(declared), limit)
-        direct = direct_body(self._scope)
-        if direct is None:
-            return await read_all(self._receive, limit)
-        return await direct.read(stall_seconds)
+        return await self._read(limit, stall_seconds)
 
-    async def answer(
-        self,
-        parts: Sequence[Buffer],
-        media_type: str,
-        headers: Sequence[tuple[bytes, bytes]] = (),
-    ) -> None:
+    async def answer(self, parts: Sequence[Buffer], media_type: str, headers: Lines = ()) -> None:
         """Send 200 with a body in `parts`, which are not copied where they are long."""
         length = sum(map(len, parts))
+        if length <= JOINED_BYTES:
+            parts = (b"".join(parts),)
         lines = [
             (b"content-type", media_type.encode()),
             (b"content-length", b"%d" % length),
             *headers,
         ]
-        send = self._send
-        await send({"type": "http.response.start", "status": 200, "headers": lines})
-        if length <= JOINED_BYTES:
-            parts = (b"".join(parts),)
+        await self._send_answer(lines, parts)
+
+    @abstractmethod
+    async def _read(self, limit: int, stall_seconds: float) -> Buffer: ...
+
+    @abstractmethod
+    async def _send_answer(self, lines: Lines, parts: Sequence[Buffer]) -> None: ...
+
+
+class AsgiCall(Call):
+    """A call that came through an ASGI server."""
+
+    __slots__ = ("_receive", "_send")
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        super().__init__(join_lines(scope["headers"]), scope["query_string"])
+        self._receive = receive
+        self._send = send
+
+    async def _read(self, limit: int, stall_seconds: float) -> Buffer:
+        del stall_seconds  # the middleware looks after that
+        return await read_all(self._receive, limit)
+
+    async def _send_answer(self, lines: Lines, parts: Sequence[Buffer]) -> None:
+        await self._send({"type": "http.response.start", "status": 200, "headers": [*lines]})
         for part in parts[:-1]:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": parts[-1]})
+            await self._send({"type": "http.response.body", "body": part, "more_body": True})
+        await self._send({"type": "http.response.body", "body": parts[-1]})
 
 
-def answer_options(query: dict[str, list[str]], given: Form) -> tuple[str, float]:
-    """Return the answer's dtype and the scale that a query asks for; raises InvalidRequestError."""
-    if not query:
-        return "F32", 1.0
-    dtype = query.get("dtype", [None])[-1]
-    return check_answer_dtype(dtype, given), _scale(query.get("scale", ["1"])[-1])
+@dataclass(frozen=True, eq=False, slots=True)
+class Options:
+    """What the head of a request asks of an apply."""
+
+    taken: Form
+    """Of the body."""
+    given: Form
+    """Of the answer."""
+    dtype: str
+    scale: float
+    modules: Sequence[str]
+
+
+@lru_cache(maxsize=256)
+def _options(
+    known: tuple[str, ...],
+    query_string: bytes,
+    content_type: bytes | None,
+    accept: bytes | None,
+    coding: bytes | None,
+) -> Options:
+    query = _query(query_string, known)
+    check_coding(_text(coding))
+    taken = request_form(_text(content_type), _FORMS)
+    given = answer_form(_text(accept), taken, _FORMS)
+    dtype = check_answer_dtype(query.get("dtype", [None])[-1], given)
+    scale = _scale(query.get("scale", ["1"])[-1])
+    return Options(taken, given, dtype, scale, query.get("module", []))
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("latin-1")
+
+
+def _query(text: bytes, known: Collection[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, value in parse_qsl(text.decode("latin-1"), keep_blank_values=True):
+        if name not in known:
+            raise InvalidRequestError(
+                f"unknown query parameter {name[:100]!r}; known are {', '.join(known)}",
+                got=name[:100],
+                expected=list(known),
+            )
+        found.setdefault(name, []).append(value)
+    return found
 
 
 def _scale(text: str) -> float:

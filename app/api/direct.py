@@ -1,53 +1,166 @@
-"""Long bodies, from the socket straight into one array; and an end to answers that nobody takes.
+"""Hot routes from the socket and back, without ASGI; and an end to answers that nobody takes.
 
-uvicorn copies a body four times on its way: into pieces, out of the parser, behind each other, and
-the application joins them. Here, once the head of a request has been parsed and its route has asked
-for the whole body, the connection is read into the array where the tensors will lie, and given
-back to the parser afterwards (docs/decisions/0012-direct-bodies.md).
+ASGI costs a task, a scope and a queue of messages per request, which together take longer than
+applying an adapter to a vector. So uvicorn's protocol is extended: where the bytes between two
+requests begin with a head that it has a hot route for, the route's function gets a `DirectCall`.
+Everything else goes on to uvicorn's own parser, as if this were not there
+(docs/decisions/0011-hot-routes.md, 0012-direct-bodies.md).
 """
 
 import asyncio
-from typing import Any, cast
+from collections.abc import Coroutine, Sequence
+from time import perf_counter
+from typing import Any
 
-import httptools
 import numpy as np
 import structlog
 from starlette.requests import ClientDisconnect
-from starlette.types import Scope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from starlette.responses import Response
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from app.api.body import parse_length
+from app.api.call import JOINED_BYTES, Call, Lines
+from app.api.errors import fault_response
+from app.api.hot import Found, HotRoutes
+from app.api.middleware import REQUEST_ID, request_id_of
+from app.api.request_head import RequestHead
+from app.api.steps import go_on
 from app.errors import StalledError
 from app.formats.safetensors import as_bytes
+from app.wire.tensors import Buffer
 
 DIRECT_BYTES = 1 << 17
-"""Shorter bodies come in one or two pieces anyway."""
+"""Longer bodies are read into their array once the route has asked for them."""
+_HEAD_BYTES = 1 << 13
+"""Longer heads go to uvicorn's parser, as those do that come in pieces."""
+_HOT_START = b"POST /v"
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _log = structlog.get_logger("app.requests")
 
-_EXTENSION = "bonsai_lora.direct_body"
-
 
 class DirectProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which offers `DirectBody` to the application for long bodies."""
+    """uvicorn's protocol, which answers hot routes by itself."""
 
-    stall_seconds = 60.0
-    """After so long a client that takes nothing of its answer is ended."""
-    _watch: asyncio.TimerHandle | None = None
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.hot: HotRoutes = self.app.hot  # type: ignore[union-attr]
+        self._parsing = False
+        """Whether uvicorn's parser is in the middle of a request."""
+        self._call: DirectCall | None = None
+        self._early = b""
+        """What came before it could be begun."""
+        self._skipping = 0
+        """Bytes to come of a body whose request was refused."""
+        self._active_at = 0.0
+        """When the last bytes came, or the last answer went."""
+        self._period = min(self.timeout_keep_alive, self.hot.stall_seconds)
+        self._watch: asyncio.TimerHandle | None = None
 
-    def on_headers_complete(self) -> None:
-        """Begin a request."""
-        before = self.cycle
-        super().on_headers_complete()
-        if self.cycle is before:
-            return  # uvicorn takes it for something else than a request
-        if before is not None and not before.response_complete:
-            return  # a pipelined request: the one before it owns the connection
-        declared = next((value for name, value in self.headers if name == b"content-length"), b"")
-        length = parse_length(declared)
-        if length >= DIRECT_BYTES:
-            scope = cast("dict[str, Any]", self.scope)
-            scope["extensions"] = {_EXTENSION: DirectBody(self, self.cycle, length)}
+    def data_received(self, data: bytes) -> None:
+        """Begin, or go on with, the requests that `data` holds."""
+        self._active_at = self.loop.time()
+        if self._early:
+            data, self._early = self._early + data, b""
+        while data:
+            if self._skipping:
+                data, skipped = data[self._skipping :], len(data)
+                self._skipping = max(0, self._skipping - skipped)
+            elif self._call is not None:
+                data = self._call.take(data)
+                if data and self._call is not None:
+                    self._hold(data)
+                    return
+            elif self._parsing or not (self.cycle is None or self.cycle.response_complete):
+                super().data_received(data)
+                return
+            elif self.flow.write_paused:
+                self._hold(data)
+                return
+            else:
+                data = self._begin(data)
+
+    def _begin(self, data: bytes) -> bytes:
+        """Begin the request at the start of `data`; return what follows it."""
+        end = data.find(b"\r\n\r\n", 0, _HEAD_BYTES) + 4
+        found = None
+        if end >= 4 and data.startswith(_HOT_START):
+            found = self.hot.find_head(data[:end])
+        if found is None:
+            super().data_received(data)
+            return b""
+        self._call = call = DirectCall(self, *found)
+        rest = call.take(data[end:])
+        if self._call is call:
+            self._look_later(self._period)
+        return rest
+
+    def _hold(self, data: bytes) -> None:
+        """Keep `data` for when the present answer is on its way."""
+        self._early = data
+        self.flow.pause_reading()
+
+    def _go_on(self) -> None:
+        """Begin what was kept."""
+        if self._early and not self.transport.is_closing():
+            self.flow.resume_reading()
+            self.data_received(b"")
+
+    def end_call(self, call: "DirectCall") -> None:
+        """Get ready for the next request."""
+        self._call = None
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        if not call.keep_alive:
+            self.transport.close()
+            return
+        self._skipping = call.missing
+        self._active_at = self.loop.time()
+        self._look_later(self._period)
+        if self._early:
+            self.loop.call_soon(self._go_on)
+
+    def _look_later(self, seconds: float) -> None:
+        if self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                seconds, self.timeout_keep_alive_handler
+            )
+
+    def timeout_keep_alive_handler(self) -> None:
+        """End a connection on which nothing has happened for too long.
+
+        One timer that looks again is less work than one set anew with each request.
+        """
+        self.timeout_keep_alive_task = None
+        call = self._call
+        if call is not None and call.is_started:
+            self._look_later(self._period)
+            return
+        limit = self.timeout_keep_alive if call is None else self.hot.stall_seconds
+        left = self._active_at + limit - self.loop.time()
+        if left > 0:
+            self._look_later(min(left, self._period))
+        elif call is None:
+            super().timeout_keep_alive_handler()
+        else:
+            call.stall()
+
+    def shutdown(self) -> None:
+        """End the connection, after the answer that it waits for."""
+        if self._call is None:
+            super().shutdown()
+        else:
+            self._call.keep_alive = False
+
+    def on_message_begin(self) -> None:
+        """Note that a request begins."""
+        self._parsing = True
+        super().on_message_begin()
+
+    def on_message_complete(self) -> None:
+        """Note that it has come whole."""
+        self._parsing = False
+        super().on_message_complete()
 
     def pause_writing(self) -> None:
         """Begin to watch a client that does not take its answer."""
@@ -59,10 +172,15 @@ class DirectProtocol(HttpToolsProtocol):
         """End it."""
         super().resume_writing()
         self._end_watch()
+        if self._early and self._call is None:
+            self.loop.call_soon(self._go_on)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End it."""
+        """End what waits for the client."""
         self._end_watch()
+        self._early = b""
+        if self._call is not None:
+            self._call.keep_alive = False
         super().connection_lost(exc)
 
     def _watch_writing(self, before: int) -> None:
@@ -75,68 +193,176 @@ class DirectProtocol(HttpToolsProtocol):
             _log.warning("broken off: a client took nothing", waiting_bytes=waiting)
             self.transport.abort()
             return
-        self._watch = self.loop.call_later(self.stall_seconds, self._watch_writing, waiting)
+        self._watch = self.loop.call_later(self.hot.stall_seconds, self._watch_writing, waiting)
 
     def _end_watch(self) -> None:
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
 
-    def begin_again(self) -> None:
-        """Take the connection back, with its next byte the first of a request."""
-        self.parser = httptools.HttpRequestParser(self)
+
+class DirectCall(Call):
+    """A request to a hot route, on the connection that it came by."""
+
+    __slots__ = (
+        "_body",
+        "_found",
+        "_head",
+        "_http",
+        "_is_stalled",
+        "_scope",
+        "_status",
+        "is_started",
+        "keep_alive",
+    )
+
+    def __init__(self, http: DirectProtocol, head: RequestHead, found: Found) -> None:
+        super().__init__(head.headers, head.query_string)
+        self._http = http
+        self._head = head
+        self._found = found
+        self._body: Buffer = b""
+        self._scope: dict[str, Any] = {
+            "type": "http",
+            "method": "POST",
+            "path": head.path,
+            "request_id": request_id_of(head.headers.get(REQUEST_ID)),
+        }
+        self._is_stalled = False
+        self._status = 0
+        self.is_started = False
+        """Whether the route's function has been called."""
+        self.keep_alive = True
+
+    @property
+    def missing(self) -> int:
+        """Bytes of the body that have not come."""
+        return self._head.length - len(self._body)
+
+    def take(self, data: bytes) -> bytes:
+        """Add to the body, and start when it is whole, or too long to wait for.
+
+        Returns what does not belong to it.
+        """
+        missing = self.missing
+        if data and missing:
+            self._body = self._body + data[:missing] if self._body else data[:missing]
+        if not self.is_started:
+            if missing <= len(data) or self._head.length > DIRECT_BYTES:
+                self._start()
+            elif self._head.expects and not self._body:
+                self._http.transport.write(_CONTINUE)
+        return data[missing:]
+
+    def stall(self) -> None:
+        """Let the route refuse a body that does not come."""
+        self._is_stalled = True
+        self._start()
+
+    def _start(self) -> None:
+        """Serve: at once where nothing has to be waited for, else in a task."""
+        self.is_started = True
+        steps = self._serve()
+        try:
+            yielded = steps.send(None)
+        except StopIteration:
+            return
+        http = self._http
+        task = http.loop.create_task(_rest(steps, yielded))
+        http.tasks.add(task)
+        task.add_done_callback(http.tasks.discard)
+
+    async def _serve(self) -> None:
+        started = perf_counter()
+        hot, scope = self._http.hot, self._scope
+        try:
+            refusal = await hot.answer(self._found, self, scope)
+            if refusal is not None:
+                self._refuse(refusal)
+        except ClientDisconnect:
+            hot.observer.note_disconnect(scope)
+        except Exception:  # noqa: BLE001 - nothing may get out
+            hot.observer.note_fault(scope)
+            if not self._status:
+                self._refuse(fault_response(scope))
+        finally:
+            hot.observer.observe(scope, self._status, perf_counter() - started)
+            self._http.end_call(self)
+
+    async def _read(self, limit: int, stall_seconds: float) -> Buffer:
+        del limit  # the length was declared
+        if self.missing:
+            await self._read_rest(stall_seconds)
+        return self._body
+
+    async def _read_rest(self, stall_seconds: float) -> None:
+        """Read what is missing from the socket into an array."""
+        http = self._http
+        try:
+            if self._is_stalled:
+                raise _stalled(stall_seconds)
+            if self._head.expects and not self._body:
+                http.transport.write(_CONTINUE)
+            target = as_bytes(np.empty(self._head.length, np.uint8))
+            target[: len(self._body)] = self._body
+            await _BodyReader(http, target, len(self._body)).read(stall_seconds)
+        except BaseException:
+            self.keep_alive = False  # the rest of the body would be taken for a request
+            raise
+        self._body = target
+
+    async def _send_answer(self, lines: Lines, parts: Sequence[Buffer]) -> None:
+        self._write(200, lines, parts)
+
+    def _refuse(self, response: Response) -> None:
+        if self.missing and self._head.expects:
+            self.keep_alive = False  # nobody knows whether the body will come
+        self._write(response.status_code, response.raw_headers, (response.body,))
+
+    def _write(self, status: int, lines: Lines, parts: Sequence[Buffer]) -> None:
+        """Answer; raises ClientDisconnect where nobody is there."""
+        transport = self._http.transport
+        if transport.is_closing():
+            raise ClientDisconnect
+        text = [STATUS_LINE[status]]
+        text += [b"%b: %b\r\n" % line for line in self._http.server_state.default_headers]
+        text += [b"%b: %b\r\n" % line for line in lines]
+        text.append(b"x-request-id: %b\r\n" % self._scope["request_id"].encode())
+        text.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
+        if len(parts) == 1 and len(parts[0]) <= JOINED_BYTES:
+            transport.write(b"".join((*text, parts[0])))
+        else:
+            transport.writelines((b"".join(text), *parts))
+        self._status = status
 
 
-class DirectBody(asyncio.BufferedProtocol):
+class _BodyReader(asyncio.BufferedProtocol):
     """The connection's protocol while a body is read."""
 
-    def __init__(self, http: DirectProtocol, cycle: RequestResponseCycle, length: int) -> None:
+    def __init__(self, http: DirectProtocol, target: memoryview, filled: int) -> None:
         self._http = http
-        self._cycle = cycle  # the connection's own may be that of the next request by now
-        self._length = length
-        self._filled = 0
+        self._target = target
+        self._filled = filled
+        self._done = http.loop.create_future()
 
-    async def read(self, stall_seconds: float) -> memoryview:
-        """Return the body.
-
-        Raises StalledError where nothing comes for so long, ClientDisconnect.
-        """
-        http, cycle = self._http, self._cycle
-        if cycle.disconnected:
-            raise ClientDisconnect
-        if not cycle.more_body:  # it has come whole; the next request may have begun behind it
-            return memoryview(cycle.body)
-        assert http.cycle is cycle, "the connection is in the middle of this body"
-        self._target = as_bytes(np.empty(self._length, np.uint8))
-        self._filled = len(cycle.body)
-        self._target[: self._filled] = cycle.body
-        cycle.body = bytearray()
-        if cycle.waiting_for_100_continue:
-            http.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            cycle.waiting_for_100_continue = False
-        try:
-            await self._take(stall_seconds)
-        except BaseException:
-            cycle.keep_alive = False  # the rest of the body would be taken for a request
-            raise
-        cycle.more_body = False
-        return self._target
-
-    async def _take(self, stall_seconds: float) -> None:
-        """Read from the socket until the body is whole."""
-        self._done = asyncio.get_running_loop().create_future()
+    async def read(self, stall_seconds: float) -> None:
+        """Fill the target; raises StalledError where nothing comes, ClientDisconnect."""
         self._http.flow.resume_reading()
         self._turn_to(self)
+        watch = self._http.loop.call_later(stall_seconds, self._look, self._filled, stall_seconds)
         try:
-            while not self._done.done():
-                before = self._filled
-                await asyncio.wait([self._done], timeout=stall_seconds)
-                if self._filled == before and not self._done.done():
-                    raise StalledError(f"the client sent nothing for {stall_seconds:g} s")
-            self._done.result()
+            await self._done
         finally:
+            watch.cancel()
             self._turn_to(self._http)
-        self._http.begin_again()
+
+    def _look(self, before: int, stall_seconds: float) -> None:
+        if self._done.done():
+            return
+        if self._filled == before:
+            self._done.set_exception(_stalled(stall_seconds))
+        else:
+            self._http.loop.call_later(stall_seconds, self._look, self._filled, stall_seconds)
 
     def _turn_to(self, protocol: asyncio.BaseProtocol) -> None:
         transport = self._http.transport
@@ -153,7 +379,7 @@ class DirectBody(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Count bytes that have come."""
         self._filled += nbytes
-        if self._filled == self._length and not self._done.done():
+        if self._filled == len(self._target) and not self._done.done():
             self._http.transport.pause_reading()
             self._done.set_result(None)
 
@@ -172,7 +398,9 @@ class DirectBody(asyncio.BufferedProtocol):
         self._http.resume_writing()
 
 
-def direct_body(scope: Scope) -> DirectBody | None:
-    """Return the way to read a long body directly, where the server offers it."""
-    extensions: dict[str, Any] = scope.get("extensions") or {}
-    return extensions.get(_EXTENSION)
+def _stalled(seconds: float) -> StalledError:
+    return StalledError(f"the client sent nothing for {seconds:g} s")
+
+
+async def _rest(steps: Coroutine[Any, Any, None], yielded: Any) -> None:
+    await go_on(steps, yielded)

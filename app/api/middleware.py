@@ -5,8 +5,7 @@ import itertools
 import logging
 import re
 import secrets
-import types
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Mapping
 from time import perf_counter
 from typing import Any, TypeVar, cast
 
@@ -16,51 +15,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import fault_response
 from app.api.metrics import Metrics
+from app.api.steps import go_on
 from app.errors import BonsaiLoraError, StalledError
 
 T = TypeVar("T")
 
 SLOW_SECONDS = 1.0
+REQUEST_ID = b"x-request-id"
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 _numbers = itertools.count(secrets.randbits(60))
 _log = structlog.get_logger("app.requests")
 
 
-class ObserveMiddleware:
-    """Gives each request its id, counts and logs it, and answers what no handler caught."""
+class Observer:
+    """Counts and logs what was answered."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, stall_seconds: float) -> None:
-        self._app = app
+    def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._stall = stall_seconds
         self._logs_all = logging.getLogger("app.requests").isEnabledFor(logging.DEBUG)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        started = perf_counter()
-        request_id = scope["request_id"] = _request_id(scope)
-        exchange = _Exchange(receive, send, request_id, self._stall)
-        try:
-            await self._app(scope, exchange.receive, exchange.send)
-        except ClientDisconnect:
-            _log.info("client went away", path=scope["path"], request_id=request_id)
-        except Exception as error:  # noqa: BLE001 - nothing may get out
-            # A refusal after the first byte arrives as the cause of the framework's complaint.
-            refusal = error.__cause__
-            if exchange.status and isinstance(refusal, BonsaiLoraError):
-                _log.warning("answer broken off", reason=refusal.detail, request_id=request_id)
-                return
-            _log.exception("unexpected error", path=scope["path"], request_id=request_id)
-            if not exchange.status:
-                await fault_response(scope)(scope, receive, exchange.send)
-        finally:
-            self._observe(scope, exchange.status, perf_counter() - started)
-
-    def _observe(self, scope: Scope, status: int, seconds: float) -> None:
+    def observe(self, scope: Mapping[str, Any], status: int, seconds: float) -> None:
+        """Count a request that was answered with `status` (0: not at all), and log it."""
         route = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if route != "none" else "any"
         self._metrics.count_request(method, route, status, seconds)
@@ -76,6 +52,51 @@ class ObserveMiddleware:
             ms=round(seconds * 1000, 2),
             request_id=scope["request_id"],
         )
+
+    @staticmethod
+    def note_disconnect(scope: Mapping[str, Any]) -> None:
+        """Log that the client went away."""
+        _log.info("client went away", path=scope["path"], request_id=scope["request_id"])
+
+    @staticmethod
+    def note_fault(scope: Mapping[str, Any]) -> None:
+        """Log the exception that nobody expected."""
+        _log.exception("unexpected error", path=scope["path"], request_id=scope["request_id"])
+
+
+class ObserveMiddleware:
+    """Gives each request its id, counts and logs it, and answers what no handler caught."""
+
+    def __init__(self, app: ASGIApp, observer: Observer, stall_seconds: float) -> None:
+        self._app = app
+        self._observer = observer
+        self._stall = stall_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = perf_counter()
+        given = next((value for name, value in scope["headers"] if name == REQUEST_ID), None)
+        scope["request_id"] = request_id_of(given)
+        exchange = _Exchange(receive, send, scope["request_id"], self._stall)
+        try:
+            await self._app(scope, exchange.receive, exchange.send)
+        except ClientDisconnect:
+            self._observer.note_disconnect(scope)
+        except Exception as error:  # noqa: BLE001 - nothing may get out
+            # A refusal after the first byte arrives as the cause of the framework's complaint.
+            refusal = error.__cause__
+            if exchange.status and isinstance(refusal, BonsaiLoraError):
+                reason, number = refusal.detail, scope["request_id"]
+                _log.warning("answer broken off", reason=reason, request_id=number)
+                return
+            self._observer.note_fault(scope)
+            if not exchange.status:
+                await fault_response(scope)(scope, receive, exchange.send)
+        finally:
+            self._observer.observe(scope, exchange.status, perf_counter() - started)
 
 
 class _Exchange:
@@ -103,7 +124,7 @@ class _Exchange:
         """Pass on a part of the answer; the client of a stream must go on taking."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"].append((b"x-request-id", self._request_id.encode()))
+            message["headers"].append((REQUEST_ID, self._request_id.encode()))
         elif message.get("more_body"):
             await self._within_stall(self._send(message), "took")
             return
@@ -120,29 +141,13 @@ class _Exchange:
             return cast("T", done.value)
         try:
             async with asyncio.timeout(self._stall):
-                return cast("T", await _continue(iterator, first))
+                return cast("T", await go_on(iterator, first))
         except TimeoutError:
             raise StalledError(f"the client {verb} nothing for {self._stall:g} s") from None
 
 
-@types.coroutine
-def _continue(iterator: Generator[Any, Any, T], yielded: Any) -> Generator[Any, Any, T]:
-    """Go on with an awaitable that has yielded once already, as `yield from` would (PEP 380)."""
-    try:
-        while True:
-            try:
-                got = yield yielded
-            except BaseException as error:  # noqa: BLE001 - all are the awaitable's
-                yielded = iterator.throw(error)
-            else:
-                yielded = iterator.send(got)
-    except StopIteration as done:
-        return cast("T", done.value)
-
-
-def _request_id(scope: Scope) -> str:
+def request_id_of(given: bytes | None) -> str:
     """Return the caller's X-Request-Id where it is a plain token, else a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.match(value):
-            return str(value, "ascii")
+    if given is not None and _REQUEST_ID.match(given):
+        return str(given, "ascii")
     return f"{next(_numbers):016x}"

@@ -88,7 +88,6 @@ def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAP
     """Return the application, in this process or in a worker of the process `supervisor`."""
     configure_logging(settings.log_level, settings.log_format)
     _keep_freed_memory()
-    DirectProtocol.stall_seconds = settings.stall_seconds
     ROOM.max_bytes = settings.layout_bytes
     if supervisor is not None:
         _end_with(supervisor)

@@ -57,7 +57,10 @@ def all_finite(array: Array) -> bool:
     """Return whether a float32, float16 or bfloat16 array has no NaN and no infinity."""
     if array.size == 0:
         return True
-    if array.dtype == FLOAT32:  # two reductions need no temporary array; NaN survives both
+    if array.dtype == FLOAT32:
+        if array.flags.c_contiguous and math.isfinite(np.vdot(array, array)):
+            return True  # one pass over the memory; what is not finite stays so in a sum of squares
+        # Nor is that sum where it overflows. NaN survives both of these.
         least, most = np.minimum.reduce(array, axis=None), np.maximum.reduce(array, axis=None)
         return math.isfinite(least) and math.isfinite(most)
     exponent = np.uint16(0x7C00 if array.dtype == FLOAT16 else 0x7F80)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from app.core.cast import Array
+from app.core.cast import FLOAT32, Array
 from app.errors import (
     HeaderTooLargeError,
     InvalidRequestError,
@@ -31,7 +31,7 @@ MAX_HEADER_BYTES = 100_000_000
 _LENGTH_BYTES = 8
 _ALIGNMENT = 64
 _MAX_SIZE = 2**63 - 1
-_SHORT_BYTES = 1 << 11
+_SHORT_BYTES = 1 << 10
 """Headers up to this length are remembered."""
 _FEW = 4
 _MAX_DIMENSIONS = 64  # NumPy's limit
@@ -92,6 +92,12 @@ def decode_header(raw: bytes | memoryview, *, limit: int = MAX_HEADER_BYTES) -> 
         raise _malformed(f"the header is {length} bytes long, but {len(raw) - 8} are there")
     text = bytes(raw[_LENGTH_BYTES:stop])
     return _decode_short(text) if length <= _SHORT_BYTES else _decode_text(text)
+
+
+def short_header(raw: bytes | memoryview) -> bytes | None:
+    """Return a file's first bytes up to its data, None where they are more than a few."""
+    length = int.from_bytes(raw[:_LENGTH_BYTES], "little")
+    return bytes(raw[: _LENGTH_BYTES + length]) if length <= _SHORT_BYTES else None
 
 
 def _decode_text(text: bytes) -> Header:
@@ -231,6 +237,8 @@ def encode_parts(
 
 def as_bytes(array: Array) -> memoryview:
     """Return the row-major little-endian bytes of `array` without a copy where it is so."""
+    if array.dtype == FLOAT32 and array.size and array.flags.c_contiguous:
+        return array.data.cast("B")
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return memoryview(flat)  # type: ignore[arg-type]  # NumPy arrays are buffers
 

@@ -1,10 +1,9 @@
 """Where work is done: small pieces on the event loop, large ones in a few threads."""
 
+import asyncio
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
-
-import anyio
-import anyio.to_thread
 
 from app.errors import BusyError
 
@@ -17,7 +16,7 @@ class WorkPool:
     def __init__(self, max_concurrency: int, threads: int) -> None:
         self._free = max_concurrency
         self._max = max_concurrency
-        self._limiter = anyio.CapacityLimiter(threads)
+        self._threads = ThreadPoolExecutor(threads, "work")
 
     @property
     def in_progress(self) -> int:
@@ -46,4 +45,4 @@ class WorkPool:
         """Return what `work` returns: from a worker thread, or at once where it is small."""
         if inline:
             return work()
-        return await anyio.to_thread.run_sync(work, limiter=self._limiter)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)

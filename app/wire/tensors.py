@@ -1,6 +1,6 @@
 """Inputs and outputs of an apply, in either form."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json import dumps
 from typing import Any
@@ -65,7 +65,7 @@ def decode_one(form: Form, body: Buffer, max_header_bytes: int, module: str) -> 
     )
 
 
-def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: list[str]) -> Batches:
+def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: Sequence[str]) -> Batches:
     """Return a batch per module: the body's own, or its one batch for each of `modules`.
 
     `sets` (binary: JSON in the metadata) are further sets that all rows go through. In binary,
@@ -136,7 +136,7 @@ def _arrays(fields: Mapping[str, Any], text: json.Text) -> dict[str, Floats]:
     return {name: json.decode_tensor(one, name, text) for name, one in fields.items()}
 
 
-def _shared(tensors: Mapping[str, Floats], modules: list[str], stack: Stack) -> Batches:
+def _shared(tensors: Mapping[str, Floats], modules: Sequence[str], stack: Stack) -> Batches:
     """Return one batch for each of `modules`, whose outputs differ, so W x cannot be shared."""
     if tensors.keys() != {INPUTS}:
         _check_names(tensors)

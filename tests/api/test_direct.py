@@ -248,7 +248,7 @@ def test_a_body_and_the_next_request_in_one_read(app, client):
     following = head_of(len(short)).replace(b"vnd.safetensors", b"json")
 
     async def talk():
-        config = uvicorn.Config(app, http=DirectProtocol, log_config=None)
+        config = uvicorn.Config(app, http=DirectProtocol, log_config=None, proxy_headers=False)
         config.load()
         transport = Transport()
         protocol = DirectProtocol(config, ServerState(), {})
@@ -274,21 +274,16 @@ def test_a_body_and_the_next_request_in_one_read(app, client):
 def test_a_client_that_never_reads_is_ended(settings):
     """Answers that nobody takes are memory; they go when the client stands still."""
     x, body = batch(rows=30_000)
-    app = create_app(settings)
-    kept = DirectProtocol.stall_seconds
-    DirectProtocol.stall_seconds = 0.3
-    try:
-        with serving(app) as url, httpx.Client(base_url=url) as client:
-            upload(client, "plain", TINY / "plain")
-            with socket.socket() as connection:
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                connection.connect((client.base_url.host, client.base_url.port))
-                connection.sendall(head_of(len(body)) + body)
-                time.sleep(1.5)
-                got = 0
-                with contextlib.suppress(ConnectionResetError):
-                    while part := connection.recv(1 << 20):
-                        got += len(part)
-                assert got < 4 * 128 * len(x)
-    finally:
-        DirectProtocol.stall_seconds = kept
+    app = create_app(settings.model_copy(update={"stall_seconds": 0.3}))
+    with serving(app) as url, httpx.Client(base_url=url) as client:
+        upload(client, "plain", TINY / "plain")
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect((client.base_url.host, client.base_url.port))
+            connection.sendall(head_of(len(body)) + body)
+            time.sleep(1.5)
+            got = 0
+            with contextlib.suppress(ConnectionResetError):
+                while part := connection.recv(1 << 20):
+                    got += len(part)
+            assert got < 4 * 128 * len(x)

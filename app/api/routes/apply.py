@@ -4,33 +4,41 @@ The operations are declared here to the framework, for its document, and answere
 below them, which `app/api/hot.py` calls.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 
 from app.api import schemas
-from app.api.call import Call, answer_options
+from app.api.call import Call, Options
 from app.api.deps import Context, ModuleName, SetName
 from app.api.hot import HotRoute
 from app.api.openapi import APPLY_ERRORS, answered_before, problems, tensor_answer, tensor_body
 from app.core.adapter import LoraAdapter
 from app.core.cast import Floats
+from app.formats import safetensors
 from app.service.apply import is_small, shares_of, stacked_shares, total_rows, versions_of
+from app.service.plans import binary_sources, make_plan, recall, remember
 from app.service.sets import get_adapter
 from app.storage.setfile import StoredSet
 from app.wire.media import Form
 from app.wire.stacks import MAX_SCALE
-from app.wire.tensors import Batches, Buffer, decode_many, decode_mixed, decode_one, encode_outputs
+from app.wire.tensors import (
+    INPUTS,
+    Batches,
+    Buffer,
+    decode_many,
+    decode_mixed,
+    decode_one,
+    encode_outputs,
+)
 
 router = APIRouter(tags=["apply"])
 
 ONE = "/v1/sets/{set}/adapters/{module}/apply"
 MANY = "/v1/sets/{set}/apply"
 MIXED = "/v1/apply"
-
-_FORMS = (Form.JSON, Form.BINARY)
 
 About = dict[str, Any]
 """What an answer says besides its tensors."""
@@ -68,17 +76,17 @@ async def answer_one(context: Context, call: Call, name: str, module: str) -> No
     """Answer `apply_one`."""
     stored = context.store.read(name)
     adapter = get_adapter(stored, module)
-    query = call.query("dtype", "scale")
-    taken, given = call.forms(_FORMS)
-    dtype, scale = answer_options(query, given)
+    options = call.options("dtype", "scale")
 
     def compute(body: Buffer) -> Sequence[Buffer]:
-        batches = decode_one(taken, body, context.limits.max_header_bytes, module)
+        batches = decode_one(options.taken, body, context.limits.max_header_bytes, module)
         about: About = {"set": name, "module": module, "version": stored.record.version}
-        outputs = _stacked(context, stored, batches, scale, about)
-        return encode_outputs(given, outputs[module], about, dtype)
+        outputs = _stacked(context, stored, batches, options.scale, about)
+        parts = encode_outputs(options.given, outputs[module], about, options.dtype)
+        _remember(stored, options, module, {module: INPUTS}, batches, body, parts)
+        return parts
 
-    await _answer(context, call, taken, given, compute, adapter)
+    await _answer(context, call, options, compute, adapter, stored, module)
 
 
 @router.post(
@@ -112,17 +120,19 @@ async def apply_many(
 async def answer_many(context: Context, call: Call, name: str) -> None:
     """Answer `apply_many`."""
     stored = context.store.read(name)
-    query = call.query("dtype", "scale", "module")
-    taken, given = call.forms(_FORMS)
-    dtype, scale = answer_options(query, given)
+    options = call.options("dtype", "scale", "module")
 
     def compute(body: Buffer) -> Sequence[Buffer]:
-        batches = decode_many(taken, body, context.limits.max_header_bytes, query.get("module", []))
+        limit = context.limits.max_header_bytes
+        batches = decode_many(options.taken, body, limit, options.modules)
         about: About = {"set": name, "version": stored.record.version}
-        outputs = _stacked(context, stored, batches, scale, about)
-        return encode_outputs(given, outputs, about, dtype)
+        outputs = _stacked(context, stored, batches, options.scale, about)
+        parts = encode_outputs(options.given, outputs, about, options.dtype)
+        tensors = {one: INPUTS if options.modules else one for one in outputs}
+        _remember(stored, options, None, tensors, batches, body, parts)
+        return parts
 
-    await _answer(context, call, taken, given, compute, None)
+    await _answer(context, call, options, compute, None, stored)
 
 
 @router.post(
@@ -151,25 +161,24 @@ async def apply_mixed(dtype: AnswerDtype = None, scale: Scale = 1.0) -> None:
 
 async def answer_mixed(context: Context, call: Call) -> None:
     """Answer `apply_mixed`."""
-    query = call.query("dtype", "scale")
-    taken, given = call.forms(_FORMS)
-    dtype, scale = answer_options(query, given)
+    options = call.options("dtype", "scale")
+    given, dtype = options.given, options.dtype
 
     def compute(body: Buffer) -> Sequence[Buffer]:
-        batch = decode_mixed(taken, body, context.limits.max_header_bytes)
+        batch = decode_mixed(options.taken, body, context.limits.max_header_bytes)
         module, inputs = batch.module, {batch.module: batch.inputs}
         base_outputs = {} if batch.base_outputs is None else {module: batch.base_outputs}
         if not batch.stacks:  # nothing in, nothing out; nobody says how wide that is
             return encode_outputs(
                 given, inputs[module][:, :0], {"module": module, "versions": {}}, dtype
             )
-        shares = shares_of(batch.stacks, scale, context.store.read)
+        shares = shares_of(batch.stacks, options.scale, context.store.read)
         outputs = context.applier.apply(shares, inputs, base_outputs)
         context.metrics.rows_applied.inc(total_rows(inputs))
         about = {"module": module, "versions": versions_of(shares)}
         return encode_outputs(given, outputs[module], about, dtype)
 
-    await _answer(context, call, taken, given, compute, None)
+    await _answer(context, call, options, compute, None)
 
 
 HOT_ROUTES = [
@@ -191,19 +200,49 @@ def _stacked(
     return outputs
 
 
+def _remember(
+    stored: StoredSet,
+    options: Options,
+    module: str | None,
+    tensors: Mapping[str, str],
+    batches: Batches,
+    body: Buffer,
+    parts: Sequence[Buffer],
+) -> None:
+    """Let the next request of this form be answered by a plan, where one can be made."""
+    if options.taken is options.given is Form.BINARY and options.dtype == "F32":
+        text = safetensors.short_header(body)
+        if text is not None and not batches.stack and not batches.base_outputs:
+            sources = binary_sources(text, tensors)
+            plan = make_plan(stored, sources, options.scale, len(body), parts[0])
+            remember(stored, (module, options, text), plan)
+
+
 async def _answer(
     context: Context,
     call: Call,
-    taken: Form,
-    given: Form,
+    options: Options,
     compute: Callable[[Buffer], Sequence[Buffer]],
     adapter: LoraAdapter | None,
+    stored: StoredSet | None = None,
+    module: str | None = None,
 ) -> None:
     """Read the body, compute in the right place, and answer."""
     limits = context.limits
+    is_json = options.taken is Form.JSON
     with context.pool.admit():
-        limit = limits.max_json_bytes if taken is Form.JSON else limits.max_body_bytes
+        limit = limits.max_json_bytes if is_json else limits.max_body_bytes
         body = await call.body(limit, context.settings.stall_seconds)
-        small = adapter is not None and is_small(adapter, len(body), taken, given)
-        parts = await context.pool.run(partial(compute, body), inline=small)
-    await call.answer(parts, given.value)
+        plan = None
+        if stored is not None and not is_json:
+            text = safetensors.short_header(body)
+            plan = recall(stored, (module, options, text), len(body))
+        if plan is None:
+            small = adapter is not None and is_small(
+                adapter, len(body), options.taken, options.given
+            )
+            parts = await context.pool.run(partial(compute, body), inline=small)
+        else:
+            parts = await context.pool.run(partial(plan.run, body), inline=plan.is_small)
+            context.metrics.rows_applied.inc(plan.rows)
+    await call.answer(parts, options.given.value)

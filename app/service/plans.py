@@ -1,0 +1,155 @@
+"""Requests of one form to one version of a set, with all checked that their form decides.
+
+Clients send the same names, shapes and dtypes again and again; only the numbers differ. The first
+request of a form takes the ordinary way. What that found is remembered with the set, so that the
+next ones check their numbers, compute, and answer behind the same head: half of the time of a
+request of one row (docs/decisions/0014-plans.md).
+"""
+
+import time
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from app.core.adapter import LoraAdapter
+from app.core.cast import FLOAT32, count_rows
+from app.formats import safetensors
+from app.service.apply import INLINE_NANOSECONDS, cost_of
+from app.service.sets import get_adapter
+from app.storage.counts import Counts
+from app.storage.regions import SharedRegions
+from app.storage.setfile import StoredSet
+from app.wire.finite import check_finite
+from app.wire.media import Form
+from app.wire.oip import Placement
+from app.wire.tensors import Buffer
+
+_MOST = 16
+"""Plans that are remembered of one version of a set."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Source:
+    """Where the inputs of one module lie, and where its outputs go."""
+
+    module: str
+    name: str
+    """What the client calls the inputs."""
+    shape: tuple[int, ...]
+    start: int = 0
+    """Their first byte in the body."""
+    placed: Placement | None = None
+    """Or their place in shared memory."""
+    answered: Placement | None = None
+    """Where the outputs go, if not behind the answer's head."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Plan:
+    """What is left to do for a request."""
+
+    steps: Sequence[tuple[Source, LoraAdapter]]
+    weight: float
+    body_bytes: int
+    head: Buffer
+    """The answer, up to its tensors."""
+    rows: int
+    is_small: bool
+    """Whether it takes so little that a thread is not worth reaching."""
+
+    def run(
+        self,
+        body: Buffer,
+        regions: SharedRegions | None = None,
+        counts: Counts | None = None,
+    ) -> list[Buffer]:
+        """Return the answer to `body` in parts; outputs with a place go there.
+
+        Raises NonFiniteInputError, and the errors of `SharedRegions`, before anything is written.
+        """
+        started = time.perf_counter_ns()
+        inputs = []
+        for source, _ in self.steps:
+            content, start = body, source.start
+            if source.placed is not None and regions is not None:
+                content, start = regions.read(source.placed), 0
+            x = np.ndarray(source.shape, FLOAT32, content, start)
+            check_finite(x, source.name)
+            inputs.append(x)
+        ready = time.perf_counter_ns()
+        weight = self.weight
+        outputs = [
+            adapter.apply(x, weight) for (_, adapter), x in zip(self.steps, inputs, strict=True)
+        ]
+        computed = time.perf_counter_ns()
+        parts: list[Buffer] = [self.head]
+        for (source, _), array in zip(self.steps, outputs, strict=True):
+            data = safetensors.as_bytes(array)
+            if source.answered is not None and regions is not None:
+                regions.write(source.answered, data)
+            else:
+                parts.append(data)
+        if counts is not None:
+            counts.rows = self.rows
+            counts.input_ns += ready - started
+            counts.infer_ns += computed - ready
+            counts.output_ns += time.perf_counter_ns() - computed
+        return parts
+
+
+def binary_sources(text: bytes, tensors: Mapping[str, str]) -> list[Source] | None:
+    """Return the source of each module, from a checked safetensors header and tensors' names.
+
+    None where one of them is not float32.
+    """
+    header = safetensors.decode_header(text)
+    infos = {module: header.tensors[tensor] for module, tensor in tensors.items()}
+    if any(one.dtype != "F32" for one in infos.values()):
+        return None
+    return [
+        Source(module, tensors[module], one.shape, header.data_start + one.start)
+        for module, one in infos.items()
+    ]
+
+
+def make_plan(
+    stored: StoredSet,
+    sources: Sequence[Source] | None,
+    weight: float,
+    body_bytes: int,
+    head: Buffer,
+) -> Plan | None:
+    """Return the plan of a request that was just answered behind `head`; None where there is none.
+
+    There is none for inputs that are not all float32, for DoRA, and for empty batches.
+    """
+    if not sources:
+        return None
+    steps = [(one, get_adapter(stored, one.module)) for one in sources]
+    if any(adapter.magnitude is not None or 0 in one.shape for one, adapter in steps):
+        return None
+    rows = [count_rows_of(one.shape) for one in sources]
+    cost = sum(
+        cost_of(adapter, count, Form.BINARY, Form.BINARY)
+        for (_, adapter), count in zip(steps, rows, strict=True)
+    )
+    return Plan(steps, weight, body_bytes, head, sum(rows), cost < INLINE_NANOSECONDS)
+
+
+def count_rows_of(shape: tuple[int, ...]) -> int:
+    return 1 if len(shape) == 1 else shape[0]
+
+
+def recall(stored: StoredSet, key: Hashable, body_bytes: int) -> Plan | None:
+    """Return the plan that is remembered under `key`, if it is for bodies of this length."""
+    plan: Plan | None = stored.memo.get(key)
+    return plan if plan is not None and plan.body_bytes == body_bytes else None
+
+
+def remember(stored: StoredSet, key: Hashable, plan: Plan | None) -> None:
+    """Remember a plan with the version of the set that it is for."""
+    if plan is not None:
+        if len(stored.memo) >= _MOST:
+            stored.memo.clear()
+        stored.memo[key] = plan
