@@ -11,6 +11,8 @@ from starlette.types import Receive, Scope, Send
 from app.api.body import check_coding, check_length, parse_length, read_all
 from app.api.request_head import join_lines
 from app.errors import InvalidRequestError
+from app.service.plans import Plan
+from app.storage.setfile import StoredSet
 from app.wire.media import Form, answer_form, check_answer_dtype, request_form
 from app.wire.stacks import MAX_SCALE
 from app.wire.tensors import Buffer
@@ -20,6 +22,9 @@ JOINED_BYTES = 1 << 16
 
 Lines = Sequence[tuple[bytes, bytes]]
 """Header lines."""
+
+Counted = tuple[str, str, str]
+"""A model's name, the tag of its content, and since when it has that."""
 
 _FORMS = (Form.JSON, Form.BINARY)
 
@@ -73,6 +78,15 @@ class Call(ABC):
             *headers,
         ]
         await self._send_answer(lines, parts)
+
+    def plan(
+        self, stored: StoredSet, form: bytes, plan: Plan | None, model: Counted | None = None
+    ) -> None:
+        """Take note of how to answer the next request with this head and `form`, if it can be.
+
+        `form` are the first bytes of the body, which say what the others are; `model` is what an
+        inference is counted as.
+        """
 
     @abstractmethod
     async def _read(self, limit: int, stall_seconds: float) -> Buffer: ...

@@ -18,14 +18,17 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from app.api.call import JOINED_BYTES, Call, Lines
+from app.api.call import JOINED_BYTES, Call, Counted, Lines
 from app.api.errors import fault_response
-from app.api.hot import Found, HotRoutes
+from app.api.hot import Found, HotRoutes, Planned
 from app.api.middleware import REQUEST_ID, request_id_of
 from app.api.request_head import RequestHead
 from app.api.steps import go_on
 from app.errors import StalledError
 from app.formats.safetensors import as_bytes
+from app.service.plans import Plan
+from app.storage.counts import Counts
+from app.storage.setfile import StoredSet
 from app.wire.tensors import Buffer
 
 DIRECT_BYTES = 1 << 17
@@ -88,11 +91,57 @@ class DirectProtocol(HttpToolsProtocol):
         if found is None:
             super().data_received(data)
             return b""
+        stop = end + found[0].length
+        if stop <= len(data) and self.answer_planned(*found, data[end:stop]):
+            return data[stop:]
         self._call = call = DirectCall(self, *found)
         rest = call.take(data[end:])
         if self._call is call:
             self._look_later(self._period)
         return rest
+
+    def answer_planned(self, head: RequestHead, found: Found, body: Buffer) -> bool:
+        """Answer a request like one that was answered before; return False where there is none."""
+        started = perf_counter()
+        counts = Counts()
+        try:
+            planned = self.hot.recall(head, found, body)
+            if planned is None:
+                return False
+            parts = planned.plan.run(body, self.hot.regions, counts)
+        except Exception:  # noqa: BLE001 - the ordinary way says what is wrong
+            return False
+        scope = scope_of(head)
+        scope["route"] = found.route.about
+        self.write(200, planned.lines, parts, scope["request_id"], keep_alive=True)
+        self.server_state.total_requests += 1
+        self._look_later(self._period)
+        seconds = perf_counter() - started
+        self.hot.observer.observe(scope, 200, seconds)
+        self.hot.count(planned, counts, seconds)
+        return True
+
+    def write(
+        self,
+        status: int,
+        lines: Lines,
+        parts: Sequence[Buffer],
+        request_id: str,
+        *,
+        keep_alive: bool,
+    ) -> None:
+        """Write an answer; raises ClientDisconnect where nobody is there."""
+        transport = self.transport
+        if transport.is_closing():
+            raise ClientDisconnect
+        text = [STATUS_LINE[status]]
+        text += [b"%b: %b\r\n" % line for line in (*self.server_state.default_headers, *lines)]
+        ending = b"" if keep_alive else b"connection: close\r\n"
+        text.append(b"x-request-id: %b\r\n%b\r\n" % (request_id.encode(), ending))
+        if sum(map(len, parts)) <= JOINED_BYTES:
+            transport.write(b"".join((*text, *parts)))
+        else:
+            transport.writelines((b"".join(text), *parts))
 
     def _hold(self, data: bytes) -> None:
         """Keep `data` for when the present answer is on its way."""
@@ -210,6 +259,7 @@ class DirectCall(Call):
         "_head",
         "_http",
         "_is_stalled",
+        "_noted",
         "_scope",
         "_status",
         "is_started",
@@ -222,12 +272,8 @@ class DirectCall(Call):
         self._head = head
         self._found = found
         self._body: Buffer = b""
-        self._scope: dict[str, Any] = {
-            "type": "http",
-            "method": "POST",
-            "path": head.path,
-            "request_id": request_id_of(head.headers.get(REQUEST_ID)),
-        }
+        self._scope = scope_of(head)
+        self._noted: tuple[StoredSet, bytes, Plan, Counted | None] | None = None
         self._is_stalled = False
         self._status = 0
         self.is_started = False
@@ -261,6 +307,9 @@ class DirectCall(Call):
 
     def _start(self) -> None:
         """Serve: at once where nothing has to be waited for, else in a task."""
+        if not self.missing and self._http.answer_planned(self._head, self._found, self._body):
+            self._http.end_call(self)
+            return
         self.is_started = True
         steps = self._serve()
         try:
@@ -311,8 +360,19 @@ class DirectCall(Call):
             raise
         self._body = target
 
+    def plan(
+        self, stored: StoredSet, form: bytes, plan: Plan | None, model: Counted | None = None
+    ) -> None:
+        """Take note of how to answer the next request like this."""
+        if plan is not None:
+            self._noted = stored, form, plan, model
+
     async def _send_answer(self, lines: Lines, parts: Sequence[Buffer]) -> None:
         self._write(200, lines, parts)
+        if self._noted is not None:
+            stored, form, plan, model = self._noted
+            planned = Planned(plan, lines, model)
+            self._http.hot.remember(stored, self._head, form, planned)
 
     def _refuse(self, response: Response) -> None:
         if self.missing and self._head.expects:
@@ -320,20 +380,18 @@ class DirectCall(Call):
         self._write(response.status_code, response.raw_headers, (response.body,))
 
     def _write(self, status: int, lines: Lines, parts: Sequence[Buffer]) -> None:
-        """Answer; raises ClientDisconnect where nobody is there."""
-        transport = self._http.transport
-        if transport.is_closing():
-            raise ClientDisconnect
-        text = [STATUS_LINE[status]]
-        text += [b"%b: %b\r\n" % line for line in self._http.server_state.default_headers]
-        text += [b"%b: %b\r\n" % line for line in lines]
-        text.append(b"x-request-id: %b\r\n" % self._scope["request_id"].encode())
-        text.append(b"\r\n" if self.keep_alive else b"connection: close\r\n\r\n")
-        if len(parts) == 1 and len(parts[0]) <= JOINED_BYTES:
-            transport.write(b"".join((*text, parts[0])))
-        else:
-            transport.writelines((b"".join(text), *parts))
+        http, request_id = self._http, self._scope["request_id"]
+        http.write(status, lines, parts, request_id, keep_alive=self.keep_alive)
         self._status = status
+
+
+def scope_of(head: RequestHead) -> dict[str, Any]:
+    """Return what logs, counts and refusals want to know of a request."""
+    return {
+        "method": "POST",
+        "path": head.path,
+        "request_id": request_id_of(head.headers.get(REQUEST_ID)),
+    }
 
 
 class _BodyReader(asyncio.BufferedProtocol):

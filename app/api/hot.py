@@ -7,24 +7,36 @@ methods (docs/decisions/0011-hot-routes.md). `bonsai-lora serve` does not even g
 them: `app/api/direct.py`.
 """
 
+import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from functools import lru_cache
 from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.api.call import AsgiCall, Call
+from app.api.call import AsgiCall, Call, Counted, Lines
 from app.api.deps import Context
 from app.api.errors import problem_response
 from app.api.middleware import Observer
 from app.api.request_head import RequestHead, read_head
 from app.errors import BonsaiLoraError
+from app.service.plans import Plan
+from app.storage.counts import Counts
+from app.storage.regions import SharedRegions
+from app.storage.setfile import StoredSet
+from app.wire.tensors import Buffer
 
 Handler = Callable[..., Awaitable[None]]
 """Called with the context, the call, and the variable parts of the path."""
 
+FormOf = Callable[[RequestHead, Buffer], bytes | None]
+"""Gives the first bytes of a body, which say what the others are; None where they are many."""
+
+_PLANS = 16
+"""Plans that are remembered of one version of a set."""
 _HEADS = 512
 """Heads that are remembered: a client's requests of one shape have one."""
 
@@ -32,7 +44,7 @@ _HEADS = 512
 class HotRoute:
     """A path template such as `/v1/sets/{set}/apply`, and who answers a POST to it."""
 
-    def __init__(self, path: str, handler: Handler) -> None:
+    def __init__(self, path: str, handler: Handler, form_of: FormOf | None = None) -> None:
         pieces = path.split("/")
         self.length = len(pieces)
         self.last = pieces[-1]
@@ -41,6 +53,8 @@ class HotRoute:
         ]
         self.variable = [place for place, piece in enumerate(pieces) if piece.startswith("{")]
         self.handler = handler
+        self.form_of = form_of
+        """For routes whose first name is that of a set, and whose requests can be planned."""
         self.about = SimpleNamespace(path=path)
         """What metrics call the route, where the framework puts its own."""
 
@@ -50,6 +64,17 @@ class Found(NamedTuple):
 
     route: HotRoute
     names: Sequence[str]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Planned:
+    """How to answer requests that have one head and one form."""
+
+    plan: Plan
+    lines: Lines
+    """The answer's header lines."""
+    model: Counted | None
+    """What an inference is counted as."""
 
 
 class HotRoutes:
@@ -79,6 +104,36 @@ class HotRoutes:
         head = read_head(raw)
         found = None if head is None else self.find(head.path)
         return None if head is None or found is None else (head, found)
+
+    @property
+    def regions(self) -> SharedRegions:
+        """The shared memory that plans read and write."""
+        return self._context.inference.regions
+
+    def recall(self, head: RequestHead, found: Found, body: Buffer) -> Planned | None:
+        """Return how to answer a request, if one like it was answered by the present version."""
+        if found.route.form_of is None:
+            return None
+        stored = self._context.store.read(found.names[0])
+        form = found.route.form_of(head, body)
+        planned: Planned | None = stored.memo.get((head, form))
+        return planned if planned and planned.plan.body_bytes == len(body) else None
+
+    def remember(
+        self, stored: StoredSet, head: RequestHead, form: bytes, planned: Planned
+    ) -> None:
+        """Remember it with the version of the set that it is for."""
+        if len(stored.memo) >= _PLANS:
+            stored.memo.clear()
+        stored.memo[head, form] = planned
+
+    def count(self, planned: Planned, counts: Counts, seconds: float) -> None:
+        """Count a request that was answered as planned."""
+        self._context.metrics.rows_applied.inc(counts.rows)
+        if planned.model is not None:
+            counts.last_ms = time.time_ns() // 1_000_000
+            counts.success_count, counts.success_ns = 1, int(seconds * 1e9)
+            self._context.counts.add(*planned.model, counts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, or pass on."""

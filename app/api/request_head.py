@@ -9,7 +9,7 @@ import httptools
 from app.api.body import parse_length
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class RequestHead:
     """A POST with a Content-Length, on a connection that stays open."""
 

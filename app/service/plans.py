@@ -6,16 +6,17 @@ next ones check their numbers, compute, and answer behind the same head: half of
 request of one row (docs/decisions/0014-plans.md).
 """
 
+import math
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from app.core.adapter import LoraAdapter
-from app.core.cast import FLOAT32, count_rows
+from app.core.cast import FLOAT32
 from app.formats import safetensors
-from app.service.apply import INLINE_NANOSECONDS, cost_of
+from app.service.apply import cost_of
 from app.service.sets import get_adapter
 from app.storage.counts import Counts
 from app.storage.regions import SharedRegions
@@ -25,8 +26,8 @@ from app.wire.media import Form
 from app.wire.oip import Placement
 from app.wire.tensors import Buffer
 
-_MOST = 16
-"""Plans that are remembered of one version of a set."""
+LIGHT_NANOSECONDS = 1_000_000
+"""Longer work waits for its turn, so that others get theirs: nothing to plan."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -44,6 +45,11 @@ class Source:
     answered: Placement | None = None
     """Where the outputs go, if not behind the answer's head."""
 
+    @property
+    def rows(self) -> int:
+        """Number of vectors."""
+        return math.prod(self.shape[:-1])
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Plan:
@@ -55,16 +61,11 @@ class Plan:
     head: Buffer
     """The answer, up to its tensors."""
     rows: int
-    is_small: bool
-    """Whether it takes so little that a thread is not worth reaching."""
 
-    def run(
-        self,
-        body: Buffer,
-        regions: SharedRegions | None = None,
-        counts: Counts | None = None,
-    ) -> list[Buffer]:
+    def run(self, body: Buffer, regions: SharedRegions, counts: Counts) -> list[Buffer]:
         """Return the answer to `body` in parts; outputs with a place go there.
+
+        `counts` gets rows and times.
 
         Raises NonFiniteInputError, and the errors of `SharedRegions`, before anything is written.
         """
@@ -72,7 +73,7 @@ class Plan:
         inputs = []
         for source, _ in self.steps:
             content, start = body, source.start
-            if source.placed is not None and regions is not None:
+            if source.placed is not None:
                 content, start = regions.read(source.placed), 0
             x = np.ndarray(source.shape, FLOAT32, content, start)
             check_finite(x, source.name)
@@ -86,15 +87,14 @@ class Plan:
         parts: list[Buffer] = [self.head]
         for (source, _), array in zip(self.steps, outputs, strict=True):
             data = safetensors.as_bytes(array)
-            if source.answered is not None and regions is not None:
+            if source.answered is not None:
                 regions.write(source.answered, data)
             else:
                 parts.append(data)
-        if counts is not None:
-            counts.rows = self.rows
-            counts.input_ns += ready - started
-            counts.infer_ns += computed - ready
-            counts.output_ns += time.perf_counter_ns() - computed
+        counts.rows = self.rows
+        counts.input_ns = ready - started
+        counts.infer_ns = computed - ready
+        counts.output_ns = time.perf_counter_ns() - computed
         return parts
 
 
@@ -122,34 +122,15 @@ def make_plan(
 ) -> Plan | None:
     """Return the plan of a request that was just answered behind `head`; None where there is none.
 
-    There is none for inputs that are not all float32, for DoRA, and for empty batches.
+    There is none for inputs that are not all float32, for DoRA, for empty batches, and for work
+    that is worth waiting for.
     """
     if not sources:
         return None
     steps = [(one, get_adapter(stored, one.module)) for one in sources]
     if any(adapter.magnitude is not None or 0 in one.shape for one, adapter in steps):
         return None
-    rows = [count_rows_of(one.shape) for one in sources]
-    cost = sum(
-        cost_of(adapter, count, Form.BINARY, Form.BINARY)
-        for (_, adapter), count in zip(steps, rows, strict=True)
-    )
-    return Plan(steps, weight, body_bytes, head, sum(rows), cost < INLINE_NANOSECONDS)
-
-
-def count_rows_of(shape: tuple[int, ...]) -> int:
-    return 1 if len(shape) == 1 else shape[0]
-
-
-def recall(stored: StoredSet, key: Hashable, body_bytes: int) -> Plan | None:
-    """Return the plan that is remembered under `key`, if it is for bodies of this length."""
-    plan: Plan | None = stored.memo.get(key)
-    return plan if plan is not None and plan.body_bytes == body_bytes else None
-
-
-def remember(stored: StoredSet, key: Hashable, plan: Plan | None) -> None:
-    """Remember a plan with the version of the set that it is for."""
-    if plan is not None:
-        if len(stored.memo) >= _MOST:
-            stored.memo.clear()
-        stored.memo[key] = plan
+    cost = sum(cost_of(adapter, one.rows, Form.BINARY, Form.BINARY) for one, adapter in steps)
+    if cost > LIGHT_NANOSECONDS:
+        return None
+    return Plan(steps, weight, body_bytes, head, sum(one.rows for one in sources))

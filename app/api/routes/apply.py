@@ -15,11 +15,12 @@ from app.api.call import Call, Options
 from app.api.deps import Context, ModuleName, SetName
 from app.api.hot import HotRoute
 from app.api.openapi import APPLY_ERRORS, answered_before, problems, tensor_answer, tensor_body
+from app.api.request_head import RequestHead
 from app.core.adapter import LoraAdapter
 from app.core.cast import Floats
 from app.formats import safetensors
 from app.service.apply import is_small, shares_of, stacked_shares, total_rows, versions_of
-from app.service.plans import binary_sources, make_plan, recall, remember
+from app.service.plans import binary_sources, make_plan
 from app.service.sets import get_adapter
 from app.storage.setfile import StoredSet
 from app.wire.media import Form
@@ -83,10 +84,10 @@ async def answer_one(context: Context, call: Call, name: str, module: str) -> No
         about: About = {"set": name, "module": module, "version": stored.record.version}
         outputs = _stacked(context, stored, batches, options.scale, about)
         parts = encode_outputs(options.given, outputs[module], about, options.dtype)
-        _remember(stored, options, module, {module: INPUTS}, batches, body, parts)
+        _plan(call, stored, options, {module: INPUTS}, batches, body, parts)
         return parts
 
-    await _answer(context, call, options, compute, adapter, stored, module)
+    await _answer(context, call, options, compute, adapter)
 
 
 @router.post(
@@ -129,10 +130,10 @@ async def answer_many(context: Context, call: Call, name: str) -> None:
         outputs = _stacked(context, stored, batches, options.scale, about)
         parts = encode_outputs(options.given, outputs, about, options.dtype)
         tensors = {one: INPUTS if options.modules else one for one in outputs}
-        _remember(stored, options, None, tensors, batches, body, parts)
+        _plan(call, stored, options, tensors, batches, body, parts)
         return parts
 
-    await _answer(context, call, options, compute, None, stored)
+    await _answer(context, call, options, compute, None)
 
 
 @router.post(
@@ -181,13 +182,6 @@ async def answer_mixed(context: Context, call: Call) -> None:
     await _answer(context, call, options, compute, None)
 
 
-HOT_ROUTES = [
-    HotRoute(ONE, answer_one),
-    HotRoute(MANY, answer_many),
-    HotRoute(MIXED, answer_mixed),
-]
-
-
 def _stacked(
     context: Context, stored: StoredSet, batches: Batches, scale: float, about: About
 ) -> dict[str, Floats]:
@@ -200,22 +194,22 @@ def _stacked(
     return outputs
 
 
-def _remember(
+def _plan(
+    call: Call,
     stored: StoredSet,
     options: Options,
-    module: str | None,
     tensors: Mapping[str, str],
     batches: Batches,
     body: Buffer,
     parts: Sequence[Buffer],
 ) -> None:
     """Let the next request of this form be answered by a plan, where one can be made."""
-    if options.taken is options.given is Form.BINARY and options.dtype == "F32":
-        text = safetensors.short_header(body)
-        if text is not None and not batches.stack and not batches.base_outputs:
-            sources = binary_sources(text, tensors)
-            plan = make_plan(stored, sources, options.scale, len(body), parts[0])
-            remember(stored, (module, options, text), plan)
+    if not options.taken is options.given is Form.BINARY or options.dtype != "F32":
+        return
+    text = safetensors.short_header(body)
+    if text is not None and not batches.stack and not batches.base_outputs:
+        sources = binary_sources(text, tensors)
+        call.plan(stored, text, make_plan(stored, sources, options.scale, len(body), parts[0]))
 
 
 async def _answer(
@@ -224,25 +218,23 @@ async def _answer(
     options: Options,
     compute: Callable[[Buffer], Sequence[Buffer]],
     adapter: LoraAdapter | None,
-    stored: StoredSet | None = None,
-    module: str | None = None,
 ) -> None:
     """Read the body, compute in the right place, and answer."""
-    limits = context.limits
-    is_json = options.taken is Form.JSON
+    limits, taken, given = context.limits, options.taken, options.given
     with context.pool.admit():
-        limit = limits.max_json_bytes if is_json else limits.max_body_bytes
+        limit = limits.max_json_bytes if taken is Form.JSON else limits.max_body_bytes
         body = await call.body(limit, context.settings.stall_seconds)
-        plan = None
-        if stored is not None and not is_json:
-            text = safetensors.short_header(body)
-            plan = recall(stored, (module, options, text), len(body))
-        if plan is None:
-            small = adapter is not None and is_small(
-                adapter, len(body), options.taken, options.given
-            )
-            parts = await context.pool.run(partial(compute, body), inline=small)
-        else:
-            parts = await context.pool.run(partial(plan.run, body), inline=plan.is_small)
-            context.metrics.rows_applied.inc(plan.rows)
-    await call.answer(parts, options.given.value)
+        small = adapter is not None and is_small(adapter, len(body), taken, given)
+        parts = await context.pool.run(partial(compute, body), inline=small)
+    await call.answer(parts, given.value)
+
+
+def _form(_head: RequestHead, body: Buffer) -> bytes | None:
+    return safetensors.short_header(body)
+
+
+HOT_ROUTES = [
+    HotRoute(ONE, answer_one, _form),
+    HotRoute(MANY, answer_many, _form),
+    HotRoute(MIXED, answer_mixed),
+]
