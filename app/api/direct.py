@@ -35,6 +35,8 @@ DIRECT_BYTES = 1 << 17
 """Longer bodies are read into their array once the route has asked for them."""
 _HEAD_BYTES = 1 << 13
 """Longer heads go to uvicorn's parser, as those do that come in pieces."""
+_TOGETHER_SECONDS = 1e-4
+"""An answer that took longer to compute does not wait for others."""
 _HOT_START = b"POST /v"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -89,6 +91,7 @@ class DirectProtocol(HttpToolsProtocol):
         if end >= 4 and data.startswith(_HOT_START):
             found = self.hot.find_head(data[:end])
         if found is None:
+            self.hot.outbox.flush()  # the parser may answer and close at once
             super().data_received(data)
             return b""
         stop = end + found[0].length
@@ -114,12 +117,19 @@ class DirectProtocol(HttpToolsProtocol):
         scope = scope_of(head)
         scope["route"] = found.route.about
         self.write(200, planned.lines, parts, scope["request_id"], keep_alive=True)
+        seconds = perf_counter() - started
+        if seconds > _TOGETHER_SECONDS:
+            self.hot.outbox.flush()
         self.server_state.total_requests += 1
         self._look_later(self._period)
-        seconds = perf_counter() - started
         self.hot.observer.observe(scope, 200, seconds)
         self.hot.count(planned, counts, seconds)
         return True
+
+    def proceed(self) -> None:
+        """Tell a client that waits for it to send its body."""
+        self.hot.outbox.flush()
+        self.transport.write(_CONTINUE)
 
     def write(
         self,
@@ -139,8 +149,9 @@ class DirectProtocol(HttpToolsProtocol):
         ending = b"" if keep_alive else b"connection: close\r\n"
         text.append(b"x-request-id: %b\r\n%b\r\n" % (request_id.encode(), ending))
         if sum(map(len, parts)) <= JOINED_BYTES:
-            transport.write(b"".join((*text, *parts)))
+            self.hot.outbox.put(transport, b"".join((*text, *parts)))
         else:
+            self.hot.outbox.flush()
             transport.writelines((b"".join(text), *parts))
 
     def _hold(self, data: bytes) -> None:
@@ -160,6 +171,7 @@ class DirectProtocol(HttpToolsProtocol):
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
+        self.hot.outbox.flush()
         if not call.keep_alive:
             self.transport.close()
             return
@@ -196,6 +208,7 @@ class DirectProtocol(HttpToolsProtocol):
 
     def shutdown(self) -> None:
         """End the connection, after the answer that it waits for."""
+        self.hot.outbox.flush()
         if self._call is None:
             super().shutdown()
         else:
@@ -297,7 +310,7 @@ class DirectCall(Call):
             if missing <= len(data) or self._head.length > DIRECT_BYTES:
                 self._start()
             elif self._head.expects and not self._body:
-                self._http.transport.write(_CONTINUE)
+                self._http.proceed()
         return data[missing:]
 
     def stall(self) -> None:
@@ -351,7 +364,7 @@ class DirectCall(Call):
             if self._is_stalled:
                 raise _stalled(stall_seconds)
             if self._head.expects and not self._body:
-                http.transport.write(_CONTINUE)
+                http.proceed()
             target = as_bytes(np.empty(self._head.length, np.uint8))
             target[: len(self._body)] = self._body
             await _BodyReader(http, target, len(self._body)).read(stall_seconds)

@@ -7,6 +7,7 @@ methods (docs/decisions/0011-hot-routes.md). `bonsai-lora serve` does not even g
 them: `app/api/direct.py`.
 """
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from functools import lru_cache
@@ -77,6 +78,30 @@ class Planned:
     """What an inference is counted as."""
 
 
+class Outbox:
+    """Short answers that go out when all requests that came together have been computed.
+
+    A client that sleeps is woken by its answer, which costs the sender an interrupt (in a virtual
+    machine a long one). Behind the first, others find it awake: 1.3 times as many requests a second
+    of one row over eight connections (docs/decisions/0011-hot-routes.md).
+    """
+
+    def __init__(self) -> None:
+        self._answers: list[tuple[asyncio.Transport, bytes]] = []
+
+    def put(self, transport: asyncio.Transport, answer: bytes) -> None:
+        """Write `answer` before the event loop looks at its sockets again."""
+        if not self._answers:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._answers.append((transport, answer))
+
+    def flush(self) -> None:
+        """Write them now."""
+        for transport, answer in self._answers:
+            transport.write(answer)
+        self._answers.clear()
+
+
 class HotRoutes:
     """An ASGI application: answers POST to its routes and passes on everything else."""
 
@@ -89,6 +114,7 @@ class HotRoutes:
         self._routes = {(route.length, route.last): route for route in routes}
         assert len(self._routes) == len(routes), "two routes that look alike"
         self.observer = observer
+        self.outbox = Outbox()
         self.find_head = lru_cache(_HEADS)(self._find_head)
         """Gives the head that bytes are, and its hot route; None where there is none."""
 

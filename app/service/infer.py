@@ -14,6 +14,7 @@ from app.core.cast import Array, Floats, count_rows
 from app.errors import InvalidRequestError, ShapeMismatchError, VersionNotFoundError
 from app.formats.safetensors import as_bytes
 from app.service.apply import INLINE_NANOSECONDS, Applier, Inputs, Share, cost_of, shares_of
+from app.service.plans import Plan, Source, make_plan
 from app.service.sets import get_adapter
 from app.storage.counts import Counts
 from app.storage.regions import SharedRegions, Span
@@ -34,7 +35,7 @@ from app.wire.oip import (
     text_of,
 )
 from app.wire.stacks import SETS, Stack, decode_row
-from app.wire.tensors import BASE_ENDING
+from app.wire.tensors import BASE_ENDING, Buffer
 
 MIXED = "mixed"
 """The model whose rows each name a set."""
@@ -222,6 +223,37 @@ def raw_request(model: Model, body: memoryview) -> InferRequest:
     name = next(iter(adapters)) if len(adapters) == 1 else SHARED_INPUT
     tensor = InferInput(name, "FP32", (len(body) // (4 * width), width), body)
     return InferRequest("", {name: tensor}, None, is_binary=True)
+
+
+def plan_inference(
+    model: Model, request: InferRequest, body_bytes: int, data_start: int, head: Buffer
+) -> Plan | None:
+    """Return the plan of a request that was answered behind `head`; None where there is none.
+
+    There is one for float32 inputs in binary or shared memory whose outputs are so too, and go to
+    at most one place. The binary data begin at `data_start` in the body.
+    """
+    if model.stored is None:
+        return None
+    starts, start = {}, data_start
+    for name, one in request.inputs.items():
+        if one.datatype != "FP32" or not isinstance(one.content, memoryview | Placement):
+            return None
+        starts[name] = start
+        start += len(one.content) if isinstance(one.content, memoryview) else 0
+    outputs = _outputs_of(model, request)
+    placed = [one for one in outputs if one.placed is not None]
+    if len(placed) > 1 or not all(one.is_binary or one.placed for one in outputs):
+        return None
+    sources = []
+    for one in outputs:
+        tensor = _source(request, one.name)
+        place = tensor.content if isinstance(tensor.content, Placement) else None
+        begin = starts[tensor.name]
+        sources.append(Source(one.name, tensor.name, tensor.shape, begin, place, one.placed))
+    if {one.name for one in sources} != request.inputs.keys():
+        return None  # W x of DoRA
+    return make_plan(model.stored, sources, request.scale, body_bytes, head)
 
 
 def is_light(model: Model, request: InferRequest) -> bool:

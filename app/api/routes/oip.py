@@ -19,6 +19,7 @@ from app.api.body import check_length, parse_model, read_body
 from app.api.call import Call
 from app.api.deps import Context, InContext
 from app.api.hot import HotRoute
+from app.api.request_head import RequestHead
 from app.api.openapi import (
     answered_before,
     empty_answer,
@@ -36,12 +37,13 @@ from app.service.infer import (
     Model,
     find_model,
     is_light,
+    plan_inference,
     raw_request,
 )
 from app.storage.counts import Counts
 from app.wire.compress import coding_of, compress, decompress, wanted_coding
 from app.wire.media import Form
-from app.wire.oip import Encoded, InferRequest, decode_request
+from app.wire.oip import InferRequest, decode_request
 from app.wire.tensors import Buffer
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
@@ -49,6 +51,8 @@ router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 HEADER_LENGTH = b"inference-header-content-length"
 INLINE_BYTES = 1 << 17
 """Longest JSON that is read on the event loop."""
+FORM_BYTES = 1 << 11
+"""Longest JSON whose request is planned."""
 
 _EXTENSIONS = (
     "binary_tensor_data",
@@ -201,7 +205,7 @@ async def answer_infer(context: Context, call: Call, name: str, version: str | N
     try:
         with context.pool.admit():
             body = await call.body(context.limits.max_body_bytes, context.settings.stall_seconds)
-            parts, length = await _run(context, model, body, coding, header_length, counts)
+            asked, parts, length = await _run(context, model, body, coding, header_length, counts)
     except BonsaiLoraError:
         failed = Counts(_now_ms(), fail_count=1, fail_ns=time.perf_counter_ns() - started)
         context.counts.add(*model.counted_as, failed)
@@ -215,12 +219,23 @@ async def answer_infer(context: Context, call: Call, name: str, version: str | N
     if wanted is not None:
         parts = [await context.pool.run(partial(compress, b"".join(parts), wanted))]
         headers.append((b"content-encoding", wanted.encode()))
+    elif coding is None:
+        form = body if header_length is None else body[:header_length]
+        plan = plan_inference(model, asked, len(body), header_length or len(body), parts[0])
+        if plan is not None and model.stored is not None and len(form) <= FORM_BYTES:
+            call.plan(model.stored, bytes(form), plan, model.counted_as)
     await call.answer(parts, (Form.JSON if length is None else Form.RAW).value, headers)
 
 
+def _form(head: RequestHead, body: Buffer) -> bytes | None:
+    declared = head.headers.get(HEADER_LENGTH)
+    form = body if declared is None else body[: int(declared)]
+    return bytes(form) if len(form) <= FORM_BYTES else None
+
+
 HOT_ROUTES = [
-    HotRoute("/v2/models/{model}/infer", answer_infer),
-    HotRoute("/v2/models/{model}/versions/{version}/infer", answer_infer),
+    HotRoute("/v2/models/{model}/infer", answer_infer, _form),
+    HotRoute("/v2/models/{model}/versions/{version}/infer", answer_infer, _form),
 ]
 
 
@@ -282,7 +297,7 @@ async def _run(
     coding: str | None,
     header_length: int | None,
     counts: Counts,
-) -> Encoded:
+) -> tuple[InferRequest, list[Buffer], int | None]:
     """Decode and infer: on the event loop where it is little work, else in a thread."""
     limits, inference = context.limits, context.inference
 
@@ -299,9 +314,10 @@ async def _run(
         asked = _timed(decode, counts)
     queued = time.perf_counter_ns()
 
-    def work() -> Encoded:
+    def work() -> tuple[InferRequest, list[Buffer], int | None]:
         counts.queue_ns = time.perf_counter_ns() - queued
-        return inference.infer(model, asked or _timed(decode, counts), counts)
+        request = asked or _timed(decode, counts)
+        return request, *inference.infer(model, request, counts)
 
     return await context.pool.run(work, inline=asked is not None and is_light(model, asked))
 
