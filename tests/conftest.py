@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 
 from app.api.app import create_app
-from app.api.direct import DirectProtocol
+from app.api.direct import DirectConnection
 from app.cli.logs import configure_logging
 from app.formats import safetensors
 from app.settings import Settings
@@ -59,7 +59,7 @@ def serving(app):
         uvicorn.Config(
             app,
             port=0,
-            http=DirectProtocol,  # as `bonsai-lora serve` does
+            http=DirectConnection,  # as `bonsai-lora serve` does
             log_config=None,
             access_log=False,
             server_header=False,

@@ -10,7 +10,7 @@ Everything else goes on to uvicorn's own parser, as if this were not there
 import asyncio
 from collections.abc import Coroutine, Sequence
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import structlog
@@ -31,7 +31,9 @@ from app.storage.counts import Counts
 from app.storage.setfile import StoredSet
 from app.wire.tensors import Buffer
 
-DIRECT_BYTES = 1 << 17
+FIRST_BYTES = 1 << 16
+"""Most that is read between requests."""
+DIRECT_BYTES = FIRST_BYTES
 """Longer bodies are read into their array once the route has asked for them."""
 _HEAD_BYTES = 1 << 13
 """Longer heads go to uvicorn's parser, as those do that come in pieces."""
@@ -43,13 +45,91 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _log = structlog.get_logger("app.requests")
 
 
+class DirectConnection(asyncio.BufferedProtocol):
+    """A connection that reads long bodies into their arrays, and all else for `DirectProtocol`.
+
+    Takes what uvicorn gives to a protocol. As a BufferedProtocol it says where bytes are to go.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._http = DirectProtocol(self, *args, **options)
+        self._buffer = self._http.hot.read_buffer
+        self._target: memoryview | None = None
+        """Where the rest of a body goes."""
+        self._filled = 0
+
+    def get_buffer(self, _sizehint: int) -> memoryview:
+        """Return where the next bytes go."""
+        if self._target is not None:
+            return self._target[self._filled :]
+        # Between requests a short piece, so that little of a long body is copied once more.
+        return self._buffer if self._http.is_parsing else self._buffer[:FIRST_BYTES]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take bytes that have come."""
+        if self._target is None:
+            self._http.data_received(bytes(self._buffer[:nbytes]))
+            return
+        self._filled += nbytes
+        if self._filled == len(self._target):
+            self._target = None
+            if not self._whole.done():
+                self._whole.set_result(None)
+
+    async def fill(self, target: memoryview, filled: int, stall_seconds: float) -> None:
+        """Fill `target`, from `filled` on, with what comes next.
+
+        Raises StalledError where nothing comes for so long, ClientDisconnect.
+        """
+        loop = self._http.loop
+        self._whole = loop.create_future()
+        self._target, self._filled = target, filled
+        watch = loop.call_later(stall_seconds, self._look, filled, stall_seconds)
+        try:
+            await self._whole
+        finally:
+            self._target = None
+            watch.cancel()
+
+    def _look(self, before: int, stall_seconds: float) -> None:
+        if self._whole.done():
+            return
+        if self._filled == before:
+            self._whole.set_exception(_stalled(stall_seconds))
+        else:
+            self._http.loop.call_later(stall_seconds, self._look, self._filled, stall_seconds)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Pass on."""
+        self._http.connection_made(cast("asyncio.Transport", transport))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Pass on, also to whoever waits for a body."""
+        self._http.connection_lost(exc)
+        if self._target is not None and not self._whole.done():
+            self._whole.set_exception(ClientDisconnect())
+
+    def eof_received(self) -> None:
+        """Pass on."""
+        self._http.eof_received()
+
+    def pause_writing(self) -> None:
+        """Pass on."""
+        self._http.pause_writing()
+
+    def resume_writing(self) -> None:
+        """Pass on."""
+        self._http.resume_writing()
+
+
 class DirectProtocol(HttpToolsProtocol):
     """uvicorn's protocol, which answers hot routes by itself."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, connection: DirectConnection, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.connection = connection
         self.hot: HotRoutes = self.app.hot  # type: ignore[union-attr]
-        self._parsing = False
+        self.is_parsing = False
         """Whether uvicorn's parser is in the middle of a request."""
         self._call: DirectCall | None = None
         self._early = b""
@@ -75,7 +155,7 @@ class DirectProtocol(HttpToolsProtocol):
                 if data and self._call is not None:
                     self._hold(data)
                     return
-            elif self._parsing or not (self.cycle is None or self.cycle.response_complete):
+            elif self.is_parsing or not (self.cycle is None or self.cycle.response_complete):
                 super().data_received(data)
                 return
             elif self.flow.write_paused:
@@ -95,9 +175,10 @@ class DirectProtocol(HttpToolsProtocol):
             super().data_received(data)
             return b""
         stop = end + found[0].length
-        if stop <= len(data) and self.answer_planned(*found, data[end:stop]):
+        is_whole = stop <= len(data)
+        if is_whole and self.answer_planned(*found, data[end:stop]):
             return data[stop:]
-        self._call = call = DirectCall(self, *found)
+        self._call = call = DirectCall(self, *found, may_be_planned=not is_whole)
         rest = call.take(data[end:])
         if self._call is call:
             self._look_later(self._period)
@@ -149,7 +230,7 @@ class DirectProtocol(HttpToolsProtocol):
         ending = b"" if keep_alive else b"connection: close\r\n"
         text.append(b"x-request-id: %b\r\n%b\r\n" % (request_id.encode(), ending))
         if sum(map(len, parts)) <= JOINED_BYTES:
-            self.hot.outbox.put(transport, b"".join((*text, *parts)))
+            self.hot.outbox.put(self.loop, transport, b"".join((*text, *parts)))
         else:
             self.hot.outbox.flush()
             transport.writelines((b"".join(text), *parts))
@@ -216,12 +297,12 @@ class DirectProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Note that a request begins."""
-        self._parsing = True
+        self.is_parsing = True
         super().on_message_begin()
 
     def on_message_complete(self) -> None:
         """Note that it has come whole."""
-        self._parsing = False
+        self.is_parsing = False
         super().on_message_complete()
 
     def pause_writing(self) -> None:
@@ -272,6 +353,7 @@ class DirectCall(Call):
         "_head",
         "_http",
         "_is_stalled",
+        "_may_be_planned",
         "_noted",
         "_scope",
         "_status",
@@ -279,7 +361,9 @@ class DirectCall(Call):
         "keep_alive",
     )
 
-    def __init__(self, http: DirectProtocol, head: RequestHead, found: Found) -> None:
+    def __init__(
+        self, http: DirectProtocol, head: RequestHead, found: Found, *, may_be_planned: bool
+    ) -> None:
         super().__init__(head.headers, head.query_string)
         self._http = http
         self._head = head
@@ -287,6 +371,7 @@ class DirectCall(Call):
         self._body: Buffer = b""
         self._scope = scope_of(head)
         self._noted: tuple[StoredSet, bytes, Plan, Counted | None] | None = None
+        self._may_be_planned = may_be_planned
         self._is_stalled = False
         self._status = 0
         self.is_started = False
@@ -320,16 +405,17 @@ class DirectCall(Call):
 
     def _start(self) -> None:
         """Serve: at once where nothing has to be waited for, else in a task."""
-        if not self.missing and self._http.answer_planned(self._head, self._found, self._body):
-            self._http.end_call(self)
-            return
+        http = self._http
+        if self._may_be_planned and not self.missing:  # it came in pieces, but whole it is
+            if http.answer_planned(self._head, self._found, self._body):
+                http.end_call(self)
+                return
         self.is_started = True
         steps = self._serve()
         try:
             yielded = steps.send(None)
         except StopIteration:
             return
-        http = self._http
         task = http.loop.create_task(_rest(steps, yielded))
         http.tasks.add(task)
         task.add_done_callback(http.tasks.discard)
@@ -366,12 +452,13 @@ class DirectCall(Call):
             if self._head.expects and not self._body:
                 http.proceed()
             target = as_bytes(np.empty(self._head.length, np.uint8))
-            target[: len(self._body)] = self._body
-            await _BodyReader(http, target, len(self._body)).read(stall_seconds)
+            filled = len(self._body)
+            target[:filled] = self._body
+            self._body = target  # what comes behind it is another request's
+            await http.connection.fill(target, filled, stall_seconds)
         except BaseException:
             self.keep_alive = False  # the rest of the body would be taken for a request
             raise
-        self._body = target
 
     def plan(
         self, stored: StoredSet, form: bytes, plan: Plan | None, model: Counted | None = None
@@ -405,68 +492,6 @@ def scope_of(head: RequestHead) -> dict[str, Any]:
         "path": head.path,
         "request_id": request_id_of(head.headers.get(REQUEST_ID)),
     }
-
-
-class _BodyReader(asyncio.BufferedProtocol):
-    """The connection's protocol while a body is read."""
-
-    def __init__(self, http: DirectProtocol, target: memoryview, filled: int) -> None:
-        self._http = http
-        self._target = target
-        self._filled = filled
-        self._done = http.loop.create_future()
-
-    async def read(self, stall_seconds: float) -> None:
-        """Fill the target; raises StalledError where nothing comes, ClientDisconnect."""
-        self._http.flow.resume_reading()
-        self._turn_to(self)
-        watch = self._http.loop.call_later(stall_seconds, self._look, self._filled, stall_seconds)
-        try:
-            await self._done
-        finally:
-            watch.cancel()
-            self._turn_to(self._http)
-
-    def _look(self, before: int, stall_seconds: float) -> None:
-        if self._done.done():
-            return
-        if self._filled == before:
-            self._done.set_exception(_stalled(stall_seconds))
-        else:
-            self._http.loop.call_later(stall_seconds, self._look, self._filled, stall_seconds)
-
-    def _turn_to(self, protocol: asyncio.BaseProtocol) -> None:
-        transport = self._http.transport
-        if transport.is_closing():
-            return
-        transport.pause_reading()  # which of the two ways to read is chosen when reading begins
-        transport.set_protocol(protocol)
-        transport.resume_reading()
-
-    def get_buffer(self, _sizehint: int) -> memoryview:
-        """Return where the next bytes go."""
-        return self._target[self._filled :]
-
-    def buffer_updated(self, nbytes: int) -> None:
-        """Count bytes that have come."""
-        self._filled += nbytes
-        if self._filled == len(self._target) and not self._done.done():
-            self._http.transport.pause_reading()
-            self._done.set_result(None)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Pass on that the client went away."""
-        self._http.connection_lost(exc)
-        if not self._done.done():
-            self._done.set_exception(ClientDisconnect())
-
-    def pause_writing(self) -> None:
-        """Pass on."""
-        self._http.pause_writing()
-
-    def resume_writing(self) -> None:
-        """Pass on."""
-        self._http.resume_writing()
 
 
 def _stalled(seconds: float) -> StalledError:

@@ -38,6 +38,7 @@ FormOf = Callable[[RequestHead, Buffer], bytes | None]
 
 _PLANS = 16
 """Plans that are remembered of one version of a set."""
+READ_BYTES = 1 << 18
 _HEADS = 512
 """Heads that are remembered: a client's requests of one shape have one."""
 
@@ -89,10 +90,12 @@ class Outbox:
     def __init__(self) -> None:
         self._answers: list[tuple[asyncio.Transport, bytes]] = []
 
-    def put(self, transport: asyncio.Transport, answer: bytes) -> None:
+    def put(
+        self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, answer: bytes
+    ) -> None:
         """Write `answer` before the event loop looks at its sockets again."""
         if not self._answers:
-            asyncio.get_running_loop().call_soon(self.flush)
+            loop.call_soon(self.flush)
         self._answers.append((transport, answer))
 
     def flush(self) -> None:
@@ -115,6 +118,8 @@ class HotRoutes:
         assert len(self._routes) == len(routes), "two routes that look alike"
         self.observer = observer
         self.outbox = Outbox()
+        self.read_buffer = memoryview(bytearray(READ_BYTES))
+        """Of all connections: each takes its bytes out before the next one reads."""
         self.find_head = lru_cache(_HEADS)(self._find_head)
         """Gives the head that bytes are, and its hot route; None where there is none."""
 
@@ -138,10 +143,10 @@ class HotRoutes:
 
     def recall(self, head: RequestHead, found: Found, body: Buffer) -> Planned | None:
         """Return how to answer a request, if one like it was answered by the present version."""
-        if found.route.form_of is None:
+        form = None if found.route.form_of is None else found.route.form_of(head, body)
+        if form is None:
             return None
         stored = self._context.store.read(found.names[0])
-        form = found.route.form_of(head, body)
         planned: Planned | None = stored.memo.get((head, form))
         return planned if planned and planned.plan.body_bytes == len(body) else None
 

@@ -20,7 +20,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from uvicorn.supervisors import Multiprocess
 
-from app.api.direct import DirectProtocol
+from app.api.direct import DirectConnection
 from app.cli.logs import configure_logging
 from app.core.layout import ROOM
 from app.settings import Settings
@@ -108,7 +108,7 @@ def _serve(settings: Settings, listener: socket.socket, temporary: str) -> int:
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,
         server_header=False,
-        http=DirectProtocol,
+        http=DirectConnection,
         ws="none",
         proxy_headers=False,  # nothing here asks who the caller is
     )
