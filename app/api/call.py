@@ -88,6 +88,11 @@ class Call(ABC):
         inference is counted as.
         """
 
+    def planned(self, body: Buffer) -> Plan | None:
+        """Return the plan for a request with this head and `body`, if there is one."""
+        del body
+        return None
+
     @abstractmethod
     async def _read(self, limit: int, stall_seconds: float) -> Buffer: ...
 

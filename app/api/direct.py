@@ -27,6 +27,7 @@ from app.api.steps import go_on
 from app.errors import StalledError
 from app.formats.safetensors import as_bytes
 from app.service.plans import Plan
+from app.service.work import AT_ONCE_NANOSECONDS
 from app.storage.counts import Counts
 from app.storage.setfile import StoredSet
 from app.wire.tensors import Buffer
@@ -190,7 +191,7 @@ class DirectProtocol(HttpToolsProtocol):
         counts = Counts()
         try:
             planned = self.hot.recall(head, found, body)
-            if planned is None:
+            if planned is None or planned.plan.cost > AT_ONCE_NANOSECONDS:
                 return False
             parts = planned.plan.run(body, self.hot.regions, counts)
         except Exception:  # noqa: BLE001 - the ordinary way says what is wrong
@@ -466,6 +467,11 @@ class DirectCall(Call):
         """Take note of how to answer the next request like this."""
         if plan is not None:
             self._noted = stored, form, plan, model
+
+    def planned(self, body: Buffer) -> Plan | None:
+        """Return the plan of a request like this."""
+        planned = self._http.hot.recall(self._head, self._found, body)
+        return None if planned is None else planned.plan
 
     async def _send_answer(self, lines: Lines, parts: Sequence[Buffer]) -> None:
         self._write(200, lines, parts)

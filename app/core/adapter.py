@@ -7,18 +7,21 @@ from typing import Literal
 
 import numpy as np
 
-from app.core.cast import FLOAT32, Array, Floats, count_rows, to_float32
+from app.core.cast import Array, Floats, to_float32
 from app.core.config import LoraConfig
 from app.core.kaiming import kaiming_uniform
 from app.core.layout import ROOM
+from app.core.products import multiply_down, multiply_up
 from app.core.merge import Block, blocks, merge_rows
 from app.errors import ShapeMismatchError
 
-GEMM_ROWS = 4
-"""Fewer rows go one by one through a matrix-vector product: the large matrix is read in order."""
-
 LayerKind = Literal["linear", "embedding"]
 """linear: the base weight is (d_out, d_in); embedding: it is stored (d_in, d_out)."""
+
+
+def sums_may_overflow() -> np.errstate:
+    """Return a context without warnings of sums beyond float32: they are infinite, as in torch."""
+    return np.errstate(over="ignore", invalid="ignore")
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,14 +121,24 @@ class LoraAdapter:
                 got=list(x.shape),
                 expected=[self.d_in] if x.ndim == 1 else ["rows", self.d_in],
             )
-        a_matrix, b_matrix = self.factors
-        with np.errstate(over="ignore", invalid="ignore"):  # sums beyond float32 are infinite
-            factor = self._factor(weight)
-            hidden = _down(x, a_matrix)  # (n, r)
+        with sums_may_overflow():
+            return self.up(self.down(x), weight)
+
+    def down(self, x: Floats) -> Floats:
+        """Return the first half of `apply`, x A^T, (d_in,) -> (r,) or (n, d_in) -> (n, r).
+
+        The width is taken on trust. Call both halves within `sums_may_overflow`.
+        """
+        return multiply_down(x, self.a_matrix, self.factors[0])
+
+    def up(self, hidden: Floats, weight: float | Floats = 1.0) -> Floats:
+        """Return the second half of `apply`, of what `down` gave and may be overwritten."""
+        factor = self._factor(weight)
+        if isinstance(factor, np.ndarray) or factor != 1:
             hidden *= factor
-            outputs: Floats = np.dot(hidden, b_matrix.T)  # (n, d_out)
-            if self.bias is not None:
-                outputs += factor * to_float32(self.bias)
+        outputs = multiply_up(hidden, self.factors[1])
+        if self.bias is not None:
+            outputs += factor * to_float32(self.bias)
         return outputs
 
     def _factor(self, weight: float | Floats) -> np.float32 | Floats:
@@ -180,18 +193,3 @@ class LoraAdapter:
         with ThreadPoolExecutor(threads) as pool:
             for _ in pool.map(merge, places):
                 pass
-
-
-def _down(x: Floats, a_matrix: Floats) -> Floats:
-    """Return x A^T, (d_in,) -> (r,) or (n, d_in) -> (n, r)."""
-    rows = count_rows(x)
-    if rows < 2 or rows >= 2 * GEMM_ROWS or rows == GEMM_ROWS:
-        product: Floats = np.dot(x, a_matrix.T)
-        return product
-    hidden = np.empty((rows, len(a_matrix)), FLOAT32)
-    together = rows - rows % GEMM_ROWS
-    if together:
-        np.dot(x[:together], a_matrix.T, out=hidden[:together])
-    for row in range(together, rows):
-        np.dot(a_matrix, x[row], out=hidden[row])
-    return hidden

@@ -1,5 +1,6 @@
 """Sets as models of the Open Inference Protocol: infer, in and out of any of its forms."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -13,7 +14,7 @@ from app.core.adapter import LoraAdapter
 from app.core.cast import Array, Floats, count_rows
 from app.errors import InvalidRequestError, ShapeMismatchError, VersionNotFoundError
 from app.formats.safetensors import as_bytes
-from app.service.apply import INLINE_NANOSECONDS, Applier, Inputs, Share, cost_of, shares_of
+from app.service.apply import Applier, Inputs, Share, cost_of, shares_of
 from app.service.plans import Plan, Source, make_plan
 from app.service.sets import get_adapter
 from app.storage.counts import Counts
@@ -256,13 +257,13 @@ def plan_inference(
     return make_plan(model.stored, sources, request.scale, body_bytes, head)
 
 
-def is_light(model: Model, request: InferRequest) -> bool:
-    """Return whether a request takes so little that a thread is not worth reaching."""
+def cost_of_inference(model: Model, request: InferRequest) -> float:
+    """Return how many nanoseconds a request takes, by estimate; infinite where nobody knows."""
     if model.stored is None:
-        return False
+        return math.inf
     if request.outputs is None:
         if SHARED_INPUT in request.inputs and SHARED_INPUT not in model.adapters:
-            return False  # every module that it fits
+            return math.inf  # every module that it fits
         outputs = [InferOutput(name, request.is_binary) for name in request.inputs]
     else:
         outputs = list(request.outputs)
@@ -274,7 +275,7 @@ def is_light(model: Model, request: InferRequest) -> bool:
             taken = Form.JSON if isinstance(source.content, list | np.ndarray) else Form.BINARY
             given = Form.BINARY if one.is_binary or one.placed else Form.JSON
             cost += MODULE_NANOSECONDS + cost_of(adapter, source.rows, taken, given)
-    return cost < INLINE_NANOSECONDS
+    return cost
 
 
 class _Tensors:

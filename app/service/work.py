@@ -1,6 +1,8 @@
-"""Where work is done: small pieces on the event loop, large ones in a few threads."""
+"""Where work is done: small pieces at once, larger ones in turn, the largest in threads."""
 
 import asyncio
+import math
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -8,6 +10,11 @@ from typing import TypeVar
 from app.errors import BusyError
 
 T = TypeVar("T")
+
+AT_ONCE_NANOSECONDS = 500_000
+"""Work up to this is done as soon as it is there."""
+IN_TURN_NANOSECONDS = 8_000_000
+"""Work up to this is done on the event loop, one piece between two looks at the sockets."""
 
 
 class WorkPool:
@@ -17,6 +24,7 @@ class WorkPool:
         self._free = max_concurrency
         self._max = max_concurrency
         self._threads = ThreadPoolExecutor(threads, "work")
+        self._turns: deque[asyncio.Future[None]] = deque()
 
     @property
     def in_progress(self) -> int:
@@ -41,8 +49,30 @@ class WorkPool:
     def __exit__(self, *_: object) -> None:
         self._free += 1
 
-    async def run(self, work: Callable[[], T], *, inline: bool = False) -> T:
-        """Return what `work` returns: from a worker thread, or at once where it is small."""
-        if inline:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def run(self, work: Callable[[], T], nanoseconds: float = math.inf) -> T:
+        """Return what `work` returns, which takes so long by estimate."""
+        if nanoseconds > IN_TURN_NANOSECONDS:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        if nanoseconds > AT_ONCE_NANOSECONDS:
+            await self._turn()
+        return work()
+
+    async def _turn(self) -> None:
+        """Wait until the event loop has looked at its sockets since the last turn.
+
+        Without this, work that becomes ready together is done together, and all its answers come
+        late, instead of each when it is ready.
+        """
+        loop = asyncio.get_running_loop()
+        turn = loop.create_future()
+        self._turns.append(turn)
+        if len(self._turns) == 1:
+            loop.call_soon(self._next_turn, loop)
+        await turn
+
+    def _next_turn(self, loop: asyncio.AbstractEventLoop) -> None:
+        turn = self._turns.popleft()
+        if not turn.done():
+            turn.set_result(None)
+        if self._turns:
+            loop.call_soon(self._next_turn, loop)

@@ -4,6 +4,7 @@ The operations are declared here to the framework, for its document, and answere
 below them, which `app/api/hot.py` calls.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
@@ -19,9 +20,10 @@ from app.api.request_head import RequestHead
 from app.core.adapter import LoraAdapter
 from app.core.cast import Floats
 from app.formats import safetensors
-from app.service.apply import is_small, shares_of, stacked_shares, total_rows, versions_of
+from app.service.apply import cost_of_body, shares_of, stacked_shares, total_rows, versions_of
 from app.service.plans import binary_sources, make_plan
 from app.service.sets import get_adapter
+from app.storage.counts import Counts
 from app.storage.setfile import StoredSet
 from app.wire.media import Form
 from app.wire.stacks import MAX_SCALE
@@ -224,8 +226,15 @@ async def _answer(
     with context.pool.admit():
         limit = limits.max_json_bytes if taken is Form.JSON else limits.max_body_bytes
         body = await call.body(limit, context.settings.stall_seconds)
-        small = adapter is not None and is_small(adapter, len(body), taken, given)
-        parts = await context.pool.run(partial(compute, body), inline=small)
+        planned = call.planned(body)
+        if planned is None:
+            cost = math.inf if adapter is None else cost_of_body(adapter, len(body), taken, given)
+            parts = await context.pool.run(partial(compute, body), cost)
+        else:
+            counts = Counts()
+            run = partial(planned.run, body, context.inference.regions, counts)
+            parts = await context.pool.run(run, planned.cost)
+            context.metrics.rows_applied.inc(counts.rows)
     await call.answer(parts, given.value)
 
 

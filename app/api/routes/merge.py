@@ -1,5 +1,6 @@
 """Merge one adapter into weights that stream by."""
 
+import math
 from functools import partial
 from typing import Annotated
 
@@ -148,7 +149,8 @@ class _StreamedMerge(StarletteResponse):
         prefix = bytes(await reader.read_exactly(8))
         prefix += await reader.read_exactly(safetensors.header_length(prefix, limit))
         decode = partial(safetensors.decode_header, prefix)
-        header = await self._context.pool.run(decode, inline=len(prefix) < _SMALL_HEADER_BYTES)
+        is_short = len(prefix) < _SMALL_HEADER_BYTES
+        header = await self._context.pool.run(decode, 0 if is_short else math.inf)
         merge = merge_of_header(self._adapter, header, unmerge=self._unmerge)
         if self._dtype not in (None, merge.dtype):
             raise errors.InvalidRequestError(

@@ -4,6 +4,7 @@ A set is a model, its version the model's version. Refusals are `{"error": …}`
 that Triton uses (`app/api/errors.py`).
 """
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -35,8 +36,8 @@ from app.service.infer import (
     MIXED,
     MIXED_VERSION,
     Model,
+    cost_of_inference,
     find_model,
-    is_light,
     plan_inference,
     raw_request,
 )
@@ -319,7 +320,7 @@ async def _run(
         request = asked or _timed(decode, counts)
         return request, *inference.infer(model, request, counts)
 
-    return await context.pool.run(work, inline=asked is not None and is_light(model, asked))
+    return await context.pool.run(work, cost_of_inference(model, asked) if asked else math.inf)
 
 
 def _timed(decode: Callable[[], InferRequest], counts: Counts) -> InferRequest:
