@@ -31,13 +31,16 @@ _KEPT_BYTES = 1 << 21
 """Longest body whose parser is kept for the next one."""
 _EXACT = 2.0**53
 """Every integer below it is a float64."""
+_BRACKET = ord("[")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """RFC 8259 section 8.1: none in what is sent; simdjson would pass over it."""
+
+Buffer = bytes | memoryview
 
 _local = threading.local()
 
 
-def decode_object(body: bytes, allowed: frozenset[str]) -> dict[str, Any]:
+def decode_object(body: Buffer, allowed: frozenset[str]) -> dict[str, Any]:
     """Return the JSON object `body`.
 
     Raises MalformedJsonError where it is not JSON, InvalidRequestError where it is not an object
@@ -59,7 +62,7 @@ def decode_object(body: bytes, allowed: frozenset[str]) -> dict[str, Any]:
     return value
 
 
-def decode(body: bytes, what: str = "the body", hint: str = "") -> Any:
+def decode(body: Buffer, what: str = "the body", hint: str = "") -> Any:
     """Return the JSON value `body`; raises MalformedJsonError with `what` it is and a `hint`."""
     try:
         return orjson.loads(body)
@@ -70,7 +73,7 @@ def decode(body: bytes, what: str = "the body", hint: str = "") -> Any:
         return found
 
 
-def decode_with_arrays(body: bytes, what: str = "the body", hint: str = "") -> Any:
+def decode_with_arrays(body: Buffer, what: str = "the body", hint: str = "") -> Any:
     """Return the JSON value `body` as `decode` does, but tensors in it as float64 arrays.
 
     Those are lists of numbers, one or two deep and not ragged, in fields of _TENSOR_KEYS. Not all
@@ -87,8 +90,8 @@ def decode_with_arrays(body: bytes, what: str = "the body", hint: str = "") -> A
 class _Arrays:
     """JSON read by simdjson, whose numbers go into arrays without becoming objects."""
 
-    def __init__(self, body: bytes) -> None:
-        if body.startswith(_BYTE_ORDER_MARK):
+    def __init__(self, body: Buffer) -> None:
+        if body[:3] == _BYTE_ORDER_MARK:
             raise ValueError
         parser = getattr(_local, "parser", None)
         if parser is None or len(body) > _KEPT_BYTES:  # a parser keeps the room that it once needed
@@ -98,7 +101,7 @@ class _Arrays:
         self._lists = 0
         self.value = self._convert(parser.parse(body), is_tensor=False)
         # A list among numbers would have been flattened.
-        if body.count(b"[") != self._lists:
+        if np.count_nonzero(np.frombuffer(body, np.uint8) == _BRACKET) != self._lists:
             raise ValueError
 
     def _convert(self, value: Any, *, is_tensor: bool) -> Any:
@@ -129,21 +132,22 @@ class _Arrays:
     def _numbers(self, value: Any) -> Array:
         numbers = np.frombuffer(value.as_buffer(of_type="d"), np.float64)
         # Larger integers would be rounded twice on their way to float32.
-        if numbers.max() >= _EXACT or numbers.min() <= -_EXACT:
+        if np.vdot(numbers, numbers) >= _EXACT**2 and np.abs(numbers).max() >= _EXACT:
             raise ValueError
         return numbers
 
 
-def _decode_more(body: bytes) -> Any:
+def _decode_more(body: Buffer) -> Any:
     """Return what the standard library reads as JSON and orjson does not; None for nothing.
 
     NaN, Infinity and 1e400, which many programs write: the check for finite numbers can then say
     where they are. Not half surrogate pairs, which nothing can write again.
     """
-    if rb"\ud" in body.lower():
+    text = bytes(body)
+    if rb"\ud" in text.lower():
         return None
     try:
-        return json.loads(body.decode("utf-8"))
+        return json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError):
         return None
 
@@ -151,13 +155,14 @@ def _decode_more(body: bytes) -> Any:
 class Text:
     """The text that values were read from, where it must be asked about booleans."""
 
-    def __init__(self, body: bytes | memoryview) -> None:
-        self.body = bytes(body)
+    def __init__(self, body: Buffer) -> None:
+        self.body = body
 
     @cached_property
     def may_hold_booleans(self) -> bool:
         """Whether a boolean may be among numbers, which NumPy would take for 0 or 1."""
-        return b"true" in self.body or b"false" in self.body
+        text = bytes(self.body)
+        return b"true" in text or b"false" in text
 
 
 def decode_tensor(value: Any, name: str, text: Text) -> Floats:
