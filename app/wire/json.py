@@ -31,6 +31,8 @@ _KEPT_BYTES = 1 << 21
 """Longest body whose parser is kept for the next one."""
 _EXACT = 2.0**53
 """Every integer below it is a float64."""
+_PIECE_BYTES = 1 << 17
+"""So much is compared at a time, and stays in the cache."""
 _BRACKET = ord("[")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """RFC 8259 section 8.1: none in what is sent; simdjson would pass over it."""
@@ -101,7 +103,7 @@ class _Arrays:
         self._lists = 0
         self.value = self._convert(parser.parse(body), is_tensor=False)
         # A list among numbers would have been flattened.
-        if np.count_nonzero(np.frombuffer(body, np.uint8) == _BRACKET) != self._lists:
+        if _count_brackets(body) != self._lists:
             raise ValueError
 
     def _convert(self, value: Any, *, is_tensor: bool) -> Any:
@@ -135,6 +137,13 @@ class _Arrays:
         if np.vdot(numbers, numbers) >= _EXACT**2 and np.abs(numbers).max() >= _EXACT:
             raise ValueError
         return numbers
+
+
+def _count_brackets(body: Buffer) -> int:
+    """Return how many lists begin in JSON text, and how often `[` stands in its strings."""
+    text = np.frombuffer(body, np.uint8)
+    pieces = range(0, len(text), _PIECE_BYTES)
+    return sum(np.count_nonzero(text[at : at + _PIECE_BYTES] == _BRACKET) for at in pieces)
 
 
 def _decode_more(body: Buffer) -> Any:
