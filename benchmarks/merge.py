@@ -7,19 +7,20 @@ import numpy as np
 from app.core.adapter import LoraAdapter
 from app.core.cast import BFLOAT16, FLOAT16, FLOAT32
 from app.core.config import LoraConfig
-from app.core.merge import BLOCK_VALUES, blocks
+from app.core.merge import LONE_BLOCK_VALUES, blocks
+from app.core.products import multiply_outer
 
 D_OUT, D_IN, RANK = 12288, 4096, 16
 
 
 def product(a_matrix, b_matrix, scratch) -> None:
     """The part that no merge can leave out, in blocks that stay in the cache."""
-    for rows, _ in blocks(D_OUT, D_IN):
-        np.matmul(b_matrix[rows], a_matrix, out=scratch[: rows.stop - rows.start])
+    for rows, _ in blocks(D_OUT, D_IN, most=LONE_BLOCK_VALUES):
+        multiply_outer(b_matrix[rows], a_matrix, scratch[: rows.stop - rows.start])
 
 
 def main() -> None:
-    scratch = np.empty((BLOCK_VALUES // D_IN, D_IN), np.float32)
+    scratch = np.empty((LONE_BLOCK_VALUES // D_IN, D_IN), np.float32)
     rng = np.random.default_rng(1)
     config = LoraConfig(rank=RANK, alpha=32.0)
     a_matrix = (rng.standard_normal((RANK, D_IN)) * 1e-3).astype(np.float32)

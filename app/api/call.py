@@ -32,11 +32,12 @@ _FORMS = (Form.JSON, Form.BINARY)
 class Call(ABC):
     """Headers and body of a request, and the way to answer it."""
 
-    __slots__ = ("_headers", "_query_string")
+    __slots__ = ("_headers", "_noted", "_query_string")
 
     def __init__(self, headers: Mapping[bytes, bytes], query_string: bytes) -> None:
         self._headers = headers
         self._query_string = query_string
+        self._noted: tuple[StoredSet, bytes, Plan, Counted | None] | None = None
 
     def header(self, name: bytes) -> str | None:
         """Return a header by its lower-case name."""
@@ -87,6 +88,7 @@ class Call(ABC):
         `form` are the first bytes of the body, which say what the others are; `model` is what an
         inference is counted as.
         """
+        self._noted = None if plan is None else (stored, form, plan, model)
 
     def planned(self, body: Buffer) -> Plan | None:
         """Return the plan for a request with this head and `body`, if there is one."""

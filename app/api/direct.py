@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from app.api.call import JOINED_BYTES, Call, Counted, Lines
+from app.api.call import JOINED_BYTES, Call, Lines
 from app.api.errors import fault_response
 from app.api.hot import Found, HotRoutes, Planned
 from app.api.middleware import REQUEST_ID, request_id_of
@@ -29,7 +29,6 @@ from app.formats.safetensors import as_bytes
 from app.service.plans import Plan
 from app.service.work import AT_ONCE_NANOSECONDS
 from app.storage.counts import Counts
-from app.storage.setfile import StoredSet
 from app.wire.tensors import Buffer
 
 FIRST_BYTES = 1 << 16
@@ -41,6 +40,8 @@ _HEAD_BYTES = 1 << 13
 _TOGETHER_SECONDS = 1e-4
 """An answer that took longer to compute does not wait for others."""
 _HOT_START = b"POST /v"
+_ALIGNMENT = 16
+"""Of what NumPy allocates."""
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 _log = structlog.get_logger("app.requests")
@@ -129,7 +130,7 @@ class DirectProtocol(HttpToolsProtocol):
     def __init__(self, connection: DirectConnection, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.connection = connection
-        self.hot: HotRoutes = self.app.hot  # type: ignore[union-attr]
+        self.hot: HotRoutes = self.app.hot
         self.is_parsing = False
         """Whether uvicorn's parser is in the middle of a request."""
         self._call: DirectCall | None = None
@@ -355,7 +356,6 @@ class DirectCall(Call):
         "_http",
         "_is_stalled",
         "_may_be_planned",
-        "_noted",
         "_scope",
         "_status",
         "is_started",
@@ -371,7 +371,6 @@ class DirectCall(Call):
         self._found = found
         self._body: Buffer = b""
         self._scope = scope_of(head)
-        self._noted: tuple[StoredSet, bytes, Plan, Counted | None] | None = None
         self._may_be_planned = may_be_planned
         self._is_stalled = False
         self._status = 0
@@ -391,7 +390,7 @@ class DirectCall(Call):
         """
         missing = self.missing
         if data and missing:
-            self._body = self._body + data[:missing] if self._body else data[:missing]
+            self._body = bytes(self._body) + data[:missing]
         if not self.is_started:
             if missing <= len(data) or self._head.length > DIRECT_BYTES:
                 self._start()
@@ -407,10 +406,11 @@ class DirectCall(Call):
     def _start(self) -> None:
         """Serve: at once where nothing has to be waited for, else in a task."""
         http = self._http
-        if self._may_be_planned and not self.missing:  # it came in pieces, but whole it is
-            if http.answer_planned(self._head, self._found, self._body):
-                http.end_call(self)
-                return
+        # It came in pieces, but now it is whole.
+        may_be_planned = self._may_be_planned and not self.missing
+        if may_be_planned and http.answer_planned(self._head, self._found, self._body):
+            http.end_call(self)
+            return
         self.is_started = True
         steps = self._serve()
         try:
@@ -447,12 +447,16 @@ class DirectCall(Call):
     async def _read_rest(self, stall_seconds: float) -> None:
         """Read what is missing from the socket into an array."""
         http = self._http
+        if self._is_stalled:
+            self.keep_alive = False
+            raise _stalled(stall_seconds)
         try:
-            if self._is_stalled:
-                raise _stalled(stall_seconds)
             if self._head.expects and not self._body:
                 http.proceed()
-            target = as_bytes(np.empty(self._head.length, np.uint8))
+            # Aligned for the numbers behind a header whose length the head tells.
+            shift = -self._head.data_start % _ALIGNMENT
+            room = np.empty(shift + self._head.length, np.uint8)
+            target = as_bytes(room[shift:])
             filled = len(self._body)
             target[:filled] = self._body
             self._body = target  # what comes behind it is another request's
@@ -460,13 +464,6 @@ class DirectCall(Call):
         except BaseException:
             self.keep_alive = False  # the rest of the body would be taken for a request
             raise
-
-    def plan(
-        self, stored: StoredSet, form: bytes, plan: Plan | None, model: Counted | None = None
-    ) -> None:
-        """Take note of how to answer the next request like this."""
-        if plan is not None:
-            self._noted = stored, form, plan, model
 
     def planned(self, body: Buffer) -> Plan | None:
         """Return the plan of a request like this."""

@@ -10,9 +10,9 @@ them: `app/api/direct.py`.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from starlette.responses import Response
@@ -150,9 +150,7 @@ class HotRoutes:
         planned: Planned | None = stored.memo.get((head, form))
         return planned if planned and planned.plan.body_bytes == len(body) else None
 
-    def remember(
-        self, stored: StoredSet, head: RequestHead, form: bytes, planned: Planned
-    ) -> None:
+    def remember(self, stored: StoredSet, head: RequestHead, form: bytes, planned: Planned) -> None:
         """Remember it with the version of the set that it is for."""
         if len(stored.memo) >= _PLANS:
             stored.memo.clear()

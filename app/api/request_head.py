@@ -8,6 +8,9 @@ import httptools
 
 from app.api.body import parse_length
 
+HEADER_LENGTH = b"inference-header-content-length"
+"""Length of an inference's JSON, before binary data (Triton's extension binary_tensor_data)."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RequestHead:
@@ -19,6 +22,8 @@ class RequestHead:
     """By lower-case name."""
     length: int
     """Of the body, in bytes."""
+    data_start: int
+    """Where in the body an inference's data begin, 0 where that is not said."""
     expects: bool
     """Whether the client waits for `100 Continue`."""
 
@@ -52,6 +57,7 @@ def read_head(raw: bytes) -> RequestHead | None:
         url.query or b"",
         headers,
         parse_length(declared),
+        parse_length(headers.get(HEADER_LENGTH, b"")),
         headers.get(b"expect", b"").lower() == b"100-continue",
     )
 

@@ -13,7 +13,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, cast, get_args, get_origin
 
 import uvicorn
 from fastapi import FastAPI
@@ -108,7 +108,7 @@ def _serve(settings: Settings, listener: socket.socket, temporary: str) -> int:
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,
         server_header=False,
-        http=DirectConnection,
+        http=cast("Any", DirectConnection),  # uvicorn asks for less than it says
         ws="none",
         proxy_headers=False,  # nothing here asks who the caller is
     )

@@ -11,8 +11,8 @@ from app.core.cast import Array, Floats, to_float32
 from app.core.config import LoraConfig
 from app.core.kaiming import kaiming_uniform
 from app.core.layout import ROOM
+from app.core.merge import LONE_BLOCK_VALUES, SHARED_BLOCK_VALUES, blocks, merge_rows
 from app.core.products import multiply_down, multiply_up
-from app.core.merge import Block, blocks, merge_rows
 from app.errors import ShapeMismatchError
 
 LayerKind = Literal["linear", "embedding"]
@@ -181,15 +181,15 @@ class LoraAdapter:
             )
         assert self.magnitude is None, "app.service.merge knows DoRA"
 
-        def merge(place: Block) -> None:
-            block = weights[place]
-            merge_rows(block, *self.factors_of(*place), self.scaling, out=block)
+        most = LONE_BLOCK_VALUES if threads == 1 else SHARED_BLOCK_VALUES
 
-        places = blocks(self.d_out, self.d_in)
-        if threads == 1:
-            for place in places:
-                merge(place)
-            return
+        def merge(first: int, last: int) -> None:
+            for rows, columns in blocks(last - first, self.d_in, most=most):
+                place = slice(first + rows.start, first + rows.stop), columns
+                block = weights[place]
+                merge_rows(block, *self.factors_of(*place), self.scaling, out=block)
+
+        cuts = [self.d_out * part // threads for part in range(threads + 1)]
         with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(merge, places):
+            for _ in pool.map(merge, cuts[:-1], cuts[1:]):
                 pass

@@ -1,4 +1,4 @@
-"""The two thin products of an apply, each in the form that is fastest for its number of rows.
+"""The thin products of an apply and of a merge, in the forms that are fastest.
 
 OpenBLAS repacks both matrices before it multiplies, which costs as much as a thin product itself.
 Its kernels for AVX-512 do without where a product is small, so large ones go there in pieces; those
@@ -73,6 +73,20 @@ def multiply_up(hidden: Floats, b_matrix: Floats) -> Floats:
     if has_small and rows > piece >= least and few:
         return _in_pieces(hidden, b_matrix.T, piece)
     return _dot(hidden, b_matrix.T)
+
+
+def multiply_outer(b_rows: Floats, a_columns: Floats, out: Floats) -> None:
+    """Write b_rows @ a_columns, (n, r) and (r, m), to `out` (n, m), which is C-contiguous."""
+    piece = _piece(a_columns.size)
+    together = len(b_rows) - len(b_rows) % piece if piece else 0
+    if not kernels().has_small or piece < _LEAST_ROWS or not together:
+        np.matmul(b_rows, a_columns, out=out)
+        return
+    # Small products in one call: a stack of them.
+    stacked = b_rows[:together].reshape(-1, piece, b_rows.shape[1])
+    np.matmul(stacked, a_columns, out=out[:together].reshape(-1, piece, out.shape[1]))
+    if together < len(b_rows):
+        np.matmul(b_rows[together:], a_columns, out=out[together:])
 
 
 def _piece(operations: int) -> int:

@@ -237,11 +237,11 @@ def plan_inference(
     if model.stored is None:
         return None
     starts, start = {}, data_start
-    for name, one in request.inputs.items():
-        if one.datatype != "FP32" or not isinstance(one.content, memoryview | Placement):
+    for name, given in request.inputs.items():
+        if given.datatype != "FP32" or not isinstance(given.content, memoryview | Placement):
             return None
         starts[name] = start
-        start += len(one.content) if isinstance(one.content, memoryview) else 0
+        start += len(given.content) if isinstance(given.content, memoryview) else 0
     outputs = _outputs_of(model, request)
     placed = [one for one in outputs if one.placed is not None]
     if len(placed) > 1 or not all(one.is_binary or one.placed for one in outputs):

@@ -74,7 +74,8 @@ class Plan:
             ready = time.perf_counter_ns()
             weight = self.weight
             outputs = [
-                adapter.up(one, weight) for (_, adapter), one in zip(self.steps, hidden, strict=True)
+                adapter.up(one, weight)
+                for (_, adapter), one in zip(self.steps, hidden, strict=True)
             ]
         computed = time.perf_counter_ns()
         parts: list[Buffer] = [self.head]
@@ -90,11 +91,8 @@ class Plan:
         counts.output_ns = time.perf_counter_ns() - computed
         return parts
 
-
     @staticmethod
-    def _down(
-        body: Buffer, regions: SharedRegions, source: Source, adapter: LoraAdapter
-    ) -> Floats:
+    def _down(body: Buffer, regions: SharedRegions, source: Source, adapter: LoraAdapter) -> Floats:
         """Return the first half of an apply, of inputs that are all finite."""
         content, start = body, source.start
         if source.placed is not None:

@@ -143,7 +143,7 @@ def _count_brackets(body: Buffer) -> int:
     """Return how many lists begin in JSON text, and how often `[` stands in its strings."""
     text = np.frombuffer(body, np.uint8)
     pieces = range(0, len(text), _PIECE_BYTES)
-    return sum(np.count_nonzero(text[at : at + _PIECE_BYTES] == _BRACKET) for at in pieces)
+    return sum(int(np.count_nonzero(text[at : at + _PIECE_BYTES] == _BRACKET)) for at in pieces)
 
 
 def _decode_more(body: Buffer) -> Any:

@@ -20,7 +20,6 @@ from app.api.body import check_length, parse_model, read_body
 from app.api.call import Call
 from app.api.deps import Context, InContext
 from app.api.hot import HotRoute
-from app.api.request_head import RequestHead
 from app.api.openapi import (
     answered_before,
     empty_answer,
@@ -30,6 +29,7 @@ from app.api.openapi import (
     optional_body,
     version_parameter,
 )
+from app.api.request_head import HEADER_LENGTH, RequestHead
 from app.errors import BonsaiLoraError, MalformedBodyError, UnsupportedFeatureError
 from app.service import models
 from app.service.infer import (
@@ -49,7 +49,6 @@ from app.wire.tensors import Buffer
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
-HEADER_LENGTH = b"inference-header-content-length"
 INLINE_BYTES = 1 << 17
 """Longest JSON that is read on the event loop."""
 FORM_BYTES = 1 << 11
@@ -220,7 +219,7 @@ async def answer_infer(context: Context, call: Call, name: str, version: str | N
     if wanted is not None:
         parts = [await context.pool.run(partial(compress, b"".join(parts), wanted))]
         headers.append((b"content-encoding", wanted.encode()))
-    elif coding is None:
+    elif coding is None and header_length != 0:
         form = body if header_length is None else body[:header_length]
         plan = plan_inference(model, asked, len(body), header_length or len(body), parts[0])
         if plan is not None and model.stored is not None and len(form) <= FORM_BYTES:
@@ -229,8 +228,7 @@ async def answer_infer(context: Context, call: Call, name: str, version: str | N
 
 
 def _form(head: RequestHead, body: Buffer) -> bytes | None:
-    declared = head.headers.get(HEADER_LENGTH)
-    form = body if declared is None else body[: int(declared)]
+    form = body[: head.data_start] if head.data_start else body
     return bytes(form) if len(form) <= FORM_BYTES else None
 
 
