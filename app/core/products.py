@@ -117,7 +117,9 @@ def _row_by_row(x: Floats, a_rows: Floats) -> Floats:
     Blocks of A stay in the cache from one row of x to the next.
     """
     hidden = np.empty((len(x), len(a_rows)), FLOAT32)
-    step = max(1, LARGE_VALUES // max(1, x.shape[1])) if kernels().threads == 1 else len(a_rows)
+    # Several threads share out a whole matrix among them.
+    values = LARGE_VALUES if kernels().threads == 1 else a_rows.size
+    step = max(1, values // max(1, x.shape[1]))
     for start in range(0, len(a_rows), step):
         block = slice(start, start + step)
         for row, product in zip(x, hidden, strict=True):
