@@ -5,7 +5,17 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ["initialise", "apply", "mixed", "merge", "store", "merged", "throughput", "scaling"]
+SCRIPTS = [
+    "initialise",
+    "apply",
+    "mixed",
+    "merge",
+    "store",
+    "merged",
+    "stages",
+    "throughput",
+    "scaling",
+]
 
 
 def main() -> int:

@@ -1,0 +1,161 @@
+"""Where the time of one request goes: our own code, stage by stage, without a socket.
+
+A connection is fed the bytes of a request and its answer is dropped; then each stage alone. What is
+left of a request's time over loopback (benchmarks/throughput.py) is the kernel, the event loop,
+and memory that was not in the cache.
+"""
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Callable
+
+from measure import report
+from throughput import WIDTH, native_binary, native_json, oip_binary, vectors
+
+import numpy as np
+import uvicorn
+from uvicorn.server import ServerState
+
+from app.api.app import create_app
+from app.api.direct import DirectConnection
+from app.core.adapter import LoraAdapter, sums_may_overflow
+from app.core.cast import all_finite
+from app.core.config import LoraConfig
+from app.core.loraset import BonsaiLoraSet
+from app.settings import Settings
+from app.storage.setfile import StoredSet
+from app.wire import json
+
+SECONDS = 0.2
+
+
+class Nowhere(asyncio.Transport):
+    """A transport that drops what is written."""
+
+    def write(self, data) -> None:
+        pass
+
+    def writelines(self, parts) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+
+def microseconds(run: Callable[[], object]) -> float:
+    for _ in range(3):
+        run()
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < SECONDS:
+        run()
+        count += 1
+    return (time.perf_counter() - started) / count * 1e6
+
+
+def make_app(store: str):
+    """Return the application with a set of random matrices, and that set."""
+    app = create_app(Settings(store=store))
+    rng = np.random.default_rng(0)
+    made = BonsaiLoraSet.new(LoraConfig(), "", "bench")
+    for rank in (8, 16):
+        config = LoraConfig(rank=rank, alpha=float(rank))
+        a_matrix = rng.standard_normal((rank, WIDTH)).astype(np.float32)
+        b_matrix = rng.standard_normal((WIDTH, rank)).astype(np.float32)
+        adapter = LoraAdapter(config, a_matrix, b_matrix, config.scaling)
+        made = made.with_registry(made.registry.add(f"r{rank}", adapter))
+    sets = app.state.context.store
+    with sets.lock("bench"):
+        return app, sets.write(made, origin="peft", now="2026-01-01T00:00:00Z", previous=None)
+
+
+async def whole(app, request: bytes) -> float:
+    """Return the microseconds from a request's bytes to its answer's."""
+    config = uvicorn.Config(app, http=DirectConnection, log_config=None, proxy_headers=False)
+    config.load()
+    connection = DirectConnection(config, ServerState(), {})
+    connection.connection_made(Nowhere())
+
+    def feed() -> None:
+        at = 0
+        while at < len(request):
+            target = connection.get_buffer(-1)
+            size = min(len(target), len(request) - at)
+            target[:size] = request[at : at + size]
+            connection.buffer_updated(size)
+            at += size
+
+    async def answered() -> None:
+        feed()
+        while app.state.context.pool.in_progress:
+            await asyncio.sleep(0)
+
+    for _ in range(3):
+        await answered()
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < SECONDS:
+        await answered()
+        count += 1
+    return (time.perf_counter() - started) / count * 1e6
+
+
+def stages(app, stored: StoredSet, rows: int, rank: int) -> dict[str, float]:
+    """Return the microseconds of the stages of an apply."""
+    adapter = stored.lora_set.registry.adapters[f"r{rank}"]
+    x = vectors(rows)
+    text = json.encode({"inputs": x})
+    with sums_may_overflow():
+        hidden = adapter.down(x)
+        return {
+            "look-up of the set": microseconds(lambda: app.state.context.store.read("bench")),
+            "x·Aᵀ": microseconds(lambda: adapter.down(x)),
+            "is it finite": microseconds(lambda: all_finite(hidden)),
+            "·Bᵀ": microseconds(lambda: adapter.up(hidden)),
+            "count and observe": microseconds(
+                lambda: app.state.context.metrics.count_request("POST", "/bench", 200, 1e-4)
+            ),
+            "JSON to an array": microseconds(lambda: read_json(text)),
+            "an array to JSON": microseconds(lambda: json.encode({"outputs": x})),
+        }
+
+
+def read_json(text: bytes) -> None:
+    fields = json.decode_object(text, frozenset({"inputs"}))
+    json.decode_tensor(fields["inputs"], "inputs", json.Text(text))
+
+
+def main() -> None:
+    rows_out = []
+    with tempfile.TemporaryDirectory() as store:
+        app, stored = make_app(store)
+        for rows, rank in ((1, 8), (32, 16), (256, 16)):
+            x = vectors(rows)
+            found = {
+                "whole, binary": asyncio.run(whole(app, native_binary(x, rank))),
+                "whole, /v2 binary": asyncio.run(whole(app, oip_binary(x, rank))),
+                "whole, JSON": asyncio.run(whole(app, native_json(x, rank))),
+                **stages(app, stored, rows, rank),
+            }
+            rows_out.append(
+                {"µs for rows × rank": f"{rows} × {rank}"}
+                | {name: round(one, 1) for name, one in found.items()}
+            )
+    turned = [
+        {"µs": name} | {str(row["µs for rows × rank"]): row[name] for row in rows_out}
+        for name in rows_out[0]
+        if not name.startswith("µs")
+    ]
+    report("Where the time of a request goes, without a socket", turned)
+
+
+if __name__ == "__main__":
+    main()
