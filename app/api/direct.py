@@ -148,7 +148,7 @@ class DirectProtocol(HttpToolsProtocol):
         self._active_at = self.loop.time()
         if self._early:
             data, self._early = self._early + data, b""
-        while data:
+        while data and not self.transport.is_closing():
             if self._skipping:
                 data, skipped = data[self._skipping :], len(data)
                 self._skipping = max(0, self._skipping - skipped)
@@ -203,8 +203,6 @@ class DirectProtocol(HttpToolsProtocol):
         seconds = perf_counter() - started
         if seconds > _TOGETHER_SECONDS:
             self.hot.outbox.flush()
-        self.server_state.total_requests += 1
-        self._look_later(self._period)
         self.hot.observer.observe(scope, 200, seconds)
         self.hot.count(planned, counts, seconds)
         return True

@@ -38,6 +38,8 @@ FormOf = Callable[[RequestHead, Buffer], bytes | None]
 
 _PLANS = 16
 """Plans that are remembered of one version of a set."""
+_TOGETHER = 64
+"""Answers that leave together at most: they are memory that only the socket bounds."""
 READ_BYTES = 1 << 18
 _HEADS = 512
 """Heads that are remembered: a client's requests of one shape have one."""
@@ -97,6 +99,8 @@ class Outbox:
         if not self._answers:
             loop.call_soon(self.flush)
         self._answers.append((transport, answer))
+        if len(self._answers) == _TOGETHER:
+            self.flush()
 
     def flush(self) -> None:
         """Write them now."""
