@@ -96,8 +96,8 @@ async def whole(app, request: bytes) -> float:
 
     async def answered() -> None:
         feed()
-        while app.state.context.pool.in_progress:
-            await asyncio.sleep(0)  # noqa: ASYNC110 - one step of the loop
+        while app.state.context.pool.in_progress:  # noqa: ASYNC110 - the next step of the loop
+            await asyncio.sleep(0)
 
     for _ in range(3):
         await answered()
@@ -114,12 +114,13 @@ def stages(app, stored: StoredSet, rows: int, rank: int) -> dict[str, float]:
     x = vectors(rows)
     text = json.encode({"inputs": x})
     with sums_may_overflow():
-        hidden = adapter.down(x)
+        factors = adapter.factors
+        hidden = adapter.down(x, factors)
         return {
             "look-up of the set": microseconds(lambda: app.state.context.store.read("bench")),
-            "x·Aᵀ": microseconds(lambda: adapter.down(x)),
+            "x·Aᵀ": microseconds(lambda: adapter.down(x, factors)),
             "is it finite": microseconds(lambda: all_finite(hidden)),
-            "·Bᵀ": microseconds(lambda: adapter.up(hidden)),
+            "·Bᵀ": microseconds(lambda: adapter.up(hidden, factors)),
             "count and observe": microseconds(
                 lambda: app.state.context.metrics.count_request("POST", "/bench", 200, 1e-4)
             ),

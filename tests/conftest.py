@@ -53,7 +53,7 @@ def based(settings, tmp_path):
 
 
 @contextlib.contextmanager
-def serving(app):
+def serving(app, **options):
     """Serve `app` on a free port of the loopback, in a thread; give its URL."""
     server = uvicorn.Server(
         uvicorn.Config(
@@ -64,6 +64,7 @@ def serving(app):
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            **options,
         )
     )
     thread = threading.Thread(target=server.run)

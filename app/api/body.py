@@ -93,7 +93,7 @@ def content_length(request: Request) -> int | None:
 
 def parse_length(declared: bytes) -> int:
     """Return the number of a Content-Length: 0 for none, a huge one for more than 18 digits."""
-    digits = declared.lstrip(b"0")
+    digits = declared.strip(b" \t").lstrip(b"0")
     if len(digits) > _LENGTH_DIGITS:
         return int(10**_LENGTH_DIGITS)
     return int(digits) if digits.isdigit() else 0

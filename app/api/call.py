@@ -13,9 +13,9 @@ from app.api.request_head import join_lines
 from app.errors import InvalidRequestError
 from app.service.plans import Plan
 from app.storage.setfile import StoredSet
+from app.wire.buffers import Buffer
 from app.wire.media import Form, answer_form, check_answer_dtype, request_form
 from app.wire.stacks import MAX_SCALE
-from app.wire.tensors import Buffer
 
 JOINED_BYTES = 1 << 16
 """Answers up to this length are copied into one piece: less to do than two pieces."""
@@ -33,6 +33,9 @@ class Call(ABC):
     """Headers and body of a request, and the way to answer it."""
 
     __slots__ = ("_headers", "_noted", "_query_string")
+
+    can_plan = False
+    """Whether there is any use in `remember_plan`."""
 
     def __init__(self, headers: Mapping[bytes, bytes], query_string: bytes) -> None:
         self._headers = headers
@@ -80,7 +83,7 @@ class Call(ABC):
         ]
         await self._send_answer(lines, parts)
 
-    def plan(
+    def remember_plan(
         self, stored: StoredSet, form: bytes, plan: Plan | None, model: Counted | None = None
     ) -> None:
         """Take note of how to answer the next request with this head and `form`, if it can be.
@@ -90,7 +93,7 @@ class Call(ABC):
         """
         self._noted = None if plan is None else (stored, form, plan, model)
 
-    def planned(self, body: Buffer) -> Plan | None:
+    def find_plan(self, body: Buffer) -> Plan | None:
         """Return the plan for a request with this head and `body`, if there is one."""
         del body
         return None

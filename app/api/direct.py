@@ -9,6 +9,7 @@ Everything else goes on to uvicorn's own parser, as if this were not there
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from functools import lru_cache
 from time import perf_counter
 from typing import Any, cast
 
@@ -21,20 +22,20 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from app.api.call import JOINED_BYTES, Call, Lines
 from app.api.errors import fault_response
 from app.api.hot import Found, HotRoutes, Planned
-from app.api.middleware import REQUEST_ID, request_id_of
+from app.api.middleware import request_id_of
 from app.api.request_head import RequestHead
 from app.api.steps import go_on
-from app.errors import StalledError
+from app.errors import BonsaiLoraError, StalledError
 from app.formats.safetensors import as_bytes
 from app.service.plans import Plan
 from app.service.work import AT_ONCE_NANOSECONDS
 from app.storage.counts import Counts
-from app.wire.tensors import Buffer
+from app.wire.buffers import Buffer
 
-FIRST_BYTES = 1 << 16
-"""Most that is read between requests."""
-DIRECT_BYTES = FIRST_BYTES
-"""Longer bodies are read into their array once the route has asked for them."""
+READ_BYTES = 1 << 18
+"""Most that is read at once for uvicorn's parser."""
+DIRECT_BYTES = 1 << 16
+"""Most that is read between requests: longer bodies go into their array from there on."""
 _HEAD_BYTES = 1 << 13
 """Longer heads go to uvicorn's parser, as those do that come in pieces."""
 _TOGETHER_SECONDS = 1e-4
@@ -55,17 +56,19 @@ class DirectConnection(asyncio.BufferedProtocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._http = DirectProtocol(self, *args, **options)
-        self._buffer = self._http.hot.read_buffer
+        self._buffer = _buffer_of(self._http.hot)
         self._target: memoryview | None = None
         """Where the rest of a body goes."""
         self._filled = 0
+        self._whole: asyncio.Future[None] = self._http.loop.create_future()
+        self._watch: asyncio.TimerHandle | None = None
 
     def get_buffer(self, _sizehint: int) -> memoryview:
         """Return where the next bytes go."""
         if self._target is not None:
             return self._target[self._filled :]
         # Between requests a short piece, so that little of a long body is copied once more.
-        return self._buffer if self._http.is_parsing else self._buffer[:FIRST_BYTES]
+        return self._buffer if self._http.is_parsing else self._buffer[:DIRECT_BYTES]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Take bytes that have come."""
@@ -86,20 +89,20 @@ class DirectConnection(asyncio.BufferedProtocol):
         loop = self._http.loop
         self._whole = loop.create_future()
         self._target, self._filled = target, filled
-        watch = loop.call_later(stall_seconds, self._look, filled, stall_seconds)
+        self._watch = loop.call_later(stall_seconds, self._look, filled, stall_seconds)
         try:
             await self._whole
         finally:
             self._target = None
-            watch.cancel()
+            self._watch.cancel()
 
     def _look(self, before: int, stall_seconds: float) -> None:
-        if self._whole.done():
-            return
-        if self._filled == before:
+        """Give up a body of which nothing has come since the last look."""
+        if self._filled > before:
+            now = self._filled
+            self._watch = self._http.loop.call_later(stall_seconds, self._look, now, stall_seconds)
+        elif not self._whole.done():
             self._whole.set_exception(_stalled(stall_seconds))
-        else:
-            self._http.loop.call_later(stall_seconds, self._look, self._filled, stall_seconds)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Pass on."""
@@ -165,6 +168,10 @@ class DirectProtocol(HttpToolsProtocol):
                 return
             else:
                 data = self._begin(data)
+                if data and self.loop.time() - self._active_at > AT_ONCE_NANOSECONDS / 1e9:
+                    self._hold(data)  # others have their turn
+                    self.loop.call_soon(self._go_on)
+                    return
 
     def _begin(self, data: bytes) -> bytes:
         """Begin the request at the start of `data`; return what follows it."""
@@ -178,7 +185,7 @@ class DirectProtocol(HttpToolsProtocol):
             return b""
         stop = end + found[0].length
         is_whole = stop <= len(data)
-        if is_whole and self.answer_planned(*found, data[end:stop]):
+        if is_whole and self.answer_planned(*found, data[end:stop], keep_alive=True):
             return data[stop:]
         self._call = call = DirectCall(self, *found, may_be_planned=not is_whole)
         rest = call.take(data[end:])
@@ -186,20 +193,29 @@ class DirectProtocol(HttpToolsProtocol):
             self._look_later(self._period)
         return rest
 
-    def answer_planned(self, head: RequestHead, found: Found, body: Buffer) -> bool:
+    def answer_planned(
+        self, head: RequestHead, found: Found, body: Buffer, *, keep_alive: bool
+    ) -> bool:
         """Answer a request like one that was answered before; return False where there is none."""
         started = perf_counter()
         counts = Counts()
+        scope = scope_of(head)
         try:
             planned = self.hot.recall(head, found, body)
             if planned is None or planned.plan.cost > AT_ONCE_NANOSECONDS:
                 return False
             parts = planned.plan.run(body, self.hot.regions, counts)
-        except Exception:  # noqa: BLE001 - the ordinary way says what is wrong
+        except (BonsaiLoraError, OSError):
+            return False  # the ordinary way says what is wrong
+        except Exception:  # noqa: BLE001 - nothing may get out
+            self.hot.observer.note_fault(scope)
             return False
-        scope = scope_of(head)
         scope["route"] = found.route.about
-        self.write(200, planned.lines, parts, scope["request_id"], keep_alive=True)
+        try:
+            self.write(200, planned.lines, parts, scope["request_id"], keep_alive=keep_alive)
+        except ClientDisconnect:
+            self.hot.observer.note_disconnect(scope)
+            return True
         seconds = perf_counter() - started
         if seconds > _TOGETHER_SECONDS:
             self.hot.outbox.flush()
@@ -275,7 +291,8 @@ class DirectProtocol(HttpToolsProtocol):
         """
         self.timeout_keep_alive_task = None
         call = self._call
-        if call is not None and call.is_started:
+        is_busy = call is not None and call.is_started
+        if is_busy or self._early or self.flow.write_paused:  # it is the client's turn to read
             self._look_later(self._period)
             return
         limit = self.timeout_keep_alive if call is None else self.hot.stall_seconds
@@ -360,6 +377,8 @@ class DirectCall(Call):
         "keep_alive",
     )
 
+    can_plan = True
+
     def __init__(
         self, http: DirectProtocol, head: RequestHead, found: Found, *, may_be_planned: bool
     ) -> None:
@@ -406,7 +425,9 @@ class DirectCall(Call):
         http = self._http
         # It came in pieces, but now it is whole.
         may_be_planned = self._may_be_planned and not self.missing
-        if may_be_planned and http.answer_planned(self._head, self._found, self._body):
+        if may_be_planned and http.answer_planned(
+            self._head, self._found, self._body, keep_alive=self.keep_alive
+        ):
             http.end_call(self)
             return
         self.is_started = True
@@ -430,7 +451,7 @@ class DirectCall(Call):
             hot.observer.note_disconnect(scope)
         except Exception:  # noqa: BLE001 - nothing may get out
             hot.observer.note_fault(scope)
-            if not self._status:
+            if not self._status and not self._http.transport.is_closing():
                 self._refuse(fault_response(scope))
         finally:
             hot.observer.observe(scope, self._status, perf_counter() - started)
@@ -463,7 +484,7 @@ class DirectCall(Call):
             self.keep_alive = False  # the rest of the body would be taken for a request
             raise
 
-    def planned(self, body: Buffer) -> Plan | None:
+    def find_plan(self, body: Buffer) -> Plan | None:
         """Return the plan of a request like this."""
         planned = self._http.hot.recall(self._head, self._found, body)
         return None if planned is None else planned.plan
@@ -491,8 +512,15 @@ def scope_of(head: RequestHead) -> dict[str, Any]:
     return {
         "method": "POST",
         "path": head.path,
-        "request_id": request_id_of(head.headers.get(REQUEST_ID)),
+        "request_id": request_id_of(head.request_id),
     }
+
+
+@lru_cache(maxsize=8)
+def _buffer_of(hot: HotRoutes) -> memoryview:
+    """Return the buffer of an application's connections: each takes its bytes out at once."""
+    del hot
+    return memoryview(bytearray(READ_BYTES))
 
 
 def _stalled(seconds: float) -> StalledError:

@@ -24,11 +24,12 @@ from app.api.errors import problem_response
 from app.api.middleware import Observer
 from app.api.request_head import RequestHead, read_head
 from app.errors import BonsaiLoraError
+from app.service.infer import MIXED
 from app.service.plans import Plan
 from app.storage.counts import Counts
 from app.storage.regions import SharedRegions
 from app.storage.setfile import StoredSet
-from app.wire.tensors import Buffer
+from app.wire.buffers import Buffer
 
 Handler = Callable[..., Awaitable[None]]
 """Called with the context, the call, and the variable parts of the path."""
@@ -40,7 +41,6 @@ _PLANS = 16
 """Plans that are remembered of one version of a set."""
 _TOGETHER = 64
 """Answers that leave together at most: they are memory that only the socket bounds."""
-READ_BYTES = 1 << 18
 _HEADS = 512
 """Heads that are remembered: a client's requests of one shape have one."""
 
@@ -104,9 +104,10 @@ class Outbox:
 
     def flush(self) -> None:
         """Write them now."""
-        for transport, answer in self._answers:
-            transport.write(answer)
-        self._answers.clear()
+        answers, self._answers = self._answers, []
+        for transport, answer in answers:
+            if not transport.is_closing():
+                transport.write(answer)
 
 
 class HotRoutes:
@@ -122,8 +123,6 @@ class HotRoutes:
         assert len(self._routes) == len(routes), "two routes that look alike"
         self.observer = observer
         self.outbox = Outbox()
-        self.read_buffer = memoryview(bytearray(READ_BYTES))
-        """Of all connections: each takes its bytes out before the next one reads."""
         self.find_head = lru_cache(_HEADS)(self._find_head)
         """Gives the head that bytes are, and its hot route; None where there is none."""
 
@@ -148,21 +147,21 @@ class HotRoutes:
     def recall(self, head: RequestHead, found: Found, body: Buffer) -> Planned | None:
         """Return how to answer a request, if one like it was answered by the present version."""
         form = None if found.route.form_of is None else found.route.form_of(head, body)
-        if form is None:
+        if form is None or found.names[0] == MIXED:
             return None
         stored = self._context.store.read(found.names[0])
-        planned: Planned | None = stored.memo.get((head, form))
+        planned: Planned | None = stored.memo.get((head.key, form))
         return planned if planned and planned.plan.body_bytes == len(body) else None
 
     def remember(self, stored: StoredSet, head: RequestHead, form: bytes, planned: Planned) -> None:
         """Remember it with the version of the set that it is for."""
         if len(stored.memo) >= _PLANS:
             stored.memo.clear()
-        stored.memo[head, form] = planned
+        stored.memo[head.key, form] = planned
 
     def count(self, planned: Planned, counts: Counts, seconds: float) -> None:
         """Count a request that was answered as planned."""
-        self._context.metrics.rows_applied.inc(counts.rows)
+        self._context.metrics.rows_applied.inc(counts.vectors)
         if planned.model is not None:
             counts.last_ms = time.time_ns() // 1_000_000
             counts.success_count, counts.success_ns = 1, int(seconds * 1e9)

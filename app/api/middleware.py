@@ -15,13 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import fault_response
 from app.api.metrics import Metrics
+from app.api.request_head import REQUEST_ID
 from app.api.steps import go_on
 from app.errors import BonsaiLoraError, StalledError
 
 T = TypeVar("T")
 
 SLOW_SECONDS = 1.0
-REQUEST_ID = b"x-request-id"
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 _numbers = itertools.count(secrets.randbits(60))

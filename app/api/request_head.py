@@ -1,4 +1,4 @@
-"""The head of an HTTP request, read as uvicorn reads it."""
+"""The head of an HTTP request, read by the parser that uvicorn uses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +8,18 @@ import httptools
 
 from app.api.body import parse_length
 
+REQUEST_ID = b"x-request-id"
 HEADER_LENGTH = b"inference-header-content-length"
 """Length of an inference's JSON, before binary data (Triton's extension binary_tensor_data)."""
+
+_DECIDING = (
+    b"content-type",
+    b"content-encoding",
+    b"accept",
+    b"accept-encoding",
+    HEADER_LENGTH,
+)
+"""Headers that say what a body is, or what is wanted of the answer."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -20,12 +30,16 @@ class RequestHead:
     query_string: bytes
     headers: Mapping[bytes, bytes]
     """By lower-case name."""
+    request_id: bytes | None
+    """The caller's first X-Request-Id."""
     length: int
     """Of the body, in bytes."""
     data_start: int
     """Where in the body an inference's data begin, 0 where that is not said."""
     expects: bool
     """Whether the client waits for `100 Continue`."""
+    key: tuple[str | bytes | None, ...]
+    """All of it that decides how the request is answered."""
 
 
 def read_head(raw: bytes) -> RequestHead | None:
@@ -35,30 +49,26 @@ def read_head(raw: bytes) -> RequestHead | None:
     connection: those take the long way.
     """
     collected = _Collected()
-    parser = httptools.HttpRequestParser(collected)
     try:
-        parser.feed_data(raw)
+        collected.parser.feed_data(raw)
     except (httptools.HttpParserError, httptools.HttpParserUpgrade):
         return None
     headers = join_lines(collected.headers)
-    declared = headers.get(b"content-length")
-    if (
-        declared is None
-        or b"transfer-encoding" in headers
-        or parser.get_method() != b"POST"
-        or parser.get_http_version() != "1.1"
-        or not parser.should_keep_alive()
-    ):
+    declared = headers.get(b"content-length", b"")
+    if not declared.isdigit() or b"transfer-encoding" in headers or not collected.is_plain:
         return None
     url = httptools.parse_url(collected.url)
     path = url.path.decode("ascii")
+    path = unquote(path) if "%" in path else path
     return RequestHead(
-        unquote(path) if "%" in path else path,
+        path,
         url.query or b"",
         headers,
+        next((value for name, value in collected.headers if name == REQUEST_ID), None),
         parse_length(declared),
         parse_length(headers.get(HEADER_LENGTH, b"")),
         headers.get(b"expect", b"").lower() == b"100-continue",
+        (path, url.query, *map(headers.get, _DECIDING)),
     )
 
 
@@ -75,11 +85,23 @@ class _Collected:
     """What the parser calls."""
 
     def __init__(self) -> None:
+        self.parser = httptools.HttpRequestParser(self)
         self.url = b""
+        self.is_plain = False
+        """Whether it is a POST in HTTP/1.1 that leaves the connection open."""
         self.headers: list[tuple[bytes, bytes]] = []
 
     def on_url(self, url: bytes) -> None:
         self.url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value))
+        self.headers.append((name.lower(), value.strip(b" \t")))
+
+    def on_headers_complete(self) -> None:
+        # Asked here: behind the end of a request without a body the parser has forgotten it.
+        parser = self.parser
+        self.is_plain = (
+            parser.get_method() == b"POST"
+            and parser.get_http_version() == "1.1"
+            and parser.should_keep_alive()
+        )

@@ -121,22 +121,26 @@ class LoraAdapter:
                 got=list(x.shape),
                 expected=[self.d_in] if x.ndim == 1 else ["rows", self.d_in],
             )
+        factors = self.factors
         with sums_may_overflow():
-            return self.up(self.down(x), weight)
+            return self.up(self.down(x, factors), factors, weight)
 
-    def down(self, x: Floats) -> Floats:
+    def down(self, x: Floats, factors: tuple[Floats, Floats]) -> Floats:
         """Return the first half of `apply`, x A^T, (d_in,) -> (r,) or (n, d_in) -> (n, r).
 
-        The width is taken on trust. Call both halves within `sums_may_overflow`.
+        The width is taken on trust. Call both halves within `sums_may_overflow`, with the same
+        `factors`, which may be made anew each time they are asked for.
         """
-        return multiply_down(x, self.a_matrix, self.factors[0])
+        return multiply_down(x, self.a_matrix, factors[0])
 
-    def up(self, hidden: Floats, weight: float | Floats = 1.0) -> Floats:
+    def up(
+        self, hidden: Floats, factors: tuple[Floats, Floats], weight: float | Floats = 1.0
+    ) -> Floats:
         """Return the second half of `apply`, of what `down` gave and may be overwritten."""
         factor = self._factor(weight)
         if isinstance(factor, np.ndarray) or factor != 1:
             hidden *= factor
-        outputs = multiply_up(hidden, self.factors[1])
+        outputs = multiply_up(hidden, factors[1])
         if self.bias is not None:
             outputs += factor * to_float32(self.bias)
         return outputs

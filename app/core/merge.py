@@ -58,7 +58,8 @@ def merge_rows(
     whole then. Norms are summed in float64.
 
     `rows` and `out` have one dtype (float32, float16 or bfloat16); the sum is float32, rounded
-    once to nearest even. The order (B @ A, times scaling, plus W) is the reference's and PEFT's.
+    once to nearest even. The result is that of the reference's and PEFT's order (B @ A, times
+    scaling, plus W), but near the ends of float32 where scaling is a power of two.
     """
     delta = _scratch("delta", rows.shape)
     with np.errstate(over="ignore", invalid="ignore"):  # as torch: sums beyond float32 are infinite

@@ -48,19 +48,19 @@ def multiply_down(x: Floats, a_rows: Array, a_matrix: Floats) -> Floats:
     `a_matrix` is A as `LoraAdapter.factors` has it.
     """
     rows = count_rows(x)
-    if a_rows.dtype != FLOAT32 or not a_rows.flags.c_contiguous:
-        a_rows = a_matrix
-    if x.ndim == 1 or rows == 1:
-        return _dot(x, a_rows.T)
+    is_usable = a_rows.dtype == FLOAT32 and a_rows.flags.c_contiguous
+    few = a_rows if is_usable else a_matrix  # what few rows go through
+    if rows == 1:
+        return _dot(x, few.T)
     has_small, threads = kernels()
-    if threads > 1 and a_rows.size >= LARGE_VALUES and rows <= _MOST_ROWS:
-        return _row_by_row(x, a_rows) if rows <= _MOST_ROWS // 2 else _dot(a_rows, x.T).T
+    if threads > 1 and few.size >= LARGE_VALUES and rows <= _MOST_ROWS:
+        return _row_by_row(x, few) if rows <= _MOST_ROWS // 2 else _dot(few, x.T).T
     if not has_small:
-        return _row_by_row(x, a_rows) if rows < _LEAST_ROWS else _dot(x, a_matrix.T)
+        return _row_by_row(x, few) if rows < _LEAST_ROWS else _dot(x, a_matrix.T)
     if rows <= _MOST_ROWS and _piece(rows * x.shape[1]) >= _LEAST_ROWS:
-        return _in_pieces(a_rows, x.T, _piece(rows * x.shape[1])).T
-    piece = _piece(a_rows.size)
-    return _in_pieces(x, a_rows.T, piece) if piece == _MOST_ROWS else _dot(x, a_matrix.T)
+        return _in_pieces(few, x.T, _piece(rows * x.shape[1])).T
+    piece = _piece(few.size)
+    return _in_pieces(x, few.T, piece) if piece == _MOST_ROWS else _dot(x, a_matrix.T)
 
 
 def multiply_up(hidden: Floats, b_matrix: Floats) -> Floats:
@@ -83,8 +83,9 @@ def multiply_outer(b_rows: Floats, a_columns: Floats, out: Floats) -> None:
         np.matmul(b_rows, a_columns, out=out)
         return
     # Small products in one call: a stack of them.
-    stacked = b_rows[:together].reshape(-1, piece, b_rows.shape[1])
-    np.matmul(stacked, a_columns, out=out[:together].reshape(-1, piece, out.shape[1]))
+    stacked = b_rows[:together].reshape(together // piece, piece, b_rows.shape[1])
+    target = out[:together].reshape(together // piece, piece, out.shape[1])
+    np.matmul(stacked, a_columns, out=target)
     if together < len(b_rows):
         np.matmul(b_rows[together:], a_columns, out=out[together:])
 

@@ -14,14 +14,15 @@ from app.core.adapter import LoraAdapter
 from app.core.cast import Array, Floats, count_rows
 from app.errors import InvalidRequestError, ShapeMismatchError, VersionNotFoundError
 from app.formats.safetensors import as_bytes
-from app.service.apply import Applier, Inputs, Share, cost_of, shares_of
-from app.service.plans import Plan, Source, make_plan
+from app.service.apply import Applier, Inputs, Share, cost_of, shares_of, total_rows
+from app.service.plans import Plan, Source, Step, make_plan
 from app.service.sets import get_adapter
 from app.storage.counts import Counts
 from app.storage.regions import SharedRegions, Span
 from app.storage.setfile import StoredSet
 from app.storage.store import SetStore
 from app.wire import json
+from app.wire.buffers import Buffer
 from app.wire.media import Form
 from app.wire.oip import (
     Encoded,
@@ -36,7 +37,7 @@ from app.wire.oip import (
     text_of,
 )
 from app.wire.stacks import SETS, Stack, decode_row
-from app.wire.tensors import BASE_ENDING, Buffer
+from app.wire.tensors import BASE_ENDING
 
 MIXED = "mixed"
 """The model whose rows each name a set."""
@@ -115,6 +116,7 @@ class Inference:
             if one.placed is not None:
                 self.regions.write(one.placed, as_bytes(array))
         counts.rows = max(count_rows(one) for one in inputs.values())
+        counts.vectors = total_rows(inputs)
         counts.input_ns += ready - started
         counts.infer_ns += computed - ready
         counts.output_ns += time.perf_counter_ns() - computed
@@ -236,25 +238,32 @@ def plan_inference(
     """
     if model.stored is None:
         return None
-    starts, start = {}, data_start
+    sources, start = [], data_start
     for name, given in request.inputs.items():
         if given.datatype != "FP32" or not isinstance(given.content, memoryview | Placement):
             return None
-        starts[name] = start
+        place = given.content if isinstance(given.content, Placement) else None
+        sources.append(Source(name, given.shape, start, place))
         start += len(given.content) if isinstance(given.content, memoryview) else 0
     outputs = _outputs_of(model, request)
     placed = [one for one in outputs if one.placed is not None]
     if len(placed) > 1 or not all(one.is_binary or one.placed for one in outputs):
         return None
-    sources = []
-    for one in outputs:
-        tensor = _source(request, one.name)
-        place = tensor.content if isinstance(tensor.content, Placement) else None
-        begin = starts[tensor.name]
-        sources.append(Source(one.name, tensor.name, tensor.shape, begin, place, one.placed))
-    if {one.name for one in sources} != request.inputs.keys():
+    numbers = {one.name: number for number, one in enumerate(sources)}
+    steps = [
+        Step(one.name, numbers[_source(request, one.name).name], one.placed) for one in outputs
+    ]
+    if len({step.source for step in steps}) < len(sources):
         return None  # W x of DoRA
-    return make_plan(model.stored, sources, request.scale, body_bytes, head)
+    return make_plan(
+        model.stored,
+        sources,
+        steps,
+        request.scale,
+        body_bytes=body_bytes,
+        head=head,
+        rows=max(one.rows for one in sources),
+    )
 
 
 def cost_of_inference(model: Model, request: InferRequest) -> float:

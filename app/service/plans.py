@@ -21,121 +21,148 @@ from app.service.sets import get_adapter
 from app.storage.counts import Counts
 from app.storage.regions import SharedRegions
 from app.storage.setfile import StoredSet
+from app.wire.buffers import Buffer
 from app.wire.finite import check_finite
 from app.wire.media import Form
 from app.wire.oip import Placement
-from app.wire.tensors import Buffer
+
+MODULE_NANOSECONDS = 10_000
+"""What each module of a plan costs, however small."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Source:
-    """Where the inputs of one module lie, and where its outputs go."""
+    """Where inputs lie."""
 
-    module: str
     name: str
-    """What the client calls the inputs."""
+    """What the client calls them."""
     shape: tuple[int, ...]
     start: int = 0
     """Their first byte in the body."""
-    placed: Placement | None = None
+    place: Placement | None = None
     """Or their place in shared memory."""
-    answered: Placement | None = None
-    """Where the outputs go, if not behind the answer's head."""
 
     @property
     def rows(self) -> int:
         """Number of vectors."""
         return math.prod(self.shape[:-1])
 
+    def read(self, body: Buffer, regions: SharedRegions) -> Floats:
+        """Return the inputs, not checked."""
+        if self.place is None:
+            return np.ndarray(self.shape, FLOAT32, body, self.start)
+        return np.ndarray(self.shape, FLOAT32, regions.read(self.place))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Step:
+    """A module that some inputs go through."""
+
+    module: str
+    source: int
+    """Number of its inputs among the sources."""
+    place: Placement | None = None
+    """Where its outputs go, if not behind the answer's head."""
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Plan:
     """What is left to do for a request."""
 
-    steps: Sequence[tuple[Source, LoraAdapter]]
+    sources: Sequence[Source]
+    steps: Sequence[Step]
+    adapters: Sequence[LoraAdapter]
+    """Of the steps."""
     weight: float
     body_bytes: int
     head: Buffer
     """The answer, up to its tensors."""
     rows: int
+    """What `Counts.rows` says of it."""
     cost: float
     """Nanoseconds that it takes, by estimate."""
 
     def run(self, body: Buffer, regions: SharedRegions, counts: Counts) -> list[Buffer]:
         """Return the answer to `body` in parts; outputs with a place go there.
 
-        `counts` gets rows and times.
-
-        Raises NonFiniteInputError, and the errors of `SharedRegions`, before anything is written.
+        `counts` gets rows and times. Raises NonFiniteInputError, and the errors of
+        `SharedRegions`, before anything is written.
         """
         started = time.perf_counter_ns()
+        inputs = [source.read(body, regions) for source in self.sources]
+        ready = time.perf_counter_ns()
         with sums_may_overflow():
-            hidden = [self._down(body, regions, *step) for step in self.steps]
-            ready = time.perf_counter_ns()
-            weight = self.weight
-            outputs = [
-                adapter.up(one, weight)
-                for (_, adapter), one in zip(self.steps, hidden, strict=True)
-            ]
+            outputs = self._apply(inputs)
         computed = time.perf_counter_ns()
         parts: list[Buffer] = [self.head]
-        for (source, _), array in zip(self.steps, outputs, strict=True):
+        for step, array in zip(self.steps, outputs, strict=True):
             data = safetensors.as_bytes(array)
-            if source.answered is not None:
-                regions.write(source.answered, data)
-            else:
+            if step.place is None:
                 parts.append(data)
+            else:
+                regions.write(step.place, data)
         counts.rows = self.rows
+        counts.vectors = sum([self.sources[step.source].rows for step in self.steps])
         counts.input_ns = ready - started
         counts.infer_ns = computed - ready
         counts.output_ns = time.perf_counter_ns() - computed
         return parts
 
-    @staticmethod
-    def _down(body: Buffer, regions: SharedRegions, source: Source, adapter: LoraAdapter) -> Floats:
-        """Return the first half of an apply, of inputs that are all finite."""
-        content, start = body, source.start
-        if source.placed is not None:
-            content, start = regions.read(source.placed), 0
-        x = np.ndarray(source.shape, FLOAT32, content, start)
-        hidden = adapter.down(x)
-        # What is not finite stays so in each sum that it is part of, and this is far less to look
-        # at than x. (A sum of finite numbers may overflow.)
-        if not all_finite(hidden):
-            check_finite(x, source.name)
-        return hidden
+    def _apply(self, inputs: Sequence[Floats]) -> list[Floats]:
+        """Return the outputs of all steps, once all inputs are known to be finite."""
+        waiting = []
+        for step, adapter in zip(self.steps, self.adapters, strict=True):
+            factors = adapter.factors
+            hidden = adapter.down(inputs[step.source], factors)
+            # What is not finite stays so in each sum that it is part of, and this is far less to
+            # look at than the inputs. (A sum of finite numbers may overflow.)
+            if not all_finite(hidden):
+                check_finite(inputs[step.source], self.sources[step.source].name)
+            waiting.append((adapter, hidden, factors))
+        return [adapter.up(hidden, factors, self.weight) for adapter, hidden, factors in waiting]
 
 
-def binary_sources(text: bytes, tensors: Mapping[str, str]) -> list[Source] | None:
-    """Return the source of each module, from a checked safetensors header and tensors' names.
+def binary_sources(
+    text: bytes, tensors: Mapping[str, str]
+) -> tuple[list[Source], list[Step]] | None:
+    """Return the sources and steps that a checked safetensors header describes.
 
-    None where one of them is not float32.
+    `tensors` names the inputs of each module. None where one of them is not float32.
     """
     header = safetensors.decode_header(text)
-    infos = {module: header.tensors[tensor] for module, tensor in tensors.items()}
-    if any(one.dtype != "F32" for one in infos.values()):
+    names = list(dict.fromkeys(tensors.values()))
+    infos = [header.tensors[name] for name in names]
+    if any(one.dtype != "F32" for one in infos):
         return None
-    return [
-        Source(module, tensors[module], one.shape, header.data_start + one.start)
-        for module, one in infos.items()
+    sources = [
+        Source(name, one.shape, header.data_start + one.start)
+        for name, one in zip(names, infos, strict=True)
     ]
+    return sources, [Step(module, names.index(tensor)) for module, tensor in tensors.items()]
 
 
 def make_plan(
     stored: StoredSet,
-    sources: Sequence[Source] | None,
+    sources: Sequence[Source],
+    steps: Sequence[Step],
     weight: float,
+    *,
     body_bytes: int,
     head: Buffer,
+    rows: int,
 ) -> Plan | None:
     """Return the plan of a request that was just answered behind `head`; None where there is none.
 
-    There is none for inputs that are not all float32, for DoRA, and for empty batches.
+    There is none for DoRA and for empty batches. Nor where A has at most one number: a product
+    with that need not show what is not finite.
     """
-    if not sources:
+    adapters = [get_adapter(stored, step.module) for step in steps]
+    if any(one.magnitude is not None or one.a_matrix.size <= 1 for one in adapters):
         return None
-    steps = [(one, get_adapter(stored, one.module)) for one in sources]
-    if any(adapter.magnitude is not None or 0 in one.shape for one, adapter in steps):
+    if any(0 in one.shape for one in sources):
         return None
-    cost = sum(cost_of(adapter, one.rows, Form.BINARY, Form.BINARY) for one, adapter in steps)
-    return Plan(steps, weight, body_bytes, head, sum(one.rows for one in sources), cost)
+    cost = sum(
+        MODULE_NANOSECONDS + cost_of(adapter, sources[step.source].rows, Form.BINARY, Form.BINARY)
+        for step, adapter in zip(steps, adapters, strict=True)
+    )
+    return Plan(sources, steps, adapters, weight, body_bytes, head, rows, cost)

@@ -28,9 +28,11 @@ class Counts:
     infer_ns: int = 0
     output_ns: int = 0
     rows: int = 0
+    vectors: int = 0
+    """Rows times modules, of one inference; not kept."""
 
 
-_SUMS = tuple(field.name for field in fields(Counts) if field.name != "last_ms")
+_SUMS = tuple(field.name for field in fields(Counts) if field.name not in ("last_ms", "vectors"))
 _ROW = np.dtype(
     [
         ("model", "S96"),  # as long as a set's name may be

@@ -15,6 +15,7 @@ from app.errors import (
     NonFiniteInputError,
     RaggedInputError,
 )
+from app.wire.buffers import Buffer
 from app.wire.finite import check_finite
 
 try:
@@ -36,8 +37,6 @@ _PIECE_BYTES = 1 << 17
 _BRACKET = ord("[")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """RFC 8259 section 8.1: none in what is sent; simdjson would pass over it."""
-
-Buffer = bytes | memoryview
 
 _local = threading.local()
 

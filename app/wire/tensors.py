@@ -8,10 +8,9 @@ from typing import Any
 from app.core.cast import Floats, all_finite
 from app.errors import InvalidRequestError, NonFiniteOutputError
 from app.wire import binary, json
+from app.wire.buffers import Buffer
 from app.wire.media import Form
 from app.wire.stacks import SETS, Stack, check_rows, decode_row, decode_stack, sets_of_metadata
-
-Buffer = bytes | memoryview
 
 MODULE = "module"
 INPUTS = "inputs"

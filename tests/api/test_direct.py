@@ -239,6 +239,70 @@ class Transport(asyncio.Transport):
         pass
 
 
+@pytest.mark.parametrize("space", [b" ", b"\t", b" \t "])
+def test_white_space_behind_a_length(plain, space):
+    """It is legal (RFC 9110 section 5.5); the body must not be taken for a request."""
+    inner = b"DELETE /v1/sets/plain HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = head_of(len(inner)).replace(b"\r\nContent-Type", space + b"\r\nContent-Type")
+    assert head != head_of(len(inner))
+    with connect(plain) as connection:
+        connection.sendall(head + inner)
+        assert read_answer(connection)[0] == 400
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert read_answer(connection)[0] == 200
+    assert plain.get("/v1/sets/plain").status_code == 200
+    x, body = batch(rows=2)
+    head = head_of(len(body)).replace(b"\r\nContent-Type", space + b"\r\nContent-Type")
+    with connect(plain) as connection:
+        connection.sendall(head + body)
+        status, answer, rest = read_answer(connection)
+        assert (status, rest) == (200, b"")
+        assert np.abs(outputs(answer) - expected(plain, x)).max() < 1e-5
+
+
+def test_the_last_request_of_a_connection(plain):
+    with connect(plain) as connection:
+        connection.sendall(head_of(0, Connection="close"))
+        assert read_answer(connection)[0] == 400
+        connection.settimeout(3)
+        assert connection.recv(10) == b""
+
+
+def test_answers_that_wait_for_their_reader_outlive_the_keep_alive_time(app):
+    x, body = batch(rows=20_000)
+    with serving(app, timeout_keep_alive=1) as url, httpx.Client(base_url=url) as client:
+        upload(client, "plain", TINY / "plain")
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+            connection.settimeout(20)
+            connection.connect((client.base_url.host, client.base_url.port))
+            sent = (head_of(len(body)) + body) * 2
+            threading.Thread(target=connection.sendall, args=(sent,)).start()
+            time.sleep(3)
+            rest = b""
+            for _ in range(2):
+                status, answer, rest = read_answer(connection, rest)
+                assert status == 200
+                assert outputs(answer).shape == (len(x), 128)
+
+
+def test_each_body_has_a_stall_of_its_own(settings):
+    """What watched one body does not judge the next."""
+    _, body = batch(rows=2000)
+    first, second = body[:100_000], body[100_000:300_000]
+    app = create_app(settings.model_copy(update={"stall_seconds": 0.8}))
+    with serving(app) as url, httpx.Client(base_url=url) as client:
+        upload(client, "plain", TINY / "plain")
+        with connect(client) as connection:
+            for pauses in ((0.3, 0.6), (0.5, 0.6)):
+                connection.sendall(head_of(len(body)) + first)
+                time.sleep(pauses[0])
+                connection.sendall(second)
+                time.sleep(pauses[1])
+                connection.sendall(body[300_000:])
+                assert read_answer(connection)[0] == 200
+
+
 def feed(protocol, data):
     """What an event loop does with bytes that have come."""
     while data:

@@ -5,6 +5,8 @@ import json
 import os
 import re
 import socket
+import struct
+import threading
 from multiprocessing.shared_memory import SharedMemory
 
 import httpx
@@ -17,6 +19,7 @@ from test_direct import connect, head_of, read_answer
 from app.api.app import create_app
 from app.formats import safetensors
 from app.service import plans
+from app.storage.regions import SharedRegions
 
 BINARY = {"Content-Type": "application/vnd.safetensors"}
 K_PROJ = Q_PROJ.replace("q_proj", "k_proj")
@@ -240,6 +243,101 @@ def test_shared_memory(settings, runs):
     finally:
         memory.close()
         memory.unlink()
+
+
+def test_rows_are_counted_alike_with_and_without_a_plan(plain, runs):
+    x = batch()
+    for number in range(1, 4):
+        infer(plain, x, "x", outputs=[{"name": Q_PROJ}, {"name": K_PROJ}])
+        (counts,) = plain.get("/v2/models/plain/stats").json()["model_stats"]
+        assert counts["inference_count"] == 3 * number
+        assert f"bonsai_lora_rows_applied_total {6.0 * number}" in plain.get("/metrics").text
+    assert len(runs) == 2
+
+
+def test_an_input_in_shared_memory_is_read_once(settings, runs, monkeypatch):
+    """Else two outputs of one answer might come from different numbers."""
+    reads = []
+    real = SharedRegions.read
+    monkeypatch.setattr(
+        SharedRegions, "read", lambda self, place: reads.append(place) or real(self, place)
+    )
+    key = f"bonsai-once-{os.getpid()}"
+    memory = SharedMemory(name=key, create=True, size=4096)
+    try:
+        app = create_app(settings.model_copy(update={"shared_memory": True}))
+        with serving(app) as url, httpx.Client(base_url=url) as client:
+            upload(client, "plain", TINY / "plain")
+            registered = {"key": key, "offset": 0, "byte_size": 4096}
+            client.post("/v2/systemsharedmemory/region/r/register", json=registered)
+            place = {"shared_memory_region": "r", "shared_memory_byte_size": 256}
+            tensor = {"name": "x", "shape": [1, 64], "datatype": "FP32", "parameters": place}
+            outputs = [{"name": name} for name in (Q_PROJ, K_PROJ)]
+            asked = {"inputs": [tensor], "outputs": outputs}
+            asked["parameters"] = {"binary_data_output": True}
+            for _ in range(3):
+                assert client.post("/v2/models/plain/infer", json=asked).status_code == 200
+        assert len(runs) == 2
+        assert len(reads) == 3
+    finally:
+        memory.close()
+        memory.unlink()
+
+
+@pytest.mark.parametrize(("rank", "width"), [(0, 4), (1, 1)])
+def test_what_hides_numbers_that_are_not_finite(client, runs, rank, width):
+    """An A with no numbers, or the one number 0, which BLAS skips."""
+    client.post("/v1/sets", json={"name": "s"})
+    tensors = {
+        "lora_A": np.zeros((rank, width), np.float32),
+        "lora_B": np.ones((3, rank), np.float32),
+    }
+    path = "/v1/sets/s/adapters/m"
+    assert client.put(path, content=safetensors.encode(tensors), headers=BINARY).status_code == 201
+    x = np.ones((3, width), np.float32)
+    bad = x.copy()
+    bad[1, 0] = np.nan
+    for _ in range(2):
+        assert_problem(apply(client, bad, f"{path}/apply"), 422, "non_finite_input")
+        outputs(apply(client, x, f"{path}/apply"))
+    weights = safetensors.encode({"weights": np.ones((3, width), np.float32)})
+    assert client.post(f"{path}/merge", content=weights, headers=BINARY).status_code == 200
+
+
+def test_headers_that_decide_nothing_do_not_matter(plain, runs):
+    body = safetensors.encode({"inputs": batch()})
+    for number in range(3):
+        headers = BINARY | {"X-Request-Id": str(number), "traceparent": f"00-{number}"}
+        answer = plain.post(ONE, content=body, headers=headers)
+        assert answer.headers["x-request-id"] == str(number)
+    assert len(runs) == 2
+
+
+def test_hundreds_of_requests_at_once(plain):
+    """They take turns with others, and come back in their order."""
+    bodies = [safetensors.encode({"inputs": batch(seed=seed)}) for seed in range(3)]
+    right = [by_json(plain, batch(seed=seed)) for seed in range(3)]
+    order = [number % 3 for number in range(400)]
+    sent = b"".join(head_of(len(bodies[one]), ONE) + bodies[one] for one in order)
+    with connect(plain) as connection:
+        threading.Thread(target=connection.sendall, args=(sent,)).start()
+        rest = b""
+        for one in order:
+            status, answer, rest = read_answer(connection, rest)
+            assert status == 200
+            assert np.abs(safetensors.decode(answer)[0]["outputs"] - right[one]).max() < 1e-5
+        assert rest == b""
+
+
+def test_a_client_that_goes_away_amid_many_requests(plain, capfd):
+    body = safetensors.encode({"inputs": batch()})
+    one = head_of(len(body), ONE) + body
+    for _ in range(20):
+        with connect(plain) as connection:
+            connection.sendall(one * 60)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    outputs(apply(plain, batch()))
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_they_are_counted_and_have_ids(plain, runs):

@@ -25,12 +25,12 @@ from app.service.plans import binary_sources, make_plan
 from app.service.sets import get_adapter
 from app.storage.counts import Counts
 from app.storage.setfile import StoredSet
+from app.wire.buffers import Buffer
 from app.wire.media import Form
 from app.wire.stacks import MAX_SCALE
 from app.wire.tensors import (
     INPUTS,
     Batches,
-    Buffer,
     decode_many,
     decode_mixed,
     decode_one,
@@ -206,12 +206,17 @@ def _plan(
     parts: Sequence[Buffer],
 ) -> None:
     """Let the next request of this form be answered by a plan, where one can be made."""
-    if not options.taken is options.given is Form.BINARY or options.dtype != "F32":
+    forms = (options.taken, options.given, options.dtype)
+    if not call.can_plan or forms != (Form.BINARY, Form.BINARY, "F32"):
         return
     text = safetensors.short_header(body)
-    if text is not None and not batches.stack and not batches.base_outputs:
-        sources = binary_sources(text, tensors)
-        call.plan(stored, text, make_plan(stored, sources, options.scale, len(body), parts[0]))
+    if text is None or batches.stack or batches.base_outputs:
+        return
+    found = binary_sources(text, tensors)
+    if found is not None:
+        size, rows = len(body), total_rows(batches.inputs)
+        plan = make_plan(stored, *found, options.scale, body_bytes=size, head=parts[0], rows=rows)
+        call.remember_plan(stored, text, plan)
 
 
 async def _answer(
@@ -226,15 +231,15 @@ async def _answer(
     with context.pool.admit():
         limit = limits.max_json_bytes if taken is Form.JSON else limits.max_body_bytes
         body = await call.body(limit, context.settings.stall_seconds)
-        planned = call.planned(body)
-        if planned is None:
+        plan = call.find_plan(body)
+        if plan is None:
             cost = math.inf if adapter is None else cost_of_body(adapter, len(body), taken, given)
             parts = await context.pool.run(partial(compute, body), cost)
         else:
             counts = Counts()
-            run = partial(planned.run, body, context.inference.regions, counts)
-            parts = await context.pool.run(run, planned.cost)
-            context.metrics.rows_applied.inc(counts.rows)
+            run = partial(plan.run, body, context.inference.regions, counts)
+            parts = await context.pool.run(run, plan.cost)
+            context.metrics.rows_applied.inc(counts.vectors)
     await call.answer(parts, given.value)
 
 

@@ -42,10 +42,10 @@ from app.service.infer import (
     raw_request,
 )
 from app.storage.counts import Counts
+from app.wire.buffers import Buffer
 from app.wire.compress import coding_of, compress, decompress, wanted_coding
 from app.wire.media import Form
 from app.wire.oip import InferRequest, decode_request
-from app.wire.tensors import Buffer
 
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
@@ -205,7 +205,15 @@ async def answer_infer(context: Context, call: Call, name: str, version: str | N
     try:
         with context.pool.admit():
             body = await call.body(context.limits.max_body_bytes, context.settings.stall_seconds)
-            asked, parts, length = await _run(context, model, body, coding, header_length, counts)
+            plan = call.find_plan(body)
+            if plan is None:
+                asked, parts, length = await _run(
+                    context, model, body, coding, header_length, counts
+                )
+            else:
+                run = partial(plan.run, body, context.inference.regions, counts)
+                asked, parts = None, await context.pool.run(run, plan.cost)
+                length = len(plan.head) if len(parts) > 1 else None
     except BonsaiLoraError:
         failed = Counts(_now_ms(), fail_count=1, fail_ns=time.perf_counter_ns() - started)
         context.counts.add(*model.counted_as, failed)
@@ -213,28 +221,45 @@ async def answer_infer(context: Context, call: Call, name: str, version: str | N
     counts.success_count, counts.success_ns = 1, time.perf_counter_ns() - started
     counts.last_ms = _now_ms()
     context.counts.add(*model.counted_as, counts)
-    context.metrics.rows_applied.inc(counts.rows)
+    context.metrics.rows_applied.inc(counts.vectors)
     headers = [] if length is None else [(HEADER_LENGTH, b"%d" % length)]
     wanted = wanted_coding(call.header(b"accept-encoding"))
     if wanted is not None:
         parts = [await context.pool.run(partial(compress, b"".join(parts), wanted))]
         headers.append((b"content-encoding", wanted.encode()))
-    elif coding is None and header_length != 0:
-        form = body if header_length is None else body[:header_length]
-        plan = plan_inference(model, asked, len(body), header_length or len(body), parts[0])
-        if plan is not None and model.stored is not None and len(form) <= FORM_BYTES:
-            call.plan(model.stored, bytes(form), plan, model.counted_as)
+    elif coding is None and asked is not None:
+        _remember(call, model, asked, body, header_length, parts[0])
     await call.answer(parts, (Form.JSON if length is None else Form.RAW).value, headers)
 
 
-def _form(head: RequestHead, body: Buffer) -> bytes | None:
-    form = body[: head.data_start] if head.data_start else body
-    return bytes(form) if len(form) <= FORM_BYTES else None
+def _remember(
+    call: Call,
+    model: Model,
+    asked: InferRequest,
+    body: Buffer,
+    header_length: int | None,
+    head: Buffer,
+) -> None:
+    """Let the next request of this form be answered by a plan, where one can be made."""
+    form = _form(header_length, body)
+    if call.can_plan and model.stored is not None and form:
+        plan = plan_inference(model, asked, len(body), len(form), head)
+        call.remember_plan(model.stored, form, plan, model.counted_as)
+
+
+def _form(header_length: int | None, body: Buffer) -> bytes | None:
+    """Return the JSON of a request, None where that is long."""
+    length = len(body) if header_length is None else header_length
+    return bytes(body[:length]) if length <= FORM_BYTES else None
+
+
+def _form_of(head: RequestHead, body: Buffer) -> bytes | None:
+    return _form(head.data_start or None, body)
 
 
 HOT_ROUTES = [
-    HotRoute("/v2/models/{model}/infer", answer_infer, _form),
-    HotRoute("/v2/models/{model}/versions/{version}/infer", answer_infer, _form),
+    HotRoute("/v2/models/{model}/infer", answer_infer, _form_of),
+    HotRoute("/v2/models/{model}/versions/{version}/infer", answer_infer, _form_of),
 ]
 
 

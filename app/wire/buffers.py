@@ -1,0 +1,3 @@
+"""What bodies and answers are made of."""
+
+Buffer = bytes | memoryview
