@@ -51,7 +51,7 @@ test-peers: setup-dev $(VENV)/.peers ## compare with torch, peft, safetensors
 
 setup: $(VENV)/.run
 
-setup-dev: $(VENV)/.dev
+setup-dev: $(VENV)/.dev ## install what tests and the Python examples need
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …"; exit 1; }

@@ -92,13 +92,15 @@ class Settings(BaseSettings):
         description="worker threads for large pieces of work (default: the number of cores)",
     )
     stall_seconds: float = Field(
-        60.0, gt=0, description="a stream whose client takes nothing for so long is broken off"
+        60.0, gt=0, description="a client that sends or takes nothing for so long is broken off"
     )
     shutdown_seconds: int = Field(
         30, ge=0, description="how long SIGTERM waits for requests in progress"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="debug logs every request; info those that fail or take over a second"
+        "info",
+        description="debug logs every request; info those that change something, fail, or take "
+        "over a second",
     )
     log_format: Literal["console", "json"] = Field("console", description="form of the log lines")
 

@@ -205,7 +205,10 @@ def push_set(client: httpx.Client, arguments: argparse.Namespace) -> Any:
 def apply_set(client: httpx.Client, arguments: argparse.Namespace) -> Any:
     """Print what a module adds to the vectors of a JSON list."""
     text = arguments.file.read_text("utf-8") if arguments.file else sys.stdin.read()
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise CommandError(f"the vectors are not JSON: {error}", 2) from None
     path = f"{_set_path(arguments.name)}/adapters/{quote(arguments.module, safe='')}/apply"
     body = value if isinstance(value, dict) else {"inputs": value}
     answer = ask(client, "POST", path, json=body)

@@ -338,7 +338,7 @@ def _check_known(model: Model, inputs: Iterable[str], outputs: Iterable[str]) ->
         if name != SHARED_INPUT and name.removesuffix(BASE_ENDING) not in model.adapters:
             raise InvalidRequestError(
                 f"unexpected inference input '{name}' for model '{model.name}'; its inputs are "
-                f"'{SHARED_INPUT}' for all outputs, or its modules: {_some(model)}",
+                f"'{SHARED_INPUT}' for all outputs, or one of its {_some(model)}",
                 field=name,
             )
     for name in outputs:
@@ -383,7 +383,7 @@ def _default_outputs(model: Model, request: InferRequest) -> list[str]:
 
 def _some(model: Model) -> str:
     names = list(model.adapters)
-    return f"{len(names)}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+    return f"{len(names)} modules: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
 
 
 def _nothing_to_do(model: Model, request: InferRequest) -> str:

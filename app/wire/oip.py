@@ -262,7 +262,7 @@ def _decode_input(value: Any, body: memoryview, start: int) -> tuple[InferInput,
         )
     if not _is_list_of(int, shape) or not all(0 <= one < 2**48 for one in shape):
         raise InvalidRequestError(
-            f"the shape of input '{name}' must be a list of its true numbers, none negative",
+            f"the shape of input '{name}' must be a list of whole numbers from 0",
             field=name,
         )
     parameters = _parameters(value, f"input '{name}'")
