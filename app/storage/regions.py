@@ -18,6 +18,7 @@ import re
 import secrets
 import stat
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ class SharedRegions:
         """Return the file of a region, and where in it the bytes begin."""
         path = self._path(placed.region)
         try:
-            status = path.stat()
+            status = os.stat(path)  # noqa: PTH116 - on the way of every request
         except FileNotFoundError:
             self._open.pop(placed.region, None)
             raise _not_found(placed.region) from None
@@ -209,8 +210,7 @@ class SharedRegions:
         self._open[name] = (registered, region, file)
 
     def _path(self, name: str) -> Path:
-        digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16)
-        return self._require_on() / f"{_PREFIX}{digest.hexdigest()}"
+        return _registration_path(self._require_on(), name)
 
     def _require_on(self) -> Path:
         if self._folder is None:
@@ -275,6 +275,12 @@ def _open(path: Path, key: str) -> tuple[int, bool]:
         raise InvalidRequestError(
             f"Unable to open shared memory region: '{key}': {error.strerror}"
         ) from None
+
+
+@lru_cache(maxsize=MAX_REGIONS)
+def _registration_path(folder: Path, name: str) -> Path:
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16)
+    return folder / f"{_PREFIX}{digest.hexdigest()}"
 
 
 def _registration(status: os.stat_result) -> tuple[int, int]:
