@@ -16,7 +16,8 @@ from test_apply import Q_PROJ
 from uvicorn.server import ServerState
 
 from app.api.app import create_app
-from app.api.direct import DIRECT_BYTES, DirectConnection
+from app.api.direct import DirectConnection
+from app.api.direct_call import DIRECT_BYTES
 from app.formats import safetensors
 
 ROWS = 1 + DIRECT_BYTES // 256
