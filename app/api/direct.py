@@ -138,7 +138,7 @@ class DirectProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Begin, or go on with, the requests that `data` holds."""
-        self._active_at = self.loop.time()
+        began = self._active_at = self.loop.time()
         if self._early:
             data, self._early = self._early + data, b""
         while data and not self.transport.is_closing():
@@ -158,7 +158,7 @@ class DirectProtocol(HttpToolsProtocol):
                 return
             else:
                 data = self._begin(data)
-                if data and self.loop.time() - self._active_at > AT_ONCE_NANOSECONDS / 1e9:
+                if data and self.loop.time() - began > AT_ONCE_NANOSECONDS / 1e9:
                     self._hold(data)  # others have their turn
                     self.loop.call_soon(self._go_on)
                     return
@@ -176,6 +176,7 @@ class DirectProtocol(HttpToolsProtocol):
         stop = end + found[0].length
         is_whole = stop <= len(data)
         if is_whole and self.answer_planned(*found, data[end:stop], keep_alive=True):
+            self._look_later(self._period)
             return data[stop:]
         self._call = call = DirectCall(self, *found, may_be_planned=not is_whole)
         rest = call.take(data[end:])

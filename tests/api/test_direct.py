@@ -16,7 +16,7 @@ from test_apply import Q_PROJ
 from uvicorn.server import ServerState
 
 from app.api.app import create_app
-from app.api.direct import DirectConnection
+from app.api.direct import DirectConnection, DirectProtocol
 from app.api.direct_call import DIRECT_BYTES
 from app.formats import safetensors
 
@@ -285,6 +285,39 @@ def test_answers_that_wait_for_their_reader_outlive_the_keep_alive_time(app):
                 status, answer, rest = read_answer(connection, rest)
                 assert status == 200
                 assert outputs(answer).shape == (len(x), 128)
+
+
+def test_an_idle_connection_ends_whatever_was_asked_on_it(app):
+    _, body = batch(rows=2)
+    with serving(app, timeout_keep_alive=1) as url, httpx.Client(base_url=url) as client:
+        upload(client, "plain", TINY / "plain")
+        for _ in range(2):  # the second is planned from its first request on
+            with connect(client) as connection:
+                connection.sendall(head_of(len(body)) + body)
+                assert read_answer(connection)[0] == 200
+                connection.settimeout(4)
+                assert connection.recv(10) == b""
+
+
+def test_hundreds_of_refusals_take_turns_with_others(app, plain):
+    """One look at the socket brings a thousand requests; not all are answered in one step."""
+    steps = []
+    real = DirectProtocol.data_received
+
+    def data_received(self, data):
+        steps.append(len(data))
+        real(self, data)
+
+    sent = head_of(0, "/v1/sets/none/apply") * 400
+    with pytest.MonkeyPatch.context() as patch, connect(plain) as connection:
+        patch.setattr(DirectProtocol, "data_received", data_received)
+        connection.sendall(sent)
+        rest = b""
+        for _ in range(400):
+            status, _, rest = read_answer(connection, rest)
+            assert status == 404
+        assert rest == b""
+    assert steps.count(0) > 10  # what was kept goes on in steps of its own
 
 
 def test_each_body_has_a_stall_of_its_own(settings):
