@@ -1,6 +1,5 @@
 """One LoRA adapter: the two thin matrices beside one weight matrix (Hu et al. 2021)."""
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -11,7 +10,7 @@ from app.core.cast import Array, Floats, to_float32
 from app.core.config import LoraConfig
 from app.core.kaiming import kaiming_uniform
 from app.core.layout import ROOM
-from app.core.merge import LONE_BLOCK_VALUES, SHARED_BLOCK_VALUES, blocks, merge_rows
+from app.core.merge import LONE_BLOCK_VALUES, SHARED_BLOCK_VALUES, blocks, merge_rows, workers
 from app.core.products import multiply_down, multiply_up
 from app.errors import ShapeMismatchError
 
@@ -193,7 +192,9 @@ class LoraAdapter:
                 block = weights[place]
                 merge_rows(block, *self.factors_of(*place), self.scaling, out=block)
 
+        if threads == 1:
+            merge(0, self.d_out)
+            return
         cuts = [self.d_out * part // threads for part in range(threads + 1)]
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(merge, cuts[:-1], cuts[1:]):
-                pass
+        for _ in workers(threads).map(merge, cuts[:-1], cuts[1:]):
+            pass

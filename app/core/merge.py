@@ -3,6 +3,8 @@
 import math
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numpy as np
 
@@ -78,6 +80,12 @@ def merge_rows(
             norms = np.sqrt(np.einsum("ij,ij->i", delta, delta, dtype=np.float64))
             delta *= (magnitude / norms.astype(np.float32))[:, None]
     round_to(delta, out)
+
+
+@lru_cache(maxsize=4)
+def workers(threads: int) -> ThreadPoolExecutor:
+    """Return so many threads, which stay, and so does their scratch."""
+    return ThreadPoolExecutor(threads, "merge")
 
 
 _local = threading.local()
