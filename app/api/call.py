@@ -73,12 +73,9 @@ class Call(ABC):
 
     async def answer(self, parts: Sequence[Buffer], media_type: str, headers: Lines = ()) -> None:
         """Send 200 with a body in `parts`, which are not copied where they are long."""
-        length = sum(map(len, parts))
-        if length <= JOINED_BYTES:
-            parts = (b"".join(parts),)
         lines = [
             (b"content-type", media_type.encode()),
-            (b"content-length", b"%d" % length),
+            (b"content-length", b"%d" % sum(map(len, parts))),
             *headers,
         ]
         await self._send_answer(lines, parts)
@@ -121,6 +118,8 @@ class AsgiCall(Call):
 
     async def _send_answer(self, lines: Lines, parts: Sequence[Buffer]) -> None:
         await self._send({"type": "http.response.start", "status": 200, "headers": [*lines]})
+        if sum(map(len, parts)) <= JOINED_BYTES:
+            parts = (b"".join(parts),)
         for part in parts[:-1]:
             await self._send({"type": "http.response.body", "body": part, "more_body": True})
         await self._send({"type": "http.response.body", "body": parts[-1]})

@@ -9,7 +9,6 @@ Everything else goes on to uvicorn's own parser, as if this were not there
 
 import asyncio
 from collections.abc import Sequence
-from functools import lru_cache
 from time import perf_counter
 from typing import Any, cast
 
@@ -26,8 +25,6 @@ from app.service.work import AT_ONCE_NANOSECONDS
 from app.storage.counts import Counts
 from app.wire.buffers import Buffer
 
-READ_BYTES = 1 << 18
-"""Most that is read at once for uvicorn's parser."""
 _HEAD_BYTES = 1 << 13
 """Longer heads go to uvicorn's parser, as those do that come in pieces."""
 _TOGETHER_SECONDS = 1e-4
@@ -46,7 +43,7 @@ class DirectConnection(asyncio.BufferedProtocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._http = DirectProtocol(self, *args, **options)
-        self._buffer = _buffer_of(self._http.hot)
+        self._buffer = self._http.hot.read_buffer
         self._target: memoryview | None = None
         """Where the rest of a body goes."""
         self._filled = 0
@@ -253,7 +250,7 @@ class DirectProtocol(HttpToolsProtocol):
             self.flow.resume_reading()
             self.data_received(b"")
 
-    def end_call(self, call: "DirectCall") -> None:
+    def end_call(self, call: DirectCall) -> None:
         """Get ready for the next request."""
         self._call = None
         self.server_state.total_requests += 1
@@ -283,7 +280,8 @@ class DirectProtocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = None
         call = self._call
         is_busy = call is not None and call.is_started
-        if is_busy or self._early or self.flow.write_paused:  # it is the client's turn to read
+        # It works, or it is the client's turn to read: `_watch_writing` bounds that.
+        if is_busy or self._early or self.flow.write_paused:
             self._look_later(self._period)
             return
         limit = self.timeout_keep_alive if call is None else self.hot.stall_seconds
@@ -330,8 +328,7 @@ class DirectProtocol(HttpToolsProtocol):
         """End what waits for the client."""
         self._end_watch()
         self._early = b""
-        if self._call is not None:
-            self._call.keep_alive = False
+        self._unset_keepalive_if_required()  # uvicorn leaves the timer where there was an error
         super().connection_lost(exc)
 
     def _watch_writing(self, before: int) -> None:
@@ -350,10 +347,3 @@ class DirectProtocol(HttpToolsProtocol):
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
-
-
-@lru_cache(maxsize=8)
-def _buffer_of(hot: HotRoutes) -> memoryview:
-    """Return the buffer of an application's connections: each takes its bytes out at once."""
-    del hot
-    return memoryview(bytearray(READ_BYTES))

@@ -221,4 +221,5 @@ def stalled(seconds: float) -> StalledError:
 
 
 async def _rest(steps: Coroutine[Any, Any, None], yielded: Any) -> None:
+    # A task wants a coroutine, and what `types.coroutine` makes is none to asyncio.
     await go_on(steps, yielded)

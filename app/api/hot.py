@@ -41,6 +41,8 @@ _PLANS = 16
 """Plans that are remembered of one version of a set."""
 _TOGETHER = 64
 """Answers that leave together at most: they are memory that only the socket bounds."""
+_READ_BYTES = 1 << 18
+"""Most that is read at once."""
 _HEADS = 512
 """Heads that are remembered: a client's requests of one shape have one."""
 
@@ -123,6 +125,8 @@ class HotRoutes:
         assert len(self._routes) == len(routes), "two routes that look alike"
         self.observer = observer
         self.outbox = Outbox()
+        self.read_buffer = memoryview(bytearray(_READ_BYTES))
+        """Of all connections: each takes its bytes out before the next one reads."""
         self.find_head = lru_cache(_HEADS)(self._find_head)
         """Gives the head that bytes are, and its hot route; None where there is none."""
 

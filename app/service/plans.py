@@ -26,7 +26,7 @@ from app.wire.finite import check_finite
 from app.wire.media import Form
 from app.wire.oip import Placement
 
-MODULE_NANOSECONDS = 10_000
+_MODULE_NANOSECONDS = 10_000
 """What each module of a plan costs, however small."""
 
 
@@ -162,7 +162,7 @@ def make_plan(
     if any(0 in one.shape for one in sources):
         return None
     cost = sum(
-        MODULE_NANOSECONDS + cost_of(adapter, sources[step.source].rows, Form.BINARY, Form.BINARY)
+        _MODULE_NANOSECONDS + cost_of(adapter, sources[step.source].rows, Form.BINARY, Form.BINARY)
         for step, adapter in zip(steps, adapters, strict=True)
     )
     return Plan(sources, steps, adapters, weight, body_bytes, head, rows, cost)

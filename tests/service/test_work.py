@@ -1,0 +1,66 @@
+import asyncio
+import threading
+from itertools import pairwise
+
+import pytest
+
+from app.errors import BusyError
+from app.service.work import AT_ONCE_NANOSECONDS, IN_TURN_NANOSECONDS, WorkPool
+
+
+def order_of(nanoseconds):
+    """Three pieces of work that become ready together, and what else the loop does meanwhile."""
+    seen = []
+
+    async def look():
+        for _ in range(10):
+            seen.append("look")
+            await asyncio.sleep(0)
+
+    async def main():
+        pool = WorkPool(4, 1)
+        works = [pool.run(lambda: seen.append("work"), nanoseconds) for _ in range(3)]
+        await asyncio.gather(*works, look())
+
+    asyncio.run(main())
+    return seen
+
+
+def test_small_work_is_done_at_once():
+    assert order_of(AT_ONCE_NANOSECONDS)[:3] == ["work"] * 3
+
+
+def test_larger_work_takes_turns():
+    seen = order_of(AT_ONCE_NANOSECONDS + 1)
+    assert seen.count("work") == 3
+    places = [place for place, what in enumerate(seen) if what == "work"]
+    assert all(after - before > 1 for before, after in pairwise(places))
+
+
+def test_the_largest_goes_to_a_thread():
+    async def main(nanoseconds):
+        return await WorkPool(1, 1).run(threading.get_ident, nanoseconds)
+
+    assert asyncio.run(main(IN_TURN_NANOSECONDS)) == threading.get_ident()
+    assert asyncio.run(main(IN_TURN_NANOSECONDS + 1)) != threading.get_ident()
+
+
+def test_a_turn_that_nobody_waits_for_any_more_holds_nobody_up():
+    async def main():
+        pool = WorkPool(2, 1)
+        first = asyncio.create_task(pool.run(lambda: 1, AT_ONCE_NANOSECONDS + 1))
+        second = asyncio.create_task(pool.run(lambda: 2, AT_ONCE_NANOSECONDS + 1))
+        await asyncio.sleep(0)
+        first.cancel()
+        assert await asyncio.wait_for(second, 5) == 2
+
+    asyncio.run(main())
+
+
+def test_places_are_limited_and_given_back():
+    pool = WorkPool(1, 1)
+    with pool.admit():
+        assert pool.in_progress == 1
+        with pytest.raises(BusyError), pool.admit():
+            pass
+    assert pool.in_progress == 0
