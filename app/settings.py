@@ -8,8 +8,6 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from app.core.layout import ROOM_BYTES
-
 _MIB, _GIB = 1 << 20, 1 << 30
 
 
@@ -55,11 +53,6 @@ class Settings(BaseSettings):
         default_factory=_machine_memory_bytes,
         ge=0,
         description="most that all sets may hold, as float32 (default: the machine's memory)",
-    )
-    layout_bytes: int = Field(
-        ROOM_BYTES,
-        ge=0,
-        description="most memory of each worker for matrices laid out as products want them",
     )
     max_body_bytes: int = Field(
         64 * _MIB, ge=1, description="longest binary body that is held in memory"

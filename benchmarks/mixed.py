@@ -83,7 +83,7 @@ def in_process(count: int) -> dict[str, object]:
         Segment(one, rows_of(np.flatnonzero(owners == number).tolist()), 1.0)
         for number, one in enumerate(made)
     ]
-    matrices = [matrix for one in made for matrix in one.factors]
+    matrices = [matrix for one in made for matrix in (one.a_matrix, one.b_matrix)]
     rivals = {
         "mixed": lambda: apply_segments(x, segments, WIDTH),
         "row by row": lambda: [made[owner].apply(x[row]) for row, owner in enumerate(owners)],

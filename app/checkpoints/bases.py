@@ -15,7 +15,7 @@ import numpy as np
 
 from app.core.adapter import LoraAdapter
 from app.core.cast import Array, Floats, to_float32
-from app.core.merge import blocks
+from app.core.merge import blocks, merge_rows
 from app.errors import BaseNotFoundError, BonsaiLoraError, InvalidBaseError
 from app.formats import safetensors
 from app.formats.mapped import map_file
@@ -156,8 +156,8 @@ def row_norms(weight: Array, adapter: LoraAdapter) -> Floats:
     squares = np.zeros(adapter.d_out)
     for rows, columns in blocks(adapter.d_out, adapter.d_in):
         block = to_float32(np.ascontiguousarray(weight[rows, columns]))
-        a_columns, b_rows = adapter.factors_of(rows, columns)
-        merged = block + np.float32(adapter.scaling) * (b_rows @ a_columns)
+        merged = np.empty_like(block)
+        merge_rows(block, *adapter.factors_of(rows, columns), adapter.scaling, out=merged)
         squares[rows] += np.einsum("ij,ij->i", merged, merged, dtype=np.float64)
     return np.sqrt(squares).astype(np.float32)
 

@@ -282,10 +282,12 @@ class _Tensor:
 
     def _add(self, total: Array, adapter: LoraAdapter, weight: float, block: Block) -> None:
         rows, columns = block
-        a_columns, b_rows = adapter.stored_factors_of(rows, columns)
-        delta = b_rows.astype(self._dtype) @ a_columns.astype(self._dtype)
-        delta *= self._dtype(_scaled(adapter, weight))
-        total += delta
+        right, left = adapter.stored_factors_of(rows, columns)
+        scaling = _scaled(adapter, weight)
+        if self._dtype is np.float64:
+            total += np.float64(scaling) * (left.astype(np.float64) @ right.astype(np.float64))
+        else:
+            merge_rows(total, right, left, scaling, out=total)
         if adapter.magnitude is not None:
             ratio = self._dora_ratio(adapter).astype(self._dtype)
             total *= ratio[rows, None] if adapter.layer == "linear" else ratio[None, columns]

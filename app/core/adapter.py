@@ -6,21 +6,15 @@ from typing import Literal
 
 import numpy as np
 
-from app.core.cast import Array, Floats, to_float32
+from app.core.cast import FLOAT32, Array, Floats, to_float32
 from app.core.config import LoraConfig
 from app.core.kaiming import kaiming_uniform
-from app.core.layout import ROOM
-from app.core.merge import LONE_BLOCK_VALUES, SHARED_BLOCK_VALUES, blocks, merge_rows, workers
-from app.core.products import multiply_down, multiply_up
+from app.core.merge import merge_rows, workers
+from app.core.products import Operands, multiply
 from app.errors import ShapeMismatchError
 
 LayerKind = Literal["linear", "embedding"]
 """linear: the base weight is (d_out, d_in); embedding: it is stored (d_in, d_out)."""
-
-
-def sums_may_overflow() -> np.errstate:
-    """Return a context without warnings of sums beyond float32: they are infinite, as in torch."""
-    return np.errstate(over="ignore", invalid="ignore")
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,44 +61,26 @@ class LoraAdapter:
         """Width of the outputs."""
         return int(self.b_matrix.shape[0])
 
-    @property
-    def factors(self) -> tuple[Floats, Floats]:
-        """A (r, d_in) and B (d_out, r) as float32, laid out for `apply` where there is room.
-
-        Else the arrays themselves, or, of 16-bit matrices, casts that are made anew each time.
-        """
-        kept: tuple[Floats, Floats] | None = self.__dict__.get("_factors")
-        if kept is not None:
-            return kept
-        made = ROOM.lay_out(self, self.a_matrix, self.b_matrix)
-        if made is None:
-            made = to_float32(self.a_matrix), to_float32(self.b_matrix)
-            if made[0] is not self.a_matrix or made[1] is not self.b_matrix:
-                return made
-        self.__dict__["_factors"] = made
-        return made
+    @cached_property
+    def operands(self) -> Operands:
+        """A and B as `apply` multiplies them: in place, or copied where they do not lie so."""
+        return Operands.of(self.a_matrix, self.b_matrix)
 
     @property
     def is_ready(self) -> bool:
-        """Whether `factors` is at hand: the first time reads a file, and copies it."""
-        return "_factors" in self.__dict__
+        """Whether it was applied before: the first time reads a file."""
+        return "operands" in self.__dict__
 
-    def copied_bytes(self) -> int:
-        """Return the bytes of copies that `factors` keeps."""
-        kept = self.__dict__.get("_factors", ())
-        own = (self.a_matrix, self.b_matrix)
-        return sum(one.nbytes for one, mine in zip(kept, own, strict=False) if one is not mine)
+    def factors_of(self, rows: slice, columns: slice) -> tuple[Array, Floats]:
+        """Return A[:, columns] as it is, and B[rows] as float32."""
+        return self.a_matrix[:, columns], to_float32(self.b_matrix[rows])
 
-    def factors_of(self, rows: slice, columns: slice) -> tuple[Floats, Floats]:
-        """Return A[:, columns] and B[rows] as float32, as they lie: a merge takes no room."""
-        return to_float32(self.a_matrix[:, columns]), to_float32(self.b_matrix[rows])
-
-    def stored_factors_of(self, rows: slice, columns: slice) -> tuple[Floats, Floats]:
-        """Return the two whose product B @ A is this block of the delta as the base stores it."""
+    def stored_factors_of(self, rows: slice, columns: slice) -> tuple[Array, Floats]:
+        """Return the right and the left factor of this block of the delta as the base stores it."""
         if self.layer == "linear":
             return self.factors_of(rows, columns)
-        a_matrix, b_matrix = self.factors_of(columns, rows)  # (B A)^T = A^T B^T
-        return b_matrix.T, a_matrix.T
+        # (B A)^T = A^T B^T
+        return self.b_matrix[columns].T, to_float32(self.a_matrix[:, rows]).T
 
     def apply(self, x: Floats, weight: float | Floats = 1.0) -> Floats:
         """Return weight * scaling * ((x A^T) B^T + bias) as float32, (n, d_in) -> (n, d_out).
@@ -120,35 +96,30 @@ class LoraAdapter:
                 got=list(x.shape),
                 expected=[self.d_in] if x.ndim == 1 else ["rows", self.d_in],
             )
-        factors = self.factors
-        with sums_may_overflow():
-            return self.up(self.down(x, factors), factors, weight)
+        return self.apply_checked(x, weight)[0]
 
-    def down(self, x: Floats, factors: tuple[Floats, Floats]) -> Floats:
-        """Return the first half of `apply`, x A^T, (d_in,) -> (r,) or (n, d_in) -> (n, r).
+    def apply_checked(self, x: Floats, weight: float | Floats = 1.0) -> tuple[Floats, bool]:
+        """Return what `apply` does, and whether x A^T is finite; the width is taken on trust.
 
-        The width is taken on trust. Call both halves within `sums_may_overflow`, with the same
-        `factors`, which may be made anew each time they are asked for.
+        What is not finite in x shows there (unless A has no numbers, or its only one is zero), and
+        so do finite numbers whose sums overflow.
         """
-        return multiply_down(x, self.a_matrix, factors[0])
-
-    def up(
-        self, hidden: Floats, factors: tuple[Floats, Floats], weight: float | Floats = 1.0
-    ) -> Floats:
-        """Return the second half of `apply`, of what `down` gave and may be overwritten."""
-        factor = self._factor(weight)
-        if isinstance(factor, np.ndarray) or factor != 1:
-            hidden *= factor
-        outputs = multiply_up(hidden, factors[1])
+        factors = self._factors(weight)
+        batch = x if x.ndim == 2 else x[None]
+        outputs, is_finite = multiply(batch, self.operands, factors)
         if self.bias is not None:
-            outputs += factor * to_float32(self.bias)
-        return outputs
+            outputs += factors[:, None] * to_float32(self.bias)
+        return outputs if x.ndim == 2 else outputs[0], is_finite
 
-    def _factor(self, weight: float | Floats) -> np.float32 | Floats:
-        """Return scaling * weight as float32: a number, or one per row (n, 1)."""
+    def _factors(self, weight: float | Floats) -> Floats:
+        """Return scaling * weight as float32, (1,) or one per row (n,)."""
         if isinstance(weight, np.ndarray):
-            return (self.scaling * weight).astype(np.float32)[:, None]
-        return np.float32(self.scaling * weight)
+            return (self.scaling * weight).astype(FLOAT32)
+        return self._factor if weight == 1.0 else np.array([self.scaling * weight], FLOAT32)
+
+    @cached_property
+    def _factor(self) -> Floats:
+        return np.array([self.scaling], FLOAT32)
 
     def apply_dora(self, x: Floats, base_outputs: Floats, row_norms: Floats) -> Floats:
         """Return what a DoRA layer adds to `base_outputs` = W x (without bias), same shape.
@@ -184,13 +155,10 @@ class LoraAdapter:
             )
         assert self.magnitude is None, "app.service.merge knows DoRA"
 
-        most = LONE_BLOCK_VALUES if threads == 1 else SHARED_BLOCK_VALUES
-
         def merge(first: int, last: int) -> None:
-            for rows, columns in blocks(last - first, self.d_in, most=most):
-                place = slice(first + rows.start, first + rows.stop), columns
-                block = weights[place]
-                merge_rows(block, *self.factors_of(*place), self.scaling, out=block)
+            rows = slice(first, last)
+            factors = self.factors_of(rows, slice(None))
+            merge_rows(weights[rows], *factors, self.scaling, out=weights[rows])
 
         if threads == 1:
             merge(0, self.d_out)

@@ -1,27 +1,17 @@
-"""W + scaling * B @ A in row blocks that stay in the cache."""
+"""W + scaling * B @ A, as a whole or in blocks."""
 
-import math
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
 
-from app.core.cast import FLOAT32, Array, Floats, round_to, to_float32
-from app.core.products import multiply_outer
+from app.core.cast import FLOAT32, Array, Floats, kind_of, round_to, to_float32
+from app.core.products import add_product
 
 BLOCK_VALUES = 1 << 19
 """Values of W in a block that goes from one thread to another: 2 MiB of float32, measured by
 benchmarks/merged.py. Smaller blocks cost more hand-overs."""
-LONE_BLOCK_VALUES = 1 << 17
-"""In a block of one thread by itself: it stays in the cache (benchmarks/merge.py)."""
-SHARED_BLOCK_VALUES = 1 << 20
-"""In a block of one thread beside others: they wait for each other at every step of a block."""
-
-_SAFE_EXPONENT = 16
-"""Powers of two up to this do not bring numbers of any use near the ends of float32."""
-
 Block = tuple[slice, slice]
 """Rows and columns of W that lie together in memory: whole rows, or a piece of one row."""
 
@@ -47,55 +37,36 @@ def blocks(
 
 def merge_rows(
     rows: Array,
-    a_columns: Floats,
-    b_rows: Floats,
+    right: Array,
+    left: Floats,
     scaling: float,
     *,
     out: Array,
     magnitude: Floats | None = None,
 ) -> None:
-    """Write rows + scaling * b_rows @ a_columns to `out` (n, m), which may be `rows` itself.
+    """Write rows + scaling * left @ right to `out` (n, m), which may be `rows` itself.
 
-    With `magnitude` (n,), of DoRA, each row of the sum is scaled to that norm; the rows must be
-    whole then. Norms are summed in float64.
+    The factors are B (n, r) and A (r, m), as `LoraAdapter.stored_factors_of` has them. With
+    `magnitude` (n,), of DoRA, each row of the sum is scaled to that norm; the rows must be whole
+    then. Norms are summed in float64.
 
-    `rows` and `out` have one dtype (float32, float16 or bfloat16); the sum is float32, rounded
-    once to nearest even. The result is that of the reference's and PEFT's order (B @ A, times
-    scaling, plus W), but near the ends of float32 where scaling is a power of two.
+    `rows` and `out` have one dtype; the sum is float32, in the order of the reference and of PEFT
+    (B @ A, times scaling, plus W), and rounded once to nearest even. Sums beyond float32 are
+    infinite, as in torch.
     """
-    delta = _scratch("delta", rows.shape)
-    with np.errstate(over="ignore", invalid="ignore"):  # as torch: sums beyond float32 are infinite
-        fraction, exponent = math.frexp(scaling)
-        if scaling != 1.0 and abs(fraction) == 0.5 and abs(exponent) < _SAFE_EXPONENT:
-            # A power of two only moves exponents, so it may come first: B is small, the delta not.
-            b_rows, scaling = b_rows * np.float32(scaling), 1.0
-        multiply_outer(b_rows, a_columns, delta)
-        if scaling != 1.0:
-            delta *= np.float32(scaling)
-        if rows.dtype == FLOAT32 and magnitude is None:
-            np.add(rows, delta, out=out)
-            return
-        delta += to_float32(rows, out=_scratch("base", rows.shape))
+    if magnitude is None and kind_of(rows.dtype) is not None:
+        add_product(rows, left, right, scaling, out=out)
+        return
+    total = to_float32(rows, out=np.empty(rows.shape, FLOAT32))
+    add_product(total, left, right, scaling, out=total)
+    with np.errstate(over="ignore", invalid="ignore"):
         if magnitude is not None:
-            norms = np.sqrt(np.einsum("ij,ij->i", delta, delta, dtype=np.float64))
-            delta *= (magnitude / norms.astype(np.float32))[:, None]
-    round_to(delta, out)
+            norms = np.sqrt(np.einsum("ij,ij->i", total, total, dtype=np.float64))
+            total *= (magnitude / norms.astype(np.float32))[:, None]
+    round_to(total, out)
 
 
 @lru_cache(maxsize=4)
 def workers(threads: int) -> ThreadPoolExecutor:
-    """Return so many threads, which stay, and so does their scratch."""
+    """Return so many threads, which stay."""
     return ThreadPoolExecutor(threads, "merge")
-
-
-_local = threading.local()
-
-
-def _scratch(name: str, shape: tuple[int, ...]) -> Floats:
-    """Return this thread's float32 scratch array of that name and shape, reused between calls."""
-    size = math.prod(shape)
-    buffer: Floats | None = getattr(_local, name, None)
-    if buffer is None or buffer.size < size:
-        buffer = np.empty(max(size, BLOCK_VALUES), FLOAT32)
-        setattr(_local, name, buffer)
-    return buffer[:size].reshape(shape)

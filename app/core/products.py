@@ -1,128 +1,142 @@
-"""The thin products of an apply and of a merge, in the forms that are fastest.
+"""The products of an apply and of a merge, on NumPy arrays, by `app.core.kernels`."""
 
-OpenBLAS repacks both matrices before it multiplies, which costs as much as a thin product itself.
-Its kernels for AVX-512 do without where a product is small, so large ones go there in pieces; those
-for AVX2 never do, and take few rows best one by one. All rules are by measurement, with both kinds
-and with one thread and two (benchmarks/apply.py, docs/decisions/0013-layout.md).
-"""
-
-from functools import lru_cache
+import threading
 from typing import NamedTuple
 
 import numpy as np
-import threadpoolctl
+import numpy.typing as npt
 
-from app.core.cast import FLOAT32, Array, Floats, count_rows
+from app.core.cast import FLOAT32, Array, Floats, address_of, kind_of, to_float32
+from app.core.kernels import Kind, kernels
 
-SMALL_OPERATIONS = 1_000_000
-"""Multiply-adds up to which OpenBLAS for AVX-512 does not repack (interface/gemm.c there)."""
-LARGE_VALUES = 1 << 18
-"""An A with so many values is read from far away, which is what its products cost then."""
-_LEAST_ROWS = 4
-_MOST_ROWS = 16
-"""Of a piece: shorter ones are all overhead, longer ones no faster."""
-
-
-class Kernels(NamedTuple):
-    """How NumPy's OpenBLAS works here."""
-
-    has_small: bool
-    """Whether small products are computed without repacking."""
-    threads: int
+_APPLY_PANEL_VALUES = 1 << 13
+"""Of B, turned before the rows of a batch go over it: as much as stays in the first-level cache."""
+_MERGE_PANEL_VALUES = 1 << 16
+"""Of A, for merges: in the second-level cache, so that W is gone through in long stretches."""
+_LEAST_COLUMNS = 128
+_SPARE_COLUMNS = 16
 
 
-@lru_cache(maxsize=1)
-def kernels() -> Kernels:
-    """Return the kernels that this process uses, as they are when first asked for."""
-    for library in threadpoolctl.threadpool_info():
-        if library["internal_api"] == "openblas":
-            has_small = library["architecture"] in ("SkylakeX", "Cooperlake", "SapphireRapids")
-            return Kernels(has_small, library["num_threads"])
-    return Kernels(has_small=False, threads=1)
+class Operand(NamedTuple):
+    """A matrix whose rows lie in memory as they are multiplied."""
+
+    matrix: Array
+    address: int
+    row_bytes: int
+    """From a row to the next."""
+    kind: Kind
 
 
-def multiply_down(x: Floats, a_rows: Array, a_matrix: Floats) -> Floats:
-    """Return x A^T, (d_in,) -> (r,) or (n, d_in) -> (n, r).
+def operand(matrix: Array) -> Operand:
+    """Return a matrix (float32, float16 or bfloat16) as it lies, or a copy where it must be."""
+    kind = kind_of(matrix.dtype)
+    if kind is None:  # float16 where the CPU cannot convert it
+        matrix, kind = to_float32(matrix), "f32"
+    elif matrix.shape[1] > 1 and matrix.strides[1] != matrix.itemsize:
+        is_broadcast = matrix.strides[0] == 0  # one row is enough
+        lying = np.ascontiguousarray(matrix[:1] if is_broadcast else matrix)
+        matrix = np.broadcast_to(lying, matrix.shape)
+    return Operand(matrix, address_of(matrix), matrix.strides[0], kind)
 
-    `a_rows` is A (r, d_in) as it is stored, row by row, and used so where it is float32;
-    `a_matrix` is A as `LoraAdapter.factors` has it.
+
+class Operands(NamedTuple):
+    """A and B of an adapter, as `multiply` takes them."""
+
+    a: Operand
+    b: Operand
+    columns: int
+    """Of B, turned at a time."""
+    table: npt.NDArray[np.int64]
+    """All that the kernel has to know of them."""
+    address: int
+    """Of that table."""
+
+    @classmethod
+    def of(cls, a_matrix: Array, b_matrix: Array) -> "Operands":
+        """Return A (r, d_in) and B (d_out, r), in place where they can be."""
+        a, b = operand(a_matrix), operand(b_matrix)
+        if a.kind != b.kind:
+            a, b = operand(to_float32(a_matrix)), operand(to_float32(b_matrix))
+        (rank, d_in), d_out = a_matrix.shape, len(b_matrix)
+        columns = _panel(rank, _APPLY_PANEL_VALUES)
+        numbers = (a.address, rank, a.row_bytes, d_in, b.address, b.row_bytes, d_out, columns)
+        table = np.array(numbers, np.int64)
+        return cls(a, b, columns, table, address_of(table))
+
+
+def multiply(x: Floats, operands: Operands, factors: Floats) -> tuple[Floats, bool]:
+    """Return factor * (x A^T) B^T, (n, d_in) -> (n, d_out), and whether x A^T is finite.
+
+    `factors` is one float32 number (1,) or one per row (n,).
     """
-    rows = count_rows(x)
-    is_usable = a_rows.dtype == FLOAT32 and a_rows.flags.c_contiguous
-    few = a_rows if is_usable else a_matrix  # what few rows go through
-    if rows == 1:
-        return _dot(x, few.T)
-    has_small, threads = kernels()
-    if threads > 1 and few.size >= LARGE_VALUES and rows <= _MOST_ROWS:
-        return _row_by_row(x, few) if rows <= _MOST_ROWS // 2 else _dot(few, x.T).T
-    if not has_small:
-        return _row_by_row(x, few) if rows < _LEAST_ROWS else _dot(x, a_matrix.T)
-    if rows <= _MOST_ROWS and _piece(rows * x.shape[1]) >= _LEAST_ROWS:
-        return _in_pieces(few, x.T, _piece(rows * x.shape[1])).T
-    piece = _piece(few.size)
-    return _in_pieces(x, few.T, piece) if piece == _MOST_ROWS else _dot(x, a_matrix.T)
+    if x.shape[1] > 1 and x.strides[1] != x.itemsize:
+        x = np.ascontiguousarray(x)
+    rows, rank = len(x), len(operands.a.matrix)
+    outputs = np.empty((rows, len(operands.b.matrix)), FLOAT32)
+    check = (
+        kernels()
+        .products(operands.a.kind)
+        .apply(
+            operands.address,
+            address_of(x),
+            rows,
+            x.strides[0],
+            address_of(factors),
+            0 if len(factors) == 1 else 4,
+            _scratch(rank * (rows + operands.columns + _SPARE_COLUMNS)),
+            address_of(outputs),
+        )
+    )
+    return outputs, check == 0
 
 
-def multiply_up(hidden: Floats, b_matrix: Floats) -> Floats:
-    """Return hidden B^T, (r,) -> (d_out,) or (n, r) -> (n, d_out); B is (d_out, r)."""
-    rows, rank = count_rows(hidden), b_matrix.shape[1]
-    has_small, threads = kernels()
-    piece = _piece(b_matrix.size)
-    least = _MOST_ROWS if threads > 1 else _LEAST_ROWS
-    few = rank <= _MOST_ROWS or rows <= 2 * _MOST_ROWS
-    if has_small and rows > piece >= least and few:
-        return _in_pieces(hidden, b_matrix.T, piece)
-    return _dot(hidden, b_matrix.T)
+def add_product(base: Array, left: Floats, right: Array, factor: float, *, out: Array) -> None:
+    """Write base + factor * left @ right to `out`, which may be `base`: (n, r) and (r, m).
 
-
-def multiply_outer(b_rows: Floats, a_columns: Floats, out: Floats) -> None:
-    """Write b_rows @ a_columns, (n, r) and (r, m), to `out` (n, m), which is C-contiguous."""
-    piece = _piece(a_columns.size)
-    together = len(b_rows) - len(b_rows) % piece if piece else 0
-    if not kernels().has_small or piece < _LEAST_ROWS or not together:
-        np.matmul(b_rows, a_columns, out=out)
-        return
-    # Small products in one call: a stack of them.
-    stacked = b_rows[:together].reshape(together // piece, piece, b_rows.shape[1])
-    target = out[:together].reshape(together // piece, piece, out.shape[1])
-    np.matmul(stacked, a_columns, out=target)
-    if together < len(b_rows):
-        np.matmul(b_rows[together:], a_columns, out=out[together:])
-
-
-def _piece(operations: int) -> int:
-    """Return how many rows of so many multiply-adds are small: a power of two up to _MOST_ROWS."""
-    fitting = SMALL_OPERATIONS // max(1, operations)
-    return min(_MOST_ROWS, 1 << fitting.bit_length() >> 1)
-
-
-def _dot(left: Floats, right: Floats) -> Floats:
-    product: Floats = np.dot(left, right)
-    return product
-
-
-def _in_pieces(left: Floats, right: Floats, piece: int) -> Floats:
-    """Return left @ right, made of so many rows at a time."""
-    if len(left) <= piece:
-        return _dot(left, right)
-    product = np.empty((len(left), right.shape[1]), FLOAT32)
-    for start in range(0, len(left), piece):
-        block = slice(start, start + piece)
-        np.dot(left[block], right, out=product[block])
-    return product
-
-
-def _row_by_row(x: Floats, a_rows: Floats) -> Floats:
-    """Return x A^T by a matrix-vector product for each row, going through A once.
-
-    Blocks of A stay in the cache from one row of x to the next.
+    `base` and `out` have one dtype that is multiplied here; the sum is float32, rounded once.
     """
-    hidden = np.empty((len(x), len(a_rows)), FLOAT32)
-    # Several threads share out a whole matrix among them.
-    values = LARGE_VALUES if kernels().threads == 1 else a_rows.size
-    step = max(1, values // max(1, x.shape[1]))
-    for start in range(0, len(a_rows), step):
-        block = slice(start, start + step)
-        for row, product in zip(x, hidden, strict=True):
-            np.dot(a_rows[block], row, out=product[block])
-    return hidden
+    is_turned = right.shape[1] > 1 and right.strides[1] != right.itemsize
+    source = operand(right.T if is_turned else right)
+    rows, rank = left.shape
+    columns = base.shape[1]
+    panel = min(_panel(rank, _MERGE_PANEL_VALUES), max(1, columns))
+    base_kind = kind_of(base.dtype)
+    assert base_kind is not None
+    factors = np.array([factor], FLOAT32)
+    kernels().merge(source.kind, base_kind)(
+        address_of(left),
+        rows,
+        left.strides[0],
+        left.strides[1],
+        source.address,
+        rank,
+        source.row_bytes,
+        int(is_turned),
+        columns,
+        panel,
+        _scratch(rank * (panel + _SPARE_COLUMNS)),
+        address_of(factors),
+        0,
+        address_of(base),
+        base.strides[0],
+        address_of(out),
+        out.strides[0],
+    )
+
+
+def _panel(rank: int, values: int) -> int:
+    """Return the columns of a panel."""
+    fitting = values // max(1, rank)
+    return max(_LEAST_COLUMNS, fitting - fitting % _LEAST_COLUMNS)
+
+
+_local = threading.local()
+
+
+def _scratch(size: int) -> int:
+    """Return the address of this thread's room for so many float32 numbers, until it next asks."""
+    if size > getattr(_local, "size", -1):
+        _local.room = np.empty(size, FLOAT32)
+        _local.size, _local.address = size, address_of(_local.room)
+    address: int = _local.address
+    return address

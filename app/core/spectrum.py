@@ -55,10 +55,7 @@ def delta_norm(adapter: LoraAdapter) -> float:
 
 
 def _doubles(adapter: LoraAdapter) -> tuple[Values, Values]:
-    """Return A and B as float64.
-
-    Not by adapter.factors, whose float32 copies stay: statistics must not fill the memory.
-    """
+    """Return A and B as float64."""
     a_matrix, b_matrix = adapter.a_matrix, adapter.b_matrix
     return to_float32(a_matrix).astype(np.float64), to_float32(b_matrix).astype(np.float64)
 

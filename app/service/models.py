@@ -86,10 +86,10 @@ def list_models(store: SetStore) -> list[dict[str, str]]:
 
 
 def load(stored: StoredSet) -> None:
-    """Bring a set's file into memory, and what its adapters keep beside it."""
+    """Bring a set's file into memory."""
     np.add.reduce(np.frombuffer(stored.file, np.uint8)[:: mmap.PAGESIZE])  # a byte of each page
     for adapter in stored.lora_set.registry.adapters.values():
-        adapter.factors  # noqa: B018 - asked for, so that it is made
+        adapter.operands  # noqa: B018 - asked for, so that it is ready
 
 
 def statistics_of(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from app.core.adapter import LoraAdapter, sums_may_overflow
-from app.core.cast import FLOAT32, Floats, all_finite
+from app.core.adapter import LoraAdapter
+from app.core.cast import FLOAT32, Floats
 from app.formats import safetensors
 from app.service.apply import cost_of
 from app.service.sets import get_adapter
@@ -91,8 +91,7 @@ class Plan:
         started = time.perf_counter_ns()
         inputs = [source.read(body, regions) for source in self.sources]
         ready = time.perf_counter_ns()
-        with sums_may_overflow():
-            outputs = self._apply(inputs)
+        outputs = self._apply(inputs)
         computed = time.perf_counter_ns()
         parts: list[Buffer] = [self.head]
         for step, array in zip(self.steps, outputs, strict=True):
@@ -109,17 +108,16 @@ class Plan:
         return parts
 
     def _apply(self, inputs: Sequence[Floats]) -> list[Floats]:
-        """Return the outputs of all steps, once all inputs are known to be finite."""
-        waiting = []
+        """Return the outputs of all steps; raises NonFiniteInputError."""
+        made = []
         for step, adapter in zip(self.steps, self.adapters, strict=True):
-            factors = adapter.factors
-            hidden = adapter.down(inputs[step.source], factors)
+            outputs, is_finite = adapter.apply_checked(inputs[step.source], self.weight)
             # What is not finite stays so in each sum that it is part of, and this is far less to
             # look at than the inputs. (A sum of finite numbers may overflow.)
-            if not all_finite(hidden):
+            if not is_finite:
                 check_finite(inputs[step.source], self.sources[step.source].name)
-            waiting.append((adapter, hidden, factors))
-        return [adapter.up(hidden, factors, self.weight) for adapter, hidden, factors in waiting]
+            made.append(outputs)
+        return made
 
 
 def binary_sources(

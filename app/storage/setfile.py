@@ -76,9 +76,8 @@ class StoredSet:
     """What users of this version remember of it; it goes when the version does."""
 
     def resident_bytes(self) -> int:
-        """Return what is in memory: pages of the file, and float32 copies of 16-bit factors."""
-        adapters = self.lora_set.registry.adapters.values()
-        return resident_bytes(self.file) + sum(one.copied_bytes() for one in adapters)
+        """Return how much of the file is in memory."""
+        return resident_bytes(self.file)
 
 
 def write_set_file(file: BinaryIO, stored: "NewSet") -> None:

@@ -2,7 +2,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from app.core.cast import BFLOAT16, FLOAT16, all_finite, round_to, to_float32
+from app.core.cast import BFLOAT16, FLOAT16, address_of, all_finite, round_to, to_float32
 
 SIXTEEN = [FLOAT16, BFLOAT16]
 
@@ -45,3 +45,10 @@ def test_all_finite(dtype):
     assert all_finite(np.array([0.0, -1.5, 60000.0], dtype))
     for bad in (np.nan, np.inf, -np.inf):
         assert not all_finite(np.array([1.0, bad, 2.0], dtype))
+
+
+def test_addresses():
+    whole = np.zeros((4, 6), np.float32)
+    for array in (whole, whole[1:, 2:], whole[:0], np.asfortranarray(whole), np.float32([1])):
+        assert address_of(array) == array.ctypes.data
+    assert address_of(whole[1, 2:]) - address_of(whole) == 4 * (6 + 2)

@@ -1,4 +1,4 @@
-"""Deleting a set gives its memory back, while requests in flight finish on it."""
+"""A set in use is the pages of its file; they go with it, once requests in flight are done."""
 
 import re
 import threading
@@ -15,12 +15,20 @@ from app.formats import safetensors
 
 MODULE = "model.layers.0.self_attn.q_proj"
 WIDTH = 4_000_000
-SIZE = 4 * 4 * WIDTH
+SIZE = 2 * 4 * WIDTH
+COPIES = 2 * SIZE  # what A would take as float32; the allocator keeps some MiB of bodies
 
 
 def private_bytes(pid):
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(int(kb) * 1024 for kb in re.findall(r"^Private_\w+: +(\d+) kB", text, re.MULTILINE))
+    return sum(
+        int(kb) * 1024 for kb in re.findall(r"^Private_Dirty: +(\d+) kB", text, re.MULTILINE)
+    )
+
+
+def taken_since(before, pid):
+    """What a process holds more, once it is at rest: a body may outlive its answer a little."""
+    return min(private_bytes(pid) - before for _ in range(10) if not time.sleep(0.05))
 
 
 def test_memory_comes_back(tmp_path, rng):
@@ -34,10 +42,12 @@ def test_memory_comes_back(tmp_path, rng):
     with running("--store", str(tmp_path)) as (url, process):
         client = httpx.Client(base_url=url, timeout=30)
         upload_parts(client, "s", peft_config(), tensors)
+        upload_parts(client, "other", peft_config(), tensors)
+        assert client.post(path.replace("/s/", "/other/"), content=body, headers=headers).is_success
+        assert httpx.delete(f"{url}/v1/sets/other").status_code == 204
         before = private_bytes(process.pid)
         assert client.post(path, content=body, headers=headers).status_code == 200
-        held = private_bytes(process.pid) - before
-        assert held > 0.9 * SIZE, "the float32 copy of A is private memory"
+        assert taken_since(before, process.pid) < 0.5 * COPIES, "nothing is copied"
         assert client.get("/v1/stats").json()["resident_bytes"] > 0.9 * SIZE
 
         deleted = threading.Event()
@@ -59,5 +69,5 @@ def test_memory_comes_back(tmp_path, rng):
         in_flight.join()
         assert answers[0].status_code == 200, "it finishes on the set it started with"
         assert client.get("/v1/stats").json()["resident_bytes"] == 0
-        assert private_bytes(process.pid) - before < 0.5 * SIZE
+        assert taken_since(before, process.pid) < 0.5 * COPIES
         client.close()

@@ -1,0 +1,233 @@
+"""Machine code for the CPU at hand, made by LLVM when it is first needed.
+
+NumPy has no bfloat16, no product that repacks nothing, and no way to cast, add and round in one
+pass over the memory; a compiler is not on every machine. llvmlite brings LLVM as a wheel
+(docs/decisions/0015-kernels.md). `Code` is the little of a language that `app.core.kernels` needs.
+"""
+
+import contextlib
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+I1, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
+BYTE, HALF, FLOAT = ir.IntType(8), ir.HalfType(), ir.FloatType()
+POINTER, NOTHING = ir.PointerType(), ir.VoidType()
+
+Value = Any
+"""llvmlite's values and types have none of their own."""
+Type = Any
+
+
+class Target(NamedTuple):
+    """What code is made for."""
+
+    cpu: str
+    features: str
+    lanes: int
+    """float32 numbers in a vector register."""
+    sums: int
+    """Registers that a product may sum in: three quarters of all."""
+    has_half: bool
+    """Whether the CPU converts float16."""
+
+
+@lru_cache(maxsize=1)
+def host() -> Target:
+    """Return this machine."""
+    features = llvm.get_host_cpu_features()
+    names = features.flatten()
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return Target(llvm.get_host_cpu_name(), names, lanes=4, sums=24, has_half=True)
+    has = features.get
+    if has("avx512f") and has("avx512vl"):
+        lanes, sums = 16, 24
+    else:
+        lanes, sums = (8 if has("avx2") else 4), 12
+    return Target(llvm.get_host_cpu_name(), names, lanes, sums, has_half=bool(has("f16c")))
+
+
+class Compiled:
+    """Functions in memory; they go when this goes."""
+
+    def __init__(self, text: str, target: Target) -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        module = llvm.parse_assembly(text)
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=target.cpu, features=target.features, opt=2, jit=True
+        )
+        self._engine = llvm.create_mcjit_compiler(module, machine)
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        """Return where a function is."""
+        address: int = self._engine.get_function_address(name)
+        return address
+
+
+class Loop:
+    """A loop that is being written: its counter, and the values that each round hands on."""
+
+    def __init__(self, counter: Value, values: Sequence[Value]) -> None:
+        self.counter = counter
+        self.values = list(values)
+
+
+class Code:
+    """A function that is being written. Offsets and strides are in bytes, counts are i64."""
+
+    def __init__(
+        self, module: ir.Module, name: str, arguments: Sequence[Type], result: Type = NOTHING
+    ) -> None:
+        self.function = ir.Function(module, ir.FunctionType(result, arguments), name)
+        self.arguments: Sequence[Value] = self.function.args
+        self.builder = ir.IRBuilder(self.function.append_basic_block())
+        self._module = module
+
+    # Numbers
+
+    def const(self, value: int) -> Value:
+        """Return a count."""
+        return ir.Constant(I64, value)
+
+    def add(self, *counts: Value) -> Value:
+        """Return the sum of counts."""
+        total, *others = counts
+        for one in others:
+            total = self.builder.add(total, one)
+        return total
+
+    def times(self, count: Value, factor: int | Value) -> Value:
+        """Return a product of counts."""
+        return self.builder.mul(count, self.const(factor) if isinstance(factor, int) else factor)
+
+    def least(self, one: Value, other: Value) -> Value:
+        """Return the smaller count."""
+        return self.builder.select(self.builder.icmp_signed("<", one, other), one, other)
+
+    def down_to(self, count: Value, multiple: int) -> Value:
+        """Return the largest multiple (of a power of two, or not) up to a count."""
+        return self.builder.sub(count, self.builder.srem(count, self.const(multiple)))
+
+    # Memory
+
+    def at(self, pointer: Value, *offsets: Value) -> Value:
+        """Return the pointer moved by bytes."""
+        return self.builder.gep(pointer, [self.add(*offsets)], source_etype=BYTE)
+
+    def rows(self, pointer: Value, first: Value, stride: Value, count: int) -> list[Value]:
+        """Return the places of so many rows."""
+        places = [self.at(pointer, self.times(first, stride))]
+        while len(places) < count:
+            places.append(self.at(places[-1], stride))
+        return places
+
+    def load(self, pointer: Value, kind: Type) -> Value:
+        """Return what lies there, aligned or not."""
+        return self.builder.load(pointer, typ=kind, align=1)
+
+    def store(self, value: Value, pointer: Value) -> None:
+        """Write to where the pointer points, aligned or not."""
+        self.builder.store(value, pointer, align=1)
+
+    # Vectors
+
+    def spread(self, value: Value, lanes: int) -> Value:
+        """Return a vector with the same number in all lanes; of one lane, the number."""
+        if lanes == 1:
+            return value
+        undefined = ir.Constant(vector(value.type, lanes), ir.Undefined)
+        first = self.builder.insert_element(undefined, value, ir.Constant(I32, 0))
+        return self.shuffle(first, first, [0] * lanes)
+
+    def shuffle(self, one: Value, other: Value, places: Sequence[int]) -> Value:
+        """Return the lanes of two vectors (counted on) that `places` names."""
+        mask = ir.Constant(vector(I32, len(places)), list(places))
+        return self.builder.shuffle_vector(one, other, mask)
+
+    def multiply_add(self, one: Value, other: Value, total: Value) -> Value:
+        """Return one * other + total, rounded once where the CPU has that."""
+        kind = total.type
+        name = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
+        return self._call(f"llvm.fmuladd.{name}", kind, [one, other, total])
+
+    def prefetch(self, pointer: Value, *, to_write: bool) -> None:
+        """Ask for a cache line; nothing happens where there is none."""
+        hints = [ir.Constant(I32, hint) for hint in (int(to_write), 2, 1)]
+        self._call("llvm.prefetch.p0", NOTHING, [pointer, *hints])
+
+    def call(self, name: str, arguments: Sequence[Value]) -> Value:
+        """Call a function of the same module."""
+        return self.builder.call(self._module.globals[name], arguments)
+
+    def _call(self, name: str, result: Type, arguments: Sequence[Value]) -> Value:
+        function = self._module.globals.get(name)
+        if function is None:
+            kind = ir.FunctionType(result, [one.type for one in arguments])
+            function = ir.Function(self._module, kind, name)
+        return self.builder.call(function, arguments)
+
+    # Ways
+
+    @contextlib.contextmanager
+    def loop(
+        self, start: Value, stop: Value, step: int | Value, values: Sequence[Value] = ()
+    ) -> Iterator[Loop]:
+        """Write a loop: `with` its body. The body changes `values`, which stay after the end."""
+        builder = self.builder
+        before = builder.block
+        head, body, end = (builder.append_basic_block() for _ in range(3))
+        builder.branch(head)
+        builder.position_at_end(head)
+        counter = builder.phi(I64)
+        counter.add_incoming(start, before)
+        carried = [builder.phi(value.type) for value in values]
+        for phi, value in zip(carried, values, strict=True):
+            phi.add_incoming(value, before)
+        builder.cbranch(builder.icmp_signed("<", counter, stop), body, end)
+        builder.position_at_end(body)
+        loop = Loop(counter, carried)
+        yield loop
+        counter.add_incoming(
+            builder.add(counter, self.const(step) if isinstance(step, int) else step), builder.block
+        )
+        for phi, value in zip(carried, loop.values, strict=True):
+            phi.add_incoming(value, builder.block)
+        builder.branch(head)
+        builder.position_at_end(end)
+        loop.values = carried
+
+    def in_tiles(
+        self, start: Value, stop: Value, sizes: Sequence[int], body: Callable[[Value, int], None]
+    ) -> None:
+        """Write body(first, size) for all of start to stop, in the largest sizes that still fit.
+
+        The last size is 1.
+        """
+        for size in sizes:
+            end = self.add(start, self.down_to(self.builder.sub(stop, start), size))
+            with self.loop(start, end, size) as loop:
+                body(loop.counter, size)
+            start = end
+
+    def end(self, result: Value = None) -> None:
+        """Write the return."""
+        if result is None:
+            self.builder.ret_void()
+        else:
+            self.builder.ret(result)
+
+
+def vector(kind: Type, lanes: int) -> Type:
+    """Return the type of so many numbers; of one, the number's."""
+    return ir.VectorType(kind, lanes) if lanes > 1 else kind
+
+
+def zero(lanes: int) -> Value:
+    """Return float32 zeros."""
+    return ir.Constant(vector(FLOAT, lanes), [0.0] * lanes if lanes > 1 else 0.0)
