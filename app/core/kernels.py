@@ -42,13 +42,19 @@ Call = Callable[..., float]
 
 DEPTH = 1024
 """Numbers of a row that `down` takes at a time, so that both sides stay in the cache."""
+MANY_ROWS = 24
+"""From so many on, A is copied to where it lies well (and once, not for each tile, widened)."""
+MANY_RANKS = 16
+"""From so many on, rows of x are."""
+COPIED_ROW = 4 * DEPTH + 64
+"""Bytes: not a power of two, so that rows do not meet in the same sets of the cache."""
 _ROWS = (6, 4, 2, 1)
 """Of a tile of sums: 6 rows take 4 vectors (2 where registers are few), 1 row takes 8."""
 _MERGED_ROWS = (4, 2, 1)
 """Where a base is read and written too: fewer rows that lie apart."""
 _MOST_VECTORS = 8
 
-_DOWN = "pnnpnnnpn"
+_DOWN = "pnnpnnnpnp"
 _OUTER = "pnnnpnnnnnppnpnpn"
 _APPLY = "ppnnpnpp"
 _ARGUMENTS: dict[str, tuple[Type, type]] = {
@@ -61,16 +67,27 @@ class Products(NamedTuple):
     """The functions of an apply, for A and B of one kind. Pointers and strides are in bytes."""
 
     down: Call
-    """(x, n, x_row, a, r, a_row, k, out, out_row)."""
+    """(x, n, x_row, a, r, a_row, k, out, out_row, scratch);"""
     outer: Call
     """(h, n, h_row, h_step, right, r, right_row, is_turned, m, panel, scratch, factors,
     factor_step, base, base_row, out, out_row); this one has no base. R is (r, m), or (m, r) where
-    `is_turned`; `scratch` holds r * (panel + 16) float32 numbers; row i has its factor at
+    `is_turned`; `scratch` is what `outer_scratch` says; row i has its factor at
     factors + i * factor_step."""
     apply: Call
     """(operands, x, n, x_row, factors, factor_step, scratch, out), where `operands` are eight i64:
-    a, r, a_row, d_in, b, b_row, d_out, panel; with room for n * r numbers more in `scratch`.
-    Returns 0, or NaN where x A^T is not finite."""
+    a, r, a_row, d_in, b, b_row, d_out, panel; `scratch` is what `apply_scratch` says. Returns 0, or
+    NaN where x A^T is not finite."""
+
+
+def outer_scratch(r: int, panel: int) -> int:
+    """Return the bytes that `outer` needs; they should begin with a cache line, as others."""
+    return 4 * r * (panel + 16)
+
+
+def apply_scratch(n: int, r: int, panel: int) -> int:
+    """Return the bytes that `apply` needs."""
+    copied = COPIED_ROW * (r + _ROWS[0]) if n >= MANY_ROWS else 0
+    return (4 * n * r + 60) // 64 * 64 + max(copied, outer_scratch(r, panel))
 
 
 class Kernels:
@@ -136,9 +153,12 @@ def write_apply(code: Code, target: Target) -> None:
     )
     none, one = code.const(0), code.const(1)
     hidden, hidden_row = scratch, code.times(r, 4)
-    code.call("down", [x, n, x_row, a, r, a_row, d_in, hidden, hidden_row])
     count = code.times(n, r)
-    rest = code.at(scratch, code.times(count, 4))
+    bytes_of_hidden = code.builder.and_(
+        code.times(code.add(count, code.const(15)), 4), code.const(-64)
+    )
+    rest = code.at(scratch, bytes_of_hidden)
+    code.call("down", [x, n, x_row, a, r, a_row, d_in, hidden, hidden_row, rest])
     left = [hidden, n, hidden_row, code.const(4)]
     right = [b, r, b_row, one, d_out, panel, rest, factors, step]
     base = [ir.Constant(POINTER, None), none]
@@ -156,6 +176,18 @@ def write_apply(code: Code, target: Target) -> None:
     code.end(check)
 
 
+def write_widening(
+    code: Code, lanes: int, source: Value, kind: Kind, target: Value, count: Value
+) -> None:
+    """Write a copy of numbers that lie together, to float32."""
+    whole = code.down_to(count, lanes)
+    for start, stop, step in ((code.const(0), whole, lanes), (whole, count, 1)):
+        with code.loop(start, stop, step) as loop:
+            place = code.at(source, code.times(loop.counter, size_of(kind)))
+            value = load_wide(code, place, kind, step)
+            code.store(value, code.at(target, code.times(loop.counter, 4)))
+
+
 def write_cast(code: Code, target: Target, from_kind: Kind, to_kind: Kind) -> None:
     """Write a cast of numbers that lie together."""
     array, out, count = code.arguments
@@ -171,7 +203,11 @@ def write_cast(code: Code, target: Target, from_kind: Kind, to_kind: Kind) -> No
 
 
 class Down:
-    """Writes x A^T: tiles of sums over a stretch of the rows, then the next stretch."""
+    """Writes x A^T: tiles of sums over a stretch of the rows, then the next stretch.
+
+    A vector that lies across two cache lines takes two loads. So what many tiles go over is copied
+    to where it lies well: A where there are many rows, and rows of x where A has many.
+    """
 
     def __init__(self, target: Target, a_kind: Kind) -> None:
         self.target = target
@@ -180,45 +216,119 @@ class Down:
     def write(self, code: Code) -> None:
         """Write it all."""
         self.code = code
-        self.x, n, self.x_row, self.a, r, self.a_row, k, self.out, self.out_row = code.arguments
-        none = code.const(0)
-        with code.loop(none, n, 1) as i, code.loop(none, r, 1) as j:
+        self.x, n, self.x_row, a, self.r, a_row, k, self.out, self.out_row, scratch = code.arguments
+        none, copied_row = code.const(0), code.const(COPIED_ROW)
+        with code.loop(none, n, 1) as i, code.loop(none, self.r, 1) as j:
             code.store(zero(1), self._target(i.counter, j.counter))
+        is_many = code.builder.icmp_signed(">=", n, code.const(MANY_ROWS))
+        many = code.builder.select(is_many, code.down_to(n, _ROWS[0]), none)
         with code.loop(none, k, DEPTH) as stretch:
             first = stretch.counter
-            last = code.least(code.add(first, code.const(DEPTH)), k)
+            length = code.least(code.builder.sub(k, first), code.const(DEPTH))
+            x = code.at(self.x, code.times(first, 4))
+            a_here = code.at(a, code.times(first, size_of(self.a_kind)))
+            copied_x = code.at(scratch, code.times(self.r, copied_row))
+            with code.builder.if_then(is_many):
+                with code.loop(none, self.r, 1) as j:
+                    source = code.at(a_here, code.times(j.counter, a_row))
+                    target = code.at(scratch, code.times(j.counter, copied_row))
+                    self._copy(source, self.a_kind, target, length)
+            with code.loop(none, many, _ROWS[0]) as i:
+                rows = self._well_lying(x, i.counter, length, copied_x)
+                self._rows(i.counter, _ROWS[0], x, rows, (scratch, copied_row, "f32"), length)
 
-            def rows(i: Value, height: int) -> None:
-                width = widest(self.target, height)
-                sizes = (width, 1) if width > 1 else (1,)
-                code.in_tiles(
-                    none, r, sizes, lambda j, width: self._tile(i, j, first, last, height, width)
-                )
+            def tiles(i: Value, height: int) -> None:
+                rows = code.at(x, code.times(i, self.x_row)), self.x_row
+                self._rows(i, height, x, rows, (a_here, a_row, self.a_kind), length)
 
-            code.in_tiles(none, n, _ROWS, rows)
+            code.in_tiles(many, n, _ROWS, tiles)
+        self._rest(n, code.down_to(k, self.target.lanes), k, a, a_row)
         code.end()
+
+    def _rest(self, n: Value, first: Value, last: Value, a: Value, a_row: Value) -> None:
+        """Add what the last numbers of the rows give, less than a vector."""
+        code, none = self.code, self.code.const(0)
+        with code.loop(none, n, 1) as i, code.loop(none, self.r, 1) as j:
+            x_row = code.at(self.x, code.times(i.counter, self.x_row))
+            right = code.at(a, code.times(j.counter, a_row))
+            target = self._target(i.counter, j.counter)
+            with code.loop(first, last, 1, [code.load(target, FLOAT)]) as k:
+                x = code.load(code.at(x_row, code.times(k.counter, 4)), FLOAT)
+                place = code.at(right, code.times(k.counter, size_of(self.a_kind)))
+                k.values[0] = code.multiply_add(
+                    x, load_wide(code, place, self.a_kind, 1), k.values[0]
+                )
+            code.store(k.values[0], target)
+
+    def _well_lying(self, x: Value, i: Value, length: Value, copied: Value) -> tuple[Value, Value]:
+        """Return where the rows i and next are, and their stride: copied where that pays."""
+        code, builder = self.code, self.code.builder
+        place = code.at(x, code.times(i, self.x_row))
+        bits = builder.or_(builder.ptrtoint(place, I64), self.x_row)
+        lies_across = builder.icmp_signed("!=", builder.and_(bits, code.const(63)), code.const(0))
+        is_wide = builder.icmp_signed(">=", self.r, code.const(MANY_RANKS))
+        is_copied = builder.and_(lies_across, is_wide)
+        stride = code.const(COPIED_ROW)
+        with builder.if_then(is_copied):
+            for line, source in enumerate(code.rows(place, code.const(0), self.x_row, _ROWS[0])):
+                target = code.at(copied, code.const(line * COPIED_ROW))
+                self._copy(source, "f32", target, length)
+        return (
+            builder.select(is_copied, copied, place),
+            builder.select(is_copied, stride, self.x_row),
+        )
+
+    def _copy(self, source: Value, kind: Kind, target: Value, length: Value) -> None:
+        write_widening(self.code, self.target.lanes, source, kind, target, length)
+
+    def _rows(
+        self,
+        i: Value,
+        height: int,
+        x: Value,
+        rows: tuple[Value, Value],
+        a: tuple[Value, Value, Kind],
+        length: Value,
+    ) -> None:
+        """Add to the results of some rows what a stretch gives, for all of A."""
+        code = self.code
+        widths = sorted({widest(self.target, height), 1}, reverse=True)
+        x_rows = code.rows(rows[0], code.const(0), rows[1], height)
+
+        def tile(j: Value, width: int) -> None:
+            # Each tile asks for a row of the next rows of x: the CPU cannot guess that far.
+            line = code.least(code.builder.sdiv(j, code.const(width)), code.const(height - 1))
+            ahead = code.add(i, code.const(height), line)
+            next_row = code.at(x, code.times(ahead, self.x_row))
+            a_rows = code.rows(a[0], j, a[1], width)
+            self._tile(i, j, x_rows, a_rows, a[2], length, next_row)
+
+        code.in_tiles(code.const(0), self.r, widths, tile)
 
     def _target(self, i: Value, j: Value) -> Value:
         code = self.code
         return code.at(self.out, code.times(i, self.out_row), code.times(j, 4))
 
-    def _tile(self, i: Value, j: Value, first: Value, last: Value, height: int, width: int) -> None:
-        """Add to height x width results what first to last of the rows give."""
-        code, lanes, size = self.code, self.target.lanes, size_of(self.a_kind)
-        x_rows = code.rows(self.x, i, self.x_row, height)
-        a_rows = code.rows(self.a, j, self.a_row, width)
-        whole = code.add(first, code.down_to(code.builder.sub(last, first), lanes))
-        # Each tile asks for a row of the next rows of x: they are too far for the CPU to guess.
-        tile = code.builder.sdiv(j, code.const(width))
-        ahead = code.add(i, code.const(height), code.least(tile, code.const(height - 1)))
-        next_row = code.at(self.x, code.times(ahead, self.x_row))
-        with code.loop(first, whole, lanes, [zero(lanes)] * (height * width)) as loop:
-            k = loop.counter
-            x_place, a_place = code.times(k, 4), code.times(k, size)
+    def _tile(
+        self,
+        i: Value,
+        j: Value,
+        x_rows: Sequence[Value],
+        a_rows: Sequence[Value],
+        a_kind: Kind,
+        length: Value,
+        next_row: Value,
+    ) -> None:
+        """Add to height x width results what a stretch gives."""
+        code, lanes, size = self.code, self.target.lanes, size_of(a_kind)
+        height, width = len(x_rows), len(a_rows)
+        whole = code.down_to(length, lanes)
+        with code.loop(code.const(0), whole, lanes, [zero(lanes)] * (height * width)) as loop:
+            x_place, a_place = code.times(loop.counter, 4), code.times(loop.counter, size)
             code.prefetch(code.at(next_row, x_place), to_write=False)
             xs = [code.load(code.at(row, x_place), vector(FLOAT, lanes)) for row in x_rows]
             for column, row in enumerate(a_rows):
-                a = load_wide(code, code.at(row, a_place), self.a_kind, lanes)
+                a = load_wide(code, code.at(row, a_place), a_kind, lanes)
                 for line, x in enumerate(xs):
                     place = line * width + column
                     loop.values[place] = code.multiply_add(x, a, loop.values[place])
@@ -227,14 +337,6 @@ class Down:
             sums = add_lanes(code, loop.values[line * width : (line + 1) * width], lanes)
             known = code.load(place, vector(FLOAT, width))
             code.store(code.builder.fadd(known, sums), place)
-            with code.loop(whole, last, 1) as rest:
-                x = code.load(code.at(x_rows[line], code.times(rest.counter, 4)), FLOAT)
-                for column, row in enumerate(a_rows):
-                    a = load_wide(
-                        code, code.at(row, code.times(rest.counter, size)), self.a_kind, 1
-                    )
-                    one = code.at(place, code.const(4 * column))
-                    code.store(code.multiply_add(x, a, code.load(one, FLOAT)), one)
 
 
 class Outer:
@@ -280,33 +382,35 @@ class Outer:
                 with otherwise:
                     self._copy(first, last)
 
-            def rows(i: Value, height: int) -> None:
-                lanes, width = self.target.lanes, widest(self.target, height)
-                start = first
-                for vectors, wide in ((width, lanes), (1, lanes), (1, 1)):
-                    step = vectors * wide
-                    end = code.add(start, code.down_to(code.builder.sub(last, start), step))
-                    with code.loop(start, end, step) as tile:
-                        self._tile(i, tile.counter, first, height, vectors, wide)
-                    start = end
-
-            code.in_tiles(none, n, _ROWS if self.base_kind is None else _MERGED_ROWS, rows)
+            heights = _ROWS if self.base_kind is None else _MERGED_ROWS
+            code.in_tiles(none, n, heights, lambda i, height: self._rows(i, height, first, last))
         code.end()
+
+    def _rows(self, i: Value, height: int, first: Value, last: Value) -> None:
+        """Write some rows of a panel, in tiles as wide as the registers allow."""
+        code, lanes, vectors = self.code, self.target.lanes, widest(self.target, height)
+        length = code.builder.sub(last, first)
+        end = code.add(first, code.down_to(length, vectors * lanes))
+        with code.loop(first, end, vectors * lanes) as j:
+            self._tile(i, j.counter, first, height, vectors, lanes)
+        # The rest row by row: widths of models are multiples of 64.
+        with code.loop(code.const(0), code.const(height), 1) as line:
+            row = code.add(i, line.counter)
+            whole = code.add(first, code.down_to(length, lanes))
+            with code.loop(end, whole, lanes) as j:
+                self._tile(row, j.counter, first, 1, 1, lanes)
+            with code.loop(whole, last, 1) as j:
+                self._tile(row, j.counter, first, 1, 1, 1)
 
     def _copy(self, first: Value, last: Value) -> None:
         """Widen columns of R (r, m)."""
         code, size = self.code, size_of(self.right_kind)
+        place = code.at(self.right, code.times(first, size))
         with code.loop(code.const(0), self.r, 1) as k:
-            source = code.at(self.right, code.times(k.counter, self.right_row))
+            source = code.at(place, code.times(k.counter, self.right_row))
             target = code.at(self.scratch, code.times(k.counter, self.scratch_row))
-            lanes = self.target.lanes
-            whole = code.add(first, code.down_to(code.builder.sub(last, first), lanes))
-            for start, stop, step in ((first, whole, lanes), (whole, last, 1)):
-                with code.loop(start, stop, step) as j:
-                    place = code.at(source, code.times(j.counter, size))
-                    value = load_wide(code, place, self.right_kind, step)
-                    offset = code.times(code.builder.sub(j.counter, first), 4)
-                    code.store(value, code.at(target, offset))
+            length = code.builder.sub(last, first)
+            write_widening(code, self.target.lanes, source, self.right_kind, target, length)
 
     def _turn(self, first: Value, last: Value) -> None:
         """Widen columns of R that lie as rows (m, r), as those of B do."""

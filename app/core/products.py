@@ -7,14 +7,13 @@ import numpy as np
 import numpy.typing as npt
 
 from app.core.cast import FLOAT32, Array, Floats, address_of, kind_of, to_float32
-from app.core.kernels import Kind, kernels
+from app.core.kernels import Kind, apply_scratch, kernels, outer_scratch
 
 _APPLY_PANEL_VALUES = 1 << 13
 """Of B, turned before the rows of a batch go over it: as much as stays in the first-level cache."""
 _MERGE_PANEL_VALUES = 1 << 16
 """Of A, for merges: in the second-level cache, so that W is gone through in long stretches."""
 _LEAST_COLUMNS = 128
-_SPARE_COLUMNS = 16
 
 
 class Operand(NamedTuple):
@@ -83,7 +82,7 @@ def multiply(x: Floats, operands: Operands, factors: Floats) -> tuple[Floats, bo
             x.strides[0],
             address_of(factors),
             0 if len(factors) == 1 else 4,
-            _scratch(rank * (rows + operands.columns + _SPARE_COLUMNS)),
+            _scratch(apply_scratch(rows, rank, operands.columns)),
             address_of(outputs),
         )
     )
@@ -114,7 +113,7 @@ def add_product(base: Array, left: Floats, right: Array, factor: float, *, out: 
         int(is_turned),
         columns,
         panel,
-        _scratch(rank * (panel + _SPARE_COLUMNS)),
+        _scratch(outer_scratch(rank, panel)),
         address_of(factors),
         0,
         address_of(base),
@@ -134,9 +133,12 @@ _local = threading.local()
 
 
 def _scratch(size: int) -> int:
-    """Return the address of this thread's room for so many float32 numbers, until it next asks."""
+    """Return the address of so many bytes of this thread's, its own until it asks again.
+
+    They begin with a cache line.
+    """
     if size > getattr(_local, "size", -1):
-        _local.room = np.empty(size, FLOAT32)
-        _local.size, _local.address = size, address_of(_local.room)
+        _local.room = np.empty(size + 64, np.uint8)
+        _local.size, _local.address = size, -(-address_of(_local.room) // 64) * 64
     address: int = _local.address
     return address
