@@ -12,6 +12,7 @@ from measure import in_turns, report
 import numpy as np
 
 from app.core.adapter import LoraAdapter
+from app.core.crew import set_threads
 from app.core.config import LoraConfig
 
 SHAPES = [(4096, 4096, 8), (4096, 12288, 16), (12288, 4096, 64), (4096, 1024, 16)]
@@ -44,6 +45,7 @@ def torch_branch(a_matrix, b_matrix, scaling):
 
 def measured(rivals: list[str]) -> dict[str, dict[str, float]]:
     """Return the median seconds of each rival for each shape and number of rows."""
+    set_threads(int(os.environ["OPENBLAS_NUM_THREADS"]))
     rng = np.random.default_rng(1)
     found: dict[str, dict[str, float]] = {}
     for d_in, d_out, rank in SHAPES:

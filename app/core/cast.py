@@ -8,7 +8,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from app.core.kernels import Kind, kernels
+from app.kernels.library import kernels
+from app.kernels.numbers import Kind
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]

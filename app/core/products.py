@@ -1,4 +1,4 @@
-"""The products of an apply and of a merge, on NumPy arrays, by `app.core.kernels`."""
+"""The products of an apply and of a merge, on NumPy arrays, by `app.kernels`."""
 
 import threading
 from typing import NamedTuple
@@ -7,13 +7,21 @@ import numpy as np
 import numpy.typing as npt
 
 from app.core.cast import FLOAT32, Array, Floats, address_of, kind_of, to_float32
-from app.core.kernels import Kind, apply_scratch, kernels, outer_scratch
+from app.core.crew import crew
+from app.kernels.apply import hidden_scratch, part_scratch
+from app.kernels.library import kernels
+from app.kernels.numbers import Kind
+from app.kernels.outer import outer_scratch
 
 _APPLY_PANEL_VALUES = 1 << 13
 """Of B, turned before the rows of a batch go over it: as much as stays in the first-level cache."""
 _MERGE_PANEL_VALUES = 1 << 16
 """Of A, for merges: in the second-level cache, so that W is gone through in long stretches."""
 _LEAST_COLUMNS = 128
+_SHARED_OPERATIONS = 1_200_000
+"""Multiply-adds from which an apply is shared out, about 30 µs (benchmarks/apply.py)."""
+_ROWS_OF_READING = 5
+"""Rows that take as long as reading A and B does."""
 
 
 class Operand(NamedTuple):
@@ -70,22 +78,25 @@ def multiply(x: Floats, operands: Operands, factors: Floats) -> tuple[Floats, bo
     """
     if x.shape[1] > 1 and x.strides[1] != x.itemsize:
         x = np.ascontiguousarray(x)
-    rows, rank = len(x), len(operands.a.matrix)
-    outputs = np.empty((rows, len(operands.b.matrix)), FLOAT32)
-    check = (
-        kernels()
-        .products(operands.a.kind)
-        .apply(
-            operands.address,
-            address_of(x),
-            rows,
-            x.strides[0],
-            address_of(factors),
-            0 if len(factors) == 1 else 4,
-            _scratch(apply_scratch(rows, rank, operands.columns)),
-            address_of(outputs),
-        )
+    rows, rank, d_out = len(x), len(operands.a.matrix), len(operands.b.matrix)
+    outputs = np.empty((rows, d_out), FLOAT32)
+    functions = kernels().apply(operands.a.kind)
+    step = part_scratch(rows, rank, operands.columns)
+    is_shared = rank * (x.shape[1] + d_out) * (rows + _ROWS_OF_READING) > _SHARED_OPERATIONS
+    helpers = crew()
+    threads = helpers.threads if is_shared else 1
+    job = (
+        operands.address,
+        address_of(x),
+        rows,
+        x.strides[0],
+        address_of(factors),
+        0 if len(factors) == 1 else 4,
+        _scratch(hidden_scratch(rows, rank) + threads * step),
+        step,
+        address_of(outputs),
     )
+    check = functions.alone(*job) if threads == 1 else helpers.apply(functions, job)
     return outputs, check == 0
 
 

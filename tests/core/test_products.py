@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import reference
 
-from app.core import cast, jit, products
+from app.core import cast, products
 from app.core.adapter import LoraAdapter
 from app.core.config import LoraConfig
-from app.core.kernels import Kernels
 from app.core.products import Operands, add_product, multiply, operand
+from app.kernels.library import Kernels
+from app.kernels.target import host
 
-HOST = jit.host()
+HOST = host()
 PRETENDED = [
     # What this machine runs, pretended to be less: fewer lanes and registers, no float16.
     HOST,

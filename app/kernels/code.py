@@ -1,73 +1,20 @@
-"""Machine code for the CPU at hand, made by LLVM when it is first needed.
-
-NumPy has no bfloat16, no product that repacks nothing, and no way to cast, add and round in one
-pass over the memory; a compiler is not on every machine. llvmlite brings LLVM as a wheel
-(docs/decisions/0015-kernels.md). `Code` is the little of a language that `app.core.kernels` needs.
-"""
+"""A function that is being written: the little of a language that the kernels need."""
 
 import contextlib
-import platform
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 
-I1, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 16, 32, 64))
+from app.kernels.target import MACHINE
+
+I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 BYTE, HALF, FLOAT = ir.IntType(8), ir.HalfType(), ir.FloatType()
 POINTER, NOTHING = ir.PointerType(), ir.VoidType()
 
 Value = Any
 """llvmlite's values and types have none of their own."""
 Type = Any
-
-
-class Target(NamedTuple):
-    """What code is made for."""
-
-    cpu: str
-    features: str
-    lanes: int
-    """float32 numbers in a vector register."""
-    sums: int
-    """Registers that a product may sum in: three quarters of all."""
-    has_half: bool
-    """Whether the CPU converts float16."""
-
-
-@lru_cache(maxsize=1)
-def host() -> Target:
-    """Return this machine."""
-    features = llvm.get_host_cpu_features()
-    names = features.flatten()
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return Target(llvm.get_host_cpu_name(), names, lanes=4, sums=24, has_half=True)
-    has = features.get
-    if has("avx512f") and has("avx512vl"):
-        lanes, sums = 16, 24
-    else:
-        lanes, sums = (8 if has("avx2") else 4), 12
-    return Target(llvm.get_host_cpu_name(), names, lanes, sums, has_half=bool(has("f16c")))
-
-
-class Compiled:
-    """Functions in memory; they go when this goes."""
-
-    def __init__(self, text: str, target: Target) -> None:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        module = llvm.parse_assembly(text)
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=target.cpu, features=target.features, opt=2, jit=True
-        )
-        self._engine = llvm.create_mcjit_compiler(module, machine)
-        self._engine.finalize_object()
-
-    def address(self, name: str) -> int:
-        """Return where a function is."""
-        address: int = self._engine.get_function_address(name)
-        return address
 
 
 class Loop:
@@ -135,6 +82,23 @@ class Code:
         """Write to where the pointer points, aligned or not."""
         self.builder.store(value, pointer, align=1)
 
+    # Memory that threads share
+
+    def atomic_load(self, pointer: Value) -> Value:
+        """Return a count there, and see all that was written before it."""
+        return self.builder.load_atomic(pointer, "acquire", 8, typ=I64)
+
+    def atomic(self, change: str, pointer: Value, value: Value) -> Value:
+        """Change a count ("add", "or", "xchg"); return what it was, in one order for all."""
+        return self.builder.atomic_rmw(change, pointer, value, "seq_cst")
+
+    def pause(self) -> None:
+        """Tell the CPU that this loop waits."""
+        if MACHINE in ("x86_64", "amd64"):
+            self._call("llvm.x86.sse2.pause", NOTHING, [])
+        elif MACHINE in ("aarch64", "arm64"):
+            self._call("llvm.aarch64.hint", NOTHING, [ir.Constant(I32, 1)])
+
     # Vectors
 
     def spread(self, value: Value, lanes: int) -> Value:
@@ -201,6 +165,17 @@ class Code:
         builder.branch(head)
         builder.position_at_end(end)
         loop.values = carried
+
+    @contextlib.contextmanager
+    def forever(self) -> Iterator[None]:
+        """Write a loop that only a return leaves: `with` its body."""
+        body = self.builder.append_basic_block()
+        self.builder.branch(body)
+        self.builder.position_at_end(body)
+        yield
+        self.builder.branch(body)
+        self.builder.position_at_end(self.builder.append_basic_block())
+        self.builder.unreachable()
 
     def in_tiles(
         self, start: Value, stop: Value, sizes: Sequence[int], body: Callable[[Value, int], None]

@@ -1,0 +1,140 @@
+"""The kernels as functions, made when they are first asked for."""
+
+import ctypes
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from app.kernels import apply, crew
+from app.kernels.code import FLOAT, I64, NOTHING, POINTER, Code, Type
+from app.kernels.down import Down
+from app.kernels.numbers import Kind, write_cast
+from app.kernels.outer import Outer
+from app.kernels.target import Target, host
+
+Call = Callable[..., float]
+
+_TYPES: dict[str, tuple[Type, type | None]] = {
+    "p": (POINTER, ctypes.c_void_p),
+    "n": (I64, ctypes.c_int64),
+    "f": (FLOAT, ctypes.c_float),
+    "": (NOTHING, None),
+}
+_DOWN = "pnnpnnnpnp"
+_OUTER = "pnnnpnnnnnppnpnpn"
+
+
+class Apply(NamedTuple):
+    """The functions of an apply, for A and B of one kind (app.kernels.apply)."""
+
+    alone: Call
+    """With `apply.ARGUMENTS`; returns 0, or NaN where x A^T is not finite."""
+    part: int
+    """The address of the function that does a part of it."""
+
+
+class Crew(NamedTuple):
+    """The functions by which threads share out a job (app.kernels.crew)."""
+
+    share: Call
+    """(shared, parts, function, ...): returns what part 0 does, or who sleeps."""
+    finish: Call
+    """(shared, parts): returns that once those are woken."""
+    serve: Call
+    """(shared, part, parts, seen, patience): what the others do."""
+
+
+class Kernels:
+    """The functions for a target. Pointers are addresses, strides are bytes."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.apply = lru_cache(self._apply)
+        self.merge = lru_cache(self._merge)
+        self.cast = lru_cache(self._cast)
+        self.crew = lru_cache(self._crew)
+
+    def _apply(self, kind: Kind) -> Apply:
+        """Return the functions of an apply."""
+        module = ir.Module()
+        Down(self.target, kind).write(_start(module, "down", _DOWN))
+        Outer(self.target, kind, None).write(_start(module, "outer", _OUTER))
+        apply.write_part(_start(module, "part", apply.PART, "f"), self.target)
+        apply.write_apply(_start(module, "apply", apply.ARGUMENTS, "f"))
+        made = self._compile(module, {"part": (apply.PART, "f"), "apply": (apply.ARGUMENTS, "f")})
+        part = ctypes.cast(made["part"], ctypes.c_void_p).value
+        assert part is not None
+        return Apply(made["apply"], part)
+
+    def _crew(self) -> Crew:
+        """Return the functions of threads that share a job out."""
+        functions = {
+            "share": ("pnp" + "n" * crew.JOB_WORDS, "f"),
+            "finish": ("pn", "f"),
+            "serve": ("pnnnn", "n"),
+        }
+        module = ir.Module()
+        crew.write_finish(_start(module, "finish", *functions["finish"]))
+        crew.write_share(_start(module, "share", *functions["share"]))
+        crew.write_serve(_start(module, "serve", *functions["serve"]))
+        return Crew(**self._compile(module, functions))
+
+    def _merge(self, right_kind: Kind, base_kind: Kind) -> Call:
+        """Return the function of a merge (app.kernels.outer), whose `base` and `out` are of a kind.
+
+        Its arguments are h, n, h_row, h_step, right, r, right_row, is_turned, m, panel, scratch,
+        factors, factor_step, base, base_row, out, out_row.
+        """
+        module = ir.Module()
+        Outer(self.target, right_kind, base_kind).write(_start(module, "outer", _OUTER))
+        return self._compile(module, {"outer": (_OUTER, "")})["outer"]
+
+    def _cast(self, from_kind: Kind, to_kind: Kind) -> Call:
+        """Return cast(array, out, n)."""
+        module = ir.Module()
+        write_cast(_start(module, "cast", "ppn"), self.target, from_kind, to_kind)
+        return self._compile(module, {"cast": ("ppn", "")})["cast"]
+
+    def _compile(
+        self, module: ir.Module, functions: Mapping[str, tuple[str, str]]
+    ) -> dict[str, Call]:
+        compiled = Compiled(str(module), self.target)
+        made: dict[str, Call] = {}
+        for name, (arguments, result) in functions.items():
+            prototype = ctypes.CFUNCTYPE(_TYPES[result][1], *(_TYPES[one][1] for one in arguments))
+            function = prototype(compiled.address(name))
+            function.compiled = compiled  # type: ignore[attr-defined]  # lives as long as it
+            made[name] = function
+        return made
+
+
+class Compiled:
+    """Functions in memory; they go when this goes."""
+
+    def __init__(self, text: str, target: Target) -> None:
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        module = llvm.parse_assembly(text)
+        machine = llvm.Target.from_default_triple().create_target_machine(
+            cpu=target.cpu, features=target.features, opt=2, jit=True
+        )
+        self._engine = llvm.create_mcjit_compiler(module, machine)
+        self._engine.finalize_object()
+
+    def address(self, name: str) -> int:
+        """Return where a function is."""
+        address: int = self._engine.get_function_address(name)
+        return address
+
+
+@lru_cache(maxsize=1)
+def kernels() -> Kernels:
+    """Return the functions for this machine."""
+    return Kernels(host())
+
+
+def _start(module: ir.Module, name: str, arguments: str, result: str = "") -> Code:
+    return Code(module, name, [_TYPES[one][0] for one in arguments], _TYPES[result][0])

@@ -1,0 +1,36 @@
+"""The CPU that code is made for."""
+
+import platform
+from functools import lru_cache
+from typing import NamedTuple
+
+import llvmlite.binding as llvm
+
+MACHINE = platform.machine().lower()
+
+
+class Target(NamedTuple):
+    """What code is made for."""
+
+    cpu: str
+    features: str
+    lanes: int
+    """float32 numbers in a vector register."""
+    sums: int
+    """Registers that a product may sum in: three quarters of all."""
+    has_half: bool
+    """Whether the CPU converts float16."""
+
+
+@lru_cache(maxsize=1)
+def host() -> Target:
+    """Return this machine."""
+    features = llvm.get_host_cpu_features()
+    cpu, names = llvm.get_host_cpu_name(), features.flatten()
+    if MACHINE not in ("x86_64", "amd64"):
+        return Target(cpu, names, lanes=4, sums=24, has_half=True)
+    if features.get("avx512f") and features.get("avx512vl"):
+        lanes, sums = 16, 24
+    else:
+        lanes, sums = (8 if features.get("avx2") else 4), 12
+    return Target(cpu, names, lanes, sums, has_half=bool(features.get("f16c")))
