@@ -8,6 +8,8 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from app.core.crew import MOST_THREADS
+
 _MIB, _GIB = 1 << 20, 1 << 30
 
 
@@ -78,6 +80,13 @@ class Settings(BaseSettings):
     max_rank: int = Field(1024, ge=1, description="highest rank of an adapter")
     max_concurrency: int = Field(
         64, ge=1, description="requests with bodies in progress; more get 503 with Retry-After"
+    )
+    apply_threads: int = Field(
+        1,
+        ge=1,
+        le=MOST_THREADS,
+        description="threads that share out each large apply, in each worker: answers come sooner, "
+        "but the threads look out for more work for a moment after each",
     )
     threads: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)),

@@ -1,6 +1,7 @@
 """A function that is being written: the little of a language that the kernels need."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -98,6 +99,11 @@ class Code:
             self._call("llvm.x86.sse2.pause", NOTHING, [])
         elif MACHINE in ("aarch64", "arm64"):
             self._call("llvm.aarch64.hint", NOTHING, [ir.Constant(I32, 1)])
+
+    def let_others_run(self) -> None:
+        """Give the core to whoever waits for it."""
+        if os.name == "posix":
+            self._call("sched_yield", I32, [])
 
     # Vectors
 

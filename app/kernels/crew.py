@@ -12,6 +12,8 @@ from app.kernels.code import FLOAT, I64, POINTER, Code, Value
 _TICKET, _DONE, _HALF_DONE, _SLEEPERS, _JOB = range(0, 5 * 128, 128)
 SHARED_BYTES = 6 * 128
 JOB_WORDS = 9
+_LOOKS = 1000
+"""Before a thread that waits gives way to others: some 30 µs."""
 
 
 def write_share(code: Code) -> None:
@@ -68,6 +70,9 @@ def write_serve(code: Code) -> None:
                 code.pause()
                 less = builder.sub(builder.load(left, typ=I64), one)
                 builder.store(less, left)
+                left_over = builder.srem(less, code.const(_LOOKS))
+                with builder.if_then(builder.icmp_signed("==", left_over, code.const(0))):
+                    code.let_others_run()
                 with builder.if_then(builder.icmp_signed("<", less, code.const(0))):
                     bit = builder.shl(one, part)
                     code.atomic("or", sleepers, bit)
@@ -87,13 +92,25 @@ def write_serve(code: Code) -> None:
 
 
 def wait_for(code: Code, pointer: Value, count: Value) -> None:
-    """Wait until the count there is reached."""
-    builder = code.builder
-    look, end = builder.append_basic_block(), builder.append_basic_block()
+    """Wait until the count there is reached, soon: others are at work on it."""
+    builder, none = code.builder, code.const(0)
+    look, wait, give_way, end = (builder.append_basic_block() for _ in range(4))
+    before = builder.block
     builder.branch(look)
     builder.position_at_end(look)
+    looks = builder.phi(I64)
+    looks.add_incoming(none, before)
+    builder.cbranch(builder.icmp_signed(">=", code.atomic_load(pointer), count), end, wait)
+    builder.position_at_end(wait)
     code.pause()
-    builder.cbranch(builder.icmp_signed(">=", code.atomic_load(pointer), count), end, look)
+    more = code.add(looks, code.const(1))
+    looks.add_incoming(more, wait)
+    builder.cbranch(builder.icmp_signed("<", more, code.const(_LOOKS)), look, give_way)
+    builder.position_at_end(give_way)
+    # Where there are more threads than cores, the one that is waited for may want this core.
+    code.let_others_run()
+    looks.add_incoming(none, give_way)
+    builder.branch(look)
     builder.position_at_end(end)
 
 
