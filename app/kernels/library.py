@@ -3,7 +3,7 @@
 import ctypes
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -17,7 +17,7 @@ from app.kernels.target import Target, host
 
 Call = Callable[..., float]
 
-_TYPES: dict[str, tuple[Type, type | None]] = {
+_TYPES: dict[str, tuple[Type, Any]] = {
     "p": (POINTER, ctypes.c_void_p),
     "n": (I64, ctypes.c_int64),
     "f": (FLOAT, ctypes.c_float),
@@ -32,15 +32,15 @@ class Apply(NamedTuple):
 
     alone: Call
     """With `apply.ARGUMENTS`; returns 0, or NaN where x A^T is not finite."""
-    part: int
-    """The address of the function that does a part of it."""
+    part: Call
+    """Does a part of it: `apply.PART`."""
 
 
 class Crew(NamedTuple):
     """The functions by which threads share out a job (app.kernels.crew)."""
 
     share: Call
-    """(shared, parts, function, ...): returns what part 0 does, or who sleeps."""
+    """(shared, parts, function, ...): returns what the function does for part 0, or who sleeps."""
     finish: Call
     """(shared, parts): returns that once those are woken."""
     serve: Call
@@ -65,9 +65,7 @@ class Kernels:
         apply.write_part(_start(module, "part", apply.PART, "f"), self.target)
         apply.write_apply(_start(module, "apply", apply.ARGUMENTS, "f"))
         made = self._compile(module, {"part": (apply.PART, "f"), "apply": (apply.ARGUMENTS, "f")})
-        part = ctypes.cast(made["part"], ctypes.c_void_p).value
-        assert part is not None
-        return Apply(made["apply"], part)
+        return Apply(made["apply"], made["part"])
 
     def _crew(self) -> Crew:
         """Return the functions of threads that share a job out."""
