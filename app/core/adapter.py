@@ -68,7 +68,7 @@ class LoraAdapter:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it was applied before: the first time reads a file."""
+        """Whether `operands` are at hand: the first time may make machine code and read a file."""
         return "operands" in self.__dict__
 
     def factors_of(self, rows: slice, columns: slice) -> tuple[Array, Floats]:
@@ -101,8 +101,8 @@ class LoraAdapter:
     def apply_checked(self, x: Floats, weight: float | Floats = 1.0) -> tuple[Floats, bool]:
         """Return what `apply` does, and whether x A^T is finite; the width is taken on trust.
 
-        What is not finite in x shows there (unless A has no numbers, or its only one is zero), and
-        so do finite numbers whose sums overflow.
+        What is not finite in x shows there unless A has no numbers, and so do finite numbers whose
+        sums overflow.
         """
         factors = self._factors(weight)
         batch = x if x.ndim == 2 else x[None]
@@ -154,6 +154,8 @@ class LoraAdapter:
                 expected=[self.d_out, self.d_in],
             )
         assert self.magnitude is None, "app.service.merge knows DoRA"
+        if not weights.flags.c_contiguous or not weights.flags.writeable:
+            raise ValueError("expected weights that are C-contiguous and may be written")
 
         def merge(first: int, last: int) -> None:
             rows = slice(first, last)

@@ -81,6 +81,7 @@ def all_finite(array: Array) -> bool:
 def _cast(array: Array, out: Array) -> None:
     kinds = kind_of(array.dtype), kind_of(out.dtype)
     is_whole = array.flags.c_contiguous and out.flags.c_contiguous
+    is_whole = is_whole and array.shape == out.shape and out.flags.writeable
     if None in kinds or kinds[0] == kinds[1] or not is_whole:
         with np.errstate(over="ignore"):
             np.copyto(out, array, casting="same_kind")

@@ -1,12 +1,13 @@
 """Threads that share out one apply.
 
-Work of 50 µs is not worth a wake-up, which takes as long: so they look out for more for a
+A wake-up takes as long as a small apply: so the threads look out for more for a fraction of a
 millisecond after each, as the threads of OpenMP do, and then sleep. By default there are none.
 """
 
 import os
 import threading
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -23,6 +24,8 @@ class Crew:
     """So many threads, of which the caller is one; the others start with the first job."""
 
     def __init__(self, threads: int = 1) -> None:
+        if not 1 <= threads <= MOST_THREADS:
+            raise ValueError(f"expected 1 to {MOST_THREADS} threads, got {threads}")
         self.threads = threads
         self._lock = threading.Lock()
         self._wakes: list[threading.Lock] = []
@@ -30,40 +33,53 @@ class Crew:
         self._room, self._shared = room, -(-address_of(room) // 128) * 128
 
     def apply(self, functions: Apply, job: Sequence[int]) -> float:
-        """Do an apply with all threads, or alone where they are busy with another.
+        """Do an apply with all threads, or alone where they are busy or cannot be had.
 
         `job` is what app.kernels.apply.ARGUMENTS says.
         """
-        if not self._lock.acquire(blocking=False):
+        if self.threads == 1 or not self._lock.acquire(blocking=False):
             return functions.alone(*job)
         try:
-            if not self._wakes:
-                self._start()
-            crew = kernels().crew()
-            result = crew.share(self._shared, self.threads, functions.part, *job)
+            if not self._wakes and not self._start():
+                return functions.alone(*job)
+            made = kernels().crew()
+            # 0, or NaN where x A^T is not finite; above 0 nothing is done yet and helpers sleep.
+            result = made.share(self._shared, self.threads, functions.part, *job)
             if result > 0:
-                sleepers = int(result)
-                for part, wake in enumerate(self._wakes, 1):
-                    if sleepers >> part & 1:
-                        wake.release()
-                result = crew.finish(self._shared, self.threads)
+                try:
+                    self._wake(int(result))
+                finally:  # whatever comes between, those who are awake wait for the first part
+                    result = made.finish(self._shared, self.threads)
             return result
         finally:
             self._lock.release()
 
-    def _start(self) -> None:
-        for part in range(1, self.threads):
-            wake = threading.Lock()
-            wake.acquire()
-            self._wakes.append(wake)
-            arguments = part, wake
-            threading.Thread(target=self._serve, args=arguments, name="crew", daemon=True).start()
+    def _wake(self, sleepers: int) -> None:
+        for part, wake in enumerate(self._wakes, 1):
+            if sleepers >> part & 1:
+                wake.release()
 
-    def _serve(self, part: int, wake: threading.Lock) -> None:
+    def _start(self) -> bool:
+        """Start the helpers; where not all can be started, have none."""
+        kernels().crew()  # made now, so that no helper can fail to
+        wakes = [threading.Lock() for _ in range(1, self.threads)]
+        for wake in wakes:
+            wake.acquire()
+        try:
+            for part, wake in enumerate(wakes, 1):
+                target = partial(self._serve, part, self.threads, wake)
+                threading.Thread(target=target, name="crew", daemon=True).start()
+        except RuntimeError:  # no room for a thread: those that run find nothing to do, and sleep
+            self.threads = 1
+            return False
+        self._wakes = wakes
+        return True
+
+    def _serve(self, part: int, threads: int, wake: threading.Lock) -> None:
         """Do one part of each job, until the process ends."""
         serve, seen = kernels().crew().serve, 0
         while True:
-            seen = int(serve(self._shared, part, self.threads, seen, _PATIENCE))
+            seen = int(serve(self._shared, part, threads, seen, _PATIENCE))
             wake.acquire()
 
 
@@ -76,7 +92,10 @@ def crew() -> Crew:
 
 
 def set_threads(threads: int) -> None:
-    """Have so many threads share out each large apply in this process (1: none)."""
+    """Have so many threads share out each large apply in this process (1: none).
+
+    For the start of a process: threads of an earlier number stay, asleep.
+    """
     global _crew  # noqa: PLW0603 - a process has one
     if threads != _crew.threads:
         _crew = Crew(threads)

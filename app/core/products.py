@@ -18,6 +18,8 @@ _APPLY_PANEL_VALUES = 1 << 13
 _MERGE_PANEL_VALUES = 1 << 16
 """Of A, for merges: in the second-level cache, so that W is gone through in long stretches."""
 _LEAST_COLUMNS = 128
+_LINE = 64
+_LEAST_SCRATCH, _KEPT_SCRATCH = 1 << 16, 1 << 22
 _SHARED_OPERATIONS = 1_200_000
 """Multiply-adds from which an apply is shared out, about 30 µs (benchmarks/apply.py)."""
 _ROWS_OF_READING = 5
@@ -67,6 +69,7 @@ class Operands(NamedTuple):
         (rank, d_in), d_out = a_matrix.shape, len(b_matrix)
         columns = _panel(rank, _APPLY_PANEL_VALUES)
         numbers = (a.address, rank, a.row_bytes, d_in, b.address, b.row_bytes, d_out, columns)
+        kernels().apply(a.kind)  # made now: who asks for operands waits for it, not who applies
         table = np.array(numbers, np.int64)
         return cls(a, b, columns, table, address_of(table))
 
@@ -76,15 +79,18 @@ def multiply(x: Floats, operands: Operands, factors: Floats) -> tuple[Floats, bo
 
     `factors` is one float32 number (1,) or one per row (n,).
     """
-    if x.shape[1] > 1 and x.strides[1] != x.itemsize:
-        x = np.ascontiguousarray(x)
+    if x.dtype != FLOAT32 or (x.shape[1] > 1 and x.strides[1] != x.itemsize):
+        x = np.ascontiguousarray(x, FLOAT32)
     rows, rank, d_out = len(x), len(operands.a.matrix), len(operands.b.matrix)
+    if len(factors) not in (1, rows):
+        raise ValueError(f"expected one weight, or one for each of {rows} rows; got {len(factors)}")
     outputs = np.empty((rows, d_out), FLOAT32)
     functions = kernels().apply(operands.a.kind)
     step = part_scratch(rows, rank, operands.columns)
     is_shared = rank * (x.shape[1] + d_out) * (rows + _ROWS_OF_READING) > _SHARED_OPERATIONS
     helpers = crew()
     threads = helpers.threads if is_shared else 1
+    scratch, held = _scratch(hidden_scratch(rows, rank) + threads * step)
     job = (
         operands.address,
         address_of(x),
@@ -92,11 +98,12 @@ def multiply(x: Floats, operands: Operands, factors: Floats) -> tuple[Floats, bo
         x.strides[0],
         address_of(factors),
         0 if len(factors) == 1 else 4,
-        _scratch(hidden_scratch(rows, rank) + threads * step),
+        scratch,
         step,
         address_of(outputs),
     )
     check = functions.alone(*job) if threads == 1 else helpers.apply(functions, job)
+    del held
     return outputs, check == 0
 
 
@@ -105,6 +112,7 @@ def add_product(base: Array, left: Floats, right: Array, factor: float, *, out: 
 
     `base` and `out` have one dtype that is multiplied here; the sum is float32, rounded once.
     """
+    _check_merge(base, left, right, out)
     is_turned = right.shape[1] > 1 and right.strides[1] != right.itemsize
     source = operand(right.T if is_turned else right)
     rows, rank = left.shape
@@ -112,7 +120,9 @@ def add_product(base: Array, left: Floats, right: Array, factor: float, *, out: 
     panel = min(_panel(rank, _MERGE_PANEL_VALUES), max(1, columns))
     base_kind = kind_of(base.dtype)
     assert base_kind is not None
-    factors = np.array([factor], FLOAT32)
+    with np.errstate(over="ignore"):
+        factors = np.array([factor], FLOAT32)
+    scratch, held = _scratch(outer_scratch(rank, panel))
     kernels().merge(source.kind, base_kind)(
         address_of(left),
         rows,
@@ -124,7 +134,7 @@ def add_product(base: Array, left: Floats, right: Array, factor: float, *, out: 
         int(is_turned),
         columns,
         panel,
-        _scratch(outer_scratch(rank, panel)),
+        scratch,
         address_of(factors),
         0,
         address_of(base),
@@ -132,6 +142,27 @@ def add_product(base: Array, left: Floats, right: Array, factor: float, *, out: 
         address_of(out),
         out.strides[0],
     )
+    del held
+
+
+def _check_merge(base: Array, left: Floats, right: Array, out: Array) -> None:
+    """Raise ValueError for what the kernel cannot see: it is given addresses."""
+    shape = (left.shape[0], right.shape[1])
+    if not base.shape == out.shape == shape or left.shape[1] != right.shape[0]:
+        raise ValueError(
+            f"expected shapes (n, m), (n, r), (r, m), (n, m); "
+            f"got {base.shape}, {left.shape}, {right.shape}, {out.shape}"
+        )
+    if base.dtype != out.dtype or left.dtype != FLOAT32:
+        raise ValueError(
+            f"expected one dtype for base and out and float32 for the left factor; "
+            f"got {base.dtype}, {out.dtype}, {left.dtype}"
+        )
+    for one in (base, out):
+        if one.shape[1] > 1 and one.strides[1] != one.itemsize:
+            raise ValueError("expected each row of base and out in one piece")
+    if not out.flags.writeable:
+        raise ValueError("expected an out that may be written")
 
 
 def _panel(rank: int, values: int) -> int:
@@ -143,13 +174,14 @@ def _panel(rank: int, values: int) -> int:
 _local = threading.local()
 
 
-def _scratch(size: int) -> int:
-    """Return the address of so many bytes of this thread's, its own until it asks again.
+def _scratch(size: int) -> tuple[int, Array]:
+    """Return the address of so many bytes, at the start of a cache line, and what holds them.
 
-    They begin with a cache line.
+    They are this thread's until it asks again. Much is not kept.
     """
-    if size > getattr(_local, "size", -1):
-        _local.room = np.empty(size + 64, np.uint8)
-        _local.size, _local.address = size, -(-address_of(_local.room) // 64) * 64
-    address: int = _local.address
-    return address
+    room: Array | None = getattr(_local, "room", None)
+    if room is None or len(room) < size + _LINE:
+        room = np.empty(max(size, _LEAST_SCRATCH) + _LINE, np.uint8)
+        if size <= _KEPT_SCRATCH:
+            _local.room = room
+    return -(-address_of(room) // _LINE) * _LINE, room

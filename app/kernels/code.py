@@ -59,7 +59,7 @@ class Code:
         return self.builder.select(self.builder.icmp_signed("<", one, other), one, other)
 
     def down_to(self, count: Value, multiple: int) -> Value:
-        """Return the largest multiple (of a power of two, or not) up to a count."""
+        """Return the largest multiple up to a count."""
         return self.builder.sub(count, self.builder.srem(count, self.const(multiple)))
 
     # Memory

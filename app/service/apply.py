@@ -11,7 +11,7 @@ import numpy as np
 from app.checkpoints.bases import BaseFolder
 from app.core.adapter import LoraAdapter
 from app.core.batch import Rows, Segment, apply_segments, rows_of
-from app.core.cast import FLOAT32, Floats, count_rows
+from app.core.cast import Floats, count_rows
 from app.errors import (
     DoraNeedsBaseError,
     InvalidRequestError,
@@ -67,9 +67,7 @@ def shares_of(stacks: Sequence[Stack], scale: float, read: Read) -> list[Share]:
             "no row names a set, so the width of the outputs is unknown; name at least one",
             field="sets",
         )
-    return [
-        Share(read(name), np.array(weights[name], FLOAT32), rows_of(rows[name])) for name in rows
-    ]
+    return [Share(read(name), np.array(weights[name]), rows_of(rows[name])) for name in rows]
 
 
 def stacked_shares(stored: StoredSet, stack: Stack, scale: float, read: Read) -> list[Share]:
