@@ -85,8 +85,8 @@ class Settings(BaseSettings):
         1,
         ge=1,
         le=MOST_THREADS,
-        description="threads that share out each large apply, in each worker: answers come sooner, "
-        "but the threads look out for more work for a moment after each",
+        description="threads that share out each large apply, in each worker, 1 to 16: it is done "
+        "sooner, but they look out for more work for a moment after each",
     )
     threads: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)),

@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-# Requests are what runs in parallel here, so each product takes one thread. OpenBLAS reads this
-# when NumPy is first imported.
+# Requests are what runs in parallel here, so what NumPy multiplies (statistics) takes one thread.
+# OpenBLAS reads this when NumPy is first imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from app.cli import client, serve

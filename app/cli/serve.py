@@ -23,6 +23,7 @@ from uvicorn.supervisors import Multiprocess
 from app.api.direct import DirectConnection
 from app.cli.logs import configure_logging
 from app.core.crew import set_threads
+from app.kernels.target import may_run_new_code
 from app.settings import Settings
 from app.storage.store import SetStore
 
@@ -73,6 +74,12 @@ def run(arguments: argparse.Namespace) -> int:
     configure_logging(settings.log_level, settings.log_format)
     _warn_of_unknown_variables()
     _raise_file_limit()
+    if not may_run_new_code():
+        _complain(
+            "this system forbids memory to become executable, and products are computed by machine "
+            "code that is made here; allow it (systemd: MemoryDenyWriteExecute=no)"
+        )
+        return 2
     try:
         listener = _listen(settings.host, settings.port)
     except OSError as error:
@@ -88,6 +95,11 @@ def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAP
     """Return the application, in this process or in a worker of the process `supervisor`."""
     configure_logging(settings.log_level, settings.log_format)
     _keep_freed_memory()
+    if settings.apply_threads * settings.workers > (os.cpu_count() or 1):
+        _log.warning(
+            "apply_threads times workers is more than the %s cores: applies wait for each other",
+            os.cpu_count(),
+        )
     set_threads(settings.apply_threads)
     if supervisor is not None:
         _end_with(supervisor)

@@ -87,14 +87,16 @@ class Outer:
     def _turn(self, first: Value, last: Value) -> None:
         """Widen columns of R that lie as rows (m, r), as those of B do."""
         code, lanes = self.code, self.target.lanes
-        side = min(8, lanes)
         whole = code.add(first, code.down_to(code.builder.sub(last, first), lanes))
-        deep = code.down_to(self.r, side)
         with code.loop(first, whole, lanes) as j:
-            with code.loop(code.const(0), deep, side) as k:
-                self._turn_square(j.counter, k.counter, first, side)
+            start = code.const(0)
+            for side in (8, 4) if lanes >= 8 else (4,):
+                end = code.add(start, code.down_to(code.builder.sub(self.r, start), side))
+                with code.loop(start, end, side) as k:
+                    self._turn_square(j.counter, k.counter, first, side)
+                start = end
             with (
-                code.loop(deep, self.r, 1) as k,
+                code.loop(start, self.r, 1) as k,
                 code.loop(code.const(0), code.const(lanes), 1) as i,
             ):
                 self._turn_one(code.add(j.counter, i.counter), k.counter, first)

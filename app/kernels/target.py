@@ -1,5 +1,8 @@
 """The CPU that code is made for."""
 
+import ctypes
+import mmap
+import os
 import platform
 from functools import lru_cache
 from typing import NamedTuple
@@ -34,3 +37,21 @@ def host() -> Target:
     else:
         lanes, sums = (8 if features.get("avx2") else 4), 12
     return Target(cpu, names, lanes, sums, has_half=bool(features.get("f16c")))
+
+
+def may_run_new_code() -> bool:
+    """Return whether memory that was written may be executed: a hardened system can forbid it."""
+    if os.name != "posix":
+        return True
+    with mmap.mmap(-1, mmap.PAGESIZE) as page:
+        first = ctypes.c_char.from_buffer(page)
+        place = ctypes.c_void_p(ctypes.addressof(first))
+        mprotect = ctypes.CDLL(None).mprotect
+        allowed: bool = mprotect(place, mmap.PAGESIZE, _READ | _EXECUTE) == 0
+        if allowed:
+            mprotect(place, mmap.PAGESIZE, _READ | _WRITE)
+        del first
+        return allowed
+
+
+_READ, _WRITE, _EXECUTE = 1, 2, 4

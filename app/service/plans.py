@@ -151,11 +151,11 @@ def make_plan(
 ) -> Plan | None:
     """Return the plan of a request that was just answered behind `head`; None where there is none.
 
-    There is none for DoRA and for empty batches. Nor where A has at most one number: a product
-    with that need not show what is not finite.
+    There is none for DoRA and for empty batches. Nor where A has no numbers: a product with
+    that does not show what is not finite.
     """
     adapters = [get_adapter(stored, step.module) for step in steps]
-    if any(one.magnitude is not None or one.a_matrix.size <= 1 for one in adapters):
+    if any(one.magnitude is not None or one.a_matrix.size == 0 for one in adapters):
         return None
     if any(0 in one.shape for one in sources):
         return None

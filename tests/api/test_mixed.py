@@ -162,6 +162,17 @@ def test_scale_weighs_everything_that_is_added(several, rng, scale):
     assert reference.relative_error(got, scale * alone["plain"].astype(float)) < 1e-6
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.1, -2.7])
+def test_a_row_is_the_same_to_the_bit_by_every_route(several, rng, scale):
+    x = rng.standard_normal((3, 64)).astype(np.float32)
+    alone = deltas(several, x, scale)
+    got = decoded(mixed_binary(several, ["large", "small", "large"], x, scale=scale))["outputs"]
+    for row, name in enumerate(["large", "small", "large"]):
+        assert np.array_equal(got[row], alone[name][row])
+        one = deltas(several, x[row : row + 1], scale)[name]
+        assert np.array_equal(one[0], alone[name][row])
+
+
 @pytest.mark.parametrize("scale", ["nan", "inf", "1e7", "x", ""])
 def test_scales_that_are_refused(several, scale):
     body = {"inputs": [0.0] * 64}

@@ -286,7 +286,7 @@ def test_an_input_in_shared_memory_is_read_once(settings, runs, monkeypatch):
 
 @pytest.mark.parametrize(("rank", "width"), [(0, 4), (1, 1)])
 def test_what_hides_numbers_that_are_not_finite(client, runs, rank, width):
-    """An A with no numbers, or the one number 0, which BLAS skips."""
+    """An A with no numbers, or the one number 0."""
     client.post("/v1/sets", json={"name": "s"})
     tensors = {
         "lora_A": np.zeros((rank, width), np.float32),

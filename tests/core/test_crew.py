@@ -46,6 +46,58 @@ def alone(one, x):
         crew._crew = kept
 
 
+def test_all_threads_take_part(shared):
+    adapter(64, 64, 16).apply(vectors(4, 64))
+    assert len(shared._wakes) == shared.threads - 1
+    tickets = np.ndarray(1, np.int64, shared._room.data, shared._shared - shared._room.ctypes.data)
+    assert tickets[0] == 1
+
+
+def test_small_applies_are_not_shared_out(monkeypatch):
+    made = Crew(2)
+    monkeypatch.setattr(crew, "_crew", made)
+    adapter(64, 64, 16).apply(vectors(4, 64))
+    assert not made._wakes
+    adapter(4096, 4096, 16).apply(vectors(32, 4096))
+    assert len(made._wakes) == 1
+
+
+def test_without_room_for_threads_it_works_alone(shared, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    one, x = adapter(64, 64, 16), vectors(4, 64)
+    expected = alone(one, x)
+    for _ in range(3):
+        assert np.array_equal(one.apply(x), expected)
+    assert shared.threads == 1
+
+
+def test_an_interrupt_while_threads_are_woken_leaves_nobody_waiting(shared, monkeypatch):
+    monkeypatch.setattr(crew, "_PATIENCE", 0)
+    one, x = adapter(64, 64, 16), vectors(4, 64)
+    expected = one.apply(x)
+    time.sleep(0.05)  # they sleep
+    wake = shared._wake
+
+    def interrupted(sleepers):
+        wake(sleepers)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shared, "_wake", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        one.apply(x)
+    monkeypatch.setattr(shared, "_wake", wake)
+    assert np.array_equal(one.apply(x), expected)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 17])
+def test_wrong_numbers_of_threads(threads):
+    with pytest.raises(ValueError, match="expected 1 to 16 threads"):
+        Crew(threads)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_same_to_the_bit(shared, shape):
     one = adapter(*shape)
@@ -57,9 +109,10 @@ def test_the_same_to_the_bit(shared, shape):
     assert not one.apply_checked(np.full((3, shape[0]), np.nan, np.float32))[1] or shape[2] == 0
 
 
-def test_threads_sleep_and_are_woken(shared, monkeypatch):
-    """With no patience at all they sleep at once: each job finds some asleep, some falling so."""
-    monkeypatch.setattr(crew, "_PATIENCE", 0)
+@pytest.mark.parametrize("patience", [0, 50, 300])
+def test_threads_sleep_and_are_woken(shared, monkeypatch, patience):
+    """With little patience each job finds some awake, some asleep, and some falling so."""
+    monkeypatch.setattr(crew, "_PATIENCE", patience)
     one, x = adapter(64, 64, 16), vectors(4, 64)
     expected = alone(one, x)
     for number in range(3000):

@@ -22,7 +22,15 @@ PRETENDED = [
 ]
 DTYPES = [np.dtype(one) for one in (np.float32, np.float16, ml_dtypes.bfloat16)]
 # d_in, d_out, rank: with and without rests of vectors, of squares, of stretches.
-SHAPES = [(48, 32, 4), (4096, 512, 8), (1030, 2100, 17), (2048, 300, 64), (1, 1, 1), (7, 5, 0)]
+SHAPES = [
+    (48, 32, 4),
+    (64, 200, 12),
+    (4096, 512, 8),
+    (1030, 2100, 17),
+    (2048, 300, 64),
+    (1, 1, 1),
+    (7, 5, 0),
+]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 32]
 
 
@@ -186,3 +194,41 @@ def test_a_batch_of_no_rows():
     nothing, factors = np.empty((0, 16), np.float32), np.ones(1, np.float32)
     outputs, is_finite = multiply(nothing, Operands.of(*matrices(16, 8, 4)), factors)
     assert (outputs.shape, is_finite) == ((0, 8), True)
+
+
+def test_inputs_of_other_dtypes_are_cast():
+    one = LoraAdapter(LoraConfig(rank=4), *matrices(16, 8, 4), 2.0)
+    x = np.arange(48).reshape(3, 16)
+    expected = one.apply(x.astype(np.float32))
+    for dtype in (np.int64, np.float64, np.float16, ">f4"):
+        assert np.array_equal(one.apply(x.astype(dtype)), expected)
+
+
+def test_what_the_kernels_cannot_see_is_refused():
+    one = LoraAdapter(LoraConfig(rank=4), *matrices(16, 8, 4), 2.0)
+    with pytest.raises(ValueError, match="one for each of 5 rows; got 3"):
+        one.apply(np.ones((5, 16), np.float32), np.ones(3, np.float32))
+    weights = np.zeros((8, 16), np.float32)
+    for wrong in (np.asfortranarray(weights), np.broadcast_to(np.float32(0), (8, 16))):
+        with pytest.raises(ValueError, match="C-contiguous"):
+            one.merge_into_weights(wrong)
+    left, right = one.b_matrix, one.a_matrix
+    frozen = weights.copy()
+    frozen.flags.writeable = False
+    for base, first, second, out in (
+        (weights, left, right, frozen),
+        (weights, left, right, np.zeros((8, 17), np.float32)),
+        (weights, left[:, :3], right, weights),
+        (weights, left.astype(np.float64), right, weights),
+        (weights, left, right, np.zeros((8, 16), np.float16)),
+        (np.asfortranarray(weights), left, right, weights),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            add_product(base, first, second, 1.0, out=out)
+    assert not weights.any()
+
+
+def test_much_scratch_is_not_kept():
+    one = LoraAdapter(LoraConfig(rank=64), *matrices(8, 8, 64), 2.0)
+    one.apply(np.ones((40_000, 8), np.float32))
+    assert len(products._local.room) <= products._KEPT_SCRATCH + 64

@@ -113,12 +113,27 @@ def test_a_flag_beats_the_variable_and_memory_goes_with_the_process(tmp_path):
         (["--port", "70000"], "port"),
         (["--max-rows", "0"], "max_rows"),
         (["--log-format", "xml"], "log_format"),
-        (["--store", "/proc/nothing"], "store"),
+        (["--store", "/proc/nothing", "--port", "0"], "store"),
+        (["--apply-threads", "17"], "apply_threads"),
     ],
 )
 def test_wrong_settings_are_named(flags, word, capsys):
     assert main(["serve", *flags]) == 2
     assert word in capsys.readouterr().err.replace("-", "_")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a switch of Linux 6.3")
+def test_where_memory_may_not_become_executable_it_says_so(tmp_path):
+    start = (
+        "import ctypes, sys; from app.cli.main import main;"
+        "sys.exit(77 if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) else"
+        f" main(['serve', '--port', '0', '--store', {str(tmp_path)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=60)
+    if done.returncode == 77:
+        pytest.skip("this kernel has no such switch")
+    assert done.returncode == 2
+    assert "forbids memory to become executable" in done.stderr
 
 
 def test_help_names_every_setting(capsys):
