@@ -80,6 +80,9 @@ def run(arguments: argparse.Namespace) -> int:
             "code that is made here; allow it (systemd: MemoryDenyWriteExecute=no)"
         )
         return 2
+    cores = len(os.sched_getaffinity(0))
+    if settings.apply_threads > 1 and settings.apply_threads * settings.workers > cores:
+        _log.warning("apply_threads times workers is over %s cores: applies will wait", cores)
     try:
         listener = _listen(settings.host, settings.port)
     except OSError as error:
@@ -95,11 +98,6 @@ def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAP
     """Return the application, in this process or in a worker of the process `supervisor`."""
     configure_logging(settings.log_level, settings.log_format)
     _keep_freed_memory()
-    if settings.apply_threads * settings.workers > (os.cpu_count() or 1):
-        _log.warning(
-            "apply_threads times workers is more than the %s cores: applies wait for each other",
-            os.cpu_count(),
-        )
     set_threads(settings.apply_threads)
     if supervisor is not None:
         _end_with(supervisor)

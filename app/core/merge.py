@@ -12,6 +12,7 @@ from app.core.products import add_product
 BLOCK_VALUES = 1 << 19
 """Values of W in a block that goes from one thread to another: 2 MiB of float32, measured by
 benchmarks/merged.py. Smaller blocks cost more hand-overs."""
+
 Block = tuple[slice, slice]
 """Rows and columns of W that lie together in memory: whole rows, or a piece of one row."""
 

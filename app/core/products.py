@@ -53,8 +53,8 @@ class Operands(NamedTuple):
 
     a: Operand
     b: Operand
-    columns: int
-    """Of B, turned at a time."""
+    panel: int
+    """Rows of B, columns of the outputs, that are turned at a time."""
     table: npt.NDArray[np.int64]
     """All that the kernel has to know of them."""
     address: int
@@ -67,11 +67,11 @@ class Operands(NamedTuple):
         if a.kind != b.kind:
             a, b = operand(to_float32(a_matrix)), operand(to_float32(b_matrix))
         (rank, d_in), d_out = a_matrix.shape, len(b_matrix)
-        columns = _panel(rank, _APPLY_PANEL_VALUES)
-        numbers = (a.address, rank, a.row_bytes, d_in, b.address, b.row_bytes, d_out, columns)
+        panel = _panel(rank, _APPLY_PANEL_VALUES)
+        numbers = (a.address, rank, a.row_bytes, d_in, b.address, b.row_bytes, d_out, panel)
         kernels().apply(a.kind)  # made now: who asks for operands waits for it, not who applies
         table = np.array(numbers, np.int64)
-        return cls(a, b, columns, table, address_of(table))
+        return cls(a, b, panel, table, address_of(table))
 
 
 def multiply(x: Floats, operands: Operands, factors: Floats) -> tuple[Floats, bool]:
@@ -86,7 +86,7 @@ def multiply(x: Floats, operands: Operands, factors: Floats) -> tuple[Floats, bo
         raise ValueError(f"expected one weight, or one for each of {rows} rows; got {len(factors)}")
     outputs = np.empty((rows, d_out), FLOAT32)
     functions = kernels().apply(operands.a.kind)
-    step = part_scratch(rows, rank, operands.columns)
+    step = part_scratch(rows, rank, operands.panel)
     is_shared = rank * (x.shape[1] + d_out) * (rows + _ROWS_OF_READING) > _SHARED_OPERATIONS
     helpers = crew()
     threads = helpers.threads if is_shared else 1

@@ -3,11 +3,12 @@
 from llvmlite import ir
 
 from app.kernels.code import FLOAT, I64, POINTER, Code, Value, vector, zero
-from app.kernels.crew import wait_for
+from app.kernels.crew import JOB_WORDS, wait_for
 from app.kernels.down import down_scratch
 from app.kernels.numbers import add_lanes
 from app.kernels.outer import outer_scratch
 from app.kernels.target import Target
+from app.kernels.tiles import HEIGHTS
 
 ARGUMENTS = "ppnnpnpnp"
 """operands, x, n, x_row, factors, factor_step, scratch, scratch_step, out. `operands` are eight
@@ -16,7 +17,9 @@ i64: a, r, a_row, d_in, b, b_row, d_out, panel. Row i has its factor at factors 
 PART = ARGUMENTS + "nnp"
 """And part, parts, and a count of the parts that are done with x A^T (app.kernels.crew)."""
 
-_RANKS, _ROWS, _COLUMNS = 8, 6, 64
+assert len(ARGUMENTS) == JOB_WORDS
+
+_RANKS, _ROWS, _COLUMNS = 8, HEIGHTS[0], 64
 """What is not cut through when work is shared out: tiles."""
 
 

@@ -13,7 +13,7 @@ _TICKET, _DONE, _HALF_DONE, _SLEEPERS, _JOB = range(0, 5 * 128, 128)
 SHARED_BYTES = 6 * 128
 JOB_WORDS = 9
 _LOOKS = 1000
-"""Before a thread that waits gives way to others: some 30 µs."""
+"""Before a thread that waits gives way to others: 10 µs or so."""
 
 
 def write_share(code: Code) -> None:

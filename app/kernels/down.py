@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from app.kernels.code import FLOAT, I64, Code, Value, vector, zero
-from app.kernels.numbers import Kind, add_lanes, load_wide, size_of, write_widening
+from app.kernels.numbers import Kind, add_lanes, load_wide, size_of, write_copy
 from app.kernels.target import Target
 from app.kernels.tiles import HEIGHTS, widest
 
@@ -15,6 +15,8 @@ MANY_RANKS = 16
 """From so many on, rows of x are."""
 COPIED_ROW = 4 * DEPTH + 64
 """Bytes: not a power of two, so that rows do not meet in the same sets of the cache."""
+ARGUMENTS = "pnnpnnnpnp"
+"""x, n, x_row, a, r, a_row, k, out, out_row, scratch (`down_scratch`)."""
 
 
 def down_scratch(n: int, r: int) -> int:
@@ -98,7 +100,7 @@ class Down:
         )
 
     def _copy(self, source: Value, kind: Kind, target: Value, length: Value) -> None:
-        write_widening(self.code, self.target.lanes, source, kind, target, length)
+        write_copy(self.code, self.target.lanes, source, kind, target, "f32", length)
 
     def _rows(
         self,

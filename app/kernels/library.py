@@ -8,11 +8,9 @@ from typing import Any, NamedTuple
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from app.kernels import apply, crew
+from app.kernels import apply, crew, down, outer
 from app.kernels.code import FLOAT, I64, NOTHING, POINTER, Code, Type
-from app.kernels.down import Down
 from app.kernels.numbers import Kind, write_cast
-from app.kernels.outer import Outer
 from app.kernels.target import Target, host
 
 Call = Callable[..., float]
@@ -23,8 +21,6 @@ _TYPES: dict[str, tuple[Type, Any]] = {
     "f": (FLOAT, ctypes.c_float),
     "": (NOTHING, None),
 }
-_DOWN = "pnnpnnnpnp"
-_OUTER = "pnnnpnnnnnppnpnpn"
 
 
 class Apply(NamedTuple):
@@ -36,7 +32,7 @@ class Apply(NamedTuple):
     """Does a part of it: `apply.PART`."""
 
 
-class Crew(NamedTuple):
+class CrewFunctions(NamedTuple):
     """The functions by which threads share out a job (app.kernels.crew)."""
 
     share: Call
@@ -60,14 +56,14 @@ class Kernels:
     def _apply(self, kind: Kind) -> Apply:
         """Return the functions of an apply."""
         module = ir.Module()
-        Down(self.target, kind).write(_start(module, "down", _DOWN))
-        Outer(self.target, kind, None).write(_start(module, "outer", _OUTER))
+        down.Down(self.target, kind).write(_start(module, "down", down.ARGUMENTS))
+        outer.Outer(self.target, kind, None).write(_start(module, "outer", outer.ARGUMENTS))
         apply.write_part(_start(module, "part", apply.PART, "f"), self.target)
         apply.write_apply(_start(module, "apply", apply.ARGUMENTS, "f"))
         made = self._compile(module, {"part": (apply.PART, "f"), "apply": (apply.ARGUMENTS, "f")})
         return Apply(made["apply"], made["part"])
 
-    def _crew(self) -> Crew:
+    def _crew(self) -> CrewFunctions:
         """Return the functions of threads that share a job out."""
         functions = {
             "share": ("pnp" + "n" * crew.JOB_WORDS, "f"),
@@ -78,17 +74,15 @@ class Kernels:
         crew.write_finish(_start(module, "finish", *functions["finish"]))
         crew.write_share(_start(module, "share", *functions["share"]))
         crew.write_serve(_start(module, "serve", *functions["serve"]))
-        return Crew(**self._compile(module, functions))
+        return CrewFunctions(**self._compile(module, functions))
 
     def _merge(self, right_kind: Kind, base_kind: Kind) -> Call:
-        """Return the function of a merge (app.kernels.outer), whose `base` and `out` are of a kind.
-
-        Its arguments are h, n, h_row, h_step, right, r, right_row, is_turned, m, panel, scratch,
-        factors, factor_step, base, base_row, out, out_row.
-        """
+        """Return the function of a merge: `outer.ARGUMENTS`, `base` and `out` of one kind."""
         module = ir.Module()
-        Outer(self.target, right_kind, base_kind).write(_start(module, "outer", _OUTER))
-        return self._compile(module, {"outer": (_OUTER, "")})["outer"]
+        outer.Outer(self.target, right_kind, base_kind).write(
+            _start(module, "outer", outer.ARGUMENTS)
+        )
+        return self._compile(module, {"outer": (outer.ARGUMENTS, "")})["outer"]
 
     def _cast(self, from_kind: Kind, to_kind: Kind) -> Call:
         """Return cast(array, out, n)."""

@@ -87,27 +87,27 @@ def add_lanes(code: Code, vectors: Sequence[Value], lanes: int) -> Value:
     return code.shuffle(vectors[0], vectors[0], range(count))
 
 
-def write_widening(
-    code: Code, lanes: int, source: Value, kind: Kind, target: Value, count: Value
+def write_copy(
+    code: Code,
+    lanes: int,
+    source: Value,
+    from_kind: Kind,
+    target: Value,
+    to_kind: Kind,
+    count: Value,
 ) -> None:
-    """Write a copy of numbers that lie together, to float32."""
+    """Write a copy of numbers that lie together, to numbers of another kind."""
     whole = code.down_to(count, lanes)
     for start, stop, step in ((code.const(0), whole, lanes), (whole, count, 1)):
         with code.loop(start, stop, step) as loop:
-            place = code.at(source, code.times(loop.counter, size_of(kind)))
-            value = load_wide(code, place, kind, step)
-            code.store(value, code.at(target, code.times(loop.counter, 4)))
+            place = code.at(source, code.times(loop.counter, size_of(from_kind)))
+            value = load_wide(code, place, from_kind, step)
+            place = code.at(target, code.times(loop.counter, size_of(to_kind)))
+            store_narrow(code, value, place, to_kind)
 
 
 def write_cast(code: Code, target: Target, from_kind: Kind, to_kind: Kind) -> None:
-    """Write a cast of numbers that lie together."""
+    """Write a cast of numbers that lie together: array, out, n."""
     array, out, count = code.arguments
-    wide = code.down_to(count, target.lanes)
-    for start, stop, step in ((code.const(0), wide, target.lanes), (wide, count, 1)):
-        with code.loop(start, stop, step) as loop:
-            place = code.at(array, code.times(loop.counter, size_of(from_kind)))
-            value = load_wide(code, place, from_kind, step)
-            store_narrow(
-                code, value, code.at(out, code.times(loop.counter, size_of(to_kind))), to_kind
-            )
+    write_copy(code, target.lanes, array, from_kind, out, to_kind, count)
     code.end()

@@ -1,14 +1,19 @@
 """base + factor * H R, (n, r) and (r, m) -> (n, m), where R may be stored turned, as B is."""
 
 from app.kernels.code import FLOAT, Code, Value, vector, zero
-from app.kernels.numbers import Kind, load_wide, size_of, store_narrow, write_widening
+from app.kernels.numbers import Kind, load_wide, size_of, store_narrow, write_copy
 from app.kernels.target import Target
 from app.kernels.tiles import HEIGHTS, MERGED_HEIGHTS, widest
+
+_MOST_LANES = 16
+ARGUMENTS = "pnnnpnnnnnppnpnpn"
+"""h, n, h_row, h_step, right, r, right_row, is_turned, m, panel, scratch (`outer_scratch`),
+factors, factor_step, base, base_row, out, out_row. R is (r, m), or (m, r) where `is_turned`."""
 
 
 def outer_scratch(r: int, panel: int) -> int:
     """Return the bytes that `Outer` needs, from the start of a cache line on."""
-    return 4 * r * (panel + 16)
+    return 4 * r * (panel + _MOST_LANES)
 
 
 class Outer:
@@ -82,7 +87,7 @@ class Outer:
             source = code.at(place, code.times(k.counter, self.right_row))
             target = code.at(self.scratch, code.times(k.counter, self.scratch_row))
             length = code.builder.sub(last, first)
-            write_widening(code, self.target.lanes, source, self.right_kind, target, length)
+            write_copy(code, self.target.lanes, source, self.right_kind, target, "f32", length)
 
     def _turn(self, first: Value, last: Value) -> None:
         """Widen columns of R that lie as rows (m, r), as those of B do."""
