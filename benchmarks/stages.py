@@ -111,7 +111,7 @@ def stages(app, stored: StoredSet, rows: int, rank: int) -> dict[str, float]:
     """Return the microseconds of the stages of an apply."""
     adapter = stored.lora_set.registry.adapters[f"r{rank}"]
     x = vectors(rows)
-    text = json.encode({"inputs": x})
+    text = b"".join(json.encode({"inputs": x}))
     return {
         "look-up of the set": microseconds(lambda: app.state.context.store.read("bench")),
         "x·Aᵀ·Bᵀ, and is it finite": microseconds(lambda: adapter.apply_checked(x)),

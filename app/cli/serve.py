@@ -23,6 +23,7 @@ from uvicorn.supervisors import Multiprocess
 from app.api.direct import DirectConnection
 from app.cli.logs import configure_logging
 from app.core.crew import set_threads
+from app.core.json_numbers import prepare
 from app.kernels.target import may_run_new_code
 from app.settings import Settings
 from app.storage.store import SetStore
@@ -99,6 +100,7 @@ def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAP
     configure_logging(settings.log_level, settings.log_format)
     _keep_freed_memory()
     set_threads(settings.apply_threads)
+    prepare()
     if supervisor is not None:
         _end_with(supervisor)
     from app.api.app import create_app  # noqa: PLC0415 - after the metrics' folder is known

@@ -173,15 +173,20 @@ class Code:
         loop.values = carried
 
     @contextlib.contextmanager
-    def forever(self) -> Iterator[None]:
-        """Write a loop that only a return leaves: `with` its body."""
-        body = self.builder.append_basic_block()
+    def forever(self) -> Iterator[Callable[[Value], None]]:
+        """Write a loop: `with` its body. It is left by a return, or where what it gives is true."""
+        body, end = (self.builder.append_basic_block() for _ in range(2))
+
+        def leave_if(condition: Value) -> None:
+            staying = self.builder.append_basic_block()
+            self.builder.cbranch(condition, end, staying)
+            self.builder.position_at_end(staying)
+
         self.builder.branch(body)
         self.builder.position_at_end(body)
-        yield
+        yield leave_if
         self.builder.branch(body)
-        self.builder.position_at_end(self.builder.append_basic_block())
-        self.builder.unreachable()
+        self.builder.position_at_end(end)
 
     def in_tiles(
         self, start: Value, stop: Value, sizes: Sequence[int], body: Callable[[Value, int], None]

@@ -89,6 +89,7 @@ def write_serve(code: Code) -> None:
                     asleep = builder.icmp_signed("<", builder.load(left, typ=I64), code.const(0))
                     with builder.if_then(asleep):
                         code.end(known)
+    builder.unreachable()
 
 
 def wait_for(code: Code, pointer: Value, count: Value) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from app.kernels import apply, crew, down, outer
+from app.kernels import apply, crew, down, outer, read_json, write_json
 from app.kernels.code import FLOAT, I64, NOTHING, POINTER, Code, Type
 from app.kernels.numbers import Kind, write_cast
 from app.kernels.target import Target, host
@@ -52,6 +52,8 @@ class Kernels:
         self.merge = lru_cache(self._merge)
         self.cast = lru_cache(self._cast)
         self.crew = lru_cache(self._crew)
+        self.read_json = lru_cache(self._read_json)
+        self.write_json = lru_cache(self._write_json)
 
     def _apply(self, kind: Kind) -> Apply:
         """Return the functions of an apply."""
@@ -90,10 +92,26 @@ class Kernels:
         write_cast(_start(module, "cast", "ppn"), self.target, from_kind, to_kind)
         return self._compile(module, {"cast": ("ppn", "")})["cast"]
 
+    def _read_json(self) -> Call:
+        """Return find(`read_json.FIND`)."""
+        module = ir.Module()
+        row = _start(module, "row", read_json.ROW, "n")
+        row.function.linkage = "internal"
+        read_json.Row(row).write()
+        read_json.write_find(_start(module, "find", read_json.FIND, "n"))
+        return self._compile(module, {"find": (read_json.FIND, "n")}, level=2)["find"]
+
+    def _write_json(self) -> Call:
+        """Return write(`write_json.ARGUMENTS`)."""
+        module = ir.Module()
+        write_json.Rows(self.target, _start(module, "write", write_json.ARGUMENTS, "n")).write()
+        functions = {"write": (write_json.ARGUMENTS, "n")}
+        return self._compile(module, functions, level=2)["write"]
+
     def _compile(
-        self, module: ir.Module, functions: Mapping[str, tuple[str, str]]
+        self, module: ir.Module, functions: Mapping[str, tuple[str, str]], level: int = 0
     ) -> dict[str, Call]:
-        compiled = Compiled(str(module), self.target)
+        compiled = Compiled(str(module), self.target, level)
         made: dict[str, Call] = {}
         for name, (arguments, result) in functions.items():
             prototype = ctypes.CFUNCTYPE(_TYPES[result][1], *(_TYPES[one][1] for one in arguments))
@@ -104,15 +122,23 @@ class Kernels:
 
 
 class Compiled:
-    """Functions in memory; they go when this goes."""
+    """Functions in memory; they go when this goes.
 
-    def __init__(self, text: str, target: Target) -> None:
+    `level` is how much LLVM changes them first: 0 for loops that are written out as they are to be
+    (2 would take three times as long and gain nothing), 2 where there are variables and branches.
+    """
+
+    def __init__(self, text: str, target: Target, level: int) -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         module = llvm.parse_assembly(text)
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=target.cpu, features=target.features, opt=2, jit=True
         )
+        if level:
+            tuning = llvm.create_pipeline_tuning_options(speed_level=level)
+            passes = llvm.create_pass_builder(machine, tuning)
+            passes.getModulePassManager().run(module, passes)
         self._engine = llvm.create_mcjit_compiler(module, machine)
         self._engine.finalize_object()
 

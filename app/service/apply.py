@@ -245,13 +245,13 @@ def cost_of_body(adapter: LoraAdapter, body_bytes: int, taken: Form, given: Form
 def cost_of(adapter: LoraAdapter, rows: float, taken: Form, given: Form) -> float:
     """Return how many nanoseconds an apply takes, by estimate; infinite where a file is read first.
 
-    Costs per number, measured here: 22 to read from JSON, 13 to write, 1 in binary; 0.02 per
+    Costs per number, measured here: 11 to read from JSON, 9 to write, 1 in binary; 0.02 per
     multiply-add in vectors, 0.65 in what is left of a width beyond whole vectors.
     """
     if adapter.magnitude is not None or not adapter.is_ready:
         return math.inf
-    read = rows * adapter.d_in * (22 if taken is Form.JSON else 1)
-    written = rows * adapter.d_out * (13 if given is Form.JSON else 1)
+    read = rows * adapter.d_in * (11 if taken is Form.JSON else 1)
+    written = rows * adapter.d_out * (9 if given is Form.JSON else 1)
     left_over = adapter.d_in % 16 + adapter.d_out % 16
     added = (adapter.d_in + adapter.d_out) * 0.02 + left_over * 0.65
     return read + written + rows * adapter.rank * added

@@ -1,14 +1,16 @@
 """Tensors as JSON: nested lists of finite numbers, read and written without a loop over them."""
 
 import json
-import threading
+from collections.abc import Sequence
 from functools import cached_property
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
 import orjson
 
 from app.core.cast import Array, Floats, to_float32
+from app.core.json_numbers import NumberList, find_lists, list_of
 from app.errors import (
     InvalidRequestError,
     MalformedJsonError,
@@ -18,27 +20,15 @@ from app.errors import (
 from app.wire.buffers import Buffer
 from app.wire.finite import check_finite
 
-try:
-    import simdjson
-except ImportError:  # it has no wheel for this Python yet; orjson reads the same, more slowly
-    simdjson = None  # type: ignore[assignment]
-
 _TENSOR_KEYS = frozenset({"inputs", "base_outputs", "data", "weights", "lora_A", "lora_B"})
 """Fields whose lists of numbers may become arrays as they are read."""
 
 _SHORT_BYTES = 1 << 10
 """Below this, lists are as fast."""
-_KEPT_BYTES = 1 << 21
-"""Longest body whose parser is kept for the next one."""
-_EXACT = 2.0**53
-"""Every integer below it is a float64."""
-_PIECE_BYTES = 1 << 17
-"""So much is compared at a time, and stays in the cache."""
-_BRACKET = ord("[")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""RFC 8259 section 8.1: none in what is sent; simdjson would pass over it."""
-
-_local = threading.local()
+_LEAST_NUMBERS = 64
+"""Shorter lists stay lists."""
+_HOLE = token_hex(8)
+"""Stands where an array was taken out of a text, or is to be put in: nobody else can write it."""
 
 
 def decode_object(body: Buffer, allowed: frozenset[str]) -> dict[str, Any]:
@@ -75,74 +65,47 @@ def decode(body: Buffer, what: str = "the body", hint: str = "") -> Any:
 
 
 def decode_with_arrays(body: Buffer, what: str = "the body", hint: str = "") -> Any:
-    """Return the JSON value `body` as `decode` does, but tensors in it as float64 arrays.
+    """Return the JSON value `body` as `decode` does, but tensors in it as float32 arrays.
 
     Those are lists of numbers, one or two deep and not ragged, in fields of _TENSOR_KEYS. Not all
     of them need become arrays: `decode_tensor` takes lists as well, and says what is wrong.
     """
-    if simdjson is not None and len(body) > _SHORT_BYTES:
+    if len(body) > _SHORT_BYTES:
+        lists = find_lists(body, _LEAST_NUMBERS)
         try:
-            return _Arrays(body).value
-        except (ValueError, TypeError, LookupError, RuntimeError, OverflowError):
+            return _with_arrays(_without_lists(body, lists), [one.numbers for one in lists])
+        except (ValueError, RecursionError):
             pass  # something is wrong or uncommon; read it the ordinary way
     return decode(body, what, hint)
 
 
-class _Arrays:
-    """JSON read by simdjson, whose numbers go into arrays without becoming objects."""
+def _without_lists(body: Buffer, lists: Sequence[NumberList]) -> Any:
+    """Return the JSON value `body` with holes for lists.
 
-    def __init__(self, body: Buffer) -> None:
-        if body[:3] == _BYTE_ORDER_MARK:
+    Raises ValueError where that is no JSON, as where one was in a string: a hole's quote ends it.
+    """
+    parts: list[Buffer] = []
+    at = 0
+    for number, one in enumerate(lists):
+        parts += (body[at : one.start], b'{"%b":%d}' % (_HOLE.encode(), number))
+        at = one.end
+    return orjson.loads(b"".join([*parts, body[at:]]))
+
+
+def _with_arrays(value: Any, arrays: Sequence[Floats], *, is_tensor: bool = False) -> Any:
+    """Return a JSON value with arrays in its holes; raises ValueError for one elsewhere."""
+    if isinstance(value, list):
+        return [_with_arrays(one, arrays) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if _HOLE in value:
+        if not is_tensor:
             raise ValueError
-        parser = getattr(_local, "parser", None)
-        if parser is None or len(body) > _KEPT_BYTES:  # a parser keeps the room that it once needed
-            parser = simdjson.Parser()
-            if len(body) <= _KEPT_BYTES:
-                _local.parser = parser
-        self._lists = 0
-        self.value = self._convert(parser.parse(body), is_tensor=False)
-        # A list among numbers would have been flattened.
-        if _count_brackets(body) != self._lists:
-            raise ValueError
-
-    def _convert(self, value: Any, *, is_tensor: bool) -> Any:
-        if isinstance(value, simdjson.Object):
-            keys = list(value.keys())
-            # simdjson looks a key up by its first occurrence, and only to its first NUL.
-            if len(set(keys)) != len(keys) or any("\0" in key for key in keys):
-                raise ValueError
-            return {
-                key: self._convert(value[key], is_tensor=is_tensor or key in _TENSOR_KEYS)
-                for key in keys
-            }
-        if not isinstance(value, simdjson.Array):
-            return value
-        self._lists += 1
-        if is_tensor and len(value):
-            first: Any = value[0]
-            if isinstance(first, simdjson.Array) and len(first):
-                rows: Any = value
-                if any(len(row) != len(first) for row in rows):
-                    raise ValueError
-                self._lists += len(value)
-                return self._numbers(value).reshape(len(value), len(first))
-            if type(first) in (int, float):
-                return self._numbers(value)
-        return [self._convert(one, is_tensor=False) for one in value]
-
-    def _numbers(self, value: Any) -> Array:
-        numbers = np.frombuffer(value.as_buffer(of_type="d"), np.float64)
-        # Larger integers would be rounded twice on their way to float32.
-        if np.vdot(numbers, numbers) >= _EXACT**2 and np.abs(numbers).max() >= _EXACT:
-            raise ValueError
-        return numbers
-
-
-def _count_brackets(body: Buffer) -> int:
-    """Return how many lists begin in JSON text, and how often `[` stands in its strings."""
-    text = np.frombuffer(body, np.uint8)
-    pieces = range(0, len(text), _PIECE_BYTES)
-    return sum(int(np.count_nonzero(text[at : at + _PIECE_BYTES] == _BRACKET)) for at in pieces)
+        return arrays[value[_HOLE]]
+    return {
+        key: _with_arrays(one, arrays, is_tensor=is_tensor or key in _TENSOR_KEYS)
+        for key, one in value.items()
+    }
 
 
 def _decode_more(body: Buffer) -> Any:
@@ -181,9 +144,8 @@ def decode_tensor(value: Any, name: str, text: Text) -> Floats:
     a number beyond float32.
     """
     if isinstance(value, np.ndarray):
-        read = to_float32(value)
-        check_finite(read, name)
-        return read
+        check_finite(value, name)
+        return value
     if not isinstance(value, list):
         raise InvalidRequestError(
             f"{name!r} must be a list of numbers or a list of such lists, got {_kind(value)}",
@@ -202,9 +164,17 @@ def decode_tensor(value: Any, name: str, text: Text) -> Floats:
     return floats
 
 
-def encode(value: dict[str, Any]) -> bytes:
-    """Return `value` as JSON; float32 arrays as the shortest decimals that read back the same."""
-    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+def encode(value: dict[str, Any]) -> list[Buffer]:
+    """Return `value` as JSON in parts; float32 arrays in it (finite) as `list_of` writes them."""
+    lists: list[Buffer] = []
+
+    def take_out(array: Any) -> str:
+        lists.append(list_of(array))
+        return _HOLE
+
+    text = orjson.dumps(value, default=take_out)
+    first, *others = text.split(f'"{_HOLE}"'.encode())
+    return [first, *(part for pair in zip(lists, others, strict=True) for part in pair)]
 
 
 def _to_array(value: list[Any], name: str) -> Array:

@@ -247,7 +247,7 @@ def encode_response(
         described.append(entry)
     fields = {"model_name": model, "model_version": version, "outputs": described}
     text = json.encode({"id": request_id, **fields} if request_id else fields)
-    return [text, *data], len(text) if data else None
+    return [*text, *data], sum(map(len, text)) if data else None
 
 
 def _decode_input(value: Any, body: memoryview, start: int) -> tuple[InferInput, int]:

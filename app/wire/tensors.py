@@ -173,7 +173,7 @@ def _check_names(tensors: Mapping[str, Any]) -> None:
 
 def encode_outputs(
     form: Form, outputs: Floats | Mapping[str, Floats], about: Mapping[str, Any], dtype: str
-) -> list[bytes | memoryview]:
+) -> list[Buffer]:
     """Return an answer in parts: `about` and the outputs, as JSON or as safetensors of `dtype`.
 
     In binary, `about` is the metadata, and one array is the tensor `outputs`. Raises
@@ -187,7 +187,7 @@ def encode_outputs(
         return binary.encode_tensors(named, dtype, metadata)
     for name, array in named.items():
         check_json_output(name, array)
-    return [json.encode({**about, OUTPUTS: outputs})]
+    return json.encode({**about, OUTPUTS: outputs})
 
 
 def check_json_output(name: str, array: Floats) -> None:

@@ -4,28 +4,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
+from targets import TARGETS, name_of
 
 from app.core import cast, products
 from app.core.adapter import LoraAdapter
 from app.core.config import LoraConfig
 from app.core.products import Operands, add_product, multiply, operand
 from app.kernels.library import Kernels
-from app.kernels.target import MACHINE, Target, host
 
-HOST = host()
-PRETENDED = [
-    # What this machine runs, pretended to be less: fewer lanes and registers, no float16.
-    HOST,
-    HOST._replace(lanes=8, sums=12),
-    HOST._replace(lanes=4, sums=24),
-    HOST._replace(lanes=4, sums=12, has_half=False),
-]
-if MACHINE in ("x86_64", "amd64") and HOST.lanes >= 8:
-    # And made for older CPUs, which this one can do as well: without AVX-512, and without FMA.
-    PRETENDED += [
-        Target("x86-64-v3", "", lanes=8, sums=12, has_half=True),
-        Target("nehalem", "", lanes=4, sums=12, has_half=False),
-    ]
 DTYPES = [np.dtype(one) for one in (np.float32, np.float16, ml_dtypes.bfloat16)]
 # d_in, d_out, rank: with and without rests of vectors, of squares, of stretches.
 SHAPES = [
@@ -40,9 +26,7 @@ SHAPES = [
 ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 32]
 
 
-@pytest.fixture(
-    scope="module", params=PRETENDED, ids=lambda one: f"{one.cpu}-{one.lanes}x{one.sums}"
-)
+@pytest.fixture(scope="module", params=TARGETS, ids=name_of)
 def made(request):
     return Kernels(request.param)
 

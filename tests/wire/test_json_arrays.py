@@ -1,4 +1,4 @@
-"""JSON read by simdjson is what the ordinary reader makes of it, or goes to that one."""
+"""JSON whose lists became arrays is what the ordinary reader makes of it, or goes to that one."""
 
 import json as standard
 
@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from app.errors import BonsaiLoraError
 from app.wire import json
 
-simdjson = pytest.importorskip("simdjson", reason="no wheel for this Python")
-
 PAD = " " * 1100  # longer than what is read the ordinary way
 
 number = st.one_of(
     st.integers(-(2**53), 2**53),
     st.floats(allow_nan=False, allow_infinity=False),
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
     st.sampled_from([0, -0.0, 1e300, 3.5e38, 2**64 - 1, 2**63, 10**30, 2**60 + 2**36 + 1]),
 )
 element = st.one_of(
@@ -31,14 +30,20 @@ row = st.one_of(st.lists(number, max_size=4), st.lists(element, max_size=4), ele
 value = st.one_of(st.lists(row, max_size=4), st.lists(number, max_size=6), element)
 
 
+@pytest.fixture(autouse=True)
+def _shortest_lists(monkeypatch):
+    """Make every list of numbers an array."""
+    monkeypatch.setattr(json, "_LEAST_NUMBERS", 1)
+
+
 def tensor(body, *, fast):
-    """What becomes of `inputs`: its bits, or the code of the refusal."""
+    """What becomes of `inputs`: its bits, or the code and words of the refusal."""
     try:
         read = json.decode_with_arrays(body) if fast else json.decode(body)
         array = json.decode_tensor(read["inputs"], "inputs", json.Text(body))
         return array.shape, array.tobytes()
     except BonsaiLoraError as error:
-        return error.code
+        return error.code, str(error)
 
 
 @settings(max_examples=400, deadline=None)
@@ -53,6 +58,7 @@ def test_both_readers_agree(inputs):
     [
         '{"inputs": [1, 2], "a\\u0000b": 1}',
         '{"inputs": [1, 2], "inputs": [3]}',
+        '{"inputs": [3], "inputs": [1, 2]}',
         '{"inputs": {"k": [1, 2, 3], "k\\u0000": [1, null, 3]}}',
         '\ufeff{"inputs": [1, 2]}',
         '{"inputs": [[1, [2]], [3, 4]]}',
@@ -63,8 +69,26 @@ def test_both_readers_agree(inputs):
         '{"inputs": [[1, 2], [3, true]]}',
         '{"inputs": "[[[", "data": ["[", "]"]}',
         '{"inputs": [1, 2]',
+        '{"inputs": [1, 2]]}',
+        '{"inputs": [1, 2][3]}',
+        '{"inputs": -[1, 2]}',
+        '{"inputs": {[1, 2]}}',
+        '{"inputs": {[1, 2]: 3}}',
         "[]",
+        "[1, 2]",
         '{"inputs": [01]}',
+        '{"sets": [1, 2], "inputs": [3]}',
+        # In strings, and where a backslash stands before.
+        '{"inputs": "[1, 2]", "data": "x[3]y"}',
+        '{"inputs": "\\\\[1, 2]"}',
+        '{"inputs": "\\[1, 2]"}',
+        '{"inputs": "\\"[1, 2]\\""}',
+        '{"inputs": \\[1, 2]}',
+        '{"in[1]puts": [1], "[2]": 3}',
+        '{"inputs": [1, 2], "x": "\\ud800"}',
+        '{"inputs": ' + 2000 * "[" + "1" + 2000 * "]" + "}",
+        '{"inputs": ' + 900 * "[" + "1" + 900 * "]" + "}",
+        '{"inputs": ' + 900 * '{"a":' + "[1]" + 900 * "}" + "}",
     ],
 )
 def test_what_is_uncommon(text):
@@ -74,14 +98,37 @@ def test_what_is_uncommon(text):
         try:
             return standard.dumps(reader(body), default=lambda array: array.tolist())
         except BonsaiLoraError as error:
-            return error.code
+            return error.code, str(error)
+        except RecursionError:  # of what compares here
+            return "deep"
 
-    assert read(json.decode_with_arrays) == read(json.decode)
+    def loose(found):  # arrays are of floats
+        return found.replace(".0", "") if isinstance(found, str) else found
+
+    assert loose(read(json.decode_with_arrays)) == loose(read(json.decode))
 
 
 def test_numbers_become_arrays():
-    body = (standard.dumps({"inputs": {"q": [[1, 2.5], [3, -4]]}, "sets": [1, 2]}) + PAD).encode()
+    body = (standard.dumps({"inputs": {"q": [[1, 2.5], [3, -4]]}, "id": [""]}) + PAD).encode()
     read = json.decode_with_arrays(body)
     assert isinstance(read["inputs"]["q"], np.ndarray)
+    assert read["inputs"]["q"].dtype == np.float32
     assert read["inputs"]["q"].tolist() == [[1.0, 2.5], [3.0, -4.0]]
-    assert read["sets"] == [1, 2]
+    assert read["id"] == [""]
+
+
+def test_what_stands_for_an_array_is_not_known_before():
+    other = b'{"inputs": {"%b": 0}, "data": [1]}' % (b"0" * len(json._HOLE))
+    read = json.decode_with_arrays(other + PAD.encode())
+    assert read["inputs"] == {"0" * len(json._HOLE): 0}
+
+
+def test_arrays_are_written_in_place():
+    rows = np.array([[1.5, 2], [3, 4]], np.float32)
+    value = {"a": "x", "b": rows, "c": {"d": rows[0], "e": [rows[:, 1], None]}}
+    assert standard.loads(b"".join(json.encode(value))) == {
+        "a": "x",
+        "b": [[1.5, 2.0], [3.0, 4.0]],
+        "c": {"d": [1.5, 2.0], "e": [[2.0, 4.0], None]},
+    }
+    assert b"".join(json.encode({"a": 1})) == b'{"a":1}'

@@ -90,7 +90,7 @@ async def _merge_json(
             check_json_output("weights", merged)
             record = stored.record
             about = {"set": record.name, "module": module, "version": record.version}
-            return json.encode({**about, "weights": merged})
+            return b"".join(json.encode({**about, "weights": merged}))
 
         content = await context.pool.run(compute)
     context.metrics.bytes_merged.inc(merge.total_bytes)

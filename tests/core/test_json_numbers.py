@@ -1,0 +1,307 @@
+"""Numbers in JSON are read as Python reads them, and written as orjson does, on every CPU."""
+
+import ctypes
+import json
+import mmap
+import re
+import sys
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from targets import TARGETS, name_of
+
+from app.core import json_numbers
+from app.core.json_numbers import find_lists, list_of
+from app.kernels.library import Kernels
+from app.kernels.powers import LEAST, MOST, power_of_ten
+
+FAR = b" " * 64
+"""Around a text, so that its numbers are looked at many characters at a time."""
+
+
+@pytest.fixture(scope="module", params=TARGETS, ids=name_of)
+def made(request):
+    return Kernels(request.param)
+
+
+@pytest.fixture
+def _target(made, monkeypatch):
+    """Kernels for each target in turn."""
+    monkeypatch.setattr(json_numbers, "kernels", lambda: made)
+
+
+on_targets = pytest.mark.usefixtures("_target")
+
+
+def read(text: bytes):
+    """What is read of a list, with and without room around it: its bits, or None."""
+    found = []
+    for before, after in ((b"", b""), (FAR, FAR), (FAR, b""), (b"", FAR)):
+        lists = find_lists(before + text + after, 1)
+        whole = [one for one in lists if one.start == len(before)]
+        found.append(whole[0].numbers if whole else None)
+        assert not whole or (before + text + after)[whole[0].end - 1 :].strip() == b"]"
+    kinds = {None if one is None else (one.shape, one.tobytes()) for one in found}
+    assert len(kinds) == 1, text
+    return found[0]
+
+
+def float32_of(numbers) -> bytes:
+    """The bits that Python and NumPy make of numbers' texts."""
+    with np.errstate(over="ignore"):
+        return np.array([float(json.loads(one)) for one in numbers]).astype(np.float32).tobytes()
+
+
+def check_read(numbers: list[str]) -> None:
+    got = read(f"[{','.join(numbers)}]".encode())
+    assert got is not None, numbers
+    assert got.tobytes() == float32_of(numbers), numbers
+
+
+def random_floats(count: int) -> np.ndarray:
+    bits = np.random.default_rng(5).integers(0, 2**32, count, np.uint32, endpoint=False)
+    floats = bits.view(np.float32)
+    return floats[np.isfinite(floats)]
+
+
+def edges() -> np.ndarray:
+    """Powers of two and of ten, and what is next to each; the least and the largest."""
+    bits = np.arange(256, dtype=np.uint32)[:, None] << 23
+    near = (bits + np.array([0, 1, 2, 0x7FFFFF, 0x400000], np.uint32)).reshape(-1)
+    floats = near.astype(np.uint32).view(np.float32)
+    tens = np.array([float(f"1e{power}") for power in range(-45, 39)], np.float32)
+    floats = np.concatenate(
+        [floats, tens, np.nextafter(tens, np.float32(0)), np.nextafter(tens, np.float32(np.inf))]
+    )
+    floats = np.concatenate([floats, -floats, np.arange(-5000, 5000, dtype=np.float32) / 100])
+    return floats[np.isfinite(floats)]
+
+
+def plain(number: bytes) -> tuple[bytes, bytes, int]:
+    """Sign, digits and power of ten of a number's text."""
+    sign, whole, fraction, power = re.fullmatch(
+        rb"(-?)(\d+)(?:\.(\d+))?(?:e([+-]\d+))?", number
+    ).groups(b"")
+    digits = (whole + fraction).lstrip(b"0")
+    power = int(power or 0) - len(fraction) + len(digits) - len(digits.rstrip(b"0"))
+    return sign, digits.rstrip(b"0"), power if digits else 0
+
+
+# Reading
+
+
+@on_targets
+def test_floats_are_read_as_they_were_written():
+    floats = np.concatenate([edges(), random_floats(20_000)])
+    for text in (
+        orjson.dumps(floats, option=orjson.OPT_SERIALIZE_NUMPY),
+        json.dumps(floats.tolist()).encode(),  # 17 digits, and a space after each comma
+    ):
+        assert read(text).tobytes() == floats.tobytes()
+
+
+@on_targets
+def test_doubles_are_rounded_twice_as_elsewhere():
+    rng = np.random.default_rng(1)
+    doubles = rng.standard_normal(20_000) * 10.0 ** rng.integers(-80, 39, 20_000)
+    check_read([repr(float(one)) for one in doubles])
+
+
+@on_targets
+def test_what_is_in_the_middle_of_two_doubles():
+    numbers = []
+    for power in range(-4, 24):
+        for odd in range(3, 2000, 14):
+            # Such a multiple of 5^power has 54 bits, and the last one is set.
+            five = 5 ** abs(power)
+            low, high = (
+                (2**53 // five, 2**54 // five) if power >= 0 else (2**53 * five, 2**54 * five)
+            )
+            digits = (low + (high - low) * odd // 2000) | 1
+            if power < 0:
+                digits = (digits // five | 1) * five
+            if digits < 2**64 and low < digits < high:
+                numbers.append(f"{digits}e{power}")
+    assert len(numbers) > 3000
+    check_read(numbers)
+
+
+digits = st.text("0123456789", max_size=12)
+numbers = st.builds(
+    lambda sign, whole, fraction, exponent: sign + whole + fraction + exponent,
+    st.sampled_from(["", "-"]),
+    st.one_of(
+        st.just("0"),
+        st.builds("{}{}".format, st.sampled_from("123456789"), st.text("0123456789", max_size=8)),
+    ),
+    st.one_of(st.just(""), st.builds(".{}{}".format, st.sampled_from("0123456789"), digits)),
+    st.one_of(
+        st.just(""),
+        st.builds(
+            "{}{}{}".format,
+            st.sampled_from("eE"),
+            st.sampled_from(["", "+", "-", "-0", "+00"]),
+            st.integers(0, 30),
+        ),
+    ),
+)
+space = st.text(" \t\n\r", max_size=2)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(space, numbers, space), min_size=1, max_size=8))
+def test_numbers_and_space_of_all_kinds(parts):
+    text = ",".join(before + number + after for before, number, after in parts)
+    got = read(f"[{text}]".encode())
+    found = [number for _, number, _ in parts]
+    if any(int(re.sub(r"[eE].*|[-.]", "", one)) > 18446744073709551609 for one in found):
+        assert got is None
+    else:
+        assert got.tobytes() == float32_of(found)
+
+
+@on_targets
+@pytest.mark.parametrize(
+    ("number", "value"),
+    [
+        ("-0", 0.0),  # a whole number, which has no such zero
+        ("-0.0", -0.0),
+        ("0e99", 0.0),
+        ("-0e-99", -0.0),
+        ("0.000000000000000000000000", 0.0),
+        ("9007199254740991", 2**53),
+        ("123456789012", 123456789012),
+        ("1e38", 1e38),
+        ("1.5e39", np.inf),  # the check for finite numbers is another one
+        ("0.1e-63", 1e-64),
+        ("1.0000000596046448", 1.0),  # as a float64 it is in the middle of two
+        ("0.00000000000000000000012345", 1.2345e-22),
+        ("1234567.8901234567890", 1234567.9),
+    ],
+)
+def test_special_numbers(number, value):
+    got = read(f"[{number},1]".encode())
+    with np.errstate(over="ignore", under="ignore"):
+        assert got.tobytes() == np.array([value, 1]).astype(np.float32).tobytes()
+
+
+NO_NUMBERS = (
+    "01 -01 00 1. - .5 +1 1e 1e+ 1.e5 --1 0x1 1.2.3 1e5.0 1_0 1/ 1: 1e--5 NaN Infinity true null"
+)
+# Numbers, but not read here: many digits, whole ones beyond 2^53, far powers of ten.
+OTHERS = "9007199254740992 0.123456789012345678901 1e39 1e300 1e-300 18446744073709551616"
+
+
+@on_targets
+@pytest.mark.parametrize(
+    "number", [*NO_NUMBERS.split(), *OTHERS.split(), "", "1 2", '"1"', "\u0661"]
+)
+def test_what_is_no_number(number):
+    for text in (f"[{number}]", f"[1.5,{number},2]", f"[[1.5,2],[{number},2]]"):
+        got = read(text.encode())
+        assert got is None, text
+
+
+@on_targets
+def test_lists_of_lists_are_regular():
+    assert read(b"[[1,2,3],[4,5,6]]").tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert read(b"[ [1 , 2 ] , [ 3,\n4] ]").tolist() == [[1, 2], [3, 4]]
+    assert read(b"[[1]]").shape == (1, 1)
+    for text in (b"[]", b"[[]]", b"[[],[]]", b"[[1],[2,3]]", b"[[1,2],3]", b"[1,[2]]", b"[[[1]]]"):
+        assert read(text) is None, text
+    for text in (b"[1,2", b"[1,2,", b"[[1,2]", b"[[1,2],", b"[[1,2],]", b"[1,]", b"[,1]", b"["):
+        assert read(text) is None, text
+
+
+def test_lists_are_found_where_they_are():
+    text = b'{"a": [1, 2], "b": {"c": [[3, 4], [5, 6]], "d": "[7]"}, "e": [8, "x"], "f": [[9], 1]}'
+    found = find_lists(text, 1)
+    assert [json.loads(text[one.start : one.end]) for one in found] == [
+        [1, 2],
+        [[3, 4], [5, 6]],
+        [7],
+        [9],
+    ]
+    assert [one.numbers.tolist() for one in found[:2]] == [[1, 2], [[3, 4], [5, 6]]]
+    assert [len(one.numbers) for one in find_lists(text, 3)] == [2]
+    assert find_lists(b"", 1) == find_lists(b"{}", 1) == find_lists(b"[" * 100_000, 1) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mprotect(2) with Linux's numbers")
+def test_nothing_around_a_text_is_read():
+    page = mmap.PAGESIZE
+    with mmap.mmap(-1, 3 * page) as pages:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        mprotect = ctypes.CDLL(None).mprotect
+        for guard in (start, start + 2 * page):
+            assert mprotect(ctypes.c_void_p(guard), page, 0) == 0
+        inside = np.frombuffer(pages, np.uint8)[page : 2 * page]
+        numbers = random_floats(200)
+        rng = np.random.default_rng(2)
+        for count in range(1, 200):
+            for text in (
+                orjson.dumps(numbers[:count], option=orjson.OPT_SERIALIZE_NUMPY),
+                json.dumps(rng.standard_normal(min(count, 100)).tolist()).encode(),
+                b"[" + b"1" * count,
+                b" " * count + b"[",
+            ):
+                inside[: len(text)] = np.frombuffer(text, np.uint8)
+                at_the_start = find_lists(inside[: len(text)].data, 1)
+                inside[-len(text) :] = np.frombuffer(text, np.uint8)
+                at_the_end = find_lists(inside[-len(text) :].data, 1)
+                assert len(at_the_start) == len(at_the_end) == text.endswith(b"]")
+        del inside
+        for guard in (start, start + 2 * page):
+            mprotect(ctypes.c_void_p(guard), page, 3)
+
+
+# Writing
+
+
+@on_targets
+def test_numbers_are_written_as_orjson_does():
+    floats = np.concatenate([edges(), random_floats(20_000)])
+    ours = bytes(list_of(floats))[1:-1].split(b",")
+    theirs = orjson.dumps(floats, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1].split(b",")
+    assert len(ours) == len(theirs)
+    for one, other, number in zip(ours, theirs, floats, strict=True):
+        assert np.float32(one).tobytes() == number.tobytes()
+        assert plain(one) == plain(other)
+        if 1e-5 <= abs(number) < 1e8:
+            assert one == other
+        else:
+            assert number == 0 or b"e" in one
+
+
+@on_targets
+@pytest.mark.parametrize("count", [0, 1, 2, 15, 16, 17, 33])
+def test_shapes_are_kept(count):
+    rows = np.arange(3 * count, dtype=np.float32).reshape(3, count) / 8
+    assert json.loads(bytes(list_of(rows))) == rows.tolist()
+    assert json.loads(bytes(list_of(rows[:0]))) == []
+    for row in rows:
+        assert json.loads(bytes(list_of(row))) == row.tolist()
+    assert json.loads(bytes(list_of(rows.T))) == rows.T.tolist()
+
+
+def test_only_float32_is_written():
+    for wrong in (np.zeros(3), np.zeros((1, 1, 1), np.float32)):
+        with pytest.raises(ValueError, match="expected float32"):
+            list_of(wrong)
+
+
+def test_powers_of_ten_are_what_they_say():
+    for exponent in range(LEAST, MOST + 1):
+        bits = power_of_ten(exponent)
+        assert bits.bit_length() == 128
+        exact = 10 ** abs(exponent)
+        if exponent >= 0:
+            shift = 128 - exact.bit_length()
+            assert bits == int(exact * 2**shift) if shift >= 0 else bits == exact >> -shift
+        else:
+            # The least that times the power is a power of two or more.
+            power = 1 << (127 + exact.bit_length())
+            assert (bits - 1) * exact < power <= bits * exact
