@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ EXIT_UNREACHABLE = 3
 
 EXIT_INTERRUPTED = 130
 """Ctrl-C."""
+EXIT_CLOSED = 141
+"""Nobody reads what is printed any more, as behind `| head`."""
 
 _URL = "http://127.0.0.1:8000"
 
@@ -53,7 +56,7 @@ def add_commands(commands: Any) -> None:
     )
     apply.add_argument("name")
     apply.add_argument("module")
-    apply.add_argument("file", nargs="?", type=Path, help="a list of vectors; default: stdin")
+    apply.add_argument("file", nargs="?", help="a list of vectors; default, or -: stdin")
     fetch = _add(commands, "pull", pull_model, "download a merged model, or a set as a PEFT folder")
     fetch.add_argument("model", help="BASE/SET, or adapters/SET")
     fetch.add_argument("-o", "--output", type=Path, required=True, help="folder to write to")
@@ -77,29 +80,36 @@ def _guarded(run: Callable[[httpx.Client, argparse.Namespace], Any]) -> Callable
                 base_url=arguments.url, timeout=httpx.Timeout(60, read=600)
             ) as client:
                 answer = run(client, arguments)
-        except CommandError as error:
-            print(f"bonsai-lora: {error}", file=sys.stderr)
-            return error.code
-        except KeyboardInterrupt:
-            print("bonsai-lora: interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
-        except (KeyError, TypeError) as error:
-            print(
-                f"bonsai-lora: {arguments.url} answers, but not as this service: {error!r}",
-                file=sys.stderr,
-            )
-            return EXIT_UNREACHABLE
-        except httpx.TransportError as error:
-            print(f"bonsai-lora: no service at {arguments.url}: {error}", file=sys.stderr)
-            return EXIT_UNREACHABLE
-        except (OSError, ValueError) as error:
-            print(f"bonsai-lora: {error}", file=sys.stderr)
-            return EXIT_USAGE
-        if arguments.json and answer is not None:
-            print(json.dumps(answer, indent=1))
+            if arguments.json and answer is not None:
+                print(json.dumps(answer, indent=1))
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # What is still to be printed goes nowhere, or Python complains at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_CLOSED
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - raised again if not known
+            code, text = _told(error, arguments.url)
+            print(f"bonsai-lora: {text}", file=sys.stderr)
+            return code
         return 0
 
     return guarded
+
+
+def _told(error: BaseException, url: str) -> tuple[int, str]:
+    """Return the exit code and the words for a failure; raises what is none that is expected."""
+    match error:
+        case CommandError():
+            return error.code, str(error)
+        case KeyboardInterrupt():
+            return EXIT_INTERRUPTED, "interrupted"
+        case KeyError() | TypeError():
+            return EXIT_UNREACHABLE, f"{url} answers, but not as this service: {error!r}"
+        case httpx.TransportError():
+            return EXIT_UNREACHABLE, f"no service at {url}: {error}"
+        case OSError() | ValueError():
+            return EXIT_USAGE, str(error)
+    raise error
 
 
 def ask(client: httpx.Client, method: str, path: str, **options: Any) -> Any:
@@ -204,7 +214,8 @@ def push_set(client: httpx.Client, arguments: argparse.Namespace) -> Any:
 
 def apply_set(client: httpx.Client, arguments: argparse.Namespace) -> Any:
     """Print what a module adds to the vectors of a JSON list."""
-    text = arguments.file.read_text("utf-8") if arguments.file else sys.stdin.read()
+    is_file = arguments.file not in (None, "-")
+    text = Path(arguments.file).read_text("utf-8") if is_file else sys.stdin.read()
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import httpx
@@ -61,11 +63,23 @@ def test_apply_from_a_file_and_from_standard_input(run, tmp_path, monkeypatch):
     assert np.allclose(json.loads(out), golden[f"{module}.delta"], atol=1e-5)
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
     assert run("apply", "plain", module)[1] == out
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert run("apply", "plain", module, "-")[1] == out
     monkeypatch.setattr(sys, "stdin", io.StringIO("[[1, 2"))
     assert run("apply", "plain", module)[0] == 2
     monkeypatch.setattr(sys, "stdin", io.StringIO("[[1, 2]]"))
     code, _, err = run("apply", "plain", module)
     assert (code, "shape_mismatch" in err) == (1, True)
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_nobody_reads_what_is_printed(service, more):
+    reading, writing = os.pipe()
+    os.close(reading)
+    words = [sys.executable, "-m", "app.cli.main", "ls", "--url", service, *more]
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, timeout=30, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_pull_a_merged_model(run, service, tmp_path):
