@@ -123,6 +123,7 @@ class DirectProtocol(HttpToolsProtocol):
         self.hot: HotRoutes = self.app.hot
         self.is_parsing = False
         """Whether uvicorn's parser is in the middle of a request."""
+        self._is_in_head = False
         self._call: DirectCall | None = None
         self._early = b""
         """What came before it could be begun."""
@@ -132,6 +133,13 @@ class DirectProtocol(HttpToolsProtocol):
         """When the last bytes came, or the last answer went."""
         self._period = min(self.timeout_keep_alive, self.hot.stall_seconds)
         self._watch: asyncio.TimerHandle | None = None
+        self._head_watch: asyncio.TimerHandle | None = None
+        """Ends a connection whose head does not come, be it in drops."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first head."""
+        super().connection_made(transport)
+        self._watch_head()
 
     def data_received(self, data: bytes) -> None:
         """Begin, or go on with, the requests that `data` holds."""
@@ -148,7 +156,7 @@ class DirectProtocol(HttpToolsProtocol):
                     self._hold(data)
                     return
             elif self.is_parsing or not (self.cycle is None or self.cycle.response_complete):
-                super().data_received(data)
+                self._parse(data)
                 return
             elif self.flow.write_paused:
                 self._hold(data)
@@ -168,8 +176,9 @@ class DirectProtocol(HttpToolsProtocol):
             found = self.hot.find_head(data[:end])
         if found is None:
             self.hot.outbox.flush()  # the parser may answer and close at once
-            super().data_received(data)
+            self._parse(data)
             return b""
+        self._end_head_watch()
         stop = end + found[0].length
         is_whole = stop <= len(data)
         if is_whole and self.answer_planned(*found, data[end:stop], keep_alive=True):
@@ -180,6 +189,12 @@ class DirectProtocol(HttpToolsProtocol):
         if self._call is call:
             self._look_later(self._period)
         return rest
+
+    def _parse(self, data: bytes) -> None:
+        """Give `data` to uvicorn's parser."""
+        super().data_received(data)
+        if self._is_in_head and self._head_watch is None:
+            self._watch_head()
 
     def answer_planned(
         self, head: RequestHead, found: Found, body: Buffer, *, keep_alive: bool
@@ -303,8 +318,14 @@ class DirectProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Note that a request begins."""
-        self.is_parsing = True
+        self.is_parsing = self._is_in_head = True
         super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Note that its head has come."""
+        self._is_in_head = False
+        self._end_head_watch()
+        super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """Note that it has come whole."""
@@ -327,9 +348,25 @@ class DirectProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End what waits for the client."""
         self._end_watch()
+        self._end_head_watch()
         self._early = b""
         self._unset_keepalive_if_required()  # uvicorn leaves the timer where there was an error
         super().connection_lost(exc)
+
+    def _watch_head(self) -> None:
+        self._head_watch = self.loop.call_later(self.hot.stall_seconds, self._give_up_head)
+
+    def _give_up_head(self) -> None:
+        self._head_watch = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        else:  # of the next request: the answer before it goes on
+            self._watch_head()
+
+    def _end_head_watch(self) -> None:
+        if self._head_watch is not None:
+            self._head_watch.cancel()
+            self._head_watch = None
 
     def _watch_writing(self, before: int) -> None:
         """End the connection where nothing of an answer was taken for `stall_seconds`.

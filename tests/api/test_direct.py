@@ -185,6 +185,30 @@ def test_a_client_that_stands_still(settings):
         assert app.state.context.pool.in_progress == 0
 
 
+@pytest.mark.parametrize(
+    "head", [b"", b"GET /v1", b"GET /v1/seeeeeeeeeeets", b"POST /v1/sets/plain/ad"]
+)
+def test_a_head_that_does_not_come(settings, head):
+    app = create_app(settings.model_copy(update={"stall_seconds": 0.4}))
+    with serving(app) as url, httpx.Client(base_url=url) as client, connect(client) as connection:
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            for start in range(len(head)):  # in drops
+                connection.sendall(head[start : start + 1])
+                time.sleep(0.05)
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(100) == b""
+        assert 0.3 < time.monotonic() - began < 5
+        with connect(client) as other:  # one that comes in time is answered
+            for piece in (b"GET /v1/stats HT", b"TP/1.1\r\nHost: a\r\n", b"\r\n"):
+                other.sendall(piece)
+                time.sleep(0.1)
+            assert read_answer(other)[0] == 200
+            time.sleep(0.6)  # and its connection lives on, for as long as any
+            other.sendall(b"GET /v1/stats HTTP/1.1\r\nHost: a\r\n\r\n")
+            assert read_answer(other)[0] == 200
+
+
 def test_wrong_bodies(plain):
     _, body = batch()
     for bad in (bytes(len(body)), b"\xff" * len(body), body[:-4] + b"\x00\x00\xc0\x7f"):
