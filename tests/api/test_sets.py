@@ -131,7 +131,12 @@ def test_list_pages_and_filters(client):
     filtered = client.get("/v1/sets", params={"base_model_name": "x", "limit": 3}).json()
     assert [one["name"] for one in filtered["sets"]] == ["a", "c", "d"]
     assert filtered["next_cursor"] is None
+    assert len(client.get("/v1/sets?cursor=").json()["sets"]) == 4
     assert_problem(client.get("/v1/sets", params={"limit": 0}), 422, "invalid_request")
+    for wrong in ("/", "a b", "x" * 97):
+        refused = client.get("/v1/sets", params={"cursor": wrong})
+        assert_problem(refused, 422, "invalid_request")
+        assert "cursor" in refused.json()["detail"]
 
 
 def test_unknown_sets_and_modules(client):

@@ -16,7 +16,7 @@ from app.api.openapi import BODY_ERRORS, STORE_ERRORS, also, file_answer, json_b
 from app.api.ranges import BytesFile, file_response
 from app.api.uploads import receive_adapter
 from app.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, layered
-from app.formats.names import check_set_name
+from app.formats.names import SET_NAME_PATTERN, check_set_name
 from app.service import sets
 from app.storage.upload import Upload
 from app.wire.media import Form
@@ -96,7 +96,11 @@ async def list_sets(
     context: InContext,
     limit: Annotated[int, Query(ge=1, le=1000, description="most sets on the page")] = 100,
     cursor: Annotated[
-        str | None, Query(max_length=96, description="`next_cursor` of the page before")
+        str | None,
+        Query(
+            pattern=f"{SET_NAME_PATTERN}|^$",
+            description="`next_cursor` of the page before; empty for the first",
+        ),
     ] = None,
     base_model_name: Annotated[str | None, Query(description="only sets for this model")] = None,
 ) -> schemas.SetPage:
