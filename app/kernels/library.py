@@ -1,9 +1,10 @@
 """The kernels as functions, made when they are first asked for."""
 
 import ctypes
+import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -14,6 +15,8 @@ from app.kernels.numbers import Kind, write_cast
 from app.kernels.target import Target, host
 
 Call = Callable[..., float]
+
+T = TypeVar("T")
 
 _TYPES: dict[str, tuple[Type, Any]] = {
     "p": (POINTER, ctypes.c_void_p),
@@ -48,12 +51,12 @@ class Kernels:
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self.apply = lru_cache(self._apply)
-        self.merge = lru_cache(self._merge)
-        self.cast = lru_cache(self._cast)
-        self.crew = lru_cache(self._crew)
-        self.read_json = lru_cache(self._read_json)
-        self.write_json = lru_cache(self._write_json)
+        self.apply = _made_once(self._apply)
+        self.merge = _made_once(self._merge)
+        self.cast = _made_once(self._cast)
+        self.crew = _made_once(self._crew)
+        self.read_json = _made_once(self._read_json)
+        self.write_json = _made_once(self._write_json)
 
     def _apply(self, kind: Kind) -> Apply:
         """Return the functions of an apply."""
@@ -152,6 +155,20 @@ class Compiled:
 def kernels() -> Kernels:
     """Return the functions for this machine."""
     return Kernels(host())
+
+
+def _made_once(make: Callable[..., T]) -> Callable[..., T]:
+    """Return `make` with a memory; threads that ask for the same meanwhile wait for it."""
+    made: dict[Any, T] = {}
+    lock = threading.Lock()
+
+    def get(*kinds: Kind) -> T:
+        with lock:
+            if kinds not in made:
+                made[kinds] = make(*kinds)
+            return made[kinds]
+
+    return lru_cache(get)  # which is faster, but lets several threads make the same
 
 
 def _start(module: ir.Module, name: str, arguments: str, result: str = "") -> Code:

@@ -1,5 +1,8 @@
 """The products agree with float64, on every kind of registers, and do not depend on the batch."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,7 +13,9 @@ from app.core import cast, products
 from app.core.adapter import LoraAdapter
 from app.core.config import LoraConfig
 from app.core.products import Operands, add_product, multiply, operand
+from app.kernels import library
 from app.kernels.library import Kernels
+from app.kernels.target import host
 
 DTYPES = [np.dtype(one) for one in (np.float32, np.float16, ml_dtypes.bfloat16)]
 # d_in, d_out, rank: with and without rests of vectors, of squares, of stretches.
@@ -224,3 +229,20 @@ def test_much_scratch_is_not_kept():
     one = LoraAdapter(LoraConfig(rank=64), *matrices(8, 8, 64), 2.0)
     one.apply(np.ones((40_000, 8), np.float32))
     assert len(products._local.room) <= products._KEPT_SCRATCH + 64
+
+
+def test_threads_that_need_one_kernel_make_it_once(monkeypatch):
+    made = []
+    compiled = library.Compiled
+
+    def count(*arguments):
+        made.append(arguments)
+        time.sleep(0.1)
+        return compiled(*arguments)
+
+    monkeypatch.setattr(library, "Compiled", count)
+    fresh = Kernels(host())
+    with ThreadPoolExecutor(8) as threads:
+        functions = list(threads.map(lambda _: fresh.cast("f32", "bf16"), range(8)))
+    assert len(made) == 1
+    assert all(one is functions[0] for one in functions)
