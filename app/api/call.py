@@ -4,12 +4,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 from urllib.parse import parse_qsl
 
 from starlette.types import Receive, Scope, Send
 
 from app.api.body import check_coding, check_length, parse_length, read_all
 from app.api.request_head import join_lines
+from app.core.cast import Floats
 from app.errors import InvalidRequestError
 from app.service.plans import Plan
 from app.storage.setfile import StoredSet
@@ -26,6 +28,13 @@ Lines = Sequence[tuple[bytes, bytes]]
 Counted = tuple[str, str, str]
 """A model's name, the tag of its content, and since when it has that."""
 
+Key = bytes | tuple[Any, ...]
+"""What requests that differ in their numbers alone have in common: the first bytes of a body, which
+say what the others are, or JSON without its lists (`json.Taken.form`)."""
+
+Recalled = tuple[Plan, Sequence[Floats]]
+"""How to answer a request, and the lists that were taken out of its JSON."""
+
 _FORMS = (Form.JSON, Form.BINARY)
 
 
@@ -40,7 +49,7 @@ class Call(ABC):
     def __init__(self, headers: Mapping[bytes, bytes], query_string: bytes) -> None:
         self._headers = headers
         self._query_string = query_string
-        self._noted: tuple[StoredSet, bytes, Plan, Counted | None] | None = None
+        self._noted: tuple[StoredSet, Key, Plan, Counted | None] | None = None
 
     def header(self, name: bytes) -> str | None:
         """Return a header by its lower-case name."""
@@ -73,24 +82,19 @@ class Call(ABC):
 
     async def answer(self, parts: Sequence[Buffer], media_type: str, headers: Lines = ()) -> None:
         """Send 200 with a body in `parts`, which are not copied where they are long."""
-        lines = [
-            (b"content-type", media_type.encode()),
-            (b"content-length", b"%d" % sum(map(len, parts))),
-            *headers,
-        ]
-        await self._send_answer(lines, parts)
+        lines = [(b"content-type", media_type.encode()), (b"content-length", b""), *headers]
+        await self._send_answer(with_length(lines, parts), parts)
 
     def remember_plan(
-        self, stored: StoredSet, form: bytes, plan: Plan | None, model: Counted | None = None
+        self, stored: StoredSet, form: Key, plan: Plan | None, model: Counted | None = None
     ) -> None:
         """Take note of how to answer the next request with this head and `form`, if it can be.
 
-        `form` are the first bytes of the body, which say what the others are; `model` is what an
-        inference is counted as.
+        `model` is what an inference is counted as.
         """
         self._noted = None if plan is None else (stored, form, plan, model)
 
-    def find_plan(self, body: Buffer) -> Plan | None:
+    def find_plan(self, body: Buffer) -> Recalled | None:
         """Return the plan for a request with this head and `body`, if there is one."""
         del body
         return None
@@ -100,6 +104,11 @@ class Call(ABC):
 
     @abstractmethod
     async def _send_answer(self, lines: Lines, parts: Sequence[Buffer]) -> None: ...
+
+
+def with_length(lines: Lines, parts: Sequence[Buffer]) -> Lines:
+    """Return the lines of an answer, of which the second is its length, for other parts."""
+    return [lines[0], (b"content-length", b"%d" % sum(map(len, parts))), *lines[2:]]
 
 
 class AsgiCall(Call):

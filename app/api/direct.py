@@ -16,7 +16,7 @@ import structlog
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from app.api.call import JOINED_BYTES, Lines
+from app.api.call import JOINED_BYTES, Lines, with_length
 from app.api.direct_call import DIRECT_BYTES, DirectCall, scope_of, stalled
 from app.api.hot import Found, HotRoutes
 from app.api.request_head import RequestHead
@@ -204,10 +204,12 @@ class DirectProtocol(HttpToolsProtocol):
         counts = Counts()
         scope = scope_of(head)
         try:
-            planned = self.hot.recall(head, found, body)
-            if planned is None or planned.plan.cost > AT_ONCE_NANOSECONDS:
+            recalled = self.hot.recall(head, found, body, may_take=True)
+            if recalled is None or recalled[0].plan.cost > AT_ONCE_NANOSECONDS:
                 return False
-            parts = planned.plan.run(body, self.hot.regions, counts)
+            planned, lists = recalled
+            parts = planned.plan.run(body, lists, self.hot.regions, counts)
+            lines = with_length(planned.lines, parts) if planned.plan.is_json else planned.lines
         except (BonsaiLoraError, OSError):
             return False  # the ordinary way says what is wrong
         except Exception:  # noqa: BLE001 - nothing may get out
@@ -215,7 +217,7 @@ class DirectProtocol(HttpToolsProtocol):
             return False
         scope["route"] = found.route.about
         try:
-            self.write(200, planned.lines, parts, scope["request_id"], keep_alive=keep_alive)
+            self.write(200, lines, parts, scope["request_id"], keep_alive=keep_alive)
         except ClientDisconnect:
             self.hot.observer.note_disconnect(scope)
             return True

@@ -9,7 +9,7 @@ import numpy as np
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from app.api.call import Call, Lines
+from app.api.call import Call, Lines, Recalled
 from app.api.errors import fault_response
 from app.api.hot import Found, HotRoutes, Planned
 from app.api.middleware import request_id_of
@@ -17,7 +17,6 @@ from app.api.request_head import RequestHead
 from app.api.steps import go_on
 from app.errors import StalledError
 from app.formats.safetensors import as_bytes
-from app.service.plans import Plan
 from app.wire.buffers import Buffer
 
 DIRECT_BYTES = 1 << 16
@@ -183,10 +182,12 @@ class DirectCall(Call):
             self.keep_alive = False  # the rest of the body would be taken for a request
             raise
 
-    def find_plan(self, body: Buffer) -> Plan | None:
+    def find_plan(self, body: Buffer) -> Recalled | None:
         """Return the plan of a request like this."""
-        planned = self._http.hot.recall(self._head, self._found, body)
-        return None if planned is None else planned.plan
+        # Short bodies were looked into when they had come.
+        may_take = len(body) > DIRECT_BYTES
+        recalled = self._http.hot.recall(self._head, self._found, body, may_take=may_take)
+        return None if recalled is None else (recalled[0].plan, recalled[1])
 
     async def _send_answer(self, lines: Lines, parts: Sequence[Buffer]) -> None:
         self._write(200, lines, parts)

@@ -18,18 +18,20 @@ from typing import Any, NamedTuple
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.api.call import AsgiCall, Call, Counted, Lines
+from app.api.call import AsgiCall, Call, Counted, Key, Lines
 from app.api.deps import Context
 from app.api.errors import problem_response
 from app.api.middleware import Observer
 from app.api.request_head import RequestHead, read_head
+from app.core.cast import Floats
 from app.errors import BonsaiLoraError
 from app.service.infer import MIXED
-from app.service.plans import Plan
+from app.service.plans import PLANNED_JSON_BYTES, Plan
 from app.storage.counts import Counts
 from app.storage.regions import SharedRegions
 from app.storage.setfile import StoredSet
 from app.wire.buffers import Buffer
+from app.wire.json import take_lists
 
 Handler = Callable[..., Awaitable[None]]
 """Called with the context, the call, and the variable parts of the path."""
@@ -43,6 +45,8 @@ _TOGETHER = 64
 """Answers that leave together at most: they are memory that only the socket bounds."""
 _READ_BYTES = 1 << 18
 """Most that is read at once."""
+_TRIES = 4
+"""How often in a row JSON may be looked into in vain, before that waits for the next plan."""
 _HEADS = 512
 """Heads that are remembered: a client's requests of one shape have one."""
 
@@ -121,6 +125,7 @@ class HotRoutes:
         self._app = app
         self._context = context
         self.stall_seconds = context.settings.stall_seconds
+        self._most_json_bytes = min(PLANNED_JSON_BYTES, context.limits.max_json_bytes)
         self._routes = {(route.length, route.last): route for route in routes}
         assert len(self._routes) == len(routes), "two routes that look alike"
         self.observer = observer
@@ -148,20 +153,35 @@ class HotRoutes:
         """The shared memory that plans read and write."""
         return self._context.inference.regions
 
-    def recall(self, head: RequestHead, found: Found, body: Buffer) -> Planned | None:
-        """Return how to answer a request, if one like it was answered by the present version."""
-        form = None if found.route.form_of is None else found.route.form_of(head, body)
-        if form is None or found.names[0] == MIXED:
+    def recall(
+        self, head: RequestHead, found: Found, body: Buffer, *, may_take: bool
+    ) -> tuple[Planned, Sequence[Floats]] | None:
+        """Return how to answer a request, if one like it was answered by the present version.
+
+        `may_take` says whether lists may be taken out of JSON for that; they are returned too.
+        """
+        if found.route.form_of is None or found.names[0] == MIXED:
             return None
         stored = self._context.store.read(found.names[0])
+        form = found.route.form_of(head, body)
         planned: Planned | None = stored.memo.get((head.key, form))
-        return planned if planned and planned.plan.body_bytes == len(body) else None
+        if planned is not None:
+            return (planned, ()) if planned.plan.body_bytes == len(body) else None
+        tries = stored.memo.get(head.key, 0)
+        if not may_take or not tries or len(body) > self._most_json_bytes:
+            return None
+        taken = take_lists(body)
+        planned = stored.memo.get((head.key, taken.form))
+        stored.memo[head.key] = tries - 1 if planned is None else _TRIES
+        return None if planned is None else (planned, taken.arrays)
 
-    def remember(self, stored: StoredSet, head: RequestHead, form: bytes, planned: Planned) -> None:
+    def remember(self, stored: StoredSet, head: RequestHead, form: Key, planned: Planned) -> None:
         """Remember it with the version of the set that it is for."""
         if len(stored.memo) >= _PLANS:
             stored.memo.clear()
         stored.memo[head.key, form] = planned
+        if planned.plan.is_json:
+            stored.memo[head.key] = _TRIES
 
     def count(self, planned: Planned, counts: Counts, seconds: float) -> None:
         """Count a request that was answered as planned."""

@@ -229,9 +229,13 @@ def raw_request(model: Model, body: memoryview) -> InferRequest:
 
 
 def plan_inference(
-    model: Model, request: InferRequest, body_bytes: int, data_start: int, head: Buffer
+    model: Model,
+    request: InferRequest,
+    body_bytes: int,
+    data_start: int,
+    parts: Sequence[Buffer],
 ) -> Plan | None:
-    """Return the plan of a request that was answered behind `head`; None where there is none.
+    """Return the plan of a request that was answered by `parts`; None where there is none.
 
     There is one for float32 inputs in binary or shared memory whose outputs are so too, and go to
     at most one place. The binary data begin at `data_start` in the body.
@@ -249,11 +253,45 @@ def plan_inference(
     placed = [one for one in outputs if one.placed is not None]
     if len(placed) > 1 or not all(one.is_binary or one.placed for one in outputs):
         return None
+    return _make_plan(model, request, sources, outputs, Form.BINARY, body_bytes, parts)
+
+
+def plan_json_inference(
+    model: Model, request: InferRequest, taken: json.Taken, parts: Sequence[Buffer]
+) -> Plan | None:
+    """Return the plan of a request that was answered by `parts`; None where there is none.
+
+    There is one where all inputs are lists that were `taken` out of JSON, as FP32, and all outputs
+    are JSON.
+    """
+    if not taken.arrays:
+        return None
+    sources = []
+    for one in json.decode(taken.text)["inputs"]:
+        number = json.hole_of(one.get("data"))
+        if number is None or one["datatype"] != "FP32":
+            return None
+        sources.append(Source(one["name"], tuple(one["shape"]), number=number))
+    outputs = _outputs_of(model, request)
+    if any(one.is_binary or one.placed for one in outputs):
+        return None
+    return _make_plan(model, request, sources, outputs, Form.JSON, 0, parts)
+
+
+def _make_plan(
+    model: Model,
+    request: InferRequest,
+    sources: Sequence[Source],
+    outputs: Sequence[InferOutput],
+    form: Form,
+    body_bytes: int,
+    parts: Sequence[Buffer],
+) -> Plan | None:
     numbers = {one.name: number for number, one in enumerate(sources)}
     steps = [
         Step(one.name, numbers[_source(request, one.name).name], one.placed) for one in outputs
     ]
-    if len({step.source for step in steps}) < len(sources):
+    if model.stored is None or len({step.source for step in steps}) < len(sources):
         return None  # W x of DoRA
     return make_plan(
         model.stored,
@@ -261,8 +299,10 @@ def plan_inference(
         steps,
         request.scale,
         body_bytes=body_bytes,
-        head=head,
+        parts=parts,
         rows=max(one.rows for one in sources),
+        form=form,
+        is_flat=True,
     )
 
 

@@ -15,17 +15,23 @@ import numpy as np
 
 from app.core.adapter import LoraAdapter
 from app.core.cast import FLOAT32, Floats
+from app.core.json_numbers import list_of
 from app.formats import safetensors
 from app.service.apply import cost_of
 from app.service.sets import get_adapter
+from app.service.work import AT_ONCE_NANOSECONDS
 from app.storage.counts import Counts
 from app.storage.regions import SharedRegions
 from app.storage.setfile import StoredSet
+from app.wire import json
 from app.wire.buffers import Buffer
 from app.wire.finite import check_finite
 from app.wire.media import Form
 from app.wire.oip import Placement
+from app.wire.tensors import INPUTS, check_json_output
 
+PLANNED_JSON_BYTES = 1 << 17
+"""Longest JSON that is planned: of longer ones the numbers take most of the time."""
 _MODULE_NANOSECONDS = 10_000
 """What each module of a plan costs, however small."""
 
@@ -41,14 +47,18 @@ class Source:
     """Their first byte in the body."""
     place: Placement | None = None
     """Or their place in shared memory."""
+    number: int | None = None
+    """Or which of the lists in JSON they are."""
 
     @property
     def rows(self) -> int:
         """Number of vectors."""
         return math.prod(self.shape[:-1])
 
-    def read(self, body: Buffer, regions: SharedRegions) -> Floats:
+    def read(self, body: Buffer, lists: Sequence[Floats], regions: SharedRegions) -> Floats:
         """Return the inputs, not checked."""
+        if self.number is not None:
+            return lists[self.number].reshape(self.shape)
         if self.place is None:
             return np.ndarray(self.shape, FLOAT32, body, self.start)
         return np.ndarray(self.shape, FLOAT32, regions.read(self.place))
@@ -75,36 +85,53 @@ class Plan:
     """Of the steps."""
     weight: float
     body_bytes: int
-    head: Buffer
-    """The answer, up to its tensors."""
+    """For binary."""
+    text: Sequence[Buffer]
+    """The answer: all of it before binary tensors; for JSON, what is around each list."""
+    is_json: bool
+    is_flat: bool
+    """Whether JSON has a batch as one list."""
     rows: int
     """What `Counts.rows` says of it."""
     cost: float
     """Nanoseconds that it takes, by estimate."""
 
-    def run(self, body: Buffer, regions: SharedRegions, counts: Counts) -> list[Buffer]:
-        """Return the answer to `body` in parts; outputs with a place go there.
+    def run(
+        self, body: Buffer, lists: Sequence[Floats], regions: SharedRegions, counts: Counts
+    ) -> list[Buffer]:
+        """Return the answer to `body`, or to its `lists`, in parts; outputs with a place go there.
 
-        `counts` gets rows and times. Raises NonFiniteInputError, and the errors of
-        `SharedRegions`, before anything is written.
+        `counts` gets rows and times. Raises NonFiniteInputError, NonFiniteOutputError, and the
+        errors of `SharedRegions`, before anything is written.
         """
         started = time.perf_counter_ns()
-        inputs = [source.read(body, regions) for source in self.sources]
+        inputs = [source.read(body, lists, regions) for source in self.sources]
         ready = time.perf_counter_ns()
         outputs = self._apply(inputs)
         computed = time.perf_counter_ns()
-        parts: list[Buffer] = [self.head]
+        parts = self._json(outputs) if self.is_json else self._binary(outputs, regions)
+        counts.rows = self.rows
+        counts.vectors = sum([self.sources[step.source].rows for step in self.steps])
+        counts.input_ns = ready - started
+        counts.infer_ns = computed - ready
+        counts.output_ns = time.perf_counter_ns() - computed
+        return parts
+
+    def _binary(self, outputs: Sequence[Floats], regions: SharedRegions) -> list[Buffer]:
+        parts = [*self.text]
         for step, array in zip(self.steps, outputs, strict=True):
             data = safetensors.as_bytes(array)
             if step.place is None:
                 parts.append(data)
             else:
                 regions.write(step.place, data)
-        counts.rows = self.rows
-        counts.vectors = sum([self.sources[step.source].rows for step in self.steps])
-        counts.input_ns = ready - started
-        counts.infer_ns = computed - ready
-        counts.output_ns = time.perf_counter_ns() - computed
+        return parts
+
+    def _json(self, outputs: Sequence[Floats]) -> list[Buffer]:
+        parts = [*self.text[:1]]
+        for step, array, text in zip(self.steps, outputs, self.text[1:], strict=True):
+            check_json_output(step.module, array)
+            parts += (list_of(array.reshape(-1) if self.is_flat else array), text)
         return parts
 
     def _apply(self, inputs: Sequence[Floats]) -> list[Floats]:
@@ -139,6 +166,31 @@ def binary_sources(
     return sources, [Step(module, names.index(tensor)) for module, tensor in tensors.items()]
 
 
+def json_sources(
+    taken: json.Taken, tensors: Mapping[str, str]
+) -> tuple[list[Source], list[Step]] | None:
+    """Return the sources and steps that a body in JSON describes, whose lists were taken out.
+
+    `tensors` names the inputs of each module; INPUTS for what all of them share. None where one of
+    them is no list that was taken out.
+    """
+    if not taken.arrays:
+        return None
+    inputs = json.decode(taken.text)[INPUTS]
+    numbers = {
+        tensor: json.hole_of(inputs if tensor == INPUTS else inputs.get(tensor))
+        for tensor in tensors.values()
+    }
+    found = {name: number for name, number in numbers.items() if number is not None}
+    if len(found) < len(numbers):
+        return None
+    sources = [
+        Source(name, taken.arrays[number].shape, number=number) for name, number in found.items()
+    ]
+    names = list(found)
+    return sources, [Step(module, names.index(tensor)) for module, tensor in tensors.items()]
+
+
 def make_plan(
     stored: StoredSet,
     sources: Sequence[Source],
@@ -146,13 +198,15 @@ def make_plan(
     weight: float,
     *,
     body_bytes: int,
-    head: Buffer,
+    parts: Sequence[Buffer],
     rows: int,
+    form: Form = Form.BINARY,
+    is_flat: bool = False,
 ) -> Plan | None:
-    """Return the plan of a request that was just answered behind `head`; None where there is none.
+    """Return the plan of a request that was just answered by `parts`; None where there is none.
 
-    There is none for DoRA and for empty batches. Nor where A has no numbers: a product with
-    that does not show what is not finite.
+    There is none for DoRA and for empty batches, nor for so much JSON that there is little to gain.
+    Nor where A has no numbers: a product with that does not show what is not finite.
     """
     adapters = [get_adapter(stored, step.module) for step in steps]
     if any(one.magnitude is not None or one.a_matrix.size == 0 for one in adapters):
@@ -160,7 +214,11 @@ def make_plan(
     if any(0 in one.shape for one in sources):
         return None
     cost = sum(
-        _MODULE_NANOSECONDS + cost_of(adapter, sources[step.source].rows, Form.BINARY, Form.BINARY)
+        _MODULE_NANOSECONDS + cost_of(adapter, sources[step.source].rows, form, form)
         for step, adapter in zip(steps, adapters, strict=True)
     )
-    return Plan(sources, steps, adapters, weight, body_bytes, head, rows, cost)
+    is_json = form is Form.JSON
+    if is_json and cost > AT_ONCE_NANOSECONDS:
+        return None
+    text = parts[::2] if is_json else parts[:1]
+    return Plan(sources, steps, adapters, weight, body_bytes, text, is_json, is_flat, rows, cost)

@@ -4,13 +4,13 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from secrets import token_hex
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import orjson
 
 from app.core.cast import Array, Floats, to_float32
-from app.core.json_numbers import NumberList, find_lists, list_of
+from app.core.json_numbers import find_lists, list_of
 from app.errors import (
     InvalidRequestError,
     MalformedJsonError,
@@ -70,26 +70,44 @@ def decode_with_arrays(body: Buffer, what: str = "the body", hint: str = "") -> 
     Those are lists of numbers, one or two deep and not ragged, in fields of _TENSOR_KEYS. Not all
     of them need become arrays: `decode_tensor` takes lists as well, and says what is wrong.
     """
-    if len(body) > _SHORT_BYTES:
-        lists = find_lists(body, _LEAST_NUMBERS)
+    text, arrays = take_lists(body)
+    if arrays:
         try:
-            return _with_arrays(_without_lists(body, lists), [one.numbers for one in lists])
+            return _with_arrays(orjson.loads(text), arrays)
         except (ValueError, RecursionError):
             pass  # something is wrong or uncommon; read it the ordinary way
     return decode(body, what, hint)
 
 
-def _without_lists(body: Buffer, lists: Sequence[NumberList]) -> Any:
-    """Return the JSON value `body` with holes for lists.
+class Taken(NamedTuple):
+    """JSON text with holes, and what was there.
 
-    Raises ValueError where that is no JSON, as where one was in a string: a hole's quote ends it.
+    Where a list was in a string, the text is no JSON: a hole's quote ends the string.
     """
+
+    text: bytes
+    arrays: Sequence[Floats]
+
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """All but the numbers."""
+        return (self.text, *(one.shape for one in self.arrays))
+
+
+def take_lists(body: Buffer) -> Taken:
+    """Return JSON text with holes in the place of long lists of numbers, and those as arrays."""
+    lists = find_lists(body, _LEAST_NUMBERS) if len(body) > _SHORT_BYTES else []
     parts: list[Buffer] = []
     at = 0
     for number, one in enumerate(lists):
         parts += (body[at : one.start], b'{"%b":%d}' % (_HOLE.encode(), number))
         at = one.end
-    return orjson.loads(b"".join([*parts, body[at:]]))
+    return Taken(b"".join([*parts, body[at:]]), [one.numbers for one in lists])
+
+
+def hole_of(value: Any) -> int | None:
+    """Return which list was in the place of a JSON value; None for no list."""
+    return value.get(_HOLE) if isinstance(value, dict) else None
 
 
 def _with_arrays(value: Any, arrays: Sequence[Floats], *, is_tensor: bool = False) -> Any:

@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from multiprocessing.shared_memory import SharedMemory
 
 import httpx
@@ -22,6 +23,7 @@ from app.service import plans
 from app.storage.regions import SharedRegions
 
 BINARY = {"Content-Type": "application/vnd.safetensors"}
+JSON = b"application/json"
 K_PROJ = Q_PROJ.replace("q_proj", "k_proj")
 ONE = f"/v1/sets/plain/adapters/{Q_PROJ}/apply"
 
@@ -60,7 +62,9 @@ def outputs(answer):
 
 
 def by_json(client, x, path=ONE):
-    return np.array(client.post(path, json={"inputs": x.tolist()}).json()["outputs"], np.float32)
+    """The outputs by the ordinary way: stacks have no plans."""
+    asked = {"inputs": x.tolist(), "sets": ["plain"]}
+    return np.array(client.post(path, json=asked).json()["outputs"], np.float32)
 
 
 @pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 64), (700, 64), (3000, 64)])
@@ -177,12 +181,19 @@ def infer(client, x, name=Q_PROJ, more=(), **fields):
     return json.loads(answer.content[:length]), answer.content[length:]
 
 
+def infer_json(client, x, name=Q_PROJ, **fields):
+    tensor = {"name": name, "shape": list(x.shape), "datatype": "FP32", "data": x.tolist()}
+    answer = client.post("/v2/models/plain/infer", json={"inputs": [tensor], **fields})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
 @pytest.mark.parametrize("rows", [1, 3, 700])
 def test_inferences(plain, runs, rows):
     for seed in range(3):
         x = batch(rows, seed)
-        fields, data = infer(plain, x, id="7")
-        assert fields["id"] == "7"
+        fields, data = infer(plain, x)
+        assert "id" not in fields
         got = np.frombuffer(data, np.float32).reshape(rows, 128)
         assert np.abs(got - by_json(plain, x)).max() < 1e-5
     (counts,) = plain.get("/v2/models/plain/stats").json()["model_stats"]
@@ -192,6 +203,13 @@ def test_inferences(plain, runs, rows):
     assert counts["inference_stats"]["compute_infer"]["ns"] > 0
     if rows < 700:  # the longest wait for their turn
         assert len(runs) == 2
+
+
+def test_requests_with_ids_have_no_plan(plain, runs):
+    for number in ("7", "8", "8"):
+        assert infer(plain, batch(), id=number)[0]["id"] == number
+        assert infer_json(plain, batch(), id=number)["id"] == number
+    assert not runs
 
 
 def test_an_input_for_several_outputs(plain, runs):
@@ -302,6 +320,121 @@ def test_what_hides_numbers_that_are_not_finite(client, runs, rank, width):
         outputs(apply(client, x, f"{path}/apply"))
     weights = safetensors.encode({"weights": np.ones((3, width), np.float32)})
     assert client.post(f"{path}/merge", content=weights, headers=BINARY).status_code == 200
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (3, 64), (40, 64), (500, 64)])
+def test_json_numbers_are_each_requests_own(plain, runs, shape):
+    for seed in range(4):
+        x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+        answer = plain.post(ONE, json={"inputs": x.tolist()})
+        assert answer.json().keys() == {"set", "module", "version", "outputs"}
+        got = np.array(answer.json()["outputs"], np.float32)
+        assert np.array_equal(got, by_json(plain, x))
+    assert len(runs) == (0 if shape[0] == 500 else 3)  # of much JSON, the numbers take the time
+
+
+def test_json_answers_are_the_same_to_the_header(plain, runs):
+    x = batch(2).tolist()
+    tensor = {"name": "x", "shape": [2, 64], "datatype": "FP32", "data": x}
+    asked = {"inputs": [tensor], "outputs": [{"name": Q_PROJ}, {"name": K_PROJ}]}
+    for path, body in (
+        (ONE, {"inputs": x}),
+        (f"{ONE}?scale=3", {"inputs": x, "sets": []}),
+        ("/v1/sets/plain/apply", {"inputs": {K_PROJ: x, Q_PROJ: x[:1]}}),
+        (f"/v1/sets/plain/apply?module={K_PROJ}&module={Q_PROJ}", {"inputs": x}),
+        ("/v2/models/plain/infer", asked),
+        ("/v2/models/plain/infer", {**asked, "parameters": {"scale": -2}}),
+    ):
+        before = len(runs)
+        first, second = (plain.post(path, json=body) for _ in range(2))
+        assert len(runs) == before + 1
+        assert first.status_code == 200
+        assert first.content == second.content
+        for one in (first, second):
+            assert one.headers.pop("x-request-id")
+            assert one.headers.pop("date")
+        assert dict(first.headers) == dict(second.headers)
+
+
+def test_json_inferences(plain, runs):
+    for seed in range(3):
+        x = batch(5, seed)
+        fields = infer_json(plain, x)
+        (output,) = fields["outputs"]
+        assert (output["name"], output["shape"]) == (Q_PROJ, [5, 128])
+        got = np.array(output["data"], np.float32).reshape(5, 128)
+        assert np.array_equal(got, by_json(plain, x))
+    (counts,) = plain.get("/v2/models/plain/stats").json()["model_stats"]
+    assert (counts["inference_count"], counts["execution_count"]) == (15, 3)
+    assert len(runs) == 2
+
+
+def test_json_of_another_form_takes_the_ordinary_way(plain, runs):
+    x = batch(4)
+    for _ in range(2):
+        plain.post(ONE, json={"inputs": x.tolist()})
+    assert len(runs) == 1
+    text = json.dumps({"inputs": x.tolist()})
+    for body, status, code in (
+        (json.dumps({"inputs": x[:, :63].tolist()}), 422, "shape_mismatch"),
+        (json.dumps({"inputs": [*x.tolist(), [1.0]]}), 422, "ragged_input"),
+        (text.replace("[[", "[[1e39, ").replace("]]", "]]", 1), 422, "ragged_input"),
+        (text[:-2] + "}", 400, "malformed_json"),
+        (text[:-1] + ', "more": 1}', 422, "invalid_request"),
+        (text + " " + text, 400, "malformed_json"),
+        (json.dumps({"inputs": np.full((4, 64), 3e38).tolist()}), 422, "non_finite_output"),
+        (json.dumps({"inputs": [[1e39] * 64] * 4}), 422, "non_finite_input"),
+        (json.dumps({"inputs": [[float("nan")] * 64] * 4}), 422, "non_finite_input"),
+    ):
+        plain.post(ONE, json={"inputs": x.tolist()})  # so that forms are looked at
+        for _ in range(2):
+            answer = plain.post(ONE, content=body, headers={"Content-Type": "application/json"})
+            assert_problem(answer, status, code)
+    other = '{"inputs": [3], ' + text[1:]  # the last one counts
+    answer = plain.post(ONE, content=other, headers={"Content-Type": "application/json"})
+    assert np.array_equal(np.array(answer.json()["outputs"], np.float32), by_json(plain, x))
+
+
+def test_a_changed_set_is_seen_at_once_in_json(plain):
+    x = batch()
+    for _ in range(3):
+        assert plain.post(ONE, json={"inputs": x.tolist()}).json()["version"] == 1
+    upload(plain, "plain", TINY / "rslora-patterns")
+    for _ in range(3):
+        answer = plain.post(ONE, json={"inputs": x.tolist()}).json()
+        assert answer["version"] == 2
+        assert np.array_equal(np.array(answer["outputs"], np.float32), by_json(plain, x))
+
+
+def test_json_over_the_limit_is_refused_although_there_is_a_plan(settings, runs):
+    app = create_app(settings.model_copy(update={"max_json_bytes": 5000}))
+    with serving(app) as url, httpx.Client(base_url=url) as client:
+        upload(client, "plain", TINY / "plain")
+        for _ in range(2):
+            assert client.post(ONE, json={"inputs": batch().tolist()}).status_code == 200
+        assert len(runs) == 1
+        text = json.dumps({"inputs": batch().tolist()}).replace(", ", ",          ")
+        answer = client.post(ONE, content=text, headers={"Content-Type": "application/json"})
+        assert_problem(answer, 413, "body_too_large")
+        assert len(runs) == 1
+
+
+def test_json_in_pieces_is_planned_too(plain, runs):
+    bodies = [json.dumps({"inputs": batch(rows).tolist()}).encode() for rows in (3, 70)]
+    assert len(bodies[1]) > 1 << 16  # more than is waited for
+    with connect(plain) as connection:
+        for body in bodies:
+            answers = []
+            for _ in range(3):
+                head = head_of(len(body), ONE).replace(BINARY["Content-Type"].encode(), JSON)
+                connection.sendall(head + body[:50])
+                time.sleep(0.02)
+                connection.sendall(body[50:])
+                status, answer, rest = read_answer(connection)
+                assert (status, rest) == (200, b"")
+                answers.append(answer)
+            assert len(set(answers)) == 1
+    assert len(runs) == 4
 
 
 def test_headers_that_decide_nothing_do_not_matter(plain, runs):

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 
 from app.api import schemas
-from app.api.call import Call, Options
+from app.api.call import Call, Key, Options
 from app.api.deps import Context, ModuleName, SetName
 from app.api.hot import HotRoute
 from app.api.openapi import APPLY_ERRORS, answered_before, problems, tensor_answer, tensor_body
@@ -21,10 +21,11 @@ from app.core.adapter import LoraAdapter
 from app.core.cast import Floats
 from app.formats import safetensors
 from app.service.apply import cost_of_body, shares_of, stacked_shares, total_rows, versions_of
-from app.service.plans import binary_sources, make_plan
+from app.service.plans import PLANNED_JSON_BYTES, binary_sources, json_sources, make_plan
 from app.service.sets import get_adapter
 from app.storage.counts import Counts
 from app.storage.setfile import StoredSet
+from app.wire import json
 from app.wire.buffers import Buffer
 from app.wire.media import Form
 from app.wire.stacks import MAX_SCALE
@@ -206,17 +207,24 @@ def _plan(
     parts: Sequence[Buffer],
 ) -> None:
     """Let the next request of this form be answered by a plan, where one can be made."""
-    forms = (options.taken, options.given, options.dtype)
-    if not call.can_plan or forms != (Form.BINARY, Form.BINARY, "F32"):
+    taken, given = options.taken, options.given
+    if not call.can_plan or taken != given or batches.stack or batches.base_outputs:
         return
-    text = safetensors.short_header(body)
-    if text is None or batches.stack or batches.base_outputs:
+    key: Key | None
+    if taken is Form.BINARY:
+        key = safetensors.short_header(body)
+        found = binary_sources(key, tensors) if key and options.dtype == "F32" else None
+    elif len(body) <= PLANNED_JSON_BYTES:
+        lists = json.take_lists(body)
+        key, found = lists.form, json_sources(lists, tensors)
+    else:
         return
-    found = binary_sources(text, tensors)
-    if found is not None:
+    if key is not None and found is not None:
         size, rows = len(body), total_rows(batches.inputs)
-        plan = make_plan(stored, *found, options.scale, body_bytes=size, head=parts[0], rows=rows)
-        call.remember_plan(stored, text, plan)
+        plan = make_plan(
+            stored, *found, options.scale, body_bytes=size, parts=parts, rows=rows, form=taken
+        )
+        call.remember_plan(stored, key, plan)
 
 
 async def _answer(
@@ -231,13 +239,14 @@ async def _answer(
     with context.pool.admit():
         limit = limits.max_json_bytes if taken is Form.JSON else limits.max_body_bytes
         body = await call.body(limit, context.settings.stall_seconds)
-        plan = call.find_plan(body)
-        if plan is None:
+        recalled = call.find_plan(body)
+        if recalled is None:
             cost = math.inf if adapter is None else cost_of_body(adapter, len(body), taken, given)
             parts = await context.pool.run(partial(compute, body), cost)
         else:
             counts = Counts()
-            run = partial(plan.run, body, context.inference.regions, counts)
+            plan, lists = recalled
+            run = partial(plan.run, body, lists, context.inference.regions, counts)
             parts = await context.pool.run(run, plan.cost)
             context.metrics.rows_applied.inc(counts.vectors)
     await call.answer(parts, given.value)

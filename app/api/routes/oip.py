@@ -6,7 +6,7 @@ that Triton uses (`app/api/errors.py`).
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.metadata import version as package_version
 from typing import Annotated, Any, TypeVar
@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from app.api import oip_schemas
 from app.api.body import check_length, parse_model, read_body
-from app.api.call import Call
+from app.api.call import Call, Key
 from app.api.deps import Context, InContext
 from app.api.hot import HotRoute
 from app.api.openapi import (
@@ -39,9 +39,12 @@ from app.service.infer import (
     cost_of_inference,
     find_model,
     plan_inference,
+    plan_json_inference,
     raw_request,
 )
+from app.service.plans import PLANNED_JSON_BYTES
 from app.storage.counts import Counts
+from app.wire import json
 from app.wire.buffers import Buffer
 from app.wire.compress import coding_of, compress, decompress, wanted_coding
 from app.wire.media import Form
@@ -205,15 +208,16 @@ async def answer_infer(context: Context, call: Call, name: str, version: str | N
     try:
         with context.pool.admit():
             body = await call.body(context.limits.max_body_bytes, context.settings.stall_seconds)
-            plan = call.find_plan(body)
-            if plan is None:
+            recalled = call.find_plan(body)
+            if recalled is None:
                 asked, parts, length = await _run(
                     context, model, body, coding, header_length, counts
                 )
             else:
-                run = partial(plan.run, body, context.inference.regions, counts)
+                plan, lists = recalled
+                run = partial(plan.run, body, lists, context.inference.regions, counts)
                 asked, parts = None, await context.pool.run(run, plan.cost)
-                length = len(plan.head) if len(parts) > 1 else None
+                length = None if plan.is_json or len(parts) == 1 else len(parts[0])
     except BonsaiLoraError:
         failed = Counts(_now_ms(), fail_count=1, fail_ns=time.perf_counter_ns() - started)
         context.counts.add(*model.counted_as, failed)
@@ -228,7 +232,7 @@ async def answer_infer(context: Context, call: Call, name: str, version: str | N
         parts = [await context.pool.run(partial(compress, b"".join(parts), wanted))]
         headers.append((b"content-encoding", wanted.encode()))
     elif coding is None and asked is not None:
-        _remember(call, model, asked, body, header_length, parts[0])
+        _remember(call, model, asked, body, header_length, parts)
     await call.answer(parts, (Form.JSON if length is None else Form.RAW).value, headers)
 
 
@@ -238,13 +242,23 @@ def _remember(
     asked: InferRequest,
     body: Buffer,
     header_length: int | None,
-    head: Buffer,
+    parts: Sequence[Buffer],
 ) -> None:
-    """Let the next request of this form be answered by a plan, where one can be made."""
-    form = _form(header_length, body)
-    if call.can_plan and model.stored is not None and form:
-        plan = plan_inference(model, asked, len(body), len(form), head)
-        call.remember_plan(model.stored, form, plan, model.counted_as)
+    """Let the next request of this form be answered by a plan, where one can be made.
+
+    Not with an id: the next one has another.
+    """
+    if not call.can_plan or model.stored is None or asked.id:
+        return
+    form: Key | None = _form(header_length, body)
+    if form:
+        plan = plan_inference(model, asked, len(body), len(form), parts)
+    elif header_length is None and len(body) <= PLANNED_JSON_BYTES:
+        taken = json.take_lists(body)
+        form, plan = taken.form, plan_json_inference(model, asked, taken, parts)
+    else:
+        return
+    call.remember_plan(model.stored, form, plan, model.counted_as)
 
 
 def _form(header_length: int | None, body: Buffer) -> bytes | None:
