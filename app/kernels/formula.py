@@ -165,6 +165,6 @@ class Variable:
         self._code.builder.store(value.value, self._place)
 
 
-def whole(code: Code, number: int) -> Term:
+def integer(code: Code, value: int) -> Term:
     """Return a plain number as an i64."""
-    return Term(code, code.const(number))
+    return Term(code, code.const(value))

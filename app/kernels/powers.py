@@ -5,7 +5,7 @@ from llvmlite import ir
 from app.kernels.code import I64
 
 LEAST, MOST = -100, 45
-"""Of the table. Shortest decimals of float32 need up to 45, and numbers of 19 digits to -64."""
+"""Of the table. To write float32 takes -31 to 45; numbers that are read, with 19 digits, more."""
 
 TYPE = ir.ArrayType(ir.ArrayType(I64, 2), MOST - LEAST + 1)
 BYTES = 16

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from llvmlite import ir
 
 from app.kernels.code import BYTE, FLOAT, I32, I64, Code, Type, vector
-from app.kernels.formula import Term, Variable, whole
+from app.kernels.formula import Term, Variable, integer
 from app.kernels.powers import BYTES, LEAST, write_powers
 
 FIND = "nnnnnn"
@@ -21,8 +21,9 @@ or all lists of as many numbers, and has `least` of them. Returns 1 where there 
 (FOUND i64) gets where it begins and ends, its rows (0 for a list of numbers) and columns, and `out`
 its numbers. It has room for one number for each two characters from `start` on.
 
-Numbers are as RFC 8259 has them. Those whose digits make 2^64 or so, whole ones from 2^53 on, and
-those whose last digit stands for less than 1e-100 or more than 1e38 are not read, nor their lists.
+Numbers are as RFC 8259 has them. Not read, nor their lists, are those whose digits make 2^64 or
+more (or, in the last of a text, a little less), those whose last digit stands for less than 1e-100
+or more than 1e38, and integers from 2^53 on, which NumPy would round to float32 at once.
 """
 FOUND = 4
 ROW = "nnnnn"
@@ -30,11 +31,13 @@ ROW = "nnnnn"
 
 _WINDOW = 32
 """Characters that are looked at together."""
-_BEFORE, _AFTER = 16, 40
-"""So many around a number may be read."""
+_BEFORE, _AFTER = 24, 40
+"""Characters around the start of a number that may be looked at: its fraction's digits from 24
+before their end on, and the window, or what begins in it, behind a sign."""
 _EXACT_POWERS = 22
 """10^22 is the last that is a float64."""
 _MOST_POWER = 38
+"""One digit at the next is beyond float32."""
 _DIGITS = 0x0F0F0F0F0F0F0F0F
 """What is left of eight characters, where they are digits."""
 _BIT, _I128, _DOUBLE = ir.IntType(1), ir.IntType(128), ir.DoubleType()
@@ -46,9 +49,10 @@ class Row:
     def __init__(self, code: Code) -> None:
         self.code = code
         self.powers = _address(code, write_powers(code.function.module))
-        self.whole_powers = _table(code, "whole_powers", I64, [10**n for n in range(20)])
+        self.integer_powers = _table(code, "integer_powers", I64, [10**n for n in range(20)])
         exact_powers = [float(10**n) for n in range(_EXACT_POWERS + 1)]
         self.exact_powers = _table(code, "exact_powers", _DOUBLE, exact_powers)
+        # The last digits of a stretch: none of what comes before them, and four bits of each.
         self.masks = _table(code, "masks", BYTE, [0] * 24 + [15] * 24) + 24
 
     def write(self) -> None:
@@ -56,8 +60,8 @@ class Row:
         code = self.code
         text, self.end, at, out, columns = (Term(code, one) for one in code.arguments)
         self.at, self.to = Variable(at), Variable(out)
-        self.digits, self.power, self.sign = (Variable(whole(code, 0)) for _ in range(3))
-        self.is_whole, self.is_long, self.is_read = (Variable(self._flag(0)) for _ in range(3))
+        self.digits, self.power, self.sign = (Variable(integer(code, 0)) for _ in range(3))
+        self.is_integer, self.is_long, self.is_read = (Variable(self._flag(0)) for _ in range(3))
         first, last = text + _BEFORE, self.end - _AFTER
         with code.forever():
             skip_space(self.at, self.end)
@@ -91,7 +95,10 @@ class Row:
         return character_at(self.at.now, self.end)
 
     def _read_window(self) -> None:
-        """Read a number up to its exponent, if it and the comma behind it are in the window."""
+        """Read a number up to its exponent, if it is all in the window, and move behind it.
+
+        Otherwise `is_read` is false, and `at` where it was.
+        """
         code, builder, at = self.code, self.code.builder, self.at.now
         characters = at.load(vector(BYTE, _WINDOW))
         stops = _bits(characters.equals(ord(",")) | characters.equals(ord("]")))
@@ -105,15 +112,15 @@ class Row:
         point = start + count
         # No number begins with 0 but 0 itself and what is below 1.
         is_usual = count.equals(1) | start.load(BYTE).differs(ord("0"))
-        is_usual = is_usual & (count - 1).is_below(8) & stops.differs(0)
+        is_usual = is_usual & (count - 1).is_below(8)
         with builder.if_then(is_usual.value, likely=True):
-            digits = start.load(I64) << (whole(code, 64) - (count << 3))
+            digits = start.load(I64) << (integer(code, 64) - (count << 3))
             self.digits.now = _eight_digits(digits & _DIGITS)
-            self.power.now = whole(code, 0)
+            self.power.now = integer(code, 0)
             self.sign.now = is_negative.to(I64)
             self.is_long.now = self._flag(0)
             has_point = point.load(BYTE).equals(ord("."))
-            self.is_whole.now = ~has_point
+            self.is_integer.now = ~has_point
             self.is_read.now = ~has_point
             end = Variable(point)
             with builder.if_then(has_point.value, likely=True):
@@ -122,11 +129,10 @@ class Row:
                 with builder.if_then((behind - 1).is_below(24).value, likely=True):
                     self._read_fraction(end.now, behind)
             with builder.if_then(self.is_read.now.value, likely=True):
-                # The same place, mostly.
+                # Mostly the same place, which LLVM must not see.
                 self.at.now = stop
-                after = end.now.load(BYTE)
-                is_stop = after.equals(ord(",")) | after.equals(ord("]"))
-                with builder.if_then(is_stop.equals(0).value, likely=False):
+                is_end = end.now.load(BYTE).differs(ord(","))
+                with builder.if_then(is_end.value, likely=False):
                     self.at.now = end.now
 
     def _read_fraction(self, stop: Term, count: Term) -> None:
@@ -137,14 +143,15 @@ class Row:
             for size in (8, 16, 24)
         )
         value = high * 10**8 + low
-        self.power.now = whole(code, 0) - count
+        self.power.now = integer(code, 0) - count
+        # Mostly 2^53 and more: all of these are rounded, so that the CPU can guess which way to go.
         self.is_long.now = count > 15
         with code.builder.if_else((count > 15).value, likely=False) as (long, short):
             with long:
-                scale = (self.whole_powers + ((count - 16) << 3)).load(I64)
-                self._join(self.digits.now * scale + top, whole(code, 10**16), value)
+                scale = (self.integer_powers + ((count - 16) << 3)).load(I64)
+                self._join(self.digits.now * scale + top, integer(code, 10**16), value)
             with short:
-                scale = (self.whole_powers + (count << 3)).load(I64)
+                scale = (self.integer_powers + (count << 3)).load(I64)
                 self._join(self.digits.now, scale, value)
 
     def _join(self, before: Term, scale: Term, value: Term) -> None:
@@ -154,10 +161,10 @@ class Row:
         self.is_read.now = (joined >> 64).equals(0)
 
     def _read_slowly(self) -> None:
-        """Read any number, a character at a time."""
-        builder, none = self.code.builder, whole(self.code, 0)
+        """Read any number up to its exponent, a character at a time, and move behind it."""
+        builder, none = self.code.builder, integer(self.code, 0)
         self.digits.now, self.power.now = none, none
-        self.is_whole.now, self.is_long.now = self._flag(1), self._flag(0)
+        self.is_integer.now, self.is_long.now = self._flag(1), self._flag(0)
         self.sign.now = self._next().equals(ord("-")).to(I64)
         self.at.now = self.at.now + self.sign.now
         is_zero = self._next().equals(ord("0"))
@@ -165,24 +172,24 @@ class Row:
         self._read_digits()
         self._fail_unless(is_zero.equals(0) | (self.at.now - start).equals(1))
         with builder.if_then(self._next().equals(ord(".")).value):
-            self.is_whole.now = self._flag(0)
+            self.is_integer.now = self._flag(0)
             self.at.now = self.at.now + 1
             start = self.at.now
             self._read_digits()
             self.power.now = start - self.at.now
 
     def _read_exponent(self) -> None:
-        """Read an exponent, at its `e`."""
-        self.is_whole.now = self._flag(0)
+        """Read an exponent, at its `e`, and move behind it."""
+        self.is_integer.now = self._flag(0)
         self.at.now = self.at.now + 1
         sign = self._next()
         is_negative = sign.equals(ord("-"))
         self.at.now = self.at.now + (is_negative | sign.equals(ord("+"))).to(I64)
         before = self.digits.now
-        self.digits.now = whole(self.code, 0)
+        self.digits.now = integer(self.code, 0)
         self._read_digits()
         size = self.digits.now.is_below(999).choose(self.digits.now, 999)
-        self.power.now = self.power.now + is_negative.choose(whole(self.code, 0) - size, size)
+        self.power.now = self.power.now + is_negative.choose(integer(self.code, 0) - size, size)
         self.digits.now = before
 
     def _read_digits(self) -> None:
@@ -203,18 +210,18 @@ class Row:
         digits, power = self.digits.now, self.power.now
         is_exact = digits.is_below(1 << 53) & (power + _EXACT_POWERS).is_below(_EXACT_POWERS + 1)
         is_exact = is_exact & self.is_long.now.equals(0)
-        bits = Variable(whole(code, 0))
+        bits = Variable(integer(code, 0))
         with builder.if_else(is_exact.value, likely=True) as (exact, otherwise):
             with exact:
-                exact_power = (self.exact_powers + ((whole(code, 0) - power) << 3)).load(_DOUBLE)
+                exact_power = (self.exact_powers + ((integer(code, 0) - power) << 3)).load(_DOUBLE)
                 number = builder.fdiv(builder.sitofp(digits.value, _DOUBLE), exact_power.value)
                 bits.now = Term(code, number).seen_as(I64)
             with otherwise, builder.if_then(digits.differs(0).value):
-                self._fail_unless(self.is_whole.now.equals(0))
+                self._fail_unless(self.is_integer.now.equals(0))
                 self._fail_unless((power - LEAST).is_below(_MOST_POWER - LEAST + 1))
                 bits.now = self._rounded(digits, power)
         # A whole number has no sign where it is 0.
-        is_signed = self.is_whole.now.equals(0) | digits.differs(0)
+        is_signed = self.is_integer.now.equals(0) | digits.differs(0)
         sign = is_signed.choose(self.sign.now, 0) << 63
         number = (bits.now | sign).seen_as(_DOUBLE)
         self.to.now.store(Term(code, builder.fptrunc(number.value, FLOAT)))
@@ -249,7 +256,7 @@ class Row:
 
 def write_find(code: Code) -> None:
     """Write the function that finds a list, by the one that reads a row."""
-    builder, none = code.builder, whole(code, 0)
+    builder, none = code.builder, integer(code, 0)
     text, length, start, least, out, found = (Term(code, one) for one in code.arguments)
     end = text + length
     at, columns, rows = Variable(text + start), Variable(none), Variable(none)
@@ -343,10 +350,9 @@ def _eight_digits(characters: Term) -> Term:
 
 def _table(code: Code, name: str, kind: Type, numbers: Sequence[float]) -> Term:
     """Return the address of constants."""
-    whole_kind = ir.ArrayType(kind, len(numbers))
-    table = ir.GlobalVariable(code.function.module, whole_kind, name)
+    table = ir.GlobalVariable(code.function.module, ir.ArrayType(kind, len(numbers)), name)
     table.global_constant, table.linkage = True, "internal"
-    table.initializer = ir.Constant(whole_kind, list(numbers))
+    table.initializer = ir.Constant(table.value_type, list(numbers))
     return _address(code, table)
 
 

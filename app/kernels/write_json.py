@@ -9,7 +9,7 @@ rounded is the same number again, but for one: 7.038531e-26 becomes its neighbou
 from llvmlite import ir
 
 from app.kernels.code import BYTE, I16, I32, I64, Code, Type, vector
-from app.kernels.formula import Term, Variable, whole
+from app.kernels.formula import Term, Variable, integer
 from app.kernels.powers import BYTES, LEAST, write_powers
 from app.kernels.target import Target
 
@@ -20,14 +20,14 @@ x is float32 (rows, columns) without gaps, all finite; `out` has room for `text_
 BLOCK = 16
 """Numbers whose digits are found before they are laid out."""
 _LONGEST = 17
-"""Characters of a number and its comma: -0.000012345678, or -1.23456789e-38."""
+"""Characters of a number and its comma: -0.0000100000025, or -1.17549435e-38, at most."""
 _LEAST_PLAIN, _MOST_PLAIN = -5, 7
 """Powers of ten of a number's first digit, where it is written without an exponent."""
 _ZEROS = 0x3030303030303030
 
 
 def text_bytes(rows: int, columns: int) -> int:
-    """Return how many bytes may be written."""
+    """Return how many bytes may be written, with what is then written over."""
     return rows * (columns * _LONGEST + 3) + 32
 
 
@@ -46,10 +46,10 @@ class Rows:
         self.bits, self.words = self._room(I32), self._room(I64)
         self.firsts, self.exponents = self._room(I32), self._room(I32)
         self.at = Variable(out)
-        with code.loop(whole(code, 0).value, rows.value, 1) as row:
+        with code.loop(integer(code, 0).value, rows.value, 1) as row:
             line = x + columns * 4 * Term(code, row.counter)
             self._put(ord("["))
-            with code.loop(whole(code, 0).value, columns.value, BLOCK) as block:
+            with code.loop(integer(code, 0).value, columns.value, BLOCK) as block:
                 first = Term(code, block.counter)
                 self._block(line + first * 4, columns - first)
             # A list without numbers has no last comma.
@@ -68,17 +68,17 @@ class Rows:
         self.at.now = self.at.now + 1
 
     def _byte(self, character: int) -> Term:
-        return whole(self.code, character).to(BYTE)
+        return integer(self.code, character).to(BYTE)
 
     def _block(self, x: Term, left: Term) -> None:
         """Write up to BLOCK numbers."""
         code = self.code
         count = (left < BLOCK).choose(left, BLOCK)
-        with code.builder.if_else((left < BLOCK).value) as (is_short, is_whole):
-            with is_short, code.loop(whole(code, 0).value, count.value, 1) as loop:
+        with code.builder.if_else((left < BLOCK).value) as (is_short, is_full):
+            with is_short, code.loop(integer(code, 0).value, count.value, 1) as loop:
                 offset = Term(code, loop.counter) * 4
                 (self.bits + offset).store((x + offset).load(I32))
-            with is_whole:
+            with is_full:
                 self.bits.store(x.load(vector(I32, BLOCK)))
         for lane in range(0, BLOCK, self.lanes):
             bits = (self.bits + 4 * lane).load(vector(I32, self.lanes))
@@ -86,7 +86,7 @@ class Rows:
             (self.firsts + 4 * lane).store(first)
             (self.words + 8 * lane).store(word)
             (self.exponents + 4 * lane).store(exponent)
-        with code.loop(whole(code, 0).value, count.value, 1) as loop:
+        with code.loop(integer(code, 0).value, count.value, 1) as loop:
             self._lay_out(Term(code, loop.counter))
 
     def _digits(self, bits: Term) -> tuple[Term, Term, Term]:
@@ -102,7 +102,9 @@ class Rows:
         q = raised - is_normal - 149
         is_power = (fraction.equals(0) & (raised > 1)).to(I32)
         c = (fraction | (is_normal << 23)).to(I64)
-        k = (q * 1262611 - is_power * 524031).shift_down(22)  # 10^k is just below that distance
+        # 10^k is the power just below that distance. (1262611 / 2^22 is log10(2), 524031 / 2^22 is
+        # log10(4/3), 1741647 / 2^19 is log2(10); right for all exponents of float32.)
+        k = (q * 1262611 - is_power * 524031).shift_down(22)
         h = (q + (k * -1741647).shift_down(19) + 1).to(I64)
         g = self._powers(k)
 
@@ -119,7 +121,7 @@ class Rows:
         lower, upper = lower + odd, upper - odd
 
         # One digit less, if one such decimal is in between; else the nearer with this many.
-        shorter = ((middle >> 2).times(0xCCCCCCCD) >> 35).times(10)
+        shorter = ((middle >> 2).times(0xCCCCCCCD) >> 35).times(10)  # by 10, and back
         fits = lower <= shorter << 2
         next_fits = (shorter << 2) + 40 <= upper
         decimal = middle >> 2
@@ -144,16 +146,16 @@ class Rows:
         rest = decimal - first.times(10**8)
         high = rest.times(3518437209) >> 45  # by 10**4
         fours = (high | (rest - high.times(10**4)) << 32).seen_as(vector(I32, 2 * self.lanes))
-        hundreds = (fours * 10486) >> 20
+        hundreds = (fours * 10486) >> 20  # by 100; right below 10**4
         pairs = (hundreds | (fours - hundreds * 100) << 16).seen_as(vector(I16, 4 * self.lanes))
-        tens = (pairs * 103) >> 10
+        tens = (pairs * 103) >> 10  # by 10; right below 100
         word = (tens | (pairs - tens * 10) << 8).seen_as(vector(I64, self.lanes))
         return first.to(I32) + ord("0"), word | _ZEROS, exponent
 
     def _powers(self, k: Term) -> Term:
-        """Return 10^-k, rounded up, as 64 bits."""
+        """Return the leading 64 bits of 10^-k, and 1 more."""
         found = Term(self.code, ir.Constant(vector(I64, self.lanes), ir.Undefined))
-        places = self.powers + ((whole(self.code, 0) - k.to(I64, is_signed=True)) - LEAST) * BYTES
+        places = self.powers + ((integer(self.code, 0) - k.to(I64, is_signed=True)) - LEAST) * BYTES
         for lane in range(self.lanes):
             found = found.with_lane(lane, places.lane(lane).load(I64))
         return found + 1
@@ -164,7 +166,7 @@ class Rows:
         word = (self.words + place * 8).load(I64)
         first = (self.firsts + place * 4).load(I32).to(BYTE)
         exponent = (self.exponents + place * 4).load(I32).to(I64, is_signed=True)
-        digits = whole(code, 9) - ((word - _ZEROS).leading_zeros() >> 3)
+        digits = integer(code, 9) - ((word - _ZEROS).leading_zeros() >> 3)
         at = self.at.now
         at.store(self._byte(ord("-")))
         at = at + ((self.bits + place * 4).load(I32) >> 31).to(I64)
@@ -174,8 +176,8 @@ class Rows:
                 # 0.00ddd or dd.ddd: the digits behind the zeros, or cut in two by the point.
                 is_small = exponent < 0
                 start = is_small.choose(at + 1 - exponent, at)
-                before = is_small.choose(whole(code, 0), exponent)
-                at.store(whole(code, _ZEROS))
+                before = is_small.choose(integer(code, 0), exponent)
+                at.store(integer(code, _ZEROS))
                 start.store(first)
                 (start + 1).store(word)
                 (is_small.choose(start, at + exponent + 1) + 1).store(word >> (before << 3))
@@ -191,7 +193,7 @@ class Rows:
                 at = at + has_more.choose(digits + 1, 1)
                 at.store(self._byte(ord("e")))
                 is_low = exponent < 0
-                size = is_low.choose(whole(code, 0) - exponent, exponent)
+                size = is_low.choose(integer(code, 0) - exponent, exponent)
                 sign = is_low.choose(self._byte(ord("-")), self._byte(ord("+")))
                 (at + 1).store(sign)
                 tens = (size * 103) >> 10

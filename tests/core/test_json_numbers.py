@@ -2,21 +2,25 @@
 
 import ctypes
 import json
+import math
 import mmap
 import re
 import sys
+from decimal import Decimal
 
 import numpy as np
 import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from targets import TARGETS, name_of
+from targets import HOST, TARGETS, name_of
 
 from app.core import json_numbers
 from app.core.json_numbers import find_lists, list_of
+from app.kernels import library
 from app.kernels.library import Kernels
 from app.kernels.powers import LEAST, MOST, power_of_ten
+from app.kernels.write_json import text_bytes
 
 FAR = b" " * 64
 """Around a text, so that its numbers are looked at many characters at a time."""
@@ -129,6 +133,29 @@ def test_what_is_in_the_middle_of_two_doubles():
     check_read(numbers)
 
 
+@on_targets
+def test_what_is_nearly_in_the_middle_of_two_float32():
+    """There the last bit of the float64 decides; numbers as they may be written, of 17 to 20 digits."""
+    rng = np.random.default_rng(8)
+    low = np.exp2(rng.uniform(-100, 60, 4000)).astype(np.float32)
+    middle = (low.astype(np.float64) + np.nextafter(low, np.float32(np.inf))) / 2
+    numbers = []
+    for one in middle.tolist():
+        numbers += [repr(one), repr(math.nextafter(one, 0)), repr(math.nextafter(one, math.inf))]
+        exact = Decimal(one)
+        half = Decimal(math.ulp(one)) / 2
+        for digits in (17, 18, 19):
+            for off in (half, -half):
+                numbers.append(f"{exact + off:.{digits - 1}e}")
+    # In the middle of two float64, the even one of which is in the middle of two float32.
+    for high in rng.integers(2**23, 2**24, 2000).tolist():
+        digits = high << 30 | 1 << 29 | 1
+        numbers += [f"{digits}.0", f"{digits}e3", f"{digits * 5**3}e-3", f"{digits * 5}0e-1"]
+    small = [one for one in numbers if int(re.sub(r"e.*|[.]", "", one)) < 2**64]
+    assert len(small) > 40_000
+    check_read(small)
+
+
 digits = st.text("0123456789", max_size=12)
 numbers = st.builds(
     lambda sign, whole, fraction, exponent: sign + whole + fraction + exponent,
@@ -179,6 +206,11 @@ def test_numbers_and_space_of_all_kinds(parts):
         ("0.1e-63", 1e-64),
         ("1.0000000596046448", 1.0),  # as a float64 it is in the middle of two
         ("0.00000000000000000000012345", 1.2345e-22),
+        ("7.038531e-26", 7.0385313e-26),  # the one float32 whose shortest decimal is another's
+        ("0.0000000000799116987859616", 7.99117e-11),
+        ("2.600895873828147e-15", 2.600895873828147e-15),
+        ("7.107802111672320625e+14", 7.107802111672320625e14),
+        ("8.056256106669935e-08", 8.056256106669935e-08),
         ("1234567.8901234567890", 1234567.9),
     ],
 )
@@ -192,7 +224,7 @@ NO_NUMBERS = (
     "01 -01 00 1. - .5 +1 1e 1e+ 1.e5 --1 0x1 1.2.3 1e5.0 1_0 1/ 1: 1e--5 NaN Infinity true null"
 )
 # Numbers, but not read here: many digits, whole ones beyond 2^53, far powers of ten.
-OTHERS = "9007199254740992 0.123456789012345678901 1e39 1e300 1e-300 18446744073709551616"
+OTHERS = "1e18446744073709551609 1.5e-18446744073709551600 1.9999999999999999999 12.9999999999999999999999 9007199254740992 0.123456789012345678901 1e39 1e300 1e-300 18446744073709551616"
 
 
 @on_targets
@@ -230,8 +262,31 @@ def test_lists_are_found_where_they_are():
     assert find_lists(b"", 1) == find_lists(b"{}", 1) == find_lists(b"[" * 100_000, 1) == []
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="mprotect(2) with Linux's numbers")
+@pytest.fixture
+def _as_written(monkeypatch):
+    """Kernels that LLVM does not change: what they read and do not use is read all the same."""
+    compiled = library.Compiled
+    monkeypatch.setattr(library, "Compiled", lambda text, target, _: compiled(text, target, 0))
+    fresh = Kernels(HOST)
+    monkeypatch.setattr(json_numbers, "kernels", lambda: fresh)
+
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="mprotect(2) with Linux's numbers")
+
+
+@on_linux
+@on_targets
 def test_nothing_around_a_text_is_read():
+    check_reads_stay_inside()
+
+
+@on_linux
+@pytest.mark.usefixtures("_as_written")
+def test_nor_would_it_be_without_optimisation():
+    check_reads_stay_inside()
+
+
+def check_reads_stay_inside():
     page = mmap.PAGESIZE
     with mmap.mmap(-1, 3 * page) as pages:
         start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
@@ -239,13 +294,15 @@ def test_nothing_around_a_text_is_read():
         for guard in (start, start + 2 * page):
             assert mprotect(ctypes.c_void_p(guard), page, 0) == 0
         inside = np.frombuffer(pages, np.uint8)[page : 2 * page]
-        numbers = random_floats(200)
         rng = np.random.default_rng(2)
+        numbers = random_floats(200)
+        short = np.round(rng.standard_normal(200), 1)
         for count in range(1, 200):
             for text in (
                 orjson.dumps(numbers[:count], option=orjson.OPT_SERIALIZE_NUMPY),
                 json.dumps(rng.standard_normal(min(count, 100)).tolist()).encode(),
                 b"[" + b"1" * count,
+                b" " * (count % 20) + json.dumps(short[:count].tolist()).encode(),
                 b" " * count + b"[",
             ):
                 inside[: len(text)] = np.frombuffer(text, np.uint8)
@@ -285,6 +342,17 @@ def test_shapes_are_kept(count):
     for row in rows:
         assert json.loads(bytes(list_of(row))) == row.tolist()
     assert json.loads(bytes(list_of(rows.T))) == rows.T.tolist()
+
+
+def test_the_longest_numbers_have_room():
+    bits = np.random.default_rng(3).integers(0x3727C5AC, 0x3731C5AC, 4000, np.uint32)
+    longest = -bits.view(np.float32)  # from -1e-5 on: eight or nine digits behind five zeros
+    text = bytes(list_of(longest))
+    assert json.loads(text) == pytest.approx(longest.tolist(), rel=1e-7)
+    size = max(map(len, text[1:-1].split(b",")))
+    assert size == 16
+    alike = np.full(5000, np.float32("-0.0000100000025"))
+    assert len(list_of(alike)) == 5000 * 17 + 1 <= text_bytes(1, 5000)
 
 
 def test_only_float32_is_written():
