@@ -103,7 +103,8 @@ def check_length(length: int, limit: int) -> None:
     """Raise BodyTooLargeError over `limit` bytes."""
     if length > limit:
         raise BodyTooLargeError(
-            f"the body has {length} bytes or more; at most {limit} are taken here",
+            f"the body has {length} bytes or more; at most {limit} are taken here. Send less at a "
+            "time, or numbers as safetensors, or let the service take more (serve --help)",
             got_bytes=length,
             limit_bytes=limit,
         )

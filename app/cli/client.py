@@ -105,6 +105,8 @@ def _told(error: BaseException, url: str) -> tuple[int, str]:
             return EXIT_INTERRUPTED, "interrupted"
         case KeyError() | TypeError():
             return EXIT_UNREACHABLE, f"{url} answers, but not as this service: {error!r}"
+        case httpx.UnsupportedProtocol() | httpx.InvalidURL():
+            return EXIT_USAGE, f"{url!r} is no URL of a service, such as {_URL}"
         case httpx.TransportError():
             return EXIT_UNREACHABLE, f"no service at {url}: {error}"
         case OSError() | ValueError():
@@ -222,7 +224,9 @@ def apply_set(client: httpx.Client, arguments: argparse.Namespace) -> Any:
         raise CommandError(f"the vectors are not JSON: {error}", 2) from None
     path = f"{_set_path(arguments.name)}/adapters/{quote(arguments.module, safe='')}/apply"
     body = value if isinstance(value, dict) else {"inputs": value}
-    answer = ask(client, "POST", path, json=body)
+    # As text that says NaN where the file does, which the service refuses by place.
+    headers = {"Content-Type": "application/json"}
+    answer = ask(client, "POST", path, content=json.dumps(body), headers=headers)
     if not arguments.json:
         print(json.dumps(answer["outputs"]))
     return answer

@@ -1,6 +1,7 @@
 """Tensors as JSON: nested lists of finite numbers, read and written without a loop over them."""
 
 import json
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from secrets import token_hex
@@ -14,7 +15,6 @@ from app.core.json_numbers import find_lists, list_of
 from app.errors import (
     InvalidRequestError,
     MalformedJsonError,
-    NonFiniteInputError,
     RaggedInputError,
 )
 from app.wire.buffers import Buffer
@@ -201,19 +201,39 @@ def _to_array(value: list[Any], name: str) -> Array:
     except ValueError:  # rows of different lengths, or lists beside numbers
         _check_rows(value, name)
         _check_elements(value, name)
-        raise InvalidRequestError(f"{name!r} is not a regular list of numbers") from None
+        raise InvalidRequestError(
+            f"{name!r} is nested too deep; expected one vector or a list of vectors", field=name
+        ) from None
     except OverflowError:
-        array = np.empty(0, object)
-    if array.dtype.kind == "O" or array.dtype.kind not in "fiu":
+        array = np.array(value, object)
+    if array.dtype.kind not in "fiu":
         _check_elements(value, name)
-        raise NonFiniteInputError(f"{name!r} holds a number beyond float32", field=name)
+        return array if array.ndim > 2 else _to_doubles(array)
     return array
+
+
+def _to_doubles(array: Array) -> Array:
+    """Return numbers, among them integers beyond float64, as float64: those become infinite."""
+    most = 10**308
+    doubles = [
+        one if isinstance(one, float) or abs(one) <= most else math.inf if one > 0 else -math.inf
+        for one in array.flat
+    ]
+    return np.array(doubles, np.float64).reshape(array.shape)
 
 
 def _check_rows(value: list[Any], name: str) -> None:
     """Raise for the first row that is no list, or not as long as the first one."""
-    if not any(isinstance(row, list) for row in value):
+    lists = [index for index, row in enumerate(value) if isinstance(row, list)]
+    if not lists:
         return
+    if lists[0] > 0:
+        raise InvalidRequestError(
+            f"{name}[{lists[0]}] is a list, but {name}[0] is {_kind(value[0])}; give one list of "
+            "numbers, or a list of lists of numbers",
+            field=name,
+            row=lists[0],
+        )
     for index, row in enumerate(value):
         if not isinstance(row, list):
             raise InvalidRequestError(
@@ -239,9 +259,9 @@ def _check_elements(value: list[Any], name: str) -> None:
         if not isinstance(row, list):
             _check_number(row, f"{name}[{index}]")
         elif not set(map(type, row)) <= {int, float}:
-            for column, element in enumerate(row):
-                if not isinstance(element, list):
-                    _check_number(element, f"{name}[{index}][{column}]")
+            is_deep = all(isinstance(element, list) for element in row)
+            for column, element in enumerate(() if is_deep else row):
+                _check_number(element, f"{name}[{index}][{column}]")
 
 
 def _check_number(value: Any, where: str) -> None:

@@ -72,6 +72,21 @@ def test_apply_from_a_file_and_from_standard_input(run, tmp_path, monkeypatch):
     assert (code, "shape_mismatch" in err) == (1, True)
 
 
+def test_the_service_says_where_a_number_is_none(run, monkeypatch):
+    run("push", "plain", TINY / "plain")
+    for number in ("NaN", "1e999"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(f"[[1, {number}]]"))
+        code, _, err = run("apply", "plain", "model.layers.0.self_attn.q_proj")
+        assert code == 1
+        assert "inputs[0][1] is" in err
+
+
+def test_what_is_no_url(capsys):
+    for url in ("foo", "ftp://localhost", "http://a:b"):
+        assert main(["ls", "--url", url]) == 2
+        assert "is no URL" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("more", [[], ["--json"]])
 def test_nobody_reads_what_is_printed(service, more):
     reading, writing = os.pipe()

@@ -132,3 +132,38 @@ def test_arrays_are_written_in_place():
         "c": {"d": [1.5, 2.0], "e": [[2.0, 4.0], None]},
     }
     assert b"".join(json.encode({"a": 1})) == b'{"a":1}'
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ("[[1, 2], [3, [4]]]", "inputs[1][1] is a list, expected a number"),
+        ("[3, [1]]", "inputs[1] is a list, but inputs[0] is a number"),
+        ("[[1], 3]", "inputs[1] is a number among lists"),
+        ("[[1], [1, 2]]", "row 1 of 'inputs' has 2 numbers, but row 0 has 1"),
+        ("[[1, 2], [1]]", "row 1 of 'inputs' has 1 numbers, but row 0 has 2"),
+        ("[[[1], [2, 3]]]", "'inputs' is nested too deep"),
+        ("[[[1], [2]]]", "'inputs' is nested 3 deep"),
+        (f"[1, {10**400}]", "inputs[1] is infinite as a float32"),
+        (f"[[1, 2], [3, {-(10**400)}]]", "inputs[1][1] is infinite as a float32"),
+        (f"[[[1], [{10**400}]]]", "'inputs' is nested 3 deep"),
+        (f"[{2**70}, NaN]", "inputs[1] is NaN"),
+        (f"[{10**400}, null]", "inputs[1] is null, expected a number"),
+        ("[[1, true]]", "inputs[0][1] is a boolean, expected a number"),
+        ("[1, false]", "inputs[1] is a boolean, expected a number"),
+        ('"1"', "'inputs' must be a list of numbers"),
+    ],
+)
+@pytest.mark.parametrize("pad", ["", PAD])
+def test_refusals_say_where(inputs, words, pad):
+    body = (f'{{"inputs": {inputs}}}' + pad).encode()
+    with pytest.raises(BonsaiLoraError) as refused:
+        read = json.decode_with_arrays(body)
+        json.decode_tensor(read["inputs"], "inputs", json.Text(body))
+    assert str(refused.value).startswith(words)
+
+
+def test_integers_beyond_64_bits_are_numbers():
+    body = f'{{"inputs": [{2**70}, 5], "id": NaN}}'.encode()  # which orjson does not read
+    read = json.decode_with_arrays(body)
+    assert json.decode_tensor(read["inputs"], "inputs", json.Text(body)).tolist() == [2.0**70, 5]
