@@ -6,6 +6,7 @@ on, headers out), a use case of `app.service`, and comes back; refusals become p
 framework.
 """
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -106,7 +107,11 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         settings,
         store,
         limits,
-        WorkPool(settings.max_concurrency, settings.threads),
+        WorkPool(
+            settings.max_concurrency,
+            settings.threads,
+            has_spare_cores=min(settings.threads, len(os.sched_getaffinity(0))) > settings.workers,
+        ),
         applier,
         Inference(applier, store, regions),
         CountFile(shared),

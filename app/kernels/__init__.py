@@ -1,4 +1,4 @@
-"""The arithmetic of an apply, a merge and a cast, as machine code for the CPU at hand.
+"""The arithmetic of an apply, a merge and a cast, and of numbers in JSON, as machine code.
 
 NumPy has no bfloat16, repacks both matrices of a product, which for thin ones costs as much as the
 product, and cannot cast, add and round in one pass over the memory; a compiler is not on every

@@ -15,12 +15,15 @@ AT_ONCE_NANOSECONDS = 500_000
 """Work up to this is done as soon as it is there."""
 IN_TURN_NANOSECONDS = 8_000_000
 """Work up to this is done on the event loop, one piece between two looks at the sockets."""
+SHARED_NANOSECONDS = 1_000_000
+"""The same where threads have cores of their own: the arithmetic does not hold Python's lock."""
 
 
 class WorkPool:
     """Admits up to `max_concurrency` requests and runs `threads` pieces of work at a time."""
 
-    def __init__(self, max_concurrency: int, threads: int) -> None:
+    def __init__(self, max_concurrency: int, threads: int, *, has_spare_cores: bool) -> None:
+        self._in_turn = SHARED_NANOSECONDS if has_spare_cores else IN_TURN_NANOSECONDS
         self._free = max_concurrency
         self._max = max_concurrency
         self._threads = ThreadPoolExecutor(threads, "work")
@@ -51,7 +54,7 @@ class WorkPool:
 
     async def run(self, work: Callable[[], T], nanoseconds: float = math.inf) -> T:
         """Return what `work` returns, which takes so long by estimate."""
-        if nanoseconds > IN_TURN_NANOSECONDS:
+        if nanoseconds > self._in_turn:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         if nanoseconds > AT_ONCE_NANOSECONDS:
             await self._turn()

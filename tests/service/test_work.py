@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from app.errors import BusyError
-from app.service.work import AT_ONCE_NANOSECONDS, IN_TURN_NANOSECONDS, WorkPool
+from app.service.work import AT_ONCE_NANOSECONDS, IN_TURN_NANOSECONDS, SHARED_NANOSECONDS, WorkPool
 
 
 def order_of(nanoseconds):
@@ -18,7 +18,7 @@ def order_of(nanoseconds):
             await asyncio.sleep(0)
 
     async def main():
-        pool = WorkPool(4, 1)
+        pool = WorkPool(4, 1, has_spare_cores=False)
         works = [pool.run(lambda: seen.append("work"), nanoseconds) for _ in range(3)]
         await asyncio.gather(*works, look())
 
@@ -37,17 +37,21 @@ def test_larger_work_takes_turns():
     assert all(after - before > 1 for before, after in pairwise(places))
 
 
-def test_the_largest_goes_to_a_thread():
+@pytest.mark.parametrize(
+    ("has_spare_cores", "most"), [(False, IN_TURN_NANOSECONDS), (True, SHARED_NANOSECONDS)]
+)
+def test_the_largest_goes_to_a_thread(has_spare_cores, most):
     async def main(nanoseconds):
-        return await WorkPool(1, 1).run(threading.get_ident, nanoseconds)
+        pool = WorkPool(1, 1, has_spare_cores=has_spare_cores)
+        return await pool.run(threading.get_ident, nanoseconds)
 
-    assert asyncio.run(main(IN_TURN_NANOSECONDS)) == threading.get_ident()
-    assert asyncio.run(main(IN_TURN_NANOSECONDS + 1)) != threading.get_ident()
+    assert asyncio.run(main(most)) == threading.get_ident()
+    assert asyncio.run(main(most + 1)) != threading.get_ident()
 
 
 def test_a_turn_that_nobody_waits_for_any_more_holds_nobody_up():
     async def main():
-        pool = WorkPool(2, 1)
+        pool = WorkPool(2, 1, has_spare_cores=False)
         first = asyncio.create_task(pool.run(lambda: 1, AT_ONCE_NANOSECONDS + 1))
         second = asyncio.create_task(pool.run(lambda: 2, AT_ONCE_NANOSECONDS + 1))
         await asyncio.sleep(0)
@@ -58,7 +62,7 @@ def test_a_turn_that_nobody_waits_for_any_more_holds_nobody_up():
 
 
 def test_places_are_limited_and_given_back():
-    pool = WorkPool(1, 1)
+    pool = WorkPool(1, 1, has_spare_cores=False)
     with pool.admit():
         assert pool.in_progress == 1
         with pytest.raises(BusyError), pool.admit():
