@@ -188,7 +188,8 @@ class Row:
         before = self.digits.now
         self.digits.now = integer(self.code, 0)
         self._read_digits()
-        size = self.digits.now.is_below(999).choose(self.digits.now, 999)
+        size = self.digits.now
+        self._fail_unless(size.is_below(1000))  # not clipped: zeros may take it back into range
         self.power.now = self.power.now + is_negative.choose(integer(self.code, 0) - size, size)
         self.digits.now = before
 
