@@ -30,7 +30,7 @@ def find_lists(text: bytes | memoryview, least: int) -> list[NumberList]:
 
     One may stand in a string: what is around them is not looked at. A list is left out where one of
     its numbers has digits that make 2^64 or so, is whole and from 2^53 on, or its last digit stands
-    for less than 1e-100 or more than 1e38. Numbers beyond float32 become infinite.
+    for less than 1e-300 or more than 1e38. Numbers beyond float32 become infinite.
     """
     find = kernels().read_json()
     characters = np.frombuffer(text, np.uint8)

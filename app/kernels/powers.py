@@ -4,7 +4,7 @@ from llvmlite import ir
 
 from app.kernels.code import I64
 
-LEAST, MOST = -100, 45
+LEAST, MOST = -300, 45
 """Of the table. To write float32 takes -31 to 45; numbers that are read, with 19 digits, more."""
 
 TYPE = ir.ArrayType(ir.ArrayType(I64, 2), MOST - LEAST + 1)

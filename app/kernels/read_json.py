@@ -22,7 +22,7 @@ or all lists of as many numbers, and has `least` of them. Returns 1 where there 
 its numbers. It has room for one number for each two characters from `start` on.
 
 Numbers are as RFC 8259 has them. Not read, nor their lists, are those whose digits make 2^64 or
-more (or, in the last of a text, a little less), those whose last digit stands for less than 1e-100
+more (or, in the last of a text, a little less), those whose last digit stands for less than 1e-300
 or more than 1e38, and integers from 2^53 on, which NumPy would round to float32 at once.
 """
 FOUND = 4

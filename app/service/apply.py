@@ -27,6 +27,8 @@ from app.wire.stacks import Stack
 
 Inputs = Mapping[str, Floats]
 
+_MOST_JSON_BYTES = 1 << 21
+"""Longer JSON may take a second, where something in it is wrong or uncommon."""
 _JSON_BYTES = 10
 """Of a number and its comma, about."""
 
@@ -236,7 +238,7 @@ def total_rows(inputs: Inputs) -> int:
 
 def cost_of_body(adapter: LoraAdapter, body_bytes: int, taken: Form, given: Form) -> float:
     """Return how many nanoseconds an apply takes, by estimate, before its body is decoded."""
-    if adapter.d_in == 0:
+    if adapter.d_in == 0 or (taken is Form.JSON and body_bytes > _MOST_JSON_BYTES):
         return math.inf
     values = body_bytes / (_JSON_BYTES if taken is Form.JSON else 4)
     return cost_of(adapter, max(1.0, values / adapter.d_in), taken, given)

@@ -1,11 +1,17 @@
 import asyncio
+import math
 import threading
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
+from app.core.adapter import LoraAdapter
+from app.core.config import LoraConfig
 from app.errors import BusyError
+from app.service.apply import cost_of_body
 from app.service.work import AT_ONCE_NANOSECONDS, IN_TURN_NANOSECONDS, SHARED_NANOSECONDS, WorkPool
+from app.wire.media import Form
 
 
 def order_of(nanoseconds):
@@ -68,3 +74,13 @@ def test_places_are_limited_and_given_back():
         with pytest.raises(BusyError), pool.admit():
             pass
     assert pool.in_progress == 0
+
+
+def test_long_json_does_not_hold_the_event_loop():
+    matrices = np.ones((2, 4096), np.float32), np.ones((1, 2), np.float32)
+    adapter = LoraAdapter(LoraConfig(rank=2), *matrices, 1.0)
+    adapter.apply(np.ones(4096, np.float32))  # nothing is to be read any more
+    most = 1 << 21
+    assert cost_of_body(adapter, most, Form.JSON, Form.JSON) < IN_TURN_NANOSECONDS
+    assert cost_of_body(adapter, most + 1, Form.JSON, Form.JSON) == math.inf
+    assert cost_of_body(adapter, most + 1, Form.BINARY, Form.BINARY) < IN_TURN_NANOSECONDS
