@@ -10,11 +10,13 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
+from targets import TARGETS, name_of
 
 from app.api.app import create_app
 from app.api.direct import DirectConnection
 from app.cli.logs import configure_logging
 from app.formats import safetensors
+from app.kernels.library import Kernels
 from app.settings import Settings
 
 sys.path[:0] = [
@@ -137,3 +139,9 @@ def assert_problem(response, status, code):
     assert body["detail"]
     assert response.headers["x-request-id"] == body["request_id"]
     return body
+
+
+@pytest.fixture(scope="module", params=TARGETS, ids=name_of)
+def made(request):
+    """Kernels for each target in turn."""
+    return Kernels(request.param)

@@ -1,10 +1,11 @@
 """Formulas of integers, written with Python's operators."""
 
+from collections.abc import Sequence
 from typing import Union
 
 from llvmlite import ir
 
-from app.kernels.code import I32, POINTER, Code, Type, Value
+from app.kernels.code import I32, I64, POINTER, Code, Type, Value
 
 Operand = Union["Term", int]
 
@@ -39,6 +40,9 @@ class Term:
 
     def __rshift__(self, other: Operand) -> "Term":
         return self._of(self.code.builder.lshr(*self.alike(other)))
+
+    def __neg__(self) -> "Term":
+        return self._of(self.code.builder.neg(self.value))
 
     def __invert__(self) -> "Term":
         return self._of(self.code.builder.not_(self.value))
@@ -163,6 +167,14 @@ class Variable:
     @now.setter
     def now(self, value: Term) -> None:
         self._code.builder.store(value.value, self._place)
+
+
+def table(code: Code, name: str, kind: Type, numbers: Sequence[float]) -> Term:
+    """Return the address of constants, written into the module."""
+    made = ir.GlobalVariable(code.function.module, ir.ArrayType(kind, len(numbers)), name)
+    made.global_constant, made.linkage = True, "internal"
+    made.initializer = ir.Constant(made.value_type, list(numbers))
+    return Term(code, code.builder.ptrtoint(made, I64))
 
 
 def integer(code: Code, value: int) -> Term:

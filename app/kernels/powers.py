@@ -1,14 +1,13 @@
 """Powers of ten, as the leading bits of each."""
 
-from llvmlite import ir
-
-from app.kernels.code import I64
+from app.kernels.code import I64, Code
+from app.kernels.formula import Term, table
 
 LEAST, MOST = -300, 45
 """Of the table. To write float32 takes -31 to 45; numbers that are read, with 19 digits, more."""
 
-TYPE = ir.ArrayType(ir.ArrayType(I64, 2), MOST - LEAST + 1)
 BYTES = 16
+"""Of each power in the table."""
 
 
 def power_of_ten(exponent: int) -> int:
@@ -23,10 +22,8 @@ def power_of_ten(exponent: int) -> int:
     return -(-(1 << (127 + power.bit_length())) // power)
 
 
-def write_powers(module: ir.Module) -> ir.GlobalVariable:
-    """Write a table of pairs: the first 64 bits of each power, and the next 64."""
-    table = ir.GlobalVariable(module, TYPE, "powers")
-    table.global_constant, table.linkage = True, "internal"
+def powers_from(code: Code) -> Term:
+    """Return the address of 10**0 in a table: the first 64 bits of each power, and the next 64."""
     found = [power_of_ten(exponent) for exponent in range(LEAST, MOST + 1)]
-    table.initializer = ir.Constant(TYPE, [[one >> 64, one & 2**64 - 1] for one in found])
-    return table
+    halves = [half for one in found for half in (one >> 64, one & 2**64 - 1)]
+    return table(code, "powers", I64, halves) + -LEAST * BYTES

@@ -7,13 +7,11 @@ leading bits of a power of ten (Daniel Lemire, "Number parsing at a gigabyte per
 Noble Mushtak and Daniel Lemire, "Fast number parsing without fallback", 2022).
 """
 
-from collections.abc import Sequence
-
 from llvmlite import ir
 
-from app.kernels.code import BYTE, FLOAT, I32, I64, Code, Type, vector
-from app.kernels.formula import Term, Variable, integer
-from app.kernels.powers import BYTES, LEAST, write_powers
+from app.kernels.code import BYTE, FLOAT, I32, I64, Code, vector
+from app.kernels.formula import Term, Variable, integer, table
+from app.kernels.powers import BYTES, LEAST, powers_from
 
 FIND = "nnnnnn"
 """text, length, start, least, out, found: reads the first list from `start` on that is all numbers,
@@ -48,12 +46,12 @@ class Row:
 
     def __init__(self, code: Code) -> None:
         self.code = code
-        self.powers = _address(code, write_powers(code.function.module))
-        self.integer_powers = _table(code, "integer_powers", I64, [10**n for n in range(20)])
+        self.powers = powers_from(code)
+        self.integer_powers = table(code, "integer_powers", I64, [10**n for n in range(20)])
         exact_powers = [float(10**n) for n in range(_EXACT_POWERS + 1)]
-        self.exact_powers = _table(code, "exact_powers", _DOUBLE, exact_powers)
+        self.exact_powers = table(code, "exact_powers", _DOUBLE, exact_powers)
         # The last digits of a stretch: none of what comes before them, and four bits of each.
-        self.masks = _table(code, "masks", BYTE, [0] * 24 + [15] * 24) + 24
+        self.masks = table(code, "masks", BYTE, [0] * 24 + [15] * 24) + 24
 
     def write(self) -> None:
         """Write it all."""
@@ -69,7 +67,7 @@ class Row:
             is_inside = (first <= self.at.now) & (self.at.now <= last)
             with code.builder.if_then(is_inside.value, likely=True):
                 self._read_window()
-            with code.builder.if_then(self.is_read.now.equals(0).value, likely=False):
+            with code.builder.if_then((~self.is_read.now).value, likely=False):
                 self._read_slowly()
             with code.builder.if_then((self._next() | 32).equals(ord("e")).value, likely=False):
                 self._read_exponent()
@@ -87,7 +85,7 @@ class Row:
         return Term(self.code, ir.Constant(_BIT, value))
 
     def _fail_unless(self, condition: Term) -> None:
-        with self.code.builder.if_then(condition.equals(0).value, likely=False):
+        with self.code.builder.if_then((~condition).value, likely=False):
             self.code.end(self.code.const(0))
 
     def _next(self) -> Term:
@@ -143,7 +141,7 @@ class Row:
             for size in (8, 16, 24)
         )
         value = high * 10**8 + low
-        self.power.now = integer(code, 0) - count
+        self.power.now = -count
         # Mostly 2^53 and more: all of these are rounded, so that the CPU can guess which way to go.
         self.is_long.now = count > 15
         with code.builder.if_else((count > 15).value, likely=False) as (long, short):
@@ -170,7 +168,7 @@ class Row:
         is_zero = self._next().equals(ord("0"))
         start = self.at.now
         self._read_digits()
-        self._fail_unless(is_zero.equals(0) | (self.at.now - start).equals(1))
+        self._fail_unless(~is_zero | (self.at.now - start).equals(1))
         with builder.if_then(self._next().equals(ord(".")).value):
             self.is_integer.now = self._flag(0)
             self.at.now = self.at.now + 1
@@ -190,7 +188,7 @@ class Row:
         self._read_digits()
         size = self.digits.now
         self._fail_unless(size.is_below(1000))  # not clipped: zeros may take it back into range
-        self.power.now = self.power.now + is_negative.choose(integer(self.code, 0) - size, size)
+        self.power.now = self.power.now + is_negative.choose(-size, size)
         self.digits.now = before
 
     def _read_digits(self) -> None:
@@ -198,7 +196,7 @@ class Row:
         start = self.at.now
         with self.code.forever() as leave_if:
             digit = self._next().to(I64) - ord("0")
-            leave_if(digit.is_below(10).equals(0).value)
+            leave_if((~digit.is_below(10)).value)
             # So that ten times as many and nine are below 2^64.
             self._fail_unless(self.digits.now.is_below(2**64 // 10))
             self.digits.now = self.digits.now * 10 + digit
@@ -210,19 +208,19 @@ class Row:
         code, builder = self.code, self.code.builder
         digits, power = self.digits.now, self.power.now
         is_exact = digits.is_below(1 << 53) & (power + _EXACT_POWERS).is_below(_EXACT_POWERS + 1)
-        is_exact = is_exact & self.is_long.now.equals(0)
+        is_exact = is_exact & ~self.is_long.now
         bits = Variable(integer(code, 0))
         with builder.if_else(is_exact.value, likely=True) as (exact, otherwise):
             with exact:
-                exact_power = (self.exact_powers + ((integer(code, 0) - power) << 3)).load(_DOUBLE)
+                exact_power = (self.exact_powers + (-power << 3)).load(_DOUBLE)
                 number = builder.fdiv(builder.sitofp(digits.value, _DOUBLE), exact_power.value)
                 bits.now = Term(code, number).seen_as(I64)
             with otherwise, builder.if_then(digits.differs(0).value):
-                self._fail_unless(self.is_integer.now.equals(0))
+                self._fail_unless(~self.is_integer.now)
                 self._fail_unless((power - LEAST).is_below(_MOST_POWER - LEAST + 1))
                 bits.now = self._rounded(digits, power)
         # A whole number has no sign where it is 0.
-        is_signed = self.is_integer.now.equals(0) | digits.differs(0)
+        is_signed = ~self.is_integer.now | digits.differs(0)
         sign = is_signed.choose(self.sign.now, 0) << 63
         number = (bits.now | sign).seen_as(_DOUBLE)
         self.to.now.store(Term(code, builder.fptrunc(number.value, FLOAT)))
@@ -233,7 +231,7 @@ class Row:
         code = self.code
         zeros = digits.leading_zeros()
         raised = digits << zeros
-        place = self.powers + (power - LEAST) * BYTES
+        place = self.powers + power * BYTES
         product = raised.to(_I128) * place.load(I64).to(_I128)
         found = Variable(product)
         # Where all bits that are cut off are set, the next 64 of the power may carry into them.
@@ -316,7 +314,7 @@ def skip_space(at: Variable, end: Term) -> None:
         leave_if((character > ord(" ")).value)
         is_space = character.equals(ord(" ")) | character.equals(ord("\n"))
         is_space = is_space | character.equals(ord("\t")) | character.equals(ord("\r"))
-        leave_if(is_space.equals(0).value)
+        leave_if((~is_space).value)
         at.now = at.now + 1
 
 
@@ -333,7 +331,7 @@ def _seek(at: Variable, end: Term) -> None:
                 with code.builder.if_then((at.now >= end).value):
                     code.end(code.const(0))
                 is_found.now = at.now.load(BYTE).equals(ord("["))
-                at.now = at.now + is_found.now.equals(0).to(I64)
+                at.now = at.now + (~is_found.now).to(I64)
         leave_if(is_found.now.value)
 
 
@@ -347,15 +345,3 @@ def _eight_digits(characters: Term) -> Term:
     pairs = (characters * (10 * 2**8 + 1)) >> 8
     fours = ((pairs & 0x00FF00FF00FF00FF) * (100 * 2**16 + 1)) >> 16
     return ((fours & 0x0000FFFF0000FFFF) * (10000 * 2**32 + 1)) >> 32
-
-
-def _table(code: Code, name: str, kind: Type, numbers: Sequence[float]) -> Term:
-    """Return the address of constants."""
-    table = ir.GlobalVariable(code.function.module, ir.ArrayType(kind, len(numbers)), name)
-    table.global_constant, table.linkage = True, "internal"
-    table.initializer = ir.Constant(table.value_type, list(numbers))
-    return _address(code, table)
-
-
-def _address(code: Code, table: ir.GlobalVariable) -> Term:
-    return Term(code, code.builder.ptrtoint(table, I64))

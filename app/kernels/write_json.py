@@ -10,7 +10,7 @@ from llvmlite import ir
 
 from app.kernels.code import BYTE, I16, I32, I64, Code, Type, vector
 from app.kernels.formula import Term, Variable, integer
-from app.kernels.powers import BYTES, LEAST, write_powers
+from app.kernels.powers import BYTES, powers_from
 from app.kernels.target import Target
 
 ARGUMENTS = "nnnn"
@@ -37,7 +37,7 @@ class Rows:
     def __init__(self, target: Target, code: Code) -> None:
         self.code = code
         self.lanes = max(2, target.lanes // 2)
-        self.powers = Term(code, code.builder.ptrtoint(write_powers(code.function.module), I64))
+        self.powers = powers_from(code)
 
     def write(self) -> None:
         """Write it all."""
@@ -155,7 +155,7 @@ class Rows:
     def _powers(self, k: Term) -> Term:
         """Return the leading 64 bits of 10^-k, and 1 more."""
         found = Term(self.code, ir.Constant(vector(I64, self.lanes), ir.Undefined))
-        places = self.powers + ((integer(self.code, 0) - k.to(I64, is_signed=True)) - LEAST) * BYTES
+        places = self.powers - k.to(I64, is_signed=True) * BYTES
         for lane in range(self.lanes):
             found = found.with_lane(lane, places.lane(lane).load(I64))
         return found + 1
@@ -193,7 +193,7 @@ class Rows:
                 at = at + has_more.choose(digits + 1, 1)
                 at.store(self._byte(ord("e")))
                 is_low = exponent < 0
-                size = is_low.choose(integer(code, 0) - exponent, exponent)
+                size = is_low.choose(-exponent, exponent)
                 sign = is_low.choose(self._byte(ord("-")), self._byte(ord("+")))
                 (at + 1).store(sign)
                 tens = (size * 103) >> 10

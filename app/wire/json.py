@@ -111,19 +111,18 @@ def hole_of(value: Any) -> int | None:
 
 
 def _with_arrays(value: Any, arrays: Sequence[Floats], *, is_tensor: bool = False) -> Any:
-    """Return a JSON value with arrays in its holes; raises ValueError for one elsewhere."""
+    """Return a JSON value, filled in place; raises ValueError for a hole outside of tensors."""
     if isinstance(value, list):
-        return [_with_arrays(one, arrays) for one in value]
-    if not isinstance(value, dict):
-        return value
-    if _HOLE in value:
-        if not is_tensor:
-            raise ValueError
-        return arrays[value[_HOLE]]
-    return {
-        key: _with_arrays(one, arrays, is_tensor=is_tensor or key in _TENSOR_KEYS)
-        for key, one in value.items()
-    }
+        for place, one in enumerate(value):
+            value[place] = _with_arrays(one, arrays)
+    elif isinstance(value, dict):
+        if _HOLE in value:
+            if not is_tensor:
+                raise ValueError
+            return arrays[value[_HOLE]]
+        for key, one in value.items():
+            value[key] = _with_arrays(one, arrays, is_tensor=is_tensor or key in _TENSOR_KEYS)
+    return value
 
 
 def _decode_more(body: Buffer) -> Any:

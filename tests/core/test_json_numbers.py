@@ -13,7 +13,7 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from targets import HOST, TARGETS, name_of
+from targets import HOST
 
 from app.core import json_numbers
 from app.core.json_numbers import find_lists, list_of
@@ -24,11 +24,6 @@ from app.kernels.write_json import text_bytes
 
 FAR = b" " * 64
 """Around a text, so that its numbers are looked at many characters at a time."""
-
-
-@pytest.fixture(scope="module", params=TARGETS, ids=name_of)
-def made(request):
-    return Kernels(request.param)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import reference
-from targets import TARGETS, name_of
 
 from app.core import cast, products
 from app.core.adapter import LoraAdapter
@@ -29,11 +28,6 @@ SHAPES = [
     (7, 5, 0),
 ]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 13, 32]
-
-
-@pytest.fixture(scope="module", params=TARGETS, ids=name_of)
-def made(request):
-    return Kernels(request.param)
 
 
 @pytest.fixture
