@@ -29,7 +29,7 @@ format: setup-dev ## format the code
 	$(BIN)/ruff check --fix .
 
 openapi: setup-dev ## write openapi/openapi.json from the code
-	$(BIN)/python -m app.cli.openapi openapi/openapi.json
+	$(BIN)/python -m bonsai_lora.cli.openapi openapi/openapi.json
 
 bench: setup-dev $(VENV)/.bench ## run the benchmarks (torch, peft and rivals are used where installed)
 	$(BIN)/python benchmarks/run.py

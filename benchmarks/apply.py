@@ -11,9 +11,9 @@ from measure import in_turns, report
 
 import numpy as np
 
-from app.core.adapter import LoraAdapter
-from app.core.crew import set_threads
-from app.core.config import LoraConfig
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.crew import set_threads
+from bonsai_lora.core.config import LoraConfig
 
 SHAPES = [(4096, 4096, 8), (4096, 12288, 16), (12288, 4096, 64), (4096, 1024, 16)]
 ROWS = [1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256]

@@ -6,8 +6,8 @@ from measure import in_turns, report
 
 import numpy as np
 
-from app.core import kaiming
-from app.core.shapes import MODELS
+from bonsai_lora.core import kaiming
+from bonsai_lora.core.shapes import MODELS
 
 RANK = 16
 MASK = (1 << 64) - 1

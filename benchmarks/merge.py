@@ -4,10 +4,10 @@ from measure import in_turns, report
 
 import numpy as np
 
-from app.core.adapter import LoraAdapter
-from app.core.cast import BFLOAT16, FLOAT16, FLOAT32
-from app.core.config import LoraConfig
-from app.core.merge import blocks
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.cast import BFLOAT16, FLOAT16, FLOAT32
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.merge import blocks
 
 D_OUT, D_IN = 12288, 4096
 RANKS = (8, 16, 64)

@@ -16,8 +16,8 @@ from server import serving
 import ml_dtypes
 import numpy as np
 
-from app.core.shapes import AttentionShape, MlpShape, layered
-from app.formats import safetensors
+from bonsai_lora.core.shapes import AttentionShape, MlpShape, layered
+from bonsai_lora.formats import safetensors
 
 HIDDEN, INNER, LAYERS, HEADS, VOCABULARY = 2048, 6144, 18, 16, 32768
 RANK = 16

@@ -14,10 +14,10 @@ from server import serving
 import httpx
 import numpy as np
 
-from app.core.adapter import LoraAdapter
-from app.core.batch import Segment, apply_segments, rows_of
-from app.core.config import LoraConfig
-from app.formats import safetensors
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.batch import Segment, apply_segments, rows_of
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.formats import safetensors
 
 WIDTH, ROWS = 4096, 64
 RANKS = (8, 16, 32, 64)

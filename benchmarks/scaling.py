@@ -18,11 +18,11 @@ from throughput import BINARY, WIDTH, native_json, ours, vectors
 import httpx
 import numpy as np
 
-from app.core.adapter import LoraAdapter
-from app.core.config import LoraConfig
-from app.core.loraset import BonsaiLoraSet
-from app.formats import safetensors
-from app.storage.store import SetStore
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.formats import safetensors
+from bonsai_lora.storage.store import SetStore
 
 PLOTS = Path(__file__).parent.parent / "docs" / "plots"
 Points = list[tuple[float, float]]

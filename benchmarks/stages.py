@@ -17,14 +17,14 @@ import numpy as np
 import uvicorn
 from uvicorn.server import ServerState
 
-from app.api.app import create_app
-from app.api.direct import DirectConnection
-from app.core.adapter import LoraAdapter
-from app.core.config import LoraConfig
-from app.core.loraset import BonsaiLoraSet
-from app.settings import Settings
-from app.storage.setfile import StoredSet
-from app.wire import json
+from bonsai_lora.api.app import create_app
+from bonsai_lora.api.direct import DirectConnection
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.settings import Settings
+from bonsai_lora.storage.setfile import StoredSet
+from bonsai_lora.wire import json
 
 SECONDS = 0.2
 

@@ -16,11 +16,11 @@ import httpx
 import ml_dtypes
 import numpy as np
 
-from app.core.config import LoraConfig
-from app.core.loraset import BonsaiLoraSet
-from app.core.shapes import MODELS, layered
-from app.formats import safetensors
-from app.storage.store import SetStore
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.core.shapes import MODELS, layered
+from bonsai_lora.formats import safetensors
+from bonsai_lora.storage.store import SetStore
 
 ROUNDS = 5
 

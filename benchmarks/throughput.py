@@ -23,7 +23,7 @@ import httpx
 import numpy as np
 import orjson
 
-from app.formats import safetensors
+from bonsai_lora.formats import safetensors
 
 HERE = Path(__file__).parent
 MLSERVER = HERE / "rivals" / ".venv" / "bin" / "mlserver"

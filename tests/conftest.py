@@ -12,12 +12,12 @@ import pytest
 import uvicorn
 from targets import TARGETS, name_of
 
-from app.api.app import create_app
-from app.api.direct import DirectConnection
-from app.cli.logs import configure_logging
-from app.formats import safetensors
-from app.kernels.library import Kernels
-from app.settings import Settings
+from bonsai_lora.api.app import create_app
+from bonsai_lora.api.direct import DirectConnection
+from bonsai_lora.cli.logs import configure_logging
+from bonsai_lora.formats import safetensors
+from bonsai_lora.kernels.library import Kernels
+from bonsai_lora.settings import Settings
 
 sys.path[:0] = [
     str(Path(__file__).parent / part) for part in ("", "core", "api", "end_to_end", "peers")

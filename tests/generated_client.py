@@ -14,7 +14,7 @@ from bonsai_lora_client.api.sets import create_set, delete_set, get_set, list_se
 from bonsai_lora_client.models import ApplyRequest, CreateSet, NewAdapter, Problem
 from bonsai_lora_client.types import File
 
-from app.formats import safetensors
+from bonsai_lora.formats import safetensors
 
 # Generated code reads every answer as JSON, so it asks for that, whatever it sends.
 client = Client(base_url=sys.argv[2], headers={"Accept": "application/json"})

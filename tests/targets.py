@@ -1,6 +1,6 @@
 """CPUs that machine code is tested for: this one, and less capable ones that it can play."""
 
-from app.kernels.target import MACHINE, Target, host
+from bonsai_lora.kernels.target import MACHINE, Target, host
 
 HOST = host()
 TARGETS = [

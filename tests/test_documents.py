@@ -11,10 +11,10 @@ import httpx
 import pytest
 from conftest import serving
 
-from app import errors
-from app.api.app import create_app
-from app.cli.openapi import render
-from app.settings import Settings
+from bonsai_lora import errors
+from bonsai_lora.api.app import create_app
+from bonsai_lora.cli.openapi import render
+from bonsai_lora.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -110,7 +110,7 @@ def test_a_generated_client_builds_without_a_warning_and_works(tmp_path, setting
 
 
 def test_hot_routes_are_exactly_the_operations_that_say_so(app):
-    from app.api.routes import apply, oip
+    from bonsai_lora.api.routes import apply, oip
 
     declared = {
         route.path

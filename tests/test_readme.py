@@ -9,7 +9,7 @@ import httpx
 import pytest
 from conftest import TINY, serving, upload
 
-from app.api.app import create_app
+from bonsai_lora.api.app import create_app
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

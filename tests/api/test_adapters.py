@@ -4,8 +4,8 @@ import pytest
 import reference
 from conftest import TINY, assert_problem, snapshot, upload
 
-from app.core.kaiming import kaiming_uniform
-from app.formats import safetensors
+from bonsai_lora.core.kaiming import kaiming_uniform
+from bonsai_lora.formats import safetensors
 
 BINARY = "application/vnd.safetensors"
 

@@ -7,8 +7,8 @@ import pytest
 import reference
 from conftest import TINY, assert_problem, read_tensors, serving, upload
 
-from app.api.app import create_app
-from app.formats import safetensors
+from bonsai_lora.api.app import create_app
+from bonsai_lora.formats import safetensors
 
 BINARY = "application/vnd.safetensors"
 Q_PROJ = "model.layers.0.self_attn.q_proj"

@@ -15,10 +15,10 @@ from conftest import TINY, serving, upload
 from test_apply import Q_PROJ
 from uvicorn.server import ServerState
 
-from app.api.app import create_app
-from app.api.direct import DirectConnection, DirectProtocol
-from app.api.direct_call import DIRECT_BYTES
-from app.formats import safetensors
+from bonsai_lora.api.app import create_app
+from bonsai_lora.api.direct import DirectConnection, DirectProtocol
+from bonsai_lora.api.direct_call import DIRECT_BYTES
+from bonsai_lora.formats import safetensors
 
 ROWS = 1 + DIRECT_BYTES // 256
 """Rows of 64 numbers that make a body just long enough."""

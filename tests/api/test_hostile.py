@@ -8,7 +8,7 @@ from conftest import DATA, assert_problem, snapshot
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.formats import safetensors
+from bonsai_lora.formats import safetensors
 
 CASES = json.loads((DATA / "hostile" / "safetensors.json").read_text())
 BINARY = "application/vnd.safetensors"

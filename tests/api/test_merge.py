@@ -14,9 +14,9 @@ import pytest
 import reference
 from conftest import TINY, assert_problem, read_tensors, serving, upload
 
-from app.api import spool
-from app.api.app import create_app
-from app.formats import safetensors
+from bonsai_lora.api import spool
+from bonsai_lora.api.app import create_app
+from bonsai_lora.formats import safetensors
 
 BINARY = "application/vnd.safetensors"
 RAW = "application/octet-stream"

@@ -13,8 +13,8 @@ from conftest import TINY, assert_problem, peft_config, peft_tensors, serving, u
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.api.app import create_app
-from app.formats import safetensors as ours
+from bonsai_lora.api.app import create_app
+from bonsai_lora.formats import safetensors as ours
 
 PATH = "/v1/bases/tiny-qwen3/merged"
 
@@ -98,11 +98,11 @@ def test_any_range_is_the_same_slice_of_the_whole(based):
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_random_layouts_agree_with_float64(tmp_path_factory, data):
-    from app.checkpoints.bases import BaseFolder
-    from app.checkpoints.merged import Ingredient, MergedModel
-    from app.core.adapter import LoraAdapter
-    from app.core.config import LoraConfig
-    from app.core.loraset import BonsaiLoraSet
+    from bonsai_lora.checkpoints.bases import BaseFolder
+    from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
+    from bonsai_lora.core.adapter import LoraAdapter
+    from bonsai_lora.core.config import LoraConfig
+    from bonsai_lora.core.loraset import BonsaiLoraSet
 
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     kinds = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64]
@@ -289,11 +289,11 @@ def test_a_change_of_the_set_changes_the_tag_but_not_a_running_download(based):
 
 
 def test_a_base_that_is_overwritten_breaks_a_download_off(tmp_path):
-    from app.checkpoints.bases import BaseFolder
-    from app.checkpoints.merged import Ingredient, MergedModel
-    from app.core.config import LoraConfig
-    from app.core.loraset import BonsaiLoraSet
-    from app.errors import BaseChangedError
+    from bonsai_lora.checkpoints.bases import BaseFolder
+    from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
+    from bonsai_lora.core.config import LoraConfig
+    from bonsai_lora.core.loraset import BonsaiLoraSet
+    from bonsai_lora.errors import BaseChangedError
 
     write_base(tmp_path / "b", {"q_proj.weight": np.ones((2000, 1000), np.float32)})
     path = tmp_path / "b" / "model.safetensors"

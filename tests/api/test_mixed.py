@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_apply import BINARY, Q_PROJ, decoded
 from test_merge import BASE
 
-from app.formats import safetensors
+from bonsai_lora.formats import safetensors
 
 NAMES = ("small", "large", "third", "plain")
 QUARTERS = st.integers(-8, 8).map(lambda n: n / 4)

@@ -583,7 +583,7 @@ def test_other_paths_and_methods(loaded):
 def test_a_limit_on_the_json(settings):
     from conftest import serving
 
-    from app.api.app import create_app
+    from bonsai_lora.api.app import create_app
 
     app = create_app(settings.model_copy(update={"max_json_bytes": 1000, "max_body_bytes": 5000}))
     with serving(app) as url, httpx.Client(base_url=url) as client:
@@ -625,7 +625,7 @@ def test_half_surrogates_are_refused_as_orjson_does(loaded):
 
 
 def test_counts_that_come_late_do_not_erase_newer_ones(tmp_path):
-    from app.storage.counts import CountFile, Counts
+    from bonsai_lora.storage.counts import CountFile, Counts
 
     counts = CountFile(tmp_path)
     one = Counts(success_count=1, rows=2)

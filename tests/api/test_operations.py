@@ -5,7 +5,7 @@ import time
 import httpx
 from conftest import TINY, assert_problem, serving, upload
 
-from app.api.app import create_app
+from bonsai_lora.api.app import create_app
 
 
 def test_health_and_readiness(client):

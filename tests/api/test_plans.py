@@ -17,10 +17,10 @@ from conftest import TINY, assert_problem, serving, upload
 from test_apply import Q_PROJ
 from test_direct import connect, head_of, read_answer
 
-from app.api.app import create_app
-from app.formats import safetensors
-from app.service import plans
-from app.storage.regions import SharedRegions
+from bonsai_lora.api.app import create_app
+from bonsai_lora.formats import safetensors
+from bonsai_lora.service import plans
+from bonsai_lora.storage.regions import SharedRegions
 
 BINARY = {"Content-Type": "application/vnd.safetensors"}
 JSON = b"application/json"

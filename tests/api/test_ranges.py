@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.api.ranges import MAX_RANGES, parse_ranges
-from app.errors import RangeNotSatisfiableError
+from bonsai_lora.api.ranges import MAX_RANGES, parse_ranges
+from bonsai_lora.errors import RangeNotSatisfiableError
 
 
 @pytest.mark.parametrize(

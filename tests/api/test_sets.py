@@ -15,9 +15,9 @@ from conftest import (
     upload_parts,
 )
 
-from app.api.app import create_app
-from app.core.kaiming import kaiming_uniform
-from app.settings import Settings
+from bonsai_lora.api.app import create_app
+from bonsai_lora.core.kaiming import kaiming_uniform
+from bonsai_lora.settings import Settings
 
 FULL = {
     "name": "my-adapter",

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from test_apply import DOWN, Q_PROJ
 from test_oip import error_of, exact, names, refused, tensor
 
-from app.api.app import create_app
-from app.settings import Settings
-from app.storage.regions import SHARED_MEMORY, SharedRegions
+from bonsai_lora.api.app import create_app
+from bonsai_lora.settings import Settings
+from bonsai_lora.storage.regions import SHARED_MEMORY, SharedRegions
 
 
 @pytest.fixture
@@ -274,8 +274,8 @@ def test_a_region_that_shrinks_is_an_error_and_no_crash(local):
 
 def test_another_worker_opens_only_what_was_registered(tmp_path):
     one, other = SharedRegions(tmp_path), SharedRegions(tmp_path)
-    from app.errors import InvalidRequestError, RegionNotFoundError
-    from app.wire.oip import Placement
+    from bonsai_lora.errors import InvalidRequestError, RegionNotFoundError
+    from bonsai_lora.wire.oip import Placement
 
     path = SHARED_MEMORY / f"bonsai-test-{secrets.token_hex(8)}"
     path.write_bytes(b"first")

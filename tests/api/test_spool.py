@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.api import spool
-from app.errors import MalformedBodyError, StalledError
+from bonsai_lora.api import spool
+from bonsai_lora.errors import MalformedBodyError, StalledError
 
 
 @given(

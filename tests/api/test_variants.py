@@ -143,7 +143,7 @@ def test_replaced_parameters_are_kept_and_exported(client, rng, store):
     report = upload_parts(client, "s", config, tensors).json()
     assert report["total_trainable_params"] == 44 + 42 + 5
     content = client.get("/v1/sets/s/adapter_model.safetensors").content
-    from app.formats import safetensors
+    from bonsai_lora.formats import safetensors
 
     exported = safetensors.decode(content)[0]
     assert exported.keys() == tensors.keys()
@@ -181,7 +181,7 @@ def test_an_upload_is_written_once_and_its_header_fits(client, store, rng):
     path = store.root / "sets" / "s.safetensors"
     assert path.stat().st_size % 4096 == sum(one.nbytes for one in many.values()) % 4096
     exported = client.get("/v1/sets/s/adapter_model.safetensors").content
-    from app.formats import safetensors
+    from bonsai_lora.formats import safetensors
 
     assert safetensors.decode(exported)[0].keys() == many.keys()
     huge = peft_config(auto_mapping={"filler": "x" * 200_000})

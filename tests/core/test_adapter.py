@@ -7,10 +7,10 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.core import merge
-from app.core.adapter import LoraAdapter
-from app.core.config import LoraConfig
-from app.errors import ShapeMismatchError
+from bonsai_lora.core import merge
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.errors import ShapeMismatchError
 
 DTYPES = [np.float32, np.float16, ml_dtypes.bfloat16]
 

@@ -3,9 +3,9 @@ import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.core.adapter import LoraAdapter
-from app.core.batch import Segment, apply_segments, rows_of
-from app.core.config import LoraConfig
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.batch import Segment, apply_segments, rows_of
+from bonsai_lora.core.config import LoraConfig
 
 D_IN, D_OUT = 24, 17
 QUARTERS = st.integers(-8, 8).map(lambda n: n / 4)

@@ -2,7 +2,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from app.core.cast import BFLOAT16, FLOAT16, address_of, all_finite, round_to, to_float32
+from bonsai_lora.core.cast import BFLOAT16, FLOAT16, address_of, all_finite, round_to, to_float32
 
 SIXTEEN = [FLOAT16, BFLOAT16]
 

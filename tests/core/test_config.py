@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.core.config import LoraConfig
-from app.errors import InvalidRequestError
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.errors import InvalidRequestError
 
 
 def test_defaults_are_the_references():

@@ -8,10 +8,10 @@ import time
 import numpy as np
 import pytest
 
-from app.core import crew, products
-from app.core.adapter import LoraAdapter
-from app.core.config import LoraConfig
-from app.core.crew import Crew
+from bonsai_lora.core import crew, products
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.crew import Crew
 
 SHAPES = [(4096, 512, 8), (1030, 2100, 17), (2048, 300, 64), (1, 1, 1), (7, 5, 0), (64, 64, 3)]
 ROWS = [1, 2, 13, 24, 60]

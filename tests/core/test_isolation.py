@@ -4,7 +4,7 @@ import sys
 
 def test_importing_the_core_loads_no_framework():
     probe = (
-        "import app.core.loraset, app.core.merge, app.core.spectrum, sys;"
+        "import bonsai_lora.core.loraset, bonsai_lora.core.merge, bonsai_lora.core.spectrum, sys;"
         "found = {'fastapi', 'starlette', 'pydantic', 'uvicorn', 'structlog', 'orjson', 'httpx'}"
         " & set(sys.modules); sys.exit(repr(found) if found else 0)"
     )

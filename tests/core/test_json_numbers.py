@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from targets import HOST
 
-from app.core import json_numbers
-from app.core.json_numbers import find_lists, list_of
-from app.kernels import library
-from app.kernels.library import Kernels
-from app.kernels.powers import LEAST, MOST, power_of_ten
-from app.kernels.write_json import text_bytes
+from bonsai_lora.core import json_numbers
+from bonsai_lora.core.json_numbers import find_lists, list_of
+from bonsai_lora.kernels import library
+from bonsai_lora.kernels.library import Kernels
+from bonsai_lora.kernels.powers import LEAST, MOST, power_of_ten
+from bonsai_lora.kernels.write_json import text_bytes
 
 FAR = b" " * 64
 """Around a text, so that its numbers are looked at many characters at a time."""

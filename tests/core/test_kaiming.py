@@ -7,7 +7,7 @@ from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.core.kaiming import kaiming_uniform, xorshift64
+from bonsai_lora.core.kaiming import kaiming_uniform, xorshift64
 
 CASES = json.loads((DATA / "reference-init.json").read_text())["cases"]
 

@@ -1,9 +1,9 @@
 import pytest
 
-from app.core.config import LoraConfig
-from app.core.loraset import BonsaiLoraSet
-from app.core.shapes import MODELS, layered
-from app.errors import InvalidRequestError
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.core.shapes import MODELS, layered
+from bonsai_lora.errors import InvalidRequestError
 
 # Parameters of rank-16 sets over all seven modules: the formula of the field, worked out by hand.
 RANK_16_PARAMS = {

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import reference
 
-from app.core import cast, products
-from app.core.adapter import LoraAdapter
-from app.core.config import LoraConfig
-from app.core.products import Operands, add_product, multiply, operand
-from app.kernels import library
-from app.kernels.library import Kernels
-from app.kernels.target import host
+from bonsai_lora.core import cast, products
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.products import Operands, add_product, multiply, operand
+from bonsai_lora.kernels import library
+from bonsai_lora.kernels.library import Kernels
+from bonsai_lora.kernels.target import host
 
 DTYPES = [np.dtype(one) for one in (np.float32, np.float16, ml_dtypes.bfloat16)]
 # d_in, d_out, rank: with and without rests of vectors, of squares, of stretches.

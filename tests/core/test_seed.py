@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from app.core.adapter import LoraAdapter
-from app.core.config import LoraConfig
-from app.core.loraset import BonsaiLoraSet
-from app.core.registry import LoraRegistry
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.core.registry import LoraRegistry
 
 
 def config(rank):

@@ -3,9 +3,9 @@ import pytest
 import reference
 from test_adapter import random_adapter
 
-from app.core.adapter import LoraAdapter
-from app.core.config import LoraConfig
-from app.core.spectrum import delta_norm, effective_rank, singular_values
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.spectrum import delta_norm, effective_rank, singular_values
 
 
 @pytest.mark.parametrize(("d_in", "d_out", "rank"), [(5, 7, 3), (40, 30, 8), (3, 4, 6), (1, 1, 1)])

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import TINY, read_tensors, serving
 
-from app.api.app import create_app
-from app.cli.main import main
-from app.cli.pull import MARKS, Progress
+from bonsai_lora.api.app import create_app
+from bonsai_lora.cli.main import main
+from bonsai_lora.cli.pull import MARKS, Progress
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_what_is_no_url(capsys):
 def test_nobody_reads_what_is_printed(service, more):
     reading, writing = os.pipe()
     os.close(reading)
-    words = [sys.executable, "-m", "app.cli.main", "ls", "--url", service, *more]
+    words = [sys.executable, "-m", "bonsai_lora.cli.main", "ls", "--url", service, *more]
     done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, timeout=30, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")

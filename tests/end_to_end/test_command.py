@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import reference
 
-from app.cli.main import main
-from app.formats import safetensors
-from app.settings import Settings
+from bonsai_lora.cli.main import main
+from bonsai_lora.formats import safetensors
+from bonsai_lora.settings import Settings
 
 COMMAND = str(Path(sys.executable).parent / "bonsai-lora")
 
@@ -125,7 +125,7 @@ def test_wrong_settings_are_named(flags, word, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="a switch of Linux 6.3")
 def test_where_memory_may_not_become_executable_it_says_so(tmp_path):
     start = (
-        "import ctypes, sys; from app.cli.main import main;"
+        "import ctypes, sys; from bonsai_lora.cli.main import main;"
         "sys.exit(77 if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) else"
         f" main(['serve', '--port', '0', '--store', {str(tmp_path)!r}]))"
     )

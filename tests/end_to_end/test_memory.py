@@ -11,7 +11,7 @@ import numpy as np
 from conftest import peft_config, peft_tensors, upload_parts
 from test_command import running
 
-from app.formats import safetensors
+from bonsai_lora.formats import safetensors
 
 MODULE = "model.layers.0.self_attn.q_proj"
 WIDTH = 4_000_000

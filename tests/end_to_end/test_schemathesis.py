@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 from conftest import TINY, serving, upload
 
-from app.api.app import create_app
+from bonsai_lora.api.app import create_app
 
 
 def test_the_document_and_the_service_agree(settings, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from conftest import TINY, upload
 from test_command import running
 
-from app.storage.store import SetStore
+from bonsai_lora.storage.store import SetStore
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +116,9 @@ def test_any_worker_tells_the_metrics_of_all(workers):
 CHILD = """
 import sys
 from pathlib import Path
-from app.core.config import LoraConfig
-from app.core.loraset import BonsaiLoraSet
-from app.storage.store import SetStore
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.storage.store import SetStore
 
 store = SetStore(Path(sys.argv[1]))
 version = 0
@@ -199,8 +199,8 @@ from pathlib import Path
 sys.path[:0] = [sys.argv[2], sys.argv[2] + "/core", sys.argv[2] + "/api"]
 import httpx
 from conftest import serving
-from app.api.app import create_app
-from app.settings import Settings
+from bonsai_lora.api.app import create_app
+from bonsai_lora.settings import Settings
 
 with serving(create_app(Settings(store=sys.argv[1]))) as url, httpx.Client(base_url=url) as client:
     first = client.post("/v1/sets", json={"name": "kept", "config": {"rank": 1}})

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from conftest import DATA, peft_config, peft_tensors
 
-from app.errors import BonsaiLoraError, InvalidAdapterError, UnsupportedAdapterError
-from app.formats.peft import decode_adapter, set_tensors
-from app.formats.peft_config import FIELDS, PeftConfig, decode_config
+from bonsai_lora.errors import BonsaiLoraError, InvalidAdapterError, UnsupportedAdapterError
+from bonsai_lora.formats.peft import decode_adapter, set_tensors
+from bonsai_lora.formats.peft_config import FIELDS, PeftConfig, decode_config
 
 MODULE = "model.layers.0.self_attn.q_proj"
 ROOT = DATA.parent.parent

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_hostile import CASES, body_of
 
-from app.errors import BonsaiLoraError, MalformedSafetensorsError
-from app.formats import safetensors as ours
+from bonsai_lora.errors import BonsaiLoraError, MalformedSafetensorsError
+from bonsai_lora.formats import safetensors as ours
 
 NAMES = st.text(min_size=1, max_size=12).filter(lambda name: name != "__metadata__")
 ARRAYS = st.builds(

@@ -13,8 +13,8 @@ import pytest
 from conftest import TINY, serving, upload
 from test_peft_options import OPTIONS, make_adapter
 
-from app.api.app import create_app
-from app.formats import safetensors
+from bonsai_lora.api.app import create_app
+from bonsai_lora.formats import safetensors
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 

@@ -8,8 +8,8 @@ import pytest
 import reference
 from conftest import TINY, read_tensors, serving, upload
 
-from app.api.app import create_app
-from app.formats import safetensors
+from bonsai_lora.api.app import create_app
+from bonsai_lora.formats import safetensors
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 

@@ -10,9 +10,9 @@ import reference
 from conftest import TINY, serving, upload
 from test_peft_model import load_base, logits
 
-from app.api.app import create_app
-from app.formats import safetensors
-from app.formats.peft_config import FIELDS
+from bonsai_lora.api.app import create_app
+from bonsai_lora.formats import safetensors
+from bonsai_lora.formats.peft_config import FIELDS
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 

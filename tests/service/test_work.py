@@ -6,12 +6,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from app.core.adapter import LoraAdapter
-from app.core.config import LoraConfig
-from app.errors import BusyError
-from app.service.apply import cost_of_body
-from app.service.work import AT_ONCE_NANOSECONDS, IN_TURN_NANOSECONDS, SHARED_NANOSECONDS, WorkPool
-from app.wire.media import Form
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.errors import BusyError
+from bonsai_lora.service.apply import cost_of_body
+from bonsai_lora.service.work import (
+    AT_ONCE_NANOSECONDS,
+    IN_TURN_NANOSECONDS,
+    SHARED_NANOSECONDS,
+    WorkPool,
+)
+from bonsai_lora.wire.media import Form
 
 
 def order_of(nanoseconds):

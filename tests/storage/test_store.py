@@ -6,10 +6,10 @@ import threading
 import numpy as np
 import pytest
 
-from app.core.config import LoraConfig
-from app.core.loraset import BonsaiLoraSet
-from app.errors import SetNotFoundError, StoreReadOnlyError
-from app.storage.store import SetStore
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.errors import SetNotFoundError, StoreReadOnlyError
+from bonsai_lora.storage.store import SetStore
 
 NOW = "2026-01-01T00:00:00.000000Z"
 

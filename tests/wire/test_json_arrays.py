@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.errors import BonsaiLoraError
-from app.wire import json
+from bonsai_lora.errors import BonsaiLoraError
+from bonsai_lora.wire import json
 
 PAD = " " * 1100  # longer than what is read the ordinary way
 

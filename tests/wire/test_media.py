@@ -1,7 +1,7 @@
 import pytest
 
-from app.errors import InvalidRequestError, NotAcceptableError, UnsupportedMediaTypeError
-from app.wire.media import Form, answer_form, check_answer_dtype, request_form
+from bonsai_lora.errors import InvalidRequestError, NotAcceptableError, UnsupportedMediaTypeError
+from bonsai_lora.wire.media import Form, answer_form, check_answer_dtype, request_form
 
 TENSORS = (Form.JSON, Form.BINARY)
 

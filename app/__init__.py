@@ -1,1 +1,0 @@
-"""Bonsai LoRA: the adapter server for Bonsai and Qwen3 models."""

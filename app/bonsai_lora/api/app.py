@@ -1,0 +1,182 @@
+"""The application: start reading here.
+
+A request passes `ObserveMiddleware` (id, metrics, log), one route of `routes/` (headers in, bytes
+on, headers out), a use case of `bonsai_lora.service`, and comes back; refusals become problems in
+`errors.py`. The few routes that are called all the time are answered by `hot.py`, before the
+framework.
+"""
+
+import os
+import shutil
+import tempfile
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import FastAPI
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from bonsai_lora.api.deps import Context
+from bonsai_lora.api.errors import install_error_handlers
+from bonsai_lora.api.hot import HotRoutes
+from bonsai_lora.api.metrics import Metrics
+from bonsai_lora.api.middleware import ObserveMiddleware, Observer
+from bonsai_lora.api.openapi import install_openapi
+from bonsai_lora.api.routes import (
+    adapters,
+    apply,
+    hub,
+    merge,
+    oip,
+    operations,
+    sets,
+    shared_memory,
+    stats,
+)
+from bonsai_lora.api.routes import bases as bases_routes
+from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.service.apply import Applier
+from bonsai_lora.service.infer import Inference
+from bonsai_lora.service.limits import Limits
+from bonsai_lora.service.merged import MergedModels
+from bonsai_lora.service.stats import store_stats
+from bonsai_lora.service.work import WorkPool
+from bonsai_lora.settings import Settings
+from bonsai_lora.storage.counts import CountFile
+from bonsai_lora.storage.regions import SharedRegions
+from bonsai_lora.storage.store import SetStore
+
+_DESCRIPTION = """\
+Keeps named sets of LoRA adapters for Bonsai and Qwen3 models, applies them to batches of vectors
+beside the base model, and streams merged weights. Tensors go as JSON or as safetensors bodies.
+Refusals are RFC 9457 problems with a stable `code`."""
+
+_TAGS = [
+    {"name": "sets", "description": "Named sets of adapters."},
+    {"name": "adapters", "description": "The adapters of one set, by module."},
+    {"name": "apply", "description": "scaling · B·A·x for batches of vectors."},
+    {"name": "merge", "description": "W + scaling · B·A for weights that stream by."},
+    {
+        "name": "merged checkpoints",
+        "description": "Bases, and merged files that exist only while they are read.",
+    },
+    {
+        "name": "open inference protocol",
+        "description": "Sets as models of the Open Inference Protocol v2, with Triton's extensions "
+        "for binary data, statistics, repository and shared memory.",
+    },
+    {"name": "statistics", "description": "Parameters, memory, norms."},
+    {"name": "operations", "description": "Health and metrics."},
+]
+
+
+class Application(FastAPI):
+    """FastAPI with something before it."""
+
+    front: ASGIApp
+    """What a server calls; it passes on to `serve`."""
+    hot: HotRoutes
+    """The routes that `app/bonsai_lora/api/direct.py` answers without ASGI."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request or the lifespan."""
+        await self.front(scope, receive, send)
+
+    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve by the framework."""
+        await super().__call__(scope, receive, send)
+
+
+def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
+    """Return the application over the store that `settings` names.
+
+    `shared` is a folder that all workers of the service have in common for as long as it runs; by
+    default a temporary one that goes with the application.
+    """
+    store = open_store(settings)
+    if shared is None:
+        shared = _new_folder()
+        _remove_with(store, shared)
+    metrics = Metrics(partial(store_stats, store))
+    app = Application(
+        title="Bonsai LoRA",
+        version=version("bonsai-lora"),
+        summary="The adapter server for Bonsai and Qwen3 models.",
+        description=_DESCRIPTION,
+        openapi_tags=_TAGS,
+        redirect_slashes=False,
+    )
+    limits = limits_of(settings)
+    bases = BaseFolder(Path(settings.bases) if settings.bases else None)
+    applier = Applier(limits, bases)
+    regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
+    app.state.context = Context(
+        settings,
+        store,
+        limits,
+        WorkPool(
+            settings.max_concurrency,
+            settings.threads,
+            has_spare_cores=min(settings.threads, len(os.sched_getaffinity(0))) > settings.workers,
+        ),
+        applier,
+        Inference(applier, store, regions),
+        CountFile(shared),
+        bases,
+        MergedModels(bases, store),
+        ThreadPoolExecutor(settings.threads, "merge"),
+        metrics,
+    )
+    routers = [
+        one.router
+        for one in (
+            sets,
+            adapters,
+            apply,
+            merge,
+            bases_routes,
+            oip,
+            shared_memory,
+            stats,
+            operations,
+            hub,
+        )
+    ]
+    for router in routers:
+        app.include_router(router)
+    own = [route for route in app.routes if isinstance(route, Route)]
+    install_error_handlers(app, [*own, *(route for router in routers for route in router.routes)])
+    install_openapi(app)
+    observer = Observer(metrics)
+    routes = [*apply.HOT_ROUTES, *oip.HOT_ROUTES]
+    app.hot = HotRoutes(app.serve, app.state.context, routes, observer)
+    app.front = ObserveMiddleware(app.hot, observer, settings.stall_seconds)
+    return app
+
+
+def open_store(settings: Settings) -> SetStore:
+    """Return the store in its folder; a temporary folder goes with the store object."""
+    folder = settings.store_folder()
+    if folder is not None:
+        return SetStore(folder)
+    temporary = _new_folder()
+    store = SetStore(temporary)
+    _remove_with(store, temporary)
+    return store
+
+
+def _new_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="bonsai-lora-"))
+
+
+def _remove_with(owner: object, folder: Path) -> None:
+    """Let a temporary folder go when its owner does."""
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+
+
+def limits_of(settings: Settings) -> Limits:
+    """Return the limits among the settings."""
+    return Limits(**{name: getattr(settings, name) for name in Limits.__slots__})

@@ -1,0 +1,149 @@
+"""Reading request bodies: bounded, in the form that they claim, without needless copies."""
+
+from collections.abc import AsyncIterator, Collection
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
+
+from bonsai_lora.api.errors import validation_problem
+from bonsai_lora.errors import (
+    BodyTooLargeError,
+    InvalidRequestError,
+    MalformedBodyError,
+    UnsupportedMediaTypeError,
+)
+from bonsai_lora.wire.media import Form, request_form
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Return the whole body; raises BodyTooLargeError over `limit`, declared or received."""
+    declared = content_length(request)
+    if declared is not None:
+        check_length(declared, limit)
+    return await read_all(request.receive, limit)
+
+
+async def read_all(receive: Receive, limit: int) -> bytes:
+    """Return the whole body that `receive` gives; raises BodyTooLargeError, ClientDisconnect."""
+    parts: list[bytes] = []
+    received = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            raise ClientDisconnect
+        part = message["body"]
+        if part:
+            received += len(part)
+            check_length(received, limit)
+            parts.append(part)
+        if not message.get("more_body"):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+_LENGTH_DIGITS = 18
+
+MODEL_BYTES = 1 << 20
+"""Longest body that becomes a pydantic model: those hold names and sizes, no tensors."""
+
+
+async def read_model(request: Request, model: type[Model]) -> Model:
+    """Return the JSON body as a checked `model`.
+
+    Raises UnsupportedMediaTypeError, BodyTooLargeError, MalformedJsonError, InvalidRequestError.
+    """
+    body_form(request, (Form.JSON,))
+    body = await read_body(request, MODEL_BYTES)
+    return parse_model(body, model)
+
+
+def parse_model(body: bytes, model: type[Model]) -> Model:
+    """Return JSON text as a checked `model`; raises MalformedJsonError, InvalidRequestError."""
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise validation_problem(error.errors(include_url=False)) from None
+
+
+def body_form(request: Request, taken: Collection[Form]) -> Form:
+    """Return the form of the body; raises UnsupportedMediaTypeError, also where it is encoded."""
+    check_coding(request.headers.get("content-encoding"))
+    return request_form(request.headers.get("content-type"), taken)
+
+
+def check_coding(coding: str | None) -> None:
+    """Raise UnsupportedMediaTypeError where Content-Encoding names a compression."""
+    if coding is not None and coding.strip().lower() != "identity":
+        raise UnsupportedMediaTypeError(
+            f"Content-Encoding {coding[:100]!r} is not taken here; send the body as it is",
+            got=coding[:100],
+            expected=["identity"],
+        )
+
+
+def content_length(request: Request) -> int | None:
+    """Return the declared length of the body, None where it is not declared."""
+    declared = request.headers.get("content-length")
+    return None if declared is None else parse_length(declared.encode("latin-1"))
+
+
+def parse_length(declared: bytes) -> int:
+    """Return the number of a Content-Length: 0 for none, a huge one for more than 18 digits."""
+    digits = declared.strip(b" \t").lstrip(b"0")
+    if len(digits) > _LENGTH_DIGITS:
+        return int(10**_LENGTH_DIGITS)
+    return int(digits) if digits.isdigit() else 0
+
+
+def check_length(length: int, limit: int) -> None:
+    """Raise BodyTooLargeError over `limit` bytes."""
+    if length > limit:
+        raise BodyTooLargeError(
+            f"the body has {length} bytes or more; at most {limit} are taken here. Send less at a "
+            "time, or numbers as safetensors, or let the service take more (serve --help)",
+            got_bytes=length,
+            limit_bytes=limit,
+        )
+
+
+class BodyReader:
+    """Reads a streaming body in pieces of exactly the wanted size."""
+
+    def __init__(self, request: Request) -> None:
+        self._parts: AsyncIterator[bytes] = request.stream()
+        self._rest = memoryview(b"")
+
+    async def read_exactly(self, size: int) -> bytearray:
+        """Return the next `size` bytes; raises MalformedBodyError where the body ends before."""
+        block = bytearray(size)
+        view = memoryview(block)
+        filled = 0
+        while filled < size:
+            if not self._rest:
+                await self._next_part(size - filled)
+            piece = self._rest[: size - filled]
+            view[filled : filled + len(piece)] = piece
+            self._rest = self._rest[len(piece) :]
+            filled += len(piece)
+        return block
+
+    async def expect_end(self) -> None:
+        """Raise InvalidRequestError unless the body ends here."""
+        while not self._rest:
+            try:
+                self._rest = memoryview(await anext(self._parts))
+            except StopAsyncIteration:
+                return
+        raise InvalidRequestError("the body goes on after the weights")
+
+    async def _next_part(self, missing: int) -> None:
+        try:
+            self._rest = memoryview(await anext(self._parts))
+        except StopAsyncIteration:
+            raise MalformedBodyError(
+                f"the body ended {missing} bytes before the end of a block of the weights"
+            ) from None

@@ -1,0 +1,54 @@
+"""If-Match and If-None-Match (RFC 9110, section 13)."""
+
+from fastapi import Request
+
+from bonsai_lora.errors import PreconditionFailedError
+from bonsai_lora.service.sets import Precondition
+from bonsai_lora.storage.setfile import SetRecord
+
+
+def precondition(request: Request) -> Precondition:
+    """Return the check that the request's conditions make before a change."""
+    if_match = _header(request, "if-match")
+    if_none_match = _header(request, "if-none-match")
+
+    def check(present: SetRecord | None) -> None:
+        etag = present.etag if present else None
+        if if_match is not None and not _matches(if_match, etag, weak=False):
+            raise PreconditionFailedError(
+                f"If-Match is {if_match[:200]}, but "
+                + (f"the set's ETag is {etag}" if etag else "there is no such set"),
+                got=if_match[:200],
+                expected=etag,
+            )
+        if if_none_match is not None and _matches(if_none_match, etag, weak=True):
+            raise PreconditionFailedError(
+                f"If-None-Match is {if_none_match[:200]}, but the set exists with ETag {etag}",
+                got=if_none_match[:200],
+                expected=etag,
+            )
+
+    return check
+
+
+def not_modified(request: Request, etag: str) -> bool:
+    """Return whether the caller's If-None-Match names `etag`, so that 304 is the answer."""
+    if_none_match = _header(request, "if-none-match")
+    return if_none_match is not None and _matches(if_none_match, etag, weak=True)
+
+
+def _header(request: Request, name: str) -> str | None:
+    """Return all lines of a header as one list, None where there is none."""
+    lines = request.headers.getlist(name)
+    return ", ".join(lines) if lines else None
+
+
+def _matches(header: str, etag: str | None, *, weak: bool) -> bool:
+    if etag is None:
+        return False
+    if header.strip() == "*":
+        return True
+    tags = [tag.strip() for tag in header.split(",")]
+    if weak:
+        tags = [tag.removeprefix("W/") for tag in tags]
+    return etag in tags

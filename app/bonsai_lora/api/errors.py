@@ -1,0 +1,206 @@
+"""From an error to its answer: one table of statuses, one shape (RFC 9457)."""
+
+import json
+import reprlib
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from math import isfinite
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
+from starlette.types import Scope
+
+from bonsai_lora import errors
+from bonsai_lora.errors import BonsaiLoraError
+
+PROBLEM_TYPE = "application/problem+json"
+RETRY_AFTER_SECONDS = 1
+
+STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
+    errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
+    errors.NotFoundError: HTTPStatus.NOT_FOUND,
+    errors.MethodNotAllowedError: HTTPStatus.METHOD_NOT_ALLOWED,
+    errors.NotAcceptableError: HTTPStatus.NOT_ACCEPTABLE,
+    errors.SetExistsError: HTTPStatus.CONFLICT,
+    errors.PreconditionFailedError: HTTPStatus.PRECONDITION_FAILED,
+    errors.TooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.UnsupportedMediaTypeError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    errors.RangeNotSatisfiableError: HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
+    errors.InvalidError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.StalledError: HTTPStatus.REQUEST_TIMEOUT,
+    errors.BaseChangedError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.StoreReadOnlyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.MemoryBudgetError: HTTPStatus.INSUFFICIENT_STORAGE,
+    errors.StoreFullError: HTTPStatus.INSUFFICIENT_STORAGE,
+    errors.UnsupportedFeatureError: HTTPStatus.NOT_IMPLEMENTED,
+    errors.InternalError: HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+"""Error class -> status; a class without a row has that of its nearest ancestor."""
+
+
+def status_of(kind: type[BonsaiLoraError]) -> HTTPStatus:
+    """Return the status of an error class, found along its ancestors."""
+    return next(STATUSES[parent] for parent in kind.__mro__ if parent in STATUSES)
+
+
+def problem_response(
+    error: BonsaiLoraError, scope: Scope, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return the answer to a refused request."""
+    if is_oip(scope["path"]):
+        return _oip_response(error, scope, headers)
+    status = status_of(type(error))
+    body = {
+        "type": f"urn:bonsai-lora:problem:{error.code}",
+        "title": error.title,
+        "status": int(status),
+        "detail": error.detail,
+        "instance": scope["path"],
+        "code": error.code,
+        "request_id": scope.get("request_id"),
+        **error.values,
+    }
+    scope["problem"] = error  # for the log
+    more = dict(headers or {})
+    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+        more["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    # The standard library also writes huge integers and half surrogate pairs, which may be echoed.
+    content = json.dumps(_shortened(body), separators=(",", ":"), default=str)
+    return Response(content, int(status), more, media_type=PROBLEM_TYPE)
+
+
+def fault_response(scope: Scope) -> Response:
+    """Return the answer to a request that failed by our fault."""
+    return problem_response(
+        errors.InternalError("something failed here; the log has the cause under this request id"),
+        scope,
+    )
+
+
+def is_oip(path: str) -> bool:
+    """Return whether a path belongs to the Open Inference Protocol, which has errors of its own."""
+    return path == "/v2" or path.startswith("/v2/")
+
+
+_OIP_STATUSES = frozenset(
+    {
+        HTTPStatus.NOT_FOUND,
+        HTTPStatus.METHOD_NOT_ALLOWED,
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.INTERNAL_SERVER_ERROR,
+        HTTPStatus.NOT_IMPLEMENTED,
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    }
+)
+"""What Triton says apart; everything else is 400 there."""
+
+
+def _oip_response(
+    error: BonsaiLoraError, scope: Scope, headers: Mapping[str, str] | None
+) -> Response:
+    scope["problem"] = error  # for the log
+    status = status_of(type(error))
+    if status not in _OIP_STATUSES:
+        status = HTTPStatus.BAD_REQUEST
+    text = error.detail
+    if isinstance(error, errors.SetNotFoundError):
+        text = f"Request for unknown model: '{error.values['set'][:200]}' is not found"
+    more = dict(headers or {})
+    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+        more["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    content = json.dumps({"error": text[:2000]}, separators=(",", ":"))
+    return Response(content, int(status), more, media_type="application/json")
+
+
+def _shortened(value: Any) -> Any:
+    """Return `value` fit to be echoed: nothing long, and no number that is not JSON."""
+    if isinstance(value, dict):
+        return {key: _shortened(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shortened(one) for one in value[:64]]
+    if isinstance(value, str):
+        return value[:1000]
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
+        return "a very large integer"
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Make every refusal of `app`, the framework's own included, a problem.
+
+    `routes` are what `app` serves; they tell which methods a path allows.
+    """
+
+    @app.exception_handler(BonsaiLoraError)
+    def on_refusal(request: Request, error: BonsaiLoraError) -> Response:
+        headers = {}
+        if isinstance(error, errors.RangeNotSatisfiableError):
+            headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
+        return problem_response(error, request.scope, headers)
+
+    @app.exception_handler(Exception)
+    def on_fault(request: Request, _: Exception) -> Response:
+        return fault_response(request.scope)  # the framework raises it again, for the log
+
+    @app.exception_handler(RequestValidationError)
+    def on_validation(request: Request, error: RequestValidationError) -> Response:
+        return problem_response(validation_problem(error.errors()), request.scope)
+
+    @app.exception_handler(HTTPException)
+    def on_framework(request: Request, error: HTTPException) -> Response:
+        path, method = request.url.path, request.method
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            problem: BonsaiLoraError = errors.RouteNotFoundError(
+                f"nothing is served at {path!r}; /docs shows what is"
+            )
+            return problem_response(problem, request.scope)
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            allowed = _allowed_methods(routes, request.scope)
+            problem = errors.MethodNotAllowedError(
+                f"{method} is not allowed at {path!r}; use {' or '.join(allowed)}",
+                got=method,
+                expected=allowed,
+            )
+            return problem_response(problem, request.scope, {"Allow": ", ".join(allowed)})
+        return problem_response(
+            errors.MalformedBodyError("the request could not be read"), request.scope
+        )
+
+
+def validation_problem(found: Any) -> BonsaiLoraError:
+    """Return the refusal for pydantic's list of errors."""
+    if found[0]["type"] == "json_invalid":
+        return errors.MalformedJsonError(f"the body is not JSON: {found[0]['msg']}")
+    reasons = [(_field(one), _reason(one)) for one in found[:16]]
+    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    return errors.InvalidRequestError(
+        " ".join(reasons[0]) + more,
+        errors=[{"field": field, "reason": reason} for field, reason in reasons],
+    )
+
+
+def _field(error: Any) -> str:
+    parts = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
+    return ".".join(parts) or "the body"
+
+
+def _reason(error: Any) -> str:
+    if error["type"] == "missing":
+        return "is missing"
+    if error["type"] == "extra_forbidden":
+        return "is not a known field"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"is wrong: {message}, got {reprlib.repr(error.get('input'))}"
+
+
+def _allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
+    methods: set[str] = set()
+    for route in routes:
+        if route.matches(scope)[0] is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return sorted(methods)

@@ -1,0 +1,36 @@
+"""A merged file as a response: blocks are computed ahead while the last one is sent."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from concurrent.futures import Executor
+
+from bonsai_lora.checkpoints.merged import MergedFile
+
+
+class StreamedFile:
+    """A merged file for `file_response`; computes in `executor`, at most `ahead` pieces early."""
+
+    def __init__(self, file: MergedFile, executor: Executor, ahead: int) -> None:
+        self.size_bytes = file.size_bytes
+        self.etag = file.etag
+        self.media_type = file.media_type
+        self._file = file
+        self._executor = executor
+        self._ahead = ahead
+
+    async def read(self, start: int, stop: int) -> AsyncIterator[bytes | memoryview]:
+        """Yield the bytes [start, stop) in pieces of about a megabyte."""
+        loop = asyncio.get_running_loop()
+        pieces = self._file.pieces(start, stop)
+        pending: deque[asyncio.Future[bytes | memoryview]] = deque()
+        try:
+            for piece in pieces:
+                pending.append(loop.run_in_executor(self._executor, piece))
+                if len(pending) > self._ahead:
+                    yield await pending.popleft()
+            while pending:
+                yield await pending.popleft()
+        finally:
+            for one in pending:
+                one.cancel()

@@ -1,0 +1,93 @@
+"""Prometheus metrics of one application."""
+
+import os
+from collections.abc import Callable, Iterable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+from bonsai_lora.service.stats import StoreStats
+
+_LATENCY_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+
+
+class Metrics:
+    """Counters that requests feed; what the store holds is read when metrics are."""
+
+    def __init__(self, store_stats: Callable[[], StoreStats]) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._registry = CollectorRegistry()
+        self._store_registry = CollectorRegistry()
+        for registry in (self._registry, self._store_registry):
+            registry.register(_StoreCollector(store_stats))
+        self._requests = Counter(
+            "bonsai_lora_requests",
+            "Requests answered.",
+            ["method", "route", "status"],
+            registry=self._registry,
+        )
+        self._latency = Histogram(
+            "bonsai_lora_request_seconds",
+            "Time from the request's head to the last byte of the answer.",
+            ["method", "route"],
+            buckets=_LATENCY_SECONDS,
+            registry=self._registry,
+        )
+        self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
+        self.rows_applied = Counter(
+            "bonsai_lora_rows_applied", "Vectors through an adapter.", registry=self._registry
+        )
+        self.bytes_merged = Counter(
+            "bonsai_lora_merged_bytes", "Bytes of merged weights made.", registry=self._registry
+        )
+
+    def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
+        """Count a request that was answered."""
+        key = (method, route, status)
+        known = self._children.get(key)
+        if known is None:
+            known = self._children[key] = (
+                self._requests.labels(method, route, str(status)),
+                self._latency.labels(method, route),
+            )
+        known[0].inc()
+        known[1].observe(seconds)
+
+    def render(self) -> bytes:
+        """Return the exposition text."""
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            return generate_latest(self._registry)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry) + generate_latest(self._store_registry)
+
+
+class _StoreCollector(Collector):
+    def __init__(self, store_stats: Callable[[], StoreStats]) -> None:
+        self._store_stats = store_stats
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        stats = self._store_stats()
+        yield GaugeMetricFamily("bonsai_lora_sets", "Sets in the store.", stats.set_count)
+        yield GaugeMetricFamily(
+            "bonsai_lora_adapters", "Adapters of all sets.", stats.adapter_count
+        )
+        yield GaugeMetricFamily(
+            "bonsai_lora_sets_bytes", "Size of all sets as float32.", stats.total_memory_bytes
+        )
+        yield GaugeMetricFamily(
+            "bonsai_lora_resident_bytes",
+            "Bytes of sets that are in this process's memory.",
+            stats.resident_bytes,
+        )

@@ -1,0 +1,245 @@
+"""What routes say about themselves in the OpenAPI document."""
+
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from http import HTTPStatus
+from typing import Any, TypeVar, cast
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from bonsai_lora import errors
+from bonsai_lora.api import oip_schemas, schemas
+from bonsai_lora.api.errors import PROBLEM_TYPE, status_of
+from bonsai_lora.errors import BonsaiLoraError
+from bonsai_lora.wire.media import Form
+
+_REF = "#/components/schemas/{model}"
+_BINARY = {"type": "string", "format": "binary"}
+
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Awaitable[None]])
+
+Kinds = tuple[type[BonsaiLoraError], ...]
+
+ANY_ERRORS: Kinds = (errors.InternalError,)
+BODY_ERRORS: Kinds = (
+    errors.MalformedJsonError,
+    errors.BodyTooLargeError,
+    errors.UnsupportedMediaTypeError,
+    errors.InvalidRequestError,
+    errors.BusyError,
+)
+TENSOR_ERRORS: Kinds = (
+    *BODY_ERRORS,
+    errors.MalformedSafetensorsError,
+    errors.HeaderTooLargeError,
+    errors.NotAcceptableError,
+    errors.ShapeMismatchError,
+    errors.NonFiniteInputError,
+    errors.RaggedInputError,
+)
+APPLY_ERRORS: Kinds = (
+    *TENSOR_ERRORS,
+    errors.SetNotFoundError,
+    errors.AdapterNotFoundError,
+    errors.TooManyRowsError,
+    errors.AnswerTooLargeError,
+    errors.NonFiniteOutputError,
+    errors.DoraNeedsBaseError,
+    errors.UnsupportedAdapterError,
+)
+STORE_ERRORS: Kinds = (errors.MemoryBudgetError, errors.StoreFullError, errors.StoreReadOnlyError)
+
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def also(status: int, description: str, model: type[BaseModel] | None = None) -> Responses:
+    """Return one more answer of a route: `status`, with a body where `model` is given."""
+    more = {} if model is None else {"model": model}
+    return {status: {"description": description, **more}}
+
+
+def problems(*kinds: type[BonsaiLoraError]) -> Responses:
+    """Return the `responses` of a route that refuses with these errors."""
+    by_status: dict[int, list[str]] = defaultdict(list)
+    for kind in dict.fromkeys((*kinds, *ANY_ERRORS)):
+        by_status[int(status_of(kind))].append(kind.code)
+    return {
+        status: {
+            "description": " or ".join(f"`{code}`" for code in codes),
+            "content": {PROBLEM_TYPE: {"schema": _ref(schemas.Problem)}},
+        }
+        for status, codes in sorted(by_status.items())
+    }
+
+
+def answered_before(declared: Endpoint) -> Endpoint:
+    """Mark an endpoint that only declares its operation: `app/bonsai_lora/api/hot.py` answers it.
+
+    The framework calls it in no case but a mistake in the table of hot routes.
+    """
+
+    @wraps(declared)
+    async def never(*_: Any, **__: Any) -> None:
+        raise AssertionError(f"{declared.__name__} is a hot route")
+
+    return cast("Endpoint", never)
+
+
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the `openapi_extra` of a route that reads `model` from JSON."""
+    return _request_body({Form.JSON.value: {"schema": _ref(model)}})
+
+
+def tensor_body(
+    model: type[BaseModel], *forms: Form, example: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the `openapi_extra` of a route that takes tensors as JSON `model` or as bytes."""
+    content: dict[str, Any] = {Form.JSON.value: {"schema": _ref(model)}}
+    if example is not None:
+        content[Form.JSON.value]["example"] = example
+    return _request_body(content | {form.value: {"schema": _BINARY} for form in forms})
+
+
+def tensor_answer(model: type[BaseModel], *forms: Form) -> Responses:
+    """Return the `responses` of a route that answers JSON `model` or bytes."""
+    content: dict[str, Any] = {Form.JSON.value: {"schema": _ref(model)}}
+    content |= {form.value: {"schema": _BINARY} for form in forms}
+    return {200: {"description": "computed in float32", "content": content}}
+
+
+def oip_errors(*statuses: int) -> Responses:
+    """Return the `responses` of a route of the Open Inference Protocol that refuses so."""
+    content = {Form.JSON.value: {"schema": _ref(oip_schemas.OipError)}}
+    words = {status: HTTPStatus(status).phrase for status in sorted({*statuses, 500})}
+    return {status: {"description": word, "content": content} for status, word in words.items()}
+
+
+def infer_body() -> dict[str, Any]:
+    """Return the `openapi_extra` of infer: JSON, or JSON with binary data behind it."""
+    example = {
+        "inputs": [
+            {"name": "q_proj", "shape": [1, 4], "datatype": "FP32", "data": [0.5, -1.0, 2.0, 0.25]}
+        ]
+    }
+    content: dict[str, Any] = {
+        Form.JSON.value: {"schema": _ref(oip_schemas.InferRequest), "example": example},
+        Form.RAW.value: {"schema": _BINARY},
+    }
+    return _request_body(content)
+
+
+def infer_answer() -> Responses:
+    """Return the `responses` of infer."""
+    return tensor_answer(oip_schemas.InferResponse, Form.RAW)
+
+
+def empty_answer() -> Responses:
+    """Return the `responses` of a route whose answer has no body."""
+    return {200: {"description": "done", "content": {}}}
+
+
+def optional_body(model: type[BaseModel], *, required: bool = False) -> dict[str, Any]:
+    """Return the `openapi_extra` of a route that reads `model` from JSON of any Content-Type."""
+    return _request_body({Form.JSON.value: {"schema": _ref(model)}}, required=required)
+
+
+def version_parameter() -> dict[str, Any]:
+    """Return the `openapi_extra` of a path with {version}, which its route takes by itself."""
+    schema = {"type": "string"}
+    about = {"name": "version", "in": "path", "required": True, "schema": schema}
+    return {"parameters": [{**about, "description": "the version that the set must have"}]}
+
+
+def text_answer() -> Responses:
+    """Return the `responses` of a route that answers plain text."""
+    return {200: {"description": "text", "content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+
+def file_answer(media_type: str) -> Responses:
+    """Return the `responses` of a route that serves a file with ranges."""
+    schema = {"type": "object"} if media_type == Form.JSON.value else _BINARY
+    content = {media_type: {"schema": schema}}
+    return {
+        200: {"description": "the whole file", "content": content},
+        206: {
+            "description": "the ranges asked for",
+            "content": {**content, "multipart/byteranges": {"schema": _BINARY}},
+        },
+        304: {"description": "the file is the one that If-None-Match names"},
+    }
+
+
+def install_openapi(app: FastAPI) -> None:
+    """Make `app.openapi()` include the models that only raw bodies refer to."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(
+                title=app.title,
+                version=app.version,
+                summary=app.summary,
+                description=app.description,
+                routes=app.routes,
+                tags=app.openapi_tags,
+            )
+            _drop_unused_validation_errors(document)
+            _add_models(document)
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _drop_unused_validation_errors(document: dict[str, Any]) -> None:
+    """Remove the 422 that FastAPI adds where a route has nothing but path strings to refuse."""
+    for item in document["paths"].values():
+        for operation in item.values():
+            answer = operation["responses"].get("422", {})
+            if PROBLEM_TYPE not in answer.get("content", {}):
+                operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
+
+
+def _add_models(document: dict[str, Any]) -> None:
+    """Add the schemas behind every reference that the document does not yet resolve."""
+    known = document.setdefault("components", {}).setdefault("schemas", {})
+    models = [
+        one
+        for module in (schemas, oip_schemas)
+        for one in vars(module).values()
+        if isinstance(one, type)
+        and issubclass(one, BaseModel)
+        and one.__module__ == module.__name__
+    ]
+    kinds = (schemas.RequestModel, oip_schemas.LenientModel)
+    requests = {one for one in models if issubclass(one, kinds)}
+    pairs = [(one, "validation" if one in requests else "serialization") for one in models]
+    _, definitions = models_json_schema(pairs, ref_template=_REF)  # type: ignore[arg-type]
+    for name in sorted(_referenced(definitions["$defs"], document)):
+        known.setdefault(name, definitions["$defs"][name])
+
+
+def _referenced(definitions: dict[str, Any], document: Any) -> set[str]:
+    """Return the definitions that the document refers to, directly or through others."""
+    found: set[str] = set()
+    places = [document]
+    while places:
+        text = str(places)
+        new = {name for name in definitions if f"'{_REF.format(model=name)}'" in text} - found
+        found |= new
+        places = [definitions[name] for name in new]
+    return found
+
+
+def _request_body(content: dict[str, Any], *, required: bool = True) -> dict[str, Any]:
+    return {"requestBody": {"required": required, "content": content}}
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": _REF.format(model=model.__name__)}

@@ -1,0 +1,169 @@
+"""Files by whole or by byte ranges (RFC 9110, section 14), from anything that can give a range."""
+
+import re
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from typing import Protocol
+
+import anyio.to_thread
+from fastapi import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from bonsai_lora.api.conditions import not_modified
+from bonsai_lora.errors import RangeNotSatisfiableError
+from bonsai_lora.service.work import WorkPool
+
+MAX_RANGES = 64
+"""A request for more ranges gets the whole file, as the RFC allows."""
+
+_RANGE = re.compile(r"(\d{0,1000})-(\d{0,1000})\Z")
+
+Range = tuple[int, int]
+"""First byte and the one after the last."""
+
+
+class RangedFile(Protocol):
+    """A file that can be read from any byte."""
+
+    size_bytes: int
+    etag: str
+    media_type: str
+
+    def read(self, start: int, stop: int) -> AsyncIterator[bytes | memoryview]:
+        """Yield the bytes [start, stop) in blocks."""
+        ...
+
+
+def file_response(
+    request: Request, file: RangedFile, pool: WorkPool, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return the answer to GET or HEAD of a file: 200, 206, 304 or 416.
+
+    It holds one of the places of `pool` while it streams, and is 503 where none is free.
+    """
+    response = _respond(request, file, headers)
+    return _Admitted(response, pool) if isinstance(response, StreamingResponse) else response
+
+
+class _Admitted(Response):
+    """A response that begins only where the pool has a place, and holds it to its end."""
+
+    def __init__(self, response: Response, pool: WorkPool) -> None:
+        self.background = None  # what FastAPI looks at on every response
+        self._response = response
+        self._pool = pool
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._pool.admit():
+            await self._response(scope, receive, send)
+
+
+def _respond(request: Request, file: RangedFile, headers: Mapping[str, str] | None) -> Response:
+    common = {"ETag": file.etag, "Accept-Ranges": "bytes", **(headers or {})}
+    if not_modified(request, file.etag):
+        return Response(status_code=304, headers=common)
+    ranges = _asked_ranges(request, file)
+    if ranges is None:
+        return _stream(request, file, (0, file.size_bytes), 200, common)
+    if len(ranges) == 1:
+        common["Content-Range"] = _content_range(ranges[0], file.size_bytes)
+        return _stream(request, file, ranges[0], 206, common)
+    return _multipart(file, ranges, common)
+
+
+def parse_ranges(header: str, size: int) -> list[Range] | None:
+    """Return the satisfiable ranges of a Range header, None where the header is to be ignored.
+
+    Ends beyond the file are clamped. Raises RangeNotSatisfiableError where no range is left.
+    """
+    unit, _, specs = header.partition("=")
+    if unit.strip().lower() != "bytes":
+        return None
+    parts = [part.strip() for part in specs.split(",") if part.strip()]
+    matches = [_RANGE.match(part) for part in parts]
+    if not matches or len(matches) > MAX_RANGES:
+        return None
+    ranges = []
+    for match in matches:
+        if match is None or match[0] == "-":
+            return None
+        first, last = match[1], match[2]
+        if first and last and int(last) < int(first):
+            return None
+        if first:
+            start, stop = int(first), min(int(last) + 1 if last else size, size)
+        else:
+            start, stop = max(0, size - int(last)), size
+        if start < stop:
+            ranges.append((start, stop))
+    if not ranges:
+        raise RangeNotSatisfiableError(
+            f"no byte of {header[:100]!r} exists; the file has {size} bytes",
+            got=header[:100],
+            size_bytes=size,
+        )
+    if sum(stop - start for start, stop in ranges) > size:
+        return None  # overlapping: nobody needs bytes twice
+    return ranges
+
+
+def _asked_ranges(request: Request, file: RangedFile) -> list[Range] | None:
+    header = request.headers.get("range")
+    if_range = request.headers.get("if-range")
+    if request.method != "GET" or header is None or if_range not in (None, file.etag):
+        return None
+    return parse_ranges(header, file.size_bytes)
+
+
+def _content_range(span: Range, size: int) -> str:
+    return f"bytes {span[0]}-{span[1] - 1}/{size}"
+
+
+def _stream(
+    request: Request, file: RangedFile, span: Range, status: int, headers: dict[str, str]
+) -> Response:
+    headers["Content-Length"] = str(span[1] - span[0])
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers, media_type=file.media_type)
+    return StreamingResponse(file.read(*span), status, headers, file.media_type)
+
+
+def _multipart(file: RangedFile, ranges: list[Range], headers: dict[str, str]) -> Response:
+    boundary = secrets.token_hex(16)
+    heads = [
+        f"\r\n--{boundary}\r\nContent-Type: {file.media_type}\r\n"
+        f"Content-Range: {_content_range(span, file.size_bytes)}\r\n\r\n".encode()
+        for span in ranges
+    ]
+    tail = f"\r\n--{boundary}--\r\n".encode()
+    length = sum(map(len, heads)) + sum(b - a for a, b in ranges) + len(tail)
+
+    async def parts() -> AsyncIterator[bytes | memoryview]:
+        for head, span in zip(heads, ranges, strict=True):
+            yield head
+            async for block in file.read(*span):
+                yield block
+        yield tail
+
+    headers["Content-Length"] = str(length)
+    return StreamingResponse(parts(), 206, headers, f"multipart/byteranges; boundary={boundary}")
+
+
+class BytesFile:
+    """Bytes in memory or mapped, as a file; mapped pages are read in a worker thread."""
+
+    def __init__(self, content: memoryview, etag: str, media_type: str) -> None:
+        self.size_bytes = len(content)
+        self.etag = etag
+        self.media_type = media_type
+        self._content = content
+
+    async def read(self, start: int, stop: int) -> AsyncIterator[bytes | memoryview]:
+        """Yield the bytes [start, stop) in blocks of at most 1 MiB."""
+        for offset in range(start, stop, _BLOCK_BYTES):
+            piece = self._content[offset : min(offset + _BLOCK_BYTES, stop)]
+            yield await anyio.to_thread.run_sync(bytes, piece)
+
+
+_BLOCK_BYTES = 1 << 20

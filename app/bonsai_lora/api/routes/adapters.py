@@ -1,0 +1,174 @@
+"""The adapters of a set."""
+
+from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+
+from bonsai_lora import errors
+from bonsai_lora.api import schemas
+from bonsai_lora.api.body import body_form, parse_model, read_body
+from bonsai_lora.api.conditions import precondition
+from bonsai_lora.api.deps import Context, InContext, ModuleName, SetName
+from bonsai_lora.api.openapi import STORE_ERRORS, TENSOR_ERRORS, also, problems, tensor_body
+from bonsai_lora.core.cast import Array
+from bonsai_lora.formats import safetensors
+from bonsai_lora.service import sets
+from bonsai_lora.storage.setfile import StoredSet
+from bonsai_lora.wire import json
+from bonsai_lora.wire.media import Form
+
+router = APIRouter(tags=["adapters"])
+
+_PUT_FIELDS = frozenset({"d_in", "d_out", "config", "lora_A", "lora_B", "alpha"})
+_NEW_FIELDS = frozenset({"d_in", "d_out", "config"})
+
+_PUT_BODY = tensor_body(schemas.NewAdapter, Form.BINARY)
+_PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
+    "anyOf": [
+        {"$ref": "#/components/schemas/NewAdapter"},
+        {"$ref": "#/components/schemas/SetWeights"},
+    ]
+}
+
+
+@router.get(
+    "/v1/sets/{set}/adapters",
+    operation_id="list_adapters",
+    summary="List the adapters of a set",
+    responses=problems(errors.SetNotFoundError),
+)
+async def list_adapters(
+    response: Response, context: InContext, name: SetName
+) -> schemas.AdapterList:
+    """In the order in which they were added."""
+    stored = context.store.read(name)
+    response.headers["ETag"] = stored.record.etag
+    adapters = stored.lora_set.registry.adapters.items()
+    return schemas.AdapterList(adapters=[schemas.ModuleInfo.of(*item) for item in adapters])
+
+
+@router.get(
+    "/v1/sets/{set}/adapters/{module}",
+    operation_id="get_adapter",
+    summary="Show one adapter of a set",
+    responses=problems(errors.SetNotFoundError, errors.AdapterNotFoundError),
+)
+async def get_adapter(
+    response: Response, context: InContext, name: SetName, module: ModuleName
+) -> schemas.ModuleInfo:
+    """Its dimensions, rank, scaling and size."""
+    stored = context.store.read(name)
+    response.headers["ETag"] = stored.record.etag
+    return schemas.ModuleInfo.of(module, sets.get_adapter(stored, module))
+
+
+@router.put(
+    "/v1/sets/{set}/adapters/{module}",
+    operation_id="put_adapter",
+    summary="Add or replace one adapter of a set",
+    openapi_extra=_PUT_BODY,
+    responses=also(201, "the module is new in the set", schemas.ModuleInfo)
+    | problems(
+        *TENSOR_ERRORS,
+        *STORE_ERRORS,
+        errors.SetNotFoundError,
+        errors.InvalidNameError,
+        errors.InvalidAdapterError,
+        errors.RankTooLargeError,
+        errors.PreconditionFailedError,
+    ),
+)
+async def put_adapter(
+    request: Request,
+    response: Response,
+    context: InContext,
+    name: SetName,
+    module: ModuleName,
+    alpha: Annotated[
+        float | None,
+        Query(allow_inf_nan=False, description="for a binary body; default: the set's"),
+    ] = None,
+) -> schemas.ModuleInfo:
+    """`d_in` and `d_out` initialise it as the reference does; `lora_A` and `lora_B` set it."""
+    form = body_form(request, (Form.JSON, Form.BINARY))
+    context.store.read_record(name)
+    with context.pool.admit():
+        limits = context.limits
+        limit = limits.max_json_bytes if form is Form.JSON else limits.max_body_bytes
+        body = await read_body(request, limit)
+        check = precondition(request)
+        put = _put_binary if form is Form.BINARY else _put_json
+        stored, created = await context.pool.run(
+            partial(put, context, name, module, body, alpha, check)
+        )
+    response.status_code = 201 if created else 200
+    response.headers["ETag"] = stored.record.etag
+    return schemas.ModuleInfo.of(module, sets.get_adapter(stored, module))
+
+
+def _put_binary(
+    context: Context,
+    name: str,
+    module: str,
+    body: bytes,
+    alpha: float | None,
+    check: sets.Precondition,
+) -> tuple[StoredSet, bool]:
+    tensors, _ = safetensors.decode(body, limit=context.limits.max_header_bytes)
+    return sets.put_weights(context.store, context.limits, name, module, tensors, alpha, check)
+
+
+def _put_json(
+    context: Context,
+    name: str,
+    module: str,
+    body: bytes,
+    alpha: float | None,
+    check: sets.Precondition,
+) -> tuple[StoredSet, bool]:
+    value = json.decode_object(body, _PUT_FIELDS)
+    if not value.keys() & {"lora_A", "lora_B"}:
+        new = parse_model(body, schemas.NewAdapter)
+        config = new.config.to_core() if new.config else None
+        return sets.put_new_adapter(
+            context.store, context.limits, name, module, new.d_in, new.d_out, config, check
+        )
+    mixed = sorted(value.keys() & _NEW_FIELDS)
+    if mixed:
+        raise errors.InvalidRequestError(
+            f"{mixed[0]!r} belongs to a new adapter, lora_A and lora_B to given weights; "
+            "send one or the other",
+            field=mixed[0],
+        )
+    own_alpha = value.pop("alpha", None)
+    if own_alpha is not None and type(own_alpha) not in (int, float):
+        raise errors.InvalidRequestError("alpha must be a number", field="alpha")
+    text = json.Text(body)
+    tensors: dict[str, Array] = {
+        key: json.decode_tensor(matrix, key, text) for key, matrix in value.items()
+    }
+    chosen = alpha if own_alpha is None else own_alpha
+    return sets.put_weights(context.store, context.limits, name, module, tensors, chosen, check)
+
+
+@router.delete(
+    "/v1/sets/{set}/adapters/{module}",
+    operation_id="delete_adapter",
+    summary="Remove one adapter from a set",
+    status_code=204,
+    responses=problems(
+        errors.SetNotFoundError,
+        errors.AdapterNotFoundError,
+        errors.PreconditionFailedError,
+        *STORE_ERRORS,
+    ),
+)
+async def delete_adapter(
+    request: Request, context: InContext, name: SetName, module: ModuleName
+) -> None:
+    """The set gets its next version without this module."""
+    check = precondition(request)
+    await context.pool.run(
+        partial(sets.delete_adapter, context.store, context.limits, name, module, check)
+    )

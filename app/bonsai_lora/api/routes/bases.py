@@ -1,0 +1,142 @@
+"""Base checkpoints, and merged files that exist only while they are read."""
+
+from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query, Request, Response
+
+from bonsai_lora import errors
+from bonsai_lora.api import schemas
+from bonsai_lora.api.deps import InContext, SetName
+from bonsai_lora.api.merged_file import StreamedFile
+from bonsai_lora.api.openapi import file_answer, problems
+from bonsai_lora.api.ranges import file_response
+from bonsai_lora.checkpoints.merged import MergedModel, merge_info
+from bonsai_lora.service.merged import weighted_sets
+
+router = APIRouter(tags=["merged checkpoints"])
+
+BaseName = Annotated[str, Path(description="name of a base", examples=["tiny-qwen3"])]
+Scale = Annotated[float, Query(allow_inf_nan=False, description="weight of the set's delta")]
+Others = Annotated[
+    list[str] | None, Query(alias="set", max_length=32, description="further sets to merge in")
+]
+Weights = Annotated[
+    list[float] | None, Query(alias="weight", max_length=32, description="their weights, in order")
+]
+
+_MERGE_ERRORS = (
+    errors.BaseNotFoundError,
+    errors.SetNotFoundError,
+    errors.InvalidBaseError,
+    errors.InvalidRequestError,
+    errors.ShapeMismatchError,
+    errors.UnsupportedAdapterError,
+    errors.BaseChangedError,
+    errors.BusyError,
+)
+
+
+@router.get(
+    "/v1/bases",
+    operation_id="list_bases",
+    summary="List the base checkpoints",
+    responses=problems(),
+)
+async def list_bases(context: InContext) -> schemas.BaseList:
+    """Each folder with safetensors files under the setting `bases`; a new one is there at once."""
+    found, bad = [], {}
+    for name in context.bases.names():
+        try:
+            found.append(await context.pool.run(partial(_info, context, name)))
+        except errors.InvalidBaseError as error:
+            bad[name] = error.detail
+        except errors.BaseNotFoundError:
+            continue
+    return schemas.BaseList(bases=found, bad=bad)
+
+
+@router.get(
+    "/v1/bases/{base}",
+    operation_id="get_base",
+    summary="Show a base checkpoint",
+    responses=problems(errors.BaseNotFoundError, errors.InvalidBaseError),
+)
+async def get_base(context: InContext, base: BaseName) -> schemas.BaseInfo:
+    """Its files, dtypes and parameter counts."""
+    return await context.pool.run(partial(_info, context, base))
+
+
+@router.get(
+    "/v1/bases/{base}/merged/{set}",
+    operation_id="list_merged_files",
+    summary="List the files of a merged model",
+    responses=problems(*_MERGE_ERRORS),
+)
+@router.head("/v1/bases/{base}/merged/{set}", include_in_schema=False)
+async def list_merged_files(
+    context: InContext,
+    base: BaseName,
+    name: SetName,
+    scale: Scale = 1.0,
+    others: Others = None,
+    weights: Weights = None,
+) -> schemas.MergedFiles:
+    """Sizes and tags, without computing anything."""
+    model = await _model(context, base, name, scale, others, weights)
+    return schemas.MergedFiles(files=[schemas.MergedFileInfo(**one) for one in merge_info(model)])
+
+
+@router.get(
+    "/v1/bases/{base}/merged/{set}/{filename}",
+    operation_id="get_merged_file",
+    summary="A file of a merged model",
+    response_class=Response,
+    responses=file_answer("application/octet-stream")
+    | problems(*_MERGE_ERRORS, errors.FileNotInModelError, errors.RangeNotSatisfiableError),
+)
+@router.head("/v1/bases/{base}/merged/{set}/{filename}", include_in_schema=False)
+async def get_merged_file(
+    request: Request,
+    context: InContext,
+    base: BaseName,
+    name: SetName,
+    filename: Annotated[str, Path(description="as listed", examples=["model.safetensors"])],
+    scale: Scale = 1.0,
+    others: Others = None,
+    weights: Weights = None,
+) -> Response:
+    """Header, sizes and offsets are those of the base's file; any byte range is computed when it
+    is asked for. The sum is made in float32 and rounded once, to nearest even.
+    """
+    model = await _model(context, base, name, scale, others, weights)
+    file = model.file(filename)
+    if file is None:
+        raise errors.FileNotInModelError(filename, model.files())
+    streamed = StreamedFile(file, context.executor, context.settings.threads)
+    return file_response(request, streamed, context.pool)
+
+
+async def _model(
+    context: InContext,
+    base: str,
+    name: str,
+    scale: float,
+    others: list[str] | None,
+    weights: list[float] | None,
+) -> MergedModel:
+    sets = weighted_sets(name, scale, others or [], weights or [])
+    return await context.pool.run(lambda: context.models.get(base, sets))
+
+
+def _info(context: InContext, name: str) -> schemas.BaseInfo:
+    base = context.bases.get(name)
+    files = [
+        schemas.BaseFile(name=file, size_bytes=len(raw)) for file, raw in sorted(base.files.items())
+    ]
+    return schemas.BaseInfo(
+        name=name,
+        files=files,
+        dtypes=dict(base.parameters),
+        parameter_count=sum(base.parameters.values()),
+    )

@@ -1,0 +1,195 @@
+"""The Hugging Face hub's protocol over the same files: `{base}/{set}` is a merged model,
+`adapters/{set}` the adapter itself.
+
+As huggingface_hub 2.4, transformers 5.23 and peft 0.21 use it with HF_ENDPOINT set.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request, Response
+
+from bonsai_lora import errors
+from bonsai_lora.api.deps import Context, InContext
+from bonsai_lora.api.errors import problem_response
+from bonsai_lora.api.merged_file import StreamedFile
+from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
+from bonsai_lora.service import sets
+from bonsai_lora.service.merged import weighted_sets
+
+router = APIRouter(include_in_schema=False)
+
+ADAPTERS = "adapters"
+
+
+@dataclass(frozen=True, slots=True)
+class _Repo:
+    """A repository as the hub's clients see it."""
+
+    id: str
+    commit: str
+    version: str
+    updated_at: str
+    created_at: str
+    files: Mapping[str, RangedFile]
+
+    def info(self) -> dict[str, Any]:
+        """Return what the hub says of a model."""
+        return {
+            "_id": self.commit[:24],
+            "id": self.id,
+            "modelId": self.id,
+            "author": self.id.partition("/")[0],
+            "sha": self.commit,
+            "lastModified": self.updated_at,
+            "createdAt": self.created_at,
+            "private": False,
+            "gated": False,
+            "disabled": False,
+            "downloads": 0,
+            "likes": 0,
+            "tags": ["safetensors"],
+            "siblings": [{"rfilename": name} for name in self.files],
+        }
+
+
+class _HubError(Exception):
+    """A 404 with the header that the hub's clients look at."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+@router.get("/{owner}/{name}/resolve/{revision}/{path:path}")
+@router.head("/{owner}/{name}/resolve/{revision}/{path:path}")
+async def resolve(
+    request: Request, context: InContext, owner: str, name: str, revision: str, path: str
+) -> Response:
+    """One file of a repository."""
+    try:
+        repo = await _repo(context, owner, name, revision)
+    except _HubError as error:
+        return _not_found(request, error)
+    file = repo.files.get(path)
+    if file is None:
+        return _not_found(request, _HubError("EntryNotFound", f"{repo.id} has no file {path!r}"))
+    return file_response(request, file, context.pool, {"X-Repo-Commit": repo.commit})
+
+
+@router.get("/api/models")
+async def list_models(
+    context: InContext,
+    author: Annotated[str | None, Query()] = None,
+    search: Annotated[str | None, Query()] = None,
+    limit: Annotated[int, Query(ge=1)] = 1000,
+) -> list[dict[str, Any]]:
+    """The repositories of an author: a base's merged models, or the adapters."""
+    owners = [author] if author else [ADAPTERS, *context.bases.names()]
+    found: list[dict[str, Any]] = []
+    for owner in owners:
+        for name in context.store.list_names():
+            if search and search.lower() not in f"{owner}/{name}".lower():
+                continue
+            try:
+                found.append((await _repo(context, owner, name, "main")).info())
+            except _HubError:
+                continue
+            if len(found) == min(limit, 1000):
+                return found
+    return found
+
+
+@router.get("/api/models/{owner}/{name}")
+@router.get("/api/models/{owner}/{name}/revision/{revision}")
+async def model_info(
+    request: Request, context: InContext, owner: str, name: str, revision: str = "main"
+) -> Response:
+    """What a repository is and which files it has."""
+    try:
+        repo = await _repo(context, owner, name, revision)
+    except _HubError as error:
+        return _not_found(request, error)
+    return _json(repo.info())
+
+
+@router.get("/api/models/{owner}/{name}/tree/{revision}")
+async def tree(
+    request: Request, context: InContext, owner: str, name: str, revision: str
+) -> Response:
+    """The files with their sizes."""
+    try:
+        repo = await _repo(context, owner, name, revision)
+    except _HubError as error:
+        return _not_found(request, error)
+    return _json(
+        [
+            {"type": "file", "oid": file.etag.strip('"'), "size": file.size_bytes, "path": path}
+            for path, file in repo.files.items()
+        ]
+    )
+
+
+async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo:
+    """Return a repository at a revision: main, the set's version, or the commit."""
+    make = _adapter_repo if owner == ADAPTERS else _merged_repo
+    try:
+        repo = await context.pool.run(lambda: make(context, owner, name))
+    except (errors.NotFoundError, errors.InvalidError) as error:
+        raise _HubError("RepoNotFound", error.detail) from None
+    if revision not in ("main", repo.version, repo.commit):
+        raise _HubError(
+            "RevisionNotFound", f"{repo.id} is at version {repo.version}, not {revision[:80]!r}"
+        )
+    return repo
+
+
+def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
+    stored = context.store.read(name)
+    record = stored.record
+    config = json.dumps(sets.export_config(stored), indent=2) + "\n"
+    files: dict[str, RangedFile] = {
+        "adapter_config.json": _bytes_file(config.encode(), record.etag, "config"),
+        "adapter_model.safetensors": _bytes_file(stored.file, record.etag, "model"),
+    }
+    commit = hashlib.sha256(record.etag.encode()).hexdigest()[:40]
+    version = str(record.version)
+    return _Repo(f"{owner}/{name}", commit, version, record.updated_at, record.created_at, files)
+
+
+def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
+    record = context.store.read(name).record
+    model = context.models.get(owner, weighted_sets(name, 1.0, [], []))
+    if model.etags != [record.etag]:  # changed between the two
+        return _merged_repo(context, owner, name)
+    files: dict[str, RangedFile] = {}
+    for path in model.files():
+        file = model.file(path)
+        assert file is not None
+        files[path] = StreamedFile(file, context.executor, context.settings.threads)
+    version = str(record.version)
+    return _Repo(
+        f"{owner}/{name}", model.digest, version, record.updated_at, record.created_at, files
+    )
+
+
+def _bytes_file(content: bytes | memoryview, etag: str, part: str) -> BytesFile:
+    # The hub's clients name files in their cache by the tag: forty digits, one per file.
+    digest = hashlib.sha256(f"{etag}/{part}".encode()).hexdigest()[:40]
+    return BytesFile(memoryview(content), f'"{digest}"', "application/octet-stream")
+
+
+def _not_found(request: Request, error: _HubError) -> Response:
+    refusal = errors.RouteNotFoundError(str(error))
+    headers = {
+        "X-Error-Code": error.code,
+        "X-Error-Message": str(error).encode("ascii", "replace").decode(),
+    }
+    return problem_response(refusal, request.scope, headers)
+
+
+def _json(value: Any) -> Response:
+    return Response(json.dumps(value), media_type="application/json")

@@ -1,0 +1,170 @@
+"""Merge one adapter into weights that stream by."""
+
+import math
+from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+from starlette.responses import Response as StarletteResponse
+from starlette.types import Receive, Scope, Send
+
+from bonsai_lora import errors
+from bonsai_lora.api import schemas
+from bonsai_lora.api.body import BodyReader, body_form, content_length, read_body
+from bonsai_lora.api.deps import Context, InContext, ModuleName, SetName
+from bonsai_lora.api.merge_stream import MergeStream
+from bonsai_lora.api.openapi import TENSOR_ERRORS, problems, tensor_answer, tensor_body
+from bonsai_lora.api.spool import Spool
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.formats import safetensors
+from bonsai_lora.service.apply import check_no_replaced_bias
+from bonsai_lora.service.merge import MERGE_DTYPES, WeightMerge, merge_of_header
+from bonsai_lora.service.sets import get_adapter
+from bonsai_lora.storage.setfile import StoredSet
+from bonsai_lora.wire import json
+from bonsai_lora.wire.media import Form, answer_form
+from bonsai_lora.wire.tensors import check_json_output
+
+router = APIRouter(tags=["merge"])
+
+_FORMS = (Form.JSON, Form.BINARY, Form.RAW)
+_SMALL_HEADER_BYTES = 1 << 13
+
+
+@router.post(
+    "/v1/sets/{set}/adapters/{module}/merge",
+    operation_id="merge_weights",
+    summary="Merge an adapter into weights",
+    response_class=Response,
+    openapi_extra=tensor_body(schemas.MergeRequest, Form.BINARY, Form.RAW),
+    responses=tensor_answer(schemas.MergeAnswer, Form.BINARY, Form.RAW)
+    | problems(
+        *TENSOR_ERRORS,
+        errors.SetNotFoundError,
+        errors.AdapterNotFoundError,
+        errors.NonFiniteOutputError,
+        errors.UnsupportedAdapterError,
+    ),
+)
+async def merge_weights(
+    request: Request,
+    context: InContext,
+    name: SetName,
+    module: ModuleName,
+    dtype: Annotated[
+        str | None, Query(description="F32, F16 or BF16; needed for application/octet-stream")
+    ] = None,
+    unmerge: Annotated[bool, Query(description="subtract instead of add")] = False,
+) -> StarletteResponse:
+    """W (d_out, d_in) in, W + scaling · B·A out in the same form and dtype, streamed in constant
+    memory. The sum is made in float32 and rounded once, to nearest even.
+    """
+    stored = context.store.read(name)
+    adapter = get_adapter(stored, module)
+    check_no_replaced_bias(stored, module)
+    form = body_form(request, _FORMS)
+    answer_form(request.headers.get("accept"), form, (form,))
+    if dtype is not None and dtype not in MERGE_DTYPES:
+        raise errors.InvalidRequestError(
+            f"dtype {dtype!r} cannot be merged; expected one of {', '.join(MERGE_DTYPES)}",
+            got=dtype,
+            expected=list(MERGE_DTYPES),
+        )
+    if form is Form.JSON:
+        return await _merge_json(
+            request, context, stored, module, WeightMerge(adapter, "F32", unmerge)
+        )
+    return _StreamedMerge(request, context, adapter, form, dtype, unmerge=unmerge)
+
+
+async def _merge_json(
+    request: Request, context: Context, stored: StoredSet, module: str, merge: WeightMerge
+) -> Response:
+    with context.pool.admit():
+        body = await read_body(request, context.limits.max_json_bytes)
+
+        def compute() -> bytes:
+            value = json.decode_object(body, frozenset({"weights"}))
+            weights = json.decode_tensor(value.get("weights"), "weights", json.Text(body))
+            merged = merge.merge_array(weights)
+            check_json_output("weights", merged)
+            record = stored.record
+            about = {"set": record.name, "module": module, "version": record.version}
+            return b"".join(json.encode({**about, "weights": merged}))
+
+        content = await context.pool.run(compute)
+    context.metrics.bytes_merged.inc(merge.total_bytes)
+    return Response(content, media_type=Form.JSON.value)
+
+
+class _StreamedMerge(StarletteResponse):
+    """Checks what the head of the body says, then streams."""
+
+    def __init__(
+        self,
+        request: Request,
+        context: Context,
+        adapter: LoraAdapter,
+        form: Form,
+        dtype: str | None,
+        *,
+        unmerge: bool,
+    ) -> None:
+        self.background = None  # what FastAPI looks at on every response
+        self._request = request
+        self._context = context
+        self._adapter = adapter
+        self._form = form
+        self._dtype = dtype
+        self._unmerge = unmerge
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        settings = self._context.settings
+        with self._context.pool.admit():
+            reader = BodyReader(self._request)
+            merge, prefix = await self._begin(reader)
+            self._check_declared(merge, len(prefix) + merge.total_bytes)
+            stream = MergeStream(
+                merge,
+                reader,
+                prefix,
+                self._form.value,
+                pool=self._context.pool,
+                spool=Spool(
+                    settings.max_spill_bytes, settings.stall_seconds, self._context.store.temporary
+                ),
+                on_bytes=self._context.metrics.bytes_merged.inc,
+            )
+            await stream.run(send)
+
+    async def _begin(self, reader: BodyReader) -> tuple[WeightMerge, bytes]:
+        """Return the merge, and the bytes of the body that come back as they are."""
+        if self._form is Form.RAW:
+            if self._dtype is None:
+                raise errors.InvalidRequestError(
+                    "raw weights need ?dtype=F32, F16 or BF16", field="dtype"
+                )
+            return WeightMerge(self._adapter, self._dtype, self._unmerge), b""
+        limit = self._context.limits.max_header_bytes
+        prefix = bytes(await reader.read_exactly(8))
+        prefix += await reader.read_exactly(safetensors.header_length(prefix, limit))
+        decode = partial(safetensors.decode_header, prefix)
+        is_short = len(prefix) < _SMALL_HEADER_BYTES
+        header = await self._context.pool.run(decode, 0 if is_short else math.inf)
+        merge = merge_of_header(self._adapter, header, unmerge=self._unmerge)
+        if self._dtype not in (None, merge.dtype):
+            raise errors.InvalidRequestError(
+                f"?dtype={self._dtype}, but the tensor 'weights' is {merge.dtype}; leave it away",
+                field="dtype",
+            )
+        return merge, prefix
+
+    def _check_declared(self, merge: WeightMerge, expected: int) -> None:
+        declared = content_length(self._request)
+        if declared is not None and declared != expected:
+            raise errors.ShapeMismatchError(
+                f"the body has {declared} bytes, but weights of shape "
+                f"{list(merge.shape)} need {expected}",
+                got_bytes=declared,
+                expected_bytes=expected,
+            )

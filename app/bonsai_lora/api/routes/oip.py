@@ -1,0 +1,401 @@
+"""The Open Inference Protocol v2, with Triton's extensions.
+
+A set is a model, its version the model's version. Refusals are `{"error": …}` with the statuses
+that Triton uses (`app/bonsai_lora/api/errors.py`).
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.metadata import version as package_version
+from typing import Annotated, Any, TypeVar
+
+import anyio.to_thread
+from fastapi import APIRouter, Depends, Path, Request, Response
+from pydantic import BaseModel
+
+from bonsai_lora.api import oip_schemas
+from bonsai_lora.api.body import check_length, parse_model, read_body
+from bonsai_lora.api.call import Call, Key
+from bonsai_lora.api.deps import Context, InContext
+from bonsai_lora.api.hot import HotRoute
+from bonsai_lora.api.openapi import (
+    answered_before,
+    empty_answer,
+    infer_answer,
+    infer_body,
+    oip_errors,
+    optional_body,
+    version_parameter,
+)
+from bonsai_lora.api.request_head import HEADER_LENGTH, RequestHead
+from bonsai_lora.errors import BonsaiLoraError, MalformedBodyError, UnsupportedFeatureError
+from bonsai_lora.service import models
+from bonsai_lora.service.infer import (
+    MIXED,
+    MIXED_VERSION,
+    Model,
+    cost_of_inference,
+    find_model,
+    plan_inference,
+    plan_json_inference,
+    raw_request,
+)
+from bonsai_lora.service.plans import PLANNED_JSON_BYTES
+from bonsai_lora.storage.counts import Counts
+from bonsai_lora.wire import json
+from bonsai_lora.wire.buffers import Buffer
+from bonsai_lora.wire.compress import coding_of, compress, decompress, wanted_coding
+from bonsai_lora.wire.media import Form
+from bonsai_lora.wire.oip import InferRequest, decode_request
+
+router = APIRouter(prefix="/v2", tags=["open inference protocol"])
+
+INLINE_BYTES = 1 << 17
+"""Longest JSON that is read on the event loop."""
+FORM_BYTES = 1 << 11
+"""Longest JSON whose request is planned."""
+
+_EXTENSIONS = (
+    "binary_tensor_data",
+    "model_configuration",
+    "model_repository",
+    "model_repository(unload_dependents)",
+    "parameters",
+    "statistics",
+)
+Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
+
+_MODEL = "/models/{model}"
+_VERSION = "/models/{model}/versions/{version}"
+
+ModelPath = Annotated[
+    str, Path(description=f"name of a set, or {MIXED!r}", examples=["my-adapter"])
+]
+
+
+def _find(request: Request, context: InContext, model: ModelPath) -> Model:
+    return find_model(context.store, model, request.path_params.get("version"))
+
+
+FoundModel = Annotated[Model, Depends(_find)]
+
+
+def _of_model(ending: str, what: str, summary: str) -> Callable[[Endpoint], Endpoint]:
+    """Declare a GET of a model: as it is now, and of one version, which is 404 once it is gone."""
+
+    def declare(endpoint: Endpoint) -> Endpoint:
+        responses = oip_errors(404)
+        router.get(
+            f"{_MODEL}{ending}",
+            operation_id=f"get_model{what}",
+            summary=summary,
+            responses=responses,
+        )(endpoint)
+        return router.get(
+            f"{_VERSION}{ending}",
+            operation_id=f"get_model_version{what}",
+            summary=f"{summary} (one version)",
+            openapi_extra=version_parameter(),
+            responses=responses,
+        )(endpoint)
+
+    return declare
+
+
+@router.get("", operation_id="get_server", summary="The server and its extensions")
+@router.get("/", include_in_schema=False)
+async def get_server(context: InContext) -> oip_schemas.ServerMetadata:
+    """As the protocol says."""
+    shared = ("system_shared_memory",) if context.inference.regions.is_on else ()
+    return oip_schemas.ServerMetadata(
+        name="bonsai-lora",
+        version=package_version("bonsai-lora"),
+        extensions=[*_EXTENSIONS, *shared],
+    )
+
+
+@router.get("/health/live", operation_id="get_server_live", summary="Is the server alive?")
+async def get_live() -> oip_schemas.ServerLive:
+    """Answers as long as the process does."""
+    return oip_schemas.ServerLive()
+
+
+@router.get("/health/ready", operation_id="get_server_ready", summary="Is the server ready?")
+async def get_ready() -> oip_schemas.ServerReady:
+    """It is ready when it answers: sets are opened as they are needed."""
+    return oip_schemas.ServerReady()
+
+
+@router.get(
+    "/models/stats",
+    operation_id="get_all_statistics",
+    summary="Statistics of all models",
+    responses=oip_errors(503),
+)
+async def get_all_statistics(context: InContext) -> oip_schemas.ModelStatistics:
+    """Counts since the start, over all workers; times in nanoseconds."""
+    return await anyio.to_thread.run_sync(_all_statistics, context)
+
+
+@_of_model("", "", "A set as a model")
+async def get_model(model: FoundModel) -> oip_schemas.ModelMetadata:
+    """Its inputs and outputs are its modules; the input `x` feeds all that are asked for."""
+    return oip_schemas.ModelMetadata(
+        name=model.name,
+        versions=[model.version],
+        platform=models.PLATFORM,
+        inputs=[oip_schemas.TensorMetadata.of(one) for one in models.inputs_of(model)],
+        outputs=[oip_schemas.TensorMetadata.of(one) for one in models.outputs_of(model)],
+    )
+
+
+@_of_model("/ready", "_ready", "Is the model ready?")
+async def get_model_ready(model: FoundModel) -> oip_schemas.ModelReady:
+    """Every set that exists is ready."""
+    return oip_schemas.ModelReady(name=model.name)
+
+
+@_of_model("/config", "_config", "The model's configuration")
+async def get_model_config(model: FoundModel) -> oip_schemas.ModelConfig:
+    """In the fields of Triton's model configuration."""
+    return oip_schemas.ModelConfig(**models.config_of(model))
+
+
+@_of_model("/stats", "_statistics", "Statistics of a model")
+async def get_model_statistics(
+    context: InContext, model: FoundModel
+) -> oip_schemas.ModelStatistics:
+    """Counts since the start or the set's last change, over all workers; times in nanoseconds."""
+    return await anyio.to_thread.run_sync(
+        _statistics, context, [(model.name, model.version, model.content)]
+    )
+
+
+@router.post(
+    f"{_MODEL}/infer",
+    operation_id="infer",
+    summary="Apply a set to the inputs",
+    response_class=Response,
+    openapi_extra=infer_body(),
+    responses=infer_answer() | oip_errors(400, 404, 503),
+)
+@router.post(
+    f"{_VERSION}/infer",
+    operation_id="infer_version",
+    summary="Apply a set, if this is its version",
+    response_class=Response,
+    openapi_extra=infer_body() | version_parameter(),
+    responses=infer_answer() | oip_errors(400, 404, 503),
+)
+@answered_before
+async def infer(model: ModelPath) -> None:
+    """An input named like a module feeds that module, and gives an output of its name; `x` feeds
+    every module named in `outputs` (without `outputs`: every module that it fits). On the model
+    `mixed`, the BYTES input `sets` names a set for each row. The parameter `scale` is a factor on
+    everything that is added. Binary data, compression and shared memory as in Triton.
+    """
+
+
+async def answer_infer(context: Context, call: Call, name: str, version: str | None = None) -> None:
+    """Answer `infer`, and count what it cost."""
+    model = find_model(context.store, name, version)
+    coding = coding_of(call.header(b"content-encoding"))
+    header_length = _header_length(call)
+    counts = Counts()
+    started = time.perf_counter_ns()
+    try:
+        with context.pool.admit():
+            body = await call.body(context.limits.max_body_bytes, context.settings.stall_seconds)
+            recalled = call.find_plan(body)
+            if recalled is None:
+                asked, parts, length = await _run(
+                    context, model, body, coding, header_length, counts
+                )
+            else:
+                plan, lists = recalled
+                run = partial(plan.run, body, lists, context.inference.regions, counts)
+                asked, parts = None, await context.pool.run(run, plan.cost)
+                length = None if plan.is_json or len(parts) == 1 else len(parts[0])
+    except BonsaiLoraError:
+        failed = Counts(_now_ms(), fail_count=1, fail_ns=time.perf_counter_ns() - started)
+        context.counts.add(*model.counted_as, failed)
+        raise
+    counts.success_count, counts.success_ns = 1, time.perf_counter_ns() - started
+    counts.last_ms = _now_ms()
+    context.counts.add(*model.counted_as, counts)
+    context.metrics.rows_applied.inc(counts.vectors)
+    headers = [] if length is None else [(HEADER_LENGTH, b"%d" % length)]
+    wanted = wanted_coding(call.header(b"accept-encoding"))
+    if wanted is not None:
+        parts = [await context.pool.run(partial(compress, b"".join(parts), wanted))]
+        headers.append((b"content-encoding", wanted.encode()))
+    elif coding is None and asked is not None:
+        _remember(call, model, asked, body, header_length, parts)
+    await call.answer(parts, (Form.JSON if length is None else Form.RAW).value, headers)
+
+
+def _remember(
+    call: Call,
+    model: Model,
+    asked: InferRequest,
+    body: Buffer,
+    header_length: int | None,
+    parts: Sequence[Buffer],
+) -> None:
+    """Let the next request of this form be answered by a plan, where one can be made.
+
+    Not with an id: the next one has another.
+    """
+    if not call.can_plan or model.stored is None or asked.id:
+        return
+    form: Key | None = _form(header_length, body)
+    if form:
+        plan = plan_inference(model, asked, len(body), len(form), parts)
+    elif header_length is None and len(body) <= PLANNED_JSON_BYTES:
+        taken = json.take_lists(body)
+        form, plan = taken.form, plan_json_inference(model, asked, taken, parts)
+    else:
+        return
+    call.remember_plan(model.stored, form, plan, model.counted_as)
+
+
+def _form(header_length: int | None, body: Buffer) -> bytes | None:
+    """Return the JSON of a request, None where that is long."""
+    length = len(body) if header_length is None else header_length
+    return bytes(body[:length]) if length <= FORM_BYTES else None
+
+
+def _form_of(head: RequestHead, body: Buffer) -> bytes | None:
+    return _form(head.data_start or None, body)
+
+
+HOT_ROUTES = [
+    HotRoute("/v2/models/{model}/infer", answer_infer, _form_of),
+    HotRoute("/v2/models/{model}/versions/{version}/infer", answer_infer, _form_of),
+]
+
+
+@router.post(
+    "/repository/index",
+    operation_id="get_repository_index",
+    summary="All models",
+    openapi_extra=optional_body(oip_schemas.IndexRequest),
+    responses=oip_errors(400, 503),
+)
+async def get_index(request: Request, context: InContext) -> list[oip_schemas.IndexEntry]:
+    """Every set is ready; `reason` says which are not in memory yet."""
+    await _read_optional(request, oip_schemas.IndexRequest)
+    found = await anyio.to_thread.run_sync(models.list_models, context.store)
+    return [oip_schemas.IndexEntry(**one) for one in found]
+
+
+@router.post(
+    "/repository/models/{model}/load",
+    operation_id="load_model",
+    summary="Bring a set into memory",
+    response_class=Response,
+    openapi_extra=optional_body(oip_schemas.RepositoryRequest),
+    responses=empty_answer() | oip_errors(400, 404, 501, 503),
+)
+async def load_model(request: Request, context: InContext, model: FoundModel) -> Response:
+    """Later requests find it there. Sets are made and changed under /v1/sets, not here."""
+    asked = await _read_optional(request, oip_schemas.RepositoryRequest)
+    if asked.parameters:
+        raise UnsupportedFeatureError(
+            f"load takes no {', '.join(sorted(asked.parameters))[:200]} here; upload an adapter "
+            "with PUT /v1/sets/{set}"
+        )
+    if model.stored is not None:
+        with context.pool.admit():
+            await context.pool.run(partial(models.load, model.stored))
+    return Response()
+
+
+@router.post(
+    "/repository/models/{model}/unload",
+    operation_id="unload_model",
+    summary="Let go of a set's memory",
+    response_class=Response,
+    openapi_extra=optional_body(oip_schemas.RepositoryRequest),
+    responses=empty_answer() | oip_errors(400, 404),
+)
+async def unload_model(request: Request, context: InContext, model: FoundModel) -> Response:
+    """The set stays, and is opened again when it is next used."""
+    await _read_optional(request, oip_schemas.RepositoryRequest)
+    context.store.forget(model.name)
+    return Response()
+
+
+async def _run(
+    context: Context,
+    model: Model,
+    body: Buffer,
+    coding: str | None,
+    header_length: int | None,
+    counts: Counts,
+) -> tuple[InferRequest, list[Buffer], int | None]:
+    """Decode and infer: on the event loop where it is little work, else in a thread."""
+    limits, inference = context.limits, context.inference
+
+    def decode() -> InferRequest:
+        plain = decompress(body, coding, limits.max_body_bytes) if coding else body
+        check_length(len(plain) if header_length is None else header_length, limits.max_json_bytes)
+        if header_length == 0:
+            return raw_request(model, memoryview(plain))
+        return decode_request(memoryview(plain), header_length)
+
+    asked = None
+    text_length = len(body) if header_length is None else header_length
+    if coding is None and text_length <= INLINE_BYTES:
+        asked = _timed(decode, counts)
+    queued = time.perf_counter_ns()
+
+    def work() -> tuple[InferRequest, list[Buffer], int | None]:
+        counts.queue_ns = time.perf_counter_ns() - queued
+        request = asked or _timed(decode, counts)
+        return request, *inference.infer(model, request, counts)
+
+    return await context.pool.run(work, cost_of_inference(model, asked) if asked else math.inf)
+
+
+def _timed(decode: Callable[[], InferRequest], counts: Counts) -> InferRequest:
+    """Return what `decode` gives; its time is counted."""
+    started = time.perf_counter_ns()
+    asked = decode()
+    counts.input_ns += time.perf_counter_ns() - started
+    return asked
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def _header_length(call: Call) -> int | None:
+    given = call.header(HEADER_LENGTH)
+    if given is None:
+        return None
+    if not (given.isascii() and given.isdigit() and len(given) < 16):
+        raise MalformedBodyError(
+            f"Inference-Header-Content-Length is {given[:100]!r}, expected a number of bytes"
+        )
+    return int(given)
+
+
+async def _read_optional(request: Request, model: type[BaseModel]) -> Any:
+    body = await read_body(request, 1 << 20)
+    return parse_model(body, model) if body.strip() else model()
+
+
+def _all_statistics(context: Context) -> oip_schemas.ModelStatistics:
+    records = context.store.records()
+    found = [(one.name, str(one.version), one.etag) for one in records]
+    return _statistics(context, [*found, (MIXED, MIXED_VERSION, MIXED)])
+
+
+def _statistics(context: Context, found: list[tuple[str, str, str]]) -> oip_schemas.ModelStatistics:
+    memory = {one.record.name: one.resident_bytes() for one in context.store.open_sets()}
+    return oip_schemas.ModelStatistics(
+        model_stats=models.statistics_of(context.counts, found, memory)
+    )

@@ -1,0 +1,51 @@
+"""Health and metrics."""
+
+import anyio.to_thread
+from fastapi import APIRouter, Response
+from starlette.responses import RedirectResponse
+
+from bonsai_lora import errors
+from bonsai_lora.api import schemas
+from bonsai_lora.api.deps import InContext
+from bonsai_lora.api.openapi import problems, text_answer
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/", include_in_schema=False)
+async def get_root() -> RedirectResponse:
+    """Show people the documentation."""
+    return RedirectResponse("/docs")
+
+
+@router.get(
+    "/healthz", operation_id="get_health", summary="Is the process alive?", responses=problems()
+)
+async def get_health() -> schemas.Health:
+    """Answers as long as the process does."""
+    return schemas.Health()
+
+
+@router.get(
+    "/readyz",
+    operation_id="get_readiness",
+    summary="Is the store loaded?",
+    responses=problems(errors.BusyError),
+)
+async def get_readiness(context: InContext) -> schemas.Readiness:
+    """Also names the files of the store that were bad and set aside."""
+    records = await anyio.to_thread.run_sync(context.store.records)
+    return schemas.Readiness(sets=len(records), bad_files=context.store.bad_files())
+
+
+@router.get(
+    "/metrics",
+    operation_id="get_metrics",
+    summary="Prometheus metrics",
+    response_class=Response,
+    responses=text_answer() | problems(),
+)
+async def get_metrics(context: InContext) -> Response:
+    """Requests and latency by route, rows applied, bytes merged, sets and bytes held."""
+    text = await anyio.to_thread.run_sync(context.metrics.render)
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

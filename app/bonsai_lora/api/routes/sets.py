@@ -1,0 +1,276 @@
+"""Sets: create, list, show, upload, delete, and the set as a PEFT folder."""
+
+import json
+from functools import partial
+from typing import Annotated
+
+import anyio.to_thread
+from fastapi import APIRouter, Query, Request, Response
+
+from bonsai_lora import errors
+from bonsai_lora.api import schemas
+from bonsai_lora.api.body import read_model
+from bonsai_lora.api.conditions import not_modified, precondition
+from bonsai_lora.api.deps import Context, InContext, SetName
+from bonsai_lora.api.openapi import (
+    BODY_ERRORS,
+    STORE_ERRORS,
+    also,
+    file_answer,
+    json_body,
+    problems,
+)
+from bonsai_lora.api.ranges import BytesFile, file_response
+from bonsai_lora.api.uploads import receive_adapter
+from bonsai_lora.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, layered
+from bonsai_lora.formats.names import SET_NAME_PATTERN, check_set_name
+from bonsai_lora.service import sets
+from bonsai_lora.storage.upload import Upload
+from bonsai_lora.wire.media import Form
+
+router = APIRouter(tags=["sets"])
+
+_UPLOAD_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "title": "AdapterUpload",
+                    "required": ["adapter_config", "adapter_model"],
+                    "properties": {
+                        "adapter_config": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "adapter_config.json",
+                        },
+                        "adapter_model": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "adapter_model.safetensors",
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post(
+    "/v1/sets",
+    operation_id="create_set",
+    summary="Create a set with newly initialised adapters",
+    status_code=201,
+    response_model=schemas.SetInfo,
+    openapi_extra=json_body(schemas.CreateSet),
+    responses=problems(
+        *BODY_ERRORS,
+        *STORE_ERRORS,
+        errors.SetExistsError,
+        errors.InvalidNameError,
+        errors.RankTooLargeError,
+    ),
+)
+async def create_set(request: Request, response: Response, context: InContext) -> schemas.SetInfo:
+    """Make adapters as the reference initialises them (A uniform, B zero), or an empty set."""
+    with context.pool.admit():
+        wanted = await read_model(request, schemas.CreateSet)
+        shapes, base_model_name = _wanted_shapes(wanted)
+        make = partial(
+            sets.create_set,
+            context.store,
+            context.limits,
+            wanted.name,
+            base_model_name,
+            wanted.config.to_core(),
+            shapes,
+        )
+        stored = await context.pool.run(make)
+    response.headers["Location"] = f"/v1/sets/{wanted.name}"
+    response.headers["ETag"] = stored.record.etag
+    return schemas.SetInfo(**schemas.SetInfo.fields_of_set(stored))
+
+
+@router.get(
+    "/v1/sets",
+    operation_id="list_sets",
+    summary="List the sets by name, a page at a time",
+    responses=problems(errors.InvalidRequestError),
+)
+async def list_sets(
+    context: InContext,
+    limit: Annotated[int, Query(ge=1, le=1000, description="most sets on the page")] = 100,
+    cursor: Annotated[
+        str | None,
+        Query(
+            pattern=f"{SET_NAME_PATTERN}|^$",
+            description="`next_cursor` of the page before; empty for the first",
+        ),
+    ] = None,
+    base_model_name: Annotated[str | None, Query(description="only sets for this model")] = None,
+) -> schemas.SetPage:
+    """Sets are sorted by name; a set created meanwhile appears where its name belongs."""
+    page = partial(
+        sets.list_sets, context.store, limit=limit, cursor=cursor, base_model_name=base_model_name
+    )
+    records, next_cursor = await anyio.to_thread.run_sync(page)
+    summaries = [schemas.SetSummary(**schemas.SetSummary.fields_of(one)) for one in records]
+    return schemas.SetPage(sets=summaries, next_cursor=next_cursor)
+
+
+@router.get(
+    "/v1/sets/{set}",
+    operation_id="get_set",
+    summary="Show a set",
+    response_model=schemas.SetInfo,
+    responses=also(304, "the set is the version that If-None-Match names")
+    | problems(errors.SetNotFoundError),
+)
+async def get_set(
+    request: Request, response: Response, context: InContext, name: SetName
+) -> schemas.SetInfo | Response:
+    """Everything about the set but its weights."""
+    stored = context.store.read(name)
+    etag = stored.record.etag
+    if not_modified(request, etag):
+        return Response(status_code=304, headers={"ETag": etag})
+    response.headers["ETag"] = etag
+    return schemas.SetInfo(**schemas.SetInfo.fields_of_set(stored))
+
+
+@router.put(
+    "/v1/sets/{set}",
+    operation_id="upload_set",
+    summary="Upload a PEFT adapter as a set",
+    response_model=schemas.ImportReport,
+    openapi_extra=_UPLOAD_BODY,
+    responses=also(201, "the set is new", schemas.ImportReport)
+    | problems(
+        errors.MalformedMultipartError,
+        errors.MalformedSafetensorsError,
+        errors.PreconditionFailedError,
+        errors.BodyTooLargeError,
+        errors.HeaderTooLargeError,
+        errors.UnsupportedMediaTypeError,
+        errors.InvalidNameError,
+        errors.InvalidRequestError,
+        errors.InvalidAdapterError,
+        errors.UnsupportedAdapterError,
+        errors.RankTooLargeError,
+        errors.BusyError,
+        *STORE_ERRORS,
+    ),
+)
+async def upload_set(
+    request: Request, response: Response, context: InContext, name: SetName
+) -> schemas.ImportReport:
+    """Create the set or replace it, in one step; an adapter that would be applied wrongly is
+    refused with the reason.
+    """
+    check_set_name(name)
+    with context.pool.admit(), context.store.new_file() as file:
+        upload = Upload(file, context.limits.max_header_bytes)
+        config = await receive_adapter(request, upload, context.limits.max_upload_bytes)
+        make = partial(
+            sets.import_peft,
+            context.store,
+            context.limits,
+            name,
+            config,
+            upload,
+            precondition(request),
+        )
+        imported = await context.pool.run(make)
+    response.status_code = 201 if imported.created else 200
+    response.headers["ETag"] = imported.stored.record.etag
+    if imported.created:
+        response.headers["Location"] = f"/v1/sets/{name}"
+    return schemas.ImportReport.of(imported)
+
+
+@router.delete(
+    "/v1/sets/{set}",
+    operation_id="delete_set",
+    summary="Delete a set",
+    status_code=204,
+    responses=problems(
+        errors.SetNotFoundError, errors.PreconditionFailedError, errors.StoreReadOnlyError
+    ),
+)
+async def delete_set(request: Request, context: InContext, name: SetName) -> None:
+    """Requests that started before finish on the set they started with."""
+    remove = partial(sets.delete_set, context.store, name, precondition(request))
+    await context.pool.run(remove)
+
+
+def _config_file(context: Context, name: str) -> BytesFile:
+    stored = context.store.read(name)
+    text = json.dumps(sets.export_config(stored), indent=2) + "\n"
+    # One tag per file: caches of the hub's client name their files by it.
+    etag = f'{stored.record.etag[:-1]}-config"'
+    return BytesFile(memoryview(text.encode()), etag, Form.JSON.value)
+
+
+def _model_file(context: Context, name: str) -> BytesFile:
+    stored = context.store.read(name)
+    return BytesFile(stored.file, stored.record.etag, Form.BINARY.value)
+
+
+_FILE_ERRORS = (errors.SetNotFoundError, errors.RangeNotSatisfiableError, errors.BusyError)
+
+
+@router.get(
+    "/v1/sets/{set}/adapter_config.json",
+    operation_id="get_adapter_config",
+    summary="The set's PEFT configuration",
+    response_class=Response,
+    responses=file_answer(Form.JSON.value) | problems(*_FILE_ERRORS),
+)
+@router.head("/v1/sets/{set}/adapter_config.json", include_in_schema=False)
+async def get_adapter_config(request: Request, context: InContext, name: SetName) -> Response:
+    """With `adapter_model.safetensors` in one folder, `peft` loads it as it is."""
+    return file_response(request, _config_file(context, name), context.pool)
+
+
+@router.get(
+    "/v1/sets/{set}/adapter_model.safetensors",
+    operation_id="get_adapter_model",
+    summary="The set's weights as PEFT names them",
+    response_class=Response,
+    responses=file_answer(Form.BINARY.value) | problems(*_FILE_ERRORS),
+)
+@router.head("/v1/sets/{set}/adapter_model.safetensors", include_in_schema=False)
+async def get_adapter_model(request: Request, context: InContext, name: SetName) -> Response:
+    """Tensors keep the dtype that they came in, bit for bit."""
+    return file_response(request, _model_file(context, name), context.pool)
+
+
+def _wanted_shapes(wanted: schemas.CreateSet) -> tuple[Shapes, str]:
+    """Return the shapes that a request asks for, and its base model's name.
+
+    Fields given beside `model` replace that part of the model.
+    """
+    attention = AttentionShape(**wanted.attention.model_dump()) if wanted.attention else None
+    mlp = MlpShape(**wanted.mlp.model_dump()) if wanted.mlp else None
+    num_layers = wanted.num_layers
+    if wanted.model is not None:
+        model = MODELS.get(wanted.model)
+        if model is None:
+            raise errors.InvalidRequestError(
+                f"model {wanted.model[:100]!r} is not known; expected one of {', '.join(MODELS)}",
+                field="model",
+                expected=list(MODELS),
+            )
+        attention, mlp = attention or model.attention, mlp or model.mlp
+        num_layers = num_layers or model.num_layers
+    shapes = {**(attention.modules() if attention else {}), **(mlp.modules() if mlp else {})}
+    if num_layers is None:
+        return shapes, wanted.base_model_name
+    if not shapes:
+        raise errors.InvalidRequestError(
+            "num_layers needs attention or mlp beside it, to know what to make per layer",
+            field="num_layers",
+        )
+    return layered(shapes, num_layers), wanted.base_model_name or wanted.model or ""

@@ -1,0 +1,89 @@
+"""The Open Inference Protocol's extension for system shared memory."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request, Response
+
+from bonsai_lora.api import oip_schemas
+from bonsai_lora.api.body import parse_model, read_body
+from bonsai_lora.api.deps import InContext
+from bonsai_lora.api.openapi import empty_answer, oip_errors, optional_body
+from bonsai_lora.storage.regions import Region
+
+router = APIRouter(prefix="/v2/systemsharedmemory", tags=["open inference protocol"])
+
+_REGISTER_BYTES = 1 << 16
+
+RegionPath = Annotated[str, Path(description="name of a shared-memory region")]
+
+
+@router.get(
+    "/status",
+    operation_id="get_shared_memory",
+    summary="All shared-memory regions",
+    responses=oip_errors(501),
+)
+async def get_shared_memory(context: InContext) -> list[oip_schemas.RegionInfo]:
+    """Only where the service was started with `--shared-memory`."""
+    return [_region_info(one) for one in context.inference.regions.list()]
+
+
+@router.get(
+    "/region/{region}/status",
+    operation_id="get_shared_memory_region",
+    summary="One shared-memory region",
+    responses=oip_errors(404, 501),
+)
+async def get_shared_memory_region(
+    context: InContext, region: RegionPath
+) -> list[oip_schemas.RegionInfo]:
+    """A list with that region."""
+    return [_region_info(context.inference.regions.get(region))]
+
+
+@router.post(
+    "/region/{region}/register",
+    operation_id="register_shared_memory",
+    summary="Give shared memory a name",
+    response_class=Response,
+    openapi_extra=optional_body(oip_schemas.RegisterRequest, required=True),
+    responses=empty_answer() | oip_errors(400, 501),
+)
+async def register(request: Request, context: InContext, region: RegionPath) -> Response:
+    """The memory must exist; it is never removed here."""
+    asked = parse_model(await read_body(request, _REGISTER_BYTES), oip_schemas.RegisterRequest)
+    context.inference.regions.register(region, asked.key, asked.offset, asked.byte_size)
+    return Response()
+
+
+@router.post(
+    "/region/{region}/unregister",
+    operation_id="unregister_shared_memory_region",
+    summary="Forget a shared-memory region",
+    response_class=Response,
+    responses=empty_answer() | oip_errors(501),
+)
+async def unregister(context: InContext, region: RegionPath) -> Response:
+    """Nothing happens where there is none of that name."""
+    context.inference.regions.unregister(region)
+    return Response()
+
+
+@router.post(
+    "/unregister",
+    operation_id="unregister_shared_memory",
+    summary="Forget all shared-memory regions",
+    response_class=Response,
+    responses=empty_answer() | oip_errors(501),
+)
+async def unregister_all(context: InContext) -> Response:
+    """The memory itself stays."""
+    for one in context.inference.regions.list():
+        context.inference.regions.unregister(one.name)
+    return Response()
+
+
+def _region_info(region: Region) -> oip_schemas.RegionInfo:
+    return oip_schemas.RegionInfo(
+        name=region.name, key=region.key, offset=region.offset, byte_size=region.byte_size
+    )

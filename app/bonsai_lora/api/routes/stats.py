@@ -1,0 +1,85 @@
+"""Parameters, memory and how much fits."""
+
+from functools import partial
+from time import monotonic
+from typing import Annotated
+
+import anyio.to_thread
+from fastapi import APIRouter, Query
+
+from bonsai_lora import errors
+from bonsai_lora.api import schemas
+from bonsai_lora.api.deps import InContext, SetName
+from bonsai_lora.api.openapi import problems
+from bonsai_lora.core.registry import LoraRegistry, adapter_bytes
+from bonsai_lora.service.stats import module_stats, store_stats
+
+router = APIRouter(tags=["statistics"])
+
+Count = Annotated[int, Query(ge=0, le=2**63 - 1)]
+
+
+@router.get(
+    "/v1/sets/{set}/stats",
+    operation_id="get_set_stats",
+    summary="One set in numbers",
+    responses=problems(errors.SetNotFoundError, errors.InvalidRequestError, errors.BusyError),
+)
+async def get_set_stats(
+    context: InContext,
+    name: SetName,
+    base_param_count: Annotated[
+        int | None, Query(ge=0, le=2**63 - 1, description="parameters of the base model")
+    ] = None,
+) -> schemas.SetStats:
+    """Norm and effective rank of each delta come from r x r Gram matrices."""
+    stored = context.store.read(name)
+    with context.pool.admit():
+        # One module at a time, so that other work comes in between.
+        adapters = stored.lora_set.registry.adapters
+        found = [
+            await context.pool.run(partial(module_stats, module, one))
+            for module, one in adapters.items()
+        ]
+    ratio = None if base_param_count is None else stored.lora_set.efficiency_ratio(base_param_count)
+    record = stored.record
+    return schemas.SetStats(
+        adapter_count=record.adapter_count,
+        total_trainable_params=record.total_trainable_params,
+        total_memory_bytes=record.total_memory_bytes,
+        base_param_count=base_param_count,
+        efficiency_ratio=ratio,
+        modules=[schemas.ModuleStatsInfo.of(one) for one in found],
+    )
+
+
+@router.get(
+    "/v1/stats", operation_id="get_stats", summary="All sets in numbers", responses=problems()
+)
+async def get_stats(context: InContext) -> schemas.StoreStatsInfo:
+    """Sums over the whole registry; the largest sets first."""
+    stats = await anyio.to_thread.run_sync(store_stats, context.store)
+    return schemas.StoreStatsInfo(
+        set_count=stats.set_count,
+        adapter_count=stats.adapter_count,
+        total_trainable_params=stats.total_trainable_params,
+        total_memory_bytes=stats.total_memory_bytes,
+        memory_budget_bytes=context.limits.memory_budget_bytes,
+        resident_bytes=stats.resident_bytes,
+        uptime_seconds=monotonic() - context.started,
+        sets=[schemas.SetSummary(**schemas.SetSummary.fields_of(one)) for one in stats.largest],
+    )
+
+
+@router.get(
+    "/v1/estimate",
+    operation_id="estimate",
+    summary="How many adapters fit into a budget",
+    responses=problems(errors.InvalidRequestError),
+)
+async def estimate(d_in: Count, d_out: Count, rank: Count, budget_bytes: Count) -> schemas.Estimate:
+    """0 where one adapter alone does not fit, or where it has no size."""
+    return schemas.Estimate(
+        adapters=LoraRegistry.estimate_adapters_for_budget(d_in, d_out, rank, budget_bytes),
+        bytes_per_adapter=adapter_bytes(d_in, d_out, rank),
+    )

@@ -1,0 +1,147 @@
+"""A queue of blocks between a producer and a slower consumer: some in memory, the rest on disk."""
+
+import os
+import tempfile
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import IO, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from bonsai_lora.errors import StalledError, StoreFullError
+
+T = TypeVar("T")
+
+MEMORY_BYTES = 4 << 20
+"""What one spool holds in memory before it writes to disk."""
+
+_PIECE_BYTES = 1 << 20
+
+
+class Spool:
+    """Blocks in the order they were put; memory first, then a temporary file of bounded size.
+
+    One task puts, one iterates. Where memory and file are full, `put` waits for the consumer, at
+    most `stall_seconds`. `close` gives memory and file back.
+    """
+
+    def __init__(self, max_disk_bytes: int, stall_seconds: float, folder: Path) -> None:
+        self._max_disk = max_disk_bytes
+        self._stall = stall_seconds
+        self._folder = folder
+        self._memory: deque[bytes | bytearray] = deque()
+        self._memory_bytes = 0
+        self._file: IO[bytes] | None = None
+        self._written = 0
+        self._read = 0
+        self._ended = False
+        self._error: Exception | None = None
+        self._changed = anyio.Event()
+
+    async def put(self, block: bytes | bytearray) -> None:
+        """Append a block; raises StalledError where the consumer stands still.
+
+        Raises StoreFullError where the disk is full.
+        """
+        await self._wait(lambda: self._fits_memory(len(block)) or self._fits_disk(len(block)))
+        if self._fits_memory(len(block)):
+            self._memory.append(block)
+            self._memory_bytes += len(block)
+        else:
+            if self._written == self._read:  # start over, so that the file stays short
+                self._written = self._read = 0
+            try:
+                await anyio.to_thread.run_sync(self._write, block)
+            except OSError as error:
+                raise StoreFullError(f"the merge cannot be spilled to disk: {error}") from None
+        self._signal()
+
+    def end(self, error: Exception | None = None) -> None:
+        """Say that no block follows; `error` is raised to the consumer after the last one."""
+        self._ended = True
+        self._error = error
+        self._signal()
+
+    async def ready(self, size: int) -> None:
+        """Wait until `size` bytes are held or the end is known; raises the producer's error."""
+        await self._wait_forever(
+            lambda: self._ended or self._memory_bytes + self._written - self._read >= size
+        )
+        if self._error:
+            raise self._error
+
+    async def blocks(self) -> AsyncIterator[bytes]:
+        """Yield all blocks until the end; raises the producer's error."""
+        while True:
+            await self._wait_forever(lambda: self._ended or not self._drained)
+            if self._memory:
+                block = self._memory.popleft()
+                self._memory_bytes -= len(block)
+            elif self._written > self._read:
+                block = await anyio.to_thread.run_sync(self._read_piece)
+            elif self._error:
+                raise self._error
+            else:
+                return
+            self._signal()
+            yield bytes(block)
+
+    def close(self) -> None:
+        """Give memory and disk back."""
+        self._memory.clear()
+        if self._file is not None:
+            self._file.close()
+
+    def _fits_memory(self, size: int) -> bool:
+        """Whether a block may go to memory: never past one that went to disk."""
+        return self._written == self._read and self._memory_bytes + size <= MEMORY_BYTES
+
+    def _fits_disk(self, size: int) -> bool:
+        return self._written - self._read + size <= self._max_disk
+
+    @property
+    def _drained(self) -> bool:
+        return not self._memory and self._written == self._read
+
+    # The next two run in threads at the same time: they must not share a file position.
+
+    def _write(self, block: bytes | bytearray) -> None:
+        """Append to the file, a ring of max_disk bytes."""
+        if self._file is None:
+            self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - see close()
+        view = memoryview(block)
+        while view:
+            start = self._written % self._max_disk
+            count = os.pwrite(self._file.fileno(), view[: self._max_disk - start], start)
+            self._written += count
+            view = view[count:]
+
+    def _read_piece(self) -> bytes:
+        assert self._file is not None
+        start = self._read % self._max_disk
+        size = min(_PIECE_BYTES, self._written - self._read, self._max_disk - start)
+        piece = os.pread(self._file.fileno(), size, start)
+        self._read += len(piece)
+        return piece
+
+    def _signal(self) -> None:
+        """Wake whoever waits, to look again."""
+        self._changed.set()
+        self._changed = anyio.Event()
+
+    async def _wait_forever(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._changed.wait()
+
+    async def _wait(self, condition: Callable[[], bool]) -> None:
+        try:
+            while not condition():
+                with anyio.fail_after(self._stall):
+                    await self._changed.wait()
+        except TimeoutError:
+            raise StalledError(
+                f"the client sent {self._max_disk} bytes more than it read and then took nothing "
+                f"for {self._stall:g} s; read the answer while you send, or send less at once"
+            ) from None

@@ -1,0 +1,132 @@
+"""Multipart uploads: the adapter's weights go to a file as they arrive."""
+
+from dataclasses import dataclass, field
+
+import anyio.to_thread
+from fastapi import Request
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from bonsai_lora.api.body import check_length, content_length
+from bonsai_lora.errors import MalformedMultipartError, UnsupportedMediaTypeError
+from bonsai_lora.storage.upload import Upload
+
+CONFIG_PART = "adapter_config"
+MODEL_PART = "adapter_model"
+
+_CONFIG_BYTES = 1 << 20
+_WRITE_BYTES = 1 << 20
+
+
+async def receive_adapter(request: Request, upload: Upload, limit: int) -> bytes:
+    """Write the part `adapter_model` to `upload`; return the part `adapter_config`.
+
+    Raises UnsupportedMediaTypeError, BodyTooLargeError, MalformedMultipartError where a part is
+    missing, doubled or unknown, and what `Upload.write` raises.
+    """
+    declared = content_length(request)
+    if declared is not None:
+        check_length(declared, limit)
+    form = _AdapterForm()
+    boundary = _boundary(request)
+    received = 0
+    try:
+        parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
+        async for chunk in request.stream():
+            received += len(chunk)
+            check_length(received, limit)
+            parser.write(chunk)
+            if len(form.model) >= _WRITE_BYTES:
+                await _flush(form, upload)
+        parser.finalize()
+    except FormParserError as error:
+        raise MalformedMultipartError(f"the form cannot be read: {error}") from None
+    await _flush(form, upload)
+    missing = {CONFIG_PART, MODEL_PART} - form.seen
+    if missing or not form.ended:
+        what = f"part {min(missing)!r}" if missing else "closing boundary"
+        raise MalformedMultipartError(
+            f"the form has no {what}; send the two files {CONFIG_PART} and {MODEL_PART}",
+            expected=[CONFIG_PART, MODEL_PART],
+            got=sorted(form.seen),
+        )
+    return bytes(form.config)
+
+
+def _boundary(request: Request) -> bytes:
+    header = request.headers.get("content-type", "")
+    media, options = parse_options_header(header)
+    if media != b"multipart/form-data" or not options.get(b"boundary"):
+        raise UnsupportedMediaTypeError(
+            f"an adapter is uploaded as multipart/form-data with a boundary, got {header[:100]!r}",
+            got=header[:100],
+            expected=["multipart/form-data"],
+        )
+    return options[b"boundary"]
+
+
+async def _flush(form: "_AdapterForm", upload: Upload) -> None:
+    model, form.model = form.model, bytearray()
+    if model:
+        await anyio.to_thread.run_sync(upload.write, model)
+
+
+@dataclass
+class _AdapterForm:
+    """What the parser's callbacks have gathered so far."""
+
+    config: bytearray = field(default_factory=bytearray)
+    model: bytearray = field(default_factory=bytearray)
+    seen: set[str] = field(default_factory=set)
+    ended: bool = False
+    _name: str = ""
+    _header_name: bytearray = field(default_factory=bytearray)
+    _header_value: bytearray = field(default_factory=bytearray)
+
+    def callbacks(self) -> dict[str, object]:
+        return {
+            "on_part_begin": self._on_part_begin,
+            "on_header_field": self._on_header_field,
+            "on_header_value": self._on_header_value,
+            "on_header_end": self._on_header_end,
+            "on_headers_finished": self._on_headers_finished,
+            "on_part_data": self._on_part_data,
+            "on_end": self._on_end,
+        }
+
+    def _on_part_begin(self) -> None:
+        self._name = ""
+
+    def _on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._header_name += data[start:end]
+
+    def _on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header_value += data[start:end]
+
+    def _on_header_end(self) -> None:
+        if self._header_name.lower() == b"content-disposition":
+            _, options = parse_options_header(bytes(self._header_value))
+            self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        self._header_name.clear()
+        self._header_value.clear()
+
+    def _on_headers_finished(self) -> None:
+        if self._name not in (CONFIG_PART, MODEL_PART) or self._name in self.seen:
+            problem = "stands twice" if self._name in self.seen else "is not known"
+            raise MalformedMultipartError(
+                f"the part {self._name[:100]!r} {problem}; send the two files {CONFIG_PART} and "
+                f"{MODEL_PART}",
+                got=self._name[:100],
+                expected=[CONFIG_PART, MODEL_PART],
+            )
+        self.seen.add(self._name)
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._name == MODEL_PART:
+            self.model += data[start:end]
+            return
+        self.config += data[start:end]
+        check_length(len(self.config), _CONFIG_BYTES)
+
+    def _on_end(self) -> None:
+        self.ended = True

@@ -1,0 +1,18 @@
+"""`python -m bonsai_lora.cli.openapi FILE`: write the OpenAPI document."""
+
+import json
+import sys
+from pathlib import Path
+
+from bonsai_lora.api.app import create_app
+from bonsai_lora.settings import Settings
+
+
+def render() -> str:
+    """Return the OpenAPI document of the service as text."""
+    document = create_app(Settings(store="memory:")).openapi()
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(render(), encoding="utf-8")

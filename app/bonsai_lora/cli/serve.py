@@ -1,0 +1,204 @@
+"""`bonsai-lora serve`: one flag per setting, then uvicorn."""
+
+import argparse
+import contextlib
+import ctypes
+import logging
+import os
+import resource
+import signal
+import socket
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NoReturn, cast, get_args, get_origin
+
+import uvicorn
+from fastapi import FastAPI
+from pydantic import ValidationError
+from uvicorn.supervisors import Multiprocess
+
+from bonsai_lora.api.direct import DirectConnection
+from bonsai_lora.cli.logs import configure_logging
+from bonsai_lora.core.crew import set_threads
+from bonsai_lora.core.json_numbers import prepare
+from bonsai_lora.kernels.target import may_run_new_code
+from bonsai_lora.settings import Settings
+from bonsai_lora.storage.store import SetStore
+
+_log = logging.getLogger("bonsai_lora")
+
+_MAPPED_BYTES = 8 << 20
+"""Blocks up to this size come from the heap and stay; larger ones are given back."""
+_KEPT_BYTES = 256 << 20
+"""Most free memory at the heap's end that is kept."""
+
+
+def add_command(commands: Any) -> None:
+    """Add the command with its flags, made from the settings."""
+    parser = commands.add_parser(
+        "serve",
+        help="serve the HTTP API",
+        description="Serve the HTTP API. Each flag is also a variable: --max-rows is "
+        "BONSAI_LORA_MAX_ROWS. A flag beats the variable. Sizes are in bytes.",
+    )
+    for name, field in Settings.model_fields.items():
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
+        default = "" if field.default_factory or field.default is None else f" ({field.default})"
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        parser.add_argument(
+            _flag(name),
+            dest=name,
+            default=argparse.SUPPRESS,
+            **switch,
+            metavar="{" + ",".join(choices) + "}" if choices else name.rpartition("_")[2].upper(),
+            help=f"{field.description}{default}",
+        )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT; return 0, or 2 where it cannot begin."""
+    given = {
+        name: value for name, value in vars(arguments).items() if name in Settings.model_fields
+    }
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        for one in error.errors():
+            name = str(one["loc"][0])
+            variable = f"BONSAI_LORA_{name.upper()}"
+            _complain(f"{_flag(name)} ({variable}): {one['msg']}, got {one['input']!r}")
+        return 2
+    configure_logging(settings.log_level, settings.log_format)
+    _warn_of_unknown_variables()
+    _raise_file_limit()
+    if not may_run_new_code():
+        _complain(
+            "this system forbids memory to become executable, and products are computed by machine "
+            "code that is made here; allow it (systemd: MemoryDenyWriteExecute=no)"
+        )
+        return 2
+    cores = len(os.sched_getaffinity(0))
+    if settings.apply_threads > 1 and settings.apply_threads * settings.workers > cores:
+        _log.warning("apply_threads times workers is over %s cores: applies will wait", cores)
+    try:
+        listener = _listen(settings.host, settings.port)
+    except OSError as error:
+        _complain(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; see --port")
+        return 2
+    with listener, tempfile.TemporaryDirectory(prefix="bonsai-lora-") as temporary:
+        if settings.store_folder() is None:
+            settings = settings.model_copy(update={"store": temporary})
+        return _serve(settings, listener, temporary)
+
+
+def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAPI:
+    """Return the application, in this process or in a worker of the process `supervisor`."""
+    configure_logging(settings.log_level, settings.log_format)
+    _keep_freed_memory()
+    set_threads(settings.apply_threads)
+    prepare()
+    if supervisor is not None:
+        _end_with(supervisor)
+    from bonsai_lora.api.app import create_app  # noqa: PLC0415 - after the metrics' folder is known
+
+    return create_app(settings, shared)
+
+
+def _serve(settings: Settings, listener: socket.socket, temporary: str) -> int:
+    if settings.workers > 1:
+        # Where prometheus_client keeps what the workers count, so that any of them can tell it all.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = temporary
+    config = uvicorn.Config(
+        partial(make_app, settings, Path(temporary), os.getpid() if settings.workers > 1 else None),
+        factory=True,
+        workers=settings.workers,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=settings.shutdown_seconds,
+        server_header=False,
+        http=cast("Any", DirectConnection),  # uvicorn asks for less than it says
+        ws="none",
+        proxy_headers=False,  # nothing here asks who the caller is
+    )
+    server = uvicorn.Server(config)
+    try:
+        SetStore(Path(settings.store))
+        if settings.workers == 1:
+            config.load()
+    except OSError as error:
+        _complain(f"the store {settings.store!r} cannot be opened: {error}")
+        return 2
+    host, port = listener.getsockname()[:2]
+    store = Path(settings.store).resolve()
+    _log.info("serving on http://%s:%s, sets in %s", host, port, store)
+    # uvicorn raises the signal that ended it once more, for the handler that was there before.
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, _exit)
+    if settings.workers == 1:
+        server.run(sockets=[listener])
+    else:
+        Multiprocess(config, sockets=[listener]).run()
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _end_with(supervisor: int) -> None:
+    """Let a worker get SIGTERM when its supervisor is gone, however that ended (prctl(2))."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    if os.getppid() != supervisor:  # it was gone before
+        sys.exit(0)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc give large blocks out again instead of mapping and unmapping each (mallopt(3)).
+
+    A body of 4 MiB costs a thousand page faults otherwise: benchmarks/throughput.py.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_mmap_threshold, _MAPPED_BYTES)
+        mallopt(m_trim_threshold, _KEPT_BYTES)
+
+
+def _raise_file_limit() -> None:
+    """Let the process open as many files as it may: each opened set takes one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _warn_of_unknown_variables() -> None:
+    known = {f"BONSAI_LORA_{name.upper()}" for name in Settings.model_fields}
+    for name in sorted(os.environ):
+        if name.startswith("BONSAI_LORA_") and name not in known:
+            _log.warning("%s is no setting; see bonsai-lora serve --help", name)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _complain(text: str) -> None:
+    print(f"bonsai-lora: {text}", file=sys.stderr)
+
+
+def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:
+    sys.exit(0)

@@ -1,0 +1,170 @@
+"""One LoRA adapter: the two thin matrices beside one weight matrix (Hu et al. 2021)."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from bonsai_lora.core.cast import FLOAT32, Array, Floats, to_float32
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.kaiming import kaiming_uniform
+from bonsai_lora.core.merge import merge_rows, workers
+from bonsai_lora.core.products import Operands, multiply
+from bonsai_lora.errors import ShapeMismatchError
+
+LayerKind = Literal["linear", "embedding"]
+"""linear: the base weight is (d_out, d_in); embedding: it is stored (d_in, d_out)."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoraAdapter:
+    """A (r, d_in) and B (d_out, r) with the factor in `delta W = scaling * B @ A`; immutable.
+
+    The arrays are kept in the dtype they came in (float32, float16 or bfloat16), often views of
+    a file; arithmetic is float32.
+    """
+
+    config: LoraConfig
+    a_matrix: Array
+    """A, shape (rank, d_in)."""
+    b_matrix: Array
+    """B, shape (d_out, rank)."""
+    scaling: float
+    """alpha / r, or alpha / sqrt(r) for rsLoRA; 0.0 for rank 0; a float32 value."""
+    bias: Array | None = None
+    """b of a lora_B with bias, shape (d_out,): the branch is scaling * (B A x + b)."""
+    magnitude: Array | None = None
+    """m of DoRA (Liu et al. 2024), shape (d_out,): W' = m / |W + scaling B A|, row by row."""
+    layer: LayerKind = "linear"
+
+    @classmethod
+    def new(cls, d_in: int, d_out: int, config: LoraConfig) -> "LoraAdapter":
+        """Return the reference's start: A uniform in ±sqrt(2 / d_in), B zero."""
+        a_matrix = kaiming_uniform(d_in, d_out, config.rank)
+        # Broadcast, so that a new adapter takes no memory for its zeros.
+        b_matrix = np.broadcast_to(np.float32(0), (d_out, config.rank))
+        return cls(config, a_matrix, b_matrix, config.scaling)
+
+    @cached_property
+    def rank(self) -> int:
+        """r, as the matrices have it."""
+        return int(self.a_matrix.shape[0])
+
+    @cached_property
+    def d_in(self) -> int:
+        """Width of the inputs."""
+        return int(self.a_matrix.shape[1])
+
+    @cached_property
+    def d_out(self) -> int:
+        """Width of the outputs."""
+        return int(self.b_matrix.shape[0])
+
+    @cached_property
+    def operands(self) -> Operands:
+        """A and B as `apply` multiplies them: in place, or copied where they do not lie so."""
+        return Operands.of(self.a_matrix, self.b_matrix)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `operands` are at hand: the first time may make machine code and read a file."""
+        return "operands" in self.__dict__
+
+    def factors_of(self, rows: slice, columns: slice) -> tuple[Array, Floats]:
+        """Return A[:, columns] as it is, and B[rows] as float32."""
+        return self.a_matrix[:, columns], to_float32(self.b_matrix[rows])
+
+    def stored_factors_of(self, rows: slice, columns: slice) -> tuple[Array, Floats]:
+        """Return the right and the left factor of this block of the delta as the base stores it."""
+        if self.layer == "linear":
+            return self.factors_of(rows, columns)
+        # (B A)^T = A^T B^T
+        return self.b_matrix[columns].T, to_float32(self.a_matrix[:, rows]).T
+
+    def apply(self, x: Floats, weight: float | Floats = 1.0) -> Floats:
+        """Return weight * scaling * ((x A^T) B^T + bias) as float32, (n, d_in) -> (n, d_out).
+
+        One vector (d_in,) gives (d_out,). `weight` is for all rows, or one per row (n,). Costs
+        2 n r (d_in + d_out) operations. DoRA needs `apply_dora` instead. Raises ShapeMismatchError
+        for another width.
+        """
+        if x.ndim not in (1, 2) or x.shape[-1] != self.d_in:
+            raise ShapeMismatchError(
+                f"the input has width {x.shape[-1] if x.ndim else 0}, "
+                f"but this adapter takes {self.d_in}",
+                got=list(x.shape),
+                expected=[self.d_in] if x.ndim == 1 else ["rows", self.d_in],
+            )
+        return self.apply_checked(x, weight)[0]
+
+    def apply_checked(self, x: Floats, weight: float | Floats = 1.0) -> tuple[Floats, bool]:
+        """Return what `apply` does, and whether x A^T is finite; the width is taken on trust.
+
+        What is not finite in x shows there unless A has no numbers, and so do finite numbers whose
+        sums overflow.
+        """
+        factors = self._factors(weight)
+        batch = x if x.ndim == 2 else x[None]
+        outputs, is_finite = multiply(batch, self.operands, factors)
+        if self.bias is not None:
+            outputs += factors[:, None] * to_float32(self.bias)
+        return outputs if x.ndim == 2 else outputs[0], is_finite
+
+    def _factors(self, weight: float | Floats) -> Floats:
+        """Return scaling * weight as float32, (1,) or one per row (n,)."""
+        if isinstance(weight, np.ndarray):
+            return (self.scaling * weight).astype(FLOAT32)
+        return self._factor if weight == 1.0 else np.array([self.scaling * weight], FLOAT32)
+
+    @cached_property
+    def _factor(self) -> Floats:
+        return np.array([self.scaling], FLOAT32)
+
+    def apply_dora(self, x: Floats, base_outputs: Floats, row_norms: Floats) -> Floats:
+        """Return what a DoRA layer adds to `base_outputs` = W x (without bias), same shape.
+
+        (m/norm - 1) * W x + (m/norm) * scaling * B A x, with `row_norms` (d_out,) of
+        W + scaling * B @ A (peft 0.21, tuners/lora/dora.py).
+        """
+        assert self.magnitude is not None
+        ratio = to_float32(self.magnitude) / row_norms
+        return (ratio - 1) * base_outputs + ratio * self.apply(x)
+
+    def param_count(self) -> int:
+        """Return r * (d_in + d_out), plus d_out for each of bias and magnitude."""
+        vectors = sum(one is not None for one in (self.bias, self.magnitude))
+        return self.rank * (self.d_in + self.d_out) + vectors * self.d_out
+
+    def memory_bytes(self) -> int:
+        """Return the size of all parameters as float32, in bytes."""
+        return 4 * self.param_count()
+
+    def merge_into_weights(self, weights: Array, *, threads: int = 1) -> None:
+        """Add scaling * B @ A to `weights` (d_out, d_in) in place, with so many threads.
+
+        `weights` is float32, float16 or bfloat16 and C-contiguous; the sum is made in float32 and
+        rounded once, to nearest even. Raises ShapeMismatchError for another shape.
+        """
+        if weights.shape != (self.d_out, self.d_in):
+            raise ShapeMismatchError(
+                f"the weights have shape {list(weights.shape)}, "
+                f"but this adapter changes {[self.d_out, self.d_in]}",
+                got=list(weights.shape),
+                expected=[self.d_out, self.d_in],
+            )
+        assert self.magnitude is None, "bonsai_lora.service.merge knows DoRA"
+        if not weights.flags.c_contiguous or not weights.flags.writeable:
+            raise ValueError("expected weights that are C-contiguous and may be written")
+
+        def merge(first: int, last: int) -> None:
+            rows = slice(first, last)
+            factors = self.factors_of(rows, slice(None))
+            merge_rows(weights[rows], *factors, self.scaling, out=weights[rows])
+
+        if threads == 1:
+            merge(0, self.d_out)
+            return
+        cuts = [self.d_out * part // threads for part in range(threads + 1)]
+        for _ in workers(threads).map(merge, cuts[:-1], cuts[1:]):
+            pass

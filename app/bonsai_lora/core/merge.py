@@ -1,0 +1,73 @@
+"""W + scaling * B @ A, as a whole or in blocks."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+
+from bonsai_lora.core.cast import FLOAT32, Array, Floats, kind_of, round_to, to_float32
+from bonsai_lora.core.products import add_product
+
+BLOCK_VALUES = 1 << 19
+"""Values of W in a block that goes from one thread to another: 2 MiB of float32, measured by
+benchmarks/merged.py. Smaller blocks cost more hand-overs."""
+
+Block = tuple[slice, slice]
+"""Rows and columns of W that lie together in memory: whole rows, or a piece of one row."""
+
+
+def blocks(
+    d_out: int, d_in: int, *, most: int = BLOCK_VALUES, whole_rows: bool = False
+) -> Iterator[Block]:
+    """Yield the blocks of W (d_out, d_in) in the order of memory, each of at most so many values.
+
+    With `whole_rows` a block is never less than a row, however long that is.
+    """
+    if d_in == 0:
+        return
+    if whole_rows or d_in <= most:
+        step = max(1, most // d_in)
+        for start in range(0, d_out, step):
+            yield slice(start, min(start + step, d_out)), slice(0, d_in)
+        return
+    for row in range(d_out):
+        for start in range(0, d_in, most):
+            yield slice(row, row + 1), slice(start, min(start + most, d_in))
+
+
+def merge_rows(
+    rows: Array,
+    right: Array,
+    left: Floats,
+    scaling: float,
+    *,
+    out: Array,
+    magnitude: Floats | None = None,
+) -> None:
+    """Write rows + scaling * left @ right to `out` (n, m), which may be `rows` itself.
+
+    The factors are B (n, r) and A (r, m), as `LoraAdapter.stored_factors_of` has them. With
+    `magnitude` (n,), of DoRA, each row of the sum is scaled to that norm; the rows must be whole
+    then. Norms are summed in float64.
+
+    `rows` and `out` have one dtype; the sum is float32, in the order of the reference and of PEFT
+    (B @ A, times scaling, plus W), and rounded once to nearest even. Sums beyond float32 are
+    infinite, as in torch.
+    """
+    if magnitude is None and kind_of(rows.dtype) is not None:
+        add_product(rows, left, right, scaling, out=out)
+        return
+    total = to_float32(rows, out=np.empty(rows.shape, FLOAT32))
+    add_product(total, left, right, scaling, out=total)
+    with np.errstate(over="ignore", invalid="ignore"):
+        if magnitude is not None:
+            norms = np.sqrt(np.einsum("ij,ij->i", total, total, dtype=np.float64))
+            total *= (magnitude / norms.astype(np.float32))[:, None]
+    round_to(total, out)
+
+
+@lru_cache(maxsize=4)
+def workers(threads: int) -> ThreadPoolExecutor:
+    """Return so many threads, which stay."""
+    return ThreadPoolExecutor(threads, "merge")

@@ -1,0 +1,48 @@
+"""Names of sets and modules."""
+
+import re
+
+from bonsai_lora.errors import InvalidNameError
+
+SET_NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
+MODULE_NAME_PATTERN = r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$"
+MODULE_NAME_LENGTH = 256
+RESERVED_NAMES = frozenset({"adapters", "api", "mixed", "v1", "v2"})
+
+_SET_NAME = re.compile(SET_NAME_PATTERN.removesuffix("$") + r"\Z")
+_MODULE_NAME = re.compile(MODULE_NAME_PATTERN.removesuffix("$") + r"\Z")
+
+
+def check_set_name(name: str) -> str:
+    """Return `name`; raises InvalidNameError where no set or base may be called so."""
+    if name in RESERVED_NAMES:
+        raise InvalidNameError(
+            f"the name {name!r} is reserved; choose one that is none of "
+            + ", ".join(sorted(RESERVED_NAMES)),
+            got=name,
+        )
+    if not is_set_name(name):
+        raise InvalidNameError(
+            f"{name[:120]!r} cannot name a set; expected a letter or digit, then at most 95 "
+            "letters, digits, '.', '_' or '-'",
+            got=name[:120],
+            expected=SET_NAME_PATTERN,
+        )
+    return name
+
+
+def is_set_name(name: str) -> bool:
+    """Return whether a set can have this name."""
+    return _SET_NAME.match(name) is not None and name not in RESERVED_NAMES
+
+
+def check_module_name(name: str) -> str:
+    """Return `name`; raises InvalidNameError unless it is a dotted identifier."""
+    if len(name) > MODULE_NAME_LENGTH or not _MODULE_NAME.match(name):
+        raise InvalidNameError(
+            f"{name[:120]!r} cannot name a module; expected dotted identifiers of at most "
+            f"{MODULE_NAME_LENGTH} characters, such as model.layers.0.self_attn.q_proj",
+            got=name[:120],
+            expected=MODULE_NAME_PATTERN,
+        )
+    return name

@@ -1,0 +1,17 @@
+"""How many sums a tile of a product has: as many as the registers hold."""
+
+from bonsai_lora.kernels.target import Target
+
+HEIGHTS = (6, 4, 2, 1)
+"""Rows of a tile: 6 take 4 vectors (2 where registers are few), 1 takes 8."""
+MERGED_HEIGHTS = (4, 2, 1)
+"""Where a base is read and written too: fewer rows that lie apart."""
+_MOST_VECTORS = 8
+
+
+def widest(target: Target, height: int) -> int:
+    """Return how many sums of each of so many rows the registers hold: a power of two."""
+    width = _MOST_VECTORS
+    while width > 1 and width * height > target.sums:
+        width //= 2
+    return width

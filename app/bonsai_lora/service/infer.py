@@ -1,0 +1,480 @@
+"""Sets as models of the Open Inference Protocol: infer, in and out of any of its forms."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.cast import Array, Floats, count_rows
+from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError, VersionNotFoundError
+from bonsai_lora.formats.safetensors import as_bytes
+from bonsai_lora.service.apply import Applier, Inputs, Share, cost_of, shares_of, total_rows
+from bonsai_lora.service.plans import Plan, Source, Step, make_plan
+from bonsai_lora.service.sets import get_adapter
+from bonsai_lora.storage.counts import Counts
+from bonsai_lora.storage.regions import SharedRegions, Span
+from bonsai_lora.storage.setfile import StoredSet
+from bonsai_lora.storage.store import SetStore
+from bonsai_lora.wire import json
+from bonsai_lora.wire.buffers import Buffer
+from bonsai_lora.wire.media import Form
+from bonsai_lora.wire.oip import (
+    Encoded,
+    InferInput,
+    InferOutput,
+    InferRequest,
+    Placement,
+    check_floats,
+    decode_floats,
+    decode_strings,
+    encode_response,
+    text_of,
+)
+from bonsai_lora.wire.stacks import SETS, Stack, decode_row
+from bonsai_lora.wire.tensors import BASE_ENDING
+
+MIXED = "mixed"
+"""The model whose rows each name a set."""
+MIXED_VERSION = "1"
+MODULE_NANOSECONDS = 30_000
+"""What each module of a request costs, however small."""
+SHARED_INPUT = "x"
+"""The input that feeds every requested output that has none of its own name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a model name stands for now: a set, or None for the mixed model."""
+
+    name: str
+    stored: StoredSet | None
+
+    @property
+    def adapters(self) -> Mapping[str, LoraAdapter]:
+        """By module; none for the mixed model."""
+        return {} if self.stored is None else self.stored.lora_set.registry.adapters
+
+    @property
+    def version(self) -> str:
+        """The version of the set."""
+        return MIXED_VERSION if self.stored is None else str(self.stored.record.version)
+
+    @property
+    def content(self) -> str:
+        """A tag that changes with what the model computes."""
+        return MIXED if self.stored is None else self.stored.record.etag
+
+    @property
+    def counted_as(self) -> tuple[str, str, str]:
+        """Its name, the tag of its content, and since when it has that."""
+        return self.name, self.content, "" if self.stored is None else self.stored.record.updated_at
+
+
+def find_model(store: SetStore, name: str, version: str | None) -> Model:
+    """Return the model of that name; raises SetNotFoundError, VersionNotFoundError."""
+    model = Model(name, None if name == MIXED else store.read(name))
+    if version is not None and version != model.version:
+        raise VersionNotFoundError(
+            f"Request for unknown model: '{name}' version {version[:20]} is not found; its version "
+            f"is {model.version}",
+            model=name,
+            got=version[:20],
+            expected=model.version,
+        )
+    return model
+
+
+@dataclass(frozen=True, slots=True)
+class Inference:
+    """Answers infer requests through the one applier."""
+
+    applier: Applier
+    store: SetStore
+    regions: SharedRegions
+
+    def infer(self, model: Model, request: InferRequest, counts: Counts) -> Encoded:
+        """Return the response to a request, and the length of its JSON where data follows.
+
+        Outputs that are placed in shared memory are written there. `counts` gets rows and times.
+        Raises the errors of `Applier.apply`, of bonsai_lora.wire.oip and of `SharedRegions`; all
+        places are checked before anything is computed.
+        """
+        started = time.perf_counter_ns()
+        outputs, inputs, compute = self._plan(model, request)
+        ready = time.perf_counter_ns()
+        arrays = compute()
+        computed = time.perf_counter_ns()
+        answers = [(one, arrays[one.name]) for one in outputs]
+        encoded = encode_response(model.name, model.version, request.id, answers)
+        for one, array in answers:  # at last, when nothing can be refused any more
+            if one.placed is not None:
+                self.regions.write(one.placed, as_bytes(array))
+        counts.rows = max(count_rows(one) for one in inputs.values())
+        counts.vectors = total_rows(inputs)
+        counts.input_ns += ready - started
+        counts.infer_ns += computed - ready
+        counts.output_ns += time.perf_counter_ns() - computed
+        return encoded
+
+    def _plan(
+        self, model: Model, request: InferRequest
+    ) -> tuple[Sequence[InferOutput], Inputs, Callable[[], dict[str, Floats]]]:
+        """Return the outputs to give, their inputs and their computation by module."""
+        tensors = _Tensors(request, self.regions)
+        placed = [one.content for one in request.inputs.values()]
+        sizes = [one.byte_size for one in placed if isinstance(one, Placement)]
+        self.applier.limits.check_region_bytes(sum(sizes))
+        shares = (
+            self._mixed_shares(request, tensors)
+            if model.stored is None
+            else [Share(model.stored, request.scale)]
+        )
+        outputs = _outputs_of(model, request)
+        sources = {one.name: _source(request, one.name) for one in outputs}
+        for name, source in sources.items():
+            adapter = get_adapter(shares[0].stored, name)
+            _check_width(model, source, adapter.d_in)
+        self._check_places(outputs, shares, sources)
+        for source in sources.values():
+            self.applier.limits.check_rows(source.rows)
+            check_floats(source)
+        inputs = {name: tensors.floats(source) for name, source in sources.items()}
+        endings = {name: f"{name}{BASE_ENDING}" for name in inputs}
+        base_outputs = {
+            name: tensors.floats(request.inputs[ending])
+            for name, ending in endings.items()
+            if ending in request.inputs
+        }
+        return outputs, inputs, lambda: self.applier.apply(shares, inputs, base_outputs)
+
+    def _mixed_shares(self, request: InferRequest, tensors: "_Tensors") -> list[Share]:
+        sets = request.inputs.get(SETS)
+        if sets is None:
+            raise InvalidRequestError(
+                f"model '{MIXED}' expects the input '{SETS}': one set's name per row, as BYTES",
+                field=SETS,
+            )
+        self.applier.limits.check_rows(sets.shape[0] if sets.shape else 0)
+        stacks = [_stack_of(text, row) for row, text in enumerate(tensors.strings(sets))]
+        for one in request.inputs.values():
+            if one is not sets and one.rows != len(stacks):
+                raise ShapeMismatchError(
+                    f"input '{one.name}' has {one.rows} rows, but '{SETS}' has {len(stacks)}",
+                    field=one.name,
+                    got=one.rows,
+                    expected=len(stacks),
+                )
+        return shares_of(stacks, request.scale, self.store.read)
+
+    def _check_places(
+        self,
+        outputs: Sequence[InferOutput],
+        shares: Sequence[Share],
+        sources: Mapping[str, InferInput],
+    ) -> None:
+        """Raise where an output does not fit its place in shared memory, or two share one."""
+        spans: list[tuple[Span, str]] = []
+        for one in outputs:
+            if one.placed is None:
+                continue
+            needed = 4 * sources[one.name].rows * get_adapter(shares[0].stored, one.name).d_out
+            if one.placed.byte_size < needed:
+                raise InvalidRequestError(
+                    f"shared memory size specified with the request for output '{one.name}' "
+                    f"({one.placed.byte_size} bytes) should be at least {needed} bytes to hold the "
+                    "results",
+                    field=one.name,
+                )
+            spans.append((self.regions.span_to_write(one.placed, needed), one.name))
+        spans.sort(key=lambda pair: (pair[0].identity, pair[0].start))
+        for (span, name), (following, other) in pairwise(spans):
+            if span.overlaps(following):
+                raise InvalidRequestError(
+                    f"outputs '{name}' and '{other}' overlap in shared memory", field=name
+                )
+
+
+def raw_request(model: Model, body: memoryview) -> InferRequest:
+    """Return the request of a body that is nothing but the FP32 data of a model's one input.
+
+    That is the only module of the set, or `x` where all modules have one width. All outputs are
+    asked for, in binary. Raises InvalidRequestError for other models or lengths.
+    """
+    adapters = model.adapters
+    widths = {one.d_in for one in adapters.values()}
+    if model.stored is None:
+        raise InvalidRequestError(
+            f"model '{MIXED}' expects the input '{SETS}', so it takes no raw input"
+        )
+    if len(widths) != 1 or widths == {0}:
+        raise InvalidRequestError(
+            f"raw input must only be used for models with one input width; '{model.name}' has "
+            f"{len(widths)}, so send the JSON header that names its inputs"
+        )
+    (width,) = widths
+    if len(body) % (4 * width):
+        raise InvalidRequestError(
+            f"raw input has {len(body)} bytes, which are no FP32 rows of width {width} "
+            f"({4 * width} bytes each)"
+        )
+    name = next(iter(adapters)) if len(adapters) == 1 else SHARED_INPUT
+    tensor = InferInput(name, "FP32", (len(body) // (4 * width), width), body)
+    return InferRequest("", {name: tensor}, None, is_binary=True)
+
+
+def plan_inference(
+    model: Model,
+    request: InferRequest,
+    body_bytes: int,
+    data_start: int,
+    parts: Sequence[Buffer],
+) -> Plan | None:
+    """Return the plan of a request that was answered by `parts`; None where there is none.
+
+    There is one for float32 inputs in binary or shared memory whose outputs are so too, and go to
+    at most one place. The binary data begin at `data_start` in the body.
+    """
+    if model.stored is None:
+        return None
+    sources, start = [], data_start
+    for name, given in request.inputs.items():
+        if given.datatype != "FP32" or not isinstance(given.content, memoryview | Placement):
+            return None
+        place = given.content if isinstance(given.content, Placement) else None
+        sources.append(Source(name, given.shape, start, place))
+        start += len(given.content) if isinstance(given.content, memoryview) else 0
+    outputs = _outputs_of(model, request)
+    placed = [one for one in outputs if one.placed is not None]
+    if len(placed) > 1 or not all(one.is_binary or one.placed for one in outputs):
+        return None
+    return _make_plan(model, request, sources, outputs, Form.BINARY, body_bytes, parts)
+
+
+def plan_json_inference(
+    model: Model, request: InferRequest, taken: json.Taken, parts: Sequence[Buffer]
+) -> Plan | None:
+    """Return the plan of a request that was answered by `parts`; None where there is none.
+
+    There is one where all inputs are lists that were `taken` out of JSON, as FP32, and all outputs
+    are JSON.
+    """
+    if not taken.arrays:
+        return None
+    sources = []
+    for one in json.decode(taken.text)["inputs"]:
+        number = json.hole_of(one.get("data"))
+        if number is None or one["datatype"] != "FP32":
+            return None
+        sources.append(Source(one["name"], tuple(one["shape"]), number=number))
+    outputs = _outputs_of(model, request)
+    if any(one.is_binary or one.placed for one in outputs):
+        return None
+    return _make_plan(model, request, sources, outputs, Form.JSON, 0, parts)
+
+
+def _make_plan(
+    model: Model,
+    request: InferRequest,
+    sources: Sequence[Source],
+    outputs: Sequence[InferOutput],
+    form: Form,
+    body_bytes: int,
+    parts: Sequence[Buffer],
+) -> Plan | None:
+    numbers = {one.name: number for number, one in enumerate(sources)}
+    steps = [
+        Step(one.name, numbers[_source(request, one.name).name], one.placed) for one in outputs
+    ]
+    if model.stored is None or len({step.source for step in steps}) < len(sources):
+        return None  # W x of DoRA
+    return make_plan(
+        model.stored,
+        sources,
+        steps,
+        request.scale,
+        body_bytes=body_bytes,
+        parts=parts,
+        rows=max(one.rows for one in sources),
+        form=form,
+        is_flat=True,
+    )
+
+
+def cost_of_inference(model: Model, request: InferRequest) -> float:
+    """Return how many nanoseconds a request takes, by estimate; infinite where nobody knows."""
+    if model.stored is None:
+        return math.inf
+    if request.outputs is None:
+        if SHARED_INPUT in request.inputs and SHARED_INPUT not in model.adapters:
+            return math.inf  # every module that it fits
+        outputs = [InferOutput(name, request.is_binary) for name in request.inputs]
+    else:
+        outputs = list(request.outputs)
+    cost = 0.0
+    for one in outputs:
+        source = _find_source(request, one.name)
+        adapter = model.adapters.get(one.name)
+        if source is not None and adapter is not None:
+            taken = Form.JSON if isinstance(source.content, list | np.ndarray) else Form.BINARY
+            given = Form.BINARY if one.is_binary or one.placed else Form.JSON
+            cost += MODULE_NANOSECONDS + cost_of(adapter, source.rows, taken, given)
+    return cost
+
+
+class _Tensors:
+    """The inputs of a request as arrays, each decoded once."""
+
+    def __init__(self, request: InferRequest, regions: SharedRegions) -> None:
+        self._text = request.text
+        self._regions = regions
+        self._known: dict[str, Floats] = {}
+
+    def floats(self, tensor: InferInput) -> Floats:
+        """Return a float tensor as float32."""
+        known = self._known.get(tensor.name)
+        if known is None:
+            known = decode_floats(tensor, self._content(tensor), self._text)
+            self._known[tensor.name] = known
+        return known
+
+    def strings(self, tensor: InferInput) -> list[str]:
+        """Return the elements of a BYTES tensor."""
+        return decode_strings(tensor, self._content(tensor))
+
+    def _content(self, tensor: InferInput) -> memoryview | Array | list[Any]:
+        if isinstance(tensor.content, Placement):
+            return self._regions.read(tensor.content)
+        return tensor.content
+
+
+def _outputs_of(model: Model, request: InferRequest) -> Sequence[InferOutput]:
+    """Return the outputs that are asked for, all that the inputs can give where none is named.
+
+    Raises InvalidRequestError for inputs and outputs that the model does not have, and for inputs
+    that would feed nothing.
+    """
+    asked = request.outputs
+    if asked is None:
+        asked = [InferOutput(name, request.is_binary) for name in _default_outputs(model, request)]
+    if not asked:
+        raise InvalidRequestError(_nothing_to_do(model, request))
+    names = {one.name for one in asked}
+    if len(names) != len(asked):
+        raise InvalidRequestError("an output is asked for twice", field="outputs")
+    if model.stored is not None:
+        _check_known(model, request.inputs, names)
+    _check_all_feed(request, names, aside={SETS} if model.stored is None else set())
+    return asked
+
+
+def _check_known(model: Model, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    for name in inputs:
+        if name != SHARED_INPUT and name.removesuffix(BASE_ENDING) not in model.adapters:
+            raise InvalidRequestError(
+                f"unexpected inference input '{name}' for model '{model.name}'; its inputs are "
+                f"'{SHARED_INPUT}' for all outputs, or one of its {_some(model)}",
+                field=name,
+            )
+    for name in outputs:
+        if name not in model.adapters:
+            raise InvalidRequestError(
+                f"unexpected inference output '{name}' for model '{model.name}'; it has "
+                f"{_some(model)}",
+                field=name,
+            )
+
+
+def _check_all_feed(
+    request: InferRequest, outputs: AbstractSet[str], *, aside: AbstractSet[str]
+) -> None:
+    """Raise where an input feeds nothing: it may be misspelt, or its output forgotten."""
+    fed = {_source(request, name).name for name in outputs}
+    fed |= aside | {f"{name}{BASE_ENDING}" for name in outputs}
+    for name in request.inputs:
+        if name not in fed:
+            raise InvalidRequestError(
+                f"input '{name}' feeds none of the outputs {', '.join(sorted(outputs)[:8])}; leave "
+                "it out, or ask for its output",
+                field=name,
+            )
+
+
+def _default_outputs(model: Model, request: InferRequest) -> list[str]:
+    """Return the modules that have an input of their own, then those that the shared one fits."""
+    has_shared = SHARED_INPUT in request.inputs and SHARED_INPUT not in model.adapters
+    aside = {SHARED_INPUT} if has_shared else set()
+    if model.stored is None:
+        aside |= {SHARED_INPUT, SETS}
+    named = [name for name in request.inputs if not name.endswith(BASE_ENDING)]
+    own = [name for name in named if name not in aside]
+    if not has_shared:
+        return own
+    width = request.inputs[SHARED_INPUT].shape[-1:]
+    fitting = [name for name, one in model.adapters.items() if width == (one.d_in,)]
+    fed = set(own)
+    return [*own, *(name for name in fitting if name not in fed)]
+
+
+def _some(model: Model) -> str:
+    names = list(model.adapters)
+    return f"{len(names)} modules: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+
+
+def _nothing_to_do(model: Model, request: InferRequest) -> str:
+    shared = request.inputs.get(SHARED_INPUT)
+    if model.stored is None:
+        return (
+            f"model '{MIXED}' gets no module to apply; name the input like the module, or name "
+            "the outputs"
+        )
+    if shared is None:
+        more = f" (besides '{next(iter(request.inputs))}')" if request.inputs else ""
+        return (
+            f"expected at least one input for model '{model.name}'{more}: one of its modules, or "
+            f"'{SHARED_INPUT}'"
+        )
+    widths = sorted({one.d_in for one in model.adapters.values()})
+    return (
+        f"unexpected shape for input '{SHARED_INPUT}' for model '{model.name}'. Expected "
+        f"[-1,{' or '.join(map(str, widths[:8]))}], got {text_of(shared.shape)}"
+    )
+
+
+def _source(request: InferRequest, output: str) -> InferInput:
+    """Return the input that feeds an output: the one of its name, else the shared one."""
+    source = _find_source(request, output)
+    if source is None:
+        raise InvalidRequestError(
+            f"output '{output}' has no input; send '{output}' or '{SHARED_INPUT}'", field=output
+        )
+    return source
+
+
+def _find_source(request: InferRequest, output: str) -> InferInput | None:
+    return request.inputs.get(output) or request.inputs.get(SHARED_INPUT)
+
+
+def _check_width(model: Model, source: InferInput, d_in: int) -> None:
+    if len(source.shape) not in (1, 2) or source.shape[-1] != d_in:
+        raise ShapeMismatchError(
+            f"unexpected shape for input '{source.name}' for model '{model.name}'. Expected "
+            f"[-1,{d_in}], got {text_of(source.shape)}",
+            field=source.name,
+            got=list(source.shape),
+            expected=[-1, d_in],
+        )
+
+
+def _stack_of(text: str, row: int) -> Stack:
+    """Return the stack of a row: a set's name, nothing, or JSON of one or several weighted sets."""
+    if not text:
+        return ()
+    where = f"{SETS}[{row}]"
+    value = json.decode(text.encode(), where) if text[0] in "[{" else text
+    return decode_row(value, where)

@@ -1,0 +1,135 @@
+"""W + scaling * B @ A for a W that streams by, block by block."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.cast import Array, Floats, to_float32
+from bonsai_lora.core.merge import Block, blocks, merge_rows
+from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError, UnsupportedAdapterError
+from bonsai_lora.formats import safetensors
+from bonsai_lora.formats.dtypes import FLOAT_DTYPES
+
+MERGE_DTYPES = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightMerge:
+    """The merge of one adapter into weights of one dtype.
+
+    W is as the base stores it: (d_out, d_in), or (d_in, d_out) for embeddings. Raises
+    InvalidRequestError for a dtype other than F32, F16, BF16, and UnsupportedAdapterError for a
+    merge that weights alone cannot hold.
+    """
+
+    adapter: LoraAdapter
+    dtype: str
+    unmerge: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the dtype and the kind of adapter."""
+        if self.dtype not in MERGE_DTYPES:
+            raise InvalidRequestError(
+                f"weights of dtype {self.dtype!r} cannot be merged; "
+                f"expected one of {', '.join(MERGE_DTYPES)}",
+                got=self.dtype,
+                expected=list(MERGE_DTYPES),
+            )
+        if self.adapter.bias is not None:
+            raise UnsupportedAdapterError(
+                "the adapter adds a bias (lora_bias), which weights alone cannot hold",
+                field="lora_bias",
+            )
+        if self._is_dora and (self.unmerge or self._is_transposed):
+            what = "taken out of weights again" if self.unmerge else "merged into an embedding"
+            raise UnsupportedAdapterError(
+                f"DoRA scales whole rows of the sum, so it cannot be {what} here", field="use_dora"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of W."""
+        shape = (self.adapter.d_out, self.adapter.d_in)
+        return shape[::-1] if self._is_transposed else shape
+
+    @property
+    def total_bytes(self) -> int:
+        """Length of W in bytes."""
+        return self.shape[0] * self.shape[1] * int(FLOAT_DTYPES[self.dtype].itemsize)
+
+    def blocks(self) -> Iterator[tuple[Block, int]]:
+        """Yield each block of W in the order of memory, with its length in bytes."""
+        itemsize = FLOAT_DTYPES[self.dtype].itemsize
+        for rows, columns in blocks(*self.shape, whole_rows=self._is_dora):
+            size = (rows.stop - rows.start) * (columns.stop - columns.start) * itemsize
+            yield (rows, columns), size
+
+    def merge_block(self, block: Block, raw: bytearray) -> bytearray:
+        """Return the merged bytes of a block whose bytes are `raw`; `raw` itself, changed."""
+        rows, columns = block
+        weights = np.frombuffer(raw, FLOAT_DTYPES[self.dtype]).reshape(
+            rows.stop - rows.start, columns.stop - columns.start
+        )
+        self._merge_into(block, weights)
+        return raw
+
+    def merge_array(self, weights: Floats) -> Floats:
+        """Return merged float32 weights of the shape of W; raises ShapeMismatchError."""
+        self.check_shape(weights.shape)
+        merged = np.array(weights, np.float32, order="C")
+        for block, _ in self.blocks():
+            self._merge_into(block, merged[block])
+        return merged
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise ShapeMismatchError unless `shape` is that of W."""
+        if shape != self.shape:
+            raise ShapeMismatchError(
+                f"the weights have shape {list(shape)}, but this module's are {list(self.shape)}",
+                got=list(shape),
+                expected=list(self.shape),
+            )
+
+    @property
+    def _is_dora(self) -> bool:
+        return self.adapter.magnitude is not None
+
+    @property
+    def _is_transposed(self) -> bool:
+        return self.adapter.layer != "linear"
+
+    def _merge_into(self, block: Block, weights: Array) -> None:
+        """Merge a block of W in place."""
+        rows, _ = block
+        scaling = -self.adapter.scaling if self.unmerge else self.adapter.scaling
+        merge_rows(
+            weights,
+            *self.adapter.stored_factors_of(*block),
+            scaling,
+            out=weights,
+            magnitude=None
+            if self.adapter.magnitude is None
+            else to_float32(self.adapter.magnitude[rows]),
+        )
+
+
+def merge_of_header(
+    adapter: LoraAdapter, header: safetensors.Header, *, unmerge: bool
+) -> WeightMerge:
+    """Return the merge for a safetensors body with this header.
+
+    Raises InvalidRequestError unless it holds the one tensor `weights`, ShapeMismatchError for
+    another shape.
+    """
+    if header.tensors.keys() != {"weights"}:
+        raise InvalidRequestError(
+            f"expected exactly one tensor named 'weights', got {sorted(header.tensors)[:8]}",
+            got=sorted(header.tensors)[:8],
+            expected=["weights"],
+        )
+    info = header.tensors["weights"]
+    merge = WeightMerge(adapter, info.dtype, unmerge)
+    merge.check_shape(info.shape)
+    return merge

@@ -1,0 +1,134 @@
+"""What the Open Inference Protocol tells of sets as models, and what it does to them."""
+
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bonsai_lora.service.infer import MIXED, MIXED_VERSION, SHARED_INPUT, Model
+from bonsai_lora.storage.counts import CountFile, Counts
+from bonsai_lora.storage.setfile import StoredSet
+from bonsai_lora.storage.store import SetStore
+from bonsai_lora.wire.stacks import SETS
+from bonsai_lora.wire.tensors import BASE_ENDING
+
+PLATFORM = "bonsai_lora"
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An input or output of a model; -1 stands for any number."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+def inputs_of(model: Model) -> list[Tensor]:
+    """Return what a model takes: its modules, and `x` for all of them."""
+    shared = Tensor(SHARED_INPUT, "FP32", [-1, -1])
+    if model.stored is None:
+        return [Tensor(SETS, "BYTES", [-1]), shared]
+    adapters = model.adapters
+    own = [Tensor(name, "FP32", [-1, one.d_in]) for name, one in adapters.items()]
+    own += [
+        Tensor(f"{name}{BASE_ENDING}", "FP32", [-1, one.d_out])
+        for name, one in adapters.items()
+        if one.magnitude is not None
+    ]
+    return own if SHARED_INPUT in adapters else [*own, shared]
+
+
+def outputs_of(model: Model) -> list[Tensor]:
+    """Return what a model gives: its modules. Those of the mixed model are its sets' own."""
+    return [Tensor(name, "FP32", [-1, one.d_out]) for name, one in model.adapters.items()]
+
+
+def config_of(model: Model) -> dict[str, Any]:
+    """Return the model's configuration, in the fields of Triton's model_config.proto."""
+
+    def tensor(one: Tensor) -> dict[str, Any]:
+        kind = "STRING" if one.datatype == "BYTES" else one.datatype
+        return {"name": one.name, "data_type": f"TYPE_{kind}", "dims": one.shape}
+
+    return {
+        "name": model.name,
+        "platform": PLATFORM,
+        "backend": PLATFORM,
+        "version_policy": {"latest": {"num_versions": 1}},
+        "max_batch_size": 0,
+        "input": [
+            {**tensor(one), "format": "FORMAT_NONE", "optional": one.name != SETS}
+            for one in inputs_of(model)
+        ],
+        "output": [{**tensor(one), "label_filename": ""} for one in outputs_of(model)],
+        "instance_group": [{"name": model.name, "kind": "KIND_CPU", "count": 1}],
+        "parameters": {},
+        "model_transaction_policy": {"decoupled": False},
+    }
+
+
+def list_models(store: SetStore) -> list[dict[str, str]]:
+    """Return the repository index: every set is ready, also one that is not in memory yet."""
+    in_memory = {one.record.name for one in store.open_sets()}
+    sets = [
+        {
+            "name": record.name,
+            "version": str(record.version),
+            "state": "READY",
+            "reason": "" if record.name in in_memory else "on disk, opened when it is used",
+        }
+        for record in store.records()
+    ]
+    return [*sets, {"name": MIXED, "version": MIXED_VERSION, "state": "READY", "reason": ""}]
+
+
+def load(stored: StoredSet) -> None:
+    """Bring a set's file into memory."""
+    np.add.reduce(np.frombuffer(stored.file, np.uint8)[:: mmap.PAGESIZE])  # a byte of each page
+    for adapter in stored.lora_set.registry.adapters.values():
+        adapter.operands  # noqa: B018 - asked for, so that it is ready
+
+
+def statistics_of(
+    counts: CountFile, models: Sequence[tuple[str, str, str]], memory: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """Return Triton's statistics of models, each a name, a version and a tag of its content.
+
+    `memory` has the resident bytes of those that are in this process's memory.
+    """
+    found = counts.read({name: content for name, _, content in models})
+    return [
+        {"name": name, "version": version, **_statistics(found[name], memory.get(name))}
+        for name, version, _ in models
+    ]
+
+
+def _statistics(counts: Counts, memory_bytes: int | None) -> dict[str, Any]:
+    done = counts.success_count
+
+    def duration(count: int, nanoseconds: int) -> dict[str, int]:
+        return {"count": count, "ns": nanoseconds}
+
+    return {
+        "last_inference": counts.last_ms,
+        "inference_count": counts.rows,
+        "execution_count": done,
+        "inference_stats": {
+            "success": duration(done, counts.success_ns),
+            "fail": duration(counts.fail_count, counts.fail_ns),
+            "queue": duration(done, counts.queue_ns),
+            "compute_input": duration(done, counts.input_ns),
+            "compute_infer": duration(done, counts.infer_ns),
+            "compute_output": duration(done, counts.output_ns),
+            "cache_hit": duration(0, 0),
+            "cache_miss": duration(0, 0),
+        },
+        "response_stats": {},
+        "batch_stats": [],
+        "memory_usage": []
+        if memory_bytes is None
+        else [{"type": "CPU", "id": 0, "byte_size": memory_bytes}],
+    }

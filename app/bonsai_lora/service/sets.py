@@ -1,0 +1,329 @@
+"""Create, import, change, list, export and delete sets."""
+
+import bisect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.cast import Array, all_finite
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.core.registry import adapter_bytes
+from bonsai_lora.core.shapes import Shapes
+from bonsai_lora.core.spectrum import delta_norm
+from bonsai_lora.errors import (
+    AdapterNotFoundError,
+    InvalidAdapterError,
+    InvalidRequestError,
+    SetExistsError,
+    SetNotFoundError,
+    ShapeMismatchError,
+    UnsupportedAdapterError,
+)
+from bonsai_lora.formats import peft
+from bonsai_lora.formats.names import check_module_name, check_set_name
+from bonsai_lora.formats.peft_config import decode_config
+from bonsai_lora.service.limits import Limits, shapes_bytes
+from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.store import SetStore
+from bonsai_lora.storage.upload import Arrived, Upload
+
+Precondition = Callable[[SetRecord | None], None]
+"""Given the present record (None: no such set), raises PreconditionFailedError to refuse."""
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A set made from an upload, with what the import has to say."""
+
+    stored: StoredSet
+    created: bool
+    ignored_keys: list[str]
+    warnings: list[str]
+    delta_norms: Mapping[str, float]
+
+
+def create_set(
+    store: SetStore,
+    limits: Limits,
+    name: str,
+    base_model_name: str,
+    config: LoraConfig,
+    shapes: Shapes,
+) -> StoredSet:
+    """Make a set with newly initialised adapters of `shapes` that `config` targets.
+
+    Raises SetExistsError, InvalidNameError, RankTooLargeError, MemoryBudgetError, and
+    InvalidRequestError where target_modules would keep none of the shapes.
+    """
+    check_set_name(name)
+    limits.check_rank(config.rank)
+    kept = {module: shape for module, shape in shapes.items() if config.targets(module)}
+    if shapes and not kept:
+        raise InvalidRequestError(
+            f"target_modules {list(config.target_modules)} matches none of the modules "
+            f"{list(shapes)[:8]}; name some of them, or give an empty list to keep all",
+            field="target_modules",
+        )
+    with store.lock(name):
+        _refuse_existing(store, name)
+        # Before the matrices are drawn, which takes memory and time.
+        limits.check_budget(store, name, shapes_bytes(kept, config.rank))
+        lora_set = BonsaiLoraSet.new(config, base_model_name, name).add_adapters(kept)
+        return _write(store, limits, lora_set, origin="initialized", previous=None)
+
+
+def import_peft(
+    store: SetStore,
+    limits: Limits,
+    name: str,
+    raw_config: bytes,
+    upload: Upload,
+    precondition: Precondition,
+) -> Imported:
+    """Make or replace a set from a PEFT adapter: its configuration and its safetensors file.
+
+    Raises the errors of `peft.decode_adapter` and `Upload.finish`, InvalidNameError,
+    RankTooLargeError, MemoryBudgetError, and what `precondition` raises; nothing has changed then.
+    """
+    check_set_name(name)
+    config = decode_config(raw_config)
+    arrived = upload.finish()
+    adapter = peft.decode_adapter(config, arrived.tensors, name)
+    for one in adapter.lora_set.registry.adapters.values():
+        limits.check_rank(one.rank)
+    with store.lock(name):
+        previous = _record_or_none(store, name)
+        precondition(previous)
+        stored = _write(
+            store,
+            limits,
+            adapter.lora_set,
+            origin="peft",
+            previous=previous,
+            adapter_config=config.raw,
+            arrived=None if adapter.ignored_keys else (arrived, adapter.names),
+        )
+    norms = {module: delta_norm(one) for module, one in stored.lora_set.registry.adapters.items()}
+    return Imported(stored, previous is None, adapter.ignored_keys, adapter.warnings, norms)
+
+
+def list_sets(
+    store: SetStore, *, limit: int, cursor: str | None, base_model_name: str | None
+) -> tuple[list[SetRecord], str | None]:
+    """Return up to `limit` records by name after `cursor`, and the cursor of the next page."""
+    names = store.list_names()
+    start = bisect.bisect_right(names, cursor) if cursor else 0
+    found: list[SetRecord] = []
+    for name in names[start:]:
+        try:
+            record = store.read_record(name)
+        except SetNotFoundError:
+            continue
+        if base_model_name is None or record.base_model_name == base_model_name:
+            if len(found) == limit:
+                return found, found[-1].name
+            found.append(record)
+    return found, None
+
+
+def delete_set(store: SetStore, name: str, precondition: Precondition) -> None:
+    """Remove a set; raises SetNotFoundError or what `precondition` raises."""
+    with store.lock(name):
+        precondition(store.read_record(name))
+        store.delete(name)
+
+
+def get_adapter(stored: StoredSet, module: str) -> LoraAdapter:
+    """Return the adapter of `module`; raises AdapterNotFoundError."""
+    registry = stored.lora_set.registry
+    adapter = registry.get(module)
+    if adapter is None:
+        raise AdapterNotFoundError(module, stored.record.name, registry.module_names())
+    return adapter
+
+
+def put_new_adapter(
+    store: SetStore,
+    limits: Limits,
+    name: str,
+    module: str,
+    d_in: int,
+    d_out: int,
+    config: LoraConfig | None,
+    precondition: Precondition,
+) -> tuple[StoredSet, bool]:
+    """Give `module` a newly initialised adapter; return the set and whether the module is new."""
+
+    def make(present: StoredSet) -> LoraAdapter:
+        own = config if config is not None else present.record.config
+        limits.check_rank(own.rank)
+        # Before A is drawn, which takes memory and time.
+        limits.check_budget(store, name, adapter_bytes(d_in, d_out, own.rank))
+        return LoraAdapter.new(d_in, d_out, own)
+
+    return _put_adapter(store, limits, name, module, make, precondition, initialised=True)
+
+
+def put_weights(
+    store: SetStore,
+    limits: Limits,
+    name: str,
+    module: str,
+    tensors: Mapping[str, Array],
+    alpha: float | None,
+    precondition: Precondition,
+) -> tuple[StoredSet, bool]:
+    """Give `module` the tensors lora_A (r, d_in) and lora_B (d_out, r), alpha as the set's.
+
+    Raises InvalidRequestError for other tensors, ShapeMismatchError where the ranks differ,
+    InvalidAdapterError for NaN, infinity or float64.
+    """
+    a_matrix, b_matrix = _check_factors(tensors)
+    rank = len(a_matrix)
+    limits.check_rank(rank)
+
+    def make(present: StoredSet) -> LoraAdapter:
+        base = present.record.config
+        own = LoraConfig(
+            rank, base.alpha if alpha is None else alpha, base.dropout, base.target_modules
+        )
+        return LoraAdapter(own, a_matrix, b_matrix, own.scaling)
+
+    return _put_adapter(store, limits, name, module, make, precondition, initialised=False)
+
+
+def delete_adapter(
+    store: SetStore, limits: Limits, name: str, module: str, precondition: Precondition
+) -> None:
+    """Take the adapter of `module` out of a set."""
+    with store.lock(name):
+        present = store.read(name)
+        precondition(present.record)
+        get_adapter(present, module)
+        registry = present.lora_set.registry.remove(module)
+        _write(
+            store,
+            limits,
+            present.lora_set.with_registry(registry),
+            origin=present.record.origin,
+            previous=present.record,
+            # peft gives a module without tensors an adapter that changes nothing.
+            adapter_config=present.adapter_config,
+        )
+
+
+def export_config(stored: StoredSet) -> dict[str, Any]:
+    """Return the set's adapter_config.json."""
+    return peft.encode_config(stored.lora_set, stored.adapter_config)
+
+
+def _write(
+    store: SetStore,
+    limits: Limits,
+    lora_set: BonsaiLoraSet,
+    *,
+    origin: str,
+    previous: SetRecord | None,
+    adapter_config: Mapping[str, Any] | None = None,
+    arrived: tuple[Arrived, Mapping[str, str]] | None = None,
+) -> StoredSet:
+    """Write a set while the budget holds; nobody else may fill it meanwhile."""
+    with store.lock_all():
+        limits.check_budget(store, lora_set.adapter_name, lora_set.total_memory_bytes())
+        return store.write(
+            lora_set,
+            origin=origin,
+            now=_now(),
+            previous=previous,
+            adapter_config=adapter_config,
+            arrived=arrived,
+        )
+
+
+def _refuse_beside_variants(present: StoredSet) -> None:
+    """Raise where a plain adapter would stand beside kinds that PEFT switches for a whole set."""
+    lora_set = present.lora_set
+    adapters = lora_set.registry.adapters.values()
+    if lora_set.replacements or any(
+        one.bias is not None or one.magnitude is not None or one.layer != "linear"
+        for one in adapters
+    ):
+        raise UnsupportedAdapterError(
+            f"set {present.record.name!r} has DoRA, biases, embeddings or replaced modules, which "
+            "PEFT knows for whole sets only; upload it anew instead of changing one module",
+            set=present.record.name,
+        )
+
+
+def _put_adapter(
+    store: SetStore,
+    limits: Limits,
+    name: str,
+    module: str,
+    make: Callable[[StoredSet], LoraAdapter],
+    precondition: Precondition,
+    *,
+    initialised: bool,
+) -> tuple[StoredSet, bool]:
+    check_module_name(module)
+    with store.lock(name):
+        present = store.read(name)
+        precondition(present.record)
+        _refuse_beside_variants(present)
+        registry = present.lora_set.registry
+        changed = registry.add(module, make(present))
+        unmixed = initialised and present.record.origin == "initialized"
+        stored = _write(
+            store,
+            limits,
+            present.lora_set.with_registry(changed),
+            origin="initialized" if unmixed else "mixed",
+            previous=present.record,
+        )
+        return stored, registry.get(module) is None
+
+
+def _check_factors(tensors: Mapping[str, Array]) -> tuple[Array, Array]:
+    if tensors.keys() != {"lora_A", "lora_B"}:
+        raise InvalidRequestError(
+            f"expected exactly the tensors lora_A and lora_B, got {sorted(tensors)[:8]}",
+            got=sorted(tensors)[:8],
+            expected=["lora_A", "lora_B"],
+        )
+    a_matrix, b_matrix = tensors["lora_A"], tensors["lora_B"]
+    for name, matrix in tensors.items():
+        if matrix.dtype.itemsize == 8:
+            raise InvalidAdapterError(f"{name} is F64; expected F32, F16 or BF16", field=name)
+        if not all_finite(matrix):
+            raise InvalidAdapterError(f"{name} holds NaN or infinity", field=name)
+    if a_matrix.ndim != 2 or b_matrix.ndim != 2 or a_matrix.shape[0] != b_matrix.shape[1]:
+        raise ShapeMismatchError(
+            f"lora_A has shape {list(a_matrix.shape)} and lora_B {list(b_matrix.shape)}; "
+            "expected (r, d_in) and (d_out, r) with one r",
+            got=[list(a_matrix.shape), list(b_matrix.shape)],
+            expected=[["r", "d_in"], ["d_out", "r"]],
+        )
+    return a_matrix, b_matrix
+
+
+def _refuse_existing(store: SetStore, name: str) -> None:
+    if _record_or_none(store, name) is not None:
+        raise SetExistsError(
+            f"a set named {name!r} exists already; DELETE /v1/sets/{name} first, or PUT a PEFT "
+            "adapter over it",
+            set=name,
+        )
+
+
+def _record_or_none(store: SetStore, name: str) -> SetRecord | None:
+    try:
+        return store.read_record(name)
+    except SetNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -1,0 +1,51 @@
+"""Parameters, memory, and what the deltas look like."""
+
+from dataclasses import dataclass
+
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.spectrum import delta_norm, effective_rank
+from bonsai_lora.storage.setfile import SetRecord
+from bonsai_lora.storage.store import SetStore
+
+LARGEST_SETS = 100
+"""How many sets the statistics of the whole registry list."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleStats:
+    """One module's adapter with the size and the spread of its delta."""
+
+    name: str
+    adapter: LoraAdapter
+    delta_norm: float
+    effective_rank: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """Sums over all sets; the sets themselves largest first."""
+
+    set_count: int
+    adapter_count: int
+    total_trainable_params: int
+    total_memory_bytes: int
+    resident_bytes: int
+    largest: list[SetRecord]
+
+
+def module_stats(name: str, adapter: LoraAdapter) -> ModuleStats:
+    """Return the statistics of one module."""
+    return ModuleStats(name, adapter, delta_norm(adapter), effective_rank(adapter))
+
+
+def store_stats(store: SetStore) -> StoreStats:
+    """Return the statistics of all sets."""
+    records = store.records()
+    return StoreStats(
+        len(records),
+        sum(one.adapter_count for one in records),
+        sum(one.total_trainable_params for one in records),
+        sum(one.total_memory_bytes for one in records),
+        sum(one.resident_bytes() for one in store.open_sets()),
+        sorted(records, key=lambda one: -one.total_memory_bytes)[:LARGEST_SETS],
+    )

@@ -1,0 +1,310 @@
+"""System shared memory by name (Triton's extension system_shared_memory).
+
+A region is bytes of a file in /dev/shm that a client on this machine made. It is read and written
+by pread(2) and pwrite(2), never mapped: a client that shrinks its file makes a read come back
+short, where touching a mapping would end the process by SIGBUS. For the same reason what is read
+is a copy that nobody else can change while it is checked and used.
+
+Registrations are small files in a folder that all workers of one service share; each worker opens
+a region when it first needs it. Nothing here ever removes a client's file.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import stat
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bonsai_lora.errors import (
+    BusyError,
+    InvalidRequestError,
+    RegionNotFoundError,
+    UnsupportedFeatureError,
+)
+from bonsai_lora.formats.safetensors import as_bytes
+from bonsai_lora.wire.oip import Placement
+
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the place of POSIX shared memory on Linux
+
+MAX_REGIONS = 1024
+
+_KEY = re.compile(r"/?([A-Za-z0-9._-]{1,250})\Z")
+_PREFIX = "region-"
+_PATTERN = "region-*"
+_SEMAPHORE = "sem."
+"""How the C library names its semaphores, which live in the same folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Registered bytes of a shared-memory file."""
+
+    name: str
+    key: str
+    offset: int
+    byte_size: int
+    identity: tuple[int, int]
+    """Device and inode of the file that was registered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes of a file."""
+
+    identity: tuple[int, int]
+    start: int
+    stop: int
+
+    def overlaps(self, other: "Span") -> bool:
+        """Return whether a byte belongs to both."""
+        return (
+            self.identity == other.identity and self.start < other.stop and other.start < self.stop
+        )
+
+
+class SharedRegions:
+    """The regions of one service; `folder` None refuses all. For any thread."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._open: dict[str, tuple[tuple[int, int], Region, _File]] = {}
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the service was started with shared memory."""
+        return self._folder is not None
+
+    def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
+        """Give `byte_size` bytes at `offset` of the file `key` a name.
+
+        Raises InvalidRequestError where the name is taken, the key is none, there is no such
+        file, or it is shorter.
+        """
+        path = self._path(name)
+        if len(self.list()) >= MAX_REGIONS:
+            raise InvalidRequestError(
+                f"there are {MAX_REGIONS} shared memory regions, which is the limit; unregister "
+                "some",
+                limit=MAX_REGIONS,
+            )
+        file = _File(key)
+        file.check(offset, byte_size)
+        region = Region(name, key, offset, byte_size, file.identity)
+        new = path.with_name(f"new-{secrets.token_hex(8)}")
+        try:
+            new.write_text(json.dumps(asdict(region)), encoding="utf-8")
+            registered = _registration(new.stat())
+            path.hardlink_to(new)  # whole or not at all, and never over another
+            self._remember(name, registered, region, file)
+        except FileExistsError:
+            raise InvalidRequestError(
+                f"shared memory region '{name}' already in manager; unregister it first",
+                region=name,
+            ) from None
+        finally:
+            new.unlink(missing_ok=True)
+
+    def unregister(self, name: str) -> None:
+        """Forget a region; the client's file stays. Nothing happens where there is none."""
+        self._path(name).unlink(missing_ok=True)
+        self._open.pop(name, None)
+
+    def list(self) -> list[Region]:
+        """Return all regions by name."""
+        found = []
+        for path in self._require_on().glob(_PATTERN):
+            with contextlib.suppress(FileNotFoundError):
+                found.append(_decode(path.read_text(encoding="utf-8")))
+        return sorted(found, key=lambda region: region.name)
+
+    def get(self, name: str) -> Region:
+        """Return a region; raises RegionNotFoundError."""
+        try:
+            return _decode(self._path(name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise _not_found(name) from None
+
+    def span_to_write(self, placed: Placement, needed: int) -> "Span":
+        """Return where the first `needed` of these bytes lie.
+
+        Raises as `read` does, and where they are read-only.
+        """
+        file, start = self._find(placed)
+        if not file.is_writable:
+            raise InvalidRequestError(
+                f"shared memory region '{placed.region}' cannot be written by this service",
+                region=placed.region,
+            )
+        return Span(file.identity, start, start + needed)
+
+    def read(self, placed: Placement) -> memoryview:
+        """Return a copy of bytes of a region.
+
+        Raises RegionNotFoundError, InvalidRequestError where they are not within the region or
+        the file has become shorter.
+        """
+        file, start = self._find(placed)
+        buffer = as_bytes(np.empty(placed.byte_size, np.uint8))
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(file.descriptor, [buffer[done:]], start + done)
+            if count == 0:
+                raise _too_short(placed.region)
+            done += count
+        return buffer
+
+    def write(self, placed: Placement, data: memoryview) -> None:
+        """Write `data` at the beginning of these bytes; raises as `read` does."""
+        file, start = self._find(placed)
+        done = 0
+        try:
+            while done < len(data):
+                done += os.pwrite(file.descriptor, data[done:], start + done)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EFBIG):
+                raise InvalidRequestError(
+                    f"shared memory region '{placed.region}' cannot be written: {error.strerror}",
+                    region=placed.region,
+                ) from None
+            raise
+
+    def _find(self, placed: Placement) -> tuple["_File", int]:
+        """Return the file of a region, and where in it the bytes begin."""
+        path = self._path(placed.region)
+        try:
+            status = os.stat(path)  # noqa: PTH116 - on the way of every request
+        except FileNotFoundError:
+            self._open.pop(placed.region, None)
+            raise _not_found(placed.region) from None
+        known = self._open.get(placed.region)
+        registered = _registration(status)
+        if known is None or known[0] != registered:
+            region = self.get(placed.region)
+            known = (registered, region, _File(region.key, region.identity))
+            self._remember(placed.region, *known)
+        _, region, file = known
+        if placed.offset + placed.byte_size > region.byte_size:
+            raise InvalidRequestError(
+                f"Invalid offset + byte size for shared memory region: '{region.name}' has "
+                f"{region.byte_size} bytes, but {placed.byte_size} at offset {placed.offset} were "
+                "asked for",
+                region=region.name,
+            )
+        start = region.offset + placed.offset
+        file.check(start, placed.byte_size)
+        return file, start
+
+    def _remember(
+        self, name: str, registered: tuple[int, int], region: Region, file: "_File"
+    ) -> None:
+        """Keep a region open, and let go of those that were unregistered elsewhere meanwhile."""
+        for other in list(self._open):
+            if not self._path(other).exists():
+                self._open.pop(other, None)
+        self._open[name] = (registered, region, file)
+
+    def _path(self, name: str) -> Path:
+        return _registration_path(self._require_on(), name)
+
+    def _require_on(self) -> Path:
+        if self._folder is None:
+            raise UnsupportedFeatureError(
+                "shared memory is off; start the service with --shared-memory to use it"
+            )
+        return self._folder
+
+
+class _File:
+    """An open file of shared memory; closed when nobody uses it any more."""
+
+    def __init__(self, key: str, identity: tuple[int, int] | None = None) -> None:
+        matched = _KEY.match(key)
+        if matched is None or matched[1] in (".", "..") or matched[1].startswith(_SEMAPHORE):
+            raise InvalidRequestError(
+                f"Unable to open shared memory region: {key[:100]!r} is no key; expected the name "
+                "that shm_open takes ('/name', no path): letters, digits, '.', '_' and '-', at "
+                "most 250, and no semaphore"
+            )
+        self._key = key
+        self.descriptor, self.is_writable = _open(SHARED_MEMORY / matched[1], key)
+        status = os.fstat(self.descriptor)
+        self.identity = (status.st_dev, status.st_ino)
+        if not stat.S_ISREG(status.st_mode):
+            raise InvalidRequestError(
+                f"Unable to open shared memory region: '{key}' is no shared memory"
+            )
+        if identity not in (None, self.identity):
+            raise InvalidRequestError(
+                f"Unable to open shared memory region: '{key}' is not what was registered; "
+                "unregister the region and register it again"
+            )
+
+    def check(self, offset: int, byte_size: int) -> None:
+        """Raise InvalidRequestError where the file does not have these bytes (any more)."""
+        length = os.fstat(self.descriptor).st_size
+        if offset + byte_size > length:
+            raise InvalidRequestError(
+                f"shared memory '{self._key}' has {length} bytes, but {byte_size} at offset "
+                f"{offset} were asked for"
+            )
+
+    def __del__(self) -> None:
+        descriptor = getattr(self, "descriptor", None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _open(path: Path, key: str) -> tuple[int, bool]:
+    """Return a descriptor, and whether it can be written to."""
+    # Not to wait for the other end of a pipe that lies there.
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        try:
+            return os.open(path, os.O_RDWR | flags), True
+        except PermissionError:
+            return os.open(path, os.O_RDONLY | flags), False
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise BusyError("too many files are open; try again in a second") from None
+        raise InvalidRequestError(
+            f"Unable to open shared memory region: '{key}': {error.strerror}"
+        ) from None
+
+
+@lru_cache(maxsize=MAX_REGIONS)
+def _registration_path(folder: Path, name: str) -> Path:
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16)
+    return folder / f"{_PREFIX}{digest.hexdigest()}"
+
+
+def _registration(status: os.stat_result) -> tuple[int, int]:
+    """Return what tells one registration file from the next of that name."""
+    return status.st_ino, status.st_mtime_ns
+
+
+def _decode(text: str) -> Region:
+    fields: dict[str, Any] = json.loads(text)
+    return Region(**{**fields, "identity": tuple(fields["identity"])})
+
+
+def _not_found(name: str) -> RegionNotFoundError:
+    return RegionNotFoundError(
+        f"Unable to find shared memory region: '{name[:200]}'", region=name[:200]
+    )
+
+
+def _too_short(name: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"shared memory region '{name}' became shorter while it was read", region=name
+    )

@@ -1,0 +1,52 @@
+"""Tensors as a safetensors body: views in, joined bytes out."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from bonsai_lora.core.cast import Array, Floats, round_to, to_float32
+from bonsai_lora.errors import ShapeMismatchError
+from bonsai_lora.formats import safetensors
+from bonsai_lora.formats.dtypes import FLOAT_DTYPES
+from bonsai_lora.wire.finite import check_finite
+
+
+def decode_tensors(
+    body: bytes | memoryview, max_header_bytes: int
+) -> tuple[dict[str, Floats], dict[str, str]]:
+    """Return the tensors of `body` by name as float32 (width,) or (rows, width), and its metadata.
+
+    Aligned F32 tensors are views of `body`. Raises the errors of `safetensors.decode`,
+    ShapeMismatchError for another number of dimensions, NonFiniteInputError for NaN or infinity.
+    """
+    arrays, metadata = safetensors.decode(body, limit=max_header_bytes)
+    return {name: _checked(array, name) for name, array in arrays.items()}, dict(metadata)
+
+
+def _checked(array: Array, name: str) -> Floats:
+    if array.ndim not in (1, 2):
+        raise ShapeMismatchError(
+            f"tensor {name!r} has shape {list(array.shape)}; expected (width,) or (rows, width)",
+            field=name,
+            got=list(array.shape),
+            expected=["rows", "width"],
+        )
+    floats = to_float32(array)
+    check_finite(floats, name)
+    return floats
+
+
+def encode_tensors(
+    tensors: Mapping[str, Floats], dtype: str, metadata: Mapping[str, str] | None = None
+) -> list[bytes | memoryview]:
+    """Return a safetensors body of `tensors`, in parts, as F32, F16 or BF16.
+
+    Those are rounded to nearest even; F32 is not copied.
+    """
+    target = FLOAT_DTYPES[dtype]
+    if dtype == "F32":
+        return safetensors.encode_parts(tensors, metadata)
+    rounded = {name: np.empty(array.shape, target) for name, array in tensors.items()}
+    for name, array in tensors.items():
+        round_to(np.ascontiguousarray(array), rounded[name])
+    return safetensors.encode_parts(rounded, metadata)
