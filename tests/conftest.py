@@ -13,9 +13,8 @@ import uvicorn
 from targets import TARGETS, name_of
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.cli import serve
 from bonsai_lora.cli.logs import configure_logging
-from bonsai_lora.fast_lane.protocol import LaneConnection
-from bonsai_lora.fast_lane.routes import FastLane
 from bonsai_lora.formats import safetensors
 from bonsai_lora.kernels.library import Kernels
 from bonsai_lora.settings import Settings
@@ -56,14 +55,18 @@ def based(settings, tmp_path):
 
 
 @contextlib.contextmanager
-def serving(app, **options):
-    """Serve `app` on a free port of the loopback, in a thread; give its URL."""
-    app.state.fast_lane = FastLane(app)
+def serving(app, http=None, **options):
+    """Serve `app` on a free port of the loopback, in a thread; give its URL.
+
+    As `bonsai-lora serve` does, or with another protocol of uvicorn.
+    """
+    settings = app.state.context.settings
+    serve.install_fast_lane(app, settings)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
             port=0,
-            http=LaneConnection,  # as `bonsai-lora serve` does
+            http=http or serve.connection_class(settings),
             log_config=None,
             access_log=False,
             server_header=False,

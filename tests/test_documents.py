@@ -107,16 +107,3 @@ def test_a_generated_client_builds_without_a_warning_and_works(tmp_path, setting
             timeout=60,
         )
     assert used.returncode == 0, used.stdout + used.stderr
-
-
-def test_hot_routes_are_exactly_the_operations_that_say_so(app):
-    from bonsai_lora.api.routes import apply, oip
-
-    declared = {
-        route.path
-        for module in (apply, oip)
-        for route in module.router.routes
-        if getattr(route.endpoint, "__wrapped__", None)
-    }
-    assert {route.about.path for route in [*apply.HOT_ROUTES, *oip.HOT_ROUTES]} == declared
-    assert len(declared) == 5

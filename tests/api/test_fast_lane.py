@@ -16,8 +16,8 @@ from test_apply import Q_PROJ
 from uvicorn.server import ServerState
 
 from bonsai_lora.api.app import create_app
-from bonsai_lora.fast_lane.protocol import LaneConnection, LaneProtocol
 from bonsai_lora.fast_lane.call import LONG_BYTES
+from bonsai_lora.fast_lane.protocol import LaneConnection, LaneProtocol
 from bonsai_lora.formats import safetensors
 
 ROWS = 1 + LONG_BYTES // 256
@@ -76,9 +76,7 @@ def outputs(body):
     return safetensors.decode(body)[0]["outputs"]
 
 
-@pytest.mark.parametrize(
-    "sizes", [[1 << 30], [1], [1000, 1, 65536], [65537], [LONG_BYTES - 1, 1]]
-)
+@pytest.mark.parametrize("sizes", [[1 << 30], [1], [1000, 1, 65536], [65537], [LONG_BYTES - 1, 1]])
 def test_a_body_in_pieces_of_any_size(plain, sizes):
     x, body = batch()
     right = expected(plain, x)

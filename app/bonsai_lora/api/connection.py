@@ -1,5 +1,7 @@
-"""What guards a connection, below ASGI: request heads that are too large or never come, and
-answers that nobody reads. `bonsai-lora serve` always uses it; the fast lane builds on it.
+"""What guards a connection below ASGI.
+
+Ends connections whose request heads are too large or never come, and those of clients that do not
+read their answers. `bonsai-lora serve` always uses it; the fast lane builds on it.
 """
 
 import asyncio
@@ -113,9 +115,17 @@ class GuardedProtocol(HttpToolsProtocol):
         head += [b"%b: %b\r\n" % line for line in (*self.server_state.default_headers, *lines)]
         head.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
         if sum(map(len, parts)) <= JOINED_BYTES:
-            self.transport.write(b"".join((*head, *parts)))
+            self.write(b"".join((*head, *parts)))
         else:
+            self.flush()
             self.transport.writelines((b"".join(head), *parts))
+
+    def write(self, data: bytes) -> None:
+        """Write a short answer."""
+        self.transport.write(data)
+
+    def flush(self) -> None:
+        """Write what `write` may have kept."""
 
     def stop_head_timer(self) -> None:
         """End the wait for a head."""
@@ -147,6 +157,7 @@ class GuardedProtocol(HttpToolsProtocol):
         lines = [*refusal.raw_headers, (b"x-request-id", request_id.encode())]
         _log.info("431 head too large", request_id=request_id)
         self.write_answer(431, lines, (bytes(refusal.body),), keep_alive=False)
+        self.flush()
         self.transport.close()
 
     def _start_head_timer(self) -> None:

@@ -45,11 +45,6 @@ class Option:
     schema: Mapping[str, Any] | None = None
     """JSON Schema; None for the headers that OpenAPI describes in other ways."""
 
-    @property
-    def key(self) -> bytes:
-        """A header's name as requests have it."""
-        return self.name.lower().encode()
-
 
 Options = tuple[Option, ...]
 """The options of a route."""
@@ -76,10 +71,15 @@ def read_options(call: Call, options: Options, make: Callable[[Mapping[str, Any]
     Raises InvalidRequestError for another query parameter, where a query is read at all, and what
     the options' parsers and `make` raise.
     """
-    lines = tuple([call.headers.get(one.key) for one in options if one.place == "header"])
+    lines = tuple(map(call.headers.get, _header_names(options)))
     size = len(call.query_string) + sum([len(one) for one in lines if one is not None])
     read = _read if size <= _REMEMBERED_BYTES else _read.__wrapped__
     return read(options, make, call.query_string, lines)  # type: ignore[no-any-return]
+
+
+@lru_cache(maxsize=64)
+def _header_names(options: Options) -> Sequence[bytes]:
+    return [one.name.lower().encode() for one in options if one.place == "header"]
 
 
 @lru_cache(maxsize=512)

@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from pydantic import ValidationError
 from uvicorn.supervisors import Multiprocess
 
+from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.core.crew import set_threads
 from bonsai_lora.core.json_numbers import prepare
@@ -106,10 +107,7 @@ def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAP
     from bonsai_lora.api.app import create_app  # noqa: PLC0415 - after the metrics' folder is known
 
     app = create_app(settings, shared)
-    if has_fast_lane(settings):
-        from bonsai_lora.fast_lane.routes import FastLane  # noqa: PLC0415 - it can be taken out
-
-        app.state.fast_lane = FastLane(app)
+    install_fast_lane(app, settings)
     return app
 
 
@@ -118,14 +116,20 @@ def has_fast_lane(settings: Settings) -> bool:
     return settings.fast_lane == "auto" and find_spec("bonsai_lora.fast_lane") is not None
 
 
-def _protocol(settings: Settings) -> Any:
+def install_fast_lane(app: FastAPI, settings: Settings) -> None:
+    """Give the connections of `app` what they share, where they use the fast lane."""
+    if has_fast_lane(settings):
+        from bonsai_lora.fast_lane.routes import FastLane  # noqa: PLC0415 - it can be taken out
+
+        app.state.fast_lane = FastLane(app)
+
+
+def connection_class(settings: Settings) -> Any:
     """Return the class that uvicorn makes for each connection."""
     if has_fast_lane(settings):
         from bonsai_lora.fast_lane.protocol import LaneConnection  # noqa: PLC0415
 
         return LaneConnection
-    from bonsai_lora.api.connection import GuardedProtocol  # noqa: PLC0415
-
     return GuardedProtocol
 
 
@@ -141,7 +145,7 @@ def _serve(settings: Settings, listener: socket.socket, temporary: str) -> int:
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,
         server_header=False,
-        http=_protocol(settings),
+        http=connection_class(settings),
         ws="none",
         proxy_headers=False,  # nothing here asks who the caller is
     )

@@ -21,6 +21,8 @@ from bonsai_lora.wire.buffers import Buffer
 
 LONG_BYTES = 1 << 16
 """Most that is read between requests: longer bodies go into their array from there on."""
+_BATCH_SECONDS = 1e-4
+"""An answer that took longer to compute does not wait for others."""
 _ALIGNMENT = 16
 """Of what NumPy allocates."""
 
@@ -43,6 +45,9 @@ class Carrier(Protocol):
         self, status: int, lines: Lines, parts: Sequence[Buffer], *, keep_alive: bool
     ) -> None:
         """Write an answer."""
+
+    def flush(self) -> None:
+        """Write all answers that wait for others."""
 
     def end_call(self, call: "LaneCall") -> None:
         """Get ready for the next request."""
@@ -132,7 +137,10 @@ class LaneCall(Call):
             if not self._status and not self._http.transport.is_closing():
                 self._write(fault_response(scope))
         finally:
-            observer.observe(scope, self._status, perf_counter() - started)
+            seconds = perf_counter() - started
+            if seconds > _BATCH_SECONDS:
+                self._http.flush()
+            observer.observe(scope, self._status, seconds)
             self._http.end_call(self)
 
     async def _answer(self) -> Response:

@@ -8,6 +8,7 @@ import httptools
 
 from bonsai_lora.api.body import parse_length
 from bonsai_lora.api.call import join_lines
+from bonsai_lora.api.connection import MAX_HEAD_LINES
 from bonsai_lora.api.middleware import REQUEST_ID
 from bonsai_lora.api.options import HEADER_LENGTH
 
@@ -33,13 +34,15 @@ class RequestHead:
 def read_head(raw: bytes) -> RequestHead | None:
     """Return the head that `raw` is, from its first line to the empty one.
 
-    None where it is not HTTP/1.1, not a POST of a declared length, or the last request of its
-    connection: uvicorn's parser takes those.
+    None where it is not HTTP/1.1, not a POST of a declared length, the last request of its
+    connection, or has too many lines: uvicorn's parser takes those.
     """
     collected = _Collected()
     try:
         collected.parser.feed_data(raw)
     except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+        return None
+    if len(collected.headers) > MAX_HEAD_LINES:
         return None
     headers = join_lines(collected.headers)
     declared = headers.get(b"content-length", b"")

@@ -151,6 +151,7 @@ class LaneProtocol(GuardedProtocol):
         if end >= 4 and data.startswith(_START):
             found = self.lane.find_head(data[:end])
         if found is None:
+            self.flush()  # the parser may answer and close at once
             super().data_received(data)
             return b""
         self.stop_head_timer()
@@ -162,7 +163,16 @@ class LaneProtocol(GuardedProtocol):
 
     def proceed(self) -> None:
         """Tell a client that waits for it to send its body."""
+        self.flush()
         self.transport.write(_CONTINUE)
+
+    def write(self, data: bytes) -> None:
+        """Write a short answer together with others."""
+        self.lane.batch.add(self.loop, self.transport, data)
+
+    def flush(self) -> None:
+        """Write all answers that wait for others."""
+        self.lane.batch.flush()
 
     def _hold(self, data: bytes) -> None:
         """Keep `data` for when the present answer is on its way."""
@@ -182,6 +192,7 @@ class LaneProtocol(GuardedProtocol):
         if self.transport.is_closing():
             return
         if not call.keep_alive:
+            self.flush()
             self.transport.close()
             return
         self._skipping = call.missing
@@ -219,6 +230,7 @@ class LaneProtocol(GuardedProtocol):
 
     def shutdown(self) -> None:
         """End the connection, after the answer that it waits for."""
+        self.flush()
         if self._call is None:
             super().shutdown()
         else:

@@ -1,5 +1,6 @@
 """Which routes the fast lane calls, and how it finds one by a path."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from functools import lru_cache
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from bonsai_lora.fast_lane.head import RequestHead, read_head
 
 _READ_BYTES = 1 << 18
 """Most that is read at once."""
+_BATCH_ANSWERS = 64
+"""Answers that are written together at most: they are memory that only the socket bounds."""
 _HEADS = 512
 """Heads that are remembered: a client's requests of one shape have one."""
 
@@ -45,6 +48,35 @@ class Found(NamedTuple):
     names: Sequence[str]
 
 
+class WriteBatch:
+    """Short answers that are written together once all requests that came together are computed.
+
+    A client that sleeps is woken by its answer, which costs the sender an interrupt (in a virtual
+    machine a long one). Behind the first, others find it awake: 1.4 times as many requests a second
+    of one row over eight connections (docs/decisions/0011-hot-routes.md).
+    """
+
+    def __init__(self) -> None:
+        self._answers: list[tuple[asyncio.Transport, bytes]] = []
+
+    def add(
+        self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, answer: bytes
+    ) -> None:
+        """Write `answer` before the event loop looks at its sockets again."""
+        if not self._answers:
+            loop.call_soon(self.flush)
+        self._answers.append((transport, answer))
+        if len(self._answers) == _BATCH_ANSWERS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write them now."""
+        answers, self._answers = self._answers, []
+        for transport, answer in answers:
+            if not transport.is_closing():
+                transport.write(answer)
+
+
 class FastLane:
     """What all connections of an application share."""
 
@@ -52,6 +84,7 @@ class FastLane:
         routes = list(lane_routes(app))
         self._routes = {(route.length, route.last): route for route in routes}
         assert len(self._routes) == len(routes), "two routes that look alike"
+        self.batch = WriteBatch()
         self.context: Context = app.state.context
         self.observer: Observer = app.state.observer
         self.read_buffer = memoryview(bytearray(_READ_BYTES))

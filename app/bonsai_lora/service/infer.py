@@ -270,6 +270,7 @@ class _Tensors:
     def _content(self, tensor: InferInput) -> memoryview | Array | list[Any]:
         if isinstance(tensor.content, Placement):
             return self._regions.read(tensor.content)
+        assert not isinstance(tensor.content, int), "the body's data are known by now"
         return tensor.content
 
 

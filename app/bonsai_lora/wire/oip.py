@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ _REGION_SIZE = "shared_memory_byte_size"
 _MAX_DIMENSIONS = 8
 """So that no product of a shape takes long."""
 
+_SHORT_BYTES = 1 << 10
+"""JSON up to this length is remembered."""
 _BINARY_ONLY = ("FP16", "BF16")
 _HINT = " (where binary data follow it, its length must be in Inference-Header-Content-Length)"
 
@@ -59,7 +62,8 @@ class InferInput:
     name: str
     datatype: str
     shape: tuple[int, ...]
-    content: memoryview | Array | list[Any] | Placement
+    content: memoryview | Array | list[Any] | Placement | int
+    """An int stands for as many bytes behind the JSON, before these are known."""
 
     @property
     def rows(self) -> int:
@@ -102,7 +106,34 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
         raise MalformedBodyError(
             f"Inference-Header-Content-Length is {end}, but the body has {len(body)} bytes"
         )
-    text = json.Text(body[:end])
+    text = body[:end]
+    request = _decode_short(bytes(text)) if end <= _SHORT_BYTES else _decode_text(text)
+    inputs = {}
+    for name, one in request.inputs.items():
+        if isinstance(one.content, int):
+            end, start = end + one.content, end
+            if end > len(body):
+                raise MalformedBodyError(
+                    f"input '{name}' says that it has {one.content} bytes of binary data, but the "
+                    f"body has {len(body) - start} left behind the JSON; is "
+                    "Inference-Header-Content-Length right?",
+                    field=name,
+                )
+            one = InferInput(name, one.datatype, one.shape, body[start:end])  # noqa: PLW2901
+        inputs[name] = one
+    if end != len(body):
+        raise MalformedBodyError(
+            f"the body has {len(body) - end} bytes more than its inputs describe; check "
+            "Inference-Header-Content-Length and each binary_data_size"
+        )
+    return InferRequest(
+        request.id, inputs, request.outputs, request.is_binary, request.scale, request.text
+    )
+
+
+def _decode_text(body: memoryview | bytes) -> InferRequest:
+    """Return what the JSON of a request says; binary inputs have the length of their data."""
+    text = json.Text(body)
     fields = json.decode_with_arrays(text.body, "the request's JSON", _HINT)
     if not isinstance(fields, dict) or not _is_list_of(dict, fields.get("inputs")):
         raise InvalidRequestError(
@@ -110,15 +141,10 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
         )
     inputs: dict[str, InferInput] = {}
     for one in fields["inputs"]:
-        decoded, end = _decode_input(one, body, end)
+        decoded = _decode_input(one)
         if decoded.name in inputs:
             raise InvalidRequestError(f"input '{decoded.name}' is given twice", field=decoded.name)
         inputs[decoded.name] = decoded
-    if end != len(body):
-        raise MalformedBodyError(
-            f"the body has {len(body) - end} bytes more than its inputs describe; check "
-            "Inference-Header-Content-Length and each binary_data_size"
-        )
     parameters = _parameters(fields, "the request")
     is_binary = _flag(parameters, "binary_data_output", default=False)
     asked = fields.get("outputs")
@@ -132,6 +158,10 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
         decode_weight(parameters.get("scale", 1.0), "parameters.scale"),
         text,
     )
+
+
+# A client's requests of one shape have the same JSON before their binary data.
+_decode_short = lru_cache(maxsize=256)(_decode_text)
 
 
 def check_floats(tensor: InferInput) -> np.dtype[Any]:
@@ -250,8 +280,7 @@ def encode_response(
     return [*text, *data], sum(map(len, text)) if data else None
 
 
-def _decode_input(value: Any, body: memoryview, start: int) -> tuple[InferInput, int]:
-    """Return an input, and where its data in `body`, from `start`, ends."""
+def _decode_input(value: Any) -> InferInput:
     name = _string(value.get("name"), "an input's name")
     shape = value.get("shape")
     if _is_list_of(int, shape) and len(shape) > _MAX_DIMENSIONS:
@@ -274,26 +303,17 @@ def _decode_input(value: Any, body: memoryview, start: int) -> tuple[InferInput,
             f"the parameter '{_REGION}'",
             field=name,
         )
-    content: memoryview | Array | list[Any] | Placement
-    stop = start
+    content: Array | list[Any] | Placement | int
     if placed is not None:
         content = placed
     elif size is not None:
-        stop = start + _size(size, "binary_data_size", name)
-        if stop > len(body):
-            raise MalformedBodyError(
-                f"input '{name}' says that it has {size} bytes of binary data, but the body has "
-                f"{len(body) - start} left behind the JSON; is Inference-Header-Content-Length "
-                "right?",
-                field=name,
-            )
-        content = body[start:stop]
+        content = _size(size, "binary_data_size", name)
     elif isinstance(data, list | np.ndarray):
         content = data
     else:
         raise InvalidRequestError(f"'data' of input '{name}' must be a list", field=name)
     datatype = _string(value.get("datatype"), f"the datatype of input '{name}'")
-    return InferInput(name, datatype, tuple(shape), content), stop
+    return InferInput(name, datatype, tuple(shape), content)
 
 
 def _decode_output(value: Any, *, default: bool) -> InferOutput:
