@@ -25,10 +25,10 @@ COMMAND = str(Path(sys.executable).parent / "bonsai-lora")
 
 
 @contextlib.contextmanager
-def running(*flags, **variables):
-    """Run `bonsai-lora serve` on a free port; give its URL and process."""
+def running(*flags, port="0", **variables):
+    """Run `bonsai-lora serve` on a free port; give where it says it serves, and its process."""
     process = subprocess.Popen(
-        [COMMAND, "serve", "--port", "0", *flags],
+        [COMMAND, "serve", *([] if port is None else ["--port", port]), *flags],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **variables},
@@ -37,7 +37,7 @@ def running(*flags, **variables):
         lines = []
         for line in process.stderr:
             lines.append(line)
-            if found := re.search(r"serving on (http://[\d.:]+)", line):
+            if found := re.search(r"serving on (.+), sets in", line):
                 break
         else:
             pytest.fail("it did not start:\n" + "".join(lines))

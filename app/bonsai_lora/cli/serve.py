@@ -83,9 +83,6 @@ def run(arguments: argparse.Namespace) -> int:
     cores = usable_cores()
     if settings.apply_threads > 1 and settings.apply_threads * settings.workers > cores:
         _log.warning("apply_threads times workers is over %s cores: applies will wait", cores)
-    # uvicorn raises the signal that ended it once more, for the handler that was there before.
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, _exit)
     try:
         with (
             listening(settings) as listeners,
@@ -131,6 +128,9 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: str) -
     server = uvicorn.Server(config)
     try:
         SetStore(Path(settings.store))
+        # uvicorn raises the signal that ended it once more, for the handler that was there before.
+        for ending in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(ending, _exit)
         if settings.workers == 1:
             config.load()
     except OSError as error:
