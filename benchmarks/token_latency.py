@@ -183,7 +183,6 @@ def check(step: Step, body: memoryview | bytes) -> None:
     got = np.frombuffer(bytes(body[-step.output_bytes :]), np.float32)
     expected = np.concatenate(step.outputs, axis=1)[0]
     if got.shape != expected.shape or not np.allclose(got, expected, rtol=1e-4, atol=1e-3):
-        # safetensors has the widest first and then goes by name
         raise RuntimeError(f"{step.modules} gave something else")
 
 
