@@ -20,7 +20,8 @@ from bonsai_lora.kernels.library import Kernels
 from bonsai_lora.settings import Settings
 
 sys.path[:0] = [
-    str(Path(__file__).parent / part) for part in ("", "core", "api", "end_to_end", "peers")
+    str(Path(__file__).parent / part)
+    for part in ("", "core", "api", "end_to_end", "peers", "storage")
 ]
 
 configure_logging("warning", "console")

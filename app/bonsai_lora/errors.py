@@ -43,6 +43,7 @@
     ├── MemoryBudgetError
     ├── StoreFullError
     ├── StoreReadOnlyError
+    ├── NewerFormatError                    a newer release wrote the set
     ├── UnsupportedFeatureError             not here, or not switched on
     └── InternalError                       ours, not the caller's
 
@@ -380,6 +381,23 @@ class StoreReadOnlyError(BonsaiLoraError):
 
     code = "store_read_only"
     title = "Store read-only"
+
+
+class NewerFormatError(BonsaiLoraError):
+    """The set is in a format of a newer release; its file is left as it is."""
+
+    code = "newer_format"
+    title = "Newer format"
+
+    def __init__(self, name: str, written: int, known: int) -> None:
+        super().__init__(
+            f"set {name!r} was written by a newer release, in record format {written}; this "
+            f"release reads format {known} and leaves the file untouched. Upgrade the service to "
+            "use, change or delete the set",
+            set=name,
+            got=written,
+            expected=known,
+        )
 
 
 class UnsupportedFeatureError(BonsaiLoraError):

@@ -1,6 +1,7 @@
 """Every setting, and the only reader of the environment."""
 
 import os
+import sys
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Literal
@@ -11,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from bonsai_lora.core.crew import MOST_THREADS
 
 _MIB, _GIB = 1 << 20, 1 << 30
+_PORT = 8000
 
 
 def _machine_memory_bytes() -> int:
@@ -19,6 +21,15 @@ def _machine_memory_bytes() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
     return min(physical, int(text)) if text.isdigit() else physical
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    if sys.version_info >= (3, 13):
+        return os.process_cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def is_loopback(host: str) -> bool:
@@ -35,7 +46,17 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="BONSAI_LORA_", extra="ignore")
 
     host: str = Field("127.0.0.1", description="address to listen on")
-    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="port to listen on; 0 takes a free one (default: 8000, or none with --uds)",
+    )
+    uds: Path | None = Field(
+        None,
+        description="Unix socket to listen on, for its owner and group (mode 0660); a port is "
+        "then served only if it is given too",
+    )
     store: str = Field(
         "./bonsai-lora-data",
         description="folder of the sets; 'memory:' is a temporary one that goes with the process",
@@ -49,7 +70,7 @@ class Settings(BaseSettings):
     shared_memory: bool = Field(
         False,
         description="true: local clients of /v2 may pass tensors through shared memory; only on "
-        "a loopback address",
+        "a loopback address or a Unix socket",
     )
     memory_budget_bytes: int = Field(
         default_factory=_machine_memory_bytes,
@@ -92,7 +113,7 @@ class Settings(BaseSettings):
         "auto", description="off: every request goes through FastAPI, with the same answers"
     )
     threads: int = Field(
-        default_factory=lambda: len(os.sched_getaffinity(0)),
+        default_factory=usable_cores,
         ge=1,
         description="worker threads for large pieces of work (default: the number of cores)",
     )
@@ -114,9 +135,14 @@ class Settings(BaseSettings):
     def _check_loopback(cls, value: bool, info: ValidationInfo) -> bool:  # noqa: FBT001
         """Memory of this machine is for callers on this machine."""
         host = info.data.get("host", "")
-        if value and not is_loopback(host):
+        has_port = info.data.get("uds") is None or info.data.get("port") is not None
+        if value and has_port and not is_loopback(host):
             raise ValueError(f"shared memory needs a loopback address, but the host is {host!r}")
         return value
+
+    def tcp_port(self) -> int | None:
+        """Return the port to listen on; None where only the Unix socket is served."""
+        return _PORT if self.port is None and self.uds is None else self.port
 
     def store_folder(self) -> Path | None:
         """Return the store's folder, or None for a temporary one."""

@@ -11,7 +11,12 @@ from bonsai_lora.api.app import create_app
 def test_health_and_readiness(client):
     assert client.get("/healthz").json() == {"status": "alive"}
     client.post("/v1/sets", json={"name": "s"})
-    assert client.get("/readyz").json() == {"status": "ready", "sets": 1, "bad_files": {}}
+    assert client.get("/readyz").json() == {
+        "status": "ready",
+        "sets": 1,
+        "bad_files": {},
+        "newer_files": [],
+    }
     assert client.get("/docs").status_code == 200
     assert client.get("/openapi.json").json()["info"]["title"] == "Bonsai LoRA"
 

@@ -25,10 +25,10 @@ COMMAND = str(Path(sys.executable).parent / "bonsai-lora")
 
 
 @contextlib.contextmanager
-def running(*flags, **variables):
-    """Run `bonsai-lora serve` on a free port; give its URL and process."""
+def running(*flags, port="0", command=(COMMAND,), **variables):
+    """Run `bonsai-lora serve` on a free port; give where it says it serves, and its process."""
     process = subprocess.Popen(
-        [COMMAND, "serve", "--port", "0", *flags],
+        [*command, "serve", *([] if port is None else ["--port", port]), *flags],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **variables},
@@ -37,7 +37,7 @@ def running(*flags, **variables):
         lines = []
         for line in process.stderr:
             lines.append(line)
-            if found := re.search(r"serving on (http://[\d.:]+)", line):
+            if found := re.search(r"serving on (.+), sets in", line):
                 break
         else:
             pytest.fail("it did not start:\n" + "".join(lines))
@@ -231,3 +231,31 @@ def test_threads_that_share_out_an_apply(tmp_path, rng):
         for row in range(0, 64, 7):
             assert np.array_equal(apply(x[row : row + 1])[0], together[row])
         client.close()
+
+
+def test_it_serves_where_calls_of_linux_are_missing(tmp_path):
+    """As on macOS: no affinity, no mincore, mallopt or prctl, and no limit on files to raise."""
+    code = (
+        "import ctypes, os, resource, sys\n"
+        "class Library(ctypes.CDLL):\n"
+        "    def __getattr__(self, name):\n"
+        "        if name in ('mincore', 'mallopt', 'prctl'):\n"
+        "            raise AttributeError(name)\n"
+        "        return super().__getattr__(name)\n"
+        "def refuse(*_):\n"
+        "    raise ValueError('current limit exceeds maximum limit')\n"
+        "from bonsai_lora.cli import main, serve\n"
+        "ctypes.CDLL, resource.setrlimit = Library, refuse\n"
+        "del os.sched_getaffinity\n"
+        "sys.exit(main.main())\n"
+    )
+    command = [sys.executable, "-c", code]
+    with running("--store", str(tmp_path), command=command) as (url, process):
+        httpx.post(f"{url}/v1/sets", json={"name": "s"}).raise_for_status()
+        httpx.put(f"{url}/v1/sets/s/adapters/m", json={"d_in": 2, "d_out": 2}).raise_for_status()
+        answer = httpx.post(f"{url}/v1/sets/s/adapters/m/apply", json={"inputs": [1, 2]})
+        assert answer.json()["outputs"] == [0.0, 0.0]
+        size = (tmp_path / "sets" / "s.safetensors").stat().st_size
+        assert httpx.get(f"{url}/v1/stats").json()["resident_bytes"] >= size
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0

@@ -6,7 +6,6 @@ on, headers out), a use case of `bonsai_lora.service`, and comes back; refusals 
 (`bonsai_lora.fast_lane`); they are the same functions.
 """
 
-import os
 import shutil
 import tempfile
 import weakref
@@ -42,7 +41,7 @@ from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
 from bonsai_lora.service.stats import store_stats
 from bonsai_lora.service.work import WorkPool
-from bonsai_lora.settings import Settings
+from bonsai_lora.settings import Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
@@ -101,7 +100,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         WorkPool(
             settings.max_concurrency,
             settings.threads,
-            has_spare_cores=min(settings.threads, len(os.sched_getaffinity(0))) > settings.workers,
+            has_spare_cores=min(settings.threads, usable_cores()) > settings.workers,
         ),
         applier,
         Inference(applier, store, regions),

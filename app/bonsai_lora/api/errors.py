@@ -36,6 +36,7 @@ STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.StalledError: HTTPStatus.REQUEST_TIMEOUT,
     errors.BaseChangedError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StoreReadOnlyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.NewerFormatError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.MemoryBudgetError: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.StoreFullError: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.UnsupportedFeatureError: HTTPStatus.NOT_IMPLEMENTED,

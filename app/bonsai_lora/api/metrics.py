@@ -81,6 +81,11 @@ class _StoreCollector(Collector):
         stats = self._store_stats()
         yield GaugeMetricFamily("bonsai_lora_sets", "Sets in the store.", stats.set_count)
         yield GaugeMetricFamily(
+            "bonsai_lora_newer_files",
+            "Files in the store that a newer release wrote; left as they are, and not served.",
+            stats.newer_file_count,
+        )
+        yield GaugeMetricFamily(
             "bonsai_lora_adapters", "Adapters of all sets.", stats.adapter_count
         )
         yield GaugeMetricFamily(

@@ -50,7 +50,12 @@ APPLY_ERRORS: Kinds = (
     errors.DoraNeedsBaseError,
     errors.UnsupportedAdapterError,
 )
-STORE_ERRORS: Kinds = (errors.MemoryBudgetError, errors.StoreFullError, errors.StoreReadOnlyError)
+STORE_ERRORS: Kinds = (
+    errors.MemoryBudgetError,
+    errors.StoreFullError,
+    errors.StoreReadOnlyError,
+    errors.NewerFormatError,
+)
 
 
 Responses = dict[int | str, dict[str, Any]]
@@ -65,7 +70,9 @@ def also(status: int, description: str, model: type[BaseModel] | None = None) ->
 def problems(*kinds: type[BonsaiLoraError]) -> Responses:
     """Return the `responses` of a route that refuses with these errors."""
     by_status: dict[int, list[str]] = defaultdict(list)
-    for kind in dict.fromkeys((*kinds, *ANY_ERRORS)):
+    # A set that a newer release wrote is refused wherever a set can be named.
+    newer = (errors.NewerFormatError,) if errors.SetNotFoundError in kinds else ()
+    for kind in dict.fromkeys((*kinds, *newer, *ANY_ERRORS)):
         by_status[int(status_of(kind))].append(kind.code)
     return {
         status: {

@@ -452,6 +452,9 @@ class Readiness(BaseModel):
     bad_files: dict[str, str] = Field(
         description="name -> reason, of files that were set aside since the start"
     )
+    newer_files: list[str] = Field(
+        description="names whose files a newer release wrote; they are left as they are"
+    )
 
 
 class Problem(BaseModel):

@@ -65,7 +65,9 @@ def add_commands(commands: Any) -> None:
 
 def _add(commands: Any, name: str, run: Callable[..., Any], text: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.add_argument("--url", default=_URL, help=f"of the service ({_URL})")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--url", default=_URL, help=f"of the service ({_URL})")
+    where.add_argument("--uds", metavar="PATH", help="Unix socket of the service")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     parser.set_defaults(run=_guarded(run))
     return parser
@@ -76,9 +78,7 @@ def _guarded(run: Callable[[httpx.Client, argparse.Namespace], Any]) -> Callable
 
     def guarded(arguments: argparse.Namespace) -> int:
         try:
-            with httpx.Client(
-                base_url=arguments.url, timeout=httpx.Timeout(60, read=600)
-            ) as client:
+            with _connected(arguments) as client:
                 answer = run(client, arguments)
             if arguments.json and answer is not None:
                 print(json.dumps(answer, indent=1))
@@ -88,12 +88,22 @@ def _guarded(run: Callable[[httpx.Client, argparse.Namespace], Any]) -> Callable
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_CLOSED
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - raised again if not known
-            code, text = _told(error, arguments.url)
+            where = f"unix:{arguments.uds}" if arguments.uds else arguments.url
+            code, text = _told(error, where)
             print(f"bonsai-lora: {text}", file=sys.stderr)
             return code
         return 0
 
     return guarded
+
+
+def _connected(arguments: argparse.Namespace) -> httpx.Client:
+    """Return a client of the service at --url or --uds."""
+    timeout = httpx.Timeout(60, read=600)
+    if arguments.uds is None:
+        return httpx.Client(base_url=arguments.url, timeout=timeout)
+    transport = httpx.HTTPTransport(uds=arguments.uds)
+    return httpx.Client(base_url="http://localhost", timeout=timeout, transport=transport)
 
 
 def _told(error: BaseException, url: str) -> tuple[int, str]:

@@ -22,11 +22,12 @@ from pydantic import ValidationError
 from uvicorn.supervisors import Multiprocess
 
 from bonsai_lora.api.connection import GuardedProtocol
+from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.core.crew import set_threads
 from bonsai_lora.core.json_numbers import prepare
 from bonsai_lora.kernels.target import may_run_new_code
-from bonsai_lora.settings import Settings
+from bonsai_lora.settings import Settings, usable_cores
 from bonsai_lora.storage.store import SetStore
 
 _log = logging.getLogger("bonsai_lora")
@@ -37,13 +38,11 @@ _KEPT_BYTES = 256 << 20
 """Most free memory at the heap's end that is kept."""
 
 
-def add_command(commands: Any) -> None:
-    """Add the command with its flags, made from the settings."""
-    parser = commands.add_parser(
-        "serve",
-        help="serve the HTTP API",
-        description="Serve the HTTP API. Each flag is also a variable: --max-rows is "
-        "BONSAI_LORA_MAX_ROWS. A flag beats the variable. Sizes are in bytes.",
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the command's flags, made from the settings."""
+    parser.description = (
+        "Serve the HTTP API. Each flag is also a variable: --max-rows is BONSAI_LORA_MAX_ROWS. "
+        "A flag beats the variable. Sizes are in bytes."
     )
     for name, field in Settings.model_fields.items():
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
@@ -82,18 +81,20 @@ def run(arguments: argparse.Namespace) -> int:
             "code that is made here; allow it (systemd: MemoryDenyWriteExecute=no)"
         )
         return 2
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     if settings.apply_threads > 1 and settings.apply_threads * settings.workers > cores:
         _log.warning("apply_threads times workers is over %s cores: applies will wait", cores)
     try:
-        listener = _listen(settings.host, settings.port)
-    except OSError as error:
-        _complain(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}; see --port")
+        with (
+            listening(settings) as listeners,
+            tempfile.TemporaryDirectory(prefix="bonsai-lora-") as temporary,
+        ):
+            if settings.store_folder() is None:
+                settings = settings.model_copy(update={"store": temporary})
+            return _serve(settings, listeners, temporary)
+    except ListenError as error:
+        _complain(str(error))
         return 2
-    with listener, tempfile.TemporaryDirectory(prefix="bonsai-lora-") as temporary:
-        if settings.store_folder() is None:
-            settings = settings.model_copy(update={"store": temporary})
-        return _serve(settings, listener, temporary)
 
 
 def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAPI:
@@ -133,7 +134,7 @@ def connection_class(settings: Settings) -> Any:
     return GuardedProtocol
 
 
-def _serve(settings: Settings, listener: socket.socket, temporary: str) -> int:
+def _serve(settings: Settings, listeners: list[socket.socket], temporary: str) -> int:
     if settings.workers > 1:
         # Where prometheus_client keeps what the workers count, so that any of them can tell it all.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = temporary
@@ -152,35 +153,21 @@ def _serve(settings: Settings, listener: socket.socket, temporary: str) -> int:
     server = uvicorn.Server(config)
     try:
         SetStore(Path(settings.store))
+        # uvicorn raises the signal that ended it once more, for the handler that was there before.
+        for ending in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(ending, _exit)
         if settings.workers == 1:
             config.load()
     except OSError as error:
         _complain(f"the store {settings.store!r} cannot be opened: {error}")
         return 2
-    host, port = listener.getsockname()[:2]
-    store = Path(settings.store).resolve()
-    _log.info("serving on http://%s:%s, sets in %s", host, port, store)
-    # uvicorn raises the signal that ended it once more, for the handler that was there before.
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, _exit)
+    addresses = " and ".join(address_of(one) for one in listeners)
+    _log.info("serving on %s, sets in %s", addresses, Path(settings.store).resolve())
     if settings.workers == 1:
-        server.run(sockets=[listener])
+        server.run(sockets=listeners)
     else:
-        Multiprocess(config, sockets=[listener]).run()
+        Multiprocess(config, sockets=listeners).run()
     return 0
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(2048)
-    except OSError:
-        listener.close()
-        raise
-    return listener
 
 
 def _end_with(supervisor: int) -> None:
@@ -207,7 +194,8 @@ def _keep_freed_memory() -> None:
 def _raise_file_limit() -> None:
     """Let the process open as many files as it may: each opened set takes one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with contextlib.suppress(ValueError):  # macOS calls it unlimited and takes no such number
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _warn_of_unknown_variables() -> None:

@@ -66,8 +66,12 @@ class Limits:
             )
 
     def check_budget(self, store: SetStore, name: str, new_bytes: int) -> None:
-        """Raise MemoryBudgetError where all sets, with `name` at `new_bytes`, exceed the budget."""
+        """Raise MemoryBudgetError where all sets, with `name` at `new_bytes`, exceed the budget.
+
+        Sets that a newer release wrote count with the size of their files.
+        """
         held = sum(one.total_memory_bytes for one in store.records() if one.name != name)
+        held += sum(store.newer_files().values())
         if held + new_bytes > self.memory_budget_bytes:
             raise MemoryBudgetError(
                 f"set {name!r} needs {new_bytes} bytes, the other sets hold {held}, and the "

@@ -17,6 +17,7 @@ from bonsai_lora.errors import (
     AdapterNotFoundError,
     InvalidAdapterError,
     InvalidRequestError,
+    NewerFormatError,
     SetExistsError,
     SetNotFoundError,
     ShapeMismatchError,
@@ -120,7 +121,7 @@ def list_sets(
     for name in names[start:]:
         try:
             record = store.read_record(name)
-        except SetNotFoundError:
+        except (SetNotFoundError, NewerFormatError):
             continue
         if base_model_name is None or record.base_model_name == base_model_name:
             if len(found) == limit:

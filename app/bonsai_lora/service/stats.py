@@ -26,6 +26,8 @@ class StoreStats:
     """Sums over all sets; the sets themselves largest first."""
 
     set_count: int
+    newer_file_count: int
+    """Files that a newer release wrote, which are not among the sets."""
     adapter_count: int
     total_trainable_params: int
     total_memory_bytes: int
@@ -43,6 +45,7 @@ def store_stats(store: SetStore) -> StoreStats:
     records = store.records()
     return StoreStats(
         len(records),
+        len(store.newer_files()),
         sum(one.adapter_count for one in records),
         sum(one.total_trainable_params for one in records),
         sum(one.total_memory_bytes for one in records),

@@ -6,8 +6,9 @@ first in the header, so that a listing reads a few kilobytes of each file and no
 
 import json
 import os
+import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,18 +17,50 @@ from bonsai_lora.core.cast import Array
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
-from bonsai_lora.errors import HeaderTooLargeError, MalformedSafetensorsError
+from bonsai_lora.errors import (
+    BonsaiLoraError,
+    HeaderTooLargeError,
+    MalformedSafetensorsError,
+    NewerFormatError,
+)
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.mapped import map_file
 from bonsai_lora.formats.peft import group_keys, set_tensors
 from bonsai_lora.storage.residency import resident_bytes
 from bonsai_lora.storage.upload import Arrived
 
+RECORD_FORMAT = 1
+"""The format of records that is written, and the newest that is read; records without one have it.
+
+It is raised when a record means something else to older releases. What they may ignore is a new
+key of the record, which they keep.
+"""
+
 _METADATA_START = b'{"__metadata__":'
 _RECORD_KEY = "bonsai_lora"
 _MODULES_KEY = "bonsai_lora_modules"
 _CONFIG_KEY = "adapter_config"
 _PEEK_BYTES = 1 << 14
+_RECORD_TYPES: Mapping[str, tuple[type, ...]] = {
+    "name": (str,),
+    "uid": (str,),
+    "version": (int,),
+    "created_at": (str,),
+    "updated_at": (str,),
+    "origin": (str,),
+    "base_model_name": (str,),
+    "config": (dict,),
+    "adapter_count": (int,),
+    "total_trainable_params": (int,),
+    "data_bytes": (int,),
+}
+"""Fields of a record, and what JSON makes of each."""
+_CONFIG_TYPES: Mapping[str, tuple[type, ...]] = {
+    "rank": (int,),
+    "alpha": (int, float),
+    "dropout": (int, float),
+    "target_modules": (list,),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +83,8 @@ class SetRecord:
     total_trainable_params: int
     data_bytes: int
     """Length of the tensors in the file."""
+    unknown: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of a later release's record in this format; they stay with the set as it changes."""
 
     @property
     def total_memory_bytes(self) -> int:
@@ -129,13 +164,12 @@ class NewSet:
         return header
 
     def _metadata(self) -> dict[str, str]:
-        record = self.record
         modules = {
             name: [one.config.alpha, one.scaling, one.layer]
             for name, one in self.lora_set.registry.adapters.items()
         }
         metadata = {
-            _RECORD_KEY: json.dumps({**asdict(record), "config": record.config.to_dict()}),
+            _RECORD_KEY: _encode_record(self.record),
             "format": "pt",
             _MODULES_KEY: json.dumps(modules),
         }
@@ -151,7 +185,8 @@ def _is_zero_constant(array: Array) -> bool:
 def read_record(path: Path) -> SetRecord:
     """Return the record of the file without reading its tensor entries.
 
-    Raises MalformedSafetensorsError where it is not a whole file of ours.
+    Raises MalformedSafetensorsError where it is not a whole file of ours, NewerFormatError where
+    a newer release wrote it.
     """
     with path.open("rb") as file:
         prefix = file.read(_PEEK_BYTES)
@@ -172,7 +207,7 @@ def read_record(path: Path) -> SetRecord:
 
 
 def open_set_file(path: Path) -> StoredSet:
-    """Return the set in that file, mapped; raises MalformedSafetensorsError as `read_record`."""
+    """Return the set in that file, mapped; raises as `read_record` does."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         mapped = map_file(file)
@@ -210,16 +245,48 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
     )
 
 
+def _encode_record(record: SetRecord) -> str:
+    known = {name: getattr(record, name) for name in _RECORD_TYPES}
+    known["config"] = record.config.to_dict()
+    return json.dumps({"format": RECORD_FORMAT, **known, **record.unknown})
+
+
 def _decode_record(path: Path, metadata: Any) -> SetRecord:
     try:
         fields = json.loads(metadata[_RECORD_KEY])
-        fields["config"] = LoraConfig.from_dict(fields["config"])
-        record = SetRecord(**fields)
-    except (KeyError, TypeError, ValueError):
+        written = fields.pop("format", RECORD_FORMAT)
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise MalformedSafetensorsError(f"{path.name} has no record of a set") from None
-    if path.name != f"{record.name}.safetensors":
-        raise MalformedSafetensorsError(f"{path.name} is a copy of set {record.name!r}")
-    return record
+    if type(written) is not int or written < 1:
+        raise MalformedSafetensorsError(f"{path.name} has a record of format {written!r}")
+    if written > RECORD_FORMAT:
+        raise NewerFormatError(path.stem, written, RECORD_FORMAT)
+    _check_types(path, fields, _RECORD_TYPES)
+    if path.stem != fields["name"]:
+        raise MalformedSafetensorsError(f"{path.name} is a copy of set {fields['name']!r}")
+    known = {name: fields.pop(name) for name in _RECORD_TYPES}
+    return SetRecord(**known | {"config": _decode_config(path, known["config"])}, unknown=fields)
+
+
+def _decode_config(path: Path, fields: Mapping[str, Any]) -> LoraConfig:
+    _check_types(path, fields, _CONFIG_TYPES)
+    try:
+        return LoraConfig.from_dict(fields)
+    except BonsaiLoraError as error:
+        raise MalformedSafetensorsError(
+            f"{path.name} has a record with a wrong config: {error}"
+        ) from None
+
+
+def _check_types(
+    path: Path, fields: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]
+) -> None:
+    for name, kinds in types.items():
+        value = fields.get(name)
+        if type(value) not in kinds or (type(value) is int and value < 0):
+            raise MalformedSafetensorsError(
+                f"{path.name} has a record whose {name} is {reprlib.repr(value)}"
+            )
 
 
 def _check_size(path: Path, expected: int, got: int) -> None:

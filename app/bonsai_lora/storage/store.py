@@ -24,6 +24,7 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import (
     BonsaiLoraError,
     BusyError,
+    NewerFormatError,
     SetNotFoundError,
     StoreFullError,
     StoreReadOnlyError,
@@ -31,6 +32,7 @@ from bonsai_lora.errors import (
 from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.formats.peft import set_tensors
 from bonsai_lora.storage.setfile import (
+    RECORD_FORMAT,
     NewSet,
     SetRecord,
     StoredSet,
@@ -80,6 +82,7 @@ class SetStore:
         self._max_open = max_open or min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._open: OrderedDict[str, tuple[Identity, StoredSet]] = OrderedDict()
         self._records: dict[str, tuple[Identity, SetRecord]] = {}
+        self._newer: dict[str, tuple[Identity, int]] = {}
         for folder in (self._sets, self.temporary, self._locks):
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -91,29 +94,32 @@ class SetStore:
         return sorted(name for name in names if is_set_name(name))
 
     def records(self) -> list[SetRecord]:
-        """Return the records of all sets by name; a set deleted meanwhile is left out."""
+        """Return the records of all sets by name.
+
+        A set deleted meanwhile is left out, and so is one that a newer release wrote.
+        """
         found = []
         names = self.list_names()
         for name in names:
-            with contextlib.suppress(SetNotFoundError):
+            with contextlib.suppress(SetNotFoundError, NewerFormatError):
                 found.append(self.read_record(name))
         # What another process deleted is let go here at the latest.
-        for gone in (self._open.keys() | self._records.keys()) - set(names):
+        for gone in (self._open.keys() | self._records.keys() | self._newer.keys()) - set(names):
             self.forget(gone)
         return found
 
     def read_record(self, name: str) -> SetRecord:
-        """Return the record of a set; raises SetNotFoundError."""
+        """Return the record of a set; raises SetNotFoundError, NewerFormatError."""
         identity = self._identity(name)
         known = self._records.get(name)
         if known is not None and known[0] == identity:
             return known[1]
-        record = self._checked(name, read_record)
+        record = self._checked(name, identity, read_record)
         self._records[name] = (identity, record)
         return record
 
     def read(self, name: str) -> StoredSet:
-        """Return the set as it is now; raises SetNotFoundError.
+        """Return the set as it is now; raises SetNotFoundError, NewerFormatError.
 
         Costs one `stat` where the set is open in this process, and mapping its file otherwise.
         """
@@ -123,7 +129,7 @@ class SetStore:
             with contextlib.suppress(KeyError):  # another thread may forget it meanwhile
                 self._open.move_to_end(name)
             return known[1]
-        opened = self._checked(name, open_set_file)
+        opened = self._checked(name, identity, open_set_file)
         self._remember(name, identity, opened)
         return opened
 
@@ -173,6 +179,7 @@ class SetStore:
             version=previous.version + 1 if previous else 1,
             created_at=previous.created_at if previous else now,
             updated_at=now,
+            unknown=previous.unknown if previous else {},
             origin=origin,
             base_model_name=lora_set.base_model_name,
             config=lora_set.registry.config,
@@ -262,6 +269,7 @@ class SetStore:
         """Let go of what this process has of a set; it is read anew when it is next asked for."""
         self._open.pop(name, None)
         self._records.pop(name, None)
+        self._newer.pop(name, None)
 
     def _remember(self, name: str, identity: Identity, opened: StoredSet) -> None:
         self._open[name] = (identity, opened)
@@ -271,12 +279,19 @@ class SetStore:
             with contextlib.suppress(KeyError):
                 self._open.popitem(last=False)
 
-    def _checked(self, name: str, reader: Callable[[Path], T]) -> T:
-        """Return what `reader` makes of the file of `name`; a bad file is set aside."""
-        identity = self._identity(name)
+    def _checked(self, name: str, identity: Identity, reader: Callable[[Path], T]) -> T:
+        """Return what `reader` makes of the file of `name`.
+
+        A bad file is set aside; one of a newer release is left in place, and remembered, since
+        every sum over all sets comes past it.
+        """
+        newer = self._newer.get(name)
+        if newer is not None and newer[0] == identity:
+            raise NewerFormatError(name, newer[1], RECORD_FORMAT)
         try:
             found = reader(self._path(name))
             self._unmovable.pop(name, None)
+            self._newer.pop(name, None)
             return found
         except FileNotFoundError:
             raise SetNotFoundError(name) from None
@@ -284,6 +299,9 @@ class SetStore:
             with _storage_errors():
                 raise
             raise SetNotFoundError(name) from error
+        except NewerFormatError as error:
+            self._newer[name] = (identity, error.values["got"])
+            raise
         except _UNREADABLE as error:
             self._set_aside(name, identity, getattr(error, "detail", repr(error)))
             raise SetNotFoundError(name) from None
@@ -306,6 +324,10 @@ class SetStore:
             target.with_name(f"{target.name}.reason").write_text(reason, encoding="utf-8")
             return
         self._unmovable[name] = reason
+
+    def newer_files(self) -> dict[str, int]:
+        """Return name -> size in bytes of the files that a newer release wrote, as last seen."""
+        return {name: identity[2] for name, (identity, _) in sorted(self._newer.items())}
 
     def bad_files(self) -> dict[str, str]:
         """Return name -> reason of the files that were set aside and are still there."""

@@ -97,7 +97,7 @@ async def list_models(
                 continue
             try:
                 found.append((await _repo(context, owner, name, "main")).info())
-            except _HubError:
+            except (_HubError, errors.NewerFormatError):
                 continue
             if len(found) == min(limit, 1000):
                 return found

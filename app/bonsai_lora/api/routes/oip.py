@@ -88,7 +88,7 @@ def _of_model(ending: str, what: str, summary: str) -> Callable[[Endpoint], Endp
     """Declare a GET of a model: as it is now, and of one version, which is 404 once it is gone."""
 
     def declare(endpoint: Endpoint) -> Endpoint:
-        responses = oip_errors(404)
+        responses = oip_errors(404, 503)
         router.get(
             f"{_MODEL}{ending}",
             operation_id=f"get_model{what}",
@@ -273,7 +273,7 @@ async def load_model(request: Request, context: InContext, model: FoundModel) ->
     summary="Let go of a set's memory",
     response_class=Response,
     openapi_extra=optional_body(oip_schemas.RepositoryRequest),
-    responses=empty_answer() | oip_errors(400, 404),
+    responses=empty_answer() | oip_errors(400, 404, 503),
 )
 async def unload_model(request: Request, context: InContext, model: FoundModel) -> Response:
     """The set stays, and is opened again when it is next used."""

@@ -33,9 +33,12 @@ async def get_health() -> schemas.Health:
     responses=problems(errors.BusyError),
 )
 async def get_readiness(context: InContext) -> schemas.Readiness:
-    """Also names the files of the store that were bad and set aside."""
-    records = await anyio.to_thread.run_sync(context.store.records)
-    return schemas.Readiness(sets=len(records), bad_files=context.store.bad_files())
+    """Also names files that were bad and set aside, and those that a newer release wrote."""
+    store = context.store
+    records = await anyio.to_thread.run_sync(store.records)
+    return schemas.Readiness(
+        sets=len(records), bad_files=store.bad_files(), newer_files=list(store.newer_files())
+    )
 
 
 @router.get(
