@@ -1,6 +1,7 @@
 """Runs the blocks of a Markdown page as a reader would: from top to bottom, in an empty folder.
 
-- `console`: each line that starts with `$ ` is a command; the lines below it are its output.
+- `console`: each line that starts with `$ ` is a command; the lines below it are its output. What a
+  command exports stays for those that follow.
 - `sh`: the whole block is one script. `make run` and `bonsai-lora serve …` start the service, in place
   of the one that runs (every page begins with one that has only defaults).
 - `python`: the blocks of a page share their names. `typescript`: each block is a module of its own.
@@ -37,7 +38,7 @@ _FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
-_SERVE = re.compile(r"^(?:make run|bonsai-lora serve\b(?P<flags>[^#\n]*))", re.MULTILINE)
+_SERVE = re.compile(r"^(?:make run|bonsai-lora serve\b(?P<flags>(?:\\\n|[^#\n])*))", re.MULTILINE)
 _PRINTED = re.compile(r"^\s*(?:print|console\.log)\(.*?\);?[ \t]+(?:#|//) (.*)$", re.MULTILINE)
 _VARIABLE = re.compile(
     r"(?P<gap>\s+)|(?P<any>…)|(?P<time>\d{4}-\d\d-\d\dT[\d:.]+Z)|(?P<id>\"request_id\": ?\"\w+\")"
@@ -115,6 +116,8 @@ class Reader:
         self._names = {"__name__": "__main__"}
         self._server = None
         self._log = (folder / "server.log").open("w")
+        self._shell = folder / "shell"
+        self._shell.touch()
         self._bin = folder / "bin"
         self._bin.mkdir()
         self._write_command()
@@ -145,7 +148,7 @@ class Reader:
 
     def _sh(self, text, _):
         for start in _SERVE.finditer(text):
-            self._serve(shlex.split(start["flags"] or ""))
+            self._serve(shlex.split((start["flags"] or "").replace("\\\n", " ")))
         self._bash(_SERVE.sub("", text))
 
     def _python(self, text, line):
@@ -165,7 +168,9 @@ class Reader:
         path.unlink()
 
     def _bash(self, script):
-        return self._run(["bash", "-euo", "pipefail", "-c", script])
+        """Run a script; variables that it exports and the folder it goes to stay, as in a terminal."""
+        keep = f"export -p > {self._shell}\nprintf 'cd %q\\n' \"$PWD\" >> {self._shell}"
+        return self._run(["bash", "-euo", "pipefail", "-c", f". {self._shell}\n{script}\n{keep}"])
 
     def _run(self, command):
         done = subprocess.run(
@@ -187,7 +192,8 @@ class Reader:
     def _write_command(self):
         """Give client commands, which reach port 8000 unless told, the address of this service."""
         real = Path(sys.executable).parent / "bonsai-lora"
-        script = f'#!/bin/sh\nexec {real} "$@" --url http://127.0.0.1:{self._port}\n'
+        client = f'exec {real} "$@" --url http://127.0.0.1:{self._port}'
+        script = f'#!/bin/sh\ncase "$1" in serve | -*) exec {real} "$@" ;; esac\n{client}\n'
         (self._bin / "bonsai-lora").write_text(script)
         (self._bin / "bonsai-lora").chmod(0o755)
 

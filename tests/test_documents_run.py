@@ -96,6 +96,9 @@ x = 2.5
 echo there > file
 ```
 ```console
+$ export GREETING="there  it is" && mkdir -p folder && cd folder
+$ echo "$GREETING" && cd ..
+there it is
 $ cat \\
   file
 there
@@ -108,7 +111,8 @@ $ bonsai-lora ls --json
 make run
 ```
 ```sh
-bonsai-lora serve --max-rank 3  # in another terminal
+bonsai-lora serve \\
+    --max-rank 3  # in another terminal
 ```
 ```console
 $ curl -s localhost:8000/v1/sets -H 'Content-Type: application/json' -d '{"name": "a", "config": {"rank": 4}}'
