@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev test-peers lock format clean
+.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev test-peers test-page lock format clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -16,9 +16,11 @@ run: setup ## serve on 127.0.0.1:8000 with the store in ./bonsai-lora-data
 test: setup-dev ## run the tests
 	@$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered
 
-check: setup-dev ## format, lint, types, imports, Dockerfile, compose file
+check: setup-dev ## format, lint, prose, types, imports, Dockerfile, compose file
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
+	$(BIN)/python tests/prose.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
@@ -48,6 +50,9 @@ docker: ## build the image and start it
 
 test-peers: setup-dev $(VENV)/.peers ## compare with torch, peft, safetensors
 	@$(BIN)/python -m pytest -q -m peers
+
+test-page: setup-dev ## drive the documentation page in Chromium
+	@$(BIN)/python -m pytest -q -m page
 
 setup: $(VENV)/.run
 

@@ -29,6 +29,7 @@ from bonsai_lora.api.routes import (
     merge,
     oip,
     operations,
+    page,
     sets,
     shared_memory,
     stats,
@@ -88,6 +89,8 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         description=_DESCRIPTION,
         openapi_tags=_TAGS,
         redirect_slashes=False,
+        docs_url=None,  # routes/page.py
+        redoc_url=None,
     )
     limits = limits_of(settings)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
@@ -122,6 +125,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
             shared_memory,
             stats,
             operations,
+            page,
             hub,
         )
     ]

@@ -2,7 +2,6 @@
 
 import anyio.to_thread
 from fastapi import APIRouter, Response
-from starlette.responses import RedirectResponse
 
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
@@ -10,12 +9,6 @@ from bonsai_lora.api.deps import InContext
 from bonsai_lora.api.openapi import problems, text_answer
 
 router = APIRouter(tags=["operations"])
-
-
-@router.get("/", include_in_schema=False)
-async def get_root() -> RedirectResponse:
-    """Show people the documentation."""
-    return RedirectResponse("/docs")
 
 
 @router.get(
