@@ -37,15 +37,15 @@ class LaneRoute:
         ]
         self.variable = [place for place, piece in enumerate(pieces) if piece.startswith("{")]
         self.endpoint = endpoint
-        self.about = SimpleNamespace(path=path)
+        self.scope_route = SimpleNamespace(path=path)
         """Stands in for the framework's route in the scope; metrics read its `path`."""
 
 
-class Found(NamedTuple):
+class RouteMatch(NamedTuple):
     """A matched route and the values of its path parameters."""
 
     route: LaneRoute
-    names: Sequence[str]
+    parameters: Sequence[str]
 
 
 class WriteBatch:
@@ -89,21 +89,21 @@ class FastLane:
         self.observer: Observer = app.state.observer
         self.read_buffer = memoryview(bytearray(_READ_BYTES))
         """Shared by all connections: each copies its bytes before the next one reads."""
-        self.find_head = lru_cache(_HEADS)(self._find_head)
+        self.match_head = lru_cache(_HEADS)(self._match_head)
         """Return the parsed head and the matched route of head bytes, or None."""
 
-    def find(self, path: str) -> Found | None:
+    def match(self, path: str) -> RouteMatch | None:
         """Return the match for a POST to `path`, or None."""
         pieces = path.split("/")
         route = self._routes.get((len(pieces), pieces[-1]))
         if route is None or any(pieces[place] != piece for place, piece in route.fixed):
             return None
         names = [pieces[place] for place in route.variable]
-        return Found(route, names) if all(names) else None
+        return RouteMatch(route, names) if all(names) else None
 
-    def _find_head(self, raw: bytes) -> tuple[RequestHead, Found] | None:
+    def _match_head(self, raw: bytes) -> tuple[RequestHead, RouteMatch] | None:
         head = read_head(raw)
-        found = None if head is None else self.find(head.path)
+        found = None if head is None else self.match(head.path)
         return None if head is None or found is None else (head, found)
 
 
