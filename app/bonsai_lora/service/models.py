@@ -1,4 +1,4 @@
-"""What the Open Inference Protocol tells of sets as models, and what it does to them."""
+"""Metadata, configuration and statistics of sets as Open Inference Protocol models."""
 
 import mmap
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ PLATFORM = "bonsai_lora"
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """An input or output of a model; -1 stands for any number."""
+    """An input or output of a model; -1 stands for any size."""
 
     name: str
     datatype: str
@@ -27,7 +27,7 @@ class Tensor:
 
 
 def inputs_of(model: Model) -> list[Tensor]:
-    """Return what a model takes: its modules, and `x` for all of them."""
+    """Return a model's inputs: its modules, and `x`, which feeds all of them."""
     shared = Tensor(SHARED_INPUT, "FP32", [-1, -1])
     if model.stored is None:
         return [Tensor(SETS, "BYTES", [-1]), shared]
@@ -42,12 +42,12 @@ def inputs_of(model: Model) -> list[Tensor]:
 
 
 def outputs_of(model: Model) -> list[Tensor]:
-    """Return what a model gives: its modules. Those of the mixed model are its sets' own."""
+    """Return a model's outputs: its modules. The mixed model's depend on the requested sets."""
     return [Tensor(name, "FP32", [-1, one.d_out]) for name, one in model.adapters.items()]
 
 
 def config_of(model: Model) -> dict[str, Any]:
-    """Return the model's configuration, in the fields of Triton's model_config.proto."""
+    """Return a model's configuration with the fields of Triton's model_config.proto."""
 
     def tensor(one: Tensor) -> dict[str, Any]:
         kind = "STRING" if one.datatype == "BYTES" else one.datatype
@@ -71,14 +71,14 @@ def config_of(model: Model) -> dict[str, Any]:
 
 
 def list_models(store: SetStore) -> list[dict[str, str]]:
-    """Return the repository index: every set is ready, also one that is not in memory yet."""
+    """Return the repository index: every set is ready, even if it is not in memory yet."""
     in_memory = {one.record.name for one in store.open_sets()}
     sets = [
         {
             "name": record.name,
             "version": str(record.version),
             "state": "READY",
-            "reason": "" if record.name in in_memory else "on disk, opened when it is used",
+            "reason": "" if record.name in in_memory else "on disk, opened on first use",
         }
         for record in store.records()
     ]
@@ -86,18 +86,18 @@ def list_models(store: SetStore) -> list[dict[str, str]]:
 
 
 def load(stored: StoredSet) -> None:
-    """Bring a set's file into memory."""
+    """Read a set's file into the page cache, and prepare its adapters."""
     np.add.reduce(np.frombuffer(stored.file, np.uint8)[:: mmap.PAGESIZE])  # a byte of each page
     for adapter in stored.lora_set.registry.adapters.values():
-        adapter.operands  # noqa: B018 - asked for, so that it is ready
+        adapter.operands  # noqa: B018 - computed on first access
 
 
 def statistics_of(
     counts: CountFile, models: Sequence[tuple[str, str, str]], memory: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """Return Triton's statistics of models, each a name, a version and a tag of its content.
+    """Return Triton's statistics of models, each given as name, version and content tag.
 
-    `memory` has the resident bytes of those that are in this process's memory.
+    `memory` has the resident bytes of the models that this process has open.
     """
     found = counts.read({name: content for name, _, content in models})
     return [
