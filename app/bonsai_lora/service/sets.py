@@ -29,7 +29,7 @@ from bonsai_lora.formats.peft_config import decode_config
 from bonsai_lora.service.limits import Limits, shapes_bytes
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.store import SetStore
-from bonsai_lora.storage.upload import Arrived, Upload
+from bonsai_lora.storage.upload import ReceivedUpload, Upload
 
 Precondition = Callable[[SetRecord | None], None]
 """Called with the current record (None: no such set); raises PreconditionFailedError."""
@@ -91,8 +91,8 @@ def import_peft(
     """
     check_set_name(name)
     config = decode_config(raw_config)
-    arrived = upload.finish()
-    adapter = peft.decode_adapter(config, arrived.tensors, name)
+    received = upload.finish()
+    adapter = peft.decode_adapter(config, received.tensors, name)
     for one in adapter.lora_set.registry.adapters.values():
         limits.check_rank(one.rank)
     with store.lock(name):
@@ -105,7 +105,7 @@ def import_peft(
             origin="peft",
             previous=previous,
             adapter_config=config.raw,
-            arrived=None if adapter.ignored_keys else (arrived, adapter.names),
+            received=None if adapter.ignored_keys else (received, adapter.names),
         )
     norms = {module: delta_norm(one) for module, one in stored.lora_set.registry.adapters.items()}
     return Imported(stored, previous is None, adapter.ignored_keys, adapter.warnings, norms)
@@ -229,7 +229,7 @@ def _write(
     origin: str,
     previous: SetRecord | None,
     adapter_config: Mapping[str, Any] | None = None,
-    arrived: tuple[Arrived, Mapping[str, str]] | None = None,
+    received: tuple[ReceivedUpload, Mapping[str, str]] | None = None,
 ) -> StoredSet:
     """Write a set within the memory budget, under the lock that guards the budget."""
     with store.lock_all():
@@ -240,7 +240,7 @@ def _write(
             now=_now(),
             previous=previous,
             adapter_config=adapter_config,
-            arrived=arrived,
+            received=received,
         )
 
 
