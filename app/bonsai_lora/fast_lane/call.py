@@ -1,4 +1,4 @@
-"""One request to a route of the fast lane, on the connection that it came by."""
+"""One request to a fast-lane route, tied to its connection."""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
@@ -20,11 +20,11 @@ from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.wire.buffers import Buffer
 
 LONG_BYTES = 1 << 16
-"""Most that is read between requests: longer bodies go into their array from there on."""
+"""Read size between requests; the rest of a longer body is read straight into its array."""
 _BATCH_SECONDS = 1e-4
-"""An answer that took longer to compute does not wait for others."""
+"""A response that took longer than this to compute is not held back for batching."""
 _ALIGNMENT = 16
-"""Of what NumPy allocates."""
+"""Alignment in bytes of the memory that NumPy allocates."""
 
 
 class Carrier(Protocol):
@@ -36,25 +36,25 @@ class Carrier(Protocol):
     transport: asyncio.Transport
 
     async def fill(self, target: memoryview, filled: int, stall_seconds: float) -> None:
-        """Read the rest of a body."""
+        """Read the rest of the body into `target`, starting at `filled`."""
 
     def proceed(self) -> None:
-        """Tell the client to send its body."""
+        """Send `100 Continue`."""
 
     def write_answer(
         self, status: int, lines: Lines, parts: Sequence[Buffer], *, keep_alive: bool
     ) -> None:
-        """Write an answer."""
+        """Write a response."""
 
     def flush(self) -> None:
-        """Write all answers that wait for others."""
+        """Write all batched responses."""
 
     def end_call(self, call: "LaneCall") -> None:
-        """Get ready for the next request."""
+        """Prepare the connection for its next request."""
 
 
 class LaneCall(Call):
-    """A call whose body comes by a `Carrier`, and whose answer goes there."""
+    """A call that reads its body from a `Carrier` and writes its response there."""
 
     __slots__ = (
         "_body",
@@ -74,7 +74,7 @@ class LaneCall(Call):
         self._head = head
         self._found = found
         self._body: Buffer = b""
-        # What logs, counts and refusals read; under the names of an ASGI scope.
+        # The part of an ASGI scope that logging, metrics and error responses read.
         self._scope: dict[str, Any] = {
             "method": "POST",
             "path": head.path,
@@ -89,13 +89,14 @@ class LaneCall(Call):
 
     @property
     def missing(self) -> int:
-        """Bytes of the body that have not come."""
+        """Bytes of the body that are still to be received."""
         return self._head.length - len(self._body)
 
     def take(self, data: bytes) -> bytes:
-        """Add to the body, and start when it is whole, or too long to wait for.
+        """Append `data` to the body; return the bytes after its end.
 
-        Returns what does not belong to it.
+        Starts the route's function once the body is complete. A body longer than LONG_BYTES is
+        started immediately and reads its rest by itself.
         """
         missing = self.missing
         if data and missing:
@@ -108,12 +109,12 @@ class LaneCall(Call):
         return data[missing:]
 
     def stall(self) -> None:
-        """Let the route refuse a body that does not come."""
+        """Start the route's function, which then raises StalledError for the missing body."""
         self._is_stalled = True
         self._start()
 
     def _start(self) -> None:
-        """Serve: at once where nothing has to be waited for, else in a task."""
+        """Run the call synchronously up to its first await; finish it in a task if it has one."""
         http = self._http
         self.is_started = True
         steps = self._serve()
@@ -144,12 +145,12 @@ class LaneCall(Call):
             self._http.end_call(self)
 
     async def _answer(self) -> Response:
-        """Return what the route's function answers, or its refusal."""
+        """Return the response of the route's function, or an error response."""
         try:
             return await self._found.route.endpoint(self, *self._found.names)
         except BonsaiLoraError as error:
             if self.missing and self._head.expects:
-                self.keep_alive = False  # nobody knows whether the body will come
+                self.keep_alive = False  # the client may or may not send the body
             return problem_response(error, self._scope)
 
     def _write(self, answer: Response) -> None:
@@ -162,13 +163,13 @@ class LaneCall(Call):
         self._status = answer.status_code
 
     async def _read(self, limit: int) -> Buffer:
-        del limit  # the length was declared
+        del limit  # `body` has checked the declared length
         if self.missing:
             await self._read_rest(self.context.settings.stall_seconds)
         return self._body
 
     async def _read_rest(self, stall_seconds: float) -> None:
-        """Read what is missing from the socket into an array."""
+        """Read the missing bytes from the socket straight into an array."""
         http = self._http
         if self._is_stalled:
             self.keep_alive = False
@@ -176,24 +177,24 @@ class LaneCall(Call):
         try:
             if self._head.expects and not self._body:
                 http.proceed()
-            # Aligned for the numbers behind a header whose length the head tells.
+            # Align the binary data, which begins after a JSON header of declared length.
             shift = -self._head.data_start % _ALIGNMENT
             room = np.empty(shift + self._head.length, np.uint8)
             target = as_bytes(room[shift:])
             filled = len(self._body)
             target[:filled] = self._body
-            self._body = target  # what comes behind it is another request's
+            self._body = target
             await http.fill(target, filled, stall_seconds)
         except BaseException:
-            self.keep_alive = False  # the rest of the body would be taken for a request
+            self.keep_alive = False  # the rest of the body would be parsed as a request
             raise
 
 
 def stalled(seconds: float) -> StalledError:
-    """Return the refusal of a body that does not come."""
+    """Return the error for a client that stopped sending its body."""
     return StalledError(f"the client sent nothing for {seconds:g} s")
 
 
 async def _rest(steps: Coroutine[Any, Any, None], yielded: Any) -> None:
-    # A task wants a coroutine, and what `types.coroutine` makes is none to asyncio.
+    # asyncio accepts only native coroutines, which the result of `types.coroutine` is not.
     await go_on(steps, yielded)
