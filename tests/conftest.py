@@ -13,8 +13,9 @@ import uvicorn
 from targets import TARGETS, name_of
 
 from bonsai_lora.api.app import create_app
-from bonsai_lora.api.direct import DirectConnection
 from bonsai_lora.cli.logs import configure_logging
+from bonsai_lora.fast_lane.protocol import LaneConnection
+from bonsai_lora.fast_lane.routes import FastLane
 from bonsai_lora.formats import safetensors
 from bonsai_lora.kernels.library import Kernels
 from bonsai_lora.settings import Settings
@@ -57,11 +58,12 @@ def based(settings, tmp_path):
 @contextlib.contextmanager
 def serving(app, **options):
     """Serve `app` on a free port of the loopback, in a thread; give its URL."""
+    app.state.fast_lane = FastLane(app)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
             port=0,
-            http=DirectConnection,  # as `bonsai-lora serve` does
+            http=LaneConnection,  # as `bonsai-lora serve` does
             log_config=None,
             access_log=False,
             server_header=False,

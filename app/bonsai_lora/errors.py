@@ -20,6 +20,7 @@
     ├── TooLargeError                       over a limit of the settings
     │   ├── BodyTooLargeError
     │   ├── HeaderTooLargeError
+    │   ├── HeadTooLargeError
     │   ├── TooManyRowsError
     │   └── AnswerTooLargeError
     ├── UnsupportedMediaTypeError
@@ -218,6 +219,13 @@ class HeaderTooLargeError(TooLargeError):
 
     code = "header_too_large"
     title = "Tensor header too large"
+
+
+class HeadTooLargeError(TooLargeError):
+    """The head of a request is too long, or has too many lines."""
+
+    code = "head_too_large"
+    title = "Request head too large"
 
 
 class TooManyRowsError(TooLargeError):

@@ -88,6 +88,9 @@ class Settings(BaseSettings):
         description="threads that share out each large apply, in each worker, 1 to 16: it is done "
         "sooner, but they look out for more work for a moment after each",
     )
+    fast_lane: Literal["auto", "off"] = Field(
+        "auto", description="off: every request goes through FastAPI, with the same answers"
+    )
     threads: int = Field(
         default_factory=lambda: len(os.sched_getaffinity(0)),
         ge=1,

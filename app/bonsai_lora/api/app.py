@@ -2,8 +2,8 @@
 
 A request passes `ObserveMiddleware` (id, metrics, log), one route of `routes/` (headers in, bytes
 on, headers out), a use case of `bonsai_lora.service`, and comes back; refusals become problems in
-`errors.py`. The few routes that are called all the time are answered by `hot.py`, before the
-framework.
+`errors.py`. `bonsai-lora serve` calls the functions of the hottest routes without the framework
+(`bonsai_lora.fast_lane`); they are the same functions.
 """
 
 import os
@@ -17,11 +17,9 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bonsai_lora.api.deps import Context
+from bonsai_lora.api.context import Context
 from bonsai_lora.api.errors import install_error_handlers
-from bonsai_lora.api.hot import HotRoutes
 from bonsai_lora.api.metrics import Metrics
 from bonsai_lora.api.middleware import ObserveMiddleware, Observer
 from bonsai_lora.api.openapi import install_openapi
@@ -73,23 +71,6 @@ _TAGS = [
 ]
 
 
-class Application(FastAPI):
-    """FastAPI with something before it."""
-
-    front: ASGIApp
-    """What a server calls; it passes on to `serve`."""
-    hot: HotRoutes
-    """The routes that `app/bonsai_lora/api/direct.py` answers without ASGI."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request or the lifespan."""
-        await self.front(scope, receive, send)
-
-    async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve by the framework."""
-        await super().__call__(scope, receive, send)
-
-
 def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     """Return the application over the store that `settings` names.
 
@@ -101,7 +82,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         shared = _new_folder()
         _remove_with(store, shared)
     metrics = Metrics(partial(store_stats, store))
-    app = Application(
+    app = FastAPI(
         title="Bonsai LoRA",
         version=version("bonsai-lora"),
         summary="The adapter server for Bonsai and Qwen3 models.",
@@ -148,13 +129,19 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     for router in routers:
         app.include_router(router)
     own = [route for route in app.routes if isinstance(route, Route)]
-    install_error_handlers(app, [*own, *(route for router in routers for route in router.routes)])
+    app.state.routes = [*own, *(route for router in routers for route in router.routes)]
+    install_error_handlers(app, app.state.routes)
     install_openapi(app)
-    observer = Observer(metrics)
-    routes = [*apply.HOT_ROUTES, *oip.HOT_ROUTES]
-    app.hot = HotRoutes(app.serve, app.state.context, routes, observer)
-    app.front = ObserveMiddleware(app.hot, observer, settings.stall_seconds)
+    app.state.observer = Observer(metrics)
+    app.add_middleware(
+        ObserveMiddleware, observer=app.state.observer, stall_seconds=settings.stall_seconds
+    )
     return app
+
+
+def create_default_app() -> FastAPI:
+    """Return the application of the BONSAI_LORA_* variables, for `uvicorn --factory`."""
+    return create_app(Settings())
 
 
 def open_store(settings: Settings) -> SetStore:

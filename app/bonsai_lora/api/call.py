@@ -1,194 +1,97 @@
-"""One request and its answer, for the routes that the framework never sees."""
+"""One request to a route that both FastAPI and the fast lane can call, and its answer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
-from urllib.parse import parse_qsl
+from collections.abc import Mapping, Sequence
 
+from fastapi import Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from bonsai_lora.api.body import check_coding, check_length, parse_length, read_all
-from bonsai_lora.api.request_head import join_lines
-from bonsai_lora.core.cast import Floats
-from bonsai_lora.errors import InvalidRequestError
-from bonsai_lora.service.plans import Plan
-from bonsai_lora.storage.setfile import StoredSet
+from bonsai_lora.api.body import check_length, parse_length, read_all
+from bonsai_lora.api.context import Context, get_context
 from bonsai_lora.wire.buffers import Buffer
-from bonsai_lora.wire.media import Form, answer_form, check_answer_dtype, request_form
-from bonsai_lora.wire.stacks import MAX_SCALE
 
 JOINED_BYTES = 1 << 16
-"""Answers up to this length are copied into one piece: less to do than two pieces."""
+"""Answers up to this length are copied into one piece, which costs less than sending two."""
 
 Lines = Sequence[tuple[bytes, bytes]]
 """Header lines."""
 
-Counted = tuple[str, str, str]
-"""A model's name, the tag of its content, and since when it has that."""
-
-Key = bytes | tuple[Any, ...]
-"""What requests that differ in their numbers alone have in common: the first bytes of a body, which
-say what the others are, or JSON without its lists (`json.Taken.form`)."""
-
-Recalled = tuple[Plan, Sequence[Floats]]
-"""How to answer a request, and the lists that were taken out of its JSON."""
-
-_FORMS = (Form.JSON, Form.BINARY)
-
 
 class Call(ABC):
-    """Headers and body of a request, and the way to answer it."""
+    """The head of a request, and the way to its body."""
 
-    __slots__ = ("_headers", "_noted", "_query_string")
+    __slots__ = ("context", "headers", "query_string")
 
-    can_plan = False
-    """Whether there is any use in `remember_plan`."""
+    def __init__(
+        self, context: Context, headers: Mapping[bytes, bytes], query_string: bytes
+    ) -> None:
+        self.context = context
+        self.headers = headers
+        """By lower-case name; several lines of one name are one list."""
+        self.query_string = query_string
 
-    def __init__(self, headers: Mapping[bytes, bytes], query_string: bytes) -> None:
-        self._headers = headers
-        self._query_string = query_string
-        self._noted: tuple[StoredSet, Key, Plan, Counted | None] | None = None
-
-    def header(self, name: bytes) -> str | None:
-        """Return a header by its lower-case name."""
-        return _text(self._headers.get(name))
-
-    def options(self, *known: str) -> "Options":
-        """Return what the head asks of an apply; `known` are the query parameters that it takes.
-
-        Raises InvalidRequestError for others, or wrong values, UnsupportedMediaTypeError,
-        NotAcceptableError.
-        """
-        header = self._headers.get
-        return _options(
-            known,
-            self._query_string,
-            header(b"content-type"),
-            header(b"accept"),
-            header(b"content-encoding"),
-        )
-
-    async def body(self, limit: int, stall_seconds: float) -> Buffer:
+    async def body(self, limit: int) -> Buffer:
         """Return the whole body, without copies where the server can do that.
 
-        Raises BodyTooLargeError over `limit` bytes, StalledError.
+        Raises BodyTooLargeError over `limit` bytes, StalledError, ClientDisconnect.
         """
-        declared = self._headers.get(b"content-length")
+        declared = self.headers.get(b"content-length")
         if declared is not None:
             check_length(parse_length(declared), limit)
-        return await self._read(limit, stall_seconds)
-
-    async def answer(self, parts: Sequence[Buffer], media_type: str, headers: Lines = ()) -> None:
-        """Send 200 with a body in `parts`, which are not copied where they are long."""
-        lines = [(b"content-type", media_type.encode()), (b"content-length", b""), *headers]
-        await self._send_answer(with_length(lines, parts), parts)
-
-    def remember_plan(
-        self, stored: StoredSet, form: Key, plan: Plan | None, model: Counted | None = None
-    ) -> None:
-        """Take note of how to answer the next request with this head and `form`, if it can be.
-
-        `model` is what an inference is counted as.
-        """
-        self._noted = None if plan is None else (stored, form, plan, model)
-
-    def find_plan(self, body: Buffer) -> Recalled | None:
-        """Return the plan for a request with this head and `body`, if there is one."""
-        del body
-        return None
+        return await self._read(limit)
 
     @abstractmethod
-    async def _read(self, limit: int, stall_seconds: float) -> Buffer: ...
-
-    @abstractmethod
-    async def _send_answer(self, lines: Lines, parts: Sequence[Buffer]) -> None: ...
+    async def _read(self, limit: int) -> Buffer: ...
 
 
-def with_length(lines: Lines, parts: Sequence[Buffer]) -> Lines:
-    """Return the lines of an answer, of which the second is its length, for other parts."""
-    return [lines[0], (b"content-length", b"%d" % sum(map(len, parts))), *lines[2:]]
+class RequestCall(Call):
+    """A call that came through FastAPI, under any ASGI server."""
 
+    __slots__ = ("_receive",)
 
-class AsgiCall(Call):
-    """A call that came through an ASGI server."""
+    def __init__(self, context: Context, request: Request) -> None:
+        scope = request.scope
+        super().__init__(context, join_lines(scope["headers"]), scope["query_string"])
+        self._receive = request.receive
 
-    __slots__ = ("_receive", "_send")
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        super().__init__(join_lines(scope["headers"]), scope["query_string"])
-        self._receive = receive
-        self._send = send
-
-    async def _read(self, limit: int, stall_seconds: float) -> Buffer:
-        del stall_seconds  # the middleware looks after that
+    async def _read(self, limit: int) -> Buffer:
         return await read_all(self._receive, limit)
 
-    async def _send_answer(self, lines: Lines, parts: Sequence[Buffer]) -> None:
-        await self._send({"type": "http.response.start", "status": 200, "headers": [*lines]})
-        if sum(map(len, parts)) <= JOINED_BYTES:
-            parts = (b"".join(parts),)
+
+async def get_call(request: Request) -> Call:
+    """Return the request as a call."""
+    return RequestCall(await get_context(request), request)
+
+
+class Answer(Response):
+    """200 with a body in parts, of which long ones are never copied."""
+
+    def __init__(self, parts: Sequence[Buffer], media_type: str, headers: Lines = ()) -> None:
+        self.status_code = 200
+        self.background = None  # FastAPI looks at it
+        self.parts = parts
+        self.size_bytes = sum(map(len, parts))
+        self.raw_headers = [
+            (b"content-type", media_type.encode()),
+            (b"content-length", b"%d" % self.size_bytes),
+            *headers,
+        ]
+
+    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """Send the answer through ASGI."""
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        parts = self.parts if self.size_bytes > JOINED_BYTES else (b"".join(self.parts),)
         for part in parts[:-1]:
-            await self._send({"type": "http.response.body", "body": part, "more_body": True})
-        await self._send({"type": "http.response.body", "body": parts[-1]})
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": parts[-1]})
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Options:
-    """What the head of a request asks of an apply."""
-
-    taken: Form
-    """Of the body."""
-    given: Form
-    """Of the answer."""
-    dtype: str
-    scale: float
-    modules: Sequence[str]
-
-
-@lru_cache(maxsize=256)
-def _options(
-    known: tuple[str, ...],
-    query_string: bytes,
-    content_type: bytes | None,
-    accept: bytes | None,
-    coding: bytes | None,
-) -> Options:
-    query = _query(query_string, known)
-    check_coding(_text(coding))
-    taken = request_form(_text(content_type), _FORMS)
-    given = answer_form(_text(accept), taken, _FORMS)
-    dtype = check_answer_dtype(query.get("dtype", [None])[-1], given)
-    scale = _scale(query.get("scale", ["1"])[-1])
-    return Options(taken, given, dtype, scale, query.get("module", []))
-
-
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode("latin-1")
-
-
-def _query(text: bytes, known: Collection[str]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, value in parse_qsl(text.decode("latin-1"), keep_blank_values=True):
-        if name not in known:
-            raise InvalidRequestError(
-                f"unknown query parameter {name[:100]!r}; known are {', '.join(known)}",
-                got=name[:100],
-                expected=list(known),
-            )
-        found.setdefault(name, []).append(value)
-    return found
-
-
-def _scale(text: str) -> float:
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = float("nan")
-    if not abs(scale) <= MAX_SCALE:
-        raise InvalidRequestError(
-            f"scale must be a number from -{MAX_SCALE:g} to {MAX_SCALE:g}, got {text[:100]!r}",
-            field="scale",
-        )
-    return scale
+def join_lines(lines: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Return header lines by name; lines of one name are one list (RFC 9110 section 5.3)."""
+    headers = dict(lines)
+    if len(headers) != len(lines):
+        for name in headers:
+            headers[name] = b", ".join(value for one, value in lines if one == name)
+    return headers

@@ -1,48 +1,14 @@
-"""What routes work with, and how they get it."""
+"""What routes take as parameters."""
 
-from concurrent.futures import Executor
-from dataclasses import dataclass, field
-from time import monotonic
-from typing import Annotated, cast
+from typing import Annotated
 
-from fastapi import Depends, Path, Request
+from fastapi import Depends, Path
 
-from bonsai_lora.api.metrics import Metrics
-from bonsai_lora.checkpoints.bases import BaseFolder
-from bonsai_lora.service.apply import Applier
-from bonsai_lora.service.infer import Inference
-from bonsai_lora.service.limits import Limits
-from bonsai_lora.service.merged import MergedModels
-from bonsai_lora.service.work import WorkPool
-from bonsai_lora.settings import Settings
-from bonsai_lora.storage.counts import CountFile
-from bonsai_lora.storage.store import SetStore
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """The objects of one running application."""
-
-    settings: Settings
-    store: SetStore
-    limits: Limits
-    pool: WorkPool
-    applier: Applier
-    inference: Inference
-    counts: CountFile
-    bases: BaseFolder
-    models: MergedModels
-    executor: Executor
-    metrics: Metrics
-    started: float = field(default_factory=monotonic)
-
-
-def get_context(request: Request) -> Context:
-    """Return the context that `create_app` made."""
-    return cast("Context", request.app.state.context)
-
+from bonsai_lora.api.call import Call, get_call
+from bonsai_lora.api.context import Context, get_context
 
 InContext = Annotated[Context, Depends(get_context)]
+InCall = Annotated[Call, Depends(get_call)]
 SetName = Annotated[str, Path(alias="set", description="name of a set", examples=["my-adapter"])]
 ModuleName = Annotated[
     str, Path(description="module name", examples=["q_proj", "model.layers.0.self_attn.q_proj"])

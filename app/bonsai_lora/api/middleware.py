@@ -15,12 +15,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bonsai_lora.api.errors import fault_response
 from bonsai_lora.api.metrics import Metrics
-from bonsai_lora.api.request_head import REQUEST_ID
 from bonsai_lora.api.steps import go_on
 from bonsai_lora.errors import BonsaiLoraError, StalledError
 
 T = TypeVar("T")
 
+REQUEST_ID = b"x-request-id"
 SLOW_SECONDS = 1.0
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")

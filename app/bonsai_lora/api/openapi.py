@@ -2,9 +2,8 @@
 
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
-from functools import wraps
 from http import HTTPStatus
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -75,19 +74,6 @@ def problems(*kinds: type[BonsaiLoraError]) -> Responses:
         }
         for status, codes in sorted(by_status.items())
     }
-
-
-def answered_before(declared: Endpoint) -> Endpoint:
-    """Mark an endpoint that only declares its operation: `app/bonsai_lora/api/hot.py` answers it.
-
-    The framework calls it in no case but a mistake in the table of hot routes.
-    """
-
-    @wraps(declared)
-    async def never(*_: Any, **__: Any) -> None:
-        raise AssertionError(f"{declared.__name__} is a hot route")
-
-    return cast("Endpoint", never)
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:

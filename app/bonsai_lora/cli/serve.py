@@ -11,16 +11,16 @@ import socket
 import sys
 import tempfile
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn, cast, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import uvicorn
 from fastapi import FastAPI
 from pydantic import ValidationError
 from uvicorn.supervisors import Multiprocess
 
-from bonsai_lora.api.direct import DirectConnection
 from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.core.crew import set_threads
 from bonsai_lora.core.json_numbers import prepare
@@ -105,7 +105,28 @@ def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAP
         _end_with(supervisor)
     from bonsai_lora.api.app import create_app  # noqa: PLC0415 - after the metrics' folder is known
 
-    return create_app(settings, shared)
+    app = create_app(settings, shared)
+    if has_fast_lane(settings):
+        from bonsai_lora.fast_lane.routes import FastLane  # noqa: PLC0415 - it can be taken out
+
+        app.state.fast_lane = FastLane(app)
+    return app
+
+
+def has_fast_lane(settings: Settings) -> bool:
+    """Return whether the hottest routes are called without the framework."""
+    return settings.fast_lane == "auto" and find_spec("bonsai_lora.fast_lane") is not None
+
+
+def _protocol(settings: Settings) -> Any:
+    """Return the class that uvicorn makes for each connection."""
+    if has_fast_lane(settings):
+        from bonsai_lora.fast_lane.protocol import LaneConnection  # noqa: PLC0415
+
+        return LaneConnection
+    from bonsai_lora.api.connection import GuardedProtocol  # noqa: PLC0415
+
+    return GuardedProtocol
 
 
 def _serve(settings: Settings, listener: socket.socket, temporary: str) -> int:
@@ -120,7 +141,7 @@ def _serve(settings: Settings, listener: socket.socket, temporary: str) -> int:
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,
         server_header=False,
-        http=cast("Any", DirectConnection),  # uvicorn asks for less than it says
+        http=_protocol(settings),
         ws="none",
         proxy_headers=False,  # nothing here asks who the caller is
     )

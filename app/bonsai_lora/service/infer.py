@@ -15,14 +15,12 @@ from bonsai_lora.core.cast import Array, Floats, count_rows
 from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError, VersionNotFoundError
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.service.apply import Applier, Inputs, Share, cost_of, shares_of, total_rows
-from bonsai_lora.service.plans import Plan, Source, Step, make_plan
 from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.storage.regions import SharedRegions, Span
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.wire import json
-from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.media import Form
 from bonsai_lora.wire.oip import (
     Encoded,
@@ -226,84 +224,6 @@ def raw_request(model: Model, body: memoryview) -> InferRequest:
     name = next(iter(adapters)) if len(adapters) == 1 else SHARED_INPUT
     tensor = InferInput(name, "FP32", (len(body) // (4 * width), width), body)
     return InferRequest("", {name: tensor}, None, is_binary=True)
-
-
-def plan_inference(
-    model: Model,
-    request: InferRequest,
-    body_bytes: int,
-    data_start: int,
-    parts: Sequence[Buffer],
-) -> Plan | None:
-    """Return the plan of a request that was answered by `parts`; None where there is none.
-
-    There is one for float32 inputs in binary or shared memory whose outputs are so too, and go to
-    at most one place. The binary data begin at `data_start` in the body.
-    """
-    if model.stored is None:
-        return None
-    sources, start = [], data_start
-    for name, given in request.inputs.items():
-        if given.datatype != "FP32" or not isinstance(given.content, memoryview | Placement):
-            return None
-        place = given.content if isinstance(given.content, Placement) else None
-        sources.append(Source(name, given.shape, start, place))
-        start += len(given.content) if isinstance(given.content, memoryview) else 0
-    outputs = _outputs_of(model, request)
-    placed = [one for one in outputs if one.placed is not None]
-    if len(placed) > 1 or not all(one.is_binary or one.placed for one in outputs):
-        return None
-    return _make_plan(model, request, sources, outputs, Form.BINARY, body_bytes, parts)
-
-
-def plan_json_inference(
-    model: Model, request: InferRequest, taken: json.Taken, parts: Sequence[Buffer]
-) -> Plan | None:
-    """Return the plan of a request that was answered by `parts`; None where there is none.
-
-    There is one where all inputs are lists that were `taken` out of JSON, as FP32, and all outputs
-    are JSON.
-    """
-    if not taken.arrays:
-        return None
-    sources = []
-    for one in json.decode(taken.text)["inputs"]:
-        number = json.hole_of(one.get("data"))
-        if number is None or one["datatype"] != "FP32":
-            return None
-        sources.append(Source(one["name"], tuple(one["shape"]), number=number))
-    outputs = _outputs_of(model, request)
-    if any(one.is_binary or one.placed for one in outputs):
-        return None
-    return _make_plan(model, request, sources, outputs, Form.JSON, 0, parts)
-
-
-def _make_plan(
-    model: Model,
-    request: InferRequest,
-    sources: Sequence[Source],
-    outputs: Sequence[InferOutput],
-    form: Form,
-    body_bytes: int,
-    parts: Sequence[Buffer],
-) -> Plan | None:
-    numbers = {one.name: number for number, one in enumerate(sources)}
-    steps = [
-        Step(one.name, numbers[_source(request, one.name).name], one.placed) for one in outputs
-    ]
-    if model.stored is None or len({step.source for step in steps}) < len(sources):
-        return None  # W x of DoRA
-    return make_plan(
-        model.stored,
-        sources,
-        steps,
-        request.scale,
-        body_bytes=body_bytes,
-        parts=parts,
-        rows=max(one.rows for one in sources),
-        form=form,
-        is_flat=True,
-    )
 
 
 def cost_of_inference(model: Model, request: InferRequest) -> float:

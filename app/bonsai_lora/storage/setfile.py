@@ -7,7 +7,7 @@ first in the header, so that a listing reads a few kilobytes of each file and no
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,8 +72,6 @@ class StoredSet:
     """The adapter_config.json that came with an upload, while the set is still that upload."""
     file: memoryview
     """The whole file, mapped; stays readable when the set is replaced or deleted."""
-    memo: dict[Any, Any] = field(default_factory=dict)
-    """What users of this version remember of it; it goes when the version does."""
 
     def resident_bytes(self) -> int:
         """Return how much of the file is in memory."""

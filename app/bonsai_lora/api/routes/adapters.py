@@ -9,7 +9,8 @@ from bonsai_lora import errors
 from bonsai_lora.api import schemas
 from bonsai_lora.api.body import body_form, parse_model, read_body
 from bonsai_lora.api.conditions import precondition
-from bonsai_lora.api.deps import Context, InContext, ModuleName, SetName
+from bonsai_lora.api.context import Context
+from bonsai_lora.api.deps import InContext, ModuleName, SetName
 from bonsai_lora.api.openapi import STORE_ERRORS, TENSOR_ERRORS, also, problems, tensor_body
 from bonsai_lora.core.cast import Array
 from bonsai_lora.formats import safetensors

@@ -13,7 +13,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 
 from bonsai_lora import errors
-from bonsai_lora.api.deps import Context, InContext
+from bonsai_lora.api.context import Context
+from bonsai_lora.api.deps import InContext
 from bonsai_lora.api.errors import problem_response
 from bonsai_lora.api.merged_file import StreamedFile
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response

@@ -11,7 +11,8 @@ from starlette.types import Receive, Scope, Send
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
 from bonsai_lora.api.body import BodyReader, body_form, content_length, read_body
-from bonsai_lora.api.deps import Context, InContext, ModuleName, SetName
+from bonsai_lora.api.context import Context
+from bonsai_lora.api.deps import InContext, ModuleName, SetName
 from bonsai_lora.api.merge_stream import MergeStream
 from bonsai_lora.api.openapi import TENSOR_ERRORS, problems, tensor_answer, tensor_body
 from bonsai_lora.api.spool import Spool

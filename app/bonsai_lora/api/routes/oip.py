@@ -6,7 +6,7 @@ that Triton uses (`app/bonsai_lora/api/errors.py`).
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version as package_version
 from typing import Annotated, Any, TypeVar
@@ -17,11 +17,10 @@ from pydantic import BaseModel
 
 from bonsai_lora.api import oip_schemas
 from bonsai_lora.api.body import check_length, parse_model, read_body
-from bonsai_lora.api.call import Call, Key
-from bonsai_lora.api.deps import Context, InContext
-from bonsai_lora.api.hot import HotRoute
+from bonsai_lora.api.call import Answer, Call
+from bonsai_lora.api.context import Context
+from bonsai_lora.api.deps import InCall, InContext
 from bonsai_lora.api.openapi import (
-    answered_before,
     empty_answer,
     infer_answer,
     infer_body,
@@ -29,8 +28,14 @@ from bonsai_lora.api.openapi import (
     optional_body,
     version_parameter,
 )
-from bonsai_lora.api.request_head import HEADER_LENGTH, RequestHead
-from bonsai_lora.errors import BonsaiLoraError, MalformedBodyError, UnsupportedFeatureError
+from bonsai_lora.api.options import (
+    HEADER_LENGTH,
+    INFER_OPTIONS,
+    InferOptions,
+    parameters,
+    read_options,
+)
+from bonsai_lora.errors import BonsaiLoraError, UnsupportedFeatureError
 from bonsai_lora.service import models
 from bonsai_lora.service.infer import (
     MIXED,
@@ -38,15 +43,11 @@ from bonsai_lora.service.infer import (
     Model,
     cost_of_inference,
     find_model,
-    plan_inference,
-    plan_json_inference,
     raw_request,
 )
-from bonsai_lora.service.plans import PLANNED_JSON_BYTES
 from bonsai_lora.storage.counts import Counts
-from bonsai_lora.wire import json
 from bonsai_lora.wire.buffers import Buffer
-from bonsai_lora.wire.compress import coding_of, compress, decompress, wanted_coding
+from bonsai_lora.wire.compress import compress, decompress
 from bonsai_lora.wire.media import Form
 from bonsai_lora.wire.oip import InferRequest, decode_request
 
@@ -54,8 +55,6 @@ router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
 INLINE_BYTES = 1 << 17
 """Longest JSON that is read on the event loop."""
-FORM_BYTES = 1 << 11
-"""Longest JSON whose request is planned."""
 
 _EXTENSIONS = (
     "binary_tensor_data",
@@ -73,6 +72,9 @@ _VERSION = "/models/{model}/versions/{version}"
 ModelPath = Annotated[
     str, Path(description=f"name of a set, or {MIXED!r}", examples=["my-adapter"])
 ]
+
+
+VersionPath = Annotated[str, Path(description="the version that the set must have")]
 
 
 def _find(request: Request, context: InContext, model: ModelPath) -> Model:
@@ -178,46 +180,41 @@ async def get_model_statistics(
     operation_id="infer",
     summary="Apply a set to the inputs",
     response_class=Response,
-    openapi_extra=infer_body(),
+    openapi_extra=infer_body() | {"parameters": parameters(INFER_OPTIONS)},
     responses=infer_answer() | oip_errors(400, 404, 503),
 )
-@router.post(
-    f"{_VERSION}/infer",
-    operation_id="infer_version",
-    summary="Apply a set, if this is its version",
-    response_class=Response,
-    openapi_extra=infer_body() | version_parameter(),
-    responses=infer_answer() | oip_errors(400, 404, 503),
-)
-@answered_before
-async def infer(model: ModelPath) -> None:
+async def infer(call: InCall, model: ModelPath) -> Answer:
     """An input named like a module feeds that module, and gives an output of its name; `x` feeds
     every module named in `outputs` (without `outputs`: every module that it fits). On the model
     `mixed`, the BYTES input `sets` names a set for each row. The parameter `scale` is a factor on
     everything that is added. Binary data, compression and shared memory as in Triton.
     """
+    return await _infer(call, find_model(call.context.store, model, None))
 
 
-async def answer_infer(context: Context, call: Call, name: str, version: str | None = None) -> None:
-    """Answer `infer`, and count what it cost."""
-    model = find_model(context.store, name, version)
-    coding = coding_of(call.header(b"content-encoding"))
-    header_length = _header_length(call)
+@router.post(
+    f"{_VERSION}/infer",
+    operation_id="infer_version",
+    summary="Apply a set, if this is its version",
+    response_class=Response,
+    openapi_extra=infer_body() | {"parameters": parameters(INFER_OPTIONS)},
+    responses=infer_answer() | oip_errors(400, 404, 503),
+)
+async def infer_version(call: InCall, model: ModelPath, version: VersionPath) -> Answer:
+    """The same as without a version; 404 where the set has another one now."""
+    return await _infer(call, find_model(call.context.store, model, version))
+
+
+async def _infer(call: Call, model: Model) -> Answer:
+    """Answer an inference, and count what it cost."""
+    context = call.context
+    options = read_options(call, INFER_OPTIONS, InferOptions.of)
     counts = Counts()
     started = time.perf_counter_ns()
     try:
         with context.pool.admit():
-            body = await call.body(context.limits.max_body_bytes, context.settings.stall_seconds)
-            recalled = call.find_plan(body)
-            if recalled is None:
-                asked, parts, length = await _run(
-                    context, model, body, coding, header_length, counts
-                )
-            else:
-                plan, lists = recalled
-                run = partial(plan.run, body, lists, context.inference.regions, counts)
-                asked, parts = None, await context.pool.run(run, plan.cost)
-                length = None if plan.is_json or len(parts) == 1 else len(parts[0])
+            body = await call.body(context.limits.max_body_bytes)
+            parts, length = await _run(context, model, body, options, counts)
     except BonsaiLoraError:
         failed = Counts(_now_ms(), fail_count=1, fail_ns=time.perf_counter_ns() - started)
         context.counts.add(*model.counted_as, failed)
@@ -227,54 +224,11 @@ async def answer_infer(context: Context, call: Call, name: str, version: str | N
     context.counts.add(*model.counted_as, counts)
     context.metrics.rows_applied.inc(counts.vectors)
     headers = [] if length is None else [(HEADER_LENGTH, b"%d" % length)]
-    wanted = wanted_coding(call.header(b"accept-encoding"))
-    if wanted is not None:
-        parts = [await context.pool.run(partial(compress, b"".join(parts), wanted))]
-        headers.append((b"content-encoding", wanted.encode()))
-    elif coding is None and asked is not None:
-        _remember(call, model, asked, body, header_length, parts)
-    await call.answer(parts, (Form.JSON if length is None else Form.RAW).value, headers)
-
-
-def _remember(
-    call: Call,
-    model: Model,
-    asked: InferRequest,
-    body: Buffer,
-    header_length: int | None,
-    parts: Sequence[Buffer],
-) -> None:
-    """Let the next request of this form be answered by a plan, where one can be made.
-
-    Not with an id: the next one has another.
-    """
-    if not call.can_plan or model.stored is None or asked.id:
-        return
-    form: Key | None = _form(header_length, body)
-    if form:
-        plan = plan_inference(model, asked, len(body), len(form), parts)
-    elif header_length is None and len(body) <= PLANNED_JSON_BYTES:
-        taken = json.take_lists(body)
-        form, plan = taken.form, plan_json_inference(model, asked, taken, parts)
-    else:
-        return
-    call.remember_plan(model.stored, form, plan, model.counted_as)
-
-
-def _form(header_length: int | None, body: Buffer) -> bytes | None:
-    """Return the JSON of a request, None where that is long."""
-    length = len(body) if header_length is None else header_length
-    return bytes(body[:length]) if length <= FORM_BYTES else None
-
-
-def _form_of(head: RequestHead, body: Buffer) -> bytes | None:
-    return _form(head.data_start or None, body)
-
-
-HOT_ROUTES = [
-    HotRoute("/v2/models/{model}/infer", answer_infer, _form_of),
-    HotRoute("/v2/models/{model}/versions/{version}/infer", answer_infer, _form_of),
-]
+    if options.wanted_coding is not None:
+        work = partial(compress, b"".join(parts), options.wanted_coding)
+        parts = [await context.pool.run(work)]
+        headers.append((b"content-encoding", options.wanted_coding.encode()))
+    return Answer(parts, (Form.JSON if length is None else Form.RAW).value, headers)
 
 
 @router.post(
@@ -329,15 +283,11 @@ async def unload_model(request: Request, context: InContext, model: FoundModel) 
 
 
 async def _run(
-    context: Context,
-    model: Model,
-    body: Buffer,
-    coding: str | None,
-    header_length: int | None,
-    counts: Counts,
-) -> tuple[InferRequest, list[Buffer], int | None]:
+    context: Context, model: Model, body: Buffer, options: InferOptions, counts: Counts
+) -> tuple[list[Buffer], int | None]:
     """Decode and infer: on the event loop where it is little work, else in a thread."""
-    limits, inference = context.limits, context.inference
+    limits, header_length, coding = context.limits, options.header_length, options.coding
+    text_length = len(body) if header_length is None else header_length
 
     def decode() -> InferRequest:
         plain = decompress(body, coding, limits.max_body_bytes) if coding else body
@@ -347,15 +297,13 @@ async def _run(
         return decode_request(memoryview(plain), header_length)
 
     asked = None
-    text_length = len(body) if header_length is None else header_length
     if coding is None and text_length <= INLINE_BYTES:
         asked = _timed(decode, counts)
     queued = time.perf_counter_ns()
 
-    def work() -> tuple[InferRequest, list[Buffer], int | None]:
+    def work() -> tuple[list[Buffer], int | None]:
         counts.queue_ns = time.perf_counter_ns() - queued
-        request = asked or _timed(decode, counts)
-        return request, *inference.infer(model, request, counts)
+        return context.inference.infer(model, asked or _timed(decode, counts), counts)
 
     return await context.pool.run(work, cost_of_inference(model, asked) if asked else math.inf)
 
@@ -370,17 +318,6 @@ def _timed(decode: Callable[[], InferRequest], counts: Counts) -> InferRequest:
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _header_length(call: Call) -> int | None:
-    given = call.header(HEADER_LENGTH)
-    if given is None:
-        return None
-    if not (given.isascii() and given.isdigit() and len(given) < 16):
-        raise MalformedBodyError(
-            f"Inference-Header-Content-Length is {given[:100]!r}, expected a number of bytes"
-        )
-    return int(given)
 
 
 async def _read_optional(request: Request, model: type[BaseModel]) -> Any:

@@ -11,7 +11,8 @@ from bonsai_lora import errors
 from bonsai_lora.api import schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.conditions import not_modified, precondition
-from bonsai_lora.api.deps import Context, InContext, SetName
+from bonsai_lora.api.context import Context
+from bonsai_lora.api.deps import InContext, SetName
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,

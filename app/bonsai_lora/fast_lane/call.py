@@ -1,4 +1,4 @@
-"""One request to a hot route, on the connection that it came by."""
+"""One request to a route of the fast lane, on the connection that it came by."""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
@@ -9,26 +9,26 @@ import numpy as np
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from bonsai_lora.api.call import Call, Lines, Recalled
-from bonsai_lora.api.errors import fault_response
-from bonsai_lora.api.hot import Found, HotRoutes, Planned
+from bonsai_lora.api.call import Call, Lines
+from bonsai_lora.api.errors import fault_response, problem_response
 from bonsai_lora.api.middleware import request_id_of
-from bonsai_lora.api.request_head import RequestHead
 from bonsai_lora.api.steps import go_on
-from bonsai_lora.errors import StalledError
+from bonsai_lora.errors import BonsaiLoraError, StalledError
+from bonsai_lora.fast_lane.head import RequestHead
+from bonsai_lora.fast_lane.routes import FastLane, Found
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.wire.buffers import Buffer
 
-DIRECT_BYTES = 1 << 16
+LONG_BYTES = 1 << 16
 """Most that is read between requests: longer bodies go into their array from there on."""
 _ALIGNMENT = 16
 """Of what NumPy allocates."""
 
 
 class Carrier(Protocol):
-    """The connection of a `DirectCall`: `DirectProtocol` in app/bonsai_lora/api/direct.py."""
+    """The connection of a `LaneCall`: `LaneProtocol` in app/bonsai_lora/fast_lane/protocol.py."""
 
-    hot: HotRoutes
+    lane: FastLane
     loop: asyncio.AbstractEventLoop
     tasks: set[asyncio.Task[None]]
     transport: asyncio.Transport
@@ -39,28 +39,17 @@ class Carrier(Protocol):
     def proceed(self) -> None:
         """Tell the client to send its body."""
 
-    def answer_planned(
-        self, head: RequestHead, found: Found, body: Buffer, *, keep_alive: bool
-    ) -> bool:
-        """Answer by a plan, if there is one."""
-
-    def write(
-        self,
-        status: int,
-        lines: Lines,
-        parts: Sequence[Buffer],
-        request_id: str,
-        *,
-        keep_alive: bool,
+    def write_answer(
+        self, status: int, lines: Lines, parts: Sequence[Buffer], *, keep_alive: bool
     ) -> None:
         """Write an answer."""
 
-    def end_call(self, call: "DirectCall") -> None:
+    def end_call(self, call: "LaneCall") -> None:
         """Get ready for the next request."""
 
 
-class DirectCall(Call):
-    """A request to a hot route, on the connection that it came by."""
+class LaneCall(Call):
+    """A call whose body comes by a `Carrier`, and whose answer goes there."""
 
     __slots__ = (
         "_body",
@@ -68,25 +57,25 @@ class DirectCall(Call):
         "_head",
         "_http",
         "_is_stalled",
-        "_may_be_planned",
         "_scope",
         "_status",
         "is_started",
         "keep_alive",
     )
 
-    can_plan = True
-
-    def __init__(
-        self, http: Carrier, head: RequestHead, found: Found, *, may_be_planned: bool
-    ) -> None:
-        super().__init__(head.headers, head.query_string)
+    def __init__(self, http: Carrier, head: RequestHead, found: Found) -> None:
+        super().__init__(http.lane.context, head.headers, head.query_string)
         self._http = http
         self._head = head
         self._found = found
         self._body: Buffer = b""
-        self._scope = scope_of(head)
-        self._may_be_planned = may_be_planned
+        # What logs, counts and refusals read; under the names of an ASGI scope.
+        self._scope: dict[str, Any] = {
+            "method": "POST",
+            "path": head.path,
+            "request_id": request_id_of(head.request_id),
+            "route": found.route.about,
+        }
         self._is_stalled = False
         self._status = 0
         self.is_started = False
@@ -107,7 +96,7 @@ class DirectCall(Call):
         if data and missing:
             self._body = bytes(self._body) + data[:missing]
         if not self.is_started:
-            if missing <= len(data) or self._head.length > DIRECT_BYTES:
+            if missing <= len(data) or self._head.length > LONG_BYTES:
                 self._start()
             elif self._head.expects and not self._body:
                 self._http.proceed()
@@ -121,13 +110,6 @@ class DirectCall(Call):
     def _start(self) -> None:
         """Serve: at once where nothing has to be waited for, else in a task."""
         http = self._http
-        # It came in pieces, but now it is whole.
-        may_be_planned = self._may_be_planned and not self.missing
-        if may_be_planned and http.answer_planned(
-            self._head, self._found, self._body, keep_alive=self.keep_alive
-        ):
-            http.end_call(self)
-            return
         self.is_started = True
         steps = self._serve()
         try:
@@ -140,25 +122,41 @@ class DirectCall(Call):
 
     async def _serve(self) -> None:
         started = perf_counter()
-        hot, scope = self._http.hot, self._scope
+        observer, scope = self._http.lane.observer, self._scope
         try:
-            refusal = await hot.answer(self._found, self, scope)
-            if refusal is not None:
-                self._refuse(refusal)
+            self._write(await self._answer())
         except ClientDisconnect:
-            hot.observer.note_disconnect(scope)
+            observer.note_disconnect(scope)
         except Exception:  # noqa: BLE001 - nothing may get out
-            hot.observer.note_fault(scope)
+            observer.note_fault(scope)
             if not self._status and not self._http.transport.is_closing():
-                self._refuse(fault_response(scope))
+                self._write(fault_response(scope))
         finally:
-            hot.observer.observe(scope, self._status, perf_counter() - started)
+            observer.observe(scope, self._status, perf_counter() - started)
             self._http.end_call(self)
 
-    async def _read(self, limit: int, stall_seconds: float) -> Buffer:
+    async def _answer(self) -> Response:
+        """Return what the route's function answers, or its refusal."""
+        try:
+            return await self._found.route.endpoint(self, *self._found.names)
+        except BonsaiLoraError as error:
+            if self.missing and self._head.expects:
+                self.keep_alive = False  # nobody knows whether the body will come
+            return problem_response(error, self._scope)
+
+    def _write(self, answer: Response) -> None:
+        http = self._http
+        if http.transport.is_closing():
+            raise ClientDisconnect
+        parts = getattr(answer, "parts", None) or (answer.body,)
+        lines = [*answer.raw_headers, (b"x-request-id", self._scope["request_id"].encode())]
+        http.write_answer(answer.status_code, lines, parts, keep_alive=self.keep_alive)
+        self._status = answer.status_code
+
+    async def _read(self, limit: int) -> Buffer:
         del limit  # the length was declared
         if self.missing:
-            await self._read_rest(stall_seconds)
+            await self._read_rest(self.context.settings.stall_seconds)
         return self._body
 
     async def _read_rest(self, stall_seconds: float) -> None:
@@ -181,39 +179,6 @@ class DirectCall(Call):
         except BaseException:
             self.keep_alive = False  # the rest of the body would be taken for a request
             raise
-
-    def find_plan(self, body: Buffer) -> Recalled | None:
-        """Return the plan of a request like this."""
-        # Short bodies were looked into when they had come.
-        may_take = len(body) > DIRECT_BYTES
-        recalled = self._http.hot.recall(self._head, self._found, body, may_take=may_take)
-        return None if recalled is None else (recalled[0].plan, recalled[1])
-
-    async def _send_answer(self, lines: Lines, parts: Sequence[Buffer]) -> None:
-        self._write(200, lines, parts)
-        if self._noted is not None:
-            stored, form, plan, model = self._noted
-            planned = Planned(plan, lines, model)
-            self._http.hot.remember(stored, self._head, form, planned)
-
-    def _refuse(self, response: Response) -> None:
-        if self.missing and self._head.expects:
-            self.keep_alive = False  # nobody knows whether the body will come
-        self._write(response.status_code, response.raw_headers, (response.body,))
-
-    def _write(self, status: int, lines: Lines, parts: Sequence[Buffer]) -> None:
-        http, request_id = self._http, self._scope["request_id"]
-        http.write(status, lines, parts, request_id, keep_alive=self.keep_alive)
-        self._status = status
-
-
-def scope_of(head: RequestHead) -> dict[str, Any]:
-    """Return what logs, counts and refusals want to know of a request."""
-    return {
-        "method": "POST",
-        "path": head.path,
-        "request_id": request_id_of(head.request_id),
-    }
 
 
 def stalled(seconds: float) -> StalledError:

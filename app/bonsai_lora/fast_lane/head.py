@@ -1,25 +1,15 @@
 """The head of an HTTP request, read by the parser that uvicorn uses."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import unquote
 
 import httptools
 
 from bonsai_lora.api.body import parse_length
-
-REQUEST_ID = b"x-request-id"
-HEADER_LENGTH = b"inference-header-content-length"
-"""Length of an inference's JSON, before binary data (Triton's extension binary_tensor_data)."""
-
-_DECIDING = (
-    b"content-type",
-    b"content-encoding",
-    b"accept",
-    b"accept-encoding",
-    HEADER_LENGTH,
-)
-"""Headers that say what a body is, or what is wanted of the answer."""
+from bonsai_lora.api.call import join_lines
+from bonsai_lora.api.middleware import REQUEST_ID
+from bonsai_lora.api.options import HEADER_LENGTH
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -35,18 +25,16 @@ class RequestHead:
     length: int
     """Of the body, in bytes."""
     data_start: int
-    """Where in the body an inference's data begin, 0 where that is not said."""
+    """Where in the body an inference's binary data begin, 0 where that is not said."""
     expects: bool
     """Whether the client waits for `100 Continue`."""
-    key: tuple[str | bytes | None, ...]
-    """All of it that decides how the request is answered."""
 
 
 def read_head(raw: bytes) -> RequestHead | None:
     """Return the head that `raw` is, from its first line to the empty one.
 
-    None where it is not HTTP/1.1, no plain POST of a declared length, or the last request of its
-    connection: those take the long way.
+    None where it is not HTTP/1.1, not a POST of a declared length, or the last request of its
+    connection: uvicorn's parser takes those.
     """
     collected = _Collected()
     try:
@@ -59,26 +47,15 @@ def read_head(raw: bytes) -> RequestHead | None:
         return None
     url = httptools.parse_url(collected.url)
     path = url.path.decode("ascii")
-    path = unquote(path) if "%" in path else path
     return RequestHead(
-        path,
+        unquote(path) if "%" in path else path,
         url.query or b"",
         headers,
         next((value for name, value in collected.headers if name == REQUEST_ID), None),
         parse_length(declared),
         parse_length(headers.get(HEADER_LENGTH, b"")),
         headers.get(b"expect", b"").lower() == b"100-continue",
-        (path, url.query, *map(headers.get, _DECIDING)),
     )
-
-
-def join_lines(lines: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-    """Return header lines by name; lines of one name are one list (RFC 9110 section 5.3)."""
-    headers = dict(lines)
-    if len(headers) != len(lines):
-        for name in headers:
-            headers[name] = b", ".join(value for one, value in lines if one == name)
-    return headers
 
 
 class _Collected:

@@ -16,11 +16,11 @@ from test_apply import Q_PROJ
 from uvicorn.server import ServerState
 
 from bonsai_lora.api.app import create_app
-from bonsai_lora.api.direct import DirectConnection, DirectProtocol
-from bonsai_lora.api.direct_call import DIRECT_BYTES
+from bonsai_lora.fast_lane.protocol import LaneConnection, LaneProtocol
+from bonsai_lora.fast_lane.call import LONG_BYTES
 from bonsai_lora.formats import safetensors
 
-ROWS = 1 + DIRECT_BYTES // 256
+ROWS = 1 + LONG_BYTES // 256
 """Rows of 64 numbers that make a body just long enough."""
 
 
@@ -77,7 +77,7 @@ def outputs(body):
 
 
 @pytest.mark.parametrize(
-    "sizes", [[1 << 30], [1], [1000, 1, 65536], [65537], [DIRECT_BYTES - 1, 1]]
+    "sizes", [[1 << 30], [1], [1000, 1, 65536], [65537], [LONG_BYTES - 1, 1]]
 )
 def test_a_body_in_pieces_of_any_size(plain, sizes):
     x, body = batch()
@@ -326,7 +326,7 @@ def test_an_idle_connection_ends_whatever_was_asked_on_it(app):
 def test_hundreds_of_refusals_take_turns_with_others(app, plain):
     """One look at the socket brings a thousand requests; not all are answered in one step."""
     steps = []
-    real = DirectProtocol.data_received
+    real = LaneProtocol.data_received
 
     def data_received(self, data):
         steps.append(len(data))
@@ -334,7 +334,7 @@ def test_hundreds_of_refusals_take_turns_with_others(app, plain):
 
     sent = head_of(0, "/v1/sets/none/apply") * 400
     with pytest.MonkeyPatch.context() as patch, connect(plain) as connection:
-        patch.setattr(DirectProtocol, "data_received", data_received)
+        patch.setattr(LaneProtocol, "data_received", data_received)
         connection.sendall(sent)
         rest = b""
         for _ in range(400):
@@ -380,10 +380,10 @@ def test_a_body_and_the_next_request_in_one_read(app, client):
     following = head_of(len(short)).replace(b"vnd.safetensors", b"json")
 
     async def talk():
-        config = uvicorn.Config(app, http=DirectConnection, log_config=None, proxy_headers=False)
+        config = uvicorn.Config(app, http=LaneConnection, log_config=None, proxy_headers=False)
         config.load()
         transport = Transport()
-        protocol = DirectConnection(config, ServerState(), {})
+        protocol = LaneConnection(config, ServerState(), {})
         protocol.connection_made(transport)
         feed(protocol, head_of(len(body)) + body + following + short[:10])
         deadline = time.monotonic() + 20

@@ -1,0 +1,174 @@
+"""What guards a connection, below ASGI: request heads that are too large or never come, and
+answers that nobody reads. `bonsai-lora serve` always uses it; the fast lane builds on it.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+import structlog
+from starlette.responses import Response
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from bonsai_lora.api.call import JOINED_BYTES, Lines
+from bonsai_lora.api.errors import problem_response
+from bonsai_lora.api.middleware import request_id_of
+from bonsai_lora.errors import HeadTooLargeError
+from bonsai_lora.wire.buffers import Buffer
+
+MAX_HEAD_BYTES = 1 << 16
+"""Longest request head: the request line and all header lines."""
+MAX_HEAD_LINES = 100
+"""Most header lines of a request."""
+
+_log = structlog.get_logger("bonsai_lora.requests")
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, which ends connections that would hold memory or a place for ever.
+
+    A head must come whole within `stall_seconds`, and within MAX_HEAD_BYTES and MAX_HEAD_LINES
+    (431 otherwise). A client that reads nothing of its answer for `stall_seconds` is disconnected.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first head."""
+        super().connection_made(transport)
+        self.stall_seconds: float = self.app.state.context.settings.stall_seconds
+        self._is_in_head = False
+        self._head_bytes = 0
+        self._head_lines = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._read_timer: asyncio.TimerHandle | None = None
+        self._start_head_timer()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse `data`."""
+        was_in_head = self._is_in_head
+        super().data_received(data)
+        if not self._is_in_head or self.transport.is_closing():
+            return
+        # The parser keeps a line to itself until that is whole, so bytes are counted here too.
+        self._head_bytes += len(data) if was_in_head else 0
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self.send_400_response("")
+        elif self._head_timer is None:
+            self._start_head_timer()
+
+    def on_message_begin(self) -> None:
+        """Begin to count a head."""
+        self._is_in_head = True
+        self._head_bytes = self._head_lines = 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """Count the request line."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count a header line."""
+        self._head_lines += 1
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """End the wait for the head."""
+        self._is_in_head = False
+        self.stop_head_timer()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what cannot be read, and close; never before the answer to an earlier request."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.keep_alive = False
+            self.flow.pause_reading()
+        elif self._is_too_large:
+            self._refuse_head()
+        else:
+            super().send_400_response(msg)
+
+    def pause_writing(self) -> None:
+        """Watch that the client reads its answer."""
+        super().pause_writing()
+        if self._read_timer is None:
+            self._check_reading(self.transport.get_write_buffer_size() + 1)
+
+    def resume_writing(self) -> None:
+        """End the watch."""
+        super().resume_writing()
+        self._stop_read_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop all timers; uvicorn leaves its own after an error."""
+        self._stop_read_timer()
+        self.stop_head_timer()
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
+
+    def write_answer(
+        self, status: int, lines: Lines, parts: Sequence[Buffer], *, keep_alive: bool
+    ) -> None:
+        """Write a whole answer, past ASGI."""
+        head = [STATUS_LINE[status]]
+        head += [b"%b: %b\r\n" % line for line in (*self.server_state.default_headers, *lines)]
+        head.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
+        if sum(map(len, parts)) <= JOINED_BYTES:
+            self.transport.write(b"".join((*head, *parts)))
+        else:
+            self.transport.writelines((b"".join(head), *parts))
+
+    def stop_head_timer(self) -> None:
+        """End the wait for a head."""
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    @property
+    def _is_too_large(self) -> bool:
+        return self._head_bytes > MAX_HEAD_BYTES or self._head_lines > MAX_HEAD_LINES
+
+    def _count(self, size: int) -> None:
+        self._head_bytes += size
+        if self._is_too_large:
+            raise ValueError("the parser reports this as an invalid request")
+
+    def _refuse_head(self) -> None:
+        request_id = request_id_of(None)
+        scope = {"path": "*", "request_id": request_id}
+        refusal: Response = problem_response(
+            HeadTooLargeError(
+                f"the request head is over {MAX_HEAD_BYTES} bytes or {MAX_HEAD_LINES} lines; send "
+                "fewer or shorter headers",
+                limit_bytes=MAX_HEAD_BYTES,
+                limit_lines=MAX_HEAD_LINES,
+            ),
+            scope,
+        )
+        lines = [*refusal.raw_headers, (b"x-request-id", request_id.encode())]
+        _log.info("431 head too large", request_id=request_id)
+        self.write_answer(431, lines, (bytes(refusal.body),), keep_alive=False)
+        self.transport.close()
+
+    def _start_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(self.stall_seconds, self._end_head)
+
+    def _end_head(self) -> None:
+        self._head_timer = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        else:  # of the next request: the answer before it goes on
+            self._start_head_timer()
+
+    def _check_reading(self, before: int) -> None:
+        """Disconnect where no byte of an answer was read since `before` bytes were waiting."""
+        waiting = self.transport.get_write_buffer_size()
+        if waiting >= before:
+            _log.warning("disconnected: the client stopped reading", waiting_bytes=waiting)
+            self.transport.abort()
+            return
+        self._read_timer = self.loop.call_later(self.stall_seconds, self._check_reading, waiting)
+
+    def _stop_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
