@@ -181,9 +181,7 @@ def test_clients_that_read_nothing_of_their_one_answer_are_disconnected(service)
     """All at the same time."""
     client, app = service
     with contextlib.ExitStack() as stack:
-        waiting = {
-            name: stack.enter_context(connect(client, 4096)) for name in LONG_ANSWERS
-        }
+        waiting = {name: stack.enter_context(connect(client, 4096)) for name in LONG_ANSWERS}
         threads = [ask(one, LONG_ANSWERS[name]()) for name, one in waiting.items()]
         time.sleep(2.5 * STALL)
         wait_until_idle(app)
@@ -251,3 +249,44 @@ def test_clients_that_send_slowly_are_served(service):
         connections[1].sendall(b"0\r\n\r\n")
         for connection in connections:
             assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+
+
+WHOLE = {
+    "health": ("GET", "/healthz", JSON, b""),
+    "set": ("GET", "/v1/sets/s", JSON, b""),
+    "create": ("POST", "/v1/sets", JSON, b'{"name": "half"}'),
+    "delete": ("DELETE", "/v1/sets/half", JSON, b""),
+    "apply": ("POST", ONE, BINARY, safetensors.encode({"inputs": np.ones(D_IN, np.float32)})),
+    "apply, long": ("POST", ONE, BINARY, safetensors.encode({"inputs": np.ones((100, D_IN), np.float32)})),
+    "apply, JSON": ("POST", ONE, JSON, json.dumps({"inputs": [1] * D_IN}).encode()),
+    "merge": ("POST", "/v1/sets/s/adapters/m/merge?dtype=F16", RAW, bytes(2 * D_IN * D_OUT)),
+    "weights of a set": ("GET", "/v1/sets/s/adapter_model.safetensors", JSON, b""),
+    "merged file": ("GET", "/v1/bases/b/merged/s/model.safetensors", JSON, b""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_client_that_ends_its_side_gets_the_answer_to_what_it_sent(service, name):
+    """A half-closed connection (RFC 9112, section 9.6): the answer comes, and the end."""
+    client, _ = service
+    method, path, media, body = WHOLE[name]
+    with connect(client) as connection:
+        connection.sendall(head(method, path, media, len(body)) + body)
+        connection.shutdown(socket.SHUT_WR)
+        answer = rest_of(connection)
+    assert answer.startswith(b"HTTP/1.1 2"), answer[:100]
+    start, _, content = answer.partition(b"\r\n\r\n")
+    if b"HTTP/1.1 204" not in start:
+        length = start.lower().split(b"content-length: ")[1].split(b"\r\n")[0]
+        assert len(content) == int(length)
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_a_client_that_ends_its_side_in_its_body_is_disconnected(service, name):
+    client, app = service
+    with connect(client) as connection:
+        connection.sendall(begun(name))
+        connection.shutdown(socket.SHUT_WR)
+        connection.settimeout(STALL / 2)
+        assert rest_of(connection) == b""
+    wait_until_idle(app)

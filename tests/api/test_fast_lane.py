@@ -76,9 +76,7 @@ def outputs(body):
     return safetensors.decode(body)[0]["outputs"]
 
 
-@pytest.mark.parametrize(
-    "sizes", [[1 << 30], [1], [1000, 1, 65536], [65537], [LONG_BYTES - 1, 1]]
-)
+@pytest.mark.parametrize("sizes", [[1 << 30], [1], [1000, 1, 65536], [65537], [LONG_BYTES - 1, 1]])
 def test_a_body_in_pieces_of_any_size(plain, sizes):
     x, body = batch()
     right = expected(plain, x)

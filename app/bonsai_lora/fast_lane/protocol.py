@@ -82,9 +82,9 @@ class LaneConnection(asyncio.BufferedProtocol):
         if self._target is not None and not self._whole.done():
             self._whole.set_exception(ClientDisconnect())
 
-    def eof_received(self) -> None:
-        """Pass on."""
-        self._http.eof_received()
+    def eof_received(self) -> bool:
+        """Close, unless an answer is due: not where the client leaves in the middle of a body."""
+        return self._target is None and self._http.eof_received()
 
     def pause_writing(self) -> None:
         """Pass on."""
@@ -159,6 +159,14 @@ class LaneProtocol(GuardedProtocol):
         if self._call is call:
             self._check_later(self._period)
         return rest
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection for the answer to a whole request; close it otherwise."""
+        call = self._call
+        if call is None:
+            return super().eof_received()
+        call.keep_alive = False
+        return not call.missing
 
     def proceed(self) -> None:
         """Tell a client that waits for it to send its body."""
