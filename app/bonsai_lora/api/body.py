@@ -71,8 +71,14 @@ def parse_model(body: bytes, model: type[Model]) -> Model:
 
 def body_form(request: Request, taken: Collection[Form]) -> Form:
     """Return the form of the body; raises UnsupportedMediaTypeError, also where it is encoded."""
-    check_coding(request.headers.get("content-encoding"))
+    check_uncoded(request)
     return request_form(request.headers.get("content-type"), taken)
+
+
+def check_uncoded(request: Request) -> None:
+    """Raise UnsupportedMediaTypeError where a line of Content-Encoding names a compression."""
+    lines = request.headers.getlist("content-encoding")
+    check_coding(", ".join(lines) if lines else None)
 
 
 def check_coding(coding: str | None) -> None:
