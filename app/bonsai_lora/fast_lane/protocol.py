@@ -83,7 +83,7 @@ class LaneConnection(asyncio.BufferedProtocol):
             self._whole.set_exception(ClientDisconnect())
 
     def eof_received(self) -> bool:
-        """Close, unless a response is due; a client that leaves in the middle of a body gets none."""
+        """Close, unless a response is due: none is to a client that leaves amid a body."""
         return self._target is None and self._http.eof_received()
 
     def pause_writing(self) -> None:
