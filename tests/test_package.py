@@ -52,8 +52,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     }
     ours = {name for name in names if name.startswith("bonsai_lora/")}
     package = ROOT / "app"
-    sources = {str(one.relative_to(package)) for one in package.rglob("*.py")}
-    assert ours == sources | {"bonsai_lora/py.typed"}
+    sources = {
+        str(one.relative_to(package))
+        for one in package.rglob("*")
+        if one.is_file() and "__pycache__" not in one.parts
+    }
+    assert "bonsai_lora/py.typed" in sources
+    assert ours == sources
 
 
 def test_it_lives_beside_a_package_called_app(wheel, tmp_path):
