@@ -22,9 +22,7 @@ from uvicorn.supervisors import Multiprocess
 
 from bonsai_lora.api.direct import DirectConnection
 from bonsai_lora.cli.logs import configure_logging
-from bonsai_lora.core.crew import set_threads
-from bonsai_lora.core.json_numbers import prepare
-from bonsai_lora.kernels.target import may_run_new_code
+from bonsai_lora.core import backend
 from bonsai_lora.settings import Settings
 from bonsai_lora.storage.store import SetStore
 
@@ -75,15 +73,6 @@ def run(arguments: argparse.Namespace) -> int:
     configure_logging(settings.log_level, settings.log_format)
     _warn_of_unknown_variables()
     _raise_file_limit()
-    if not may_run_new_code():
-        _complain(
-            "this system forbids memory to become executable, and products are computed by machine "
-            "code that is made here; allow it (systemd: MemoryDenyWriteExecute=no)"
-        )
-        return 2
-    cores = len(os.sched_getaffinity(0))
-    if settings.apply_threads > 1 and settings.apply_threads * settings.workers > cores:
-        _log.warning("apply_threads times workers is over %s cores: applies will wait", cores)
     try:
         listener = _listen(settings.host, settings.port)
     except OSError as error:
@@ -99,8 +88,7 @@ def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAP
     """Return the application, in this process or in a worker of the process `supervisor`."""
     configure_logging(settings.log_level, settings.log_format)
     _keep_freed_memory()
-    set_threads(settings.apply_threads)
-    prepare()
+    _choose_backend(settings)
     if supervisor is not None:
         _end_with(supervisor)
     from bonsai_lora.api.app import create_app  # noqa: PLC0415 - after the metrics' folder is known
@@ -177,6 +165,14 @@ def _keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         mallopt(m_mmap_threshold, _MAPPED_BYTES)
         mallopt(m_trim_threshold, _KEPT_BYTES)
+
+
+def _choose_backend(settings: Settings) -> None:
+    """Choose between kernels and NumPy; compile what applies need, so that none waits for it."""
+    reason = backend.choose(settings.kernels)
+    if reason and settings.kernels == "auto":
+        _log.warning("computing in NumPy, with the same answers but slower: %s", reason)
+    backend.prepare()
 
 
 def _raise_file_limit() -> None:

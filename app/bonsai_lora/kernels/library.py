@@ -1,99 +1,62 @@
-"""The kernels as functions, made when they are first asked for."""
+"""The kernels as functions, each compiled when it is first asked for."""
 
 import ctypes
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from bonsai_lora.kernels import apply, crew, down, outer, read_json, write_json
-from bonsai_lora.kernels.code import FLOAT, I64, NOTHING, POINTER, Code, Type
+from bonsai_lora.kernels import apply, down, outer, read_json, write_json
+from bonsai_lora.kernels.code import I64, NOTHING, POINTER, Code, Type
 from bonsai_lora.kernels.numbers import Kind, write_cast
-from bonsai_lora.kernels.target import Target, host
+from bonsai_lora.kernels.target import Target
 
-Call = Callable[..., float]
+Call = Callable[..., int]
+"""A compiled function. Pointers are addresses, strides are bytes."""
 
 T = TypeVar("T")
 
 _TYPES: dict[str, tuple[Type, Any]] = {
     "p": (POINTER, ctypes.c_void_p),
     "n": (I64, ctypes.c_int64),
-    "f": (FLOAT, ctypes.c_float),
     "": (NOTHING, None),
 }
 
 
-class Apply(NamedTuple):
-    """The functions of an apply, for A and B of one kind (bonsai_lora.kernels.apply)."""
-
-    alone: Call
-    """With `apply.ARGUMENTS`; returns 0, or NaN where x A^T is not finite."""
-    part: Call
-    """Does a part of it: `apply.PART`."""
-
-
-class CrewFunctions(NamedTuple):
-    """The functions by which threads share out a job (bonsai_lora.kernels.crew)."""
-
-    share: Call
-    """(shared, parts, function, ...): returns what the function does for part 0, or who sleeps."""
-    finish: Call
-    """(shared, parts): returns that once those are woken."""
-    serve: Call
-    """(shared, part, parts, seen, patience): what the others do."""
-
-
-class Kernels:
-    """The functions for a target. Pointers are addresses, strides are bytes."""
+class Library:
+    """The functions for one kind of CPU."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
         self.apply = _made_once(self._apply)
         self.merge = _made_once(self._merge)
         self.cast = _made_once(self._cast)
-        self.crew = _made_once(self._crew)
         self.read_json = _made_once(self._read_json)
         self.write_json = _made_once(self._write_json)
 
-    def _apply(self, kind: Kind) -> Apply:
-        """Return the functions of an apply."""
+    def _apply(self, kind: Kind) -> Call:
+        """Return apply(`apply.ARGUMENTS`), for A and B of one kind."""
         module = ir.Module()
         down.Down(self.target, kind).write(_start(module, "down", down.ARGUMENTS))
-        outer.Outer(self.target, kind, None).write(_start(module, "outer", outer.ARGUMENTS))
-        apply.write_part(_start(module, "part", apply.PART, "f"), self.target)
-        apply.write_apply(_start(module, "apply", apply.ARGUMENTS, "f"))
-        made = self._compile(module, {"part": (apply.PART, "f"), "apply": (apply.ARGUMENTS, "f")})
-        return Apply(made["apply"], made["part"])
-
-    def _crew(self) -> CrewFunctions:
-        """Return the functions of threads that share a job out."""
-        functions = {
-            "share": ("pnp" + "n" * crew.JOB_WORDS, "f"),
-            "finish": ("pn", "f"),
-            "serve": ("pnnnn", "n"),
-        }
-        module = ir.Module()
-        crew.write_finish(_start(module, "finish", *functions["finish"]))
-        crew.write_share(_start(module, "share", *functions["share"]))
-        crew.write_serve(_start(module, "serve", *functions["serve"]))
-        return CrewFunctions(**self._compile(module, functions))
+        outer.WriteUp(self.target, kind).write(_start(module, "up", outer.ARGUMENTS))
+        apply.write_apply(_start(module, "apply", apply.ARGUMENTS))
+        return self._compile(module, "apply", apply.ARGUMENTS)
 
     def _merge(self, right_kind: Kind, base_kind: Kind) -> Call:
-        """Return the function of a merge: `outer.ARGUMENTS`, `base` and `out` of one kind."""
+        """Return merge(`outer.MERGE_ARGUMENTS`), `base` and `out` of one kind."""
         module = ir.Module()
-        outer.Outer(self.target, right_kind, base_kind).write(
-            _start(module, "outer", outer.ARGUMENTS)
-        )
-        return self._compile(module, {"outer": (outer.ARGUMENTS, "")})["outer"]
+        kernel = outer.WriteMerge(self.target, right_kind, base_kind)
+        kernel.write(_start(module, "merge", outer.MERGE_ARGUMENTS))
+        return self._compile(module, "merge", outer.MERGE_ARGUMENTS)
 
     def _cast(self, from_kind: Kind, to_kind: Kind) -> Call:
         """Return cast(array, out, n)."""
         module = ir.Module()
         write_cast(_start(module, "cast", "ppn"), self.target, from_kind, to_kind)
-        return self._compile(module, {"cast": ("ppn", "")})["cast"]
+        return self._compile(module, "cast", "ppn")
 
     def _read_json(self) -> Call:
         """Return find(`read_json.FIND`)."""
@@ -102,36 +65,32 @@ class Kernels:
         row.function.linkage = "internal"
         read_json.Row(row).write()
         read_json.write_find(_start(module, "find", read_json.FIND, "n"))
-        return self._compile(module, {"find": (read_json.FIND, "n")}, level=2)["find"]
+        return self._compile(module, "find", read_json.FIND, "n", level=2)
 
     def _write_json(self) -> Call:
         """Return write(`write_json.ARGUMENTS`)."""
         module = ir.Module()
         write_json.Rows(self.target, _start(module, "write", write_json.ARGUMENTS, "n")).write()
-        functions = {"write": (write_json.ARGUMENTS, "n")}
-        return self._compile(module, functions, level=2)["write"]
+        return self._compile(module, "write", write_json.ARGUMENTS, "n", level=2)
 
     def _compile(
-        self, module: ir.Module, functions: Mapping[str, tuple[str, str]], level: int = 0
-    ) -> dict[str, Call]:
-        compiled = Compiled(str(module), self.target, level)
-        made: dict[str, Call] = {}
-        for name, (arguments, result) in functions.items():
-            prototype = ctypes.CFUNCTYPE(_TYPES[result][1], *(_TYPES[one][1] for one in arguments))
-            function = prototype(compiled.address(name))
-            function.compiled = compiled  # type: ignore[attr-defined]  # lives as long as it
-            made[name] = function
-        return made
+        self, module: ir.Module, name: str, arguments: str, result: str = "", level: int = 0
+    ) -> Call:
+        compiled = Compiled(str(module), name, self.target, level)
+        prototype = ctypes.CFUNCTYPE(_TYPES[result][1], *(_TYPES[one][1] for one in arguments))
+        function = prototype(compiled.address)
+        function.compiled = compiled  # type: ignore[attr-defined]  # lives as long as it
+        return function
 
 
 class Compiled:
-    """Functions in memory; they go when this goes.
+    """A function in memory; it goes when this goes.
 
-    `level` is how much LLVM changes them first: 0 for loops that are written out as they are to be
-    (2 would take three times as long and gain nothing), 2 where there are variables and branches.
+    `level` is how much LLVM optimises: 0 for loops that are written out as they are to be (2 would
+    take three times as long and gain nothing), 2 where there are variables and branches.
     """
 
-    def __init__(self, text: str, target: Target, level: int) -> None:
+    def __init__(self, text: str, name: str, target: Target, level: int) -> None:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         module = llvm.parse_assembly(text)
@@ -144,17 +103,8 @@ class Compiled:
             passes.getModulePassManager().run(module, passes)
         self._engine = llvm.create_mcjit_compiler(module, machine)
         self._engine.finalize_object()
-
-    def address(self, name: str) -> int:
-        """Return where a function is."""
-        address: int = self._engine.get_function_address(name)
-        return address
-
-
-@lru_cache(maxsize=1)
-def kernels() -> Kernels:
-    """Return the functions for this machine."""
-    return Kernels(host())
+        self.address: int = self._engine.get_function_address(name)
+        self._engine.remove_module(module)  # machine code is all that is needed from here on
 
 
 def _made_once(make: Callable[..., T]) -> Callable[..., T]:

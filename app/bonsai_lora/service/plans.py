@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.backend import list_of
 from bonsai_lora.core.cast import FLOAT32, Floats
-from bonsai_lora.core.json_numbers import list_of
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service.apply import cost_of
 from bonsai_lora.service.sets import get_adapter
@@ -138,11 +138,8 @@ class Plan:
         """Return the outputs of all steps; raises NonFiniteInputError."""
         made = []
         for step, adapter in zip(self.steps, self.adapters, strict=True):
-            outputs, is_finite = adapter.apply_checked(inputs[step.source], self.weight)
-            # What is not finite stays so in each sum that it is part of, and this is far less to
-            # look at than the inputs. (A sum of finite numbers may overflow.)
-            if not is_finite:
-                check_finite(inputs[step.source], self.sources[step.source].name)
+            check_finite(inputs[step.source], self.sources[step.source].name)
+            outputs = adapter.apply(inputs[step.source], self.weight)
             made.append(outputs)
         return made
 
