@@ -1,19 +1,22 @@
 """factor * (x A^T) B^T, in one call: the down-projection to scratch, then the outer products."""
 
+from llvmlite import ir
+
+from bonsai_lora.kernels import down, outer
 from bonsai_lora.kernels.code import I64, POINTER, Code
-from bonsai_lora.kernels.down import down_scratch
-from bonsai_lora.kernels.outer import outer_scratch
+from bonsai_lora.kernels.numbers import Kind
+from bonsai_lora.kernels.target import Target
 
 ARGUMENTS = "ppnnpnpp"
-"""matrices, x, n, x_row, factors, factor_step, scratch (`apply_scratch`), out.
+"""matrices, x, n, x_row, factors, factor_step, scratch (`scratch_bytes`), out.
 
 `matrices` are eight i64: A, r, a_row, d_in, B, b_row, d_out, panel. Row i has its factor at
 factors + i * factor_step."""
 
 
-def apply_scratch(n: int, r: int, panel: int) -> int:
+def scratch_bytes(n: int, r: int, panel: int) -> int:
     """Return the bytes that an apply needs, from the start of a cache line on."""
-    return _hidden_bytes(n, r) + max(down_scratch(n, r), outer_scratch(r, panel))
+    return _hidden_bytes(n, r) + max(down.scratch_bytes(n, r), outer.scratch_bytes(r, panel))
 
 
 def _hidden_bytes(n: int, r: int) -> int:
@@ -21,8 +24,10 @@ def _hidden_bytes(n: int, r: int) -> int:
     return -(-4 * n * r // 64) * 64
 
 
-def write_apply(code: Code) -> None:
-    """Write the function, by `down` and `up` of the same module."""
+def write_apply(code: Code, target: Target, kind: Kind) -> None:
+    """Write the function, for A and B of one kind."""
+    down.Down(target, kind).write(code.start("down", down.ARGUMENTS))
+    outer.Outer(target, kind, None).write(code.start("outer", outer.ARGUMENTS))
     matrices, x, n, x_row, factors, factor_step, hidden, out = code.arguments
     a, r, a_row, d_in, b, b_row, d_out, panel = (
         code.load(code.at(matrices, code.const(8 * place)), POINTER if place in (0, 4) else I64)
@@ -33,6 +38,7 @@ def write_apply(code: Code) -> None:
     scratch = code.at(hidden, hidden_bytes)
     code.call("down", [x, n, x_row, a, r, a_row, d_in, hidden, hidden_row, scratch])
     left = [hidden, n, hidden_row, code.const(4)]
-    panels = [b, r, b_row, d_out, panel, scratch]
-    code.call("up", [*left, *panels, factors, factor_step, out, code.times(d_out, 4)])
-    code.end()
+    right = [b, r, b_row, d_out, panel, scratch, factors, factor_step]
+    no_base = [ir.Constant(POINTER, None), code.const(0)]
+    code.call("outer", [*left, *right, out, code.times(d_out, 4), *no_base])
+    code.builder.ret_void()

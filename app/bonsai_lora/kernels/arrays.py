@@ -5,17 +5,15 @@ cannot convert it, rows that do not lie in one piece. The definition computes th
 """
 
 import ctypes
-import threading
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from bonsai_lora.kernels.apply import apply_scratch
+from bonsai_lora.kernels import apply, outer
 from bonsai_lora.kernels.library import Call, Library
 from bonsai_lora.kernels.numbers import Kind
-from bonsai_lora.kernels.outer import outer_scratch
 from bonsai_lora.kernels.read_json import FOUND
 from bonsai_lora.kernels.target import Target
 from bonsai_lora.kernels.write_json import text_bytes
@@ -36,7 +34,6 @@ _MERGE_PANEL_VALUES = 1 << 16
 """Of A, for merges: in the second-level cache, so that W is gone through in long stretches."""
 _LEAST_COLUMNS = 128
 _LINE = 64
-_LEAST_SCRATCH, _KEPT_SCRATCH = 1 << 16, 1 << 22
 
 
 class ArrayKernels:
@@ -50,13 +47,13 @@ class ArrayKernels:
 
     def prepare(self) -> None:
         """Compile all but merges."""
-        self._library.read_json()
-        self._library.write_json()
+        self._library.get("find")
+        self._library.get("write")
         for kind in self._kinds.values():
-            self._library.apply(kind)
+            self._library.get("apply", kind)
             if kind != "f32":
-                self._library.cast(kind, "f32")
-                self._library.cast("f32", kind)
+                self._library.get("cast", kind, "f32")
+                self._library.get("cast", "f32", kind)
 
     def make_apply(self, a_matrix: Array, b_matrix: Array) -> "Apply | None":
         """Return the function that applies A (r, d_in) and B (d_out, r)."""
@@ -64,23 +61,24 @@ class ArrayKernels:
         if kind is None or a_matrix.dtype != b_matrix.dtype:
             return None
         return Apply(
-            self._library.apply(kind), _with_whole_rows(a_matrix), _with_whole_rows(b_matrix)
+            self._library.get("apply", kind), _with_whole_rows(a_matrix), _with_whole_rows(b_matrix)
         )
 
     def merge(self, base: Array, left: Floats, right: Array, factor: float, out: Array) -> bool:
         """Write base + factor * left @ right to `out`, if possible."""
-        kinds = self._kinds.get(right.dtype), self._kinds.get(base.dtype)
+        right_kind, kind = self._kinds.get(right.dtype), self._kinds.get(base.dtype)
         shape = (left.shape[0], right.shape[1])
         fits = base.shape == out.shape == shape and left.shape[1] == right.shape[0]
         fits = fits and base.dtype == out.dtype and left.dtype == _FLOAT32 and out.flags.writeable
-        if None in kinds or not (fits and _has_whole_rows(base) and _has_whole_rows(out)):
+        fits = fits and _has_whole_rows(base) and _has_whole_rows(out)
+        if right_kind is None or kind is None or not fits:
             return False
         right = _with_whole_rows(right)
         panel = min(_panel(right.shape[0], _MERGE_PANEL_VALUES), max(1, shape[1]))
         with np.errstate(over="ignore"):
             factors = np.array([factor], np.float32)
-        scratch, held = _scratch(outer_scratch(right.shape[0], panel))
-        self._library.merge(*kinds)(
+        scratch, held = _scratch(outer.scratch_bytes(right.shape[0], panel))
+        self._library.get("merge", right_kind, kind)(
             *(address_of(left), shape[0], *left.strides),
             *(address_of(right), right.shape[0], right.strides[0], shape[1]),
             *(panel, scratch, address_of(factors), 0),
@@ -91,12 +89,12 @@ class ArrayKernels:
 
     def cast(self, array: Array, out: Array) -> bool:
         """Write `array` to `out`, if possible."""
-        kinds = self._kinds.get(array.dtype), self._kinds.get(out.dtype)
-        is_whole = array.flags.c_contiguous and out.flags.c_contiguous
-        is_whole = is_whole and array.shape == out.shape and out.flags.writeable
-        if None in kinds or kinds.count("f32") != 1 or not is_whole:
+        kind, out_kind = self._kinds.get(array.dtype), self._kinds.get(out.dtype)
+        fits = array.flags.c_contiguous and out.flags.c_contiguous
+        fits = fits and array.shape == out.shape and out.flags.writeable
+        if kind is None or out_kind is None or (kind == "f32") == (out_kind == "f32") or not fits:
             return False
-        self._library.cast(*kinds)(address_of(array), address_of(out), array.size)
+        self._library.get("cast", kind, out_kind)(address_of(array), address_of(out), array.size)
         return True
 
     def find_lists(self, text: bytes | memoryview, least: int) -> list[tuple[int, int, Floats]]:
@@ -105,7 +103,7 @@ class ArrayKernels:
         A list is left out where one of its numbers has digits that make 2^64 or so, is whole and
         from 2^53 on, or its last digit stands for less than 1e-300 or more than 1e38.
         """
-        find = self._library.read_json()
+        find = self._library.get("find")
         characters = np.frombuffer(text, np.uint8)
         # A number takes two characters at least.
         room = np.empty(len(characters) // 2, np.float32)
@@ -127,7 +125,7 @@ class ArrayKernels:
         array = np.ascontiguousarray(array)
         rows, columns = (1, *array.shape)[-2:]
         room = np.empty(2 + text_bytes(rows, columns), np.uint8)
-        size = self._library.write_json()(address_of(array), rows, columns, address_of(room) + 1)
+        size = self._library.get("write")(address_of(array), rows, columns, address_of(room) + 1)
         if array.ndim == 1:
             return room[1 : 1 + size].data
         text = room[: 2 + size].data
@@ -152,7 +150,7 @@ class Apply:
             with np.errstate(over="ignore"):
                 x = np.ascontiguousarray(x, np.float32)
         outputs = np.empty((len(x), self._d_out), np.float32)
-        scratch, held = _scratch(apply_scratch(len(x), self._rank, self._panel))
+        scratch, held = _scratch(apply.scratch_bytes(len(x), self._rank, self._panel))
         self._function(
             *(address_of(self._table), address_of(x), len(x), x.strides[0]),
             *(address_of(factors), 0 if len(factors) == 1 else 4, scratch, address_of(outputs)),
@@ -191,17 +189,7 @@ def _panel(rank: int, values: int) -> int:
     return max(_LEAST_COLUMNS, fitting - fitting % _LEAST_COLUMNS)
 
 
-_local = threading.local()
-
-
 def _scratch(size: int) -> tuple[int, Array]:
-    """Return the address of so many bytes, at the start of a cache line, and what holds them.
-
-    They are this thread's until it asks again. Much is not kept.
-    """
-    room: Array | None = getattr(_local, "room", None)
-    if room is None or len(room) < size + _LINE:
-        room = np.empty(max(size, _LEAST_SCRATCH) + _LINE, np.uint8)
-        if size <= _KEPT_SCRATCH:
-            _local.room = room
+    """Return the address of so many bytes, at the start of a cache line, and what holds them."""
+    room = np.empty(size + _LINE, np.uint8)
     return -(-address_of(room) // _LINE) * _LINE, room

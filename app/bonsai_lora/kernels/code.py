@@ -5,8 +5,9 @@ Python runs once and writes the function; what it writes runs later, for each ca
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from llvmlite import ir
 
@@ -14,29 +15,38 @@ I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 BYTE, HALF, FLOAT = ir.IntType(8), ir.HalfType(), ir.FloatType()
 POINTER, NOTHING = ir.PointerType(), ir.VoidType()
 
+_TYPES = {"p": POINTER, "n": I64, "": NOTHING}
+
 Value = Any
 """A value of the function that is being written; llvmlite has no type for it."""
 Type = Any
 
 
-class Loop:
+class Loop(NamedTuple):
     """A loop that is being written: its counter, and the values that one pass hands to the next."""
 
-    def __init__(self, counter: Value, values: Sequence[Value]) -> None:
-        self.counter = counter
-        self.values = list(values)
+    counter: Value
+    values: list[Value]
 
 
 class Code:
-    """A function that is being written. Offsets and strides are in bytes, counts are i64."""
+    """A function that is being written. Offsets and strides are in bytes, counts are i64.
 
-    def __init__(
-        self, module: ir.Module, name: str, arguments: Sequence[Type], result: Type = NOTHING
-    ) -> None:
-        self.function = ir.Function(module, ir.FunctionType(result, arguments), name)
+    Its arguments and result are letters: "p" is a pointer, "n" an i64, "" nothing.
+    """
+
+    def __init__(self, module: ir.Module, name: str, arguments: str, result: str = "") -> None:
+        kind = ir.FunctionType(_TYPES[result], [_TYPES[one] for one in arguments])
+        self.module = module
+        self.function = ir.Function(module, kind, name)
         self.arguments: Sequence[Value] = self.function.args
         self.builder = ir.IRBuilder(self.function.append_basic_block())
-        self._module = module
+
+    def start(self, name: str, arguments: str, result: str = "") -> "Code":
+        """Return another function of the same module, which this one may call."""
+        code = Code(self.module, name, arguments, result)
+        code.function.linkage = "internal"
+        return code
 
     # Numbers
 
@@ -46,10 +56,7 @@ class Code:
 
     def add(self, *counts: Value) -> Value:
         """Return the sum of counts."""
-        total, *others = counts
-        for one in others:
-            total = self.builder.add(total, one)
-        return total
+        return functools.reduce(self.builder.add, counts)
 
     def times(self, count: Value, factor: int | Value) -> Value:
         """Return a product of counts."""
@@ -71,10 +78,8 @@ class Code:
 
     def rows(self, pointer: Value, first: Value, stride: Value, count: int) -> list[Value]:
         """Return the addresses of `count` rows, from row `first` on."""
-        places = [self.at(pointer, self.times(first, stride))]
-        while len(places) < count:
-            places.append(self.at(places[-1], stride))
-        return places
+        numbers = (self.add(first, self.const(line)) for line in range(count))
+        return [self.at(pointer, self.times(number, stride)) for number in numbers]
 
     def load(self, pointer: Value, kind: Type) -> Value:
         """Return the value at an address, aligned or not."""
@@ -103,22 +108,22 @@ class Code:
         """Return one * other + total, fused (rounded once) where the CPU can."""
         kind = total.type
         name = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
-        return self._call(f"llvm.fmuladd.{name}", kind, [one, other, total])
+        return self.call_c(f"llvm.fmuladd.{name}", kind, [one, other, total])
 
     def prefetch(self, pointer: Value, *, to_write: bool) -> None:
         """Prefetch a cache line; an address outside the process's memory does no harm."""
         hints = [ir.Constant(I32, hint) for hint in (int(to_write), 2, 1)]
-        self._call("llvm.prefetch.p0", NOTHING, [pointer, *hints])
+        self.call_c("llvm.prefetch.p0", NOTHING, [pointer, *hints])
 
     def call(self, name: str, arguments: Sequence[Value]) -> Value:
         """Call a function of the same module."""
-        return self.builder.call(self._module.globals[name], arguments)
+        return self.builder.call(self.module.globals[name], arguments)
 
-    def _call(self, name: str, result: Type, arguments: Sequence[Value]) -> Value:
-        """Call one of LLVM's own functions."""
-        if name not in self._module.globals:
+    def call_c(self, name: str, result: Type, arguments: Sequence[Value]) -> Value:
+        """Call a function of LLVM or of the C library."""
+        if name not in self.module.globals:
             kind = ir.FunctionType(result, [one.type for one in arguments])
-            ir.Function(self._module, kind, name)
+            ir.Function(self.module, kind, name)
         return self.call(name, arguments)
 
     # Control flow
@@ -143,7 +148,7 @@ class Code:
             phi.add_incoming(value, before)
         builder.cbranch(builder.icmp_signed("<", counter, stop), body, end)
         builder.position_at_end(body)
-        loop = Loop(counter, carried)
+        loop = Loop(counter, [*carried])
         yield loop
         counter.add_incoming(
             builder.add(counter, self.const(step) if isinstance(step, int) else step), builder.block
@@ -152,7 +157,7 @@ class Code:
             phi.add_incoming(value, builder.block)
         builder.branch(head)
         builder.position_at_end(end)
-        loop.values = carried
+        loop.values[:] = carried
 
     @contextlib.contextmanager
     def forever(self) -> Iterator[Callable[[Value], None]]:
@@ -182,13 +187,6 @@ class Code:
             with self.loop(start, end, size) as loop:
                 body(loop.counter, size)
             start = end
-
-    def end(self, result: Value = None) -> None:
-        """Write the return."""
-        if result is None:
-            self.builder.ret_void()
-        else:
-            self.builder.ret(result)
 
 
 def vector(kind: Type, lanes: int) -> Type:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from bonsai_lora.kernels.code import FLOAT, Code, Value, vector, zero
 from bonsai_lora.kernels.numbers import Kind, convert, load_float32, size_of, sum_lanes
+from bonsai_lora.kernels.outer import HEIGHTS
 from bonsai_lora.kernels.target import Target
-from bonsai_lora.kernels.tiles import HEIGHTS, vectors_of
 
 DEPTH = 1024
 """Numbers of a row that are multiplied at a time, so that both sides stay in the cache."""
@@ -20,19 +20,16 @@ MANY_ROWS = 24
 PACKED_ROW = 4 * DEPTH + 64
 """Bytes; not a power of two, so that rows do not fall into the same sets of the cache."""
 ARGUMENTS = "pnnpnnnpnp"
-"""x, n, x_row, a, r, a_row, k, out, out_row, scratch (`down_scratch`)."""
+"""x, n, x_row, a, r, a_row, k, out, out_row, scratch (`scratch_bytes`)."""
 
 
-def down_scratch(n: int, r: int) -> int:
+def scratch_bytes(n: int, r: int) -> int:
     """Return the bytes that `Down` needs, from the start of a cache line on."""
-    return PACKED_ROW * (r + HEIGHTS[0]) if n >= MANY_ROWS else 0
+    return PACKED_ROW * r if n >= MANY_ROWS else 0
 
 
 class Down:
-    """Writes x A^T: tiles of sums over a stretch of the rows, then the next stretch.
-
-    A vector that lies across two cache lines takes two loads: hence the packing.
-    """
+    """Writes x A^T: tiles of sums over a stretch of the rows, then the next stretch."""
 
     def __init__(self, target: Target, a_kind: Kind) -> None:
         self.target = target
@@ -43,7 +40,6 @@ class Down:
         self.code = code
         self.x, n, self.x_row, a, self.r, a_row, k, self.out, self.out_row, scratch = code.arguments
         none, packed_row = code.const(0), code.const(PACKED_ROW)
-        packed_x = code.at(scratch, code.times(self.r, packed_row))
         with code.loop(none, n, 1) as i, code.loop(none, self.r, 1) as j:
             code.store(zero(1), self._sum_at(i.counter, j.counter))
         is_many = code.builder.icmp_signed(">=", n, code.const(MANY_ROWS))
@@ -55,20 +51,19 @@ class Down:
             a_here = code.at(a, code.times(first, size_of(self.a_kind)))
             with code.builder.if_then(is_many), code.loop(none, self.r, 1) as j:
                 source = code.at(a_here, code.times(j.counter, a_row))
-                self._pack(source, self.a_kind, scratch, j.counter, length)
-            with code.loop(none, many, HEIGHTS[0]) as i:
-                for line, row in enumerate(code.rows(x, i.counter, self.x_row, HEIGHTS[0])):
-                    self._pack(row, "f32", packed_x, code.const(line), length)
-                rows = code.rows(packed_x, none, packed_row, HEIGHTS[0])
-                self._rows(i.counter, x, rows, (scratch, packed_row, "f32"), length)
+                target = code.at(scratch, code.times(j.counter, packed_row))
+                convert(code, self.target.lanes, (source, self.a_kind), (target, "f32"), length)
 
-            def tiles(i: Value, height: int) -> None:
-                rows = code.rows(x, i, self.x_row, height)
-                self._rows(i, x, rows, (a_here, a_row, self.a_kind), length)
+            def packed(i: Value, height: int) -> None:
+                self._rows(i, height, x, (scratch, packed_row, "f32"), length)
 
-            code.in_tiles(many, n, HEIGHTS, tiles)
+            def in_place(i: Value, height: int) -> None:
+                self._rows(i, height, x, (a_here, a_row, self.a_kind), length)
+
+            code.in_tiles(none, many, HEIGHTS[:1], packed)
+            code.in_tiles(many, n, HEIGHTS, in_place)
         self._rest(n, code.round_down(k, self.target.lanes), k, a, a_row)
-        code.end()
+        code.builder.ret_void()
 
     def _rest(self, n: Value, first: Value, last: Value, a: Value, a_row: Value) -> None:
         """Add the products of each row's last numbers, less than a vector."""
@@ -84,21 +79,18 @@ class Down:
                 k.values[0] = code.multiply_add(x, number, k.values[0])
             code.store(k.values[0], place)
 
-    def _pack(self, source: Value, kind: Kind, packed: Value, row: Value, length: Value) -> None:
-        target = self.code.at(packed, self.code.times(row, PACKED_ROW))
-        convert(self.code, self.target.lanes, (source, kind), (target, "f32"), length)
-
     def _rows(
         self,
         i: Value,
+        height: int,
         x: Value,
-        x_rows: Sequence[Value],
         a: tuple[Value, Value, Kind],
         length: Value,
     ) -> None:
         """Add the products of some rows with all of A, over a stretch."""
-        code, height, (place, stride, kind) = self.code, len(x_rows), a
-        widths = sorted({vectors_of(self.target, height), 1}, reverse=True)
+        code, (place, stride, kind) = self.code, a
+        x_rows = code.rows(x, i, self.x_row, height)
+        widths = sorted({self.target.vectors_of(height), 1}, reverse=True)
 
         def tile(j: Value, width: int) -> None:
             # Each tile prefetches a row of the next rows of x: too far for the CPU to guess.
@@ -132,7 +124,7 @@ class Down:
             code.prefetch(code.at(next_row, x_place), to_write=False)
             xs = [code.load(code.at(row, x_place), vector(FLOAT, lanes)) for row in x_rows]
             numbers = [load_float32(code, code.at(row, a_place), a_kind, lanes) for row in a_rows]
-            loop.values = [
+            loop.values[:] = [
                 code.multiply_add(xs[line], numbers[column], value)
                 for (line, column), value in zip(pairs, loop.values, strict=True)
             ]

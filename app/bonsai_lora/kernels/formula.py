@@ -10,20 +10,11 @@ from bonsai_lora.kernels.code import I32, I64, POINTER, Code, Type, Value
 Operand = Union["Term", int]
 
 
-def _binary(instruction: str) -> Callable[["Term", Operand], "Term"]:
-    """Return the method that applies one of LLVM's instructions."""
+def _method(instruction: str, *first: str) -> Callable[["Term", Operand], "Term"]:
+    """Return the method that applies one of LLVM's instructions to two terms."""
 
     def method(self: "Term", other: Operand) -> "Term":
-        return self.of(getattr(self.code.builder, instruction)(*self.alike(other)))
-
-    return method
-
-
-def _comparison(sign: str, kind: str = "icmp_signed") -> Callable[["Term", Operand], "Term"]:
-    """Return the method that compares."""
-
-    def method(self: "Term", other: Operand) -> "Term":
-        return self.of(getattr(self.code.builder, kind)(sign, *self.alike(other)))
+        return self.of(getattr(self.code.builder, instruction)(*first, *self.alike(other)))
 
     return method
 
@@ -38,21 +29,21 @@ class Term:
         self.code = code
         self.value = value
 
-    __add__ = _binary("add")
-    __sub__ = _binary("sub")
-    __mul__ = _binary("mul")
-    __and__ = _binary("and_")
-    __or__ = _binary("or_")
-    __lshift__ = _binary("shl")
-    __rshift__ = _binary("lshr")
-    arithmetic_shift = _binary("ashr")
-    __lt__ = _comparison("<")
-    __le__ = _comparison("<=")
-    __gt__ = _comparison(">")
-    __ge__ = _comparison(">=")
-    equals = _comparison("==")
-    differs = _comparison("!=")
-    is_below = _comparison("<", "icmp_unsigned")
+    __add__ = _method("add")
+    __sub__ = _method("sub")
+    __mul__ = _method("mul")
+    __and__ = _method("and_")
+    __or__ = _method("or_")
+    __lshift__ = _method("shl")
+    __rshift__ = _method("lshr")
+    arithmetic_shift = _method("ashr")
+    __lt__ = _method("icmp_signed", "<")
+    __le__ = _method("icmp_signed", "<=")
+    __gt__ = _method("icmp_signed", ">")
+    __ge__ = _method("icmp_signed", ">=")
+    equals = _method("icmp_signed", "==")
+    differs = _method("icmp_signed", "!=")
+    is_below = _method("icmp_unsigned", "<")
 
     def of(self, value: Value) -> "Term":
         """Return another value of the same function."""
@@ -107,14 +98,11 @@ class Term:
 
     def load(self, kind: Type) -> "Term":
         """Return the value at this address, aligned or not."""
-        return self.of(self.code.load(self._pointer(), kind))
+        return self.of(self.code.load(self.code.builder.inttoptr(self.value, POINTER), kind))
 
     def store(self, value: "Term") -> None:
         """Store a value at this address, aligned or not."""
-        self.code.store(value.value, self._pointer())
-
-    def _pointer(self) -> Value:
-        return self.code.builder.inttoptr(self.value, POINTER)
+        self.code.store(value.value, self.code.builder.inttoptr(self.value, POINTER))
 
     def alike(self, other: Operand) -> tuple[Value, Value]:
         """Return both values in one type; a single number is broadcast to a vector's lanes."""

@@ -9,6 +9,9 @@ from bonsai_lora.kernels.target import Target
 
 Kind = Literal["f32", "f16", "bf16"]
 
+ARGUMENTS = "ppn"
+"""Of a cast: array, out, n."""
+
 
 def size_of(kind: Kind) -> int:
     """Return the bytes of a number."""
@@ -77,7 +80,7 @@ def convert(
 
 
 def write_cast(code: Code, target: Target, from_kind: Kind, to_kind: Kind) -> None:
-    """Write cast(array, out, n), of contiguous numbers."""
+    """Write the function that casts contiguous numbers."""
     array, out, count = code.arguments
     convert(code, target.lanes, (array, from_kind), (out, to_kind), count)
-    code.end()
+    code.builder.ret_void()

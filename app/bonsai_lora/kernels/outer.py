@@ -3,38 +3,42 @@
 product = np.zeros((n, m), np.float32)
 for k in range(r):
     product += h[:, k, None] * right[k]
-out[:] = base + factor * product          # `WriteMerge`
-out[:] = factor[:, None] * product        # `WriteUp`, where right is B transposed
+out[:] = factors[:, None] * product       # an apply, where `right` is B transposed
+out[:] = base + factor * product          # a merge, each operation rounded once
 """
-
-from collections.abc import Sequence
 
 from bonsai_lora.kernels.code import FLOAT, Code, Value, vector, zero
 from bonsai_lora.kernels.numbers import Kind, convert, load_float32, size_of, store_rounded
 from bonsai_lora.kernels.target import Target
-from bonsai_lora.kernels.tiles import HEIGHTS, MERGED_HEIGHTS, vectors_of
 
+HEIGHTS = (6, 2, 1)
+"""Rows of a tile: 6 take 4 vectors (2 where registers are few), 1 takes 8."""
+_MERGE_HEIGHTS = (4, 1)
+"""Where a base is read and written too: fewer rows that lie apart."""
 _MOST_LANES = 16
-ARGUMENTS = "pnnnpnnnnppnpn"
-"""h, n, h_row, h_step, right, r, right_row, m, panel, scratch (`outer_scratch`), factors,
-factor_step, out, out_row. `right` is R (r, m) in a merge, B (m, r) in an apply."""
-MERGE_ARGUMENTS = ARGUMENTS + "pn"
-"""And base, base_row."""
+ARGUMENTS = "pnnnpnnnnppnpnpn"
+"""h, n, h_row, h_step, right, r, right_row, m, panel, scratch (`scratch_bytes`), factors,
+factor_step, out, out_row, base, base_row. `right` is R (r, m) in a merge, B (m, r) in an apply,
+which has no base."""
 
 
-def outer_scratch(r: int, panel: int) -> int:
+def scratch_bytes(r: int, panel: int) -> int:
     """Return the bytes that a panel needs, from the start of a cache line on."""
     return 4 * r * (panel + _MOST_LANES)
+
+
+def write_merge(code: Code, target: Target, right_kind: Kind, base_kind: Kind) -> None:
+    """Write the function of a merge."""
+    Outer(target, right_kind, base_kind).write(code)
 
 
 class Outer:
     """Writes sums of outer products, a panel of columns after the other, widened to scratch."""
 
-    heights: Sequence[int]
-
-    def __init__(self, target: Target, right_kind: Kind) -> None:
+    def __init__(self, target: Target, right_kind: Kind, base_kind: Kind | None) -> None:
         self.target = target
         self.right_kind = right_kind
+        self.base_kind = base_kind
 
     def write(self, code: Code) -> None:
         """Write the function."""
@@ -42,33 +46,26 @@ class Outer:
         (self.h, n, self.h_row, self.h_step, self.right, self.r, self.right_row, m, panel) = (
             code.arguments[:9]
         )
-        self.scratch, self.factors, self.factor_step, self.out, self.out_row = code.arguments[9:14]
+        self.scratch, self.factors, self.factor_step, *places = code.arguments[9:]
+        self.out, self.out_row, self.base, self.base_row = places
         # A vector more, so that the rows of a wide panel do not fall into the same cache sets.
         self.scratch_row = code.times(code.add(panel, code.const(self.target.lanes)), 4)
+        heights = HEIGHTS if self.base_kind is None else _MERGE_HEIGHTS
         with code.loop(code.const(0), m, panel) as loop:
             first = loop.counter
             last = code.minimum(code.add(first, panel), m)
-            self.load_panel(first, last)
+            if self.base_kind is None:
+                self._transpose(first, last)
+            else:
+                self._widen(first, last)
             code.in_tiles(
-                code.const(0), n, self.heights, lambda i, height: self._rows(i, height, first, last)
+                code.const(0), n, heights, lambda i, height: self._rows(i, height, first, last)
             )
-        code.end()
-
-    def load_panel(self, first: Value, last: Value) -> None:
-        """Write some columns of R to scratch, as float32."""
-        raise NotImplementedError
-
-    def add(self, one: Value, other: Value, total: Value) -> Value:
-        """Return one * other + total."""
-        raise NotImplementedError
-
-    def store(self, row: Value, j: Value, value: Value, lanes: int) -> None:
-        """Store a vector of the result."""
-        raise NotImplementedError
+        code.builder.ret_void()
 
     def _rows(self, i: Value, height: int, first: Value, last: Value) -> None:
         """Write some rows of a panel, in tiles as wide as the registers allow."""
-        code, lanes, vectors = self.code, self.target.lanes, vectors_of(self.target, height)
+        code, lanes, vectors = self.code, self.target.lanes, self.target.vectors_of(height)
         length = code.builder.sub(last, first)
         end = code.add(first, code.round_down(length, vectors * lanes))
         with code.loop(first, end, vectors * lanes) as j:
@@ -88,7 +85,7 @@ class Outer:
         """Write height rows of so many vectors."""
         code = self.code
         h_rows = code.rows(self.h, i, self.h_row, height)
-        column = self.scratch_at(j, code.const(0), first)
+        column = self._scratch_at(j, code.const(0), first)
         with code.loop(code.const(0), self.r, 1, [zero(lanes)] * (height * vectors)) as loop:
             source = code.at(column, code.times(loop.counter, self.scratch_row))
             rights = [
@@ -100,63 +97,45 @@ class Outer:
                 h = code.broadcast(code.load(code.at(row, offset), FLOAT), lanes)
                 for one, right in enumerate(rights):
                     place = line * vectors + one
-                    loop.values[place] = self.add(h, right, loop.values[place])
+                    loop.values[place] = self._add(h, right, loop.values[place])
         for line in range(height):
             row = code.add(i, code.const(line))
             factor = code.load(code.at(self.factors, code.times(row, self.factor_step)), FLOAT)
             factor = code.broadcast(factor, lanes)
             for one in range(vectors):
                 value = code.builder.fmul(loop.values[line * vectors + one], factor)
-                self.store(row, code.add(j, code.const(one * lanes)), value, lanes)
+                self._store(row, code.add(j, code.const(one * lanes)), value, lanes)
 
-    def scratch_at(self, j: Value, k: Value, first: Value) -> Value:
-        """Return the address of R[k, j] in a panel that begins with column `first`."""
-        code = self.code
-        offset = code.times(code.builder.sub(j, first), 4)
-        return code.at(self.scratch, code.times(k, self.scratch_row), offset)
+    def _add(self, one: Value, other: Value, total: Value) -> Value:
+        """Return total + one * other; fused in an apply, rounded twice in a merge."""
+        if self.base_kind is None:
+            return self.code.multiply_add(one, other, total)
+        return self.code.builder.fadd(total, self.code.builder.fmul(one, other))
 
+    def _store(self, row: Value, j: Value, value: Value, lanes: int) -> None:
+        """Store a vector of the result, in a merge added to the base."""
+        code, kind = self.code, self.base_kind
+        column = code.times(j, size_of(kind or "f32"))
+        place = code.at(self.out, code.times(row, self.out_row), column)
+        if kind is None:
+            code.store(value, place)
+            return
+        base = code.at(self.base, code.times(row, self.base_row), column)
+        value = code.builder.fadd(load_float32(code, base, kind, lanes), value)
+        store_rounded(code, value, place, kind)
 
-class WriteMerge(Outer):
-    """Writes base + factor * H R, each operation rounded once, as the definition does."""
-
-    heights = MERGED_HEIGHTS
-
-    def __init__(self, target: Target, right_kind: Kind, base_kind: Kind) -> None:
-        super().__init__(target, right_kind)
-        self.base_kind = base_kind
-
-    def load_panel(self, first: Value, last: Value) -> None:
-        """Widen some columns of R (r, m)."""
+    def _widen(self, first: Value, last: Value) -> None:
+        """Write columns of R (r, m) to scratch."""
         code = self.code
         place = code.at(self.right, code.times(first, size_of(self.right_kind)))
         with code.loop(code.const(0), self.r, 1) as k:
-            source = code.at(place, code.times(k.counter, self.right_row))
-            target = self.scratch_at(first, k.counter, first)
+            source = code.at(place, code.times(k.counter, self.right_row)), self.right_kind
+            target = self._scratch_at(first, k.counter, first)
             length = code.builder.sub(last, first)
-            convert(code, self.target.lanes, (source, self.right_kind), (target, "f32"), length)
+            convert(code, self.target.lanes, source, (target, "f32"), length)
 
-    def add(self, one: Value, other: Value, total: Value) -> Value:
-        """Return one * other + total, rounded twice: LLVM fuses only what asks for it."""
-        return self.code.builder.fadd(total, self.code.builder.fmul(one, other))
-
-    def store(self, row: Value, j: Value, value: Value, lanes: int) -> None:
-        """Add a vector of the base, and store the sum rounded."""
-        code, kind = self.code, self.base_kind
-        base, base_row = code.arguments[14:]
-        column = code.times(j, size_of(kind))
-        place = code.at(base, code.times(row, base_row), column)
-        out_place = code.at(self.out, code.times(row, self.out_row), column)
-        value = code.builder.fadd(load_float32(code, place, kind, lanes), value)
-        store_rounded(code, value, out_place, kind)
-
-
-class WriteUp(Outer):
-    """Writes factor * H B^T, one factor per row, where B is (m, r)."""
-
-    heights = HEIGHTS
-
-    def load_panel(self, first: Value, last: Value) -> None:
-        """Transpose some rows of B (m, r), in squares and then number by number."""
+    def _transpose(self, first: Value, last: Value) -> None:
+        """Write rows of B (m, r) to scratch as columns: in squares, and the rest one by one."""
         code, lanes = self.code, self.target.lanes
         whole = code.add(first, code.round_down(code.builder.sub(last, first), lanes))
         with code.loop(first, whole, lanes) as j:
@@ -164,7 +143,7 @@ class WriteUp(Outer):
             for side in (8, 4) if lanes >= 8 else (4,):
                 end = code.add(start, code.round_down(code.builder.sub(self.r, start), side))
                 with code.loop(start, end, side) as k:
-                    self._transpose(j.counter, k.counter, first, side)
+                    self._transpose_square(j.counter, k.counter, first, side)
                 start = end
             with (
                 code.loop(start, self.r, 1) as k,
@@ -174,15 +153,6 @@ class WriteUp(Outer):
         with code.loop(whole, last, 1) as j, code.loop(code.const(0), self.r, 1) as k:
             self._move(j.counter, k.counter, first)
 
-    def add(self, one: Value, other: Value, total: Value) -> Value:
-        """Return one * other + total, fused where the CPU can."""
-        return self.code.multiply_add(one, other, total)
-
-    def store(self, row: Value, j: Value, value: Value, lanes: int) -> None:  # noqa: ARG002
-        """Store a vector."""
-        code = self.code
-        code.store(value, code.at(self.out, code.times(row, self.out_row), code.times(j, 4)))
-
     def _b_at(self, j: Value, k: Value) -> Value:
         code = self.code
         offset = code.times(k, size_of(self.right_kind))
@@ -190,9 +160,9 @@ class WriteUp(Outer):
 
     def _move(self, j: Value, k: Value, first: Value) -> None:
         value = load_float32(self.code, self._b_at(j, k), self.right_kind, 1)
-        self.code.store(value, self.scratch_at(j, k, first))
+        self.code.store(value, self._scratch_at(j, k, first))
 
-    def _transpose(self, j: Value, k: Value, first: Value, side: int) -> None:
+    def _transpose_square(self, j: Value, k: Value, first: Value, side: int) -> None:
         """Transpose `lanes` rows of `side` numbers to `side` vectors, by swapping larger squares.
 
         A vector starts as the rows t, t + side, ... side by side.
@@ -217,4 +187,10 @@ class WriteUp(Outer):
                 vectors[t + step] = code.shuffle(one, other, given)
             step *= 2
         for t, value in enumerate(vectors):
-            code.store(value, self.scratch_at(j, code.add(k, code.const(t)), first))
+            code.store(value, self._scratch_at(j, code.add(k, code.const(t)), first))
+
+    def _scratch_at(self, j: Value, k: Value, first: Value) -> Value:
+        """Return the address of R[k, j] in a panel that begins with column `first`."""
+        code = self.code
+        offset = code.times(code.builder.sub(j, first), 4)
+        return code.at(self.scratch, code.times(k, self.scratch_row), offset)

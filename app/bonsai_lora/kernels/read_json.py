@@ -12,8 +12,9 @@ from llvmlite import ir
 from bonsai_lora.kernels.code import BYTE, FLOAT, I32, I64, Code, vector
 from bonsai_lora.kernels.formula import Term, Variable, integer, table
 from bonsai_lora.kernels.powers import BYTES, LEAST, powers_from
+from bonsai_lora.kernels.target import Target
 
-FIND = "nnnnnn"
+ARGUMENTS = "nnnnnn"
 """text, length, start, least, out, found: reads the first list from `start` on that is all numbers,
 or all lists of as many numbers, and has `least` of them. Returns 1 where there is one: `found`
 (FOUND i64) gets where it begins and ends, its rows (0 for a list of numbers) and columns, and `out`
@@ -77,7 +78,7 @@ class Row:
                 with code.builder.if_then(self._next().differs(ord(",")).value):
                     self._fail_unless(self._next().equals(ord("]")))
                     columns.store((self.to.now - out) >> 2)
-                    code.end((self.at.now + 1).value)
+                    code.builder.ret((self.at.now + 1).value)
             self.at.now = self.at.now + 1
         code.builder.unreachable()
 
@@ -86,7 +87,7 @@ class Row:
 
     def _fail_unless(self, condition: Term) -> None:
         with self.code.builder.if_then((~condition).value, likely=False):
-            self.code.end(self.code.const(0))
+            self.code.builder.ret(self.code.const(0))
 
     def _next(self) -> Term:
         """Return the next character; 0 at the end."""
@@ -253,8 +254,9 @@ class Row:
         return mantissa + ((exponent - 1) << 52)
 
 
-def write_find(code: Code) -> None:
-    """Write the function that finds a list, by the one that reads a row."""
+def write_find(code: Code, _target: Target) -> None:
+    """Write the function that finds a list."""
+    Row(code.start("row", ROW, "n")).write()
     builder, none = code.builder, integer(code, 0)
     text, length, start, least, out, found = (Term(code, one) for one in code.arguments)
     end = text + length
@@ -295,7 +297,7 @@ def write_find(code: Code) -> None:
         with builder.if_then((is_read & (count >= least)).value):
             for place, value in enumerate((begin - text, at.now - text, rows.now, columns.now)):
                 (found + 8 * place).store(value)
-            code.end(code.const(1))
+            code.builder.ret(code.const(1))
         at.now = is_read.select(at.now, begin + 1)
     builder.unreachable()
 
@@ -320,19 +322,12 @@ def skip_space(at: Variable, end: Term) -> None:
 
 def _seek(at: Variable, end: Term) -> None:
     """Move to the next `[`; where there is none, return 0."""
-    code = end.code
-    with code.forever() as break_if:
-        with code.builder.if_else((at.now <= end - _WINDOW).value) as (window, last):
-            with window:
-                hits = _bits(at.now.load(vector(BYTE, _WINDOW)).equals(ord("[")))
-                at.now = at.now + hits.trailing_zeros().to(I64)
-                is_found = Variable(hits.differs(0))
-            with last:
-                with code.builder.if_then((at.now >= end).value):
-                    code.end(code.const(0))
-                is_found.now = at.now.load(BYTE).equals(ord("["))
-                at.now = at.now + (~is_found.now).to(I64)
-        break_if(is_found.now.value)
+    code, start = end.code, at.now
+    bracket = ir.Constant(I32, ord("["))
+    found = code.call_c("memchr", I64, [start.value, bracket, (end - start).value])
+    at.now = Term(code, found)
+    with code.builder.if_then(at.now.equals(0).value):
+        code.builder.ret(code.const(0))
 
 
 def _bits(lanes: Term) -> Term:

@@ -24,6 +24,13 @@ class Target(NamedTuple):
     has_half: bool
     """Whether the CPU converts float16."""
 
+    def vectors_of(self, height: int) -> int:
+        """Return how many vectors of sums each row of a tile may have: 8, 4, 2 or 1."""
+        width = 8
+        while width > 1 and width * height > self.sums:
+            width //= 2
+        return width
+
 
 @lru_cache(maxsize=1)
 def host() -> Target:

@@ -31,6 +31,11 @@ def text_bytes(rows: int, columns: int) -> int:
     return rows * (columns * _LONGEST + 3) + 32
 
 
+def write_lists(code: Code, target: Target) -> None:
+    """Write the function."""
+    Rows(target, code).write()
+
+
 class Rows:
     """Writes the function."""
 
@@ -57,7 +62,7 @@ class Rows:
             self._put(ord("]"))
             self._put(ord(","))
         self.at.now = self.at.now - rows.differs(0).to(I64)
-        code.end((self.at.now - out).value)
+        code.builder.ret((self.at.now - out).value)
 
     def _room(self, kind: Type) -> Term:
         builder = self.code.builder
