@@ -3,36 +3,27 @@
 from llvmlite import ir
 
 from bonsai_lora.kernels import down, outer
-from bonsai_lora.kernels.code import I64, POINTER, Code
+from bonsai_lora.kernels.code import POINTER, Code
 from bonsai_lora.kernels.numbers import Kind
 from bonsai_lora.kernels.target import Target
 
-ARGUMENTS = "ppnnpnpp"
-"""matrices, x, n, x_row, factors, factor_step, scratch (`scratch_bytes`), out.
-
-`matrices` are eight i64: A, r, a_row, d_in, B, b_row, d_out, panel. Row i has its factor at
-factors + i * factor_step."""
+ARGUMENTS = "pnnnpnnnpnnpnpp"
+"""a, r, a_row, d_in, b, b_row, d_out, panel, x, n, x_row, factors, factor_step, scratch
+(`scratch_bytes`), out. Row i has its factor at factors + i * factor_step."""
 
 
 def scratch_bytes(n: int, r: int, panel: int) -> int:
     """Return the bytes that an apply needs, from the start of a cache line on."""
-    return _hidden_bytes(n, r) + max(down.scratch_bytes(n, r), outer.scratch_bytes(r, panel))
-
-
-def _hidden_bytes(n: int, r: int) -> int:
-    """Return the bytes of x A^T, in whole cache lines."""
-    return -(-4 * n * r // 64) * 64
+    hidden = -(-4 * n * r // 64) * 64  # x A^T, in whole cache lines
+    return hidden + max(down.scratch_bytes(n, r), outer.scratch_bytes(r, panel))
 
 
 def write_apply(code: Code, target: Target, kind: Kind) -> None:
     """Write the function, for A and B of one kind."""
     down.Down(target, kind).write(code.start("down", down.ARGUMENTS))
     outer.Outer(target, kind, None).write(code.start("outer", outer.ARGUMENTS))
-    matrices, x, n, x_row, factors, factor_step, hidden, out = code.arguments
-    a, r, a_row, d_in, b, b_row, d_out, panel = (
-        code.load(code.at(matrices, code.const(8 * place)), POINTER if place in (0, 4) else I64)
-        for place in range(8)
-    )
+    a, r, a_row, d_in, b, b_row, d_out, panel, x, n, x_row, *rest = code.arguments
+    factors, factor_step, hidden, out = rest
     hidden_row = code.times(r, 4)
     hidden_bytes = code.round_down(code.add(code.times(n, hidden_row), code.const(63)), 64)
     scratch = code.at(hidden, hidden_bytes)

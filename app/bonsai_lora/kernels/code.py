@@ -78,8 +78,10 @@ class Code:
 
     def rows(self, pointer: Value, first: Value, stride: Value, count: int) -> list[Value]:
         """Return the addresses of `count` rows, from row `first` on."""
-        numbers = (self.add(first, self.const(line)) for line in range(count))
-        return [self.at(pointer, self.times(number, stride)) for number in numbers]
+        places = [self.at(pointer, self.times(first, stride))]
+        for _ in range(count - 1):
+            places.append(self.at(places[-1], stride))
+        return places
 
     def load(self, pointer: Value, kind: Type) -> Value:
         """Return the value at an address, aligned or not."""
@@ -110,9 +112,9 @@ class Code:
         name = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
         return self.call_c(f"llvm.fmuladd.{name}", kind, [one, other, total])
 
-    def prefetch(self, pointer: Value, *, to_write: bool) -> None:
+    def prefetch(self, pointer: Value) -> None:
         """Prefetch a cache line; an address outside the process's memory does no harm."""
-        hints = [ir.Constant(I32, hint) for hint in (int(to_write), 2, 1)]
+        hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]
         self.call_c("llvm.prefetch.p0", NOTHING, [pointer, *hints])
 
     def call(self, name: str, arguments: Sequence[Value]) -> Value:

@@ -121,7 +121,7 @@ class Down:
         whole = code.round_down(length, lanes)
         with code.loop(code.const(0), whole, lanes, [zero(lanes)] * len(pairs)) as loop:
             x_place, a_place = code.times(loop.counter, 4), code.times(loop.counter, size)
-            code.prefetch(code.at(next_row, x_place), to_write=False)
+            code.prefetch(code.at(next_row, x_place))
             xs = [code.load(code.at(row, x_place), vector(FLOAT, lanes)) for row in x_rows]
             numbers = [load_float32(code, code.at(row, a_place), a_kind, lanes) for row in a_rows]
             loop.values[:] = [

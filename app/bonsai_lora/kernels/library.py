@@ -33,10 +33,17 @@ class Kernel(NamedTuple):
 
 KERNELS = {
     "apply": Kernel(apply.write_apply, apply.ARGUMENTS),  # of A and B
-    "merge": Kernel(outer.write_merge, outer.ARGUMENTS),  # of R; of base and out
+    "merge": Kernel(
+        lambda code, *kinds: outer.Outer(*kinds).write(code), outer.ARGUMENTS
+    ),  # of R; of base and out
     "cast": Kernel(numbers.write_cast, numbers.ARGUMENTS),  # from; to
     "find": Kernel(read_json.write_find, read_json.ARGUMENTS, "n", level=2),
-    "write": Kernel(write_json.write_lists, write_json.ARGUMENTS, "n", level=2),
+    "write": Kernel(
+        lambda code, target: write_json.Rows(code, target).write(),
+        write_json.ARGUMENTS,
+        "n",
+        level=2,
+    ),
 }
 """Beside each, what its kinds of numbers are of."""
 
@@ -62,28 +69,26 @@ class Library:
         kernel = KERNELS[name]
         module = ir.Module()
         kernel.write(Code(module, name, kernel.arguments, kernel.result), self._target, *kinds)
-        compiled = Compiled(str(module), name, self._target, kernel.level)
+        engine = machine_code(str(module), self._target, kernel.level)
         result, *arguments = (_TYPES[one] for one in (kernel.result, *kernel.arguments))
-        function = ctypes.CFUNCTYPE(result, *arguments)(compiled.address)
-        function.compiled = compiled  # type: ignore[attr-defined]  # lives as long as it
+        function = ctypes.CFUNCTYPE(result, *arguments)(engine.get_function_address(name))
+        function.engine = engine  # type: ignore[attr-defined]  # lives as long as it
         return function
 
 
-class Compiled:
-    """A function in memory; it goes when this goes."""
-
-    def __init__(self, text: str, name: str, target: Target, level: int) -> None:
-        llvm.initialize_native_target()
-        llvm.initialize_native_asmprinter()
-        module = llvm.parse_assembly(text)
-        machine = llvm.Target.from_default_triple().create_target_machine(
-            cpu=target.cpu, features=target.features, opt=2, jit=True
-        )
-        if level:
-            tuning = llvm.create_pipeline_tuning_options(speed_level=level)
-            passes = llvm.create_pass_builder(machine, tuning)
-            passes.getModulePassManager().run(module, passes)
-        self._engine = llvm.create_mcjit_compiler(module, machine)
-        self._engine.finalize_object()
-        self.address: int = self._engine.get_function_address(name)
-        self._engine.remove_module(module)  # only its machine code is needed from here on
+def machine_code(text: str, target: Target, level: int) -> Any:
+    """Return an engine that holds the functions of a module in memory, as long as it lives."""
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    module = llvm.parse_assembly(text)
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=target.cpu, features=target.features, opt=2, jit=True
+    )
+    if level:
+        tuning = llvm.create_pipeline_tuning_options(speed_level=level)
+        passes = llvm.create_pass_builder(machine, tuning)
+        passes.getModulePassManager().run(module, passes)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    engine.remove_module(module)  # only its machine code is needed from here on
+    return engine

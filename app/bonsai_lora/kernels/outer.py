@@ -15,7 +15,7 @@ HEIGHTS = (6, 2, 1)
 """Rows of a tile: 6 take 4 vectors (2 where registers are few), 1 takes 8."""
 _MERGE_HEIGHTS = (4, 1)
 """Where a base is read and written too: fewer rows that lie apart."""
-_MOST_LANES = 16
+_MOST_LANES, _SIDE = 16, 4
 ARGUMENTS = "pnnnpnnnnppnpnpn"
 """h, n, h_row, h_step, right, r, right_row, m, panel, scratch (`scratch_bytes`), factors,
 factor_step, out, out_row, base, base_row. `right` is R (r, m) in a merge, B (m, r) in an apply,
@@ -25,11 +25,6 @@ which has no base."""
 def scratch_bytes(r: int, panel: int) -> int:
     """Return the bytes that a panel needs, from the start of a cache line on."""
     return 4 * r * (panel + _MOST_LANES)
-
-
-def write_merge(code: Code, target: Target, right_kind: Kind, base_kind: Kind) -> None:
-    """Write the function of a merge."""
-    Outer(target, right_kind, base_kind).write(code)
 
 
 class Outer:
@@ -58,32 +53,22 @@ class Outer:
                 self._transpose(first, last)
             else:
                 self._widen(first, last)
-            code.in_tiles(
-                code.const(0), n, heights, lambda i, height: self._rows(i, height, first, last)
-            )
+
+            def rows(i: Value, height: int) -> None:
+                widest = self.target.vectors_of(height) * self.target.lanes
+
+                def tile(j: Value, width: int) -> None:
+                    self._tile(i, j, first, height, width)
+
+                code.in_tiles(first, last, (widest, self.target.lanes, 1), tile)
+
+            code.in_tiles(code.const(0), n, heights, rows)
         code.builder.ret_void()
 
-    def _rows(self, i: Value, height: int, first: Value, last: Value) -> None:
-        """Write some rows of a panel, in tiles as wide as the registers allow."""
-        code, lanes, vectors = self.code, self.target.lanes, self.target.vectors_of(height)
-        length = code.builder.sub(last, first)
-        end = code.add(first, code.round_down(length, vectors * lanes))
-        with code.loop(first, end, vectors * lanes) as j:
-            self._tile(i, j.counter, first, height, vectors, lanes)
-        # The rest row by row: widths of models are multiples of 64.
-        with code.loop(code.const(0), code.const(height), 1) as line:
-            row = code.add(i, line.counter)
-            whole = code.add(first, code.round_down(length, lanes))
-            with code.loop(end, whole, lanes) as j:
-                self._tile(row, j.counter, first, 1, 1, lanes)
-            with code.loop(whole, last, 1) as j:
-                self._tile(row, j.counter, first, 1, 1, 1)
-
-    def _tile(
-        self, i: Value, j: Value, first: Value, height: int, vectors: int, lanes: int
-    ) -> None:
-        """Write height rows of so many vectors."""
-        code = self.code
+    def _tile(self, i: Value, j: Value, first: Value, height: int, width: int) -> None:
+        """Write some rows of some columns, in vectors or, where `width` is 1, in single numbers."""
+        code, lanes = self.code, min(width, self.target.lanes)
+        vectors = width // lanes
         h_rows = code.rows(self.h, i, self.h_row, height)
         column = self._scratch_at(j, code.const(0), first)
         with code.loop(code.const(0), self.r, 1, [zero(lanes)] * (height * vectors)) as loop:
@@ -136,21 +121,14 @@ class Outer:
 
     def _transpose(self, first: Value, last: Value) -> None:
         """Write rows of B (m, r) to scratch as columns: in squares, and the rest one by one."""
-        code, lanes = self.code, self.target.lanes
-        whole = code.add(first, code.round_down(code.builder.sub(last, first), lanes))
-        with code.loop(first, whole, lanes) as j:
-            start = code.const(0)
-            for side in (8, 4) if lanes >= 8 else (4,):
-                end = code.add(start, code.round_down(code.builder.sub(self.r, start), side))
-                with code.loop(start, end, side) as k:
-                    self._transpose_square(j.counter, k.counter, first, side)
-                start = end
-            with (
-                code.loop(start, self.r, 1) as k,
-                code.loop(code.const(0), code.const(lanes), 1) as i,
-            ):
-                self._move(code.add(j.counter, i.counter), k.counter, first)
-        with code.loop(whole, last, 1) as j, code.loop(code.const(0), self.r, 1) as k:
+        code, lanes, none = self.code, self.target.lanes, self.code.const(0)
+        end = code.add(first, code.round_down(code.builder.sub(last, first), lanes))
+        whole = code.round_down(self.r, _SIDE)
+        with code.loop(first, end, lanes) as j, code.loop(none, whole, _SIDE) as k:
+            self._transpose_square(j.counter, k.counter, first)
+        with code.loop(first, end, 1) as j, code.loop(whole, self.r, 1) as k:
+            self._move(j.counter, k.counter, first)
+        with code.loop(end, last, 1) as j, code.loop(none, self.r, 1) as k:
             self._move(j.counter, k.counter, first)
 
     def _b_at(self, j: Value, k: Value) -> Value:
@@ -162,30 +140,27 @@ class Outer:
         value = load_float32(self.code, self._b_at(j, k), self.right_kind, 1)
         self.code.store(value, self._scratch_at(j, k, first))
 
-    def _transpose_square(self, j: Value, k: Value, first: Value, side: int) -> None:
-        """Transpose `lanes` rows of `side` numbers to `side` vectors, by swapping larger squares.
+    def _transpose_square(self, j: Value, k: Value, first: Value) -> None:
+        """Transpose `lanes` rows of _SIDE numbers: swap single numbers, then pairs of them.
 
-        A vector starts as the rows t, t + side, ... side by side.
+        A vector starts as the rows t, t + _SIDE, ... side by side.
         """
         code, lanes = self.code, self.target.lanes
         rows = code.rows(self._b_at(code.const(0), k), j, self.right_row, lanes)
         vectors = []
-        for t in range(side):
-            parts = [load_float32(code, row, self.right_kind, side) for row in rows[t::side]]
+        for t in range(_SIDE):
+            parts = [load_float32(code, row, self.right_kind, _SIDE) for row in rows[t::_SIDE]]
             while len(parts) > 1:
                 both = range(2 * parts[0].type.count)
                 pairs = zip(parts[::2], parts[1::2], strict=True)
                 parts = [code.shuffle(one, other, both) for one, other in pairs]
-            vectors.append(parts[0])
-        step = 1
-        while step < side:
+            vectors += parts
+        for step, swapped in ((1, ((0, 1), (2, 3))), (2, ((0, 2), (1, 3)))):
             kept = [i if not i & step else lanes + i - step for i in range(lanes)]
             given = [i + step if not i & step else lanes + i for i in range(lanes)]
-            for t in (t for t in range(side) if not t & step):
-                one, other = vectors[t], vectors[t + step]
-                vectors[t] = code.shuffle(one, other, kept)
-                vectors[t + step] = code.shuffle(one, other, given)
-            step *= 2
+            for t, u in swapped:
+                one, other = vectors[t], vectors[u]
+                vectors[t], vectors[u] = (code.shuffle(one, other, to) for to in (kept, given))
         for t, value in enumerate(vectors):
             code.store(value, self._scratch_at(j, code.add(k, code.const(t)), first))
 

@@ -54,11 +54,6 @@ def may_run_new_code() -> bool:
         first = ctypes.c_char.from_buffer(page)
         place = ctypes.c_void_p(ctypes.addressof(first))
         mprotect = ctypes.CDLL(None).mprotect
-        allowed: bool = mprotect(place, mmap.PAGESIZE, _READ | _EXECUTE) == 0
-        if allowed:
-            mprotect(place, mmap.PAGESIZE, _READ | _WRITE)
+        allowed: bool = mprotect(place, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_EXEC) == 0
         del first
         return allowed
-
-
-_READ, _WRITE, _EXECUTE = 1, 2, 4

@@ -31,15 +31,10 @@ def text_bytes(rows: int, columns: int) -> int:
     return rows * (columns * _LONGEST + 3) + 32
 
 
-def write_lists(code: Code, target: Target) -> None:
-    """Write the function."""
-    Rows(target, code).write()
-
-
 class Rows:
     """Writes the function."""
 
-    def __init__(self, target: Target, code: Code) -> None:
+    def __init__(self, code: Code, target: Target) -> None:
         self.code = code
         self.lanes = max(2, target.lanes // 2)
         self.powers = powers_from(code)
@@ -79,12 +74,7 @@ class Rows:
         """Write up to BLOCK numbers."""
         code = self.code
         count = (left < BLOCK).select(left, BLOCK)
-        with code.builder.if_else((left < BLOCK).value) as (is_short, is_full):
-            with is_short, code.loop(integer(code, 0).value, count.value, 1) as loop:
-                offset = Term(code, loop.counter) * 4
-                (self.bits + offset).store((x + offset).load(I32))
-            with is_full:
-                self.bits.store(x.load(vector(I32, BLOCK)))
+        code.call_c("memcpy", I64, [self.bits.value, x.value, (count * 4).value])
         for lane in range(0, BLOCK, self.lanes):
             bits = (self.bits + 4 * lane).load(vector(I32, self.lanes))
             first, word, exponent = self._digits(bits)
@@ -140,12 +130,15 @@ class Rows:
         )
         decimal = c.differs(0).select(decimal, 0)
 
-        exponent = k + 8
+        return self._characters(decimal, k + 8)
+
+    def _characters(self, decimal: Term, exponent: Term) -> tuple[Term, Term, Term]:
+        """Return nine digits of each decimal as characters, and the power of ten of the first."""
         for digits, more in ((5, 4), (5, 4), (7, 2), (8, 1)):
             is_low = decimal < 10**digits
             decimal = is_low.select(decimal.times(10**more), decimal)
             exponent = is_low.select(exponent - more, exponent)
-        exponent = c.differs(0).select(exponent, 0)
+        exponent = decimal.differs(0).select(exponent, 0)
 
         first = decimal.times(1441151881) >> 57  # by 10**8
         rest = decimal - first.times(10**8)
