@@ -19,10 +19,10 @@ x is float32 (rows, columns) without gaps, all finite; `out` has room for `text_
 
 BLOCK = 16
 """Numbers whose digits are found before they are laid out."""
-_LONGEST = 18
-"""Characters of a number and its comma: -0.00000123456789 at most."""
+_LONGEST = 17
+"""Characters of a number and its comma: -0.0000100000025 or -9999999000000.0 at most."""
 _LEAST_PLAIN, _MOST_PLAIN = -6, 12
-"""Powers of ten of a number's first digit, where orjson 3.11 writes it without an exponent."""
+"""Powers of ten of a number's first digit, where orjson writes it without an exponent."""
 _ZEROS = 0x3030303030303030
 
 
