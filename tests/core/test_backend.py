@@ -188,7 +188,7 @@ def test_without_llvmlite_the_definition_computes():
         "one = LoraAdapter.new(16, 8, LoraConfig(rank=4)); assert not one.apply(np.ones(16, np.float32)).any()\n"
         "print(b.choose())"
     )
-    assert run(code) == "llvmlite is not installed"
+    assert run(code).endswith("is not installed")
 
 
 def test_threads_that_need_one_kernel_compile_it_once(monkeypatch):
