@@ -48,8 +48,6 @@ class Code:
         code.function.linkage = "internal"
         return code
 
-    # Numbers
-
     def const(self, value: int) -> Value:
         """Return a number as an i64."""
         return ir.Constant(I64, value)
@@ -70,8 +68,6 @@ class Code:
         """Return the largest multiple that is not above a count."""
         return self.builder.sub(count, self.builder.srem(count, self.const(multiple)))
 
-    # Memory
-
     def at(self, pointer: Value, *offsets: Value) -> Value:
         """Return the pointer moved by bytes."""
         return self.builder.gep(pointer, [self.add(*offsets)], source_etype=BYTE)
@@ -90,8 +86,6 @@ class Code:
     def store(self, value: Value, pointer: Value) -> None:
         """Store a value at an address, aligned or not."""
         self.builder.store(value, pointer, align=1)
-
-    # Vectors
 
     def broadcast(self, value: Value, lanes: int) -> Value:
         """Return a vector with this number in every lane; for one lane, the number itself."""
@@ -127,8 +121,6 @@ class Code:
             kind = ir.FunctionType(result, [one.type for one in arguments])
             ir.Function(self.module, kind, name)
         return self.call(name, arguments)
-
-    # Control flow
 
     @contextlib.contextmanager
     def loop(

@@ -140,7 +140,7 @@ class Variable:
 
 def table(code: Code, name: str, kind: Type, numbers: Sequence[float]) -> Term:
     """Return the address of a table of constants, which becomes part of the module."""
-    made = ir.GlobalVariable(code.function.module, ir.ArrayType(kind, len(numbers)), name)
+    made = ir.GlobalVariable(code.module, ir.ArrayType(kind, len(numbers)), name)
     made.global_constant, made.linkage = True, "internal"
     made.initializer = ir.Constant(made.value_type, list(numbers))
     return Term(code, code.builder.ptrtoint(made, I64))

@@ -29,16 +29,13 @@ ROW = "nnnnn"
 """text, end, at, out, columns: reads a list from behind its `[`. Returns where it ends, or 0."""
 
 _WINDOW = 32
-"""Characters that are looked at together."""
+"""Characters that are loaded together."""
 _BEFORE, _AFTER = 24, 40
-"""Characters around the start of a number that may be looked at: its fraction's digits from 24
-before their end on, and the window, or what begins in it, behind a sign."""
-_EXACT_POWERS = 22
-"""10^22 is the last that is a float64."""
-_MOST_POWER = 38
-"""One digit at the next is beyond float32."""
-_DIGITS = 0x0F0F0F0F0F0F0F0F
-"""What is left of eight characters, where they are digits."""
+"""Characters around the start of a number that may be loaded: 24 that end a fraction, and the
+window, or 8 from any place in it, after a sign."""
+_EXACT_POWERS = 22  # 10^22 is the last that is a float64
+_MOST_POWER = 38  # one digit at the next is beyond float32
+_DIGITS = 0x0F0F0F0F0F0F0F0F  # what is left of eight characters, where they are digits
 _BIT, _I128, _DOUBLE = ir.IntType(1), ir.IntType(128), ir.DoubleType()
 
 
