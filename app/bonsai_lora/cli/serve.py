@@ -24,10 +24,8 @@ from uvicorn.supervisors import Multiprocess
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
-from bonsai_lora.core.crew import set_threads
-from bonsai_lora.core.json_numbers import prepare
-from bonsai_lora.kernels.target import may_run_new_code
-from bonsai_lora.settings import Settings, usable_cores
+from bonsai_lora.core import backend
+from bonsai_lora.settings import Settings
 from bonsai_lora.storage.store import SetStore
 
 _log = logging.getLogger("bonsai_lora")
@@ -75,15 +73,6 @@ def run(arguments: argparse.Namespace) -> int:
     configure_logging(settings.log_level, settings.log_format)
     _warn_of_unknown_variables()
     _raise_file_limit()
-    if not may_run_new_code():
-        _complain(
-            "this system forbids memory to become executable, and products are computed by machine "
-            "code that is made here; allow it (systemd: MemoryDenyWriteExecute=no)"
-        )
-        return 2
-    cores = usable_cores()
-    if settings.apply_threads > 1 and settings.apply_threads * settings.workers > cores:
-        _log.warning("apply_threads times workers is over %s cores: applies will wait", cores)
     try:
         with (
             listening(settings) as listeners,
@@ -101,8 +90,7 @@ def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAP
     """Return the application, in this process or in a worker of the process `supervisor`."""
     configure_logging(settings.log_level, settings.log_format)
     _keep_freed_memory()
-    set_threads(settings.apply_threads)
-    prepare()
+    _choose_backend(settings)
     if supervisor is not None:
         _end_with(supervisor)
     from bonsai_lora.api.app import create_app  # noqa: PLC0415 - after the metrics' folder is known
@@ -189,6 +177,14 @@ def _keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         mallopt(m_mmap_threshold, _MAPPED_BYTES)
         mallopt(m_trim_threshold, _KEPT_BYTES)
+
+
+def _choose_backend(settings: Settings) -> None:
+    """Choose between kernels and NumPy; compile what applies need, so that none waits for it."""
+    reason = backend.choose(settings.kernels)
+    if reason and settings.kernels == "auto":
+        _log.warning("computing in NumPy, with the same answers but slower: %s", reason)
+    backend.prepare()
 
 
 def _raise_file_limit() -> None:
