@@ -24,7 +24,6 @@ from uvicorn.supervisors import Multiprocess
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
-from bonsai_lora.core import backend
 from bonsai_lora.settings import Settings
 from bonsai_lora.storage.store import SetStore
 
@@ -90,7 +89,6 @@ def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAP
     """Return the application, in this process or in a worker of the process `supervisor`."""
     configure_logging(settings.log_level, settings.log_format)
     _keep_freed_memory()
-    _choose_backend(settings)
     if supervisor is not None:
         _end_with(supervisor)
     from bonsai_lora.api.app import create_app  # noqa: PLC0415 - after the metrics' folder is known
@@ -177,14 +175,6 @@ def _keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         mallopt(m_mmap_threshold, _MAPPED_BYTES)
         mallopt(m_trim_threshold, _KEPT_BYTES)
-
-
-def _choose_backend(settings: Settings) -> None:
-    """Choose between kernels and NumPy; compile what applies need, so that none waits for it."""
-    reason = backend.choose(settings.kernels)
-    if reason and settings.kernels == "auto":
-        _log.warning("computing in NumPy, with the same answers but slower: %s", reason)
-    backend.prepare()
 
 
 def _raise_file_limit() -> None:
