@@ -120,9 +120,9 @@ def test_numbers_become_arrays():
 
 
 def test_what_stands_for_an_array_is_not_known_before():
-    other = b'{"inputs": {"%b": 0}, "data": [1]}' % (b"0" * len(json._HOLE))
+    other = b'{"inputs": {"%b": 0}, "data": [1]}' % (b"0" * len(json._PLACEHOLDER))
     read = json.decode_with_arrays(other + PAD.encode())
-    assert read["inputs"] == {"0" * len(json._HOLE): 0}
+    assert read["inputs"] == {"0" * len(json._PLACEHOLDER): 0}
 
 
 def test_arrays_are_written_in_place():
