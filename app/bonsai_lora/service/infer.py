@@ -28,12 +28,9 @@ from bonsai_lora.wire.oip import (
     InferOutput,
     InferRequest,
     Placement,
-    check_floats,
-    decode_floats,
-    decode_strings,
     encode_response,
-    format_shape,
 )
+from bonsai_lora.wire.oip_tensors import check_floats, decode_floats, decode_strings, format_shape
 from bonsai_lora.wire.stacks import SETS, Stack, decode_row
 from bonsai_lora.wire.tensors import BASE_ENDING
 
