@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -224,3 +225,21 @@ def test_prepare_leaves_nothing_of_an_apply_to_compile(kernels, monkeypatch, rng
         backend.cast(x.astype(dtype), np.empty_like(x))
         text = bytes(backend.list_of(outputs))
         assert backend.find_lists(text, 1)[0].numbers.tobytes() == outputs.tobytes()
+
+
+def test_the_example_of_the_page_about_kernels(monkeypatch, rng):
+    library = pytest.importorskip("bonsai_lora.kernels.library")
+    from bonsai_lora.kernels import arrays, code
+    from bonsai_lora.kernels.target import Target, host
+
+    page = Path(__file__).parents[2] / "docs" / "kernels.md"
+    example = page.read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
+    names = {**vars(code), "Target": Target}
+    exec(example, names)
+    kernel = library.Kernel(names["write_double"], "ppn")
+    monkeypatch.setitem(library.KERNELS, "double", kernel)
+    x, out = rng.standard_normal(100, np.float32), np.zeros(100, np.float32)
+    double = library.Library(host()).get("double")
+    double(arrays.address_of(x), arrays.address_of(out), 99)
+    assert np.array_equal(out[:99], 2 * x[:99])
+    assert out[99] == 0

@@ -14,6 +14,10 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 
 
+_BLOCK_VALUES = 1 << 16
+"""Of a merge that are computed together: they stay in the cache, and take no memory."""
+
+
 class NumberList(NamedTuple):
     """A list of numbers in JSON text, or a list of equally long lists of numbers."""
 
@@ -50,14 +54,17 @@ def merge(base: Array, left: Floats, right: Array, factor: float, out: Array) ->
     if base.shape != (left.shape[0], right.shape[1]):
         raise ValueError(f"a product of {left.shape} and {right.shape} is not {base.shape}")
     dtype = np.dtype(np.float64 if base.dtype == np.float64 else np.float32)
-    product, step = np.zeros((2, *base.shape), dtype)
+    right = right.astype(dtype)
+    rows = max(1, _BLOCK_VALUES // max(1, right.shape[1]))
     with np.errstate(over="ignore", invalid="ignore"):
-        for column, row in zip(left.T.astype(dtype), right.astype(dtype), strict=True):
-            np.multiply(column[:, None], row, out=step)
-            np.add(product, step, out=product)
-        np.multiply(product, dtype.type(factor), out=product)
-        np.add(base.astype(dtype), product, out=product)
-    cast(product, out)
+        for block in (slice(first, first + rows) for first in range(0, len(base), rows)):
+            product, step = np.zeros((2, *base[block].shape), dtype)
+            for column, row in zip(left[block].T.astype(dtype), right, strict=True):
+                np.multiply(column[:, None], row, out=step)
+                np.add(product, step, out=product)
+            np.multiply(product, dtype.type(factor), out=product)
+            np.add(base[block].astype(dtype), product, out=product)
+            cast(product, out[block])
 
 
 def cast(array: Array, out: Array) -> None:
