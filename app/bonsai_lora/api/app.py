@@ -1,9 +1,9 @@
-"""The application: start reading here.
+"""The application factory.
 
-A request passes `ObserveMiddleware` (id, metrics, log), one route of `routes/` (headers in, bytes
-on, headers out), a use case of `bonsai_lora.service`, and comes back; refusals become problems in
-`errors.py`. `bonsai-lora serve` calls the functions of the hottest routes without the framework
-(`bonsai_lora.fast_lane`); they are the same functions.
+A request passes through `ObserveMiddleware` (request id, metrics, log), a route in `routes/`
+(which translates headers and bodies), and a use case in `bonsai_lora.service`. Errors become
+RFC 9457 problems in `errors.py`. `bonsai-lora serve` calls the same functions of the hottest
+routes without the framework (`bonsai_lora.fast_lane`).
 """
 
 import shutil
@@ -48,34 +48,34 @@ from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
 
 _DESCRIPTION = """\
-Keeps named sets of LoRA adapters for Bonsai and Qwen3 models, applies them to batches of vectors
-beside the base model, and streams merged weights. Tensors go as JSON or as safetensors bodies.
-Refusals are RFC 9457 problems with a stable `code`."""
+Stores named sets of LoRA adapters for Bonsai and Qwen3 models, applies them to batches of vectors
+alongside the base model, and streams merged weights. Tensors are sent as JSON or safetensors.
+Errors are RFC 9457 problems with a stable `code`."""
 
 _TAGS = [
     {"name": "sets", "description": "Named sets of adapters."},
     {"name": "adapters", "description": "The adapters of one set, by module."},
-    {"name": "apply", "description": "scaling · B·A·x for batches of vectors."},
-    {"name": "merge", "description": "W + scaling · B·A for weights that stream by."},
+    {"name": "apply", "description": "Compute scaling · B·A·x for batches of vectors."},
+    {"name": "merge", "description": "Compute W + scaling · B·A for streamed weights."},
     {
         "name": "merged checkpoints",
-        "description": "Bases, and merged files that exist only while they are read.",
+        "description": "Base checkpoints, and merged files computed as they are read.",
     },
     {
         "name": "open inference protocol",
         "description": "Sets as models of the Open Inference Protocol v2, with Triton's extensions "
-        "for binary data, statistics, repository and shared memory.",
+        "for binary data, statistics, the model repository and shared memory.",
     },
-    {"name": "statistics", "description": "Parameters, memory, norms."},
+    {"name": "statistics", "description": "Parameter counts, memory and norms."},
     {"name": "operations", "description": "Health and metrics."},
 ]
 
 
 def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
-    """Return the application over the store that `settings` names.
+    """Return the application for the store that `settings` names.
 
-    `shared` is a folder that all workers of the service have in common for as long as it runs; by
-    default a temporary one that goes with the application.
+    `shared` is a folder that all workers of the service share while it runs; by default a
+    temporary folder that is deleted with the application.
     """
     store = open_store(settings)
     if shared is None:
@@ -143,12 +143,12 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
 
 
 def create_default_app() -> FastAPI:
-    """Return the application of the BONSAI_LORA_* variables, for `uvicorn --factory`."""
+    """Return the application configured by BONSAI_LORA_* variables, for `uvicorn --factory`."""
     return create_app(Settings())
 
 
 def open_store(settings: Settings) -> SetStore:
-    """Return the store in its folder; a temporary folder goes with the store object."""
+    """Return the store that `settings` names; a temporary one is deleted with the object."""
     folder = settings.store_folder()
     if folder is not None:
         return SetStore(folder)
@@ -163,10 +163,10 @@ def _new_folder() -> Path:
 
 
 def _remove_with(owner: object, folder: Path) -> None:
-    """Let a temporary folder go when its owner does."""
+    """Delete `folder` when `owner` is garbage-collected."""
     weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
 
 
 def limits_of(settings: Settings) -> Limits:
-    """Return the limits among the settings."""
+    """Return the settings that are limits."""
     return Limits(**{name: getattr(settings, name) for name in Limits.__slots__})

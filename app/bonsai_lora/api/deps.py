@@ -1,4 +1,4 @@
-"""What routes take as parameters."""
+"""Dependencies and path parameters shared by routes."""
 
 from typing import Annotated
 

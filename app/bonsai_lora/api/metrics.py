@@ -20,7 +20,7 @@ _LATENCY_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 
 
 class Metrics:
-    """Counters that requests feed; what the store holds is read when metrics are."""
+    """Request counters, and gauges of the store that are read on each scrape."""
 
     def __init__(self, store_stats: Callable[[], StoreStats]) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -36,21 +36,25 @@ class Metrics:
         )
         self._latency = Histogram(
             "bonsai_lora_request_seconds",
-            "Time from the request's head to the last byte of the answer.",
+            "Time from the request head to the last byte of the response.",
             ["method", "route"],
             buckets=_LATENCY_SECONDS,
             registry=self._registry,
         )
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.rows_applied = Counter(
-            "bonsai_lora_rows_applied", "Vectors through an adapter.", registry=self._registry
+            "bonsai_lora_rows_applied",
+            "Vectors that adapters were applied to.",
+            registry=self._registry,
         )
         self.bytes_merged = Counter(
-            "bonsai_lora_merged_bytes", "Bytes of merged weights made.", registry=self._registry
+            "bonsai_lora_merged_bytes",
+            "Bytes of merged weights produced.",
+            registry=self._registry,
         )
 
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count a request that was answered."""
+        """Count a request and its latency."""
         key = (method, route, status)
         known = self._children.get(key)
         if known is None:
@@ -62,7 +66,7 @@ class Metrics:
         known[1].observe(seconds)
 
     def render(self) -> bytes:
-        """Return the exposition text."""
+        """Return the metrics in Prometheus's text format."""
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             return generate_latest(self._registry)
         registry = CollectorRegistry()
@@ -82,17 +86,17 @@ class _StoreCollector(Collector):
         yield GaugeMetricFamily("bonsai_lora_sets", "Sets in the store.", stats.set_count)
         yield GaugeMetricFamily(
             "bonsai_lora_newer_files",
-            "Files in the store that a newer release wrote; left as they are, and not served.",
+            "Files in the store that a newer release wrote; they are kept but not served.",
             stats.newer_file_count,
         )
         yield GaugeMetricFamily(
-            "bonsai_lora_adapters", "Adapters of all sets.", stats.adapter_count
+            "bonsai_lora_adapters", "Adapters in all sets.", stats.adapter_count
         )
         yield GaugeMetricFamily(
             "bonsai_lora_sets_bytes", "Size of all sets as float32.", stats.total_memory_bytes
         )
         yield GaugeMetricFamily(
             "bonsai_lora_resident_bytes",
-            "Bytes of sets that are in this process's memory.",
+            "Bytes of this process's open sets that are resident in memory.",
             stats.resident_bytes,
         )

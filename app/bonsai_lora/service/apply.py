@@ -69,7 +69,10 @@ def shares_of(stacks: Sequence[Stack], scale: float, read: Read) -> list[Share]:
             "no row names a set, so the width of the outputs is unknown; name at least one",
             field="sets",
         )
-    return [Share(read(name), np.array(weights[name]), rows_of(rows[name])) for name in rows]
+    # By name: a row's sum must not depend on the order in which other rows name their sets.
+    return [
+        Share(read(name), np.array(weights[name]), rows_of(rows[name])) for name in sorted(rows)
+    ]
 
 
 def stacked_shares(stored: StoredSet, stack: Stack, scale: float, read: Read) -> list[Share]:
@@ -81,7 +84,7 @@ def stacked_shares(stored: StoredSet, stack: Stack, scale: float, read: Read) ->
     weights = {own: 1.0} | dict(stack)
     return [
         Share(stored if name == own else read(name), weight * scale)
-        for name, weight in weights.items()
+        for name, weight in sorted(weights.items())
     ]
 
 

@@ -161,7 +161,7 @@ def _decode_text(body: memoryview | bytes) -> InferRequest:
 
 
 # A client's requests of one shape have the same JSON before their binary data.
-_decode_short = lru_cache(maxsize=256)(_decode_text)
+_decode_short = lru_cache(maxsize=1024)(_decode_text)
 
 
 def check_floats(tensor: InferInput) -> np.dtype[Any]:

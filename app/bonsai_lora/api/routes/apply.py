@@ -43,7 +43,7 @@ from bonsai_lora.wire.tensors import (
 router = APIRouter(tags=["apply"])
 
 About = dict[str, Any]
-"""What an answer says besides its tensors."""
+"""Fields of a response besides its tensors."""
 
 
 @router.post(
@@ -58,10 +58,10 @@ About = dict[str, Any]
     responses=tensor_answer(schemas.ApplyAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
 )
 async def apply_one(call: InCall, name: SetName, module: ModuleName) -> Answer:
-    """Answers scaling · B·A·x for each row x; add it to the base layer's output. The binary form
-    is a safetensors body with the tensor `inputs`, answered by the tensor `outputs`. `sets` stacks
-    further sets on top, each with its weight (binary: as JSON in the metadata); naming the path's
-    own set there gives it a weight too.
+    """Returns scaling · B·A·x for each row x, to be added to the base layer's output. A binary
+    request is a safetensors body with the tensor `inputs`; the response has the tensor `outputs`.
+    `sets` adds the deltas of more sets, each with a weight (in binary: as JSON in the metadata).
+    Include the path's own set to give it a weight too.
     """
     context = call.context
     stored = context.store.read(name)
@@ -91,10 +91,10 @@ async def apply_one(call: InCall, name: SetName, module: ModuleName) -> Answer:
     responses=tensor_answer(schemas.ApplyManyAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
 )
 async def apply_many(call: InCall, name: SetName) -> Answer:
-    """Each module gets its own inputs (binary: a tensor of its name), or all named by `module`
-    get the same. All outputs come from one version of the set. `sets` stacks further sets on top,
-    each with its weight (binary: as JSON in the metadata); naming the path's own set there gives
-    it a weight too.
+    """Each module has its own inputs (in binary: a tensor with its name), or the modules named by
+    `module` share one batch. All outputs come from the same version of the set. `sets` adds the
+    deltas of more sets, each with a weight (in binary: as JSON in the metadata). Include the
+    path's own set to give it a weight too.
     """
     context = call.context
     stored = context.store.read(name)
@@ -128,9 +128,9 @@ async def apply_many(call: InCall, name: SetName) -> Answer:
     responses=tensor_answer(schemas.ApplyMixedAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
 )
 async def apply_mixed(call: InCall) -> Answer:
-    """`sets` says for each row which set it goes through: a name, null for none (its delta is
-    zero), or a list of sets with weights whose deltas are added. Ranks may differ. In binary,
-    `module` and `sets` are JSON in the metadata. Each set takes part with one version.
+    """`sets` has one entry per row: the name of a set, null for no set (the delta is zero), or a
+    list of sets with weights whose deltas are added. Ranks may differ. In binary, `module` and
+    `sets` are JSON in the metadata. All rows of a set use the same version.
     """
     context = call.context
     options = read_options(call, APPLY_OPTIONS, ApplyOptions.of)
@@ -140,7 +140,7 @@ async def apply_mixed(call: InCall) -> Answer:
         batch = decode_mixed(options.taken, body, context.limits.max_header_bytes)
         module, inputs = batch.module, {batch.module: batch.inputs}
         base_outputs = {} if batch.base_outputs is None else {module: batch.base_outputs}
-        if not batch.stacks:  # nothing in, nothing out; nobody says how wide that is
+        if not batch.stacks:  # without rows, no set determines the width of the outputs
             return encode_outputs(
                 given, inputs[module][:, :0], {"module": module, "versions": {}}, dtype
             )
@@ -156,7 +156,7 @@ async def apply_mixed(call: InCall) -> Answer:
 def _stacked(
     context: Context, stored: StoredSet, batches: Batches, scale: float, about: About
 ) -> dict[str, Floats]:
-    """Return what the set and those stacked on it add; `about` learns of their versions."""
+    """Return the summed deltas of the set and those stacked on it; add versions to `about`."""
     shares = stacked_shares(stored, batches.stack, scale, context.store.read)
     outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
     context.metrics.rows_applied.inc(total_rows(batches.inputs))
@@ -171,7 +171,10 @@ async def _answer(
     compute: Callable[[Buffer], Sequence[Buffer]],
     adapter: LoraAdapter | None,
 ) -> Answer:
-    """Read the body and compute in the right place; `adapter` tells how long that takes."""
+    """Read the body and compute the response, inline or in a thread by estimated cost.
+
+    `adapter` gives the estimate; without it, the work goes to a thread.
+    """
     context, taken, given = call.context, options.taken, options.given
     limits = context.limits
     with context.pool.admit():

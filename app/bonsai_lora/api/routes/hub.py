@@ -1,7 +1,6 @@
-"""The Hugging Face hub's protocol over the same files: `{base}/{set}` is a merged model,
-`adapters/{set}` the adapter itself.
+"""The Hugging Face Hub API: `{base}/{set}` is a merged model, `adapters/{set}` the adapter.
 
-As huggingface_hub 2.4, transformers 5.23 and peft 0.21 use it with HF_ENDPOINT set.
+Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request with HF_ENDPOINT set.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ ADAPTERS = "adapters"
 
 @dataclass(frozen=True, slots=True)
 class _Repo:
-    """A repository as the hub's clients see it."""
+    """A repository as Hub clients see it."""
 
     id: str
     commit: str
@@ -38,7 +37,7 @@ class _Repo:
     files: Mapping[str, RangedFile]
 
     def info(self) -> dict[str, Any]:
-        """Return what the hub says of a model."""
+        """Return the Hub's description of a model."""
         return {
             "_id": self.commit[:24],
             "id": self.id,
@@ -58,7 +57,7 @@ class _Repo:
 
 
 class _HubError(Exception):
-    """A 404 with the header that the hub's clients look at."""
+    """A 404 with the X-Error-Code that Hub clients read."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -70,14 +69,15 @@ class _HubError(Exception):
 async def resolve(
     request: Request, context: InContext, owner: str, name: str, revision: str, path: str
 ) -> Response:
-    """One file of a repository."""
+    """Return one file of a repository."""
     try:
         repo = await _repo(context, owner, name, revision)
     except _HubError as error:
         return _not_found(request, error)
     file = repo.files.get(path)
     if file is None:
-        return _not_found(request, _HubError("EntryNotFound", f"{repo.id} has no file {path!r}"))
+        detail = f"{repo.id} has no file {path!r}; it has {', '.join(list(repo.files)[:16])}"
+        return _not_found(request, _HubError("EntryNotFound", detail))
     return file_response(request, file, context.pool, {"X-Repo-Commit": repo.commit})
 
 
@@ -88,7 +88,7 @@ async def list_models(
     search: Annotated[str | None, Query()] = None,
     limit: Annotated[int, Query(ge=1)] = 1000,
 ) -> list[dict[str, Any]]:
-    """The repositories of an author: a base's merged models, or the adapters."""
+    """Return the repositories of an author: the merged models of a base, or the adapters."""
     owners = [author] if author else [ADAPTERS, *context.bases.names()]
     found: list[dict[str, Any]] = []
     for owner in owners:
@@ -109,7 +109,7 @@ async def list_models(
 async def model_info(
     request: Request, context: InContext, owner: str, name: str, revision: str = "main"
 ) -> Response:
-    """What a repository is and which files it has."""
+    """Return a repository's metadata and file names."""
     try:
         repo = await _repo(context, owner, name, revision)
     except _HubError as error:
@@ -121,7 +121,7 @@ async def model_info(
 async def tree(
     request: Request, context: InContext, owner: str, name: str, revision: str
 ) -> Response:
-    """The files with their sizes."""
+    """Return a repository's files with their sizes."""
     try:
         repo = await _repo(context, owner, name, revision)
     except _HubError as error:
@@ -135,7 +135,7 @@ async def tree(
 
 
 async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo:
-    """Return a repository at a revision: main, the set's version, or the commit."""
+    """Return a repository at `revision`: main, the set's version, or the commit."""
     make = _adapter_repo if owner == ADAPTERS else _merged_repo
     try:
         repo = await context.pool.run(lambda: make(context, owner, name))
@@ -143,7 +143,8 @@ async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo
         raise _HubError("RepoNotFound", error.detail) from None
     if revision not in ("main", repo.version, repo.commit):
         raise _HubError(
-            "RevisionNotFound", f"{repo.id} is at version {repo.version}, not {revision[:80]!r}"
+            "RevisionNotFound",
+            f"{repo.id} has no revision {revision[:80]!r}; use main or its version {repo.version}",
         )
     return repo
 
@@ -164,7 +165,7 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
     record = context.store.read(name).record
     model = context.models.get(owner, weighted_sets(name, 1.0, [], []))
-    if model.etags != [record.etag]:  # changed between the two
+    if model.etags != [record.etag]:  # changed between the two reads
         return _merged_repo(context, owner, name)
     files: dict[str, RangedFile] = {}
     for path in model.files():
@@ -178,7 +179,7 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
 
 
 def _bytes_file(content: bytes | memoryview, etag: str, part: str) -> BytesFile:
-    # The hub's clients name files in their cache by the tag: forty digits, one per file.
+    # Hub clients name cached files by ETag, which must be unique per file: 40 hex digits.
     digest = hashlib.sha256(f"{etag}/{part}".encode()).hexdigest()[:40]
     return BytesFile(memoryview(content), f'"{digest}"', "application/octet-stream")
 

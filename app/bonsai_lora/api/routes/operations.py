@@ -1,4 +1,4 @@
-"""Health and metrics."""
+"""Health probes and metrics."""
 
 import anyio.to_thread
 from fastapi import APIRouter, Response
@@ -15,18 +15,18 @@ router = APIRouter(tags=["operations"])
     "/healthz", operation_id="get_health", summary="Is the process alive?", responses=problems()
 )
 async def get_health() -> schemas.Health:
-    """Answers as long as the process does."""
+    """Responds as long as the process is running."""
     return schemas.Health()
 
 
 @router.get(
     "/readyz",
     operation_id="get_readiness",
-    summary="Is the store loaded?",
+    summary="Is the store readable?",
     responses=problems(errors.BusyError),
 )
 async def get_readiness(context: InContext) -> schemas.Readiness:
-    """Also names files that were bad and set aside, and those that a newer release wrote."""
+    """Also lists files that could not be read, and sets that a newer release wrote."""
     store = context.store
     records = await anyio.to_thread.run_sync(store.records)
     return schemas.Readiness(
@@ -42,6 +42,6 @@ async def get_readiness(context: InContext) -> schemas.Readiness:
     responses=text_answer() | problems(),
 )
 async def get_metrics(context: InContext) -> Response:
-    """Requests and latency by route, rows applied, bytes merged, sets and bytes held."""
+    """Requests and latency by route, rows applied, bytes merged, and the size of the store."""
     text = await anyio.to_thread.run_sync(context.metrics.render)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
