@@ -9,8 +9,6 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from bonsai_lora.core.crew import MOST_THREADS
-
 _MIB, _GIB = 1 << 20, 1 << 30
 _PORT = 8000
 
@@ -102,12 +100,10 @@ class Settings(BaseSettings):
     max_concurrency: int = Field(
         64, ge=1, description="requests with bodies in progress; more get 503 with Retry-After"
     )
-    apply_threads: int = Field(
-        1,
-        ge=1,
-        le=MOST_THREADS,
-        description="threads that share out each large apply, in each worker, 1 to 16: it is done "
-        "sooner, but they look out for more work for a moment after each",
+    kernels: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: compute by machine code where it can be made, else in NumPy; off: in "
+        "NumPy, with the same answers",
     )
     fast_lane: Literal["auto", "off"] = Field(
         "auto", description="off: every request goes through FastAPI, with the same answers"

@@ -15,7 +15,7 @@ from bonsai_lora.errors import (
     MalformedBodyError,
     UnsupportedMediaTypeError,
 )
-from bonsai_lora.wire.media import Form, request_form
+from bonsai_lora.wire.media import Form, parse_content_type
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -75,7 +75,7 @@ def body_form(request: Request, accepted: Collection[Form]) -> Form:
     Raises UnsupportedMediaTypeError for a form not in `accepted`, or a compressed body.
     """
     check_uncoded(request)
-    return request_form(request.headers.get("content-type"), accepted)
+    return parse_content_type(request.headers.get("content-type"), accepted)
 
 
 def check_uncoded(request: Request) -> None:

@@ -64,7 +64,7 @@ async def get_call(request: Request) -> Call:
     return RequestCall(await get_context(request), request)
 
 
-class Answer(Response):
+class BufferResponse(Response):
     """A 200 response whose body is a list of buffers; long ones are never copied."""
 
     def __init__(self, parts: Sequence[Buffer], media_type: str, headers: HeaderLines = ()) -> None:

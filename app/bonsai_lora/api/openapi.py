@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from bonsai_lora import errors
-from bonsai_lora.api import oip_schemas, schemas
+from bonsai_lora.api import oip_schemas, schemas, tensor_schemas
 from bonsai_lora.api.errors import PROBLEM_TYPE, status_of
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.wire.media import Form
@@ -61,7 +61,9 @@ STORE_ERRORS: Kinds = (
 Responses = dict[int | str, dict[str, Any]]
 
 
-def also(status: int, description: str, model: type[BaseModel] | None = None) -> Responses:
+def extra_response(
+    status: int, description: str, model: type[BaseModel] | None = None
+) -> Responses:
     """Return an additional response of a route, with the body `model` if given."""
     more = {} if model is None else {"model": model}
     return {status: {"description": description, **more}}
@@ -98,7 +100,7 @@ def tensor_body(
     return _request_body(content | {form.value: {"schema": _BINARY} for form in forms})
 
 
-def tensor_answer(model: type[BaseModel], *forms: Form) -> Responses:
+def tensor_responses(model: type[BaseModel], *forms: Form) -> Responses:
     """Return the `responses` of a route that returns the JSON of `model`, or binary."""
     content: dict[str, Any] = {Form.JSON.value: {"schema": _ref(model)}}
     content |= {form.value: {"schema": _BINARY} for form in forms}
@@ -126,12 +128,12 @@ def infer_body() -> dict[str, Any]:
     return _request_body(content)
 
 
-def infer_answer() -> Responses:
+def infer_responses() -> Responses:
     """Return the `responses` of infer."""
-    return tensor_answer(oip_schemas.InferResponse, Form.RAW)
+    return tensor_responses(oip_schemas.InferResponse, Form.RAW)
 
 
-def empty_answer() -> Responses:
+def empty_responses() -> Responses:
     """Return the `responses` of a route whose response has no body."""
     return {200: {"description": "done; the response has no body", "content": {}}}
 
@@ -148,13 +150,13 @@ def version_parameter() -> dict[str, Any]:
     return {"parameters": [{**about, "description": "version that the set must have"}]}
 
 
-def text_answer() -> Responses:
+def text_responses() -> Responses:
     """Return the `responses` of a route that returns plain text."""
     content = {"text/plain": {"schema": {"type": "string"}}}
     return {200: {"description": "plain text", "content": content}}
 
 
-def file_answer(media_type: str) -> Responses:
+def file_responses(media_type: str) -> Responses:
     """Return the `responses` of a route that serves a file and its byte ranges."""
     schema = {"type": "object"} if media_type == Form.JSON.value else _BINARY
     content = {media_type: {"schema": schema}}
@@ -205,7 +207,7 @@ def _add_models(document: dict[str, Any]) -> None:
     known = document.setdefault("components", {}).setdefault("schemas", {})
     models = [
         one
-        for module in (schemas, oip_schemas)
+        for module in (schemas, tensor_schemas, oip_schemas)
         for one in vars(module).values()
         if isinstance(one, type)
         and issubclass(one, BaseModel)

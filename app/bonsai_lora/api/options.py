@@ -14,13 +14,13 @@ from urllib.parse import parse_qsl
 from bonsai_lora.api.body import check_coding
 from bonsai_lora.api.call import Call
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError
-from bonsai_lora.wire.compress import coding_of, wanted_coding
+from bonsai_lora.wire.compress import parse_content_encoding, response_coding
 from bonsai_lora.wire.media import (
-    ANSWER_DTYPES,
+    RESPONSE_DTYPES,
     Form,
-    answer_form,
-    check_answer_dtype,
-    request_form,
+    check_response_dtype,
+    negotiate_form,
+    parse_content_type,
 )
 from bonsai_lora.wire.stacks import MAX_SCALE
 
@@ -116,9 +116,9 @@ def _query(text: bytes, known: Sequence[str]) -> dict[str, list[str]]:
 class ApplyOptions:
     """The options of an apply request."""
 
-    taken: Form
+    request_form: Form
     """Form of the request body."""
-    given: Form
+    response_form: Form
     """Form of the response body."""
     dtype: str
     scale: float
@@ -128,10 +128,10 @@ class ApplyOptions:
     def of(cls, values: Mapping[str, Any]) -> "ApplyOptions":
         """Return the options; raises UnsupportedMediaTypeError, NotAcceptableError and others."""
         check_coding(values["Content-Encoding"])
-        taken = request_form(values["Content-Type"], _FORMS)
-        given = answer_form(values["Accept"], taken, _FORMS)
-        dtype = check_answer_dtype(values["dtype"], given)
-        return cls(taken, given, dtype, values["scale"], values.get("module", []))
+        request_form = parse_content_type(values["Content-Type"], _FORMS)
+        response_form = negotiate_form(values["Accept"], request_form, _FORMS)
+        dtype = check_response_dtype(values["dtype"], response_form)
+        return cls(request_form, response_form, dtype, values["scale"], values.get("module", []))
 
 
 _FORMS = (Form.JSON, Form.BINARY)
@@ -166,7 +166,7 @@ APPLY_OPTIONS: Options = (
         "query",
         _last,
         "dtype of the returned tensors; F16 and BF16 only in binary responses",
-        {"type": "string", "enum": list(ANSWER_DTYPES), "default": "F32"},
+        {"type": "string", "enum": list(RESPONSE_DTYPES), "default": "F32"},
     ),
     Option(
         "scale",
@@ -195,9 +195,9 @@ class InferOptions:
 
     header_length: int | None
     """Length in bytes of the JSON before the binary data; None if the body is JSON only."""
-    coding: str | None
+    request_coding: str | None
     """Content coding of the request body."""
-    wanted_coding: str | None
+    response_coding: str | None
     """Content coding of the response."""
 
     @classmethod
@@ -225,6 +225,6 @@ INFER_OPTIONS: Options = (
         "length in bytes of the JSON before the binary data",
         {"type": "integer", "minimum": 0},
     ),
-    Option("Content-Encoding", "header", lambda values: coding_of(_last(values))),
-    Option("Accept-Encoding", "header", lambda values: wanted_coding(_last(values))),
+    Option("Content-Encoding", "header", lambda values: parse_content_encoding(_last(values))),
+    Option("Accept-Encoding", "header", lambda values: response_coding(_last(values))),
 )

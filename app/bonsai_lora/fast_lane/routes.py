@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from bonsai_lora.api.call import Answer, get_call
+from bonsai_lora.api.call import BufferResponse, get_call
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.middleware import Observer
 from bonsai_lora.fast_lane.head import RequestHead, read_head
@@ -31,7 +31,7 @@ class LaneRoute:
     The function is called with the call and the path parameters, in the order of the path.
     """
 
-    def __init__(self, path: str, endpoint: Callable[..., Awaitable[Answer]]) -> None:
+    def __init__(self, path: str, endpoint: Callable[..., Awaitable[BufferResponse]]) -> None:
         pieces = path.split("/")
         self.length = len(pieces)
         self.last = pieces[-1]

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.core import backend
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.batch import Rows, Segment, apply_segments, rows_of
 from bonsai_lora.core.cast import Floats, count_rows
@@ -29,6 +30,8 @@ Inputs = Mapping[str, Floats]
 
 _MOST_JSON_BYTES = 1 << 21
 """Longer JSON may take a second, where something in it is wrong or uncommon."""
+_IN_NUMPY = 5
+"""How many times as long an apply takes without the kernels."""
 _JSON_BYTES = 10
 """Of a number and its comma, about."""
 
@@ -239,15 +242,17 @@ def total_rows(inputs: Inputs) -> int:
     return sum(count_rows(one) for one in inputs.values())
 
 
-def cost_of_body(adapter: LoraAdapter, body_bytes: int, taken: Form, given: Form) -> float:
+def cost_of_body(
+    adapter: LoraAdapter, body_bytes: int, request_form: Form, response_form: Form
+) -> float:
     """Return how many nanoseconds an apply takes, by estimate, before its body is decoded."""
-    if adapter.d_in == 0 or (taken is Form.JSON and body_bytes > _MOST_JSON_BYTES):
+    if adapter.d_in == 0 or (request_form is Form.JSON and body_bytes > _MOST_JSON_BYTES):
         return math.inf
-    values = body_bytes / (_JSON_BYTES if taken is Form.JSON else 4)
-    return cost_of(adapter, max(1.0, values / adapter.d_in), taken, given)
+    values = body_bytes / (_JSON_BYTES if request_form is Form.JSON else 4)
+    return cost_of(adapter, max(1.0, values / adapter.d_in), request_form, response_form)
 
 
-def cost_of(adapter: LoraAdapter, rows: float, taken: Form, given: Form) -> float:
+def cost_of(adapter: LoraAdapter, rows: float, request_form: Form, response_form: Form) -> float:
     """Return how many nanoseconds an apply takes, by estimate; infinite where a file is read first.
 
     Costs per number, measured here: 11 to read from JSON, 9 to write, 1 in binary; 0.02 per
@@ -255,8 +260,9 @@ def cost_of(adapter: LoraAdapter, rows: float, taken: Form, given: Form) -> floa
     """
     if adapter.magnitude is not None or not adapter.is_ready:
         return math.inf
-    read = rows * adapter.d_in * (11 if taken is Form.JSON else 1)
-    written = rows * adapter.d_out * (9 if given is Form.JSON else 1)
+    read = rows * adapter.d_in * (11 if request_form is Form.JSON else 1)
+    written = rows * adapter.d_out * (9 if response_form is Form.JSON else 1)
     left_over = adapter.d_in % 16 + adapter.d_out % 16
     added = (adapter.d_in + adapter.d_out) * 0.02 + left_over * 0.65
-    return read + written + rows * adapter.rank * added
+    cost = read + written + rows * adapter.rank * added
+    return cost if backend.running() else _IN_NUMPY * cost

@@ -28,12 +28,9 @@ from bonsai_lora.wire.oip import (
     InferOutput,
     InferRequest,
     Placement,
-    check_floats,
-    decode_floats,
-    decode_strings,
     encode_response,
-    text_of,
 )
+from bonsai_lora.wire.oip_tensors import check_floats, decode_floats, decode_strings, format_shape
 from bonsai_lora.wire.stacks import SETS, Stack, decode_row
 from bonsai_lora.wire.tensors import BASE_ENDING
 
@@ -241,9 +238,11 @@ def cost_of_inference(model: Model, request: InferRequest) -> float:
         source = _find_source(request, one.name)
         adapter = model.adapters.get(one.name)
         if source is not None and adapter is not None:
-            taken = Form.JSON if isinstance(source.content, list | np.ndarray) else Form.BINARY
-            given = Form.BINARY if one.is_binary or one.placed else Form.JSON
-            cost += MODULE_NANOSECONDS + cost_of(adapter, source.rows, taken, given)
+            request_form = (
+                Form.JSON if isinstance(source.content, list | np.ndarray) else Form.BINARY
+            )
+            response_form = Form.BINARY if one.is_binary or one.placed else Form.JSON
+            cost += MODULE_NANOSECONDS + cost_of(adapter, source.rows, request_form, response_form)
     return cost
 
 
@@ -363,7 +362,7 @@ def _nothing_to_do(model: Model, request: InferRequest) -> str:
     widths = sorted({one.d_in for one in model.adapters.values()})
     return (
         f"unexpected shape for input '{SHARED_INPUT}' for model '{model.name}'. Expected "
-        f"[-1,{' or '.join(map(str, widths[:8]))}], got {text_of(shared.shape)}"
+        f"[-1,{' or '.join(map(str, widths[:8]))}], got {format_shape(shared.shape)}"
     )
 
 
@@ -385,7 +384,7 @@ def _check_width(model: Model, source: InferInput, d_in: int) -> None:
     if len(source.shape) not in (1, 2) or source.shape[-1] != d_in:
         raise ShapeMismatchError(
             f"unexpected shape for input '{source.name}' for model '{model.name}'. Expected "
-            f"[-1,{d_in}], got {text_of(source.shape)}",
+            f"[-1,{d_in}], got {format_shape(source.shape)}",
             field=source.name,
             got=list(source.shape),
             expected=[-1, d_in],

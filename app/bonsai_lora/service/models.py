@@ -89,7 +89,7 @@ def load(stored: StoredSet) -> None:
     """Bring a set's file into memory."""
     np.add.reduce(np.frombuffer(stored.file, np.uint8)[:: mmap.PAGESIZE])  # a byte of each page
     for adapter in stored.lora_set.registry.adapters.values():
-        adapter.operands  # noqa: B018 - asked for, so that it is ready
+        adapter.make_ready()
 
 
 def statistics_of(

@@ -1,5 +1,6 @@
 """The adapters of a set."""
 
+import reprlib
 from functools import partial
 from typing import Annotated
 
@@ -10,8 +11,14 @@ from bonsai_lora.api import schemas
 from bonsai_lora.api.body import body_form, parse_model, read_body
 from bonsai_lora.api.conditions import precondition
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import InContext, ModuleName, SetName
-from bonsai_lora.api.openapi import STORE_ERRORS, TENSOR_ERRORS, also, problems, tensor_body
+from bonsai_lora.api.deps import ContextDep, ModuleName, SetName
+from bonsai_lora.api.openapi import (
+    STORE_ERRORS,
+    TENSOR_ERRORS,
+    extra_response,
+    problems,
+    tensor_body,
+)
 from bonsai_lora.core.cast import Array
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service import sets
@@ -40,7 +47,7 @@ _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
     responses=problems(errors.SetNotFoundError),
 )
 async def list_adapters(
-    response: Response, context: InContext, name: SetName
+    response: Response, context: ContextDep, name: SetName
 ) -> schemas.AdapterList:
     """Adapters are listed in the order in which they were added."""
     stored = context.store.read(name)
@@ -56,7 +63,7 @@ async def list_adapters(
     responses=problems(errors.SetNotFoundError, errors.AdapterNotFoundError),
 )
 async def get_adapter(
-    response: Response, context: InContext, name: SetName, module: ModuleName
+    response: Response, context: ContextDep, name: SetName, module: ModuleName
 ) -> schemas.ModuleInfo:
     """Returns the adapter's dimensions, rank, scaling and size, without its weights."""
     stored = context.store.read(name)
@@ -69,7 +76,9 @@ async def get_adapter(
     operation_id="put_adapter",
     summary="Add or replace one adapter of a set",
     openapi_extra=_PUT_BODY,
-    responses=also(201, "created: the set had no adapter for the module", schemas.ModuleInfo)
+    responses=extra_response(
+        201, "created: the set had no adapter for the module", schemas.ModuleInfo
+    )
     | problems(
         *TENSOR_ERRORS,
         *STORE_ERRORS,
@@ -83,7 +92,7 @@ async def get_adapter(
 async def put_adapter(
     request: Request,
     response: Response,
-    context: InContext,
+    context: ContextDep,
     name: SetName,
     module: ModuleName,
     alpha: Annotated[
@@ -147,7 +156,7 @@ def _put_json(
     own_alpha = value.pop("alpha", None)
     if own_alpha is not None and type(own_alpha) not in (int, float):
         raise errors.InvalidRequestError(
-            f"alpha is {own_alpha!r:.100}; expected a number", field="alpha"
+            f"alpha is {reprlib.repr(own_alpha)}; expected a number", field="alpha"
         )
     text = json.Text(body)
     tensors: dict[str, Array] = {
@@ -170,7 +179,7 @@ def _put_json(
     ),
 )
 async def delete_adapter(
-    request: Request, context: InContext, name: SetName, module: ModuleName
+    request: Request, context: ContextDep, name: SetName, module: ModuleName
 ) -> None:
     """Creates the next version of the set, without this module."""
     check = precondition(request)

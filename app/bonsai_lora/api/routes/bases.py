@@ -7,9 +7,9 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
-from bonsai_lora.api.deps import InContext, SetName
+from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.merged_file import StreamedFile
-from bonsai_lora.api.openapi import file_answer, problems
+from bonsai_lora.api.openapi import file_responses, problems
 from bonsai_lora.api.ranges import file_response
 from bonsai_lora.checkpoints.merged import MergedModel, merge_info
 from bonsai_lora.service.merged import weighted_sets
@@ -43,7 +43,7 @@ _MERGE_ERRORS = (
     summary="List the base checkpoints",
     responses=problems(),
 )
-async def list_bases(context: InContext) -> schemas.BaseList:
+async def list_bases(context: ContextDep) -> schemas.BaseList:
     """Lists each folder with safetensors files under the setting `bases`. A new folder is
     available immediately.
     """
@@ -64,7 +64,7 @@ async def list_bases(context: InContext) -> schemas.BaseList:
     summary="Show a base checkpoint",
     responses=problems(errors.BaseNotFoundError, errors.InvalidBaseError),
 )
-async def get_base(context: InContext, base: BaseName) -> schemas.BaseInfo:
+async def get_base(context: ContextDep, base: BaseName) -> schemas.BaseInfo:
     """Returns the checkpoint's files, dtypes and parameter counts."""
     return await context.pool.run(partial(_info, context, base))
 
@@ -77,7 +77,7 @@ async def get_base(context: InContext, base: BaseName) -> schemas.BaseInfo:
 )
 @router.head("/v1/bases/{base}/merged/{set}", include_in_schema=False)
 async def list_merged_files(
-    context: InContext,
+    context: ContextDep,
     base: BaseName,
     name: SetName,
     scale: Scale = 1.0,
@@ -94,13 +94,13 @@ async def list_merged_files(
     operation_id="get_merged_file",
     summary="Download a file of a merged model",
     response_class=Response,
-    responses=file_answer("application/octet-stream")
+    responses=file_responses("application/octet-stream")
     | problems(*_MERGE_ERRORS, errors.FileNotInModelError, errors.RangeNotSatisfiableError),
 )
 @router.head("/v1/bases/{base}/merged/{set}/{filename}", include_in_schema=False)
 async def get_merged_file(
     request: Request,
-    context: InContext,
+    context: ContextDep,
     base: BaseName,
     name: SetName,
     filename: Annotated[
@@ -122,7 +122,7 @@ async def get_merged_file(
 
 
 async def _model(
-    context: InContext,
+    context: ContextDep,
     base: str,
     name: str,
     scale: float,
@@ -133,7 +133,7 @@ async def _model(
     return await context.pool.run(lambda: context.models.get(base, sets))
 
 
-def _info(context: InContext, name: str) -> schemas.BaseInfo:
+def _info(context: ContextDep, name: str) -> schemas.BaseInfo:
     base = context.bases.get(name)
     files = [
         schemas.BaseFile(name=file, size_bytes=len(raw)) for file, raw in sorted(base.files.items())

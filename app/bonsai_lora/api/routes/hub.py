@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from bonsai_lora import errors
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import InContext
+from bonsai_lora.api.deps import ContextDep
 from bonsai_lora.api.errors import problem_response
 from bonsai_lora.api.merged_file import StreamedFile
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
@@ -67,7 +67,7 @@ class _HubError(Exception):
 @router.get("/{owner}/{name}/resolve/{revision}/{path:path}")
 @router.head("/{owner}/{name}/resolve/{revision}/{path:path}")
 async def resolve(
-    request: Request, context: InContext, owner: str, name: str, revision: str, path: str
+    request: Request, context: ContextDep, owner: str, name: str, revision: str, path: str
 ) -> Response:
     """Return one file of a repository."""
     try:
@@ -83,7 +83,7 @@ async def resolve(
 
 @router.get("/api/models")
 async def list_models(
-    context: InContext,
+    context: ContextDep,
     author: Annotated[str | None, Query()] = None,
     search: Annotated[str | None, Query()] = None,
     limit: Annotated[int, Query(ge=1)] = 1000,
@@ -107,7 +107,7 @@ async def list_models(
 @router.get("/api/models/{owner}/{name}")
 @router.get("/api/models/{owner}/{name}/revision/{revision}")
 async def model_info(
-    request: Request, context: InContext, owner: str, name: str, revision: str = "main"
+    request: Request, context: ContextDep, owner: str, name: str, revision: str = "main"
 ) -> Response:
     """Return a repository's metadata and file names."""
     try:
@@ -119,7 +119,7 @@ async def model_info(
 
 @router.get("/api/models/{owner}/{name}/tree/{revision}")
 async def tree(
-    request: Request, context: InContext, owner: str, name: str, revision: str
+    request: Request, context: ContextDep, owner: str, name: str, revision: str
 ) -> Response:
     """Return a repository's files with their sizes."""
     try:

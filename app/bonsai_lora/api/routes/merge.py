@@ -9,12 +9,12 @@ from starlette.responses import Response as StarletteResponse
 from starlette.types import Receive, Scope, Send
 
 from bonsai_lora import errors
-from bonsai_lora.api import schemas
+from bonsai_lora.api import tensor_schemas
 from bonsai_lora.api.body import BodyReader, body_form, content_length, read_body
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import InContext, ModuleName, SetName
+from bonsai_lora.api.deps import ContextDep, ModuleName, SetName
 from bonsai_lora.api.merge_stream import MergeStream
-from bonsai_lora.api.openapi import TENSOR_ERRORS, problems, tensor_answer, tensor_body
+from bonsai_lora.api.openapi import TENSOR_ERRORS, problems, tensor_body, tensor_responses
 from bonsai_lora.api.spool import Spool
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.formats import safetensors
@@ -23,7 +23,7 @@ from bonsai_lora.service.merge import MERGE_DTYPES, WeightMerge, merge_of_header
 from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire import json
-from bonsai_lora.wire.media import Form, answer_form
+from bonsai_lora.wire.media import Form, negotiate_form
 from bonsai_lora.wire.tensors import check_json_output
 
 router = APIRouter(tags=["merge"])
@@ -37,8 +37,8 @@ _SMALL_HEADER_BYTES = 1 << 13
     operation_id="merge_weights",
     summary="Merge an adapter into weights",
     response_class=Response,
-    openapi_extra=tensor_body(schemas.MergeRequest, Form.BINARY, Form.RAW),
-    responses=tensor_answer(schemas.MergeAnswer, Form.BINARY, Form.RAW)
+    openapi_extra=tensor_body(tensor_schemas.MergeRequest, Form.BINARY, Form.RAW),
+    responses=tensor_responses(tensor_schemas.MergeAnswer, Form.BINARY, Form.RAW)
     | problems(
         *TENSOR_ERRORS,
         errors.SetNotFoundError,
@@ -49,7 +49,7 @@ _SMALL_HEADER_BYTES = 1 << 13
 )
 async def merge_weights(
     request: Request,
-    context: InContext,
+    context: ContextDep,
     name: SetName,
     module: ModuleName,
     dtype: Annotated[
@@ -64,7 +64,7 @@ async def merge_weights(
     adapter = get_adapter(stored, module)
     check_no_replaced_bias(stored, module)
     form = body_form(request, _FORMS)
-    answer_form(request.headers.get("accept"), form, (form,))
+    negotiate_form(request.headers.get("accept"), form, (form,))
     if dtype is not None and dtype not in MERGE_DTYPES:
         raise errors.InvalidRequestError(
             f"dtype {dtype!r} cannot be merged; expected one of {', '.join(MERGE_DTYPES)}",

@@ -17,13 +17,13 @@ from pydantic import BaseModel
 
 from bonsai_lora.api import oip_schemas
 from bonsai_lora.api.body import check_length, parse_model, read_body
-from bonsai_lora.api.call import Answer, Call
+from bonsai_lora.api.call import BufferResponse, Call
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import InCall, InContext
+from bonsai_lora.api.deps import CallDep, ContextDep
 from bonsai_lora.api.openapi import (
-    empty_answer,
-    infer_answer,
+    empty_responses,
     infer_body,
+    infer_responses,
     oip_errors,
     optional_body,
     version_parameter,
@@ -77,7 +77,7 @@ ModelPath = Annotated[
 VersionPath = Annotated[str, Path(description="version that the set must have")]
 
 
-def _find(request: Request, context: InContext, model: ModelPath) -> Model:
+def _find(request: Request, context: ContextDep, model: ModelPath) -> Model:
     return find_model(context.store, model, request.path_params.get("version"))
 
 
@@ -108,7 +108,7 @@ def _of_model(ending: str, what: str, summary: str) -> Callable[[Endpoint], Endp
 
 @router.get("", operation_id="get_server", summary="Show the server's metadata")
 @router.get("/", include_in_schema=False)
-async def get_server(context: InContext) -> oip_schemas.ServerMetadata:
+async def get_server(context: ContextDep) -> oip_schemas.ServerMetadata:
     """Returns the server's name, version and protocol extensions."""
     shared = ("system_shared_memory",) if context.inference.regions.is_on else ()
     return oip_schemas.ServerMetadata(
@@ -136,7 +136,7 @@ async def get_ready() -> oip_schemas.ServerReady:
     summary="Show the statistics of all models",
     responses=oip_errors(503),
 )
-async def get_all_statistics(context: InContext) -> oip_schemas.ModelStatistics:
+async def get_all_statistics(context: ContextDep) -> oip_schemas.ModelStatistics:
     """Totals over all workers since the service started; durations in nanoseconds."""
     return await anyio.to_thread.run_sync(_all_statistics, context)
 
@@ -169,7 +169,7 @@ async def get_model_config(model: FoundModel) -> oip_schemas.ModelConfig:
 
 @_of_model("/stats", "_statistics", "Show a model's statistics")
 async def get_model_statistics(
-    context: InContext, model: FoundModel
+    context: ContextDep, model: FoundModel
 ) -> oip_schemas.ModelStatistics:
     """Totals over all workers since the service started or the set last changed; durations in
     nanoseconds.
@@ -185,9 +185,9 @@ async def get_model_statistics(
     summary="Run inference: apply a set to the inputs",
     response_class=Response,
     openapi_extra=infer_body() | {"parameters": parameters(INFER_OPTIONS)},
-    responses=infer_answer() | oip_errors(400, 404, 503),
+    responses=infer_responses() | oip_errors(400, 404, 503),
 )
-async def infer(call: InCall, model: ModelPath) -> Answer:
+async def infer(call: CallDep, model: ModelPath) -> BufferResponse:
     """An input with the name of a module feeds that module and yields an output with that name.
     The input `x` feeds every module named in `outputs` (without `outputs`: every module whose width
     it matches). On the model `mixed`, the BYTES input `sets` names a set for each row. The
@@ -203,14 +203,14 @@ async def infer(call: InCall, model: ModelPath) -> Answer:
     summary="Run inference on one version of a set",
     response_class=Response,
     openapi_extra=infer_body() | {"parameters": parameters(INFER_OPTIONS)},
-    responses=infer_answer() | oip_errors(400, 404, 503),
+    responses=infer_responses() | oip_errors(400, 404, 503),
 )
-async def infer_version(call: InCall, model: ModelPath, version: VersionPath) -> Answer:
+async def infer_version(call: CallDep, model: ModelPath, version: VersionPath) -> BufferResponse:
     """Like inference without a version, but 404 if the set has a different version now."""
     return await _infer(call, find_model(call.context.store, model, version))
 
 
-async def _infer(call: Call, model: Model) -> Answer:
+async def _infer(call: Call, model: Model) -> BufferResponse:
     """Run an inference and count it in the statistics."""
     context = call.context
     options = read_options(call, INFER_OPTIONS, InferOptions.of)
@@ -229,11 +229,11 @@ async def _infer(call: Call, model: Model) -> Answer:
     context.counts.add(*model.counted_as, counts)
     context.metrics.rows_applied.inc(counts.vectors)
     headers = [] if length is None else [(HEADER_LENGTH, b"%d" % length)]
-    if options.wanted_coding is not None:
-        work = partial(compress, b"".join(parts), options.wanted_coding)
+    if options.response_coding is not None:
+        work = partial(compress, b"".join(parts), options.response_coding)
         parts = [await context.pool.run(work)]
-        headers.append((b"content-encoding", options.wanted_coding.encode()))
-    return Answer(parts, (Form.JSON if length is None else Form.RAW).value, headers)
+        headers.append((b"content-encoding", options.response_coding.encode()))
+    return BufferResponse(parts, (Form.JSON if length is None else Form.RAW).value, headers)
 
 
 @router.post(
@@ -243,7 +243,7 @@ async def _infer(call: Call, model: Model) -> Answer:
     openapi_extra=optional_body(oip_schemas.IndexRequest),
     responses=oip_errors(400, 503),
 )
-async def get_index(request: Request, context: InContext) -> list[oip_schemas.IndexEntry]:
+async def get_index(request: Request, context: ContextDep) -> list[oip_schemas.IndexEntry]:
     """Every set is ready; `reason` tells which ones are not in memory yet."""
     await _read_optional(request, oip_schemas.IndexRequest)
     found = await anyio.to_thread.run_sync(models.list_models, context.store)
@@ -256,9 +256,9 @@ async def get_index(request: Request, context: InContext) -> list[oip_schemas.In
     summary="Load a set into memory",
     response_class=Response,
     openapi_extra=optional_body(oip_schemas.RepositoryRequest),
-    responses=empty_answer() | oip_errors(400, 404, 501, 503),
+    responses=empty_responses() | oip_errors(400, 404, 501, 503),
 )
-async def load_model(request: Request, context: InContext, model: FoundModel) -> Response:
+async def load_model(request: Request, context: ContextDep, model: FoundModel) -> Response:
     """Loads the set before its first request. Sets are created and changed under /v1/sets."""
     asked = await _read_optional(request, oip_schemas.RepositoryRequest)
     if asked.parameters:
@@ -278,9 +278,9 @@ async def load_model(request: Request, context: InContext, model: FoundModel) ->
     summary="Release a set's memory",
     response_class=Response,
     openapi_extra=optional_body(oip_schemas.RepositoryRequest),
-    responses=empty_answer() | oip_errors(400, 404, 503),
+    responses=empty_responses() | oip_errors(400, 404, 503),
 )
-async def unload_model(request: Request, context: InContext, model: FoundModel) -> Response:
+async def unload_model(request: Request, context: ContextDep, model: FoundModel) -> Response:
     """The set is kept, and is opened again on its next use."""
     await _read_optional(request, oip_schemas.RepositoryRequest)
     context.store.forget(model.name)
@@ -291,7 +291,7 @@ async def _run(
     context: Context, model: Model, body: Buffer, options: InferOptions, counts: Counts
 ) -> tuple[list[Buffer], int | None]:
     """Decode and infer, on the event loop if the estimated work is small, else in a thread."""
-    limits, header_length, coding = context.limits, options.header_length, options.coding
+    limits, header_length, coding = context.limits, options.header_length, options.request_coding
     text_length = len(body) if header_length is None else header_length
 
     def decode() -> InferRequest:

@@ -5,8 +5,8 @@ from fastapi import APIRouter, Response
 
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
-from bonsai_lora.api.deps import InContext
-from bonsai_lora.api.openapi import problems, text_answer
+from bonsai_lora.api.deps import ContextDep
+from bonsai_lora.api.openapi import problems, text_responses
 
 router = APIRouter(tags=["operations"])
 
@@ -25,7 +25,7 @@ async def get_health() -> schemas.Health:
     summary="Is the store readable?",
     responses=problems(errors.BusyError),
 )
-async def get_readiness(context: InContext) -> schemas.Readiness:
+async def get_readiness(context: ContextDep) -> schemas.Readiness:
     """Also lists files that could not be read, and sets that a newer release wrote."""
     store = context.store
     records = await anyio.to_thread.run_sync(store.records)
@@ -39,9 +39,9 @@ async def get_readiness(context: InContext) -> schemas.Readiness:
     operation_id="get_metrics",
     summary="Prometheus metrics",
     response_class=Response,
-    responses=text_answer() | problems(),
+    responses=text_responses() | problems(),
 )
-async def get_metrics(context: InContext) -> Response:
+async def get_metrics(context: ContextDep) -> Response:
     """Requests and latency by route, rows applied, bytes merged, and the size of the store."""
     text = await anyio.to_thread.run_sync(context.metrics.render)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -12,12 +12,12 @@ from bonsai_lora.api import schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.conditions import not_modified, precondition
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import InContext, SetName
+from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
-    also,
-    file_answer,
+    extra_response,
+    file_responses,
     json_body,
     problems,
 )
@@ -74,7 +74,7 @@ _UPLOAD_BODY = {
         errors.RankTooLargeError,
     ),
 )
-async def create_set(request: Request, response: Response, context: InContext) -> schemas.SetInfo:
+async def create_set(request: Request, response: Response, context: ContextDep) -> schemas.SetInfo:
     """Creates adapters with A uniform and B zero, so that they change nothing before training, or
     an empty set.
     """
@@ -103,7 +103,7 @@ async def create_set(request: Request, response: Response, context: InContext) -
     responses=problems(errors.InvalidRequestError),
 )
 async def list_sets(
-    context: InContext,
+    context: ContextDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="most sets per page")] = 100,
     cursor: Annotated[
         str | None,
@@ -130,11 +130,11 @@ async def list_sets(
     operation_id="get_set",
     summary="Show a set",
     response_model=schemas.SetInfo,
-    responses=also(304, "not modified: If-None-Match names the current ETag")
+    responses=extra_response(304, "not modified: If-None-Match names the current ETag")
     | problems(errors.SetNotFoundError),
 )
 async def get_set(
-    request: Request, response: Response, context: InContext, name: SetName
+    request: Request, response: Response, context: ContextDep, name: SetName
 ) -> schemas.SetInfo | Response:
     """Returns the set's configuration and modules, without its weights."""
     stored = context.store.read(name)
@@ -151,7 +151,7 @@ async def get_set(
     summary="Upload a PEFT adapter as a set",
     response_model=schemas.ImportReport,
     openapi_extra=_UPLOAD_BODY,
-    responses=also(201, "created: no set had this name", schemas.ImportReport)
+    responses=extra_response(201, "created: no set had this name", schemas.ImportReport)
     | problems(
         errors.MalformedMultipartError,
         errors.MalformedSafetensorsError,
@@ -169,7 +169,7 @@ async def get_set(
     ),
 )
 async def upload_set(
-    request: Request, response: Response, context: InContext, name: SetName
+    request: Request, response: Response, context: ContextDep, name: SetName
 ) -> schemas.ImportReport:
     """Creates or replaces the set atomically. An adapter that cannot be applied exactly is refused
     with the reason.
@@ -204,7 +204,7 @@ async def upload_set(
         errors.SetNotFoundError, errors.PreconditionFailedError, errors.StoreReadOnlyError
     ),
 )
-async def delete_set(request: Request, context: InContext, name: SetName) -> None:
+async def delete_set(request: Request, context: ContextDep, name: SetName) -> None:
     """Requests in flight finish with the set as it was when they started."""
     remove = partial(sets.delete_set, context.store, name, precondition(request))
     await context.pool.run(remove)
@@ -231,10 +231,10 @@ _FILE_ERRORS = (errors.SetNotFoundError, errors.RangeNotSatisfiableError, errors
     operation_id="get_adapter_config",
     summary="Download a set's PEFT configuration",
     response_class=Response,
-    responses=file_answer(Form.JSON.value) | problems(*_FILE_ERRORS),
+    responses=file_responses(Form.JSON.value) | problems(*_FILE_ERRORS),
 )
 @router.head("/v1/sets/{set}/adapter_config.json", include_in_schema=False)
-async def get_adapter_config(request: Request, context: InContext, name: SetName) -> Response:
+async def get_adapter_config(request: Request, context: ContextDep, name: SetName) -> Response:
     """Put it in a folder with `adapter_model.safetensors`, and `peft` loads the folder."""
     return file_response(request, _config_file(context, name), context.pool)
 
@@ -244,10 +244,10 @@ async def get_adapter_config(request: Request, context: InContext, name: SetName
     operation_id="get_adapter_model",
     summary="Download a set's weights under PEFT's names",
     response_class=Response,
-    responses=file_answer(Form.BINARY.value) | problems(*_FILE_ERRORS),
+    responses=file_responses(Form.BINARY.value) | problems(*_FILE_ERRORS),
 )
 @router.head("/v1/sets/{set}/adapter_model.safetensors", include_in_schema=False)
-async def get_adapter_model(request: Request, context: InContext, name: SetName) -> Response:
+async def get_adapter_model(request: Request, context: ContextDep, name: SetName) -> Response:
     """Uploaded tensors keep their dtype and are returned bit for bit."""
     return file_response(request, _model_file(context, name), context.pool)
 

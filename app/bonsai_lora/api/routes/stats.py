@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
-from bonsai_lora.api.deps import InContext, SetName
+from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.openapi import problems
 from bonsai_lora.core.registry import LoraRegistry, adapter_bytes
 from bonsai_lora.service.stats import module_stats, store_stats
@@ -26,7 +26,7 @@ Count = Annotated[int, Query(ge=0, le=2**63 - 1)]
     responses=problems(errors.SetNotFoundError, errors.InvalidRequestError, errors.BusyError),
 )
 async def get_set_stats(
-    context: InContext,
+    context: ContextDep,
     name: SetName,
     base_param_count: Annotated[
         int | None, Query(ge=0, le=2**63 - 1, description="parameters of the base model")
@@ -61,7 +61,7 @@ async def get_set_stats(
     summary="Show the statistics of the store",
     responses=problems(),
 )
-async def get_stats(context: InContext) -> schemas.StoreStatsInfo:
+async def get_stats(context: ContextDep) -> schemas.StoreStatsInfo:
     """Returns totals over all sets, and the largest sets."""
     stats = await anyio.to_thread.run_sync(store_stats, context.store)
     return schemas.StoreStatsInfo(
