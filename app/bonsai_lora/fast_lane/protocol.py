@@ -8,7 +8,7 @@ from starlette.requests import ClientDisconnect
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.fast_lane.call import LONG_BYTES, LaneCall, stalled
 from bonsai_lora.fast_lane.routes import FastLane
-from bonsai_lora.service.work import AT_ONCE_NANOSECONDS
+from bonsai_lora.service.work import INLINE_NANOSECONDS
 
 _HEAD_BYTES = 1 << 13
 """Longest head parsed here. Longer and incomplete heads go to uvicorn's parser."""
@@ -139,7 +139,7 @@ class LaneProtocol(GuardedProtocol):
                 return
             else:
                 data = self._start_request(data)
-                if data and self.loop.time() - began > AT_ONCE_NANOSECONDS / 1e9:
+                if data and self.loop.time() - began > INLINE_NANOSECONDS / 1e9:
                     self._postpone(data)  # let other connections run
                     self.loop.call_soon(self._resume)
                     return

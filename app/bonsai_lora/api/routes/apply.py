@@ -23,8 +23,8 @@ from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Floats
 from bonsai_lora.service.apply import (
     cost_of_body,
-    shares_of,
-    stacked_shares,
+    group_by_set,
+    stack_on,
     total_rows,
     versions_of,
 )
@@ -146,10 +146,10 @@ async def apply_mixed(call: CallDep) -> BufferResponse:
             return encode_outputs(
                 response_form, inputs[module][:, :0], {"module": module, "versions": {}}, dtype
             )
-        shares = shares_of(batch.stacks, options.scale, context.store.read)
-        outputs = context.applier.apply(shares, inputs, base_outputs)
+        set_segments = group_by_set(batch.stacks, options.scale, context.store.read)
+        outputs = context.applier.apply(set_segments, inputs, base_outputs)
         context.metrics.rows_applied.inc(total_rows(inputs))
-        fields = {"module": module, "versions": versions_of(shares)}
+        fields = {"module": module, "versions": versions_of(set_segments)}
         return encode_outputs(response_form, outputs[module], fields, dtype)
 
     return await _answer(call, options, compute, None)
@@ -159,11 +159,11 @@ def _stacked(
     context: Context, stored: StoredSet, batches: Batches, scale: float, fields: ResponseFields
 ) -> dict[str, Floats]:
     """Return the summed deltas of the set and those stacked on it; add `versions` to `fields`."""
-    shares = stacked_shares(stored, batches.stack, scale, context.store.read)
-    outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
+    set_segments = stack_on(stored, batches.stack, scale, context.store.read)
+    outputs = context.applier.apply(set_segments, batches.inputs, batches.base_outputs)
     context.metrics.rows_applied.inc(total_rows(batches.inputs))
     if batches.stack:
-        fields["versions"] = versions_of(shares)
+        fields["versions"] = versions_of(set_segments)
     return outputs
 
 

@@ -37,14 +37,8 @@ from bonsai_lora.api.options import (
 )
 from bonsai_lora.errors import BonsaiLoraError, UnsupportedFeatureError
 from bonsai_lora.service import models
-from bonsai_lora.service.infer import (
-    MIXED,
-    MIXED_VERSION,
-    Model,
-    cost_of_inference,
-    find_model,
-    raw_request,
-)
+from bonsai_lora.service.infer import cost_of_inference, raw_request
+from bonsai_lora.service.models import MIXED, MIXED_VERSION, Model, find_model
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.compress import compress, decompress
@@ -222,11 +216,11 @@ async def _infer(call: Call, model: Model) -> BufferResponse:
             parts, length = await _run(context, model, body, options, counts)
     except BonsaiLoraError:
         failed = Counts(_now_ms(), fail_count=1, fail_ns=time.perf_counter_ns() - started)
-        context.counts.add(*model.counted_as, failed)
+        context.counts.add(*model.count_key, failed)
         raise
     counts.success_count, counts.success_ns = 1, time.perf_counter_ns() - started
     counts.last_ms = _now_ms()
-    context.counts.add(*model.counted_as, counts)
+    context.counts.add(*model.count_key, counts)
     context.metrics.rows_applied.inc(counts.vectors)
     headers = [] if length is None else [(HEADER_LENGTH, b"%d" % length)]
     if options.response_coding is not None:
