@@ -85,7 +85,7 @@ $(VENV)/.bench: requirements-bench.txt $(VENV)/.dev
 	@$(PIP) install --only-binary :all: -r requirements-bench.txt
 	@touch $@
 
-lock: setup-dev ## update the pinned dependencies
+lock: setup-dev ## pin the latest dependencies
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate --upgrade pyproject.toml --group build -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate -c requirements.lock pyproject.toml --group dev -o requirements-dev.lock
 
