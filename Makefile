@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev test-peers lock format clean
+.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev mutants-known test-peers lock format clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ benchmarks/rivals/.venv/.done: benchmarks/rivals/requirements.txt
 
 docker: ## build the image and start it
 	docker compose up --build
+
+mutants-known: setup-dev ## put known mistakes into a copy of the code; its tests must see each
+	@$(BIN)/python tests/mutants/run.py
 
 test-peers: setup-dev $(VENV)/.peers ## compare with torch, peft, safetensors
 	@$(BIN)/python -m pytest -q -m peers
