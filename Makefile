@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev test-peers test-page lock format clean
+.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev mutants-known test-peers test-page lock format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,9 @@ benchmarks/rivals/.venv/.done: benchmarks/rivals/requirements.txt
 
 docker: ## build the image and start it
 	docker compose up --build
+
+mutants-known: setup-dev ## check that the tests detect known mistakes, put into a copy of the code
+	@$(BIN)/python tests/mutants/run.py
 
 test-peers: setup-dev $(VENV)/.peers ## compare results with torch, peft and safetensors
 	@$(BIN)/python -m pytest -q -m peers
