@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev test-peers test-page lock format clean
+.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev mutants-known test-peers test-page lock format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ benchmarks/rivals/.venv/.done: benchmarks/rivals/requirements.txt
 docker: ## build the image and start it
 	docker compose up --build
 
+mutants-known: setup-dev ## check that the tests detect known mistakes, put into a copy of the code
+	@$(BIN)/python tests/mutants/run.py
+
 test-peers: setup-dev $(VENV)/.peers ## compare results with torch, peft and safetensors
 	@$(BIN)/python -m pytest -q -m peers
 
@@ -85,7 +88,7 @@ $(VENV)/.bench: requirements-bench.txt $(VENV)/.dev
 	@$(PIP) install --only-binary :all: -r requirements-bench.txt
 	@touch $@
 
-lock: setup-dev ## update the pinned dependencies
+lock: setup-dev ## pin the latest dependencies
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate --upgrade pyproject.toml --group build -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate -c requirements.lock pyproject.toml --group dev -o requirements-dev.lock
 

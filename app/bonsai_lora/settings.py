@@ -9,8 +9,6 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from bonsai_lora.core.crew import MOST_THREADS
-
 _MIB, _GIB = 1 << 20, 1 << 30
 _PORT = 8000
 
@@ -105,12 +103,10 @@ class Settings(BaseSettings):
         description="most requests with bodies in progress per worker; more get 503 with "
         "Retry-After",
     )
-    apply_threads: int = Field(
-        1,
-        ge=1,
-        le=MOST_THREADS,
-        description="threads per worker that split each large apply, 1 to 16; more lower the "
-        "latency, but each spins briefly for more work after an apply",
+    kernels: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: compute with compiled kernels if they can run, otherwise in NumPy; off: "
+        "always in NumPy, with the same answers",
     )
     fast_lane: Literal["auto", "off"] = Field(
         "auto", description="off: serve every request through FastAPI; responses are the same"

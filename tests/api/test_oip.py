@@ -604,7 +604,9 @@ def test_many_members_and_many_names_cost_nothing(loaded):
     post = "/v2/models/plain/infer"
     members = gzip.compress(b"") * 100_000
     error_of(
-        client.post(post, content=members, headers={"Content-Encoding": "gzip"}), 400, "after its end"
+        client.post(post, content=members, headers={"Content-Encoding": "gzip"}),
+        400,
+        "after its end",
     )
     header = {"name": "sets", "shape": [3], "datatype": "BYTES"}
     header["parameters"] = {"binary_data_size": 60 << 20}

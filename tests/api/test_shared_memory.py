@@ -161,7 +161,10 @@ def test_nothing_is_read_before_its_size_is_known(local):
     try:
         os.truncate(path, 1 << 33)
         server.register_system_shared_memory("r", path.name, 1 << 33)
-        for shape, words in (([1, 64], "the limit is 67108864"), ([1 << 25, 64], "the limit is 67108864")):
+        for shape, words in (
+            ([1, 64], "the limit is 67108864"),
+            ([1 << 25, 64], "the limit is 67108864"),
+        ):
             given = triton.InferInput(Q_PROJ, shape, "FP32").set_shared_memory("r", 1 << 33)
             refused(lambda one=given: server.infer("plain", [one]), 400, words)
         given = triton.InferInput(Q_PROJ, [1, 64], "FP32").set_shared_memory("r", 1 << 20)

@@ -115,8 +115,9 @@ def test_a_port_is_served_too_where_it_is_given(path, tmp_path, workers):
         assert listening_ports(process.pid) == {int(url.rpartition(":")[2])}
 
 
-def test_the_socket_of_a_killed_service_is_replaced(path, tmp_path):
-    with serve(path, tmp_path / "s") as (_, process):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_socket_of_a_killed_service_is_replaced(path, tmp_path, workers):
+    with serve(path, tmp_path / "s", "--workers", str(workers)) as (_, process):
         process.kill()
         process.wait(timeout=20)
     assert stat.S_ISSOCK(path.lstat().st_mode)

@@ -109,8 +109,9 @@ def test_unknown_keys_are_kept_when_a_set_is_rewritten(folder):
 @pytest.mark.parametrize("read", ["read", "read_record"])
 def test_a_newer_format_is_left_where_it_is(folder, read):
     path = folder / "s.safetensors"
-    # Nothing else of a newer record is understood, not even its name.
+    # Nothing else of a newer file is understood: not its record's name, its dtypes or its size.
     change_record(path, lambda _: {"format": 2, "names": ["s"], "since": 7})
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"Q99"') + b"more")
     before = path.read_bytes()
     store = SetStore(folder.parent)
     for _ in range(2):
@@ -153,6 +154,10 @@ def test_a_newer_file_that_goes_or_is_replaced_is_forgotten(folder):
         (with_keys(config={"rank": "8", "alpha": 8, "dropout": 0, "target_modules": []}), "rank"),
         (with_keys(config={"rank": 8, "alpha": 8, "dropout": 2, "target_modules": []}), "dropout"),
         (with_keys(config={"rank": 8}), "whose alpha is None"),
+        (
+            with_keys(config={"rank": 8, "alpha": 8.0, "dropout": 0.0, "target_modules": [1]}),
+            "text",
+        ),
         (with_keys(format=0), "format 0"),
         (with_keys(format="2"), "format '2'"),
         (with_keys(format=True), "format True"),

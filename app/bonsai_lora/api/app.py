@@ -6,6 +6,7 @@ RFC 9457 problems in `errors.py`. `bonsai-lora serve` calls the same functions o
 routes without the framework (`bonsai_lora.fast_lane`).
 """
 
+import logging
 import shutil
 import tempfile
 import weakref
@@ -36,6 +37,7 @@ from bonsai_lora.api.routes import (
 )
 from bonsai_lora.api.routes import bases as bases_routes
 from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.core import backend
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.limits import Limits
@@ -69,19 +71,38 @@ _TAGS = [
     {"name": "statistics", "description": "Parameter counts, memory and norms."},
     {"name": "operations", "description": "Health and metrics."},
 ]
+_ROUTERS = [
+    one.router
+    for one in (
+        sets,
+        adapters,
+        apply,
+        merge,
+        bases_routes,
+        oip,
+        shared_memory,
+        stats,
+        operations,
+        page,
+        hub,  # last: its paths match almost anything
+    )
+]
+
+_log = logging.getLogger("bonsai_lora")
 
 
 def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     """Return the application for the store that `settings` names.
 
-    `shared` is a folder that all workers of the service share while it runs; by default a
+    Chooses what computes, and compiles what applies need, so the first one is as fast as the
+    second. `shared` is a folder that all workers of the service share while it runs; by default a
     temporary folder that is deleted with the application.
     """
+    choose_backend(settings)
     store = open_store(settings)
     if shared is None:
         shared = _new_folder()
         _remove_with(store, shared)
-    metrics = Metrics(partial(store_stats, store))
     app = FastAPI(
         title="Bonsai LoRA",
         version=version("bonsai-lora"),
@@ -92,11 +113,41 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         docs_url=None,  # routes/page.py
         redoc_url=None,
     )
+    app.state.fast_lane = None
+    metrics = Metrics(partial(store_stats, store), partial(_describe, app))
+    app.state.context = _make_context(settings, store, shared, metrics)
+    for router in _ROUTERS:
+        app.include_router(router)
+    own = [route for route in app.routes if isinstance(route, Route)]
+    app.state.routes = [*own, *(route for router in _ROUTERS for route in router.routes)]
+    install_error_handlers(app, app.state.routes)
+    install_openapi(app)
+    app.state.observer = Observer(metrics)
+    app.add_middleware(
+        ObserveMiddleware, observer=app.state.observer, stall_seconds=settings.stall_seconds
+    )
+    return app
+
+
+def create_default_app() -> FastAPI:
+    """Return the application configured by BONSAI_LORA_* variables, for `uvicorn --factory`."""
+    return create_app(Settings())
+
+
+def choose_backend(settings: Settings) -> None:
+    """Choose between kernels and NumPy for this process; log why where kernels cannot run."""
+    reason = backend.choose(settings.kernels)
+    if reason and settings.kernels == "auto":
+        _log.warning("computing in NumPy, with the same answers but slower: %s", reason)
+    backend.prepare()
+
+
+def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Metrics) -> Context:
     limits = limits_of(settings)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     applier = Applier(limits, bases)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
-    app.state.context = Context(
+    return Context(
         settings,
         store,
         limits,
@@ -113,38 +164,15 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         ThreadPoolExecutor(settings.threads, "merge"),
         metrics,
     )
-    routers = [
-        one.router
-        for one in (
-            sets,
-            adapters,
-            apply,
-            merge,
-            bases_routes,
-            oip,
-            shared_memory,
-            stats,
-            operations,
-            page,
-            hub,
-        )
-    ]
-    for router in routers:
-        app.include_router(router)
-    own = [route for route in app.routes if isinstance(route, Route)]
-    app.state.routes = [*own, *(route for router in routers for route in router.routes)]
-    install_error_handlers(app, app.state.routes)
-    install_openapi(app)
-    app.state.observer = Observer(metrics)
-    app.add_middleware(
-        ObserveMiddleware, observer=app.state.observer, stall_seconds=settings.stall_seconds
-    )
-    return app
 
 
-def create_default_app() -> FastAPI:
-    """Return the application configured by BONSAI_LORA_* variables, for `uvicorn --factory`."""
-    return create_app(Settings())
+def _describe(app: FastAPI) -> dict[str, str]:
+    """Return the labels of `bonsai_lora_info`."""
+    return {
+        "version": app.version,
+        "kernels": "off" if backend.running() is None else "on",
+        "fast_lane": "off" if app.state.fast_lane is None else "on",
+    }
 
 
 def open_store(settings: Settings) -> SetStore:

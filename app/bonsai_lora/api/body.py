@@ -74,8 +74,14 @@ def body_form(request: Request, accepted: Collection[Form]) -> Form:
 
     Raises UnsupportedMediaTypeError for a form not in `accepted`, or a compressed body.
     """
-    check_coding(request.headers.get("content-encoding"))
+    check_uncoded(request)
     return parse_content_type(request.headers.get("content-type"), accepted)
+
+
+def check_uncoded(request: Request) -> None:
+    """Raise UnsupportedMediaTypeError where a line of Content-Encoding names a compression."""
+    lines = request.headers.getlist("content-encoding")
+    check_coding(", ".join(lines) if lines else None)
 
 
 def check_coding(coding: str | None) -> None:

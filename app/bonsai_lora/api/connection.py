@@ -89,6 +89,17 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             super().send_400_response(msg)
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection for the answer to a whole request; close it otherwise.
+
+        A client may end its side when it has sent all (RFC 9112, section 9.6).
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body or self._is_in_head:
+            return False
+        cycle.keep_alive = False
+        return True
+
     def pause_writing(self) -> None:
         """Start checking that the client reads its response."""
         super().pause_writing()

@@ -22,12 +22,14 @@ _LATENCY_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 class Metrics:
     """Request counters, and gauges of the store that are read on each scrape."""
 
-    def __init__(self, store_stats: Callable[[], StoreStats]) -> None:
+    def __init__(
+        self, store_stats: Callable[[], StoreStats], describe: Callable[[], dict[str, str]]
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._store_registry = CollectorRegistry()
         for registry in (self._registry, self._store_registry):
-            registry.register(_StoreCollector(store_stats))
+            registry.register(_StoreCollector(store_stats, describe))
         self._requests = Counter(
             "bonsai_lora_requests",
             "Requests answered.",
@@ -75,13 +77,22 @@ class Metrics:
 
 
 class _StoreCollector(Collector):
-    def __init__(self, store_stats: Callable[[], StoreStats]) -> None:
+    def __init__(
+        self, store_stats: Callable[[], StoreStats], describe: Callable[[], dict[str, str]]
+    ) -> None:
         self._store_stats = store_stats
+        self._describe = describe
 
     def describe(self) -> Iterable[Metric]:
         return []
 
     def collect(self) -> Iterable[Metric]:
+        about = self._describe()
+        info = GaugeMetricFamily(
+            "bonsai_lora_info", "What this service is made of; always 1.", labels=list(about)
+        )
+        info.add_metric(list(about.values()), 1)
+        yield info
         stats = self._store_stats()
         yield GaugeMetricFamily("bonsai_lora_sets", "Sets in the store.", stats.set_count)
         yield GaugeMetricFamily(

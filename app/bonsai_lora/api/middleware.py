@@ -102,7 +102,7 @@ class ObserveMiddleware:
 class _Exchange:
     """The ASGI channels of one request; raises StalledError if the client stalls."""
 
-    __slots__ = ("_ended", "_receive", "_request_id", "_send", "_stall", "status")
+    __slots__ = ("_ended", "_is_stalled", "_receive", "_request_id", "_send", "_stall", "status")
 
     def __init__(self, receive: Receive, send: Send, request_id: str, stall: float) -> None:
         self._receive = receive
@@ -110,6 +110,7 @@ class _Exchange:
         self._request_id = request_id
         self._stall = stall
         self._ended = False
+        self._is_stalled = False
         self.status = 0
 
     async def receive(self) -> Message:
@@ -125,6 +126,8 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"].append((REQUEST_ID, self._request_id.encode()))
+            if self._is_stalled:  # the rest of the body may never come
+                message["headers"].append((b"connection", b"close"))
         elif message.get("more_body"):
             await self._with_timeout(self._send(message), "read")
             return
@@ -143,6 +146,7 @@ class _Exchange:
             async with asyncio.timeout(self._stall):
                 return cast("T", await resume(iterator, first))
         except TimeoutError:
+            self._is_stalled = True
             raise StalledError(
                 f"the client {verb} nothing for {self._stall:g} s; retry on a faster connection, "
                 "or raise stall_seconds"

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from bonsai_lora import errors
-from bonsai_lora.api import oip_schemas, schemas
+from bonsai_lora.api import oip_schemas, schemas, tensor_schemas
 from bonsai_lora.api.errors import PROBLEM_TYPE, status_of
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.wire.media import Form
@@ -207,7 +207,7 @@ def _add_models(document: dict[str, Any]) -> None:
     known = document.setdefault("components", {}).setdefault("schemas", {})
     models = [
         one
-        for module in (schemas, oip_schemas)
+        for module in (schemas, tensor_schemas, oip_schemas)
         for one in vars(module).values()
         if isinstance(one, type)
         and issubclass(one, BaseModel)

@@ -15,7 +15,7 @@ import numpy as np
 
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, Floats, to_float32
-from bonsai_lora.core.merge import blocks, merge_rows
+from bonsai_lora.core.merge import blocks, merge_rows, row_squares
 from bonsai_lora.errors import BaseNotFoundError, BonsaiLoraError, InvalidBaseError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.mapped import map_file
@@ -25,6 +25,10 @@ INDEX_FILE = "model.safetensors.index.json"
 
 Identity = tuple[int, int, int]
 """Inode, time of change in nanoseconds, length."""
+
+_SAMPLES = 16
+_SAMPLE_BYTES = 1 << 12
+"""So many pieces of each file, of so many bytes, are in a base's digest."""
 
 _OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"})
 
@@ -42,7 +46,7 @@ class Base:
     identities: Mapping[str, Identity]
     """File name -> identity when it was mapped."""
     digest: str
-    """Stands for the content: names, sizes, times and headers of all files."""
+    """Stands for the content: names, sizes, times, headers and samples of all files."""
 
     def info(self, name: str) -> safetensors.TensorInfo | None:
         """Return dtype, shape and place of a tensor, None where there is none."""
@@ -158,7 +162,7 @@ def row_norms(weight: Array, adapter: LoraAdapter) -> Floats:
         block = to_float32(np.ascontiguousarray(weight[rows, columns]))
         merged = np.empty_like(block)
         merge_rows(block, *adapter.factors_of(rows, columns), adapter.scaling, out=merged)
-        squares[rows] += np.einsum("ij,ij->i", merged, merged, dtype=np.float64)
+        squares[rows] += row_squares(merged)
     return np.sqrt(squares).astype(np.float32)
 
 
@@ -198,6 +202,9 @@ def _open(name: str, folder: Path, files: list[Path]) -> Base:
             raw = mapped[path.name] = map_file(file)
         identities[path.name] = identity_of(status)
         digest.update(f"{path.name}\n{status.st_size}\n{status.st_mtime_ns}\n".encode())
+        # Images and archives that are built reproducibly give every file of every build one time.
+        for start in range(0, len(raw), max(_SAMPLE_BYTES, len(raw) // _SAMPLES)):
+            digest.update(raw[start : start + _SAMPLE_BYTES])
         if path.suffix != ".safetensors":
             continue
         try:

@@ -24,10 +24,7 @@ from uvicorn.supervisors import Multiprocess
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
-from bonsai_lora.core.crew import set_threads
-from bonsai_lora.core.json_numbers import prepare
-from bonsai_lora.kernels.target import may_run_new_code
-from bonsai_lora.settings import Settings, usable_cores
+from bonsai_lora.settings import Settings
 from bonsai_lora.storage.store import SetStore
 
 _log = logging.getLogger("bonsai_lora")
@@ -75,18 +72,6 @@ def run(arguments: argparse.Namespace) -> int:
     configure_logging(settings.log_level, settings.log_format)
     _warn_of_unknown_variables()
     _raise_file_limit()
-    if not may_run_new_code():
-        _print_error(
-            "this system forbids executable memory, which the generated kernels need; allow it "
-            "(systemd: MemoryDenyWriteExecute=no)"
-        )
-        return 2
-    cores = usable_cores()
-    if settings.apply_threads > 1 and settings.apply_threads * settings.workers > cores:
-        _log.warning(
-            "apply_threads times workers exceeds %s cores, which slows applies; lower one of them",
-            cores,
-        )
     try:
         with (
             listening(settings) as listeners,
@@ -104,8 +89,6 @@ def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAP
     """Return the application, for this process or for a worker of the process `supervisor`."""
     configure_logging(settings.log_level, settings.log_format)
     _keep_freed_memory()
-    set_threads(settings.apply_threads)
-    prepare()
     if supervisor is not None:
         _exit_with(supervisor)
     from bonsai_lora.api.app import create_app  # noqa: PLC0415 - reads PROMETHEUS_MULTIPROC_DIR

@@ -82,9 +82,9 @@ class LaneConnection(asyncio.BufferedProtocol):
         if self._target is not None and not self._complete.done():
             self._complete.set_exception(ClientDisconnect())
 
-    def eof_received(self) -> None:
-        """Forward to the HTTP protocol."""
-        self._http.eof_received()
+    def eof_received(self) -> bool:
+        """Close, unless a response is due: none is to a client that leaves amid a body."""
+        return self._target is None and self._http.eof_received()
 
     def pause_writing(self) -> None:
         """Forward to the HTTP protocol."""
@@ -160,6 +160,15 @@ class LaneProtocol(GuardedProtocol):
         if self._call is call:
             self._schedule_check(self._check_seconds)
         return rest
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Keep the connection for the response to a whole request; close it otherwise."""
+        self.flush()
+        call = self._call
+        if call is None:
+            return super().eof_received()
+        call.keep_alive = False
+        return not call.missing
 
     def send_continue(self) -> None:
         """Send `100 Continue` to a client that waits for it."""

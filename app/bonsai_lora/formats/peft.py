@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from bonsai_lora.core.adapter import LayerKind, LoraAdapter
 from bonsai_lora.core.cast import Array, all_finite
 from bonsai_lora.core.config import LoraConfig
@@ -179,14 +181,18 @@ def encode_config(lora_set: BonsaiLoraSet, original: Mapping[str, Any] | None) -
 
 
 def _exported_alpha(adapter: LoraAdapter) -> float:
-    if adapter.scaling == adapter.config.scaling:
+    # As it is read again: divided in float64, and the quotient rounded to float32.
+    if np.float32(adapter.config.alpha / (adapter.rank or 1)) == np.float32(adapter.scaling):
         return adapter.config.alpha
     return adapter.scaling * adapter.rank
 
 
 def _pattern_key(module: str, modules: Iterable[str]) -> str:
-    """Return the pattern for one module, anchored where it would match the end of another."""
-    return f"^{module}" if any(other.endswith("." + module) for other in modules) else module
+    """Return the pattern for one module: its path, anchored where that would match another's."""
+    pattern = re.compile(rf"(.*\.)?({module})$")
+    if any(pattern.match(other) for other in modules if other != module):
+        return f"^{re.escape(module)}"
+    return module
 
 
 def _part(part: str, ending: str | None) -> str | None:
@@ -215,6 +221,12 @@ def _decode_module(
     config: PeftConfig, module: str, parts: Parts, tensors: Mapping[str, Array]
 ) -> LoraAdapter:
     layer = _layer_kind(module, parts)
+    if layer == "embedding" and config.raw.get("lora_bias"):
+        raise UnsupportedAdapterError(
+            f"module {module!r} is an embedding, for which peft has no lora_bias",
+            module=module,
+            field="lora_bias",
+        )
     embedding = "embedding_" if layer == "embedding" else ""
     a_matrix = tensors[parts[f"{embedding}A"]]
     b_matrix = tensors[parts[f"{embedding}B"]]

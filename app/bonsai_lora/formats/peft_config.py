@@ -251,6 +251,12 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
             raise UnsupportedAdapterError(
                 f"{name} is set: {field.why}; such an adapter is not supported", field=name
             )
+    if raw.get("lora_bias") and raw.get("use_dora"):
+        raise UnsupportedAdapterError(
+            "lora_bias and use_dora are both set, which peft does not load: DoRA has no place for "
+            "the bias of lora_B",
+            field="lora_bias",
+        )
     if raw.get("bias", "none") not in ("none", "all", "lora_only"):
         raise InvalidAdapterError(
             f"bias is {raw['bias']!r}; expected none, all or lora_only", field="bias"

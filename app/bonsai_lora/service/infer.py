@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, Floats, count_rows
-from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError, VersionNotFoundError
+from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.service.apply import Applier, Inputs, SetSegment, cost_of, group_by_set, total_rows
+from bonsai_lora.service.models import MIXED, SHARED_INPUT, Model
 from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.storage.regions import SharedRegions, Span
-from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.wire import json
 from bonsai_lora.wire.media import Form
@@ -28,64 +27,14 @@ from bonsai_lora.wire.oip import (
     InferOutput,
     InferRequest,
     Placement,
-    check_floats,
-    decode_floats,
-    decode_strings,
     encode_response,
-    format_shape,
 )
+from bonsai_lora.wire.oip_tensors import check_floats, decode_floats, decode_strings, format_shape
 from bonsai_lora.wire.stacks import SETS, Stack, decode_row
 from bonsai_lora.wire.tensors import BASE_ENDING
 
-MIXED = "mixed"
-"""The model whose input `sets` names a set for each row."""
-MIXED_VERSION = "1"
 MODULE_NANOSECONDS = 30_000
 """Fixed cost of each module in a request."""
-SHARED_INPUT = "x"
-"""The input that feeds each requested output without an input of its own."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A model: the current version of a set, or the mixed model, whose `stored` is None."""
-
-    name: str
-    stored: StoredSet | None
-
-    @property
-    def adapters(self) -> Mapping[str, LoraAdapter]:
-        """Adapters by module; empty for the mixed model."""
-        return {} if self.stored is None else self.stored.lora_set.registry.adapters
-
-    @property
-    def version(self) -> str:
-        """The set's version as a string."""
-        return MIXED_VERSION if self.stored is None else str(self.stored.record.version)
-
-    @property
-    def content(self) -> str:
-        """A tag that changes whenever the model's outputs may change."""
-        return MIXED if self.stored is None else self.stored.record.etag
-
-    @property
-    def count_key(self) -> tuple[str, str, str]:
-        """Name, content tag and time of the last change, under which inferences are counted."""
-        return self.name, self.content, "" if self.stored is None else self.stored.record.updated_at
-
-
-def find_model(store: SetStore, name: str, version: str | None) -> Model:
-    """Return the model named `name`; raises SetNotFoundError, VersionNotFoundError."""
-    model = Model(name, None if name == MIXED else store.read(name))
-    if version is not None and version != model.version:
-        raise VersionNotFoundError(
-            f"Request for unknown model: '{name}' version {version[:20]} is not found; request "
-            f"version {model.version}, or none",
-            model=name,
-            got=version[:20],
-            expected=model.version,
-        )
-    return model
 
 
 @dataclass(frozen=True, slots=True)

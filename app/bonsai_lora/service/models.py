@@ -1,4 +1,4 @@
-"""Metadata, configuration and statistics of sets as Open Inference Protocol models."""
+"""Sets as models of the Open Inference Protocol: look-up, metadata, configuration, statistics."""
 
 import mmap
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bonsai_lora.service.infer import MIXED, MIXED_VERSION, SHARED_INPUT, Model
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.errors import VersionNotFoundError
 from bonsai_lora.storage.counts import CountFile, Counts
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.store import SetStore
@@ -15,6 +16,53 @@ from bonsai_lora.wire.stacks import SETS
 from bonsai_lora.wire.tensors import BASE_ENDING
 
 PLATFORM = "bonsai_lora"
+MIXED = "mixed"
+"""The model whose input `sets` names a set for each row."""
+MIXED_VERSION = "1"
+SHARED_INPUT = "x"
+"""The input that feeds each requested output without an input of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model: the current version of a set, or the mixed model, whose `stored` is None."""
+
+    name: str
+    stored: StoredSet | None
+
+    @property
+    def adapters(self) -> Mapping[str, LoraAdapter]:
+        """Adapters by module; empty for the mixed model."""
+        return {} if self.stored is None else self.stored.lora_set.registry.adapters
+
+    @property
+    def version(self) -> str:
+        """The set's version as a string."""
+        return MIXED_VERSION if self.stored is None else str(self.stored.record.version)
+
+    @property
+    def content(self) -> str:
+        """A tag that changes whenever the model's outputs may change."""
+        return MIXED if self.stored is None else self.stored.record.etag
+
+    @property
+    def count_key(self) -> tuple[str, str, str]:
+        """Name, content tag and time of the last change, under which inferences are counted."""
+        return self.name, self.content, "" if self.stored is None else self.stored.record.updated_at
+
+
+def find_model(store: SetStore, name: str, version: str | None) -> Model:
+    """Return the model named `name`; raises SetNotFoundError, VersionNotFoundError."""
+    model = Model(name, None if name == MIXED else store.read(name))
+    if version is not None and version != model.version:
+        raise VersionNotFoundError(
+            f"Request for unknown model: '{name}' version {version[:20]} is not found; request "
+            f"version {model.version}, or none",
+            model=name,
+            got=version[:20],
+            expected=model.version,
+        )
+    return model
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +137,7 @@ def load(stored: StoredSet) -> None:
     """Read a set's file into the page cache, and prepare its adapters."""
     np.add.reduce(np.frombuffer(stored.file, np.uint8)[:: mmap.PAGESIZE])  # a byte of each page
     for adapter in stored.lora_set.registry.adapters.values():
-        adapter.operands  # noqa: B018 - computed on first access
+        adapter.make_ready()
 
 
 def statistics_of(

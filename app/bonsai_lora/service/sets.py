@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -199,16 +199,19 @@ def put_weights(
 def delete_adapter(
     store: SetStore, limits: Limits, name: str, module: str, precondition: Precondition
 ) -> None:
-    """Remove the adapter of `module` from a set."""
+    """Remove the adapter of `module` from a set, and the bias that it replaces."""
     with store.lock(name):
         present = store.read(name)
         precondition(present.record)
         get_adapter(present, module)
-        registry = present.lora_set.registry.remove(module)
+        lora_set = present.lora_set
+        kept = {
+            one: array for one, array in lora_set.replacements.items() if one != f"{module}.bias"
+        }
         _write(
             store,
             limits,
-            present.lora_set.with_registry(registry),
+            replace(lora_set, registry=lora_set.registry.remove(module), replacements=kept),
             origin=present.record.origin,
             previous=present.record,
             # peft loads a targeted module without tensors as an adapter that changes nothing.

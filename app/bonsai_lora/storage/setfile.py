@@ -189,31 +189,17 @@ def read_record(path: Path) -> SetRecord:
     release wrote it.
     """
     with path.open("rb") as file:
-        prefix = file.read(_PEEK_BYTES)
-        length = safetensors.header_length(prefix)
-        while True:
-            try:
-                text = prefix[8 : 8 + length].decode("utf-8", "ignore")
-                metadata, _ = json.JSONDecoder().raw_decode(text, len(_METADATA_START))
-                break
-            except ValueError:
-                more = file.read(len(prefix))
-                if not more or len(prefix) >= 8 + length:
-                    raise MalformedSafetensorsError(f"{path.name} is not a set file") from None
-                prefix += more
-        record = _decode_record(path, metadata)
-        _check_size(path, 8 + length + record.data_bytes, os.fstat(file.fileno()).st_size)
-        return record
+        return _read_record(path, file)
 
 
 def open_set_file(path: Path) -> StoredSet:
     """Return the set in the file, memory-mapped; raises the errors of `read_record`."""
     with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
+        # First, because nothing else in a file of a newer release need make sense here.
+        record = _read_record(path, file)
         mapped = map_file(file)
     header = safetensors.decode_header(mapped)
-    record = _decode_record(path, header.metadata)
-    _check_size(path, header.total_bytes, size)
+    _check_size(path, header.total_bytes, len(mapped))
     config = header.metadata.get(_CONFIG_KEY)
     return StoredSet(
         record,
@@ -221,6 +207,24 @@ def open_set_file(path: Path) -> StoredSet:
         None if config is None else json.loads(config),
         mapped,
     )
+
+
+def _read_record(path: Path, file: BinaryIO) -> SetRecord:
+    prefix = file.read(_PEEK_BYTES)
+    length = safetensors.header_length(prefix)
+    while True:
+        try:
+            text = prefix[8 : 8 + length].decode("utf-8", "ignore")
+            metadata, _ = json.JSONDecoder().raw_decode(text, len(_METADATA_START))
+            break
+        except ValueError:
+            more = file.read(len(prefix))
+            if not more or len(prefix) >= 8 + length:
+                raise MalformedSafetensorsError(f"{path.name} is not a set file") from None
+            prefix += more
+    record = _decode_record(path, metadata)
+    _check_size(path, 8 + length + record.data_bytes, os.fstat(file.fileno()).st_size)
+    return record
 
 
 def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord) -> BonsaiLoraSet:
@@ -270,6 +274,8 @@ def _decode_record(path: Path, metadata: Any) -> SetRecord:
 
 def _decode_config(path: Path, fields: Mapping[str, Any]) -> LoraConfig:
     _check_types(path, fields, _CONFIG_TYPES)
+    if not all(type(one) is str for one in fields["target_modules"]):
+        raise MalformedSafetensorsError(f"{path.name} has target_modules that are not all text")
     try:
         return LoraConfig.from_dict(fields)
     except BonsaiLoraError as error:

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
+from bonsai_lora.core.backend import find_lists, list_of
 from bonsai_lora.core.cast import Array, Floats, to_float32
-from bonsai_lora.core.json_numbers import find_lists, list_of
 from bonsai_lora.errors import (
     InvalidRequestError,
     MalformedJsonError,

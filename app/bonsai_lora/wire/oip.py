@@ -7,7 +7,6 @@ docs/protocol). Error texts are close to Triton's, because people search for tho
 
 import math
 import reprlib
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,21 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from bonsai_lora.core.cast import BFLOAT16, FLOAT16, FLOAT32, Array, Floats, to_float32
+from bonsai_lora.core.cast import Array, Floats
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, ShapeMismatchError
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.wire import json
-from bonsai_lora.wire.finite import check_finite
 from bonsai_lora.wire.stacks import decode_weight
 from bonsai_lora.wire.tensors import check_json_output
-
-DATATYPES: Mapping[str, np.dtype[Any]] = {
-    "FP32": FLOAT32,
-    "FP16": FLOAT16,
-    "BF16": BFLOAT16,
-    "FP64": np.dtype(np.float64),
-}
-BYTES = "BYTES"
 
 Encoded = tuple[list[bytes | memoryview], int | None]
 """A response body in parts, and the length of its JSON if binary data follows."""
@@ -43,7 +33,6 @@ _MAX_DIMENSIONS = 8
 
 _SHORT_BYTES = 1 << 10
 """Parsed JSON up to this length is cached."""
-_BINARY_ONLY = ("FP16", "BF16")
 _HINT = "; if binary data follows it, give its length in Inference-Header-Content-Length"
 
 
@@ -137,7 +126,7 @@ def _decode_text(body: memoryview | bytes) -> InferRequest:
     """Decode the JSON of a request; the content of a binary input is its length for now."""
     text = json.Text(body)
     fields = json.decode_with_arrays(text.body, "the request's JSON", _HINT)
-    if not isinstance(fields, dict) or not _is_list_of(dict, fields.get("inputs")):
+    if not isinstance(fields, dict) or not is_list_of(dict, fields.get("inputs")):
         raise InvalidRequestError(
             "the request has no list of inputs; send a JSON object with the list 'inputs'",
             field="inputs",
@@ -153,7 +142,7 @@ def _decode_text(body: memoryview | bytes) -> InferRequest:
     parameters = _parameters(fields, "the request")
     is_binary = _flag(parameters, "binary_data_output", default=False)
     asked = fields.get("outputs")
-    if asked and not _is_list_of(dict, asked):
+    if asked and not is_list_of(dict, asked):
         raise InvalidRequestError(
             "'outputs' is invalid; expected a list of objects", field="outputs"
         )
@@ -168,90 +157,7 @@ def _decode_text(body: memoryview | bytes) -> InferRequest:
 
 
 # Requests with the same shape from one client have the same JSON before their binary data.
-_decode_short = lru_cache(maxsize=256)(_decode_text)
-
-
-def check_floats(tensor: InferInput) -> np.dtype[Any]:
-    """Return the dtype of a numeric tensor, without reading its data.
-
-    Raises InvalidRequestError for any other datatype, ShapeMismatchError unless it has one or two
-    dimensions and the length of its data fits its shape.
-    """
-    name, shape = tensor.name, tensor.shape
-    dtype = DATATYPES.get(tensor.datatype)
-    if dtype is None:
-        raise InvalidRequestError(
-            f"inference input '{name}' data-type is '{tensor.datatype}'; expected 'FP32' or "
-            "'FP64', or in binary also 'FP16' or 'BF16'",
-            field=name,
-        )
-    if len(shape) not in (1, 2):
-        raise ShapeMismatchError(
-            f"unexpected shape {format_shape(shape)} for input '{name}'; expected [rows, width] or "
-            "[width]",
-            field=name,
-        )
-    content = tensor.content
-    if isinstance(content, memoryview | Placement):
-        expected = math.prod(shape) * dtype.itemsize
-        got = content.byte_size if isinstance(content, Placement) else len(content)
-        if got != expected:
-            raise ShapeMismatchError(
-                f"input byte size mismatch for input '{name}'. Expected {expected} for shape "
-                f"{format_shape(shape)} of {tensor.datatype}, got {got}",
-                field=name,
-            )
-    return dtype
-
-
-def decode_floats(
-    tensor: InferInput, content: memoryview | Array | list[Any], text: json.Text
-) -> Floats:
-    """Return a numeric tensor as float32 in its own shape, (width,) or (rows, width).
-
-    `text` is the JSON of the request. Raises the errors of `check_floats`, ShapeMismatchError if a
-    JSON list has a different shape, NonFiniteInputError.
-    """
-    name, shape = tensor.name, tensor.shape
-    dtype = check_floats(tensor)
-    if not isinstance(content, memoryview):
-        return _from_json(tensor, content, text)
-    floats = to_float32(np.frombuffer(content, dtype).reshape(shape))
-    check_finite(floats, name)
-    return floats
-
-
-def decode_strings(tensor: InferInput, content: memoryview | Array | list[Any]) -> list[str]:
-    """Return the elements of a BYTES tensor of shape (n,) or (n, 1).
-
-    Raises InvalidRequestError for any other datatype, MalformedBodyError for invalid data,
-    ShapeMismatchError for the wrong number of elements.
-    """
-    name = tensor.name
-    if tensor.datatype != BYTES:
-        raise InvalidRequestError(
-            f"inference input '{name}' data-type is '{tensor.datatype}'; expected 'BYTES'",
-            field=name,
-        )
-    if len(tensor.shape) not in (1, 2) or tensor.shape[1:] not in ((), (1,)):
-        raise ShapeMismatchError(
-            f"unexpected shape {format_shape(tensor.shape)} for input '{name}'; expected [rows]",
-            field=name,
-        )
-    count = tensor.shape[0]
-    found = (
-        _binary_strings(content, name, count + 1)
-        if isinstance(content, memoryview)
-        else _json_strings(content, name)
-    )
-    if len(found) != count:
-        got = str(len(found)) if len(found) < count else f"more than {count}"
-        raise ShapeMismatchError(
-            f"input '{name}' has {got} elements, but its shape is {format_shape(tensor.shape)}; "
-            "send as many as the shape says",
-            field=name,
-        )
-    return found
+_decode_short = lru_cache(maxsize=1024)(_decode_text)
 
 
 def encode_response(
@@ -291,13 +197,13 @@ def encode_response(
 def _decode_input(value: Any) -> InferInput:
     name = _string(value.get("name"), "an input's name")
     shape = value.get("shape")
-    if _is_list_of(int, shape) and len(shape) > _MAX_DIMENSIONS:
+    if is_list_of(int, shape) and len(shape) > _MAX_DIMENSIONS:
         raise ShapeMismatchError(
             f"unexpected shape of {len(shape)} dimensions for input '{name}'; expected "
             "[rows, width] or [width]",
             field=name,
         )
-    if not _is_list_of(int, shape) or not all(0 <= one < 2**48 for one in shape):
+    if not is_list_of(int, shape) or not all(0 <= one < 2**48 for one in shape):
         raise InvalidRequestError(
             f"the shape of input '{name}' is invalid; expected a list of integers from 0",
             field=name,
@@ -352,65 +258,6 @@ def _decode_placed(parameters: Mapping[str, Any], name: str) -> Placement | None
     )
 
 
-def _from_json(tensor: InferInput, content: Array | list[Any], text: json.Text) -> Floats:
-    name = tensor.name
-    if tensor.datatype in _BINARY_ONLY:
-        raise InvalidRequestError(
-            f"receiving {tensor.datatype} data via JSON is not supported. Please use the binary "
-            f"data format for input '{name}'",
-            field=name,
-        )
-    floats = json.decode_tensor(content, name, text)
-    flat = floats.ndim == 1 and floats.size == math.prod(tensor.shape)
-    if not flat and floats.shape != tensor.shape:
-        raise ShapeMismatchError(
-            f"input '{name}' has data of shape {format_shape(floats.shape)}, but its shape is "
-            f"{format_shape(tensor.shape)}; make them agree",
-            field=name,
-        )
-    return floats.reshape(tensor.shape)
-
-
-def _json_strings(content: Array | list[Any], name: str) -> list[str]:
-    flat = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in content]
-    if not _is_list_of(str, flat):
-        raise InvalidRequestError(
-            f"the data of input '{name}' is not all strings; expected a list of strings",
-            field=name,
-        )
-    return flat
-
-
-def _binary_strings(content: memoryview, name: str, most: int) -> list[str]:
-    """Return at most `most` strings, each preceded by its length in four bytes."""
-    found: list[str] = []
-    start = 0
-    try:
-        while start < len(content) and len(found) < most:
-            (length,) = struct.unpack_from("<I", content, start)
-            start += 4 + length
-            if start > len(content):
-                raise MalformedBodyError(
-                    f"a string of input '{name}' is truncated; send all of its bytes", field=name
-                )
-            found.append(str(content[start - length : start], "utf-8"))
-    except struct.error:
-        raise MalformedBodyError(
-            f"the length of a string of input '{name}' is truncated; send it in four bytes",
-            field=name,
-        ) from None
-    except UnicodeDecodeError:
-        raise MalformedBodyError(
-            f"a string of input '{name}' is not UTF-8; encode it as UTF-8", field=name
-        ) from None
-    return found
-
-
-def format_shape(shape: tuple[int, ...]) -> str:
-    """Return a shape as Triton writes it."""
-    return f"[{','.join(map(str, shape))}]"
-
-
 def _parameters(value: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     parameters = value.get("parameters")
     if parameters is None:
@@ -447,6 +294,6 @@ def _string(value: Any, what: str) -> str:
     return value
 
 
-def _is_list_of(kind: type, value: Any) -> bool:
+def is_list_of(kind: type, value: Any) -> bool:
     """Return whether `value` is a list of exactly `kind`."""
     return isinstance(value, list) and all(type(one) is kind for one in value)

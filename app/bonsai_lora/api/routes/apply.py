@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from bonsai_lora.api import schemas
+from bonsai_lora.api import tensor_schemas
 from bonsai_lora.api.call import BufferResponse, Call
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import CallDep, ModuleName, SetName
@@ -52,10 +52,10 @@ ResponseFields = dict[str, Any]
     summary="Apply one adapter to a batch of vectors",
     response_class=Response,
     openapi_extra=tensor_body(
-        schemas.ApplyRequest, Form.BINARY, example={"inputs": [[0.5, -1.0, 2.0, 0.25]]}
+        tensor_schemas.ApplyRequest, Form.BINARY, example={"inputs": [[0.5, -1.0, 2.0, 0.25]]}
     )
     | {"parameters": parameters(APPLY_OPTIONS)},
-    responses=tensor_responses(schemas.ApplyAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
+    responses=tensor_responses(tensor_schemas.ApplyAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
 )
 async def apply_one(call: CallDep, name: SetName, module: ModuleName) -> BufferResponse:
     """Returns scaling · B·A·x for each row x, to be added to the base layer's output. A binary
@@ -83,12 +83,13 @@ async def apply_one(call: CallDep, name: SetName, module: ModuleName) -> BufferR
     summary="Apply many adapters of a set in one request",
     response_class=Response,
     openapi_extra=tensor_body(
-        schemas.ApplyManyRequest,
+        tensor_schemas.ApplyManyRequest,
         Form.BINARY,
         example={"inputs": {"q_proj": [[0.5, -1.0, 2.0, 0.25]], "k_proj": [[1.0, 0.0, 0.0, 1.0]]}},
     )
     | {"parameters": parameters(APPLY_MANY_OPTIONS)},
-    responses=tensor_responses(schemas.ApplyManyAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
+    responses=tensor_responses(tensor_schemas.ApplyManyAnswer, Form.BINARY)
+    | problems(*APPLY_ERRORS),
 )
 async def apply_many(call: CallDep, name: SetName) -> BufferResponse:
     """Each module has its own inputs (in binary: a tensor with its name), or the modules named by
@@ -116,7 +117,7 @@ async def apply_many(call: CallDep, name: SetName) -> BufferResponse:
     summary="Apply a different set to each row of a batch",
     response_class=Response,
     openapi_extra=tensor_body(
-        schemas.ApplyMixedRequest,
+        tensor_schemas.ApplyMixedRequest,
         Form.BINARY,
         example={
             "module": "q_proj",
@@ -125,7 +126,8 @@ async def apply_many(call: CallDep, name: SetName) -> BufferResponse:
         },
     )
     | {"parameters": parameters(APPLY_OPTIONS)},
-    responses=tensor_responses(schemas.ApplyMixedAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
+    responses=tensor_responses(tensor_schemas.ApplyMixedAnswer, Form.BINARY)
+    | problems(*APPLY_ERRORS),
 )
 async def apply_mixed(call: CallDep) -> BufferResponse:
     """`sets` has one entry per row: the name of a set, null for no set (the delta is zero), or a

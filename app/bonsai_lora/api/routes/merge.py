@@ -9,7 +9,7 @@ from starlette.responses import Response as StarletteResponse
 from starlette.types import Receive, Scope, Send
 
 from bonsai_lora import errors
-from bonsai_lora.api import schemas
+from bonsai_lora.api import tensor_schemas
 from bonsai_lora.api.body import BodyReader, body_form, content_length, read_body
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, ModuleName, SetName
@@ -37,8 +37,8 @@ _SMALL_HEADER_BYTES = 1 << 13
     operation_id="merge_weights",
     summary="Merge an adapter into weights",
     response_class=Response,
-    openapi_extra=tensor_body(schemas.MergeRequest, Form.BINARY, Form.RAW),
-    responses=tensor_responses(schemas.MergeAnswer, Form.BINARY, Form.RAW)
+    openapi_extra=tensor_body(tensor_schemas.MergeRequest, Form.BINARY, Form.RAW),
+    responses=tensor_responses(tensor_schemas.MergeAnswer, Form.BINARY, Form.RAW)
     | problems(
         *TENSOR_ERRORS,
         errors.SetNotFoundError,

@@ -37,14 +37,8 @@ from bonsai_lora.api.options import (
 )
 from bonsai_lora.errors import BonsaiLoraError, UnsupportedFeatureError
 from bonsai_lora.service import models
-from bonsai_lora.service.infer import (
-    MIXED,
-    MIXED_VERSION,
-    Model,
-    cost_of_inference,
-    find_model,
-    raw_request,
-)
+from bonsai_lora.service.infer import cost_of_inference, raw_request
+from bonsai_lora.service.models import MIXED, MIXED_VERSION, Model, find_model
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.compress import compress, decompress
