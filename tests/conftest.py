@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import httpx
+import hypothesis
 import numpy as np
 import pytest
 import uvicorn
@@ -26,6 +27,10 @@ sys.path[:0] = [
 ]
 
 configure_logging("warning", "console")
+# For mutants: a failure is enough, and need not be made small.
+hypothesis.settings.register_profile(
+    "mutants", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate], database=None
+)
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "tiny-qwen3"

@@ -55,7 +55,8 @@ def find(mutant, root):
 
 def run_tests(root, tests):
     """Return pytest's exit status for `tests` in a copy of the tree, and what it printed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    command += ["--hypothesis-profile=mutants", *tests]
     environment = os.environ | {"PYTHONPATH": str(root / "app"), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
