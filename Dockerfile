@@ -5,7 +5,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/bonsai-lora
 COPY requirements.lock ./
 RUN /opt/bonsai-lora/bin/pip install --require-hashes --no-deps --only-binary :all: -r requirements.lock
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY app ./app
 RUN /opt/bonsai-lora/bin/pip install --no-deps --no-build-isolation .
 

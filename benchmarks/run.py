@@ -14,6 +14,7 @@ SCRIPTS = [
     "merged",
     "stages",
     "throughput",
+    "token_latency",
     "scaling",
 ]
 

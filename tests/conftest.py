@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import json
 import shutil
 import sys
@@ -14,15 +15,15 @@ import uvicorn
 from targets import TARGETS, name_of
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.cli import serve
 from bonsai_lora.cli.logs import configure_logging
-from bonsai_lora.fast_lane.protocol import LaneConnection
-from bonsai_lora.fast_lane.routes import FastLane
+from bonsai_lora.core import backend
 from bonsai_lora.formats import safetensors
-from bonsai_lora.kernels.library import Kernels
 from bonsai_lora.settings import Settings
 
 sys.path[:0] = [
-    str(Path(__file__).parent / part) for part in ("", "core", "api", "end_to_end", "peers")
+    str(Path(__file__).parent / part)
+    for part in ("", "core", "api", "end_to_end", "peers", "storage")
 ]
 
 configure_logging("warning", "console")
@@ -61,14 +62,18 @@ def based(settings, tmp_path):
 
 
 @contextlib.contextmanager
-def serving(app, **options):
-    """Serve `app` on a free port of the loopback, in a thread; give its URL."""
-    app.state.fast_lane = FastLane(app)
+def serving(app, http=None, **options):
+    """Serve `app` on a free port of the loopback, in a thread; give its URL.
+
+    As `bonsai-lora serve` does, or with another protocol of uvicorn.
+    """
+    settings = app.state.context.settings
+    serve.install_fast_lane(app, settings)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
             port=0,
-            http=LaneConnection,  # as `bonsai-lora serve` does
+            http=http or serve.connection_class(settings),
             log_config=None,
             access_log=False,
             server_header=False,
@@ -148,7 +153,25 @@ def assert_problem(response, status, code):
     return body
 
 
-@pytest.fixture(scope="module", params=TARGETS, ids=name_of)
-def made(request):
-    """Kernels for each target in turn."""
-    return Kernels(request.param)
+@functools.cache
+def kernels_for(target):
+    """The kernels for a target, compiled once for all tests; None for the definition."""
+    if target is None:
+        return None
+    from bonsai_lora.kernels.arrays import ArrayKernels
+
+    return ArrayKernels(target)
+
+
+@pytest.fixture(params=TARGETS[1:], ids=name_of)
+def kernels(request):
+    """The kernels, for each target in turn."""
+    return kernels_for(request.param)
+
+
+@pytest.fixture(params=TARGETS, ids=name_of)
+def computing(request, monkeypatch):
+    """Compute with the definition (None), then with the kernels for each target in turn."""
+    made = kernels_for(request.param)
+    monkeypatch.setattr(backend, "running", lambda: made)
+    return made

@@ -16,8 +16,8 @@ from test_apply import Q_PROJ
 from uvicorn.server import ServerState
 
 from bonsai_lora.api.app import create_app
-from bonsai_lora.fast_lane.protocol import LaneConnection, LaneProtocol
 from bonsai_lora.fast_lane.call import LONG_BYTES
+from bonsai_lora.fast_lane.protocol import LaneConnection, LaneProtocol
 from bonsai_lora.formats import safetensors
 
 ROWS = 1 + LONG_BYTES // 256

@@ -6,12 +6,18 @@ import httpx
 from conftest import TINY, assert_problem, serving, upload
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.core import backend
 
 
 def test_health_and_readiness(client):
     assert client.get("/healthz").json() == {"status": "alive"}
     client.post("/v1/sets", json={"name": "s"})
-    assert client.get("/readyz").json() == {"status": "ready", "sets": 1, "bad_files": {}}
+    assert client.get("/readyz").json() == {
+        "status": "ready",
+        "sets": 1,
+        "bad_files": {},
+        "newer_files": [],
+    }
     assert client.get("/docs").status_code == 200
     assert client.get("/openapi.json").json()["info"]["title"] == "Bonsai LoRA"
 
@@ -106,3 +112,10 @@ def test_overload_is_refused_at_once(settings):
             release.set()
             holder.join()
         assert client.post(path, json={"inputs": [1, 2]}).status_code == 200
+
+
+def test_metrics_say_what_runs(app, client):
+    text = client.get("/metrics").text
+    kernels = "off" if backend.running() is None else "on"
+    info = f'{{fast_lane="on",kernels="{kernels}",version="{app.version}"}}'
+    assert f"bonsai_lora_info{info} 1.0" in text

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bonsai_lora.core import backend
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.wire import json
 
@@ -108,6 +109,7 @@ def test_what_is_uncommon(text):
     assert loose(read(json.decode_with_arrays)) == loose(read(json.decode))
 
 
+@pytest.mark.skipif(backend.running() is None, reason="orjson reads them with the rest")
 def test_numbers_become_arrays():
     body = (standard.dumps({"inputs": {"q": [[1, 2.5], [3, -4]]}, "id": [""]}) + PAD).encode()
     read = json.decode_with_arrays(body)
@@ -118,9 +120,9 @@ def test_numbers_become_arrays():
 
 
 def test_what_stands_for_an_array_is_not_known_before():
-    other = b'{"inputs": {"%b": 0}, "data": [1]}' % (b"0" * len(json._HOLE))
+    other = b'{"inputs": {"%b": 0}, "data": [1]}' % (b"0" * len(json._PLACEHOLDER))
     read = json.decode_with_arrays(other + PAD.encode())
-    assert read["inputs"] == {"0" * len(json._HOLE): 0}
+    assert read["inputs"] == {"0" * len(json._PLACEHOLDER): 0}
 
 
 def test_arrays_are_written_in_place():

@@ -1,12 +1,12 @@
-"""The application: start reading here.
+"""The application factory.
 
-A request passes `ObserveMiddleware` (id, metrics, log), one route of `routes/` (headers in, bytes
-on, headers out), a use case of `bonsai_lora.service`, and comes back; refusals become problems in
-`errors.py`. `bonsai-lora serve` calls the functions of the hottest routes without the framework
-(`bonsai_lora.fast_lane`); they are the same functions.
+A request passes through `ObserveMiddleware` (request id, metrics, log), a route in `routes/`
+(which translates headers and bodies), and a use case in `bonsai_lora.service`. Errors become
+RFC 9457 problems in `errors.py`. `bonsai-lora serve` calls the same functions of the hottest
+routes without the framework (`bonsai_lora.fast_lane`).
 """
 
-import os
+import logging
 import shutil
 import tempfile
 import weakref
@@ -30,58 +30,79 @@ from bonsai_lora.api.routes import (
     merge,
     oip,
     operations,
+    page,
     sets,
     shared_memory,
     stats,
 )
 from bonsai_lora.api.routes import bases as bases_routes
 from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.core import backend
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
 from bonsai_lora.service.stats import store_stats
 from bonsai_lora.service.work import WorkPool
-from bonsai_lora.settings import Settings
+from bonsai_lora.settings import Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
 
 _DESCRIPTION = """\
-Keeps named sets of LoRA adapters for Bonsai and Qwen3 models, applies them to batches of vectors
-beside the base model, and streams merged weights. Tensors go as JSON or as safetensors bodies.
-Refusals are RFC 9457 problems with a stable `code`."""
+Stores named sets of LoRA adapters for Bonsai and Qwen3 models, applies them to batches of vectors
+alongside the base model, and streams merged weights. Tensors are sent as JSON or safetensors.
+Errors are RFC 9457 problems with a stable `code`."""
 
 _TAGS = [
     {"name": "sets", "description": "Named sets of adapters."},
     {"name": "adapters", "description": "The adapters of one set, by module."},
-    {"name": "apply", "description": "scaling · B·A·x for batches of vectors."},
-    {"name": "merge", "description": "W + scaling · B·A for weights that stream by."},
+    {"name": "apply", "description": "Compute scaling · B·A·x for batches of vectors."},
+    {"name": "merge", "description": "Compute W + scaling · B·A for streamed weights."},
     {
         "name": "merged checkpoints",
-        "description": "Bases, and merged files that exist only while they are read.",
+        "description": "Base checkpoints, and merged files computed as they are read.",
     },
     {
         "name": "open inference protocol",
         "description": "Sets as models of the Open Inference Protocol v2, with Triton's extensions "
-        "for binary data, statistics, repository and shared memory.",
+        "for binary data, statistics, the model repository and shared memory.",
     },
-    {"name": "statistics", "description": "Parameters, memory, norms."},
+    {"name": "statistics", "description": "Parameter counts, memory and norms."},
     {"name": "operations", "description": "Health and metrics."},
 ]
+_ROUTERS = [
+    one.router
+    for one in (
+        sets,
+        adapters,
+        apply,
+        merge,
+        bases_routes,
+        oip,
+        shared_memory,
+        stats,
+        operations,
+        page,
+        hub,  # last: its paths match almost anything
+    )
+]
+
+_log = logging.getLogger("bonsai_lora")
 
 
 def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
-    """Return the application over the store that `settings` names.
+    """Return the application for the store that `settings` names.
 
-    `shared` is a folder that all workers of the service have in common for as long as it runs; by
-    default a temporary one that goes with the application.
+    Chooses what computes, and compiles what applies need, so the first one is as fast as the
+    second. `shared` is a folder that all workers of the service share while it runs; by default a
+    temporary folder that is deleted with the application.
     """
+    choose_backend(settings)
     store = open_store(settings)
     if shared is None:
         shared = _new_folder()
         _remove_with(store, shared)
-    metrics = Metrics(partial(store_stats, store))
     app = FastAPI(
         title="Bonsai LoRA",
         version=version("bonsai-lora"),
@@ -89,47 +110,16 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         description=_DESCRIPTION,
         openapi_tags=_TAGS,
         redirect_slashes=False,
+        docs_url=None,  # routes/page.py
+        redoc_url=None,
     )
-    limits = limits_of(settings)
-    bases = BaseFolder(Path(settings.bases) if settings.bases else None)
-    applier = Applier(limits, bases)
-    regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
-    app.state.context = Context(
-        settings,
-        store,
-        limits,
-        WorkPool(
-            settings.max_concurrency,
-            settings.threads,
-            has_spare_cores=min(settings.threads, len(os.sched_getaffinity(0))) > settings.workers,
-        ),
-        applier,
-        Inference(applier, store, regions),
-        CountFile(shared),
-        bases,
-        MergedModels(bases, store),
-        ThreadPoolExecutor(settings.threads, "merge"),
-        metrics,
-    )
-    routers = [
-        one.router
-        for one in (
-            sets,
-            adapters,
-            apply,
-            merge,
-            bases_routes,
-            oip,
-            shared_memory,
-            stats,
-            operations,
-            hub,
-        )
-    ]
-    for router in routers:
+    app.state.fast_lane = None
+    metrics = Metrics(partial(store_stats, store), partial(_describe, app))
+    app.state.context = _make_context(settings, store, shared, metrics)
+    for router in _ROUTERS:
         app.include_router(router)
     own = [route for route in app.routes if isinstance(route, Route)]
-    app.state.routes = [*own, *(route for router in routers for route in router.routes)]
+    app.state.routes = [*own, *(route for router in _ROUTERS for route in router.routes)]
     install_error_handlers(app, app.state.routes)
     install_openapi(app)
     app.state.observer = Observer(metrics)
@@ -140,12 +130,53 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
 
 
 def create_default_app() -> FastAPI:
-    """Return the application of the BONSAI_LORA_* variables, for `uvicorn --factory`."""
+    """Return the application configured by BONSAI_LORA_* variables, for `uvicorn --factory`."""
     return create_app(Settings())
 
 
+def choose_backend(settings: Settings) -> None:
+    """Choose between kernels and NumPy for this process; log why where kernels cannot run."""
+    reason = backend.choose(settings.kernels)
+    if reason and settings.kernels == "auto":
+        _log.warning("computing in NumPy, with the same answers but slower: %s", reason)
+    backend.prepare()
+
+
+def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Metrics) -> Context:
+    limits = limits_of(settings)
+    bases = BaseFolder(Path(settings.bases) if settings.bases else None)
+    applier = Applier(limits, bases)
+    regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
+    return Context(
+        settings,
+        store,
+        limits,
+        WorkPool(
+            settings.max_concurrency,
+            settings.threads,
+            has_spare_cores=min(settings.threads, usable_cores()) > settings.workers,
+        ),
+        applier,
+        Inference(applier, store, regions),
+        CountFile(shared),
+        bases,
+        MergedModels(bases, store),
+        ThreadPoolExecutor(settings.threads, "merge"),
+        metrics,
+    )
+
+
+def _describe(app: FastAPI) -> dict[str, str]:
+    """Return the labels of `bonsai_lora_info`."""
+    return {
+        "version": app.version,
+        "kernels": "off" if backend.running() is None else "on",
+        "fast_lane": "off" if app.state.fast_lane is None else "on",
+    }
+
+
 def open_store(settings: Settings) -> SetStore:
-    """Return the store in its folder; a temporary folder goes with the store object."""
+    """Return the store that `settings` names; a temporary one is deleted with the object."""
     folder = settings.store_folder()
     if folder is not None:
         return SetStore(folder)
@@ -160,10 +191,10 @@ def _new_folder() -> Path:
 
 
 def _remove_with(owner: object, folder: Path) -> None:
-    """Let a temporary folder go when its owner does."""
+    """Delete `folder` when `owner` is garbage-collected."""
     weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
 
 
 def limits_of(settings: Settings) -> Limits:
-    """Return the limits among the settings."""
+    """Return the settings that are limits."""
     return Limits(**{name: getattr(settings, name) for name in Limits.__slots__})

@@ -1,4 +1,4 @@
-"""Downloading the files of a model: several at once, resumed, checked, with progress."""
+"""Download the files of a model in parallel, with resume, verification and progress."""
 
 import contextlib
 import sys
@@ -13,13 +13,13 @@ from urllib.parse import quote
 
 import httpx
 
-MARKS = ".bonsai-pull"
-"""Hidden folder beside the files: what is partly there, and which content the whole files have."""
+STATE_FOLDER = ".bonsai-pull"
+"""Hidden folder next to the files, with partial downloads and the tags of complete files."""
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """One file of a model, where it goes, and where its pieces are kept meanwhile."""
+    """One file of a model and its paths on disk."""
 
     path: str
     size_bytes: int
@@ -31,28 +31,28 @@ class _File:
         return self.folder / Path(self.path).name
 
     @property
-    def mark(self) -> Path:
-        """Holds the tag of the finished file; not there while that is being replaced."""
-        return self.folder / MARKS / f"{self.target.name}.tag"
+    def tag_file(self) -> Path:
+        """Holds the tag of the complete file; missing while the file is being replaced."""
+        return self.folder / STATE_FOLDER / f"{self.target.name}.tag"
 
     @property
     def partial(self) -> Path:
-        """Carries the tag in its name, so that no two contents can ever be joined."""
-        return self.folder / MARKS / f"{self.target.name}.{self.tag}.partial"
+        """Has the tag in its name, so that parts of different versions are never joined."""
+        return self.folder / STATE_FOLDER / f"{self.target.name}.{self.tag}.partial"
 
     def is_done(self) -> bool:
         return (
-            self.mark.is_file()
-            and self.mark.read_text("utf-8") == self.tag
+            self.tag_file.is_file()
+            and self.tag_file.read_text("utf-8") == self.tag
             and self.target.is_file()
             and self.target.stat().st_size == self.size_bytes
         )
 
     def finish(self) -> None:
-        self.mark.unlink(missing_ok=True)
+        self.tag_file.unlink(missing_ok=True)
         self.partial.replace(self.target)
-        self.mark.write_text(self.tag, "utf-8")
-        for stale in (self.folder / MARKS).glob(f"{self.target.name}.*.partial"):
+        self.tag_file.write_text(self.tag, "utf-8")
+        for stale in (self.folder / STATE_FOLDER).glob(f"{self.target.name}.*.partial"):
             stale.unlink(missing_ok=True)
 
 
@@ -64,13 +64,13 @@ def pull(
     folder: Path,
     jobs: int,
 ) -> None:
-    """Write `files` ({path, size, oid}) of `repo` at `commit` into `folder`.
+    """Download `files` ({path, size, oid}) of `repo` at `commit` into `folder`.
 
-    A file that is there whole is kept; one that is there in part goes on where it stopped. Raises
-    httpx.HTTPStatusError for a refusal, ValueError for a file that came out with another size or
-    tag than announced; the other files are left as they are then.
+    Complete files are kept, and partial downloads are resumed. Raises httpx.HTTPStatusError for an
+    error response, ValueError for a file whose size or tag differs from the listing; other files
+    are left as they are then.
     """
-    (folder / MARKS).mkdir(parents=True, exist_ok=True)
+    (folder / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
     wanted = [_File(one["path"], one["size"], one["oid"], folder) for one in files]
     progress = Progress(sum(one.size_bytes for one in wanted))
     threads = ThreadPoolExecutor(max(1, jobs))
@@ -83,7 +83,7 @@ def pull(
         ]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
-        finally:  # all done, one failed, or Ctrl-C: whatever still runs is to end soon
+        finally:  # all done, one failed, or Ctrl-C: stop the remaining downloads
             progress.stopped = True
             threads.shutdown(cancel_futures=True)
     for future in futures:
@@ -99,16 +99,16 @@ def _fetch(client: httpx.Client, url: str, file: _File, progress: "Progress") ->
     headers = {"Accept-Encoding": "identity"}
     if 0 < start < file.size_bytes:
         headers |= {"Range": f"bytes={start}-", "If-Range": f'"{file.tag}"'}
-    with client.stream("GET", url, headers=headers) as answer:
-        if answer.is_error:
-            answer.read()
-            answer.raise_for_status()
-        if answer.headers.get("etag") != f'"{file.tag}"':
-            raise ValueError(f"{file.path} changed while it was downloaded; run it again")
-        start = start if answer.status_code == httpx.codes.PARTIAL_CONTENT else 0
+    with client.stream("GET", url, headers=headers) as response:
+        if response.is_error:
+            response.read()
+            response.raise_for_status()
+        if response.headers.get("etag") != f'"{file.tag}"':
+            raise ValueError(f"{file.path} changed while it was downloaded; run the command again")
+        start = start if response.status_code == httpx.codes.PARTIAL_CONTENT else 0
         progress.add(start)
         with file.partial.open("ab" if start else "wb") as out:
-            for block in answer.iter_raw(1 << 20):
+            for block in response.iter_raw(1 << 20):
                 if progress.stopped:
                     return
                 out.write(block)
@@ -116,16 +116,18 @@ def _fetch(client: httpx.Client, url: str, file: _File, progress: "Progress") ->
     got = file.partial.stat().st_size
     if got != file.size_bytes:
         file.partial.unlink()
-        raise ValueError(f"{file.path} came with {got} bytes, expected {file.size_bytes}")
+        raise ValueError(
+            f"{file.path} has {got} bytes instead of {file.size_bytes}; run the command again"
+        )
     file.finish()
 
 
 class Progress:
-    """A line on a terminal: done, rate, time left; nothing where there is no terminal."""
+    """A progress line on standard error; silent unless that is a terminal."""
 
     def __init__(self, total_bytes: int) -> None:
         self.stopped = False
-        """Set to make all downloads end soon."""
+        """Set to stop all downloads."""
         self._total = total_bytes
         self._done = 0
         self._lock = threading.Lock()
@@ -133,18 +135,18 @@ class Progress:
         self._is_terminal = sys.stderr.isatty()
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Return self."""
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Leave the last line standing."""
+        """Print the final state and end the line."""
         if self._is_terminal:
             self._show()
             with contextlib.suppress(OSError):
                 print(file=sys.stderr)
 
     def add(self, count: int) -> None:
-        """Count bytes that are there now."""
+        """Add `count` downloaded bytes."""
         with self._lock:
             self._done += count
             now = time.monotonic()

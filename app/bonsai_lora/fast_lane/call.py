@@ -1,4 +1,4 @@
-"""One request to a route of the fast lane, on the connection that it came by."""
+"""One request to a fast-lane route, tied to its connection."""
 
 import asyncio
 from collections.abc import Coroutine, Sequence
@@ -9,23 +9,25 @@ import numpy as np
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from bonsai_lora.api.call import Call, Lines
-from bonsai_lora.api.errors import fault_response, problem_response
+from bonsai_lora.api.call import Call, HeaderLines
+from bonsai_lora.api.coroutines import resume
+from bonsai_lora.api.errors import failure_response, problem_response
 from bonsai_lora.api.middleware import request_id_of
-from bonsai_lora.api.steps import go_on
 from bonsai_lora.errors import BonsaiLoraError, StalledError
 from bonsai_lora.fast_lane.head import RequestHead
-from bonsai_lora.fast_lane.routes import FastLane, Found
+from bonsai_lora.fast_lane.routes import FastLane, RouteMatch
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.wire.buffers import Buffer
 
 LONG_BYTES = 1 << 16
-"""Most that is read between requests: longer bodies go into their array from there on."""
+"""Read size between requests; the rest of a longer body is read straight into its array."""
+_BATCH_SECONDS = 1e-4
+"""A response that took longer than this to compute is not held back for batching."""
 _ALIGNMENT = 16
-"""Of what NumPy allocates."""
+"""Alignment in bytes of the memory that NumPy allocates."""
 
 
-class Carrier(Protocol):
+class Connection(Protocol):
     """The connection of a `LaneCall`: `LaneProtocol` in app/bonsai_lora/fast_lane/protocol.py."""
 
     lane: FastLane
@@ -34,47 +36,50 @@ class Carrier(Protocol):
     transport: asyncio.Transport
 
     async def fill(self, target: memoryview, filled: int, stall_seconds: float) -> None:
-        """Read the rest of a body."""
+        """Read the rest of the body into `target`, starting at `filled`."""
 
-    def proceed(self) -> None:
-        """Tell the client to send its body."""
+    def send_continue(self) -> None:
+        """Send `100 Continue`."""
 
-    def write_answer(
-        self, status: int, lines: Lines, parts: Sequence[Buffer], *, keep_alive: bool
+    def write_response(
+        self, status: int, lines: HeaderLines, parts: Sequence[Buffer], *, keep_alive: bool
     ) -> None:
-        """Write an answer."""
+        """Write a response."""
+
+    def flush(self) -> None:
+        """Write all batched responses."""
 
     def end_call(self, call: "LaneCall") -> None:
-        """Get ready for the next request."""
+        """Prepare the connection for its next request."""
 
 
 class LaneCall(Call):
-    """A call whose body comes by a `Carrier`, and whose answer goes there."""
+    """A call that reads its body from a `Connection` and writes its response there."""
 
     __slots__ = (
         "_body",
-        "_found",
         "_head",
         "_http",
         "_is_stalled",
+        "_match",
         "_scope",
         "_status",
         "is_started",
         "keep_alive",
     )
 
-    def __init__(self, http: Carrier, head: RequestHead, found: Found) -> None:
+    def __init__(self, http: Connection, head: RequestHead, match: RouteMatch) -> None:
         super().__init__(http.lane.context, head.headers, head.query_string)
         self._http = http
         self._head = head
-        self._found = found
+        self._match = match
         self._body: Buffer = b""
-        # What logs, counts and refusals read; under the names of an ASGI scope.
+        # The part of an ASGI scope that logging, metrics and error responses read.
         self._scope: dict[str, Any] = {
             "method": "POST",
             "path": head.path,
             "request_id": request_id_of(head.request_id),
-            "route": found.route.about,
+            "route": match.route.scope_route,
         }
         self._is_stalled = False
         self._status = 0
@@ -84,13 +89,14 @@ class LaneCall(Call):
 
     @property
     def missing(self) -> int:
-        """Bytes of the body that have not come."""
+        """Bytes of the body that are still to be received."""
         return self._head.length - len(self._body)
 
-    def take(self, data: bytes) -> bytes:
-        """Add to the body, and start when it is whole, or too long to wait for.
+    def feed(self, data: bytes) -> bytes:
+        """Append `data` to the body; return the bytes after its end.
 
-        Returns what does not belong to it.
+        Starts the route's function once the body is complete. A body longer than LONG_BYTES is
+        started immediately and reads its rest by itself.
         """
         missing = self.missing
         if data and missing:
@@ -99,24 +105,24 @@ class LaneCall(Call):
             if missing <= len(data) or self._head.length > LONG_BYTES:
                 self._start()
             elif self._head.expects and not self._body:
-                self._http.proceed()
+                self._http.send_continue()
         return data[missing:]
 
     def stall(self) -> None:
-        """Let the route refuse a body that does not come."""
+        """Start the route's function, which then raises StalledError for the missing body."""
         self._is_stalled = True
         self._start()
 
     def _start(self) -> None:
-        """Serve: at once where nothing has to be waited for, else in a task."""
+        """Run the call synchronously up to its first await; finish it in a task if it has one."""
         http = self._http
         self.is_started = True
-        steps = self._serve()
+        coroutine = self._serve()
         try:
-            yielded = steps.send(None)
+            yielded = coroutine.send(None)
         except StopIteration:
             return
-        task = http.loop.create_task(_rest(steps, yielded))
+        task = http.loop.create_task(_finish(coroutine, yielded))
         http.tasks.add(task)
         task.add_done_callback(http.tasks.discard)
 
@@ -128,20 +134,23 @@ class LaneCall(Call):
         except ClientDisconnect:
             observer.note_disconnect(scope)
         except Exception:  # noqa: BLE001 - nothing may get out
-            observer.note_fault(scope)
+            observer.note_failure(scope)
             if not self._status and not self._http.transport.is_closing():
-                self._write(fault_response(scope))
+                self._write(failure_response(scope))
         finally:
-            observer.observe(scope, self._status, perf_counter() - started)
+            seconds = perf_counter() - started
+            if seconds > _BATCH_SECONDS:
+                self._http.flush()
+            observer.observe(scope, self._status, seconds)
             self._http.end_call(self)
 
     async def _answer(self) -> Response:
-        """Return what the route's function answers, or its refusal."""
+        """Return the response of the route's function, or an error response."""
         try:
-            return await self._found.route.endpoint(self, *self._found.names)
+            return await self._match.route.endpoint(self, *self._match.parameters)
         except BonsaiLoraError as error:
             if self.missing and self._head.expects:
-                self.keep_alive = False  # nobody knows whether the body will come
+                self.keep_alive = False  # the client may or may not send the body
             return problem_response(error, self._scope)
 
     def _write(self, answer: Response) -> None:
@@ -150,42 +159,45 @@ class LaneCall(Call):
             raise ClientDisconnect
         parts = getattr(answer, "parts", None) or (answer.body,)
         lines = [*answer.raw_headers, (b"x-request-id", self._scope["request_id"].encode())]
-        http.write_answer(answer.status_code, lines, parts, keep_alive=self.keep_alive)
+        http.write_response(answer.status_code, lines, parts, keep_alive=self.keep_alive)
         self._status = answer.status_code
 
     async def _read(self, limit: int) -> Buffer:
-        del limit  # the length was declared
+        del limit  # `body` has checked the declared length
         if self.missing:
             await self._read_rest(self.context.settings.stall_seconds)
         return self._body
 
     async def _read_rest(self, stall_seconds: float) -> None:
-        """Read what is missing from the socket into an array."""
+        """Read the missing bytes from the socket straight into an array."""
         http = self._http
         if self._is_stalled:
             self.keep_alive = False
             raise stalled(stall_seconds)
         try:
             if self._head.expects and not self._body:
-                http.proceed()
-            # Aligned for the numbers behind a header whose length the head tells.
+                http.send_continue()
+            # Align the binary data, which begins after a JSON header of declared length.
             shift = -self._head.data_start % _ALIGNMENT
             room = np.empty(shift + self._head.length, np.uint8)
             target = as_bytes(room[shift:])
             filled = len(self._body)
             target[:filled] = self._body
-            self._body = target  # what comes behind it is another request's
+            self._body = target
             await http.fill(target, filled, stall_seconds)
         except BaseException:
-            self.keep_alive = False  # the rest of the body would be taken for a request
+            self.keep_alive = False  # the rest of the body would be parsed as a request
             raise
 
 
 def stalled(seconds: float) -> StalledError:
-    """Return the refusal of a body that does not come."""
-    return StalledError(f"the client sent nothing for {seconds:g} s")
+    """Return the error for a client that stopped sending its body."""
+    return StalledError(
+        f"the client sent nothing for {seconds:g} s; retry on a faster connection, or raise "
+        "stall_seconds"
+    )
 
 
-async def _rest(steps: Coroutine[Any, Any, None], yielded: Any) -> None:
-    # A task wants a coroutine, and what `types.coroutine` makes is none to asyncio.
-    await go_on(steps, yielded)
+async def _finish(coroutine: Coroutine[Any, Any, None], yielded: Any) -> None:
+    # asyncio accepts only native coroutines, which the result of `types.coroutine` is not.
+    await resume(coroutine, yielded)

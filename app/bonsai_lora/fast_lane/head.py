@@ -1,4 +1,4 @@
-"""The head of an HTTP request, read by the parser that uvicorn uses."""
+"""Parse a request head with httptools, the parser that uvicorn uses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,41 +7,44 @@ from urllib.parse import unquote
 import httptools
 
 from bonsai_lora.api.body import parse_length
-from bonsai_lora.api.call import join_lines
+from bonsai_lora.api.call import join_headers
+from bonsai_lora.api.connection import MAX_HEAD_LINES
 from bonsai_lora.api.middleware import REQUEST_ID
 from bonsai_lora.api.options import HEADER_LENGTH
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class RequestHead:
-    """A POST with a Content-Length, on a connection that stays open."""
+    """The head of a POST with a Content-Length, on a keep-alive connection."""
 
     path: str
     query_string: bytes
     headers: Mapping[bytes, bytes]
-    """By lower-case name."""
+    """Values by lower-case name."""
     request_id: bytes | None
-    """The caller's first X-Request-Id."""
+    """The client's first X-Request-Id."""
     length: int
-    """Of the body, in bytes."""
+    """Length of the body in bytes."""
     data_start: int
-    """Where in the body an inference's binary data begin, 0 where that is not said."""
+    """Offset of an inference's binary data in the body; 0 if not given."""
     expects: bool
     """Whether the client waits for `100 Continue`."""
 
 
 def read_head(raw: bytes) -> RequestHead | None:
-    """Return the head that `raw` is, from its first line to the empty one.
+    """Parse `raw`, a request head up to and including its empty line.
 
-    None where it is not HTTP/1.1, not a POST of a declared length, or the last request of its
-    connection: uvicorn's parser takes those.
+    Returns None for anything but an HTTP/1.1 keep-alive POST with a Content-Length and at most
+    MAX_HEAD_LINES header lines. uvicorn's parser handles the others.
     """
     collected = _Collected()
     try:
         collected.parser.feed_data(raw)
     except (httptools.HttpParserError, httptools.HttpParserUpgrade):
         return None
-    headers = join_lines(collected.headers)
+    if len(collected.headers) > MAX_HEAD_LINES:
+        return None
+    headers = join_headers(collected.headers)
     declared = headers.get(b"content-length", b"")
     if not declared.isdigit() or b"transfer-encoding" in headers or not collected.is_plain:
         return None
@@ -59,13 +62,13 @@ def read_head(raw: bytes) -> RequestHead | None:
 
 
 class _Collected:
-    """What the parser calls."""
+    """The parser's callbacks and what they have collected."""
 
     def __init__(self) -> None:
         self.parser = httptools.HttpRequestParser(self)
         self.url = b""
         self.is_plain = False
-        """Whether it is a POST in HTTP/1.1 that leaves the connection open."""
+        """Whether this is an HTTP/1.1 POST on a keep-alive connection."""
         self.headers: list[tuple[bytes, bytes]] = []
 
     def on_url(self, url: bytes) -> None:
@@ -75,7 +78,7 @@ class _Collected:
         self.headers.append((name.lower(), value.strip(b" \t")))
 
     def on_headers_complete(self) -> None:
-        # Asked here: behind the end of a request without a body the parser has forgotten it.
+        # Read here: after the end of a request without a body the parser has reset these.
         parser = self.parser
         self.is_plain = (
             parser.get_method() == b"POST"

@@ -1,4 +1,4 @@
-"""The connection: bytes that have come go to a `LaneCall`, or to uvicorn's parser."""
+"""The asyncio protocols: pass received bytes to a `LaneCall` or to uvicorn's parser."""
 
 import asyncio
 from typing import Any, cast
@@ -8,95 +8,95 @@ from starlette.requests import ClientDisconnect
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.fast_lane.call import LONG_BYTES, LaneCall, stalled
 from bonsai_lora.fast_lane.routes import FastLane
-from bonsai_lora.service.work import AT_ONCE_NANOSECONDS
+from bonsai_lora.service.work import INLINE_NANOSECONDS
 
 _HEAD_BYTES = 1 << 13
-"""Longer heads go to uvicorn's parser, as those do that come in pieces."""
+"""Longest head parsed here. Longer and incomplete heads go to uvicorn's parser."""
 _START = b"POST /v"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class LaneConnection(asyncio.BufferedProtocol):
-    """A connection that reads long bodies into their arrays, and all else for `LaneProtocol`.
+    """Reads long bodies straight into their arrays; hands everything else to `LaneProtocol`.
 
-    Takes what uvicorn gives to a protocol. As a BufferedProtocol it says where bytes are to go.
+    uvicorn creates one per connection. As a BufferedProtocol it chooses the buffer of each read.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._http = LaneProtocol(self, *args, **options)
         self._buffer = self._http.lane.read_buffer
         self._target: memoryview | None = None
-        """Where the rest of a body goes."""
+        """The array that the rest of a body is read into."""
         self._filled = 0
-        self._whole: asyncio.Future[None] = self._http.loop.create_future()
+        self._complete: asyncio.Future[None] = self._http.loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
 
     def get_buffer(self, _sizehint: int) -> memoryview:
-        """Return where the next bytes go."""
+        """Return the buffer for the next read."""
         if self._target is not None:
             return self._target[self._filled :]
-        # Between requests a short piece, so that little of a long body is copied once more.
+        # Between requests read little, so that little of a long body has to be copied again.
         return self._buffer if self._http.is_parsing else self._buffer[:LONG_BYTES]
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Take bytes that have come."""
+        """Process `nbytes` received bytes."""
         if self._target is None:
             self._http.data_received(bytes(self._buffer[:nbytes]))
             return
         self._filled += nbytes
         if self._filled == len(self._target):
             self._target = None
-            if not self._whole.done():
-                self._whole.set_result(None)
+            if not self._complete.done():
+                self._complete.set_result(None)
 
     async def fill(self, target: memoryview, filled: int, stall_seconds: float) -> None:
-        """Fill `target`, from `filled` on, with what comes next.
+        """Read into `target`, starting at `filled`, until it is full.
 
-        Raises StalledError where nothing comes for so long, ClientDisconnect.
+        Raises StalledError if nothing is received for `stall_seconds`, ClientDisconnect.
         """
         loop = self._http.loop
-        self._whole = loop.create_future()
+        self._complete = loop.create_future()
         self._target, self._filled = target, filled
         self._timer = loop.call_later(stall_seconds, self._check, filled, stall_seconds)
         try:
-            await self._whole
+            await self._complete
         finally:
             self._target = None
             self._timer.cancel()
 
     def _check(self, before: int, stall_seconds: float) -> None:
-        """End the wait for a body of which nothing has come since the last check."""
+        """Abort the read if nothing was received since the last check."""
         if self._filled > before:
             now = self._filled
             self._timer = self._http.loop.call_later(stall_seconds, self._check, now, stall_seconds)
-        elif not self._whole.done():
-            self._whole.set_exception(stalled(stall_seconds))
+        elif not self._complete.done():
+            self._complete.set_exception(stalled(stall_seconds))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Pass on."""
+        """Forward to the HTTP protocol."""
         self._http.connection_made(cast("asyncio.Transport", transport))
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Pass on, also to whoever waits for a body."""
+        """Forward to the HTTP protocol, and wake a pending `fill`."""
         self._http.connection_lost(exc)
-        if self._target is not None and not self._whole.done():
-            self._whole.set_exception(ClientDisconnect())
+        if self._target is not None and not self._complete.done():
+            self._complete.set_exception(ClientDisconnect())
 
     def eof_received(self) -> bool:
-        """Close, unless an answer is due: not where the client leaves in the middle of a body."""
+        """Close, unless a response is due: none is to a client that leaves amid a body."""
         return self._target is None and self._http.eof_received()
 
     def pause_writing(self) -> None:
-        """Pass on."""
+        """Forward to the HTTP protocol."""
         self._http.pause_writing()
 
     def resume_writing(self) -> None:
-        """Pass on."""
+        """Forward to the HTTP protocol."""
         self._http.resume_writing()
 
 
 class LaneProtocol(GuardedProtocol):
-    """The guarded protocol, which lets a `LaneCall` answer where there is a route for one."""
+    """The guarded protocol plus the fast lane: a `LaneCall` serves requests to its routes."""
 
     def __init__(self, connection: LaneConnection, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -105,150 +105,163 @@ class LaneProtocol(GuardedProtocol):
         self.is_parsing = False
         """Whether uvicorn's parser is in the middle of a request."""
         self._call: LaneCall | None = None
-        self._early = b""
-        """What came before it could be begun."""
-        self._skipping = 0
-        """Bytes to come of a body whose request was refused."""
+        self._pipelined = b""
+        """Pipelined bytes, received before they can be processed."""
+        self._discarding = 0
+        """Bytes still to be discarded of a refused request's body."""
         self._active_at = 0.0
-        """When the last bytes came, or the last answer went."""
+        """Loop time of the last received bytes or finished response."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first head."""
+        """Initialize the timers."""
         super().connection_made(transport)
-        self._period = min(self.timeout_keep_alive, self.stall_seconds)
+        self._check_seconds = min(self.timeout_keep_alive, self.stall_seconds)
 
     def data_received(self, data: bytes) -> None:
-        """Begin, or go on with, the requests that `data` holds."""
+        """Start or continue the requests in `data`."""
         began = self._active_at = self.loop.time()
-        if self._early:
-            data, self._early = self._early + data, b""
+        if self._pipelined:
+            data, self._pipelined = self._pipelined + data, b""
         while data and not self.transport.is_closing():
-            if self._skipping:
-                data, skipped = data[self._skipping :], len(data)
-                self._skipping = max(0, self._skipping - skipped)
+            if self._discarding:
+                data, skipped = data[self._discarding :], len(data)
+                self._discarding = max(0, self._discarding - skipped)
             elif self._call is not None:
-                data = self._call.take(data)
+                data = self._call.feed(data)
                 if data and self._call is not None:
-                    self._hold(data)
+                    self._postpone(data)
                     return
             elif self.is_parsing or not (self.cycle is None or self.cycle.response_complete):
                 super().data_received(data)
                 return
             elif self.flow.write_paused:
-                self._hold(data)
+                self._postpone(data)
                 return
             else:
-                data = self._begin(data)
-                if data and self.loop.time() - began > AT_ONCE_NANOSECONDS / 1e9:
-                    self._hold(data)  # others have their turn
-                    self.loop.call_soon(self._go_on)
+                data = self._start_request(data)
+                if data and self.loop.time() - began > INLINE_NANOSECONDS / 1e9:
+                    self._postpone(data)  # let other connections run
+                    self.loop.call_soon(self._resume)
                     return
 
-    def _begin(self, data: bytes) -> bytes:
-        """Begin the request at the start of `data`; return what follows it."""
+    def _start_request(self, data: bytes) -> bytes:
+        """Start the request at the beginning of `data`; return the bytes after it."""
         end = data.find(b"\r\n\r\n", 0, _HEAD_BYTES) + 4
         found = None
         if end >= 4 and data.startswith(_START):
-            found = self.lane.find_head(data[:end])
+            found = self.lane.match_head(data[:end])
         if found is None:
+            self.flush()  # the parser may respond and close immediately
             super().data_received(data)
             return b""
         self.stop_head_timer()
         self._call = call = LaneCall(self, *found)
-        rest = call.take(data[end:])
+        rest = call.feed(data[end:])
         if self._call is call:
-            self._check_later(self._period)
+            self._schedule_check(self._check_seconds)
         return rest
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection for the answer to a whole request; close it otherwise."""
+        """Keep the connection for the response to a whole request; close it otherwise."""
+        self.flush()
         call = self._call
         if call is None:
             return super().eof_received()
         call.keep_alive = False
         return not call.missing
 
-    def proceed(self) -> None:
-        """Tell a client that waits for it to send its body."""
+    def send_continue(self) -> None:
+        """Send `100 Continue` to a client that waits for it."""
+        self.flush()
         self.transport.write(_CONTINUE)
 
-    def _hold(self, data: bytes) -> None:
-        """Keep `data` for when the present answer is on its way."""
-        self._early = data
+    def write(self, data: bytes) -> None:
+        """Add a short response to the batch."""
+        self.lane.batch.add(self.loop, self.transport, data)
+
+    def flush(self) -> None:
+        """Write all batched responses."""
+        self.lane.batch.flush()
+
+    def _postpone(self, data: bytes) -> None:
+        """Keep `data` until the current response is written, and pause reading."""
+        self._pipelined = data
         self.flow.pause_reading()
 
-    def _go_on(self) -> None:
-        """Begin what was kept."""
-        if self._early and not self.transport.is_closing():
+    def _resume(self) -> None:
+        """Resume reading and process the kept bytes."""
+        if self._pipelined and not self.transport.is_closing():
             self.flow.resume_reading()
             self.data_received(b"")
 
     def end_call(self, call: LaneCall) -> None:
-        """Get ready for the next request."""
+        """Close the connection after `call`, or prepare it for the next request."""
         self._call = None
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
         if not call.keep_alive:
+            self.flush()
             self.transport.close()
             return
-        self._skipping = call.missing
+        self._discarding = call.missing
         self._active_at = self.loop.time()
-        self._check_later(self._period)
-        if self._early:
-            self.loop.call_soon(self._go_on)
+        self._schedule_check(self._check_seconds)
+        if self._pipelined:
+            self.loop.call_soon(self._resume)
 
-    def _check_later(self, seconds: float) -> None:
+    def _schedule_check(self, seconds: float) -> None:
         if self.timeout_keep_alive_task is None:
             self.timeout_keep_alive_task = self.loop.call_later(
                 seconds, self.timeout_keep_alive_handler
             )
 
     def timeout_keep_alive_handler(self) -> None:
-        """End a connection on which nothing has happened for too long.
+        """Close an idle connection, or stall a call whose body stopped arriving.
 
-        One timer that looks again is less work than one set anew with each request.
+        Rescheduling one timer when it fires is cheaper than setting a timer per request.
         """
         self.timeout_keep_alive_task = None
         call = self._call
         is_busy = call is not None and call.is_started
-        # It works, or it is the client's turn to read: `GuardedProtocol` bounds that.
-        if is_busy or self._early or self.flow.write_paused:
-            self._check_later(self._period)
+        # Computing, or waiting for the client to read, which `GuardedProtocol` bounds.
+        if is_busy or self._pipelined or self.flow.write_paused:
+            self._schedule_check(self._check_seconds)
             return
         limit = self.timeout_keep_alive if call is None else self.stall_seconds
         left = self._active_at + limit - self.loop.time()
         if left > 0:
-            self._check_later(min(left, self._period))
+            self._schedule_check(min(left, self._check_seconds))
         elif call is None:
             super().timeout_keep_alive_handler()
         else:
             call.stall()
 
     def shutdown(self) -> None:
-        """End the connection, after the answer that it waits for."""
+        """Close the connection once the response in flight is complete."""
+        self.flush()
         if self._call is None:
             super().shutdown()
         else:
             self._call.keep_alive = False
 
     def on_message_begin(self) -> None:
-        """Note that a request begins."""
+        """Note that uvicorn's parser has started a request."""
         self.is_parsing = True
         super().on_message_begin()
 
     def on_message_complete(self) -> None:
-        """Note that it has come whole."""
+        """Note that the request is complete."""
         self.is_parsing = False
         super().on_message_complete()
 
     def resume_writing(self) -> None:
-        """Go on with what was kept."""
+        """Resume with the kept bytes."""
         super().resume_writing()
-        if self._early and self._call is None:
-            self.loop.call_soon(self._go_on)
+        if self._pipelined and self._call is None:
+            self.loop.call_soon(self._resume)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget what was kept."""
-        self._early = b""
+        """Drop the kept bytes."""
+        self._pipelined = b""
         super().connection_lost(exc)

@@ -33,7 +33,9 @@ _ALIGNMENT = 64
 _MAX_SIZE = 2**63 - 1
 _SHORT_BYTES = 1 << 10
 """Headers up to this length are remembered."""
-_FEW = 4
+_REMEMBERED = 1024
+"""Headers that are remembered: a decode step of a model of 36 layers has 144 different ones."""
+_FEW = 8
 _MAX_DIMENSIONS = 64  # NumPy's limit
 
 
@@ -94,12 +96,6 @@ def decode_header(raw: bytes | memoryview, *, limit: int = MAX_HEADER_BYTES) -> 
     return _decode_short(text) if length <= _SHORT_BYTES else _decode_text(text)
 
 
-def short_header(raw: bytes | memoryview) -> bytes | None:
-    """Return a file's first bytes up to its data, None where they are more than a few."""
-    length = int.from_bytes(raw[:_LENGTH_BYTES], "little")
-    return bytes(raw[: _LENGTH_BYTES + length]) if length <= _SHORT_BYTES else None
-
-
 def _decode_text(text: bytes) -> Header:
     if not text.startswith(b"{"):
         raise _malformed("the header does not begin with '{'")
@@ -114,7 +110,7 @@ def _decode_text(text: bytes) -> Header:
 
 
 # A client's requests of one shape have one header, which is checked once: 3 against 30 µs.
-_decode_short = lru_cache(maxsize=256)(_decode_text)
+_decode_short = lru_cache(_REMEMBERED)(_decode_text)
 
 
 def decode(
@@ -190,7 +186,7 @@ def encode_header(
     texts = {} if metadata is None else metadata
     if (
         length is None
-        and len(tensors) == 1
+        and len(tensors) <= _FEW
         and len(texts) <= _FEW
         and sum(map(len, texts.values())) <= _SHORT_BYTES
     ):
@@ -199,7 +195,7 @@ def encode_header(
     return _encode_text(tensors, metadata, length)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(_REMEMBERED)
 def _encode_short(
     layout: tuple[tuple[str, tuple[str, tuple[int, ...]]], ...],
     metadata: tuple[tuple[str, str], ...] | None,

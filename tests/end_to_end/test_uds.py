@@ -1,0 +1,275 @@
+"""Serving a Unix socket: who may connect, what is replaced, what is left behind."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+import reference
+from test_command import running
+
+from bonsai_lora.cli.listen import ListenError, listening
+from bonsai_lora.cli.main import main
+from bonsai_lora.formats import safetensors
+from bonsai_lora.settings import Settings
+
+BINARY = {"Content-Type": "application/vnd.safetensors"}
+URL = "http://localhost"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "x.sock"
+
+
+@contextlib.contextmanager
+def over(path, **options):
+    """A client of the service on that socket, once it is ready."""
+    transport = httpx.HTTPTransport(uds=str(path))
+    with httpx.Client(base_url=URL, transport=transport, timeout=30, **options) as client:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                client.get("/readyz").raise_for_status()
+                break
+            except httpx.TransportError:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        yield client
+
+
+def serve(path, store, *flags):
+    return running("--uds", str(path), "--store", str(store), *flags, port=None)
+
+
+def put_random(client, rng, rank, d_in, d_out):
+    """Make the set `s` with a module `m`; give its matrices."""
+    client.post("/v1/sets", json={"name": "s"}).raise_for_status()
+    a = rng.standard_normal((rank, d_in)).astype(np.float32)
+    b = rng.standard_normal((d_out, rank)).astype(np.float32)
+    body = safetensors.encode({"lora_A": a, "lora_B": b})
+    path = f"/v1/sets/s/adapters/m?alpha={rank}"
+    client.put(path, content=body, headers=BINARY).raise_for_status()
+    return a, b
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_only_the_socket_is_served_and_it_goes_at_the_end(path, tmp_path, rng, workers):
+    with serve(path, tmp_path / "s", "--workers", str(workers)) as (address, process):
+        assert address == f"unix:{path}"
+        status = path.lstat()
+        assert stat.S_ISSOCK(status.st_mode)
+        assert stat.S_IMODE(status.st_mode) == 0o660
+        with over(path) as client:
+            a, b = put_random(client, rng, 16, 1024, 2048)
+            for rows in (1, 3, 600):  # the last is 2.4 MB there and 4.9 MB back
+                x = rng.standard_normal((rows, 1024)).astype(np.float32)
+                sent = safetensors.encode({"inputs": x})
+                answer = client.post("/v1/sets/s/adapters/m/apply", content=sent, headers=BINARY)
+                got = safetensors.decode(answer.raise_for_status().content)[0]["outputs"]
+                assert reference.relative_error(got, reference.apply(a, b, 1.0, x)) < 1e-6
+            text = client.post("/v1/sets/s/adapters/m/apply", json={"inputs": x[0].tolist()})
+            assert np.array_equal(np.float32(text.json()["outputs"]), got[0])
+        assert listening_ports(process.pid) == set()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+    assert not path.exists()
+
+
+def listening_ports(pid):
+    """The TCP ports that the process listens on (proc(5): state 0A)."""
+    inodes = set()
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            if found := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(entry.path)):
+                inodes.add(found[1])
+    ports = set()
+    for name in ("tcp", "tcp6"):
+        with open(f"/proc/{pid}/net/{name}") as table:
+            for line in list(table)[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and fields[9] in inodes:
+                    ports.add(int(fields[1].rpartition(":")[2], 16))
+    return ports
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_port_is_served_too_where_it_is_given(path, tmp_path, workers):
+    flags = ["--uds", str(path), "--workers", str(workers), "--store", str(tmp_path / "s")]
+    with running(*flags, port=None, BONSAI_LORA_PORT="0") as (address, process):
+        url, _, rest = address.partition(" and ")
+        assert rest == f"unix:{path}"
+        with over(path) as client:
+            assert client.post("/v1/sets", json={"name": "s"}).status_code == 201
+        assert httpx.get(f"{url}/v1/sets/s").json()["name"] == "s"
+        assert listening_ports(process.pid) == {int(url.rpartition(":")[2])}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_socket_of_a_killed_service_is_replaced(path, tmp_path, workers):
+    with serve(path, tmp_path / "s", "--workers", str(workers)) as (_, process):
+        process.kill()
+        process.wait(timeout=20)
+    assert stat.S_ISSOCK(path.lstat().st_mode)
+    old = path.lstat().st_ino
+    # An inode number may be given anew at once, so the old file is kept by a second name.
+    os.link(path, path.with_name("old"))
+    with serve(path, tmp_path / "s"), over(path) as client:
+        assert path.lstat().st_ino != old
+        assert client.get("/healthz").status_code == 200
+    assert not path.exists()
+
+
+def test_a_socket_that_answers_is_not_taken_away(path, tmp_path, capsys):
+    with serve(path, tmp_path / "s"):
+        inode = path.lstat().st_ino
+        assert main(["serve", "--uds", str(path), "--store", str(tmp_path / "t")]) == 2
+        assert "another process answers on it; see --uds" in capsys.readouterr().err
+        assert path.lstat().st_ino == inode
+        with over(path) as client:
+            assert client.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "pipe"])
+def test_what_is_no_socket_is_left_alone(path, tmp_path, capsys, kind):
+    target = tmp_path / "target"
+    {
+        "file": lambda: path.write_text("mine"),
+        "folder": path.mkdir,
+        "link": lambda: path.symlink_to(target),
+        "pipe": lambda: os.mkfifo(path),
+    }[kind]()
+    before = path.lstat()
+    assert main(["serve", "--uds", str(path), "--store", str(tmp_path / "s")]) == 2
+    said = capsys.readouterr().err
+    assert f"cannot listen on the Unix socket {path}: a file that is not a socket is there" in said
+    assert path.lstat() == before
+    assert not target.exists()
+
+
+def test_paths_that_cannot_be(tmp_path, capsys):
+    for uds in (tmp_path / "none" / "x.sock", tmp_path / ("x" * 120), tmp_path):
+        assert main(["serve", "--uds", str(uds), "--store", str(tmp_path / "s")]) == 2
+        assert f"cannot listen on the Unix socket {uds}: " in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_of_many_that_start_at_once_over_a_stale_socket_one_serves(path):
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(path))
+    stale.close()
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from bonsai_lora.cli.listen import ListenError, listening\n"
+        "from bonsai_lora.settings import Settings\n"
+        "print('here', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "try:\n"
+        f"    with listening(Settings(uds=Path({str(path)!r}))):\n"
+        "        print('serving', flush=True)\n"
+        "        sys.stdin.readline()\n"
+        "except ListenError as error:\n"
+        "    print(error, flush=True)\n"
+    )
+    command = [sys.executable, "-c", code]
+    some = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(6)
+    ]
+    try:
+        for one in some:
+            assert one.stdout.readline() == "here\n"
+        for one in some:
+            one.stdin.write("\n")
+            one.stdin.flush()
+        said = [one.stdout.readline() for one in some]
+        assert said.count("serving\n") == 1
+        assert sum("another process answers" in line for line in said) == 5
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(str(path))
+    finally:
+        for one in some:
+            one.communicate("\n", timeout=20)
+    assert not path.exists()
+
+
+def test_nobody_else_can_connect_at_any_moment(path):
+    """The mode is 0660 before anyone can connect, whatever the umask was."""
+    before = os.umask(0)
+    seen = []
+    ended = threading.Event()
+
+    def watch():
+        while not ended.is_set():
+            with contextlib.suppress(FileNotFoundError):
+                seen.append(stat.S_IMODE(path.lstat().st_mode))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for _ in range(200):
+            with listening(Settings(uds=path)) as (listener,):
+                assert listener.family == socket.AF_UNIX
+        assert os.umask(0) == 0
+    finally:
+        ended.set()
+        watcher.join()
+        os.umask(before)
+    assert set(seen) == {0o660}
+
+
+def test_another_services_socket_is_not_removed_at_the_end(path):
+    with listening(Settings(uds=path)):
+        path.unlink()
+        other = socket.socket(socket.AF_UNIX)
+        other.bind(str(path))
+    assert path.exists()
+    other.close()
+
+
+def test_a_port_in_use_leaves_no_socket_behind(path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(ListenError, match=r"see --port"),
+            listening(Settings(uds=path, port=port)),
+        ):
+            pytest.fail("the port was taken")
+    assert not path.exists()
+
+
+def test_shared_memory_over_a_unix_socket(path, tmp_path, capsys):
+    flags = ["--shared-memory", "--host", "0.0.0.0"]
+    with serve(path, tmp_path / "s", *flags), over(path) as client:
+        assert "system_shared_memory" in client.get("/v2").json()["extensions"]
+    words = ["serve", "--uds", str(path), "--port", "0", *flags]
+    assert main(words) == 2
+    assert "loopback" in capsys.readouterr().err
+
+
+# httpcore leaves a socket that could not connect to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_client_commands_over_the_socket(path, tmp_path, capsys):
+    with serve(path, tmp_path / "s"), over(path) as client:
+        client.post("/v1/sets", json={"name": "mine"})
+        assert main(["ls", "--uds", str(path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[0]["name"] == "mine"
+        assert main(["pull", "adapters/mine", "--uds", str(path), "-o", str(tmp_path / "o")]) == 0
+        assert (tmp_path / "o" / "adapter_model.safetensors").is_file()
+        capsys.readouterr()
+    assert main(["ls", "--uds", str(path)]) == 3
+    assert f"no service at unix:{path}: " in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["ls", "--uds", str(path), "--url", URL])
+    assert "not allowed with" in capsys.readouterr().err

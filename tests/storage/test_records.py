@@ -1,0 +1,177 @@
+"""Records of set files: those of earlier releases, and what later releases may write."""
+
+import json
+import shutil
+
+import pytest
+from conftest import DATA
+
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.errors import NewerFormatError, SetNotFoundError
+from bonsai_lora.formats import safetensors
+from bonsai_lora.storage.setfile import RECORD_FORMAT
+from bonsai_lora.storage.store import SetStore
+
+NOW = "2026-01-01T00:00:00.000000Z"
+OLD = DATA / "set-files-0.1.0"
+
+
+def header_of(path):
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def record_of(path):
+    return json.loads(header_of(path)[0]["__metadata__"]["bonsai_lora"])
+
+
+def change_record(path, change):
+    """Rewrite the file with what `change` makes of its record."""
+    header, data = header_of(path)
+    metadata = header["__metadata__"]
+    metadata["bonsai_lora"] = json.dumps(change(json.loads(metadata["bonsai_lora"])))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def with_keys(**keys):
+    return lambda record: {**record, **keys}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A store with the set `s`; give the folder of its files."""
+    store = SetStore(tmp_path)
+    made = BonsaiLoraSet.new(LoraConfig(rank=2), "base", "s").add_mlp_adapters(8, 16)
+    with store.lock("s"):
+        store.write(made, origin="initialized", now=NOW, previous=None)
+    return tmp_path / "sets"
+
+
+def rewrite(store, name):
+    """Write the set again with one adapter more, as a change of it does."""
+    with store.lock(name):
+        present = store.read(name)
+        registry = present.lora_set.registry.add("more", LoraAdapter.new(3, 2, LoraConfig(rank=1)))
+        changed = present.lora_set.with_registry(registry)
+        return store.write(changed, origin="mixed", now=NOW, previous=present.record)
+
+
+@pytest.mark.parametrize(("name", "modules", "rank"), [("made", 2, 2), ("uploaded", 1, 4)])
+def test_a_file_of_the_first_release_opens_and_stays_as_it_is(tmp_path, name, modules, rank):
+    store = SetStore(tmp_path)
+    shutil.copy(OLD / f"{name}.safetensors", tmp_path / "sets")
+    path = tmp_path / "sets" / f"{name}.safetensors"
+    before, was = path.read_bytes(), record_of(path)
+    assert "format" not in was
+    stored = store.read(name)
+    assert (stored.record.name, stored.record.version) == (name, 1)
+    assert stored.record.etag == f'"{was["uid"]}-1"'
+    assert store.records() == [stored.record]
+    registry = stored.lora_set.registry
+    tensors, _ = safetensors.decode(before)
+    assert len(registry.adapters) == modules == len(tensors) / 2
+    for module, adapter in registry.adapters.items():
+        prefix = f"base_model.model.{module}"
+        assert adapter.rank == rank
+        assert adapter.scaling == stored.record.config.alpha / rank
+        assert (adapter.a_matrix == tensors[f"{prefix}.lora_A.weight"]).all()
+        assert (adapter.b_matrix == tensors[f"{prefix}.lora_B.weight"]).all()
+    assert path.read_bytes() == before
+    assert store.bad_files() == store.newer_files() == {}
+    again = rewrite(store, name)
+    assert record_of(path)["format"] == RECORD_FORMAT == 1
+    assert (again.record.uid, again.record.version) == (was["uid"], 2)
+    assert again.record.created_at == was["created_at"]
+
+
+def test_a_record_is_written_with_its_format(folder):
+    assert record_of(folder / "s.safetensors")["format"] == 1
+
+
+def test_unknown_keys_are_kept_when_a_set_is_rewritten(folder):
+    path = folder / "s.safetensors"
+    more = {"source": {"from": "hub", "é": [1, 2.5, None]}, "pinned": True}
+    change_record(path, with_keys(**more))
+    store = SetStore(folder.parent)
+    assert store.read("s").record.version == 1
+    assert store.bad_files() == {}
+    for version in (2, 3):
+        assert rewrite(store, "s").record.version == version
+        record = record_of(path)
+        assert {name: record[name] for name in more} == more
+        assert record["format"] == 1
+
+
+@pytest.mark.parametrize("read", ["read", "read_record"])
+def test_a_newer_format_is_left_where_it_is(folder, read):
+    path = folder / "s.safetensors"
+    # Nothing else of a newer file is understood: not its record's name, its dtypes or its size.
+    change_record(path, lambda _: {"format": 2, "names": ["s"], "since": 7})
+    path.write_bytes(path.read_bytes().replace(b'"dtype":"F32"', b'"dtype":"Q99"') + b"more")
+    before = path.read_bytes()
+    store = SetStore(folder.parent)
+    for _ in range(2):
+        with pytest.raises(NewerFormatError, match="in record format 2; this release reads") as got:
+            getattr(store, read)("s")
+        assert got.value.values == {"set": "s", "got": 2, "expected": 1}
+    assert store.records() == []
+    assert store.newer_files() == {"s": len(before)}
+    assert store.bad_files() == {}
+    assert path.read_bytes() == before
+    assert not (folder.parent / "bad").exists()
+
+
+def test_a_newer_file_that_goes_or_is_replaced_is_forgotten(folder):
+    path = folder / "s.safetensors"
+    good = path.read_bytes()
+    change_record(path, with_keys(format=2))
+    store = SetStore(folder.parent)
+    assert (store.records(), list(store.newer_files())) == ([], ["s"])
+    path.unlink()
+    assert (store.records(), store.newer_files()) == ([], {})
+    with pytest.raises(SetNotFoundError):
+        store.read("s")
+    path.write_bytes(good)
+    change_record(path, with_keys(format=3))
+    assert (store.records(), list(store.newer_files())) == ([], ["s"])
+    path.write_bytes(good)
+    assert store.read("s").record.version == 1
+    assert store.newer_files() == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_keys(version="1"), "whose version is '1'"),
+        (with_keys(version=True), "whose version is True"),
+        (with_keys(adapter_count=-1), "whose adapter_count is -1"),
+        (with_keys(name=None), "whose name is None"),
+        (with_keys(config=[]), "whose config is []"),
+        (with_keys(config={"rank": "8", "alpha": 8, "dropout": 0, "target_modules": []}), "rank"),
+        (with_keys(config={"rank": 8, "alpha": 8, "dropout": 2, "target_modules": []}), "dropout"),
+        (with_keys(config={"rank": 8}), "whose alpha is None"),
+        (
+            with_keys(config={"rank": 8, "alpha": 8.0, "dropout": 0.0, "target_modules": [1]}),
+            "text",
+        ),
+        (with_keys(format=0), "format 0"),
+        (with_keys(format="2"), "format '2'"),
+        (with_keys(format=True), "format True"),
+        (lambda record: {**record, "uid": [record.pop("uid")]}, "whose uid is ["),
+        (lambda _: [1], "has no record of a set"),
+        (lambda _: None, "has no record of a set"),
+        (lambda _: {}, "whose name is None"),
+    ],
+)
+def test_a_record_of_wrong_types_is_bad(folder, change, reason):
+    change_record(folder / "s.safetensors", change)
+    store = SetStore(folder.parent)
+    assert store.records() == []
+    assert list(store.bad_files()) == ["s"]
+    assert reason in store.bad_files()["s"]
+    assert store.newer_files() == {}
+    assert list(folder.iterdir()) == []
