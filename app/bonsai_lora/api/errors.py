@@ -1,6 +1,7 @@
 """Turn errors into responses: one table of status codes, one shape (RFC 9457)."""
 
 import json
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -160,7 +161,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         path, method = request.url.path, request.method
         if error.status_code == HTTPStatus.NOT_FOUND:
             problem: BonsaiLoraError = errors.RouteNotFoundError(
-                f"there is no resource at {path!r}; /docs lists all paths"
+                f"there is no resource at {path!r}; see /docs for all paths"
             )
             return problem_response(problem, request.scope)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
@@ -182,7 +183,8 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 def validation_problem(found: Any) -> BonsaiLoraError:
     """Return the error for pydantic's list of errors."""
     if found[0]["type"] == "json_invalid":
-        return errors.MalformedJsonError(f"the body is not JSON: {found[0]['msg']}")
+        reason = found[0]["msg"].removeprefix("Invalid JSON: ")
+        return errors.MalformedJsonError(f"the body is not JSON: {reason}; send JSON")
     reasons = [(_field(one), _reason(one)) for one in found[:16]]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return errors.InvalidRequestError(
@@ -201,8 +203,8 @@ def _reason(error: Any) -> str:
         return "is missing; add it"
     if error["type"] == "extra_forbidden":
         return "is unknown; remove it"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"is invalid: {message}; got {reprlib.repr(error.get('input'))}"
+    remedy = re.sub(r"^\w+ should ", "it should ", error["msg"])
+    return f"is {reprlib.repr(error.get('input'))}; {remedy}"
 
 
 def _allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:

@@ -99,7 +99,7 @@ def parse_ranges(header: str, size: int) -> list[Range] | None:
             ranges.append((start, stop))
     if not ranges:
         raise RangeNotSatisfiableError(
-            f"the range {header[:100]!r} is beyond the end of the file; request some of its "
+            f"the range {header[:100]!r} is beyond the end of the file; request a range within its "
             f"{size} bytes",
             got=header[:100],
             size_bytes=size,
