@@ -54,7 +54,7 @@ def test_every_documented_code_exists():
     assert set(codes) <= {kind.code for kind in all_errors()}
 
 
-def test_error_codes_are_one_of_a_kind():
+def test_error_codes_are_unique():
     codes = [kind.code for kind in all_errors() if kind is not errors.RouteNotFoundError]
     assert len(codes) == len(set(codes))
 

@@ -58,7 +58,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert ours == sources
 
 
-def test_it_lives_beside_a_package_called_app(wheel, tmp_path):
+def test_it_coexists_with_a_package_named_app(wheel, tmp_path):
     site, project = tmp_path / "site", tmp_path / "project"
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
     subprocess.run(
@@ -117,7 +117,7 @@ def test_the_client_loads_neither_the_server_nor_numpy(words):
     assert parts == {"cli", "errors", "formats"}
 
 
-def test_blas_is_told_its_threads_before_numpy_loads():
+def test_blas_threads_are_set_before_numpy_loads():
     watch = (
         "import os, sys\n"
         "class Watch:\n"
@@ -138,7 +138,7 @@ def without(*names):
     return f"import sys\nfor name in {names!r}: sys.modules[name] = None\n"
 
 
-def test_client_and_library_import_nothing_that_only_posix_has():
+def test_client_and_library_import_no_posix_only_modules():
     elsewhere = without(*POSIX_ONLY) + (
         "import os\n"
         "for name in ('sched_getaffinity', 'sysconf', 'fork'): delattr(os, name)\n"
@@ -170,7 +170,7 @@ def test_cores_are_counted_without_an_affinity():
     assert python(count) == "True\nTrue\nTrue\n"
 
 
-def test_all_of_a_file_counts_where_the_system_cannot_tell(tmp_path, monkeypatch):
+def test_a_file_counts_as_resident_if_the_system_cannot_tell(tmp_path, monkeypatch):
     import ctypes
     import mmap
 

@@ -17,7 +17,7 @@ def empty(client):
     return client
 
 
-def test_initialise(empty, store):
+def test_initialize(empty, store):
     answer = empty.put("/v1/sets/s/adapters/q_proj", json={"d_in": 8, "d_out": 4})
     assert answer.status_code == 201
     assert answer.json()["rank"] == 2

@@ -98,7 +98,7 @@ def test_a_body_in_pieces_of_any_size(plain, sizes):
             assert np.abs(got[:300] - right).max() < 1e-5
 
 
-def test_requests_behind_each_other(plain):
+def test_pipelined_requests(plain):
     """The next request begins in the packet in which the body ends."""
     x, body = batch()
     y, other = batch(seed=1)
@@ -127,7 +127,7 @@ def test_expect_100_continue(plain):
         assert outputs(answer).shape == (len(x), 128)
 
 
-def test_refusals_before_the_body(plain):
+def test_errors_before_the_body(plain):
     """What is refused by its head is answered, and the connection goes on or ends properly."""
     _, body = batch()
     for path, headers, status in (
@@ -145,7 +145,7 @@ def test_refusals_before_the_body(plain):
     assert plain.get("/healthz").status_code == 200
 
 
-def test_a_client_that_goes_away(plain):
+def test_a_client_that_disconnects(plain):
     _, body = batch()
     for cut in (0, 10, len(body) // 2, len(body) - 1):
         with connect(plain) as connection:
@@ -153,7 +153,7 @@ def test_a_client_that_goes_away(plain):
     assert plain.get("/healthz").status_code == 200
 
 
-def test_every_place_is_given_back(app, plain):
+def test_admission_is_released(app, plain):
     _, body = batch()
     for cut in (0, len(body) // 2):
         with connect(plain) as connection:
@@ -166,7 +166,7 @@ def test_every_place_is_given_back(app, plain):
         time.sleep(0.01)
 
 
-def test_a_client_that_stands_still(settings):
+def test_a_client_that_stalls(settings):
     _, body = batch()
     app = create_app(settings.model_copy(update={"stall_seconds": 0.3}))
     with serving(app) as url, httpx.Client(base_url=url) as client:
@@ -186,12 +186,12 @@ def test_a_client_that_stands_still(settings):
 @pytest.mark.parametrize(
     "head", [b"", b"GET /v1", b"GET /v1/seeeeeeeeeeets", b"POST /v1/sets/plain/ad"]
 )
-def test_a_head_that_does_not_come(settings, head):
+def test_a_head_that_is_never_completed(settings, head):
     app = create_app(settings.model_copy(update={"stall_seconds": 0.4}))
     with serving(app) as url, httpx.Client(base_url=url) as client, connect(client) as connection:
         began = time.monotonic()
         with contextlib.suppress(OSError):
-            for start in range(len(head)):  # in drops
+            for start in range(len(head)):  # byte by byte
                 connection.sendall(head[start : start + 1])
                 time.sleep(0.05)
         with contextlib.suppress(ConnectionResetError):
@@ -207,7 +207,7 @@ def test_a_head_that_does_not_come(settings, head):
             assert read_answer(other)[0] == 200
 
 
-def test_wrong_bodies(plain):
+def test_invalid_bodies(plain):
     _, body = batch()
     for bad in (bytes(len(body)), b"\xff" * len(body), body[:-4] + b"\x00\x00\xc0\x7f"):
         headers = {"Content-Type": "application/vnd.safetensors"}
@@ -263,7 +263,7 @@ class Transport(asyncio.Transport):
 
 
 @pytest.mark.parametrize("space", [b" ", b"\t", b" \t "])
-def test_white_space_behind_a_length(plain, space):
+def test_whitespace_after_a_content_length(plain, space):
     """It is legal (RFC 9110 section 5.5); the body must not be taken for a request."""
     inner = b"DELETE /v1/sets/plain HTTP/1.1\r\nHost: x\r\n\r\n"
     head = head_of(len(inner)).replace(b"\r\nContent-Type", space + b"\r\nContent-Type")
@@ -291,7 +291,7 @@ def test_the_last_request_of_a_connection(plain):
         assert connection.recv(10) == b""
 
 
-def test_answers_that_wait_for_their_reader_outlive_the_keep_alive_time(app):
+def test_unread_responses_outlive_the_keep_alive_timeout(app):
     x, body = batch(rows=20_000)
     with serving(app, timeout_keep_alive=1) as url, httpx.Client(base_url=url) as client:
         upload(client, "plain", TINY / "plain")
@@ -309,7 +309,7 @@ def test_answers_that_wait_for_their_reader_outlive_the_keep_alive_time(app):
                 assert outputs(answer).shape == (len(x), 128)
 
 
-def test_an_idle_connection_ends_whatever_was_asked_on_it(app):
+def test_an_idle_connection_is_closed_after_any_request(app):
     _, body = batch(rows=2)
     with serving(app, timeout_keep_alive=1) as url, httpx.Client(base_url=url) as client:
         upload(client, "plain", TINY / "plain")
@@ -321,7 +321,7 @@ def test_an_idle_connection_ends_whatever_was_asked_on_it(app):
                 assert connection.recv(10) == b""
 
 
-def test_hundreds_of_refusals_take_turns_with_others(app, plain):
+def test_hundreds_of_errors_do_not_block_other_connections(app, plain):
     """One look at the socket brings a thousand requests; not all are answered in one step."""
     steps = []
     real = LaneProtocol.data_received
@@ -342,7 +342,7 @@ def test_hundreds_of_refusals_take_turns_with_others(app, plain):
     assert steps.count(0) > 10  # what was kept goes on in steps of its own
 
 
-def test_each_body_has_a_stall_of_its_own(settings):
+def test_each_body_has_its_own_stall_timeout(settings):
     """What watched one body does not judge the next."""
     _, body = batch(rows=2000)
     first, second = body[:100_000], body[100_000:300_000]
@@ -401,8 +401,8 @@ def test_a_body_and_the_next_request_in_one_read(app, client):
     assert np.abs(got[:300] - right).max() < 1e-5
 
 
-def test_a_client_that_never_reads_is_ended(settings):
-    """Answers that nobody takes are memory; they go when the client stands still."""
+def test_a_client_that_never_reads_is_disconnected(settings):
+    """Unread responses take memory, which is released when the client stalls."""
     x, body = batch(rows=30_000)
     app = create_app(settings.model_copy(update={"stall_seconds": 0.3}))
     with serving(app) as url, httpx.Client(base_url=url) as client:

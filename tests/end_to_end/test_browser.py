@@ -54,7 +54,7 @@ def test_the_page_shows_every_operation(client, tmp_path):
     assert asked == {f"{url}/openapi.json", *(f"{url}/page/{name}" for name in files)}
 
 
-def test_an_open_operation_breaks_no_rule_of_the_policy(client, tmp_path):
+def test_an_open_operation_violates_no_policy(client, tmp_path):
     dom, console, _ = browse(f"{client.base_url}/docs#/apply/apply_adapter", tmp_path)
     assert "Try it out" in dom
     assert "shape_mismatch" in dom

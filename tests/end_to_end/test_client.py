@@ -72,7 +72,7 @@ def test_apply_from_a_file_and_from_standard_input(run, tmp_path, monkeypatch):
     assert (code, "shape_mismatch" in err) == (1, True)
 
 
-def test_the_service_says_where_a_number_is_none(run, monkeypatch):
+def test_errors_name_the_index_of_a_non_number(run, monkeypatch):
     run("push", "plain", TINY / "plain")
     for number in ("NaN", "1e999"):
         monkeypatch.setattr(sys, "stdin", io.StringIO(f"[[1, {number}]]"))
@@ -81,14 +81,14 @@ def test_the_service_says_where_a_number_is_none(run, monkeypatch):
         assert "inputs[0][1] is" in err
 
 
-def test_what_is_no_url(capsys):
+def test_invalid_urls(capsys):
     for url in ("foo", "ftp://localhost", "http://a:b"):
         assert main(["ls", "--url", url]) == 2
-        assert "is no URL" in capsys.readouterr().err
+        assert "is not a valid URL" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_nobody_reads_what_is_printed(service, more):
+def test_closed_standard_output(service, more):
     reading, writing = os.pipe()
     os.close(reading)
     words = [sys.executable, "-m", "bonsai_lora.cli.main", "ls", "--url", service, *more]
@@ -137,7 +137,7 @@ def test_pull_a_merged_model(run, service, tmp_path):
     assert not list((target / STATE_FOLDER).glob("*.partial"))
 
 
-def test_pull_an_adapter_and_what_does_not_exist(run, tmp_path):
+def test_pull_an_adapter_and_missing_models(run, tmp_path):
     run("push", "plain", TINY / "plain")
     assert run("pull", "adapters/plain", "-o", tmp_path / "a")[0] == 0
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["r"] == 8
@@ -150,7 +150,7 @@ def test_pull_an_adapter_and_what_does_not_exist(run, tmp_path):
 @pytest.mark.parametrize(
     "words", [("show", ".."), ("stats", "."), ("rm", ""), ("pull", "../..", "-o", "x")]
 )
-def test_names_that_are_none(run, words):
+def test_invalid_names(run, words):
     code, _, err = run(*words)
     assert code == 2
     assert err.startswith("bonsai-lora: ")

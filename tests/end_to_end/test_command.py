@@ -55,7 +55,7 @@ def running(*flags, port="0", command=(COMMAND,), **variables):
         process.stderr.close()
 
 
-def test_sigterm_finishes_what_runs_and_exits_0(tmp_path):
+def test_sigterm_finishes_requests_in_flight_and_exits_0(tmp_path):
     with running("--store", str(tmp_path)) as (url, process):
         httpx.post(f"{url}/v1/sets", json={"name": "s"})
         httpx.put(f"{url}/v1/sets/s/adapters/m", json={"d_in": 2, "d_out": 2})
@@ -97,7 +97,7 @@ def test_a_restart_keeps_everything(tmp_path):
         assert again.json() == created.json()
 
 
-def test_a_flag_beats_the_variable_and_memory_goes_with_the_process(tmp_path):
+def test_flags_take_precedence_and_memory_stores_are_deleted(tmp_path):
     with running("--store", "memory:", BONSAI_LORA_STORE=str(tmp_path / "x")) as (url, process):
         assert httpx.post(f"{url}/v1/sets", json={"name": "s"}).status_code == 201
         assert not (tmp_path / "x").exists()
@@ -189,7 +189,7 @@ def test_sigterm_in_the_middle_of_a_long_body(tmp_path):
         assert process.wait(timeout=10) == 0
 
 
-def test_it_serves_where_calls_of_linux_are_missing(tmp_path):
+def test_it_serves_without_linux_system_calls(tmp_path):
     """As on macOS: no affinity, no mincore, mallopt or prctl, and no limit on files to raise."""
     code = (
         "import ctypes, os, resource, sys\n"

@@ -43,7 +43,7 @@ def fresh(url, path, method="GET", **options):
     return httpx.request(method, url + path, timeout=30, **options)
 
 
-def test_every_worker_sees_every_change_at_once(workers):
+def test_every_worker_sees_changes_immediately(workers):
     for round_ in range(5):
         assert fresh(workers, "/v1/sets", "POST", json={"name": "a"}).status_code == 201
         for version in range(2, 12):
@@ -59,7 +59,7 @@ def test_every_worker_sees_every_change_at_once(workers):
             assert fresh(workers, "/v1/sets/a").status_code == 404
 
 
-def test_writers_are_serialised_across_workers(workers):
+def test_writers_are_serialized_across_workers(workers):
     fresh(workers, "/v1/sets", "POST", json={"name": "w"})
     codes = []
 
@@ -102,7 +102,7 @@ def test_if_match_holds_across_workers(workers):
     assert sorted(codes) == [201] + [412] * 8
 
 
-def test_any_worker_tells_the_metrics_of_all(workers):
+def test_each_worker_reports_the_metrics_of_all(workers):
     for _ in range(30):
         fresh(workers, "/v1/estimate?d_in=1&d_out=1&rank=1&budget_bytes=1")
     seen = set()
@@ -157,7 +157,7 @@ def test_kill_9_at_any_moment_loses_nothing_acknowledged(tmp_path, round_):
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["s.safetensors"]
 
 
-def test_workers_end_with_their_supervisor(tmp_path):
+def test_workers_exit_with_their_supervisor(tmp_path):
     with running("--workers", "2", "--store", str(tmp_path)) as (url, process):
         wait_until_ready(url)
         process.kill()

@@ -61,7 +61,7 @@ def rewrite(store, name):
 
 
 @pytest.mark.parametrize(("name", "modules", "rank"), [("made", 2, 2), ("uploaded", 1, 4)])
-def test_a_file_of_the_first_release_opens_and_stays_as_it_is(tmp_path, name, modules, rank):
+def test_a_file_of_the_first_release_opens_unchanged(tmp_path, name, modules, rank):
     store = SetStore(tmp_path)
     shutil.copy(OLD / f"{name}.safetensors", tmp_path / "sets")
     path = tmp_path / "sets" / f"{name}.safetensors"
@@ -107,7 +107,7 @@ def test_unknown_keys_are_kept_when_a_set_is_rewritten(folder):
 
 
 @pytest.mark.parametrize("read", ["read", "read_record"])
-def test_a_newer_format_is_left_where_it_is(folder, read):
+def test_a_file_in_a_newer_format_is_left_in_place(folder, read):
     path = folder / "s.safetensors"
     # Nothing else of a newer file is understood: not its record's name, its dtypes or its size.
     change_record(path, lambda _: {"format": 2, "names": ["s"], "since": 7})
@@ -125,7 +125,7 @@ def test_a_newer_format_is_left_where_it_is(folder, read):
     assert not (folder.parent / "bad").exists()
 
 
-def test_a_newer_file_that_goes_or_is_replaced_is_forgotten(folder):
+def test_a_newer_file_that_is_deleted_or_replaced_is_forgotten(folder):
     path = folder / "s.safetensors"
     good = path.read_bytes()
     change_record(path, with_keys(format=2))
@@ -167,7 +167,7 @@ def test_a_newer_file_that_goes_or_is_replaced_is_forgotten(folder):
         (lambda _: {}, "whose name is None"),
     ],
 )
-def test_a_record_of_wrong_types_is_bad(folder, change, reason):
+def test_a_record_with_wrong_types_is_bad(folder, change, reason):
     change_record(folder / "s.safetensors", change)
     store = SetStore(folder.parent)
     assert store.records() == []
