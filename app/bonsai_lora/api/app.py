@@ -135,10 +135,10 @@ def create_default_app() -> FastAPI:
 
 
 def choose_backend(settings: Settings) -> None:
-    """Choose between kernels and NumPy for this process; log why where kernels cannot run."""
+    """Choose between kernels and NumPy for this process; log the reason if kernels cannot run."""
     reason = backend.choose(settings.kernels)
     if reason and settings.kernels == "auto":
-        _log.warning("computing in NumPy, with the same answers but slower: %s", reason)
+        _log.warning("computing in NumPy, which is slower, with the same results: %s", reason)
     backend.prepare()
 
 

@@ -74,12 +74,12 @@ def body_form(request: Request, accepted: Collection[Form]) -> Form:
 
     Raises UnsupportedMediaTypeError for a form not in `accepted`, or a compressed body.
     """
-    check_uncoded(request)
+    check_not_compressed(request)
     return parse_content_type(request.headers.get("content-type"), accepted)
 
 
-def check_uncoded(request: Request) -> None:
-    """Raise UnsupportedMediaTypeError where a line of Content-Encoding names a compression."""
+def check_not_compressed(request: Request) -> None:
+    """Raise UnsupportedMediaTypeError if the body is compressed."""
     lines = request.headers.getlist("content-encoding")
     check_coding(", ".join(lines) if lines else None)
 

@@ -90,9 +90,9 @@ class GuardedProtocol(HttpToolsProtocol):
             super().send_400_response(msg)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection for the answer to a whole request; close it otherwise.
+        """Keep the connection for the response to a complete request; close it otherwise.
 
-        A client may end its side when it has sent all (RFC 9112, section 9.6).
+        A client may close its side after sending its last request (RFC 9112, section 9.6).
         """
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body or self._is_in_head:

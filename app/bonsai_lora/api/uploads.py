@@ -7,7 +7,7 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from bonsai_lora.api.body import check_length, check_uncoded, content_length
+from bonsai_lora.api.body import check_length, check_not_compressed, content_length
 from bonsai_lora.errors import MalformedMultipartError, UnsupportedMediaTypeError
 from bonsai_lora.storage.upload import Upload
 
@@ -24,7 +24,7 @@ async def receive_adapter(request: Request, upload: Upload, limit: int) -> bytes
     Raises UnsupportedMediaTypeError, BodyTooLargeError, the errors of `Upload.write`, and
     MalformedMultipartError for a missing, duplicate or unknown part.
     """
-    check_uncoded(request)
+    check_not_compressed(request)
     declared = content_length(request)
     if declared is not None:
         check_length(declared, limit)

@@ -254,11 +254,12 @@ async def get_index(request: Request, context: ContextDep) -> list[oip_schemas.I
 )
 async def load_model(request: Request, context: ContextDep, model: FoundModel) -> Response:
     """Loads the set before its first request. Sets are created and changed under /v1/sets."""
-    asked = await _read_optional(request, oip_schemas.RepositoryRequest)
-    if asked.parameters:
+    requested = await _read_optional(request, oip_schemas.RepositoryRequest)
+    if requested.parameters:
+        names = ", ".join(sorted(requested.parameters))[:200]
         raise UnsupportedFeatureError(
-            f"load does not support the parameters {', '.join(sorted(asked.parameters))[:200]}; "
-            "upload an adapter with PUT /v1/sets/{set}"
+            f"load does not support the parameters {names}; upload an adapter with "
+            "PUT /v1/sets/{set}"
         )
     if model.stored is not None:
         with context.pool.admit():
@@ -295,24 +296,26 @@ async def _run(
             return raw_request(model, memoryview(plain))
         return decode_request(memoryview(plain), header_length)
 
-    asked = None
+    requested = None
     if coding is None and text_length <= INLINE_BYTES:
-        asked = _timed(decode, counts)
+        requested = _timed(decode, counts)
     queued = time.perf_counter_ns()
 
     def work() -> tuple[list[Buffer], int | None]:
         counts.queue_ns = time.perf_counter_ns() - queued
-        return context.inference.infer(model, asked or _timed(decode, counts), counts)
+        return context.inference.infer(model, requested or _timed(decode, counts), counts)
 
-    return await context.pool.run(work, cost_of_inference(model, asked) if asked else math.inf)
+    return await context.pool.run(
+        work, cost_of_inference(model, requested) if requested else math.inf
+    )
 
 
 def _timed(decode: Callable[[], InferRequest], counts: Counts) -> InferRequest:
     """Return the result of `decode`; add its duration to `counts`."""
     started = time.perf_counter_ns()
-    asked = decode()
+    requested = decode()
     counts.input_ns += time.perf_counter_ns() - started
-    return asked
+    return requested
 
 
 def _now_ms() -> int:

@@ -51,8 +51,8 @@ async def get_shared_memory_region(
 )
 async def register(request: Request, context: ContextDep, region: RegionPath) -> Response:
     """The shared memory must exist. The service never deletes it."""
-    asked = parse_model(await read_body(request, _REGISTER_BYTES), oip_schemas.RegisterRequest)
-    context.inference.regions.register(region, asked.key, asked.offset, asked.byte_size)
+    requested = parse_model(await read_body(request, _REGISTER_BYTES), oip_schemas.RegisterRequest)
+    context.inference.regions.register(region, requested.key, requested.offset, requested.byte_size)
     return Response()
 
 
