@@ -63,9 +63,9 @@ def based(settings, tmp_path):
 
 @contextlib.contextmanager
 def serving(app, http=None, **options):
-    """Serve `app` on a free port of the loopback, in a thread; give its URL.
+    """Serve `app` on a free loopback port, in a thread; yield its URL.
 
-    As `bonsai-lora serve` does, or with another protocol of uvicorn.
+    Serves like `bonsai-lora serve`, or with the uvicorn protocol `http`.
     """
     settings = app.state.context.settings
     serve.install_fast_lane(app, settings)
@@ -142,7 +142,7 @@ def snapshot(store):
 
 
 def assert_problem(response, status, code):
-    """The answer is a refusal in the one shape."""
+    """Check that the response is a problem with this status and code; return its body."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
     body = response.json()

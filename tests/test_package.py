@@ -1,4 +1,4 @@
-"""The package as others install and import it: what it is called, what it loads, where it runs."""
+"""The package as it is installed and imported: its files, its imports, its platforms."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ POSIX_ONLY = ("fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tt
 
 
 def python(code, **options):
-    """Run `code` in an interpreter of its own; give what it printed."""
+    """Run `code` in its own interpreter; return its output."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, **options
     )
@@ -155,7 +155,7 @@ def test_client_and_library_import_no_posix_only_modules():
 
 
 def test_cores_are_counted_without_an_affinity():
-    """As on macOS, whose `os` has none."""
+    """As on macOS, whose `os` module has no such function."""
     count = (
         "import os, sys\n"
         "from bonsai_lora import settings\n"

@@ -47,7 +47,7 @@ def connect(client):
 
 
 def read_answer(connection, rest=b""):
-    """Status, body, and what already came of the next answer."""
+    """Status, body, and the bytes already received of the next response."""
     while b"\r\n\r\n" not in rest:
         part = connection.recv(1 << 16)
         assert part, rest
@@ -99,7 +99,7 @@ def test_a_body_in_pieces_of_any_size(plain, sizes):
 
 
 def test_pipelined_requests(plain):
-    """The next request begins in the packet in which the body ends."""
+    """The next request starts in the packet in which the body ends."""
     x, body = batch()
     y, other = batch(seed=1)
     small = json.dumps({"inputs": [0.5] * 64}).encode()
@@ -128,7 +128,7 @@ def test_expect_100_continue(plain):
 
 
 def test_errors_before_the_body(plain):
-    """What is refused by its head is answered, and the connection goes on or ends properly."""
+    """A request refused by its head gets its response; the connection continues or is closed."""
     _, body = batch()
     for path, headers, status in (
         (path_of("nothing"), {}, 404),
@@ -179,7 +179,7 @@ def test_a_client_that_stalls(settings):
             status, answer, _ = read_answer(connection)
             assert status == 408
             assert json.loads(answer)["code"] == "stalled"
-            assert connection.recv(100) == b""  # the rest of the body would be taken for a request
+            assert connection.recv(100) == b""  # the rest of the body would be parsed as a request
         assert app.state.context.pool.in_progress == 0
 
 
@@ -197,7 +197,7 @@ def test_a_head_that_is_never_completed(settings, head):
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(100) == b""
         assert 0.3 < time.monotonic() - began < 5
-        with connect(client) as other:  # one that comes in time is answered
+        with connect(client) as other:  # one that arrives in time gets a response
             for piece in (b"GET /v1/stats HT", b"TP/1.1\r\nHost: a\r\n", b"\r\n"):
                 other.sendall(piece)
                 time.sleep(0.1)
@@ -264,7 +264,7 @@ class Transport(asyncio.Transport):
 
 @pytest.mark.parametrize("space", [b" ", b"\t", b" \t "])
 def test_whitespace_after_a_content_length(plain, space):
-    """It is legal (RFC 9110 section 5.5); the body must not be taken for a request."""
+    """It is legal (RFC 9110, section 5.5); the body must not be parsed as a request."""
     inner = b"DELETE /v1/sets/plain HTTP/1.1\r\nHost: x\r\n\r\n"
     head = head_of(len(inner)).replace(b"\r\nContent-Type", space + b"\r\nContent-Type")
     assert head != head_of(len(inner))
@@ -339,7 +339,7 @@ def test_hundreds_of_errors_do_not_block_other_connections(app, plain):
             status, _, rest = read_answer(connection, rest)
             assert status == 404
         assert rest == b""
-    assert steps.count(0) > 10  # what was kept goes on in steps of its own
+    assert steps.count(0) > 10  # kept bytes are processed in steps of their own
 
 
 def test_each_body_has_its_own_stall_timeout(settings):
@@ -360,7 +360,7 @@ def test_each_body_has_its_own_stall_timeout(settings):
 
 
 def feed(protocol, data):
-    """What an event loop does with bytes that have come."""
+    """Pass received bytes to a connection, as an event loop does."""
     while data:
         target = protocol.get_buffer(-1)
         size = min(len(target), len(data))
@@ -370,7 +370,7 @@ def feed(protocol, data):
 
 
 def test_a_body_and_the_next_request_in_one_read(app, client):
-    """The second request is the connection's present one when the first asks for its body."""
+    """The second request has started when the first reads its body."""
     upload(client, "plain", TINY / "plain")
     x, body = batch()
     right = expected(client, x)

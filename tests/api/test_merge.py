@@ -49,7 +49,7 @@ def test_every_module_equals_what_peft_merged(client, adapter):
 
 @pytest.fixture
 def wide(client, rng):
-    """A set with one module 96 x 20,000 whose merge takes several blocks."""
+    """A set with one module of 96 x 20,000, whose merge has several blocks."""
     client.post("/v1/sets", json={"name": "s"})
     tensors = {
         "lora_A": rng.standard_normal((3, 20_000)).astype(np.float32),
@@ -142,7 +142,7 @@ def open_files():
 
 
 def test_a_client_that_sends_everything_first(settings, rng):
-    """48 MB are far over what sockets and memory hold: they go to disk and come back right."""
+    """48 MB exceed the buffers of sockets and memory: they are buffered on disk, unchanged."""
     d_out, d_in = 3000, 4000
     with serving(create_app(settings)) as url, httpx.Client(base_url=url) as client:
         client.post("/v1/sets", json={"name": "s", "config": {"rank": 1}})

@@ -65,7 +65,7 @@ def test_whole_files_equal_pefts_merge_rounded_once(based, adapter):
                 assert got.tobytes() == base[name].tobytes(), name
                 continue
             exact = golden[name]
-            # Rounded once: equal to golden's rounding but for sums that lie on the edge.
+            # Rounded once: equal to golden's rounding except for sums halfway between two values.
             same = got.view(np.uint16) == exact.astype(ml_dtypes.bfloat16).view(np.uint16)
             assert same.mean() > 0.995, name
             assert (np.abs(got.astype(np.float32) - exact) <= np.abs(exact) * 2.0**-8 + 1e-7).all()
@@ -306,7 +306,7 @@ def test_an_overwritten_base_aborts_a_download(tmp_path):
     content = path.read_bytes()
     replaced = path.with_suffix(".new")
     replaced.write_bytes(content[:-4] + b"\0\0\0\0")
-    replaced.rename(path)  # another inode: what runs goes on with what it has
+    replaced.rename(path)  # a new inode: downloads in flight keep the old file
     assert b"".join(bytes(piece()) for piece in file.pieces(0, file.size_bytes)) == content
     after = MergedModel(folder.get("b"), [Ingredient(made, '"e"')])
     assert after.digest != before.digest

@@ -47,7 +47,7 @@ def names(*some):
 
 
 def exact(client, module, x):
-    """What the native path gives for the same vectors."""
+    """The outputs of /v1 for the same vectors."""
     body = {"inputs": x.astype(np.float32).tolist()}
     answer = client.post(f"/v1/sets/plain/adapters/{module}/apply", json=body)
     return np.array(answer.json()["outputs"], np.float32)

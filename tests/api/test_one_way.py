@@ -1,4 +1,4 @@
-"""The fast lane, the framework behind the guard, and another ASGI server give the same answers."""
+"""The fast lane, FastAPI with the guarded protocol, and a plain ASGI server respond the same."""
 
 import contextlib
 import itertools
@@ -35,7 +35,7 @@ INFER = "/v2/models/plain/infer"
 
 @pytest.fixture
 def clients(settings):
-    """One application behind the fast lane, behind the guard alone, and behind another protocol."""
+    """One application served by the fast lane, by the guarded protocol, and by h11."""
     app = create_app(settings)
     with contextlib.ExitStack() as stack:
         made = []
@@ -69,7 +69,7 @@ def infer_json(x, name=Q_PROJ, **fields):
 
 
 def corpus():
-    """Requests of every kind to the routes that the fast lane takes: path, body, headers."""
+    """Requests of every kind to the routes of the fast lane: path, body, headers."""
     x = batch()
     text = json.dumps({"inputs": x.tolist()})
     nan = x.copy()
@@ -189,7 +189,7 @@ def raw(path, body, headers=BINARY, method="POST"):
 
 
 def read_answer(connection, rest=b""):
-    """Status, body, and what already came of the next answer."""
+    """Status, body, and the bytes already received of the next response."""
     while b"\r\n\r\n" not in rest:
         part = connection.recv(1 << 16)
         assert part, rest
@@ -204,7 +204,7 @@ def read_answer(connection, rest=b""):
 
 
 def exchange(client, sent, count, pieces):
-    """The answers to raw bytes that come in `pieces`."""
+    """The responses to raw bytes sent in `pieces`."""
     with connect(client) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -249,7 +249,7 @@ def test_pipelined_requests_in_pieces_of_any_size(clients, pieces):
 
 
 def test_hundreds_of_requests_at_once(clients):
-    """They take turns with others, and come back in their order."""
+    """They take turns with other connections, and the responses keep their order."""
     bodies = [body_of(batch(seed=seed)) for seed in range(3)]
     right = [clients[1].post(ONE, content=body, headers=BINARY).content for body in bodies]
     order = [number % 3 for number in range(400)]
@@ -313,7 +313,7 @@ def test_a_changed_set_is_visible_immediately(clients):
 
 @pytest.mark.parametrize("served", [0, 1], ids=["fast lane", "framework"])
 class TestHeads:
-    """Limits of a request head, whoever parses it."""
+    """Limits of a request head, with each parser."""
 
     def lines(self, count, size=10):
         return {f"X-{number}": "v" * size for number in range(count)}
@@ -410,7 +410,7 @@ def test_the_body_of_a_refused_request_is_skipped(clients):
 
 
 def test_an_error_instead_of_100_continue_closes_the_connection(clients):
-    """Nobody knows whether the body will come."""
+    """The client may or may not send the body."""
     with connect(clients[0]) as connection:
         size = 1 << 17
         head = raw(ONE.replace(Q_PROJ, "nothing"), bytes(size), {"Expect": "100-continue"})[:-size]

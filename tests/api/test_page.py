@@ -1,4 +1,4 @@
-"""What a browser shows comes from the service alone, and is what was vendored."""
+"""The documentation page loads files of this service only, and they are the vendored ones."""
 
 import hashlib
 import json

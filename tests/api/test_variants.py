@@ -189,7 +189,7 @@ def test_ignored_tensors_are_left_out(client, rng):
 
 
 def test_an_upload_is_written_once_and_its_header_fits(client, store, rng):
-    """The data stays where it arrived; only the header before it is written."""
+    """The data stays in its file; only the header before it is written."""
     many = {}
     for layer in range(300):
         many |= peft_tensors(rng, module=f"model.layers.{layer}.self_attn.q_proj")

@@ -1,4 +1,4 @@
-"""Rows so wide that a sum in float32 shows: DoRA's norms, by every way in which they are asked for.
+"""Rows so wide that float32 sums would lose digits: DoRA's norms, by every route that needs them.
 
 A row of n equal numbers v has the norm sqrt(n) |v|. Adding the constant v² to a growing float32
 rounds the same way for a whole binade, so a float32 sum of a million terms is off by more than

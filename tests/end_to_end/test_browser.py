@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def browse(url, folder):
-    """The page at `url` once its scripts have run, its console lines, and what it asked for."""
+    """The page at `url` after its scripts have run, its console lines, and its requests."""
     requests = folder / "requests.json"
     own = [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={requests}"]
     done = subprocess.run(

@@ -25,7 +25,7 @@ COMMAND = str(Path(sys.executable).parent / "bonsai-lora")
 
 @contextlib.contextmanager
 def running(*flags, port="0", command=(COMMAND,), **variables):
-    """Run `bonsai-lora serve` on a free port; give where it says it serves, and its process."""
+    """Run `bonsai-lora serve` on a free port; yield the address from its log and its process."""
     process = subprocess.Popen(
         [*command, "serve", *([] if port is None else ["--port", port]), *flags],
         stderr=subprocess.PIPE,
@@ -165,7 +165,7 @@ def test_shared_memory_is_a_switch_for_the_loopback_only(tmp_path, capsys):
 
 
 def test_sigterm_in_the_middle_of_a_long_body(tmp_path):
-    """The request is finished, and the connection takes no other."""
+    """The request is completed, and the connection accepts no other."""
     with running("--store", str(tmp_path)) as (url, process):
         httpx.post(f"{url}/v1/sets", json={"name": "s"})
         httpx.put(f"{url}/v1/sets/s/adapters/m", json={"d_in": 256, "d_out": 2})

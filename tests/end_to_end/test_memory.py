@@ -16,7 +16,7 @@ from bonsai_lora.formats import safetensors
 MODULE = "model.layers.0.self_attn.q_proj"
 WIDTH = 4_000_000
 SIZE = 2 * 4 * WIDTH
-COPIES = 2 * SIZE  # what A would take as float32; the allocator keeps some MiB of bodies
+COPIES = 2 * SIZE  # the size of A as float32; the allocator keeps some MiB of bodies
 
 
 def private_bytes(pid):

@@ -53,7 +53,7 @@ def serve(path, store, *flags):
 
 
 def put_random(client, rng, rank, d_in, d_out):
-    """Make the set `s` with a module `m`; give its matrices."""
+    """Create the set `s` with a module `m`; return its matrices."""
     client.post("/v1/sets", json={"name": "s"}).raise_for_status()
     a = rng.standard_normal((rank, d_in)).astype(np.float32)
     b = rng.standard_normal((d_out, rank)).astype(np.float32)

@@ -39,7 +39,7 @@ def wait_until_ready(url):
 
 
 def fresh(url, path, method="GET", **options):
-    """A request on a connection of its own, so that any worker may take it."""
+    """A request on its own connection, so that any worker may serve it."""
     return httpx.request(method, url + path, timeout=30, **options)
 
 
@@ -148,7 +148,7 @@ def test_kill_9_at_any_moment_loses_nothing_acknowledged(tmp_path, round_):
         acknowledged = int(([first, *process.stdout.readlines()])[-1])
     store = SetStore(tmp_path)
     stored = store.read("s")
-    # What was acknowledged is there; one more may have been written but not said.
+    # Acknowledged writes are there; one more may have been written but not acknowledged.
     assert stored.record.version in (acknowledged, acknowledged + 1)
     assert stored.record.config.alpha == stored.record.version
     assert stored.lora_set.registry.get("up_proj").rank == stored.record.version % 7 + 1
@@ -228,7 +228,7 @@ def fill(store, **limits):
 
 
 def test_a_full_disk_changes_nothing(tmp_path):
-    """A tmpfs of one megabyte is filled; where mounting is not allowed, a limit on file sizes."""
+    """Fill a tmpfs of one megabyte, or reach a limit of file sizes if mounting is not allowed."""
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)],
         capture_output=True,
@@ -256,7 +256,7 @@ def test_a_read_only_folder(tmp_path):
 
 
 def test_a_read_only_store_serves_and_refuses_changes(tmp_path):
-    """A bind mount made read-only under a running service; skipped where mounting is not allowed."""
+    """Remount the store read-only under a running service; skipped if mounting is not allowed."""
     store = tmp_path / "store"
     SetStore(store)
     bound = subprocess.run(

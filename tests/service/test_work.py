@@ -20,7 +20,7 @@ from bonsai_lora.wire.media import Form
 
 
 def order_of(nanoseconds):
-    """Three pieces of work that become ready together, and what else the loop does meanwhile."""
+    """Three pieces of work that become ready together, and the event loop's other callbacks."""
     seen = []
 
     async def look():

@@ -43,7 +43,7 @@ def with_keys(**keys):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A store with the set `s`; give the folder of its files."""
+    """Create a store with the set `s`; return the folder of its files."""
     store = SetStore(tmp_path)
     made = BonsaiLoraSet.new(LoraConfig(rank=2), "base", "s").add_mlp_adapters(8, 16)
     with store.lock("s"):

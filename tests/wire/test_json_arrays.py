@@ -1,4 +1,4 @@
-"""JSON whose lists became arrays is what the ordinary reader makes of it, or goes to that one."""
+"""JSON parsed with arrays equals JSON parsed with lists."""
 
 import json as standard
 
