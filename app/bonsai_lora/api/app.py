@@ -139,7 +139,7 @@ def create_default_app() -> FastAPI:
 
 def _include_routers(app: FastAPI) -> list[BaseRoute]:
     """Add all routes to `app`, and return them."""
-    routes = [route for route in app.routes if isinstance(route, Route)]
+    routes: list[BaseRoute] = [route for route in app.routes if isinstance(route, Route)]
     for router in _ROUTERS:
         strict = [Depends(refuse_unknown_query)] if router in _STRICT_ROUTERS else None
         for one in (router, _heads_of(router)):
