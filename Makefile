@@ -54,8 +54,9 @@ mutants-known: setup-dev ## check that the tests detect known mistakes, put into
 test-peers: setup-dev $(VENV)/.peers ## compare results with torch, peft and safetensors
 	@$(BIN)/python -m pytest -q -m peers
 
-test-page: setup-dev ## test the documentation page in Chromium
+test-page: setup-dev $(VENV)/.page ## test the page in Chromium, and the TypeScript of the documentation
 	@$(BIN)/python -m pytest -q -m page
+	@$(BIN)/python -m pytest -q tests/test_documents_run.py
 
 setup: $(VENV)/.run
 
@@ -81,6 +82,11 @@ $(VENV)/.dev: requirements-dev.lock $(VENV)/.run
 $(VENV)/.peers: requirements-peers.txt $(VENV)/.dev
 	@echo "installing from requirements-peers.txt"
 	@$(PIP) install -r requirements-peers.txt
+	@touch $@
+
+$(VENV)/.page: requirements-page.txt $(VENV)/.dev
+	@echo "installing from requirements-page.txt"
+	@$(PIP) install --only-binary :all: -r requirements-page.txt
 	@touch $@
 
 $(VENV)/.bench: requirements-bench.txt $(VENV)/.dev

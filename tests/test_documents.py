@@ -54,13 +54,31 @@ def test_every_documented_code_exists():
     assert set(codes) <= {kind.code for kind in all_errors()}
 
 
-def test_error_codes_are_one_of_a_kind():
+def test_error_codes_are_unique():
     codes = [kind.code for kind in all_errors() if kind is not errors.RouteNotFoundError]
     assert len(codes) == len(set(codes))
 
 
 def test_the_document_is_what_the_code_says():
     assert (ROOT / "openapi" / "openapi.json").read_text() == render(), "run make openapi"
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+
+
+def anchors_of(page):
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one).lower().replace(" ", "-") for one in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert link.startswith("https://") or target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
 
 
 def operations():

@@ -321,8 +321,8 @@ def _no_outputs(model: Model, request: InferRequest) -> str:
         )
     widths = sorted({one.d_in for one in model.adapters.values()})
     return (
-        f"unexpected shape {format_shape(shared.shape)} for input '{SHARED_INPUT}' for model "
-        f"'{model.name}'; expected [-1,{' or '.join(map(str, widths[:8]))}]"
+        f"unexpected shape for input '{SHARED_INPUT}' for model '{model.name}'. Expected "
+        f"[-1,{' or '.join(map(str, widths[:8]))}], got {format_shape(shared.shape)}"
     )
 
 
@@ -343,8 +343,8 @@ def _find_source(request: InferRequest, output: str) -> InferInput | None:
 def _check_width(model: Model, source: InferInput, d_in: int) -> None:
     if len(source.shape) not in (1, 2) or source.shape[-1] != d_in:
         raise ShapeMismatchError(
-            f"unexpected shape {format_shape(source.shape)} for input '{source.name}' for model "
-            f"'{model.name}'; expected [-1,{d_in}]",
+            f"unexpected shape for input '{source.name}' for model '{model.name}'. Expected "
+            f"[-1,{d_in}], got {format_shape(source.shape)}",
             field=source.name,
             got=list(source.shape),
             expected=[-1, d_in],

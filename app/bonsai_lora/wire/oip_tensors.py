@@ -50,8 +50,8 @@ def check_floats(tensor: InferInput) -> np.dtype[Any]:
         got = content.byte_size if isinstance(content, Placement) else len(content)
         if got != expected:
             raise ShapeMismatchError(
-                f"input byte size mismatch for input '{name}': got {got}; expected {expected} for "
-                f"shape {format_shape(shape)} of {tensor.datatype}",
+                f"input byte size mismatch for input '{name}'. Expected {expected} for shape "
+                f"{format_shape(shape)} of {tensor.datatype}, got {got}",
                 field=name,
             )
     return dtype
