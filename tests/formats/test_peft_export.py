@@ -82,7 +82,7 @@ def test_any_ranks_and_scalings_come_back(drawn):
 
 @pytest.mark.parametrize("rank", range(1, 12))
 @pytest.mark.parametrize("alpha", [1.0, 8.0, 0.3, 16.0])
-def test_what_all_modules_share_is_said_once(rank, alpha):
+def test_what_all_modules_share_is_written_once(rank, alpha):
     """An upload's scaling is kept in the shortest form of its float32, not in its binary one."""
     config = decode_config(
         json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": alpha}).encode()

@@ -67,7 +67,7 @@ def test_shapes_that_agree(kind):
     ],
     ids=str,
 )
-def test_factors_of_another_rank_or_shape(kind, shapes):
+def test_factors_of_a_different_rank_or_shape(kind, shapes):
     with pytest.raises(InvalidAdapterError, match=r"rank|not matrices"):
         decode(*made(kind, **shapes))
 
@@ -76,7 +76,7 @@ def test_factors_of_another_rank_or_shape(kind, shapes):
 @pytest.mark.parametrize(
     "shape", [(), (1,), (D_OUT - 1,), (D_OUT + 1,), (1, D_OUT), (D_OUT, 1), (D_IN,)], ids=str
 )
-def test_vectors_of_another_shape(kind, shape):
+def test_vectors_of_a_different_shape(kind, shape):
     with pytest.raises(InvalidAdapterError, match="shape"):
         decode(*made(kind, vector_shape=shape))
 
