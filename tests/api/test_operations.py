@@ -66,7 +66,7 @@ def test_the_frameworks_errors_are_problems(client):
     assert_problem(client.get("/nothing"), 404, "not_found")
     answer = client.patch("/v1/sets/x")
     assert_problem(answer, 405, "method_not_allowed")
-    assert answer.headers["allow"] == "DELETE, GET, PUT"
+    assert answer.headers["allow"] == "DELETE, GET, HEAD, PUT"
     answer = client.post("/healthz")
     assert_problem(answer, 405, "method_not_allowed")
     assert_problem(client.get("/v1/sets?limit=x"), 422, "invalid_request")

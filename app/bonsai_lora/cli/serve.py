@@ -43,8 +43,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     for name, field in Settings.model_fields.items():
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
-        default = "" if field.default_factory or field.default is None else f" ({field.default})"
-        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        is_switch = field.annotation is bool
+        has_default = not (is_switch or field.default_factory or field.default is None)
+        default = f" (default: {field.default})" if has_default else ""
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if is_switch else {}
         parser.add_argument(
             _flag(name),
             dest=name,

@@ -16,7 +16,9 @@ from bonsai_lora.service.stats import module_stats, store_stats
 
 router = APIRouter(tags=["statistics"])
 
-Count = Annotated[int, Query(ge=0, le=2**63 - 1)]
+Width = Annotated[int, Query(ge=0, le=2**63 - 1, description="width of the module")]
+Rank = Annotated[int, Query(ge=0, le=2**63 - 1, description="rank of the adapters")]
+Budget = Annotated[int, Query(ge=0, le=2**63 - 1, description="memory for all adapters, in bytes")]
 
 
 @router.get(
@@ -82,7 +84,7 @@ async def get_stats(context: ContextDep) -> schemas.StoreStatsInfo:
     summary="Estimate how many adapters fit in a budget",
     responses=problems(errors.InvalidRequestError),
 )
-async def estimate(d_in: Count, d_out: Count, rank: Count, budget_bytes: Count) -> schemas.Estimate:
+async def estimate(d_in: Width, d_out: Width, rank: Rank, budget_bytes: Budget) -> schemas.Estimate:
     """Returns 0 if not even one adapter fits, or if adapters have no parameters."""
     return schemas.Estimate(
         adapters=LoraRegistry.estimate_adapters_for_budget(d_in, d_out, rank, budget_bytes),
