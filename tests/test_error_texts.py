@@ -125,6 +125,8 @@ REQUESTS = [
     (errors.InvalidRequestError, "POST", APPLY, {"json": {"inputs": [[1.0, None]]}}),
     (errors.InvalidRequestError, "POST", f"{APPLY}?scale=x", {"json": {"inputs": [ROW]}}),
     (errors.InvalidRequestError, "POST", f"{APPLY}?dtype=F16", {"json": {"inputs": [ROW]}}),
+    (errors.InvalidRequestError, "GET", "/v1/sets?page=1", {}),
+    (errors.InvalidRequestError, "GET", "/v1/bases?page=1", {}),
     (errors.InvalidRequestError, "POST", "/v1/sets", {"json": {}}),
     (
         errors.InvalidRequestError,

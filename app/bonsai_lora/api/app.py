@@ -91,8 +91,8 @@ _ROUTERS = [
 ]
 
 _STRICT_ROUTERS = [one.router for one in (sets, adapters, merge, bases_routes, stats)]
-"""Those whose routes refuse unknown query parameters; apply reads its own, and clients of the hub
-and of the Open Inference Protocol send more than they need."""
+"""Routers that refuse unknown query parameters. Apply parses its own; clients of the Hub and of the
+Open Inference Protocol send additional ones."""
 
 _log = logging.getLogger("bonsai_lora")
 
@@ -100,9 +100,9 @@ _log = logging.getLogger("bonsai_lora")
 def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     """Return the application for the store that `settings` names.
 
-    Chooses what computes, and compiles what applies need, so the first one is as fast as the
-    second. `shared` is a folder that all workers of the service share while it runs; by default a
-    temporary folder that is deleted with the application.
+    Chooses the backend and compiles its kernels, so that the first apply is as fast as the second.
+    `shared` is a folder that all workers of the service share while it runs; by default a temporary
+    folder that is deleted with the application.
     """
     choose_backend(settings)
     store = open_store(settings)

@@ -167,7 +167,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = _allowed_methods(routes, request.scope)
             problem = errors.MethodNotAllowedError(
-                f"{method} is not allowed at {path!r}; use {' or '.join(allowed)}",
+                f"{method} is not allowed at {path!r}; use one of {', '.join(allowed)}",
                 got=method,
                 expected=allowed,
             )

@@ -1,4 +1,4 @@
-"""Query parameters that a route does not have are refused: a misspelled one would do nothing."""
+"""Refuse unknown query parameters, since a misspelled one would be ignored silently."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,7 +9,7 @@ from bonsai_lora.errors import InvalidRequestError
 
 
 async def refuse_unknown_query(request: Request) -> None:
-    """Raise InvalidRequestError for the first query parameter that the route does not have."""
+    """Raise InvalidRequestError for the first query parameter that is unknown to the route."""
     if not request.scope["query_string"]:
         return
     route: APIRoute = request.scope["route"]
@@ -21,7 +21,7 @@ def check_known(given: Iterable[str], known: Sequence[str]) -> None:
     """Raise InvalidRequestError for the first name in `given` that is not in `known`."""
     for name in given:
         if name not in known:
-            expected = f"this route accepts {', '.join(known)}" if known else "this route has none"
+            expected = f"expected one of {', '.join(known)}" if known else "remove it"
             raise InvalidRequestError(
                 f"unknown query parameter {name[:100]!r}; {expected}",
                 got=name[:100],
