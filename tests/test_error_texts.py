@@ -4,6 +4,7 @@ tests/data/error_texts.txt has all of them, to be read from top to bottom. After
 `python tests/test_error_texts.py` writes it again.
 """
 
+import ast
 import contextlib
 import errno
 import inspect
@@ -52,11 +53,21 @@ ROW = [0.0] * 64
 VERBS = frozenset(
     re.findall(
         r"\w+",
-        "accept add apply choose delete DELETE expected fetch free GET give it look lower name raise request"
-        " register retry save see send split start upgrade use",
+        "accept add apply choose delete DELETE expected fetch free GET give it look lower name raise"
+        " register remove request retry save see send split start upgrade use",
     )
 )
 """First words of what to do. `expected …` and `it should …` describe what to send instead."""
+
+PACKAGE = Path(errors.__file__).parent
+FOLDERS = ("api", "cli", "fast_lane", "service", "storage", "wire")
+OF_TRITON = (
+    "unexpected shape for input",
+    "input byte size mismatch",
+    "should be at least",
+    "Please use the binary data format",
+)
+"""Texts that Triton's clients search for have Triton's wording."""
 
 REQUESTS = [
     (
@@ -318,6 +329,33 @@ def test_a_text_says_what_is_wrong_then_what_to_do(texts, kind):
         )
         assert text == text.strip(), text
         assert not text.endswith("."), text
+
+
+def test_no_text_in_the_code_ends_with_what_is_wrong():
+    for path in (file for folder in FOLDERS for file in (PACKAGE / folder).rglob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and call.args and is_error(call.func):
+                text = literal(call.args[0])
+                is_complete = (
+                    not text.strip() or "; " in text or any(one in text for one in OF_TRITON)
+                )
+                assert is_complete, f"{path}:{call.lineno}: {text}"
+
+
+def is_error(function):
+    name = getattr(function, "attr", getattr(function, "id", ""))
+    kind = getattr(errors, name, None)
+    # Reasons why a file in the store is unreadable go to the log, not to a client.
+    return inspect.isclass(kind) and kind is not errors.MalformedSafetensorsError
+
+
+def literal(node):
+    """Return the constant parts of a string expression."""
+    return "".join(
+        one.value
+        for one in ast.walk(node)
+        if isinstance(one, ast.Constant) and isinstance(one.value, str)
+    )
 
 
 def test_the_written_texts_are_those_of_the_service(texts):
