@@ -75,7 +75,7 @@ def _find(request: Request, context: ContextDep, model: ModelPath) -> Model:
     return find_model(context.store, model, request.path_params.get("version"))
 
 
-FoundModel = Annotated[Model, Depends(_find)]
+ModelDep = Annotated[Model, Depends(_find)]
 
 
 def _of_model(ending: str, what: str, summary: str) -> Callable[[Endpoint], Endpoint]:
@@ -136,7 +136,7 @@ async def get_all_statistics(context: ContextDep) -> oip_schemas.ModelStatistics
 
 
 @_of_model("", "", "Show a model's metadata")
-async def get_model(model: FoundModel) -> oip_schemas.ModelMetadata:
+async def get_model(model: ModelDep) -> oip_schemas.ModelMetadata:
     """A model's inputs and outputs are named after its modules. The input `x` feeds every
     requested output that has no input of its own.
     """
@@ -150,21 +150,19 @@ async def get_model(model: FoundModel) -> oip_schemas.ModelMetadata:
 
 
 @_of_model("/ready", "_ready", "Is the model ready?")
-async def get_model_ready(model: FoundModel) -> oip_schemas.ModelReady:
+async def get_model_ready(model: ModelDep) -> oip_schemas.ModelReady:
     """Every set that exists is ready."""
     return oip_schemas.ModelReady(name=model.name)
 
 
 @_of_model("/config", "_config", "Show a model's configuration")
-async def get_model_config(model: FoundModel) -> oip_schemas.ModelConfig:
+async def get_model_config(model: ModelDep) -> oip_schemas.ModelConfig:
     """Uses the fields of Triton's model configuration."""
     return oip_schemas.ModelConfig(**models.config_of(model))
 
 
 @_of_model("/stats", "_statistics", "Show a model's statistics")
-async def get_model_statistics(
-    context: ContextDep, model: FoundModel
-) -> oip_schemas.ModelStatistics:
+async def get_model_statistics(context: ContextDep, model: ModelDep) -> oip_schemas.ModelStatistics:
     """Totals over all workers since the service started or the set last changed; durations in
     nanoseconds.
     """
@@ -252,7 +250,7 @@ async def get_index(request: Request, context: ContextDep) -> list[oip_schemas.I
     openapi_extra=optional_body(oip_schemas.RepositoryRequest),
     responses=empty_responses() | oip_errors(400, 404, 501, 503),
 )
-async def load_model(request: Request, context: ContextDep, model: FoundModel) -> Response:
+async def load_model(request: Request, context: ContextDep, model: ModelDep) -> Response:
     """Loads the set before its first request. Sets are created and changed under /v1/sets."""
     requested = await _read_optional(request, oip_schemas.RepositoryRequest)
     if requested.parameters:
@@ -275,7 +273,7 @@ async def load_model(request: Request, context: ContextDep, model: FoundModel) -
     openapi_extra=optional_body(oip_schemas.RepositoryRequest),
     responses=empty_responses() | oip_errors(400, 404, 503),
 )
-async def unload_model(request: Request, context: ContextDep, model: FoundModel) -> Response:
+async def unload_model(request: Request, context: ContextDep, model: ModelDep) -> Response:
     """The set is kept, and is opened again on its next use."""
     await _read_optional(request, oip_schemas.RepositoryRequest)
     context.store.forget(model.name)
