@@ -44,7 +44,7 @@ SHAPES = {**LINEAR, EMBEDDING: (11, 8), HEAD: (8, 11)}
 NAMES = ("a", "b", "c")
 
 relaxed = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
 )

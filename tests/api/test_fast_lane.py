@@ -299,7 +299,7 @@ def test_unread_responses_outlive_the_keep_alive_timeout(app):
             connection.connect((client.base_url.host, client.base_url.port))
             sent = (head_of(len(body)) + body) * 2
             threading.Thread(target=connection.sendall, args=(sent,)).start()
-            time.sleep(3)
+            time.sleep(1.8)
             rest = b""
             for _ in range(2):
                 status, answer, rest = read_answer(connection, rest)

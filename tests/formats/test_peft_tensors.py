@@ -52,6 +52,29 @@ def test_tensors_that_agree_come_back_under_their_names(kind):
     assert all(back[name] is one for name, one in named.items())
 
 
+def test_tensors_of_several_modules_come_back():
+    named = {}
+    for module in ("a.q_proj", "b.q_proj", "c.q_proj"):
+        for half, shape in (("A", (R, D_IN)), ("B", (D_OUT, R))):
+            named[f"base_model.model.{module}.lora_{half}.weight"] = np.ones(shape, np.float32)
+    named["base_model.model.lm_head.weight"] = np.ones((3, 3), np.float32)
+    named["base_model.model.norm.weight"] = np.ones(3, np.float32)
+    config = peft_config(r=R, modules_to_save=["lm_head", "norm"])
+    found = decode_adapter(decode_config(json.dumps(config).encode()), named, "s")
+    back = set_tensors(found.lora_set)
+    assert back.keys() == named.keys()
+    assert all(back[name] is one for name, one in named.items())
+
+
+@pytest.mark.parametrize(("value", "count"), [(True, 1), (False, 0), (None, 0)])
+def test_fan_in_fan_out_is_a_warning(value, count):
+    config, tensors = made("plain")
+    config["fan_in_fan_out"] = value
+    named = {f"base_model.model.{one}": array for one, array in tensors.items()}
+    found = decode_adapter(decode_config(json.dumps(config).encode()), named, "s")
+    assert sum("fan_in_fan_out" in one for one in found.warnings) == count
+
+
 COPY = np.ones((10, 6), np.float32)
 
 
