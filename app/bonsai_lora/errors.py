@@ -57,7 +57,8 @@ from typing import Any, ClassVar
 class BonsaiLoraError(Exception):
     """An expected refusal: a stable code, a sentence for a person, and the values it is about."""
 
-    code: ClassVar[str] = "error"
+    code: str = "error"
+    """Of the class; the service's, where a client raises it for an answer."""
     title: ClassVar[str] = "Error"
 
     def __init__(self, detail: str, **values: Any) -> None:

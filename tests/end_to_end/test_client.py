@@ -14,7 +14,8 @@ from conftest import TINY, read_tensors, serving
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.cli.main import main
-from bonsai_lora.cli.pull import MARKS, Progress
+from bonsai_lora.cli.progress import ProgressLine
+from bonsai_lora.client.download import MARKS
 
 
 @pytest.fixture
@@ -81,10 +82,10 @@ def test_the_service_says_where_a_number_is_none(run, monkeypatch):
         assert "inputs[0][1] is" in err
 
 
-def test_what_is_no_url(capsys):
+def test_wrong_urls(capsys):
     for url in ("foo", "ftp://localhost", "http://a:b"):
         assert main(["ls", "--url", url]) == 2
-        assert "is no URL" in capsys.readouterr().err
+        assert "is not the URL of a service" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
@@ -171,8 +172,8 @@ def test_progress_shows_rate_and_time_left(monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
-    with Progress(2_000_000) as progress:
-        progress.add(1_000_000)
-        progress.add(1_000_000)
+    with ProgressLine() as line:
+        line.update(1_000_000, 2_000_000)
+        line.update(2_000_000, 2_000_000)
     assert "100% 2/2 MB" in screen.getvalue()
     assert "s left" in screen.getvalue()

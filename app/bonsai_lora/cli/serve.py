@@ -24,6 +24,7 @@ from uvicorn.supervisors import Multiprocess
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
+from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
 from bonsai_lora.core.crew import set_threads
 from bonsai_lora.core.json_numbers import prepare
 from bonsai_lora.kernels.target import may_run_new_code
@@ -200,6 +201,7 @@ def _raise_file_limit() -> None:
 
 def _warn_of_unknown_variables() -> None:
     known = {f"BONSAI_LORA_{name.upper()}" for name in Settings.model_fields}
+    known |= {URL_VARIABLE, TOKEN_VARIABLE}  # the client's
     for name in sorted(os.environ):
         if name.startswith("BONSAI_LORA_") and name not in known:
             _log.warning("%s is no setting; see bonsai-lora serve --help", name)
