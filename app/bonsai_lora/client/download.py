@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import httpx
 
 from bonsai_lora.client.answers import PulledFile
-from bonsai_lora.client.call import BLOCK_BYTES, Call
+from bonsai_lora.client.call import Call
 from bonsai_lora.client.calls.bases import resolve
 
 MARKS = ".bonsai-pull"
@@ -144,7 +144,7 @@ def _append(source: Source, model: str, commit: str, file: _File, progress: "_Pr
         done = start if answer.status_code == httpx.codes.PARTIAL_CONTENT else 0
         with file.partial.open("ab" if done else "wb") as out:
             progress.set(file.path, done)
-            for block in answer.iter_raw(BLOCK_BYTES):
+            for block in answer.iter_raw():  # as received: nothing is lost if the connection breaks
                 if progress.is_stopped:
                     return
                 out.write(block)

@@ -8,11 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import httpx
-import numpy as np
 import numpy.typing as npt
 
 from bonsai_lora.client.answers import Applied, AppliedMany, Inferred, Row
-from bonsai_lora.client.call import BLOCK_BYTES, query_of
+from bonsai_lora.client.call import BLOCK_BYTES
 from bonsai_lora.wire import requests
 
 Array = npt.NDArray[Any]
@@ -93,32 +92,28 @@ def decode_inferred(answer: httpx.Response) -> Inferred:
 
 
 class Blocks:
-    """The bytes of a matrix in blocks, from the start each time it is iterated."""
+    """Parts of a body in blocks, from the start each time it is iterated."""
 
-    def __init__(self, raw: memoryview) -> None:
-        self._raw = raw
+    def __init__(self, parts: Sequence[bytes | memoryview]) -> None:
+        self._parts = parts
 
     def __iter__(self) -> Iterator[bytes]:
         """Give the blocks."""
-        starts = range(0, len(self._raw), BLOCK_BYTES)
-        return (bytes(self._raw[start : start + BLOCK_BYTES]) for start in starts)
+        for part in self._parts:
+            for start in range(0, len(part), BLOCK_BYTES):
+                yield bytes(part[start : start + BLOCK_BYTES])
 
 
-def merge_fields(weights: npt.ArrayLike) -> dict[str, Any]:
+def merge_body(weights: npt.ArrayLike) -> dict[str, Any]:
     """Return the fields of a call that merges `weights`, (d_out, d_in)."""
-    array, dtype, raw = requests.encode_matrix(weights, "weights")
-
-    def decode(answer: httpx.Response) -> Array:
-        if len(answer.content) != array.nbytes:
-            raise httpx.DecodingError(
-                f"the merged weights have {len(answer.content)} bytes, expected {array.nbytes}",
-                request=answer.request,
-            )
-        return np.frombuffer(answer.content, array.dtype).reshape(array.shape).copy()
-
+    parts = requests.encode_weights(weights)
+    length = str(sum(map(len, parts)))
     return {
-        "headers": {"Content-Type": RAW, "Content-Length": str(array.nbytes)},
-        "query": query_of(dtype=dtype),
-        "content": Blocks(raw),
-        "decode": decode,
+        "headers": {"Content-Type": BINARY, "Content-Length": length},
+        "content": Blocks(parts),
     }
+
+
+def decode_weights(answer: httpx.Response) -> Array:
+    """Return the merged weights of an answer."""
+    return decode_tensors(answer)["weights"]

@@ -10,7 +10,6 @@ import numpy.typing as npt
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, FLOAT32, Array
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, RaggedInputError
 from bonsai_lora.formats import safetensors
-from bonsai_lora.formats.dtypes import DTYPE_NAMES
 from bonsai_lora.wire.oip import BYTES, DATATYPES
 from bonsai_lora.wire.stacks import SETS
 
@@ -52,28 +51,20 @@ def decode_tensors(body: bytes) -> tuple[dict[str, Array], Mapping[str, str]]:
     return {name: array.copy() for name, array in arrays.items()}, metadata
 
 
-class RawMatrix(NamedTuple):
-    """A matrix as raw bytes, row by row."""
+def encode_weights(value: npt.ArrayLike) -> list[bytes | memoryview]:
+    """Return a safetensors body with the tensor `weights` in its own dtype, in parts.
 
-    array: Array
-    dtype: str
-    """Name on the wire."""
-    raw: memoryview
-
-
-def encode_matrix(value: npt.ArrayLike, name: str) -> RawMatrix:
-    """Return a matrix in its own dtype, not copied if it is contiguous.
-
-    Raises InvalidRequestError unless it is float32, float16 or bfloat16.
+    A contiguous array is not copied. Raises InvalidRequestError unless it is float32, float16 or
+    bfloat16.
     """
     array = np.ascontiguousarray(value)
     if array.dtype not in _KEPT:
         raise InvalidRequestError(
-            f"{name!r} is an array of {array.dtype}, which would be rounded; convert it to "
-            "float32, float16 or bfloat16 first",
-            field=name,
+            f"the weights are {array.dtype}, which would be rounded; convert them to float32, "
+            "float16 or bfloat16 first",
+            field="weights",
         )
-    return RawMatrix(array, DTYPE_NAMES[array.dtype], safetensors.as_bytes(array))
+    return safetensors.encode_parts({"weights": array})
 
 
 def encode_stack(weights: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -26,11 +26,16 @@ def merge(
     The sum is made in float32 and rounded once, to nearest even. `unmerge` subtracts. Raises
     ShapeMismatchError, InvalidRequestError for other dtypes.
     """
-    from bonsai_lora.client.tensors import merge_fields  # noqa: PLC0415 - loads NumPy
+    from bonsai_lora.client import tensors  # noqa: PLC0415 - loads NumPy
 
-    fields = merge_fields(weights)
-    fields["query"] += query_of(unmerge=unmerge or None)
-    return Call(method="POST", path=_path(set_name, module), is_pure=True, **fields)
+    return Call(
+        method="POST",
+        path=_path(set_name, module),
+        query=query_of(unmerge=unmerge or None),
+        decode=tensors.decode_weights,
+        is_pure=True,
+        **tensors.merge_body(weights),
+    )
 
 
 def merge_blocks(
