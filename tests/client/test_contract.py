@@ -15,7 +15,8 @@ from bonsai_lora.client.call import Call
 from bonsai_lora.client.calls import adapters, applying, bases, inference, merging, sets, stats
 from bonsai_lora.errors import InvalidNameError
 
-OPENAPI = json.loads((Path(__file__).parents[2] / "openapi" / "openapi.json").read_text())
+ROOT = Path(__file__).parents[2]
+OPENAPI = json.loads((ROOT / "openapi" / "openapi.json").read_text())
 MODULES = (adapters, applying, bases, inference, merging, sets, stats)
 
 X = np.ones((1, 4), np.float32)
@@ -115,6 +116,13 @@ def test_both_clients_have_every_call_with_its_docstring_and_parameters(client):
         own = list(inspect.signature(method).parameters.values())
         assert own[0].name == "self"
         assert own[1:] == list(inspect.signature(make).parameters.values())
+
+
+def test_every_method_is_documented():
+    page = (ROOT / "docs" / "python-client.md").read_text()
+    for name, _ in inspect.getmembers(bonsai_lora.Client, inspect.isfunction):
+        if not name.startswith("_") and name not in ("send", "stream", "close"):
+            assert f"`{name}`" in page
 
 
 SCHEMAS = {

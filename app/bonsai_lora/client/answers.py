@@ -5,7 +5,7 @@ A newer service may add keys; those are kept.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -30,13 +30,13 @@ class Config(TypedDict, total=False):
     target_modules: list[str]
 
 
-class Attention(TypedDict, total=False):
-    """Widths of q_proj, k_proj, v_proj and o_proj; the first two keys are required."""
+class Attention(TypedDict):
+    """Widths of q_proj, k_proj, v_proj and o_proj."""
 
     hidden_size: int
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    num_kv_heads: NotRequired[int]
+    head_dim: NotRequired[int]
 
 
 class Mlp(TypedDict):

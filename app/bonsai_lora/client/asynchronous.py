@@ -58,7 +58,9 @@ class AsyncClient:
     ) -> None:
         options = connection.options_of(url, uds, token, headers, timeout)
         if uds is not None:
-            options["transport"] = httpx.AsyncHTTPTransport(uds=os.fspath(uds))
+            options["transport"] = httpx.AsyncHTTPTransport(
+                uds=os.fspath(uds), limits=connection.LIMITS
+            )
         self._http = httpx.AsyncClient(**options)
         self.retries = retries
 

@@ -70,7 +70,7 @@ class Client:
     ) -> None:
         options = connection.options_of(url, uds, token, headers, timeout)
         if uds is not None:
-            options["transport"] = httpx.HTTPTransport(uds=os.fspath(uds))
+            options["transport"] = httpx.HTTPTransport(uds=os.fspath(uds), limits=connection.LIMITS)
         self._http = httpx.Client(**options)
         self.retries = retries
 

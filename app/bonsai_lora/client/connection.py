@@ -13,6 +13,10 @@ TOKEN_VARIABLE = "BONSAI_LORA_TOKEN"  # noqa: S105 - the name of the variable
 TIMEOUT = httpx.Timeout(60, read=600)
 """Seconds; a large merge may take minutes before its answer begins."""
 
+LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=4)
+"""Idle connections are closed before the service does it, after five seconds: a write that meets
+the closing of its connection could not be repeated."""
+
 RETRIES = 2
 
 
@@ -37,4 +41,4 @@ def options_of(
     token = os.environ.get(TOKEN_VARIABLE) if token is None else token
     lines = {**({"Authorization": f"Bearer {token}"} if token else {}), **(headers or {})}
     base_url = url_of(url) if uds is None else "http://localhost"
-    return {"base_url": base_url, "headers": lines, "timeout": timeout}
+    return {"base_url": base_url, "headers": lines, "timeout": timeout, "limits": LIMITS}
