@@ -80,7 +80,7 @@ def test_it_lives_beside_a_package_called_app(wheel, tmp_path):
 
 def test_the_library_example_of_the_readme_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (code,) = [block for block in blocks if "from bonsai_lora import" in block]
+    (code,) = [block for block in blocks if "import LoraAdapter" in block]
     before, merge, after = code.partition("k_proj.merge_into_weights")
     names = {}
     exec(before, names)

@@ -34,19 +34,16 @@ class Retries:
 
     def after_refusal(self, error: BonsaiLoraError, answer: httpx.Response) -> float:
         """Return the seconds to wait after a 503 with Retry-After; raise `error` to give up."""
-        seconds = answer.headers.get("retry-after", "")
-        is_permanent = isinstance(error, NewerFormatError)
-        may_repeat = self._call.is_pure or error.code == BusyError.code
+        seconds = _wait_of(answer)
+        did_not_begin = error.code == BusyError.code
         if (
-            answer.status_code != httpx.codes.SERVICE_UNAVAILABLE
-            or not (seconds.isascii() and seconds.isdigit())
-            or int(seconds) > _LONGEST_WAIT_SECONDS
-            or is_permanent
-            or not may_repeat
+            seconds is None
+            or isinstance(error, NewerFormatError)  # no wait changes that
+            or not (self._call.is_pure or did_not_begin)
             or self._call.is_one_shot
         ):
             raise error
-        return self._next(error, float(seconds))
+        return self._next(error, seconds)
 
     def _next(self, error: Exception, seconds: float) -> float:
         if self._left <= 0:
@@ -54,3 +51,13 @@ class Retries:
         self._left -= 1
         self._wait *= 2
         return seconds
+
+
+def _wait_of(answer: httpx.Response) -> float | None:
+    """Return the seconds that a 503 asks to wait; None if it asks for none or for too many."""
+    text = answer.headers.get("retry-after", "")
+    if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text) <= _LONGEST_WAIT_SECONDS):
+        return None
+    return float(text)
