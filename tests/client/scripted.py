@@ -35,7 +35,7 @@ class Scripted:
         for step in self._steps:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:  # closed: the client did not come as often as expected
+            except OSError:  # closed: fewer connections than steps
                 return
             with connection:
                 self._serve(connection, step)

@@ -3,7 +3,9 @@
 import json
 
 import httpx
+import numpy as np
 import pytest
+from scripted import Answer, scripted
 
 from bonsai_lora import Client, errors
 from bonsai_lora.api.errors import problem_response, status_of
@@ -89,8 +91,6 @@ def test_an_answer_of_a_proxy(content):
 
 
 def test_a_redirect_is_not_a_success(settings):
-    from scripted import Answer, scripted
-
     with (
         scripted([Answer(301, b"", ("Location: /elsewhere",))]) as server,
         Client(server.url) as client,
@@ -99,15 +99,18 @@ def test_a_redirect_is_not_a_success(settings):
         client.delete_set("s")
 
 
-def test_an_answer_that_is_not_json():
-    from scripted import Answer, scripted
-
-    with (
-        scripted([Answer(200, b"<html>")]) as server,
-        Client(server.url) as client,
-        pytest.raises(httpx.DecodingError, match="is not JSON"),
-    ):
-        client.get_stats()
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b""])
+def test_an_answer_of_a_different_service(body):
+    calls = [
+        lambda client: client.apply("s", "m", [1.0]),
+        lambda client: client.list_adapters("s"),
+        lambda client: client.infer("s", {"x": [1.0]}),
+        lambda client: client.merge("s", "m", np.ones((1, 1), np.float32)),
+    ]
+    with scripted([Answer(200, body)] * len(calls)) as server, Client(server.url) as client:
+        for call in calls:
+            with pytest.raises(httpx.DecodingError, match="cannot be decoded"):
+                call(client)
 
 
 def test_a_refused_write_changes_nothing(service):

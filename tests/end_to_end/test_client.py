@@ -180,7 +180,11 @@ def test_headers_that_are_malformed(text, capsys):
 
 def test_a_service_of_a_different_kind(capsys):
     with scripted([Answer(200, b"<html>"), Answer(200, b"{}"), Answer(502, b"<html>")]) as server:
-        for code, text in (3, "is not JSON"), (3, "KeyError"), (1, "answered 502 Bad Gateway"):
+        for code, text in (
+            (3, "cannot be decoded"),
+            (3, "KeyError"),
+            (1, "answered 502 Bad Gateway"),
+        ):
             assert main(["ls", "--url", server.url]) == code
             assert text in capsys.readouterr().err
 

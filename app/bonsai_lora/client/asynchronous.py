@@ -17,7 +17,7 @@ import httpx
 
 from bonsai_lora.client import connection
 from bonsai_lora.client.answers import Dtype, SetSummary, Weights
-from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, described, opened
+from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, described, opened
 from bonsai_lora.client.calls import adapters, applying, bases, inference, merging, sets, stats
 from bonsai_lora.client.refusals import refusal_of
 from bonsai_lora.client.retries import Retries
@@ -79,9 +79,10 @@ class AsyncClient:
     async def send(self, call: Call[T]) -> T:
         """Send a call and return its decoded answer: what every method here does.
 
-        Raises BonsaiLoraError for a refusal, httpx.TransportError if no service answers.
+        Raises BonsaiLoraError for a refusal, httpx.TransportError if no service answers, and
+        httpx.DecodingError if something else does.
         """
-        return call.decode(await self._exchange(call, is_stream=False))
+        return decoded(call, await self._exchange(call, is_stream=False))
 
     @contextlib.asynccontextmanager
     async def stream(self, call: Call[Any]) -> AsyncIterator[httpx.Response]:

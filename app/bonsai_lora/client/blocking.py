@@ -11,7 +11,7 @@ import httpx
 
 from bonsai_lora.client import connection
 from bonsai_lora.client.answers import Dtype, Pulled, SetSummary, Weights
-from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, described, opened
+from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, described, opened
 from bonsai_lora.client.calls import adapters, applying, bases, inference, merging, sets, stats
 from bonsai_lora.client.download import OnProgress, download
 from bonsai_lora.client.refusals import refusal_of
@@ -89,9 +89,10 @@ class Client:
     def send(self, call: Call[T]) -> T:
         """Send a call and return its decoded answer: what every method here does.
 
-        Raises BonsaiLoraError for a refusal, httpx.TransportError if no service answers.
+        Raises BonsaiLoraError for a refusal, httpx.TransportError if no service answers, and
+        httpx.DecodingError if something else does.
         """
-        return call.decode(self._exchange(call, is_stream=False))
+        return decoded(call, self._exchange(call, is_stream=False))
 
     @contextlib.contextmanager
     def stream(self, call: Call[Any]) -> Iterator[httpx.Response]:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import httpx
 
-from bonsai_lora.errors import InvalidNameError
+from bonsai_lora.errors import BonsaiLoraError, InvalidNameError
 
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -112,15 +112,20 @@ def json_body(value: Any) -> dict[str, Any]:
     }
 
 
-def decode_json(answer: httpx.Response) -> Any:
-    """Return the JSON value of an answer; raises httpx.DecodingError if it is anything else."""
+def decoded(call: Call[T], answer: httpx.Response) -> T:
+    """Return the result of a call; raises httpx.DecodingError if the answer has a different form."""
     try:
-        return answer.json()
-    except ValueError:
+        return call.decode(answer)
+    except (BonsaiLoraError, ValueError, KeyError, TypeError) as error:
         raise httpx.DecodingError(
-            f"the answer to {answer.request.method} {answer.request.url} is not JSON",
+            f"the answer to {call.method} {answer.request.url} cannot be decoded: {error!r}",
             request=answer.request,
-        ) from None
+        ) from error
+
+
+def decode_json(answer: httpx.Response) -> Any:
+    """Return the JSON value of an answer."""
+    return answer.json()
 
 
 def decode_tagged(answer: httpx.Response) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, FLOAT32, Array
-from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, RaggedInputError
+from bonsai_lora.errors import InvalidRequestError, RaggedInputError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.wire.oip import BYTES, DATATYPES
 from bonsai_lora.wire.stacks import SETS
@@ -123,19 +123,16 @@ class Inference(NamedTuple):
 def decode_inference(body: bytes, header_length: int) -> Inference:
     """Return the response in `body`, whose first `header_length` bytes are JSON.
 
-    Raises MalformedBodyError if it does not describe the binary data that follow.
+    Raises ValueError, KeyError or TypeError if it does not describe the binary data that follow.
     """
-    try:
-        fields = json.loads(body[:header_length])
-        outputs, start = {}, header_length
-        for one in fields["outputs"]:
-            dtype = DATATYPES[one["datatype"]]
-            size = one["parameters"]["binary_data_size"]
-            flat = np.frombuffer(body, dtype, size // dtype.itemsize, start)
-            outputs[one["name"]] = flat.reshape(one["shape"]).copy()
-            start += size
-    except (ValueError, KeyError, TypeError) as error:
-        raise MalformedBodyError(f"the inference response cannot be read: {error!r}") from None
+    fields = json.loads(body[:header_length])
+    outputs, start = {}, header_length
+    for one in fields["outputs"]:
+        dtype = DATATYPES[one["datatype"]]
+        size = one["parameters"]["binary_data_size"]
+        flat = np.frombuffer(body, dtype, size // dtype.itemsize, start)
+        outputs[one["name"]] = flat.reshape(one["shape"]).copy()
+        start += size
     return Inference(fields, outputs)
 
 

@@ -37,9 +37,8 @@ def infer(
     """Return what a model makes of `inputs`, in binary.
 
     An input named like a module feeds that module; `x` feeds all `outputs`. The model `mixed`
-    takes `sets`: what each row goes through, as in `apply_mixed`. Raises VersionNotFoundError's
-    parent NotFoundError if the set has a different version, InvalidError for wrong inputs: errors
-    of this protocol carry no code.
+    takes `sets`: what each row goes through, as in `apply_mixed`. Raises NotFoundError for
+    an unknown model or version, InvalidError for wrong inputs: this protocol's errors have no code.
     """
     from bonsai_lora.client import tensors  # noqa: PLC0415 - loads NumPy
 
