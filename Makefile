@@ -1,13 +1,13 @@
-# What people and CI type. `make run` and `make test` need Python 3.11+ and nothing else.
+# The commands for developers and CI. `make run` and `make test` need only Python 3.11+.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev test-peers test-page lock format clean
+.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev mutants mutants-known test-peers test-page lock format clean
 
-help: ## show the targets
+help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 run: setup ## serve on 127.0.0.1:8000 with the store in ./bonsai-lora-data
@@ -16,7 +16,7 @@ run: setup ## serve on 127.0.0.1:8000 with the store in ./bonsai-lora-data
 test: setup-dev ## run the tests
 	@$(BIN)/python -m pytest -q --cov --cov-report=term:skip-covered
 
-check: setup-dev ## format, lint, prose, types, imports, Dockerfile, compose file
+check: setup-dev ## check format, lint, prose, types, imports, Dockerfile and compose file
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
@@ -33,10 +33,10 @@ format: setup-dev ## format the code
 openapi: setup-dev ## write openapi/openapi.json from the code
 	$(BIN)/python -m bonsai_lora.cli.openapi openapi/openapi.json
 
-bench: setup-dev $(VENV)/.bench ## run the benchmarks (torch, peft and rivals are used where installed)
+bench: setup-dev $(VENV)/.bench ## run the benchmarks (with torch, peft and rivals if installed)
 	$(BIN)/python benchmarks/run.py
 
-bench-rivals: setup-dev benchmarks/rivals/.venv/.done ## install the rivals in a venv of their own, and compare
+bench-rivals: setup-dev benchmarks/rivals/.venv/.done ## compare with rivals, installed in their own venv
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/throughput.py --json benchmarks/results/throughput.json
 
@@ -48,19 +48,26 @@ benchmarks/rivals/.venv/.done: benchmarks/rivals/requirements.txt
 docker: ## build the image and start it
 	docker compose up --build
 
-test-peers: setup-dev $(VENV)/.peers ## compare with torch, peft, safetensors
+mutants: setup-dev $(VENV)/.mutants ## change FOLDER=formats (core, wire, …) in every small way; count what tests detect
+	@$(BIN)/python tests/mutants/all.py $(FOLDER)
+
+mutants-known: setup-dev ## check that the tests detect known mistakes, put into a copy of the code
+	@$(BIN)/python tests/mutants/run.py
+
+test-peers: setup-dev $(VENV)/.peers ## compare results with torch, peft and safetensors
 	@$(BIN)/python -m pytest -q -m peers
 
-test-page: setup-dev ## drive the documentation page in Chromium
+test-page: setup-dev $(VENV)/.page ## test the page in Chromium, and the TypeScript of the documentation
 	@$(BIN)/python -m pytest -q -m page
+	@$(BIN)/python -m pytest -q tests/test_documents_run.py
 
 setup: $(VENV)/.run
 
-setup-dev: $(VENV)/.dev ## install what tests and the Python examples need
+setup-dev: $(VENV)/.dev ## install the dependencies of tests and examples
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 …"; exit 1; }
-	@echo "making $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is required; run make PYTHON=python3.12 …"; exit 1; }
+	@echo "creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: requirements.lock pyproject.toml | $(BIN)/python
@@ -74,10 +81,20 @@ $(VENV)/.dev: requirements-dev.lock $(VENV)/.run
 	@$(PIP) install --require-hashes --no-deps --only-binary :all: -r requirements-dev.lock
 	@touch $@
 
-# torch's CPU build is chosen by its exact version; a plain `torch` may bring gigabytes of CUDA.
+# torch's CPU build is pinned by its exact version; a plain `torch` may install gigabytes of CUDA.
 $(VENV)/.peers: requirements-peers.txt $(VENV)/.dev
 	@echo "installing from requirements-peers.txt"
 	@$(PIP) install -r requirements-peers.txt
+	@touch $@
+
+$(VENV)/.page: requirements-page.txt $(VENV)/.dev
+	@echo "installing from requirements-page.txt"
+	@$(PIP) install --only-binary :all: -r requirements-page.txt
+	@touch $@
+
+$(VENV)/.mutants: requirements-mutants.txt $(VENV)/.dev
+	@echo "installing from requirements-mutants.txt"
+	@$(PIP) install --only-binary :all: -r requirements-mutants.txt
 	@touch $@
 
 $(VENV)/.bench: requirements-bench.txt $(VENV)/.dev
@@ -85,9 +102,9 @@ $(VENV)/.bench: requirements-bench.txt $(VENV)/.dev
 	@$(PIP) install --only-binary :all: -r requirements-bench.txt
 	@touch $@
 
-lock: setup-dev ## pin the dependencies anew
+lock: setup-dev ## pin the latest dependencies
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate --upgrade pyproject.toml --group build -o requirements.lock
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate -c requirements.lock pyproject.toml --group dev -o requirements-dev.lock
 
-clean: ## remove what setup and tests made
+clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache

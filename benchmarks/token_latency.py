@@ -161,7 +161,7 @@ def by_body(step: Step) -> bytes:
 
 
 def by_memory(step: Step, memory: SharedMemory, connection: Connection) -> Ask:
-    """The inputs lie at the start of the region, the outputs behind them."""
+    """The inputs are at the start of the region, the outputs after them."""
     at, places = 0, []
     for one in (step.x, *step.outputs):
         place = {"shared_memory_region": "bench", "shared_memory_byte_size": one.nbytes}

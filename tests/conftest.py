@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import json
 import shutil
 import sys
@@ -7,6 +8,7 @@ import time
 from pathlib import Path
 
 import httpx
+import hypothesis
 import numpy as np
 import pytest
 import uvicorn
@@ -15,8 +17,8 @@ from targets import TARGETS, name_of
 from bonsai_lora.api.app import create_app
 from bonsai_lora.cli import serve
 from bonsai_lora.cli.logs import configure_logging
+from bonsai_lora.core import backend
 from bonsai_lora.formats import safetensors
-from bonsai_lora.kernels.library import Kernels
 from bonsai_lora.settings import Settings
 
 sys.path[:0] = [
@@ -25,6 +27,10 @@ sys.path[:0] = [
 ]
 
 configure_logging("warning", "console")
+# For mutants: a failure is enough, and need not be made small.
+hypothesis.settings.register_profile(
+    "mutants", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate], database=None
+)
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "tiny-qwen3"
@@ -154,7 +160,25 @@ def assert_problem(response, status, code):
     return body
 
 
-@pytest.fixture(scope="module", params=TARGETS, ids=name_of)
-def made(request):
-    """Kernels for each target in turn."""
-    return Kernels(request.param)
+@functools.cache
+def kernels_for(target):
+    """The kernels for a target, compiled once for all tests; None for the definition."""
+    if target is None:
+        return None
+    from bonsai_lora.kernels.arrays import ArrayKernels
+
+    return ArrayKernels(target)
+
+
+@pytest.fixture(params=TARGETS[1:], ids=name_of)
+def kernels(request):
+    """The kernels, for each target in turn."""
+    return kernels_for(request.param)
+
+
+@pytest.fixture(params=TARGETS, ids=name_of)
+def computing(request, monkeypatch):
+    """Compute with the definition (None), then with the kernels for each target in turn."""
+    made = kernels_for(request.param)
+    monkeypatch.setattr(backend, "running", lambda: made)
+    return made

@@ -13,11 +13,13 @@ from conftest import serving
 
 from bonsai_lora import errors
 from bonsai_lora.api.app import create_app
+from bonsai_lora.api.errors import status_of
 from bonsai_lora.cli.openapi import render
 from bonsai_lora.settings import Settings
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+SETTINGS = (ROOT / "docs" / "settings.md").read_text()
+ERRORS = (ROOT / "docs" / "errors.md").read_text()
 OPENAPI = json.loads((ROOT / "openapi" / "openapi.json").read_text())
 EXAMPLES = sorted((ROOT / "openapi" / "examples").glob("*.json"))
 
@@ -29,26 +31,54 @@ def all_errors(kind=errors.BonsaiLoraError):
 
 
 @pytest.mark.parametrize("name", list(Settings.model_fields))
-def test_every_setting_is_in_the_readme(name):
-    assert f"`BONSAI_LORA_{name.upper()}`" in README
-    assert f"`--{name.replace('_', '-')}`" in README
+def test_every_setting_is_documented(name):
+    row = f"| `BONSAI_LORA_{name.upper()}` | `--{name.replace('_', '-')}` | "
+    assert SETTINGS.count(row) == 1
+
+
+def test_every_documented_setting_exists():
+    names = re.findall(r"^\| `BONSAI_LORA_(\w+)`", SETTINGS, re.MULTILINE)
+    assert sorted(map(str.lower, names)) == sorted(Settings.model_fields)
 
 
 @pytest.mark.parametrize("kind", list(all_errors()), ids=lambda kind: kind.__name__)
-def test_every_error_is_in_the_readme_and_in_the_tree(kind):
+def test_every_error_is_documented_with_its_status_and_in_the_tree(kind):
     leaf = not kind.__subclasses__() or kind.code == "not_found"
     if leaf:
-        assert f"`{kind.code}`" in README
+        assert ERRORS.count(f"| {status_of(kind).value} | `{kind.code}` | ") == 1
     assert re.search(rf"[├└]── {kind.__name__}\b", errors.__doc__)
 
 
-def test_error_codes_are_one_of_a_kind():
+def test_every_documented_code_exists():
+    codes = re.findall(r"^\| \d{3} \| `(\w+)`", ERRORS, re.MULTILINE)
+    assert set(codes) <= {kind.code for kind in all_errors()}
+
+
+def test_error_codes_are_unique():
     codes = [kind.code for kind in all_errors() if kind is not errors.RouteNotFoundError]
     assert len(codes) == len(set(codes))
 
 
 def test_the_document_is_what_the_code_says():
     assert (ROOT / "openapi" / "openapi.json").read_text() == render(), "run make openapi"
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+
+
+def anchors_of(page):
+    """The anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", one).lower().replace(" ", "-") for one in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert link.startswith("https://") or target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
 
 
 def operations():

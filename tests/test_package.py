@@ -1,7 +1,6 @@
 """The package as others install and import it: what it is called, what it loads, where it runs."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -9,9 +8,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-import reference
 
 ROOT = Path(__file__).parent.parent
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -32,7 +29,7 @@ def python(code, **options):
 def wheel(tmp_path_factory):
     """The wheel, built from a copy of the tree as `pip install .` builds it."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "app", source / "app", ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-deps"]
@@ -52,8 +49,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     }
     ours = {name for name in names if name.startswith("bonsai_lora/")}
     package = ROOT / "app"
-    sources = {str(one.relative_to(package)) for one in package.rglob("*.py")}
-    assert ours == sources | {"bonsai_lora/py.typed"}
+    sources = {
+        str(one.relative_to(package))
+        for one in package.rglob("*")
+        if one.is_file() and "__pycache__" not in one.parts
+    }
+    assert "bonsai_lora/py.typed" in sources
+    assert ours == sources
 
 
 def test_it_lives_beside_a_package_called_app(wheel, tmp_path):
@@ -76,20 +78,6 @@ def test_it_lives_beside_a_package_called_app(wheel, tmp_path):
     assert said[0] == f"mine 42 3 {VERSION}"
     assert Path(said[1]).is_relative_to(project)
     assert Path(said[2]).is_relative_to(site)
-
-
-def test_the_library_example_of_the_readme_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (code,) = [block for block in blocks if "import LoraAdapter" in block]
-    before, merge, after = code.partition("k_proj.merge_into_weights")
-    names = {}
-    exec(before, names)
-    a, b, x = names["a_matrix"], names["b_matrix"], names["x"]
-    expected = reference.apply(a, b, 2.0, x)
-    assert reference.relative_error(names["delta"], expected) < 1e-6
-    merged = names["weights"].astype(float) + 2.0 * b.astype(float) @ a.astype(float)
-    exec(merge + after, names)
-    assert np.allclose(names["weights"], merged, rtol=1e-5, atol=1e-4)
 
 
 LOADED = "import atexit, sys; atexit.register(lambda: print('loaded', *sorted(sys.modules)));"

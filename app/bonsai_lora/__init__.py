@@ -1,7 +1,7 @@
 """Bonsai LoRA: the adapter server for Bonsai and Qwen3 models, its client, and its NumPy core.
 
-The names below are imported when they are first used, so that the command can set BLAS's threads
-before NumPy loads, and the command-line client starts without the core or the web framework.
+The public names are imported on first use, so that the command can configure BLAS threads before
+NumPy is loaded, and the command-line client starts without loading the core or the web framework.
 """
 
 from importlib import import_module

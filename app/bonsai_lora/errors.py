@@ -1,4 +1,4 @@
-"""Every error that a caller can cause, as one tree.
+"""The errors of the service, which the HTTP API returns as problems.
 
     BonsaiLoraError
     ├── MalformedBodyError                  the bytes cannot be read at all
@@ -38,24 +38,24 @@
     │   ├── InvalidAdapterError
     │   └── UnsupportedAdapterError
     ├── BusyError                           try again later
-    ├── StalledError                        a client takes nothing; the answer is broken off
+    ├── StalledError                        the client stopped sending or reading
     ├── BaseChangedError                    a base was overwritten while it was read
     ├── MemoryBudgetError
     ├── StoreFullError
     ├── StoreReadOnlyError
     ├── NewerFormatError                    a newer release wrote the set
-    ├── UnsupportedFeatureError             not here, or not switched on
-    └── InternalError                       ours, not the caller's
+    ├── UnsupportedFeatureError             not supported, or not enabled
+    └── InternalError                       a fault of the service
 
-Each class has a stable `code`. Nothing here knows an HTTP status: the one table from
-class to status is `app/bonsai_lora/api/errors.py`.
+Each class has a stable `code`. HTTP statuses are assigned in `app/bonsai_lora/api/errors.py` only.
+An error's text says what is wrong with the value at hand, then what to do.
 """
 
 from typing import Any, ClassVar
 
 
 class BonsaiLoraError(Exception):
-    """An expected refusal: a stable code, a sentence for a person, and the values it is about."""
+    """Base class: a stable `code`, a text for people, and the values that it is about."""
 
     code: str = "error"
     """Of the class; the service's, where a client raises it for an answer."""
@@ -68,7 +68,7 @@ class BonsaiLoraError(Exception):
 
 
 class MalformedBodyError(BonsaiLoraError):
-    """The body cannot be read in the form that it claims to have."""
+    """The body cannot be parsed as its Content-Type declares."""
 
     code = "malformed_body"
     title = "Malformed body"
@@ -82,21 +82,21 @@ class MalformedJsonError(MalformedBodyError):
 
 
 class MalformedMultipartError(MalformedBodyError):
-    """The body is not multipart/form-data, or a part is missing, doubled or unknown."""
+    """The body is not multipart/form-data, or a part is missing, duplicate or unknown."""
 
     code = "malformed_multipart"
     title = "Malformed multipart form"
 
 
 class MalformedSafetensorsError(MalformedBodyError):
-    """The bytes break a rule of the safetensors format."""
+    """The bytes violate the safetensors format."""
 
     code = "malformed_safetensors"
     title = "Malformed safetensors"
 
 
 class NotFoundError(BonsaiLoraError):
-    """The thing named does not exist."""
+    """The named resource does not exist."""
 
     code = "not_found"
     title = "Not found"
@@ -124,7 +124,7 @@ class AdapterNotFoundError(NotFoundError):
         shown = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
         super().__init__(
             f"set {set_name!r} has no adapter for module {module!r}; "
-            + (f"it has {len(known)}: {shown}" if known else "it is empty"),
+            + (f"use one of its {len(known)} modules: {shown}" if known else "add one first"),
             set=set_name,
             module=module,
         )
@@ -138,8 +138,8 @@ class BaseNotFoundError(NotFoundError):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"there is no base named {name!r}: no folder of that name with safetensors files lies "
-            "under the setting bases; GET /v1/bases lists those that do",
+            f"there is no base named {name!r}; add a folder of that name with safetensors files "
+            "under the setting bases (GET /v1/bases lists the bases)",
             base=name,
         )
 
@@ -152,12 +152,13 @@ class FileNotInModelError(NotFoundError):
 
     def __init__(self, name: str, known: list[str]) -> None:
         super().__init__(
-            f"there is no file {name[:200]!r}; the model has {', '.join(known[:16])}", file=name
+            f"the model has no file {name[:200]!r}; request one of {', '.join(known[:16])}",
+            file=name,
         )
 
 
 class VersionNotFoundError(NotFoundError):
-    """A model has another version now."""
+    """The model has a different version now."""
 
     code = "version_not_found"
     title = "Version not found"
@@ -171,7 +172,7 @@ class RegionNotFoundError(NotFoundError):
 
 
 class RouteNotFoundError(NotFoundError):
-    """Nothing is served at this path."""
+    """The path does not exist."""
 
 
 class MethodNotAllowedError(BonsaiLoraError):
@@ -182,28 +183,28 @@ class MethodNotAllowedError(BonsaiLoraError):
 
 
 class NotAcceptableError(BonsaiLoraError):
-    """No form that the caller accepts can be given here."""
+    """The response has no form that the client accepts."""
 
     code = "not_acceptable"
     title = "Not acceptable"
 
 
 class SetExistsError(BonsaiLoraError):
-    """A set of this name exists already."""
+    """A set with this name already exists."""
 
     code = "set_exists"
     title = "Set exists"
 
 
 class PreconditionFailedError(BonsaiLoraError):
-    """`If-Match` or `If-None-Match` does not hold."""
+    """`If-Match` or `If-None-Match` evaluates to false."""
 
     code = "precondition_failed"
     title = "Precondition failed"
 
 
 class TooLargeError(BonsaiLoraError):
-    """More than a limit of the settings allows."""
+    """The request exceeds a limit of the settings."""
 
     code = "too_large"
     title = "Too large"
@@ -224,7 +225,7 @@ class HeaderTooLargeError(TooLargeError):
 
 
 class HeadTooLargeError(TooLargeError):
-    """The head of a request is too long, or has too many lines."""
+    """The request head is too long, or has too many lines."""
 
     code = "head_too_large"
     title = "Request head too large"
@@ -238,133 +239,133 @@ class TooManyRowsError(TooLargeError):
 
 
 class AnswerTooLargeError(TooLargeError):
-    """The answer would be longer than the limit."""
+    """The response would be longer than the limit."""
 
     code = "answer_too_large"
     title = "Answer too large"
 
 
 class UnsupportedMediaTypeError(BonsaiLoraError):
-    """The body's media type is not one that this path takes."""
+    """The path does not support the media type or content coding of the body."""
 
     code = "unsupported_media_type"
     title = "Unsupported media type"
 
 
 class RangeNotSatisfiableError(BonsaiLoraError):
-    """No byte of the asked range exists."""
+    """The requested range is beyond the end of the file."""
 
     code = "range_not_satisfiable"
     title = "Range not satisfiable"
 
 
 class InvalidError(BonsaiLoraError):
-    """Well-formed, but wrong."""
+    """The request is well-formed, but its content is invalid."""
 
     code = "invalid"
     title = "Invalid"
 
 
 class InvalidRequestError(InvalidError):
-    """A field, parameter or tensor is missing, unknown or of the wrong kind."""
+    """A field, parameter or tensor is missing, unknown or of the wrong type."""
 
     code = "invalid_request"
     title = "Invalid request"
 
 
 class InvalidNameError(InvalidError):
-    """A set or module name that cannot be used."""
+    """The name of a set or module is not valid."""
 
     code = "invalid_name"
     title = "Invalid name"
 
 
 class ShapeMismatchError(InvalidError):
-    """An array has another shape than the adapter needs."""
+    """An array does not have the shape that the adapter needs."""
 
     code = "shape_mismatch"
     title = "Shape mismatch"
 
 
 class NonFiniteInputError(InvalidError):
-    """An input holds NaN, infinity or a number beyond float32."""
+    """An input has NaN, infinity or a number beyond float32."""
 
     code = "non_finite_input"
     title = "Non-finite input"
 
 
 class NonFiniteOutputError(InvalidError):
-    """A result overflows float32 and the answer's form cannot say so."""
+    """A result overflows float32, which JSON cannot carry."""
 
     code = "non_finite_output"
     title = "Non-finite output"
 
 
 class RaggedInputError(InvalidError):
-    """Rows of one batch have different lengths."""
+    """The rows of a batch have different lengths."""
 
     code = "ragged_input"
     title = "Ragged input"
 
 
 class RankTooLargeError(InvalidError):
-    """The rank is over the limit of the settings."""
+    """The rank exceeds the limit of the settings."""
 
     code = "rank_too_large"
     title = "Rank too large"
 
 
 class DoraNeedsBaseError(InvalidError):
-    """A DoRA module's outputs need the base: its checkpoint, and W x from the caller."""
+    """A DoRA module's outputs need the base checkpoint and W x, and one is missing."""
 
     code = "dora_needs_base"
     title = "DoRA needs the base"
 
 
 class InvalidBaseError(InvalidError):
-    """The files of a base are no checkpoint."""
+    """The files of a base are not a readable checkpoint."""
 
     code = "invalid_base"
     title = "Invalid base"
 
 
 class InvalidAdapterError(InvalidError):
-    """An adapter that contradicts itself."""
+    """The files of an adapter contradict each other or hold invalid values."""
 
     code = "invalid_adapter"
     title = "Invalid adapter"
 
 
 class UnsupportedAdapterError(InvalidError):
-    """An adapter of a kind that would be applied wrongly here."""
+    """The adapter is of a kind that cannot be applied exactly."""
 
     code = "unsupported_adapter"
     title = "Unsupported adapter"
 
 
 class BusyError(BonsaiLoraError):
-    """Too much work at once; nothing was begun."""
+    """Too many requests are in progress; this one was not started."""
 
     code = "busy"
     title = "Busy"
 
 
 class StalledError(BonsaiLoraError):
-    """The client of a stream takes nothing; the answer is broken off, so no status goes out."""
+    """The client stopped sending or reading for longer than the stall timeout."""
 
     code = "stalled"
     title = "Stalled"
 
 
 class BaseChangedError(BonsaiLoraError):
-    """A file of a base was overwritten while it was read; what was mapped is gone."""
+    """A file of a base was overwritten while it was read."""
 
     code = "base_changed"
     title = "Base changed"
 
 
 class MemoryBudgetError(BonsaiLoraError):
-    """The set would not fit into the memory budget."""
+    """The set does not fit in the memory budget."""
 
     code = "memory_budget_exceeded"
     title = "Over the memory budget"
@@ -378,23 +379,22 @@ class StoreFullError(BonsaiLoraError):
 
 
 class StoreReadOnlyError(BonsaiLoraError):
-    """The store cannot be written to."""
+    """The store is read-only."""
 
     code = "store_read_only"
     title = "Store read-only"
 
 
 class NewerFormatError(BonsaiLoraError):
-    """The set is in a format of a newer release; its file is left as it is."""
+    """A newer release wrote the set; its file is left untouched."""
 
     code = "newer_format"
     title = "Newer format"
 
     def __init__(self, name: str, written: int, known: int) -> None:
         super().__init__(
-            f"set {name!r} was written by a newer release, in record format {written}; this "
-            f"release reads format {known} and leaves the file untouched. Upgrade the service to "
-            "use, change or delete the set",
+            f"set {name!r} has record format {written} of a newer release, but this release reads "
+            f"format {known}; upgrade the service to use, change or delete the set",
             set=name,
             got=written,
             expected=known,
@@ -402,14 +402,14 @@ class NewerFormatError(BonsaiLoraError):
 
 
 class UnsupportedFeatureError(BonsaiLoraError):
-    """A feature that this service does not have, or that was not switched on."""
+    """The feature is not supported, or not enabled."""
 
     code = "unsupported_feature"
     title = "Unsupported feature"
 
 
 class InternalError(BonsaiLoraError):
-    """A fault of the service; its log has the cause under the request id."""
+    """The service failed; its log has the cause under the request id."""
 
     code = "internal_error"
     title = "Internal error"

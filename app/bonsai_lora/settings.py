@@ -1,4 +1,4 @@
-"""Every setting, and the only reader of the environment."""
+"""The settings; no other module reads the environment."""
 
 import os
 import sys
@@ -9,14 +9,12 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from bonsai_lora.core.crew import MOST_THREADS
-
 _MIB, _GIB = 1 << 20, 1 << 30
 _PORT = 8000
 
 
 def _machine_memory_bytes() -> int:
-    """Return the physical memory in bytes, or the container's limit where that is less."""
+    """Return the physical memory in bytes, or the container's limit if that is lower."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
@@ -24,16 +22,16 @@ def _machine_memory_bytes() -> int:
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     if sys.version_info >= (3, 13):
         return os.process_cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
+    if hasattr(os, "sched_getaffinity"):  # missing on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine can reach a listener on `host`."""
+    """Return whether `host` is reachable from this machine only."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
@@ -41,7 +39,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Settings(BaseSettings):
-    """Read from BONSAI_LORA_* variables; each field is also a flag of `bonsai-lora serve`."""
+    """Settings from BONSAI_LORA_* variables; each field is also a flag of `bonsai-lora serve`."""
 
     model_config = SettingsConfigDict(env_prefix="BONSAI_LORA_", extra="ignore")
 
@@ -50,98 +48,105 @@ class Settings(BaseSettings):
         None,
         ge=0,
         le=65535,
-        description="port to listen on; 0 takes a free one (default: 8000, or none with --uds)",
+        description="port to listen on; 0 picks a free one (default: 8000, or none with --uds)",
     )
     uds: Path | None = Field(
         None,
-        description="Unix socket to listen on, for its owner and group (mode 0660); a port is "
-        "then served only if it is given too",
+        description="Unix socket to listen on, accessible to its owner and group (mode 0660); no "
+        "TCP port is opened then, unless --port is given",
     )
     store: str = Field(
         "./bonsai-lora-data",
-        description="folder of the sets; 'memory:' is a temporary one that goes with the process",
+        description="folder of the sets; 'memory:' for a temporary one, deleted on exit",
     )
     bases: str | None = Field(
-        None, description="folder of base checkpoints, each a folder of safetensors files"
+        None, description="folder of base checkpoints, each a subfolder of safetensors files"
     )
     workers: int = Field(
-        1, ge=1, le=256, description="processes that serve; they share the store and agree at once"
+        1, ge=1, le=256, description="worker processes; all see changes to the store immediately"
     )
     shared_memory: bool = Field(
         False,
-        description="true: local clients of /v2 may pass tensors through shared memory; only on "
-        "a loopback address or a Unix socket",
+        description="let local clients of /v2 pass tensors in shared memory; requires a loopback "
+        "address or a Unix socket",
     )
     memory_budget_bytes: int = Field(
         default_factory=_machine_memory_bytes,
         ge=0,
-        description="most that all sets may hold, as float32 (default: the machine's memory)",
+        description="largest total size of all sets as float32 (default: the machine's memory)",
     )
     max_body_bytes: int = Field(
-        64 * _MIB, ge=1, description="longest binary body that is held in memory"
+        64 * _MIB, ge=1, description="longest binary body, which is held in memory"
     )
     max_json_bytes: int = Field(
-        16 * _MIB, ge=1, description="longest JSON body; numbers in bulk go faster as safetensors"
+        16 * _MIB, ge=1, description="longest JSON body; send large tensors as safetensors instead"
     )
     max_upload_bytes: int = Field(
-        8 * _GIB, ge=1, description="longest uploaded adapter; it goes to the disk as it arrives"
+        8 * _GIB, ge=1, description="longest adapter upload, which is written to disk as it arrives"
     )
     max_header_bytes: int = Field(
         16 * _MIB, ge=2, description="longest safetensors header in a request"
     )
     max_answer_bytes: int = Field(
-        256 * _MIB, ge=1, description="most float32 bytes that one apply may answer"
+        256 * _MIB, ge=1, description="most bytes of float32 outputs in one response"
     )
     max_spill_bytes: int = Field(
         4 * _GIB,
         ge=0,
-        description="most disk for one streamed merge whose client sends all before it reads",
+        description="most disk space to buffer one streamed merge whose client does not read yet",
     )
-    max_rows: int = Field(65536, ge=1, description="most rows of one batch")
+    max_rows: int = Field(65536, ge=1, description="most rows in a batch")
     max_rank: int = Field(1024, ge=1, description="highest rank of an adapter")
     max_concurrency: int = Field(
-        64, ge=1, description="requests with bodies in progress; more get 503 with Retry-After"
-    )
-    apply_threads: int = Field(
-        1,
+        64,
         ge=1,
-        le=MOST_THREADS,
-        description="threads that share out each large apply, in each worker, 1 to 16: it is done "
-        "sooner, but they look out for more work for a moment after each",
+        description="most requests with bodies in progress per worker; more get 503 with "
+        "Retry-After",
+    )
+    kernels: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: compute with compiled kernels if they can run, otherwise in NumPy; off: "
+        "always in NumPy, with the same answers",
     )
     fast_lane: Literal["auto", "off"] = Field(
-        "auto", description="off: every request goes through FastAPI, with the same answers"
+        "auto", description="off: serve every request through FastAPI; responses are the same"
     )
     threads: int = Field(
         default_factory=usable_cores,
         ge=1,
-        description="worker threads for large pieces of work (default: the number of cores)",
+        description="threads per worker for large requests (default: the number of cores)",
     )
     stall_seconds: float = Field(
-        60.0, gt=0, description="a client that sends or takes nothing for so long is broken off"
+        60.0,
+        gt=0,
+        description="stall timeout: a client that neither sends nor reads for this long is "
+        "disconnected",
     )
     shutdown_seconds: int = Field(
-        30, ge=0, description="how long SIGTERM waits for requests in progress"
+        30, ge=0, description="how long to wait for requests in flight after SIGTERM"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info",
-        description="debug logs every request; info those that change something, fail, or take "
-        "over a second",
+        description="lowest level to log; debug logs every request, info those that change "
+        "something, fail, or take over a second",
     )
-    log_format: Literal["console", "json"] = Field("console", description="form of the log lines")
+    log_format: Literal["console", "json"] = Field("console", description="format of log lines")
 
     @field_validator("shared_memory")
     @classmethod
     def _check_loopback(cls, value: bool, info: ValidationInfo) -> bool:  # noqa: FBT001
-        """Memory of this machine is for callers on this machine."""
+        """Refuse shared memory for listeners that other machines can reach."""
         host = info.data.get("host", "")
         has_port = info.data.get("uds") is None or info.data.get("port") is not None
         if value and has_port and not is_loopback(host):
-            raise ValueError(f"shared memory needs a loopback address, but the host is {host!r}")
+            raise ValueError(
+                f"the host {host!r} is not a loopback address, which shared memory requires; "
+                "listen on 127.0.0.1 or a Unix socket"
+            )
         return value
 
     def tcp_port(self) -> int | None:
-        """Return the port to listen on; None where only the Unix socket is served."""
+        """Return the port to listen on; None to listen on the Unix socket only."""
         return _PORT if self.port is None and self.uds is None else self.port
 
     def store_folder(self) -> Path | None:

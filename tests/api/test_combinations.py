@@ -9,6 +9,7 @@ is within n u / (1 - n u) of the exact one, relative to the sum of the absolute 
 (Higham 2002, section 3.1). `FEW` counts the roundings beside the sums: scalings, weights, ratios.
 """
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -177,7 +178,7 @@ def stacks(names):
 
 
 def refusal_of(module, rows, fleet, scale):
-    """The code with which an apply must be refused, None where it must be answered."""
+    """The code with which an apply must be refused, None if it must be answered."""
     for stack in rows:
         for name, _ in stack:
             if module not in fleet[name].loras:
@@ -268,7 +269,7 @@ def test_a_mixed_batch(service, data):
     assert got["outputs"].shape == (len(rows), d_out)
     assert (np.abs(wide(got["outputs"]) - added) <= bound).all()
     assert np.array_equal(np.array(as_json.json()["outputs"], np.float32), got["outputs"])
-    # A row is the same to the bit, whatever stands beside it and in whatever order.
+    # A row is the same to the bit, whatever the other rows are, in whatever order.
     order = data.draw(st.permutations(range(len(rows))))
     turned = {name: one[list(order)] for name, one in tensors.items()}
     metadata["sets"] = json.dumps([sets[row] for row in order])
@@ -298,14 +299,8 @@ def merge_refusal(fleet, stack):
     return False
 
 
-@given(data=st.data())
-@relaxed
-def test_merged_files(service, data):
-    client, base = service
-    fleet = {name: data.draw(adapters(), name) for name in NAMES[: data.draw(st.integers(1, 3))]}
-    for name, drawn in fleet.items():
-        put(client, name, drawn)
-    stack = [(name, data.draw(WEIGHTS, f"weight of {name}")) for name in fleet]
+def check_merged(client, base, fleet, stack):
+    """The merged file of these sets at these weights is the reference's, or is refused."""
     (first, scale), *others = stack
     query = [("scale", scale)]
     for name, weight in others:
@@ -343,6 +338,17 @@ def test_merged_files(service, data):
         assert_rounded_once(after, exact, bound)
 
 
+@given(data=st.data())
+@relaxed
+def test_merged_files(service, data):
+    client, base = service
+    fleet = {name: data.draw(adapters(), name) for name in NAMES[: data.draw(st.integers(1, 3))]}
+    for name, drawn in fleet.items():
+        put(client, name, drawn)
+    stack = [(name, data.draw(WEIGHTS, f"weight of {name}")) for name in fleet]
+    check_merged(client, base, fleet, stack)
+
+
 def merge_bound(loras, start, exact, size):
     """How far a sum in float32 may be from `exact`, before it is rounded to its dtype.
 
@@ -370,7 +376,7 @@ def assert_rounded_once(got, exact, bound):
 @given(data=st.data())
 @relaxed
 def test_weights_that_stream_by(service, data):
-    """POST …/merge after an upload, and taken out again."""
+    """POST …/merge after an upload, and its reverse."""
     client, base = service
     drawn = data.draw(adapters())
     put(client, "a", drawn)
@@ -443,7 +449,7 @@ def test_an_export_is_the_set_whatever_was_changed(service, data):
         elif drawn.is_plain:
             assert answer.is_success, answer.text
             changed.append("PUT")
-        elif answer.is_success:  # what was special has been taken out, module by module
+        elif answer.is_success:  # what was special was deleted, module by module
             assert not drawn.replaced
             assert "DELETE" in changed
             changed.append("PUT")
@@ -466,3 +472,112 @@ def test_an_export_is_the_set_whatever_was_changed(service, data):
     for name, one in kept.items():
         assert again[name].dtype == one.dtype
         assert again[name].tobytes() == one.tobytes()
+
+
+def fixed(seed, module, replaced=(), **changes):
+    """A set of rank 4 with float32 factors for one module, which replaces some parameters."""
+    rng, (d_in, d_out) = np.random.default_rng(seed), SHAPES[module]
+    a = rng.standard_normal((4, d_in)).astype(np.float32)
+    b = rng.standard_normal((d_out, 4)).astype(np.float32)
+    vector = rng.uniform(1, 2, d_out).astype(np.float32)
+    bias = vector if changes.get("lora_bias") else None
+    magnitude = vector if changes.get("use_dora") else None
+    config = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 4, "lora_alpha": 3}
+    config |= {"target_modules": [module.rpartition(".")[2]], **changes}
+    start = f"base_model.model.{module}"
+    tensors = {f"{start}.lora_A.weight": a, f"{start}.lora_B.weight": b}
+    if magnitude is not None:
+        tensors[f"{start}.lora_magnitude_vector"] = magnitude
+    if bias is not None:
+        tensors[f"{start}.lora_B.bias"] = bias
+    others = {
+        name: rng.standard_normal((11, 8) if name == f"{HEAD}.weight" else d_out).astype(np.float32)
+        for name in replaced
+    }
+    tensors |= {f"base_model.model.{name}": one for name, one in others.items()}
+    return Drawn(config, tensors, {module: Lora(a, b, 0.75, bias, magnitude)}, others)
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def apply_rows(client, x, sets, scale=1.0, **tensors):
+    body = safetensors.encode(
+        {"inputs": x, **tensors}, {"module": Q_PROJ, "sets": json.dumps(sets)}
+    )
+    return client.post(f"/v1/apply?scale={scale}", content=body, headers=BINARY)
+
+
+@only_float32
+def test_a_row_of_three_sets_is_the_same_to_the_bit_beside_any_others(service):
+    client, _ = service
+    for seed, name in enumerate(NAMES):
+        put(client, name, fixed(seed, Q_PROJ))
+    x = np.random.default_rng(1).standard_normal((12, 8)).astype(np.float32)
+    alone = [apply_rows(client, row[None], [list(NAMES)]) for row in x]
+    rows = np.concatenate([safetensors.decode(one.content)[0]["outputs"] for one in alone])
+    for first in itertools.permutations(NAMES):
+        for order in itertools.permutations(NAMES):
+            sets = [first[0], first[1], first[2], *([list(order)] * 12)]
+            answer = apply_rows(client, np.concatenate([x[:3], x]), sets)
+            got = safetensors.decode(answer.content)[0]["outputs"][3:]
+            assert np.array_equal(got, rows), (first, order)
+
+
+@only_float32
+@pytest.mark.parametrize("places", [(0,), (2,), (4,), (0, 1), (3, 4), (1, 3), (0, 2, 4)], ids=str)
+def test_rows_of_dora_in_every_place(service, places):
+    client, base = service
+    dora, plain = fixed(1, Q_PROJ, use_dora=True), fixed(2, Q_PROJ)
+    put(client, "a", plain)
+    put(client, "b", dora)
+    put(client, "c", fixed(3, Q_PROJ, use_dora=True))
+    weights = base[f"{Q_PROJ}.weight"]
+    x = np.random.default_rng(9).standard_normal((5, 8)).astype(np.float32)
+    outputs = (wide(x) @ wide(weights).T).astype(np.float32)
+    sets = ["b" if row in places else "a" for row in range(5)]
+    fleet = {"a": plain, "b": dora}
+    stacked = [[(name, 1.0)] for name in sets]
+    added, bound = expected_rows(Q_PROJ, stacked, fleet, 1.0, x, weights)
+    answer = apply_rows(client, x, sets, base_outputs=outputs)
+    got = safetensors.decode(answer.content)[0]["outputs"]
+    assert (np.abs(wide(got) - added) <= bound).all()
+
+    def refused(entry, scale=1.0):
+        changed = [entry if row == places[-1] else name for row, name in enumerate(sets)]
+        answer = apply_rows(client, x, changed, scale, base_outputs=outputs)
+        assert_problem(answer, 422, "unsupported_adapter")
+
+    refused(["b", "a"])
+    refused(["a", "b"])
+    refused(["b", "c"])
+    refused([{"set": "b", "weight": 0.5}])
+    refused({"set": "b", "weight": 0})
+    refused("b", scale=0.5)
+
+
+FIXED = {
+    "plain": {},
+    "DoRA": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+    "replaced head": {"replaced": [f"{HEAD}.weight"], "modules_to_save": [HEAD]},
+    "replaced bias": {"replaced": [f"{Q_PROJ}.bias"], "bias": "lora_only"},
+}
+
+
+@pytest.mark.parametrize("kind", FIXED)
+@pytest.mark.parametrize("other", FIXED)
+def test_merged_files_of_two_sets_of_every_kind(service, kind, other):
+    """For one module and for two, at every weight; alone, too."""
+    client, base = service
+    second = "model.layers.1.self_attn.q_proj"
+    for module in (Q_PROJ, second):
+        mine = fixed(1, Q_PROJ, **FIXED[kind])
+        changes = FIXED[other] | {"bias": "all"} if other == "replaced bias" else FIXED[other]
+        fleet = {"a": mine, "b": fixed(2, module, **changes)}
+        for name, drawn in fleet.items():
+            put(client, name, drawn)
+        for weight in (1.0, 0.5):
+            check_merged(client, base, fleet, [("a", weight)])
+            for more in (1.0, -2.0):
+                check_merged(client, base, fleet, [("a", weight), ("b", more)])

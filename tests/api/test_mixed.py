@@ -262,7 +262,7 @@ def test_other_refusals(several):
     several.post("/v1/sets", json={"name": "wide"})
     several.put(f"/v1/sets/wide/adapters/{Q_PROJ}", json={"d_in": 64, "d_out": 5})
     answer = mixed(several, ["small", "wide"], np.zeros((2, 64), np.float32))
-    assert "one model" in assert_problem(answer, 422, "shape_mismatch")["detail"]
+    assert "sets for the same model" in assert_problem(answer, 422, "shape_mismatch")["detail"]
 
 
 def test_dora_rows_beside_others(based, rng):

@@ -380,7 +380,7 @@ def test_refusals_in_tritons_words(server, golden):
     outputs = [triton.InferRequestedOutput(Q_PROJ, class_count=3)]
     refused(lambda: server.infer("plain", good, outputs=outputs), 400, "classification")
     refused(server.get_system_shared_memory_status, 501, "--shared-memory")
-    refused(server.get_cuda_shared_memory_status, 404, "nothing is served")
+    refused(server.get_cuda_shared_memory_status, 404, "there is no resource")
 
 
 def test_inputs_that_feed_nothing(loaded, golden):
@@ -430,7 +430,7 @@ HOSTILE = {
     "no inputs": ({}, None, "'inputs'"),
     "inputs no list": ({"inputs": {}}, None, "'inputs'"),
     "inputs of numbers": ({"inputs": [1]}, None, "'inputs'"),
-    "no input at all": ({"inputs": []}, None, "at least one input"),
+    "no input at all": ({"inputs": []}, None, "has no input for model"),
     "no name": ({"inputs": [{"shape": [1], "datatype": "FP32", "data": [1]}]}, None, "name"),
     "no shape": ({"inputs": [{"name": Q_PROJ, "datatype": "FP32", "data": [1]}]}, None, "shape"),
     "negative shape": ({"inputs": [described(shape=[-1, 64], data=[])]}, None, "shape"),
@@ -537,9 +537,9 @@ def with_sets(data, shape):
 @pytest.mark.parametrize(
     ("data", "shape", "words"),
     [
-        (b"\x05\x00\x00\x00plai", [1], "cut off"),
-        (b"\x05\x00", [1], "cut off"),
-        (struct.pack("<I", 2**32 - 1) + b"plain", [1], "cut off"),
+        (b"\x05\x00\x00\x00plai", [1], "truncated"),
+        (b"\x05\x00", [1], "truncated"),
+        (struct.pack("<I", 2**32 - 1) + b"plain", [1], "truncated"),
         (struct.pack("<I", 1) + b"\xff", [1], "UTF-8"),
         (struct.pack("<I", 5) + b"plain", [2], "1 elements"),
         (struct.pack("<I", 5) + b"plain", [1, 2], "shape"),
@@ -559,20 +559,20 @@ def test_hostile_compression(loaded, coding):
     limit = 64 << 20
     bomb = pack(bytes(limit + 1))
     post, headers = "/v2/models/plain/infer", {"Content-Encoding": coding}
-    error_of(client.post(post, content=bomb, headers=headers), 400, "which is the limit")
+    error_of(client.post(post, content=bomb, headers=headers), 400, "more than the limit")
     good = pack(json.dumps({"inputs": [described(data=[1.0] * 64)]}).encode())
     assert client.post(post, content=good, headers=headers).status_code == 200
-    error_of(client.post(post, content=good[:-5], headers=headers), 400, "cut off")
+    error_of(client.post(post, content=good[:-5], headers=headers), 400, "truncated")
     error_of(client.post(post, content=b"nonsense", headers=headers), 400, coding)
     error_of(client.post(post, content=good + b"junk", headers=headers), 400, coding)
-    error_of(client.post(post, content=b"", headers=headers), 400, "cut off")
+    error_of(client.post(post, content=b"", headers=headers), 400, "truncated")
     other = client.post(post, content=good, headers={"Content-Encoding": "br"})
     error_of(other, 400, "Content-Encoding")
 
 
 def test_other_paths_and_methods(loaded):
     client, _ = loaded
-    error_of(client.get("/v2/nothing"), 404, "nothing is served")
+    error_of(client.get("/v2/nothing"), 404, "there is no resource")
     error_of(client.get("/v2/models/plain/versions/7/config"), 404, "version 7")
     answer = client.get("/v2/models/plain/infer")
     error_of(answer, 405, "POST")
@@ -604,7 +604,9 @@ def test_many_members_and_many_names_cost_nothing(loaded):
     post = "/v2/models/plain/infer"
     members = gzip.compress(b"") * 100_000
     error_of(
-        client.post(post, content=members, headers={"Content-Encoding": "gzip"}), 400, "behind"
+        client.post(post, content=members, headers={"Content-Encoding": "gzip"}),
+        400,
+        "after its end",
     )
     header = {"name": "sets", "shape": [3], "datatype": "BYTES"}
     header["parameters"] = {"binary_data_size": 60 << 20}

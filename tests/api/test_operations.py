@@ -6,6 +6,7 @@ import httpx
 from conftest import TINY, assert_problem, serving, upload
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.core import backend
 
 
 def test_health_and_readiness(client):
@@ -65,7 +66,7 @@ def test_the_frameworks_refusals_have_our_shape(client):
     assert_problem(client.get("/nothing"), 404, "not_found")
     answer = client.patch("/v1/sets/x")
     assert_problem(answer, 405, "method_not_allowed")
-    assert answer.headers["allow"] == "DELETE, GET, PUT"
+    assert answer.headers["allow"] == "DELETE, GET, HEAD, PUT"
     answer = client.post("/healthz")
     assert_problem(answer, 405, "method_not_allowed")
     assert_problem(client.get("/v1/sets?limit=x"), 422, "invalid_request")
@@ -111,3 +112,10 @@ def test_overload_is_refused_at_once(settings):
             release.set()
             holder.join()
         assert client.post(path, json={"inputs": [1, 2]}).status_code == 200
+
+
+def test_metrics_say_what_runs(app, client):
+    text = client.get("/metrics").text
+    kernels = "off" if backend.running() is None else "on"
+    info = f'{{fast_lane="on",kernels="{kernels}",version="{app.version}"}}'
+    assert f"bonsai_lora_info{info} 1.0" in text

@@ -157,29 +157,6 @@ def test_delete_and_create_again_gives_another_etag(client):
     assert second.json()["version"] == 1
 
 
-def test_conditions(client, store):
-    etag = upload(client, "plain", TINY / "plain").headers["etag"]
-    assert client.get("/v1/sets/plain", headers={"If-None-Match": etag}).status_code == 304
-    assert (
-        client.get("/v1/sets/plain", headers={"If-None-Match": f'"x", W/{etag}'}).status_code == 304
-    )
-    assert client.get("/v1/sets/plain", headers={"If-None-Match": '"x"'}).status_code == 200
-    before = snapshot(store)
-    for headers in ({"If-None-Match": "*"}, {"If-Match": '"x"'}):
-        refused = upload(client, "plain", TINY / "plain", headers=headers)
-        assert_problem(refused, 412, "precondition_failed")
-    refused = upload(client, "other", TINY / "plain", headers={"If-Match": "*"})
-    assert_problem(refused, 412, "precondition_failed")
-    refused = client.delete("/v1/sets/plain", headers={"If-Match": '"x"'})
-    assert_problem(refused, 412, "precondition_failed")
-    assert snapshot(store) == before
-    replaced = upload(client, "plain", TINY / "plain", headers={"If-Match": etag})
-    assert replaced.status_code == 200
-    assert replaced.json()["version"] == 2
-    assert replaced.headers["etag"] != etag
-    assert client.delete("/v1/sets/plain", headers={"If-Match": "*"}).status_code == 204
-
-
 def test_upload_reports_and_exports_what_came(client):
     answer = upload(client, "plain", TINY / "plain")
     assert answer.status_code == 201

@@ -1,6 +1,7 @@
 """DoRA, biases, embeddings and replaced modules over HTTP."""
 
 import numpy as np
+import pytest
 import reference
 from conftest import (
     TINY,
@@ -157,6 +158,22 @@ def test_replaced_parameters_are_kept_and_exported(client, rng, store):
     put = client.put("/v1/sets/s/adapters/other", json={"d_in": 1, "d_out": 1})
     assert_problem(put, 422, "unsupported_adapter")
     assert snapshot(store) == before
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_the_replaced_bias_of_a_module_goes_with_it(client, rng, bias):
+    other = "model.layers.1.self_attn.q_proj"
+    tensors = peft_tensors(rng) | peft_tensors(rng, other)
+    vectors = {f"base_model.model.{one}.bias": np.ones(5, np.float32) for one in (MODULE, other)}
+    upload_parts(client, "s", peft_config(bias=bias), tensors | vectors)
+    assert client.delete(f"/v1/sets/s/adapters/{MODULE}").status_code == 204
+    files = {
+        "adapter_config": client.get("/v1/sets/s/adapter_config.json").content,
+        "adapter_model": client.get("/v1/sets/s/adapter_model.safetensors").content,
+    }
+    answer = client.put("/v1/sets/again", files=files)
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["total_trainable_params"] == 44 + 5
 
 
 def test_ignored_tensors_are_left_out(client, rng):

@@ -133,7 +133,7 @@ def test_adapters_are_put_shown_and_deleted(client, rng):
     client.delete_adapter("s", "k_proj", if_match=etag)
     with pytest.raises(errors.AdapterNotFoundError, match="k_proj"):
         client.get_adapter("s", "k_proj")
-    with pytest.raises(errors.ShapeMismatchError, match="with one r"):
+    with pytest.raises(errors.ShapeMismatchError, match="with the same r"):
         client.put_weights("s", "q_proj", np.ones((2, 4)), np.ones((3, 5)))
 
 

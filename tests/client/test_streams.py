@@ -11,7 +11,7 @@ from conftest import TINY
 from scripted import Answer, scripted
 
 from bonsai_lora import Client, errors
-from bonsai_lora.client.download import MARKS
+from bonsai_lora.client.download import STATE_FOLDER
 
 SIDE = 4096
 """Of a matrix of 64 MiB."""
@@ -117,8 +117,8 @@ def test_a_download_goes_on_where_the_connection_broke(tmp_path):
 
 def test_a_download_starts_again_if_the_service_sends_all(tmp_path):
     content = b"x" * 1000
-    (tmp_path / MARKS).mkdir()
-    (tmp_path / MARKS / "f.t1.partial").write_bytes(b"y" * 100)
+    (tmp_path / STATE_FOLDER).mkdir()
+    (tmp_path / STATE_FOLDER / "f.t1.partial").write_bytes(b"y" * 100)
     steps = [
         Answer(200, b'{"sha": "c1"}'),
         Answer(200, tree([{"path": "f", "size": 1000, "oid": "t1"}])),
@@ -133,7 +133,7 @@ def test_a_download_starts_again_if_the_service_sends_all(tmp_path):
     ("answer", "text"),
     [
         (Answer(200, b"x" * 1000, ('ETag: "t2"',)), "changed during the download"),
-        (Answer(200, b"x" * 999, ('ETag: "t1"',)), "has 999 bytes, expected 1000"),
+        (Answer(200, b"x" * 999, ('ETag: "t1"',)), "has 999 bytes instead of 1000"),
     ],
 )
 def test_a_file_that_is_not_what_was_announced(tmp_path, answer, text):

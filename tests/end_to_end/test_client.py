@@ -15,7 +15,7 @@ from scripted import Answer, scripted
 
 from bonsai_lora.cli.main import main
 from bonsai_lora.cli.progress import ProgressLine
-from bonsai_lora.client.download import MARKS
+from bonsai_lora.client.download import STATE_FOLDER
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_the_service_says_where_a_number_is_none(run, monkeypatch):
 def test_wrong_urls(capsys):
     for url in ("foo", "ftp://localhost", "http://a:b"):
         assert main(["ls", "--url", url]) == 2
-        assert "is not the URL of a service" in capsys.readouterr().err
+        assert "is not a valid URL" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
@@ -105,25 +105,29 @@ def test_pull_a_merged_model(run, service, tmp_path):
     shard = target / "model-00001-of-00003.safetensors"
     content = shard.read_bytes()
     shard.unlink()
-    mark = target / MARKS / "model-00001-of-00003.safetensors.tag"
+    mark = target / STATE_FOLDER / "model-00001-of-00003.safetensors.tag"
     tag = mark.read_text()
-    (target / MARKS / f"model-00001-of-00003.safetensors.{tag}.partial").write_bytes(content[:5000])
+    (target / STATE_FOLDER / f"model-00001-of-00003.safetensors.{tag}.partial").write_bytes(
+        content[:5000]
+    )
     (target / "config.json").unlink()
     assert run("pull", "tiny-qwen3/plain", "-o", target)[0] == 0
     assert shard.read_bytes() == content
-    assert not list((target / MARKS).glob("*.partial"))
-    assert {path.name for path in target.iterdir()} == names | {MARKS}
+    assert not list((target / STATE_FOLDER).glob("*.partial"))
+    assert {path.name for path in target.iterdir()} == names | {STATE_FOLDER}
     # Another version of the set: nothing old is kept.
     with httpx.Client(base_url=service) as client:
         client.delete("/v1/sets/plain/adapters/model.layers.0.self_attn.q_proj")
     # A piece of the old content, and a run that dies before its answer, must not matter.
-    (target / MARKS / f"model-00001-of-00003.safetensors.{tag}.partial").write_bytes(content[:9000])
+    (target / STATE_FOLDER / f"model-00001-of-00003.safetensors.{tag}.partial").write_bytes(
+        content[:9000]
+    )
     assert main(["pull", "--url", "http://127.0.0.1:9", "tiny-qwen3/plain", "-o", str(target)]) == 3
     assert run("pull", "tiny-qwen3/plain", "-o", target)[0] == 0
     with httpx.Client(base_url=service) as client:
         served = client.get(f"/v1/bases/tiny-qwen3/merged/plain/{shard.name}").content
     assert shard.read_bytes() == served != content
-    assert not list((target / MARKS).glob("*.partial"))
+    assert not list((target / STATE_FOLDER).glob("*.partial"))
 
 
 def test_pull_an_adapter_and_what_does_not_exist(run, tmp_path):

@@ -15,7 +15,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-import reference
 
 from bonsai_lora.cli.main import main
 from bonsai_lora.formats import safetensors
@@ -114,26 +113,12 @@ def test_a_flag_beats_the_variable_and_memory_goes_with_the_process(tmp_path):
         (["--max-rows", "0"], "max_rows"),
         (["--log-format", "xml"], "log_format"),
         (["--store", "/proc/nothing", "--port", "0"], "store"),
-        (["--apply-threads", "17"], "apply_threads"),
+        (["--kernels", "fast"], "kernels"),
     ],
 )
 def test_wrong_settings_are_named(flags, word, capsys):
     assert main(["serve", *flags]) == 2
     assert word in capsys.readouterr().err.replace("-", "_")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a switch of Linux 6.3")
-def test_where_memory_may_not_become_executable_it_says_so(tmp_path):
-    start = (
-        "import ctypes, sys; from bonsai_lora.cli.main import main;"
-        "sys.exit(77 if ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) else"
-        f" main(['serve', '--port', '0', '--store', {str(tmp_path)!r}]))"
-    )
-    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, timeout=60)
-    if done.returncode == 77:
-        pytest.skip("this kernel has no such switch")
-    assert done.returncode == 2
-    assert "forbids memory to become executable" in done.stderr
 
 
 def test_help_names_every_setting(capsys):
@@ -202,35 +187,6 @@ def test_sigterm_in_the_middle_of_a_long_body(tmp_path):
         assert answer.startswith(b"HTTP/1.1 200")
         assert b"connection: close" in answer.partition(b"\r\n\r\n")[0].lower()
         assert process.wait(timeout=10) == 0
-
-
-def test_threads_that_share_out_an_apply(tmp_path, rng):
-    """Through the command: a large batch, the same to the bit as each of its rows."""
-    with running("--store", str(tmp_path), "--apply-threads", "2") as (url, _):
-        client = httpx.Client(base_url=url, timeout=30)
-        client.post("/v1/sets", json={"name": "s"}).raise_for_status()
-        tensors = {
-            "lora_A": rng.standard_normal((16, 2048)).astype(np.float32),
-            "lora_B": rng.standard_normal((3072, 16)).astype(np.float32),
-        }
-        headers = {"Content-Type": "application/vnd.safetensors"}
-        path = "/v1/sets/s/adapters/q_proj"
-        put = client.put(path + "?alpha=32", content=safetensors.encode(tensors), headers=headers)
-        put.raise_for_status()
-        x = rng.standard_normal((64, 2048)).astype(np.float32)
-
-        def apply(rows):
-            body = safetensors.encode({"inputs": rows})
-            answer = client.post(f"{path}/apply", content=body, headers=headers)
-            answer.raise_for_status()
-            return safetensors.decode(answer.content)[0]["outputs"]
-
-        together = apply(x)
-        expected = 2.0 * (x.astype(float) @ tensors["lora_A"].T) @ tensors["lora_B"].T
-        assert reference.relative_error(together, expected) < 1e-6
-        for row in range(0, 64, 7):
-            assert np.array_equal(apply(x[row : row + 1])[0], together[row])
-        client.close()
 
 
 def test_it_serves_where_calls_of_linux_are_missing(tmp_path):

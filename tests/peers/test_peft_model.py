@@ -51,7 +51,7 @@ def test_peft_loads_our_export_and_computes_the_same(service, adapter, tmp_path)
 
 @pytest.mark.parametrize("rank", [1, 8])
 def test_peft_loads_a_set_made_here(service, rng, rank, tmp_path):
-    """A set that never was in peft: initialised, one module's weights replaced."""
+    """A set that never was in peft: initialized, one module's weights replaced."""
     import torch
     from peft import PeftModel
 

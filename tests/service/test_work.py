@@ -11,9 +11,9 @@ from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.errors import BusyError
 from bonsai_lora.service.apply import cost_of_body
 from bonsai_lora.service.work import (
-    AT_ONCE_NANOSECONDS,
-    IN_TURN_NANOSECONDS,
-    SHARED_NANOSECONDS,
+    INLINE_NANOSECONDS,
+    LOOP_NANOSECONDS,
+    LOOP_NANOSECONDS_WITH_SPARE_CORES,
     WorkPool,
 )
 from bonsai_lora.wire.media import Form
@@ -38,18 +38,19 @@ def order_of(nanoseconds):
 
 
 def test_small_work_is_done_at_once():
-    assert order_of(AT_ONCE_NANOSECONDS)[:3] == ["work"] * 3
+    assert order_of(INLINE_NANOSECONDS)[:3] == ["work"] * 3
 
 
 def test_larger_work_takes_turns():
-    seen = order_of(AT_ONCE_NANOSECONDS + 1)
+    seen = order_of(INLINE_NANOSECONDS + 1)
     assert seen.count("work") == 3
     places = [place for place, what in enumerate(seen) if what == "work"]
     assert all(after - before > 1 for before, after in pairwise(places))
 
 
 @pytest.mark.parametrize(
-    ("has_spare_cores", "most"), [(False, IN_TURN_NANOSECONDS), (True, SHARED_NANOSECONDS)]
+    ("has_spare_cores", "most"),
+    [(False, LOOP_NANOSECONDS), (True, LOOP_NANOSECONDS_WITH_SPARE_CORES)],
 )
 def test_the_largest_goes_to_a_thread(has_spare_cores, most):
     async def main(nanoseconds):
@@ -63,8 +64,8 @@ def test_the_largest_goes_to_a_thread(has_spare_cores, most):
 def test_a_turn_that_nobody_waits_for_any_more_holds_nobody_up():
     async def main():
         pool = WorkPool(2, 1, has_spare_cores=False)
-        first = asyncio.create_task(pool.run(lambda: 1, AT_ONCE_NANOSECONDS + 1))
-        second = asyncio.create_task(pool.run(lambda: 2, AT_ONCE_NANOSECONDS + 1))
+        first = asyncio.create_task(pool.run(lambda: 1, INLINE_NANOSECONDS + 1))
+        second = asyncio.create_task(pool.run(lambda: 2, INLINE_NANOSECONDS + 1))
         await asyncio.sleep(0)
         first.cancel()
         assert await asyncio.wait_for(second, 5) == 2
@@ -86,6 +87,6 @@ def test_long_json_does_not_hold_the_event_loop():
     adapter = LoraAdapter(LoraConfig(rank=2), *matrices, 1.0)
     adapter.apply(np.ones(4096, np.float32))  # nothing is to be read any more
     most = 1 << 21
-    assert cost_of_body(adapter, most, Form.JSON, Form.JSON) < IN_TURN_NANOSECONDS
+    assert cost_of_body(adapter, most, Form.JSON, Form.JSON) < LOOP_NANOSECONDS
     assert cost_of_body(adapter, most + 1, Form.JSON, Form.JSON) == math.inf
-    assert cost_of_body(adapter, most + 1, Form.BINARY, Form.BINARY) < IN_TURN_NANOSECONDS
+    assert cost_of_body(adapter, most + 1, Form.BINARY, Form.BINARY) < LOOP_NANOSECONDS

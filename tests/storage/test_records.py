@@ -115,7 +115,7 @@ def test_a_newer_format_is_left_where_it_is(folder, read):
     before = path.read_bytes()
     store = SetStore(folder.parent)
     for _ in range(2):
-        with pytest.raises(NewerFormatError, match="in record format 2; this release reads") as got:
+        with pytest.raises(NewerFormatError, match="has record format 2 of a newer release") as got:
             getattr(store, read)("s")
         assert got.value.values == {"set": "s", "got": 2, "expected": 1}
     assert store.records() == []

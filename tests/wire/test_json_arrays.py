@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bonsai_lora.core import backend
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.wire import json
 
@@ -108,6 +109,7 @@ def test_what_is_uncommon(text):
     assert loose(read(json.decode_with_arrays)) == loose(read(json.decode))
 
 
+@pytest.mark.skipif(backend.running() is None, reason="orjson reads them with the rest")
 def test_numbers_become_arrays():
     body = (standard.dumps({"inputs": {"q": [[1, 2.5], [3, -4]]}, "id": [""]}) + PAD).encode()
     read = json.decode_with_arrays(body)
@@ -118,9 +120,9 @@ def test_numbers_become_arrays():
 
 
 def test_what_stands_for_an_array_is_not_known_before():
-    other = b'{"inputs": {"%b": 0}, "data": [1]}' % (b"0" * len(json._HOLE))
+    other = b'{"inputs": {"%b": 0}, "data": [1]}' % (b"0" * len(json._PLACEHOLDER))
     read = json.decode_with_arrays(other + PAD.encode())
-    assert read["inputs"] == {"0" * len(json._HOLE): 0}
+    assert read["inputs"] == {"0" * len(json._PLACEHOLDER): 0}
 
 
 def test_arrays_are_written_in_place():
@@ -137,9 +139,9 @@ def test_arrays_are_written_in_place():
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        ("[[1, 2], [3, [4]]]", "inputs[1][1] is a list, expected a number"),
+        ("[[1, 2], [3, [4]]]", "inputs[1][1] is a list; expected a number"),
         ("[3, [1]]", "inputs[1] is a list, but inputs[0] is a number"),
-        ("[[1], 3]", "inputs[1] is a number among lists"),
+        ("[[1], 3]", "inputs[1] is a number, but inputs[0] is a list"),
         ("[[1], [1, 2]]", "row 1 of 'inputs' has 2 numbers, but row 0 has 1"),
         ("[[1, 2], [1]]", "row 1 of 'inputs' has 1 numbers, but row 0 has 2"),
         ("[[[1], [2, 3]]]", "'inputs' is nested too deep"),
@@ -148,10 +150,10 @@ def test_arrays_are_written_in_place():
         (f"[[1, 2], [3, {-(10**400)}]]", "inputs[1][1] is infinite as a float32"),
         (f"[[[1], [{10**400}]]]", "'inputs' is nested 3 deep"),
         (f"[{2**70}, NaN]", "inputs[1] is NaN"),
-        (f"[{10**400}, null]", "inputs[1] is null, expected a number"),
-        ("[[1, true]]", "inputs[0][1] is a boolean, expected a number"),
-        ("[1, false]", "inputs[1] is a boolean, expected a number"),
-        ('"1"', "'inputs' must be a list of numbers"),
+        (f"[{10**400}, null]", "inputs[1] is null; expected a number"),
+        ("[[1, true]]", "inputs[0][1] is a boolean; expected a number"),
+        ("[1, false]", "inputs[1] is a boolean; expected a number"),
+        ('"1"', "'inputs' is a string; expected a list of numbers"),
     ],
 )
 @pytest.mark.parametrize("pad", ["", PAD])

@@ -1,7 +1,7 @@
 import pytest
 
 from bonsai_lora.errors import InvalidRequestError, NotAcceptableError, UnsupportedMediaTypeError
-from bonsai_lora.wire.media import Form, answer_form, check_answer_dtype, request_form
+from bonsai_lora.wire.media import Form, check_response_dtype, negotiate_form, parse_content_type
 
 TENSORS = (Form.JSON, Form.BINARY)
 
@@ -17,16 +17,16 @@ TENSORS = (Form.JSON, Form.BINARY)
     ],
 )
 def test_request_form(header, form):
-    assert request_form(header, TENSORS) is form
+    assert parse_content_type(header, TENSORS) is form
 
 
 @pytest.mark.parametrize("header", ["text/plain", "application/octet-stream", "", "x" * 1000, ";"])
 def test_other_types(header):
     if header == "":
-        assert request_form(header, TENSORS) is Form.JSON
+        assert parse_content_type(header, TENSORS) is Form.JSON
         return
     with pytest.raises(UnsupportedMediaTypeError):
-        request_form(header, TENSORS)
+        parse_content_type(header, TENSORS)
 
 
 @pytest.mark.parametrize(
@@ -42,19 +42,19 @@ def test_other_types(header):
     ],
 )
 def test_answer_form(accept, form):
-    assert answer_form(accept, Form.BINARY, TENSORS) is form
+    assert negotiate_form(accept, Form.BINARY, TENSORS) is form
 
 
 def test_nothing_acceptable():
     with pytest.raises(NotAcceptableError):
-        answer_form("text/html", Form.JSON, TENSORS)
+        negotiate_form("text/html", Form.JSON, TENSORS)
     with pytest.raises(NotAcceptableError):
-        answer_form("*/*;q=0", Form.JSON, TENSORS)
+        negotiate_form("*/*;q=0", Form.JSON, TENSORS)
 
 
 def test_answer_dtypes():
-    assert check_answer_dtype(None, Form.JSON) == "F32"
-    assert check_answer_dtype("BF16", Form.BINARY) == "BF16"
+    assert check_response_dtype(None, Form.JSON) == "F32"
+    assert check_response_dtype("BF16", Form.BINARY) == "BF16"
     for dtype, form in [("F16", Form.JSON), ("F64", Form.BINARY), ("", Form.BINARY)]:
         with pytest.raises(InvalidRequestError):
-            check_answer_dtype(dtype, form)
+            check_response_dtype(dtype, form)

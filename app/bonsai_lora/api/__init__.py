@@ -1,1 +1,1 @@
-"""HTTP: the only folder that imports FastAPI. Start reading at `app.py`."""
+"""The HTTP API. Only this package imports FastAPI; `app.py` is the entry point."""

@@ -1,11 +1,12 @@
-"""The application: start reading here.
+"""The application factory.
 
-A request passes `ObserveMiddleware` (id, metrics, log), one route of `routes/` (headers in, bytes
-on, headers out), a use case of `bonsai_lora.service`, and comes back; refusals become problems in
-`errors.py`. `bonsai-lora serve` calls the functions of the hottest routes without the framework
-(`bonsai_lora.fast_lane`); they are the same functions.
+A request passes through `ObserveMiddleware` (request id, metrics, log), a route in `routes/`
+(which translates headers and bodies), and a use case in `bonsai_lora.service`. Errors become
+RFC 9457 problems in `errors.py`. `bonsai-lora serve` calls the same functions of the hottest
+routes without the framework (`bonsai_lora.fast_lane`).
 """
 
+import logging
 import shutil
 import tempfile
 import weakref
@@ -14,14 +15,16 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from fastapi import FastAPI
-from starlette.routing import Route
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute, Route
 
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.errors import install_error_handlers
 from bonsai_lora.api.metrics import Metrics
 from bonsai_lora.api.middleware import ObserveMiddleware, Observer
 from bonsai_lora.api.openapi import install_openapi
+from bonsai_lora.api.query import refuse_unknown_query
 from bonsai_lora.api.routes import (
     adapters,
     apply,
@@ -36,6 +39,7 @@ from bonsai_lora.api.routes import (
 )
 from bonsai_lora.api.routes import bases as bases_routes
 from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.core import backend
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.limits import Limits
@@ -48,40 +52,63 @@ from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
 
 _DESCRIPTION = """\
-Keeps named sets of LoRA adapters for Bonsai and Qwen3 models, applies them to batches of vectors
-beside the base model, and streams merged weights. Tensors go as JSON or as safetensors bodies.
-Refusals are RFC 9457 problems with a stable `code`."""
+Stores named sets of LoRA adapters for Bonsai and Qwen3 models, applies them to batches of vectors
+alongside the base model, and streams merged weights. Tensors are sent as JSON or safetensors.
+Errors are RFC 9457 problems with a stable `code`."""
 
 _TAGS = [
     {"name": "sets", "description": "Named sets of adapters."},
     {"name": "adapters", "description": "The adapters of one set, by module."},
-    {"name": "apply", "description": "scaling · B·A·x for batches of vectors."},
-    {"name": "merge", "description": "W + scaling · B·A for weights that stream by."},
+    {"name": "apply", "description": "Compute scaling · B·A·x for batches of vectors."},
+    {"name": "merge", "description": "Compute W + scaling · B·A for streamed weights."},
     {
         "name": "merged checkpoints",
-        "description": "Bases, and merged files that exist only while they are read.",
+        "description": "Base checkpoints, and merged files computed as they are read.",
     },
     {
         "name": "open inference protocol",
         "description": "Sets as models of the Open Inference Protocol v2, with Triton's extensions "
-        "for binary data, statistics, repository and shared memory.",
+        "for binary data, statistics, the model repository and shared memory.",
     },
-    {"name": "statistics", "description": "Parameters, memory, norms."},
+    {"name": "statistics", "description": "Parameter counts, memory and norms."},
     {"name": "operations", "description": "Health and metrics."},
 ]
+_ROUTERS = [
+    one.router
+    for one in (
+        sets,
+        adapters,
+        apply,
+        merge,
+        bases_routes,
+        oip,
+        shared_memory,
+        stats,
+        operations,
+        page,
+        hub,  # last: its paths match almost anything
+    )
+]
+
+_STRICT_ROUTERS = [one.router for one in (sets, adapters, merge, bases_routes, stats)]
+"""Those whose routes refuse unknown query parameters; apply reads its own, and clients of the hub
+and of the Open Inference Protocol send more than they need."""
+
+_log = logging.getLogger("bonsai_lora")
 
 
 def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
-    """Return the application over the store that `settings` names.
+    """Return the application for the store that `settings` names.
 
-    `shared` is a folder that all workers of the service have in common for as long as it runs; by
-    default a temporary one that goes with the application.
+    Chooses what computes, and compiles what applies need, so the first one is as fast as the
+    second. `shared` is a folder that all workers of the service share while it runs; by default a
+    temporary folder that is deleted with the application.
     """
+    choose_backend(settings)
     store = open_store(settings)
     if shared is None:
         shared = _new_folder()
         _remove_with(store, shared)
-    metrics = Metrics(partial(store_stats, store))
     app = FastAPI(
         title="Bonsai LoRA",
         version=version("bonsai-lora"),
@@ -92,11 +119,66 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         docs_url=None,  # routes/page.py
         redoc_url=None,
     )
+    app.state.fast_lane = None
+    metrics = Metrics(partial(store_stats, store), partial(_describe, app))
+    app.state.context = _make_context(settings, store, shared, metrics)
+    app.state.routes = _include_routers(app)
+    install_error_handlers(app, app.state.routes)
+    install_openapi(app)
+    app.state.observer = Observer(metrics)
+    app.add_middleware(
+        ObserveMiddleware, observer=app.state.observer, stall_seconds=settings.stall_seconds
+    )
+    return app
+
+
+def create_default_app() -> FastAPI:
+    """Return the application configured by BONSAI_LORA_* variables, for `uvicorn --factory`."""
+    return create_app(Settings())
+
+
+def _include_routers(app: FastAPI) -> list[BaseRoute]:
+    """Add all routes to `app`, and return them."""
+    routes: list[BaseRoute] = [route for route in app.routes if isinstance(route, Route)]
+    for router in _ROUTERS:
+        strict = [Depends(refuse_unknown_query)] if router in _STRICT_ROUTERS else None
+        for one in (router, _heads_of(router)):
+            app.include_router(one, dependencies=strict)
+            routes += one.routes
+    return routes
+
+
+def _heads_of(router: APIRouter) -> APIRouter:
+    """Return a HEAD for each GET that has none: the server drops the body of its response."""
+    heads = APIRouter()
+    routes = [route for route in router.routes if isinstance(route, APIRoute)]
+    taken = {route.path for route in routes if "HEAD" in (route.methods or ())}
+    for route in routes:
+        if "GET" in (route.methods or ()) and route.path not in taken:
+            heads.add_api_route(
+                route.path,
+                route.endpoint,
+                methods=["HEAD"],
+                response_model=route.response_model,
+                include_in_schema=False,
+            )
+    return heads
+
+
+def choose_backend(settings: Settings) -> None:
+    """Choose between kernels and NumPy for this process; log why where kernels cannot run."""
+    reason = backend.choose(settings.kernels)
+    if reason and settings.kernels == "auto":
+        _log.warning("computing in NumPy, with the same answers but slower: %s", reason)
+    backend.prepare()
+
+
+def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Metrics) -> Context:
     limits = limits_of(settings)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     applier = Applier(limits, bases)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
-    app.state.context = Context(
+    return Context(
         settings,
         store,
         limits,
@@ -113,42 +195,19 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         ThreadPoolExecutor(settings.threads, "merge"),
         metrics,
     )
-    routers = [
-        one.router
-        for one in (
-            sets,
-            adapters,
-            apply,
-            merge,
-            bases_routes,
-            oip,
-            shared_memory,
-            stats,
-            operations,
-            page,
-            hub,
-        )
-    ]
-    for router in routers:
-        app.include_router(router)
-    own = [route for route in app.routes if isinstance(route, Route)]
-    app.state.routes = [*own, *(route for router in routers for route in router.routes)]
-    install_error_handlers(app, app.state.routes)
-    install_openapi(app)
-    app.state.observer = Observer(metrics)
-    app.add_middleware(
-        ObserveMiddleware, observer=app.state.observer, stall_seconds=settings.stall_seconds
-    )
-    return app
 
 
-def create_default_app() -> FastAPI:
-    """Return the application of the BONSAI_LORA_* variables, for `uvicorn --factory`."""
-    return create_app(Settings())
+def _describe(app: FastAPI) -> dict[str, str]:
+    """Return the labels of `bonsai_lora_info`."""
+    return {
+        "version": app.version,
+        "kernels": "off" if backend.running() is None else "on",
+        "fast_lane": "off" if app.state.fast_lane is None else "on",
+    }
 
 
 def open_store(settings: Settings) -> SetStore:
-    """Return the store in its folder; a temporary folder goes with the store object."""
+    """Return the store that `settings` names; a temporary one is deleted with the object."""
     folder = settings.store_folder()
     if folder is not None:
         return SetStore(folder)
@@ -163,10 +222,10 @@ def _new_folder() -> Path:
 
 
 def _remove_with(owner: object, folder: Path) -> None:
-    """Let a temporary folder go when its owner does."""
+    """Delete `folder` when `owner` is garbage-collected."""
     weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
 
 
 def limits_of(settings: Settings) -> Limits:
-    """Return the limits among the settings."""
+    """Return the settings that are limits."""
     return Limits(**{name: getattr(settings, name) for name in Limits.__slots__})

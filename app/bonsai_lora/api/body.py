@@ -1,4 +1,4 @@
-"""Reading request bodies: bounded, in the form that they claim, without needless copies."""
+"""Read request bodies: length-limited, checked against Content-Type, with as few copies."""
 
 from collections.abc import AsyncIterator, Collection
 from typing import TypeVar
@@ -15,13 +15,13 @@ from bonsai_lora.errors import (
     MalformedBodyError,
     UnsupportedMediaTypeError,
 )
-from bonsai_lora.wire.media import Form, request_form
+from bonsai_lora.wire.media import Form, parse_content_type
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """Return the whole body; raises BodyTooLargeError over `limit`, declared or received."""
+    """Return the body; raises BodyTooLargeError if it is longer than `limit` bytes."""
     declared = content_length(request)
     if declared is not None:
         check_length(declared, limit)
@@ -29,7 +29,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 async def read_all(receive: Receive, limit: int) -> bytes:
-    """Return the whole body that `receive` gives; raises BodyTooLargeError, ClientDisconnect."""
+    """Return the body read from `receive`; raises BodyTooLargeError, ClientDisconnect."""
     parts: list[bytes] = []
     received = 0
     while True:
@@ -48,11 +48,11 @@ async def read_all(receive: Receive, limit: int) -> bytes:
 _LENGTH_DIGITS = 18
 
 MODEL_BYTES = 1 << 20
-"""Longest body that becomes a pydantic model: those hold names and sizes, no tensors."""
+"""Longest body parsed into a pydantic model; models hold names and sizes, not tensors."""
 
 
 async def read_model(request: Request, model: type[Model]) -> Model:
-    """Return the JSON body as a checked `model`.
+    """Return the JSON body as a validated `model`.
 
     Raises UnsupportedMediaTypeError, BodyTooLargeError, MalformedJsonError, InvalidRequestError.
     """
@@ -62,17 +62,20 @@ async def read_model(request: Request, model: type[Model]) -> Model:
 
 
 def parse_model(body: bytes, model: type[Model]) -> Model:
-    """Return JSON text as a checked `model`; raises MalformedJsonError, InvalidRequestError."""
+    """Return JSON text as a validated `model`; raises MalformedJsonError, InvalidRequestError."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
         raise validation_problem(error.errors(include_url=False)) from None
 
 
-def body_form(request: Request, taken: Collection[Form]) -> Form:
-    """Return the form of the body; raises UnsupportedMediaTypeError, also where it is encoded."""
+def body_form(request: Request, accepted: Collection[Form]) -> Form:
+    """Return the form of the body.
+
+    Raises UnsupportedMediaTypeError for a form not in `accepted`, or a compressed body.
+    """
     check_uncoded(request)
-    return request_form(request.headers.get("content-type"), taken)
+    return parse_content_type(request.headers.get("content-type"), accepted)
 
 
 def check_uncoded(request: Request) -> None:
@@ -82,23 +85,23 @@ def check_uncoded(request: Request) -> None:
 
 
 def check_coding(coding: str | None) -> None:
-    """Raise UnsupportedMediaTypeError where Content-Encoding names a compression."""
+    """Raise UnsupportedMediaTypeError if Content-Encoding names a compression."""
     if coding is not None and coding.strip().lower() != "identity":
         raise UnsupportedMediaTypeError(
-            f"Content-Encoding {coding[:100]!r} is not taken here; send the body as it is",
+            f"Content-Encoding {coding[:100]!r} is not supported here; send the body uncompressed",
             got=coding[:100],
             expected=["identity"],
         )
 
 
 def content_length(request: Request) -> int | None:
-    """Return the declared length of the body, None where it is not declared."""
+    """Return the value of Content-Length; None if the header is missing."""
     declared = request.headers.get("content-length")
     return None if declared is None else parse_length(declared.encode("latin-1"))
 
 
 def parse_length(declared: bytes) -> int:
-    """Return the number of a Content-Length: 0 for none, a huge one for more than 18 digits."""
+    """Return the value of a Content-Length: 0 if it is not a number, 10**18 if over 18 digits."""
     digits = declared.strip(b" \t").lstrip(b"0")
     if len(digits) > _LENGTH_DIGITS:
         return int(10**_LENGTH_DIGITS)
@@ -106,25 +109,25 @@ def parse_length(declared: bytes) -> int:
 
 
 def check_length(length: int, limit: int) -> None:
-    """Raise BodyTooLargeError over `limit` bytes."""
+    """Raise BodyTooLargeError if `length` is over `limit` bytes."""
     if length > limit:
         raise BodyTooLargeError(
-            f"the body has {length} bytes or more; at most {limit} are taken here. Send less at a "
-            "time, or numbers as safetensors, or let the service take more (serve --help)",
+            f"the body has at least {length} bytes, but the limit is {limit}; send less per "
+            "request, send tensors as safetensors, or raise the limit (see serve --help)",
             got_bytes=length,
             limit_bytes=limit,
         )
 
 
 class BodyReader:
-    """Reads a streaming body in pieces of exactly the wanted size."""
+    """Reads a streamed body in chunks of an exact size."""
 
     def __init__(self, request: Request) -> None:
         self._parts: AsyncIterator[bytes] = request.stream()
         self._rest = memoryview(b"")
 
     async def read_exactly(self, size: int) -> bytearray:
-        """Return the next `size` bytes; raises MalformedBodyError where the body ends before."""
+        """Return the next `size` bytes; raises MalformedBodyError if the body ends early."""
         block = bytearray(size)
         view = memoryview(block)
         filled = 0
@@ -144,12 +147,15 @@ class BodyReader:
                 self._rest = memoryview(await anext(self._parts))
             except StopAsyncIteration:
                 return
-        raise InvalidRequestError("the body goes on after the weights")
+        raise InvalidRequestError(
+            "the body has bytes after the weights; send nothing after the last weight"
+        )
 
     async def _next_part(self, missing: int) -> None:
         try:
             self._rest = memoryview(await anext(self._parts))
         except StopAsyncIteration:
             raise MalformedBodyError(
-                f"the body ended {missing} bytes before the end of a block of the weights"
+                f"the body ended {missing} bytes before the end of a block of weights; send "
+                "all weights"
             ) from None

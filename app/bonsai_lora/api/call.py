@@ -1,4 +1,4 @@
-"""One request to a route that both FastAPI and the fast lane can call, and its answer."""
+"""Request and response of the routes that both FastAPI and the fast lane call."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,14 @@ from bonsai_lora.api.context import Context, get_context
 from bonsai_lora.wire.buffers import Buffer
 
 JOINED_BYTES = 1 << 16
-"""Answers up to this length are copied into one piece, which costs less than sending two."""
+"""Responses up to this length are joined: one copy costs less than a second write."""
 
-Lines = Sequence[tuple[bytes, bytes]]
-"""Header lines."""
+HeaderLines = Sequence[tuple[bytes, bytes]]
+"""Header names and values."""
 
 
 class Call(ABC):
-    """The head of a request, and the way to its body."""
+    """A request: its headers and query string, and a method that reads its body."""
 
     __slots__ = ("context", "headers", "query_string")
 
@@ -28,11 +28,11 @@ class Call(ABC):
     ) -> None:
         self.context = context
         self.headers = headers
-        """By lower-case name; several lines of one name are one list."""
+        """Values by lower-case name; repeated headers are joined into one list."""
         self.query_string = query_string
 
     async def body(self, limit: int) -> Buffer:
-        """Return the whole body, without copies where the server can do that.
+        """Return the body, without a copy if the server can avoid it.
 
         Raises BodyTooLargeError over `limit` bytes, StalledError, ClientDisconnect.
         """
@@ -46,13 +46,13 @@ class Call(ABC):
 
 
 class RequestCall(Call):
-    """A call that came through FastAPI, under any ASGI server."""
+    """A call made through FastAPI, under any ASGI server."""
 
     __slots__ = ("_receive",)
 
     def __init__(self, context: Context, request: Request) -> None:
         scope = request.scope
-        super().__init__(context, join_lines(scope["headers"]), scope["query_string"])
+        super().__init__(context, join_headers(scope["headers"]), scope["query_string"])
         self._receive = request.receive
 
     async def _read(self, limit: int) -> Buffer:
@@ -64,12 +64,12 @@ async def get_call(request: Request) -> Call:
     return RequestCall(await get_context(request), request)
 
 
-class Answer(Response):
-    """200 with a body in parts, of which long ones are never copied."""
+class BufferResponse(Response):
+    """A 200 response whose body is a list of buffers; long ones are never copied."""
 
-    def __init__(self, parts: Sequence[Buffer], media_type: str, headers: Lines = ()) -> None:
+    def __init__(self, parts: Sequence[Buffer], media_type: str, headers: HeaderLines = ()) -> None:
         self.status_code = 200
-        self.background = None  # FastAPI looks at it
+        self.background = None  # FastAPI reads this attribute
         self.parts = parts
         self.size_bytes = sum(map(len, parts))
         self.raw_headers = [
@@ -79,7 +79,7 @@ class Answer(Response):
         ]
 
     async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
-        """Send the answer through ASGI."""
+        """Send the response through ASGI."""
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(start)
         parts = self.parts if self.size_bytes > JOINED_BYTES else (b"".join(self.parts),)
@@ -88,8 +88,8 @@ class Answer(Response):
         await send({"type": "http.response.body", "body": parts[-1]})
 
 
-def join_lines(lines: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-    """Return header lines by name; lines of one name are one list (RFC 9110 section 5.3)."""
+def join_headers(lines: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Return headers by name; repeated ones are joined with commas (RFC 9110, section 5.3)."""
     headers = dict(lines)
     if len(headers) != len(lines):
         for name in headers:

@@ -1,4 +1,4 @@
-"""If-Match and If-None-Match (RFC 9110, section 13)."""
+"""Conditional requests: If-Match and If-None-Match (RFC 9110, section 13)."""
 
 from fastapi import Request
 
@@ -8,7 +8,7 @@ from bonsai_lora.storage.setfile import SetRecord
 
 
 def precondition(request: Request) -> Precondition:
-    """Return the check that the request's conditions make before a change."""
+    """Return a function that checks the request's conditions before a change."""
     if_match = _header(request, "if-match")
     if_none_match = _header(request, "if-none-match")
 
@@ -17,13 +17,18 @@ def precondition(request: Request) -> Precondition:
         if if_match is not None and not _matches(if_match, etag, weak=False):
             raise PreconditionFailedError(
                 f"If-Match is {if_match[:200]}, but "
-                + (f"the set's ETag is {etag}" if etag else "there is no such set"),
+                + (
+                    f"the set's ETag is {etag}; fetch the set and repeat the change"
+                    if etag
+                    else "the set does not exist; create it without If-Match"
+                ),
                 got=if_match[:200],
                 expected=etag,
             )
         if if_none_match is not None and _matches(if_none_match, etag, weak=True):
             raise PreconditionFailedError(
-                f"If-None-Match is {if_none_match[:200]}, but the set exists with ETag {etag}",
+                f"If-None-Match is {if_none_match[:200]}, but the set exists with ETag {etag}; "
+                f"send If-Match: {etag} to replace it",
                 got=if_none_match[:200],
                 expected=etag,
             )
@@ -32,13 +37,13 @@ def precondition(request: Request) -> Precondition:
 
 
 def not_modified(request: Request, etag: str) -> bool:
-    """Return whether the caller's If-None-Match names `etag`, so that 304 is the answer."""
+    """Return whether If-None-Match names `etag`, so that the response is 304."""
     if_none_match = _header(request, "if-none-match")
     return if_none_match is not None and _matches(if_none_match, etag, weak=True)
 
 
 def _header(request: Request, name: str) -> str | None:
-    """Return all lines of a header as one list, None where there is none."""
+    """Return all values of a header, joined with commas; None if it is missing."""
     lines = request.headers.getlist(name)
     return ", ".join(lines) if lines else None
 

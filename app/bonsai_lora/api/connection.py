@@ -1,7 +1,7 @@
-"""What guards a connection below ASGI.
+"""Connection limits below ASGI.
 
-Ends connections whose request heads are too large or never come, and those of clients that do not
-read their answers. `bonsai-lora serve` always uses it; the fast lane builds on it.
+Closes connections whose request heads are too large or too slow, and those of clients that do not
+read their responses. `bonsai-lora serve` always uses this protocol; the fast lane extends it.
 """
 
 import asyncio
@@ -11,14 +11,14 @@ import structlog
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from bonsai_lora.api.call import JOINED_BYTES, Lines
+from bonsai_lora.api.call import JOINED_BYTES, HeaderLines
 from bonsai_lora.api.errors import problem_response
 from bonsai_lora.api.middleware import request_id_of
 from bonsai_lora.errors import HeadTooLargeError
 from bonsai_lora.wire.buffers import Buffer
 
 MAX_HEAD_BYTES = 1 << 16
-"""Longest request head: the request line and all header lines."""
+"""Longest request head in bytes: the request line and all header lines."""
 MAX_HEAD_LINES = 100
 """Most header lines of a request."""
 
@@ -26,14 +26,14 @@ _log = structlog.get_logger("bonsai_lora.requests")
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which ends connections that would hold memory or a place for ever.
+    """uvicorn's protocol with limits, so that no client holds memory or a connection forever.
 
-    A head must come whole within `stall_seconds`, and within MAX_HEAD_BYTES and MAX_HEAD_LINES
-    (431 otherwise). A client that reads nothing of its answer for `stall_seconds` is disconnected.
+    A head must be complete within `stall_seconds` and fit in MAX_HEAD_BYTES and MAX_HEAD_LINES
+    (431 otherwise). A client that reads none of its response for `stall_seconds` is disconnected.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for the first head."""
+        """Start the timeout for the first request head."""
         super().connection_made(transport)
         self.stall_seconds: float = self.app.state.context.settings.stall_seconds
         self._is_in_head = False
@@ -44,12 +44,12 @@ class GuardedProtocol(HttpToolsProtocol):
         self._start_head_timer()
 
     def data_received(self, data: bytes) -> None:
-        """Parse `data`."""
+        """Parse `data`, within the limits of a request head."""
         was_in_head = self._is_in_head
         super().data_received(data)
         if not self._is_in_head or self.transport.is_closing():
             return
-        # The parser keeps a line to itself until that is whole, so bytes are counted here too.
+        # The parser reports a line only when it is complete, so count the raw bytes too.
         self._head_bytes += len(data) if was_in_head else 0
         if self._head_bytes > MAX_HEAD_BYTES:
             self.send_400_response("")
@@ -57,7 +57,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._start_head_timer()
 
     def on_message_begin(self) -> None:
-        """Begin to count a head."""
+        """Reset the counters of the request head."""
         self._is_in_head = True
         self._head_bytes = self._head_lines = 0
         super().on_message_begin()
@@ -74,13 +74,13 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """End the wait for the head."""
+        """Stop the timeout for the request head."""
         self._is_in_head = False
         self.stop_head_timer()
         super().on_headers_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what cannot be read, and close; never before the answer to an earlier request."""
+        """Reject an unreadable request and close, once earlier requests have their responses."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.keep_alive = False
             self.flow.pause_reading()
@@ -101,27 +101,27 @@ class GuardedProtocol(HttpToolsProtocol):
         return True
 
     def pause_writing(self) -> None:
-        """Watch that the client reads its answer."""
+        """Start checking that the client reads its response."""
         super().pause_writing()
         if self._read_timer is None:
             self._check_reading(self.transport.get_write_buffer_size() + 1)
 
     def resume_writing(self) -> None:
-        """End the watch."""
+        """Stop checking that the client reads."""
         super().resume_writing()
         self._stop_read_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop all timers; uvicorn leaves its own after an error."""
+        """Stop all timers, including uvicorn's keep-alive timer, which it leaves running."""
         self._stop_read_timer()
         self.stop_head_timer()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
 
-    def write_answer(
-        self, status: int, lines: Lines, parts: Sequence[Buffer], *, keep_alive: bool
+    def write_response(
+        self, status: int, lines: HeaderLines, parts: Sequence[Buffer], *, keep_alive: bool
     ) -> None:
-        """Write a whole answer, past ASGI."""
+        """Write a complete response, bypassing ASGI."""
         head = [STATUS_LINE[status]]
         head += [b"%b: %b\r\n" % line for line in (*self.server_state.default_headers, *lines)]
         head.append(b"\r\n" if keep_alive else b"connection: close\r\n\r\n")
@@ -132,14 +132,14 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.writelines((b"".join(head), *parts))
 
     def write(self, data: bytes) -> None:
-        """Write a short answer."""
+        """Write a short response."""
         self.transport.write(data)
 
     def flush(self) -> None:
-        """Write what `write` may have kept."""
+        """Write responses that `write` may have batched."""
 
     def stop_head_timer(self) -> None:
-        """End the wait for a head."""
+        """Stop the timeout for the request head."""
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -158,8 +158,8 @@ class GuardedProtocol(HttpToolsProtocol):
         scope = {"path": "*", "request_id": request_id}
         refusal: Response = problem_response(
             HeadTooLargeError(
-                f"the request head is over {MAX_HEAD_BYTES} bytes or {MAX_HEAD_LINES} lines; send "
-                "fewer or shorter headers",
+                f"the request head is longer than {MAX_HEAD_BYTES} bytes or {MAX_HEAD_LINES} "
+                "lines; send fewer or shorter headers",
                 limit_bytes=MAX_HEAD_BYTES,
                 limit_lines=MAX_HEAD_LINES,
             ),
@@ -167,7 +167,7 @@ class GuardedProtocol(HttpToolsProtocol):
         )
         lines = [*refusal.raw_headers, (b"x-request-id", request_id.encode())]
         _log.info("431 head too large", request_id=request_id)
-        self.write_answer(431, lines, (bytes(refusal.body),), keep_alive=False)
+        self.write_response(431, lines, (bytes(refusal.body),), keep_alive=False)
         self.flush()
         self.transport.close()
 
@@ -178,11 +178,11 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_timer = None
         if self.cycle is None or self.cycle.response_complete:
             self.transport.close()
-        else:  # of the next request: the answer before it goes on
+        else:  # a pipelined head: the response in flight continues
             self._start_head_timer()
 
     def _check_reading(self, before: int) -> None:
-        """Disconnect where no byte of an answer was read since `before` bytes were waiting."""
+        """Disconnect a client that read nothing since `before` bytes were waiting."""
         waiting = self.transport.get_write_buffer_size()
         if waiting >= before:
             _log.warning("disconnected: the client stopped reading", waiting_bytes=waiting)

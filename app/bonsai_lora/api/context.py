@@ -1,4 +1,4 @@
-"""The objects of one running application, which every route works with."""
+"""The objects that routes share."""
 
 from concurrent.futures import Executor
 from dataclasses import dataclass, field

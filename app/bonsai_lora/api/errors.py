@@ -1,4 +1,4 @@
-"""From an error to its answer: one table of statuses, one shape (RFC 9457)."""
+"""Turn errors into responses: one table of status codes, one shape (RFC 9457)."""
 
 import json
 import reprlib
@@ -42,18 +42,18 @@ STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.UnsupportedFeatureError: HTTPStatus.NOT_IMPLEMENTED,
     errors.InternalError: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
-"""Error class -> status; a class without a row has that of its nearest ancestor."""
+"""Status by error class; a class without an entry has that of its nearest ancestor."""
 
 
 def status_of(kind: type[BonsaiLoraError]) -> HTTPStatus:
-    """Return the status of an error class, found along its ancestors."""
+    """Return the status of an error class or of its nearest ancestor in STATUSES."""
     return next(STATUSES[parent] for parent in kind.__mro__ if parent in STATUSES)
 
 
 def problem_response(
     error: BonsaiLoraError, scope: Scope, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return the answer to a refused request."""
+    """Return the response for a refused request."""
     if is_oip(scope["path"]):
         return _oip_response(error, scope, headers)
     status = status_of(type(error))
@@ -71,21 +71,23 @@ def problem_response(
     more = dict(headers or {})
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
         more["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    # The standard library also writes huge integers and half surrogate pairs, which may be echoed.
+    # Unlike orjson, the standard library writes huge integers and lone surrogates, which may occur.
     content = json.dumps(_shortened(body), separators=(",", ":"), default=str)
     return Response(content, int(status), more, media_type=PROBLEM_TYPE)
 
 
-def fault_response(scope: Scope) -> Response:
-    """Return the answer to a request that failed by our fault."""
+def failure_response(scope: Scope) -> Response:
+    """Return the response for an unexpected exception."""
     return problem_response(
-        errors.InternalError("something failed here; the log has the cause under this request id"),
+        errors.InternalError(
+            "the service failed to handle the request; look up the request id in its log"
+        ),
         scope,
     )
 
 
 def is_oip(path: str) -> bool:
-    """Return whether a path belongs to the Open Inference Protocol, which has errors of its own."""
+    """Return whether a path belongs to the Open Inference Protocol, whose errors differ."""
     return path == "/v2" or path.startswith("/v2/")
 
 
@@ -99,7 +101,7 @@ _OIP_STATUSES = frozenset(
         HTTPStatus.SERVICE_UNAVAILABLE,
     }
 )
-"""What Triton says apart; everything else is 400 there."""
+"""Statuses that Triton uses; every other error is a 400."""
 
 
 def _oip_response(
@@ -120,7 +122,7 @@ def _oip_response(
 
 
 def _shortened(value: Any) -> Any:
-    """Return `value` fit to be echoed: nothing long, and no number that is not JSON."""
+    """Return `value` for an error response: truncated, without numbers that JSON cannot carry."""
     if isinstance(value, dict):
         return {key: _shortened(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
@@ -133,9 +135,9 @@ def _shortened(value: Any) -> Any:
 
 
 def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
-    """Make every refusal of `app`, the framework's own included, a problem.
+    """Make every error response of `app`, including the framework's own, a problem.
 
-    `routes` are what `app` serves; they tell which methods a path allows.
+    `routes` are all routes of `app`; they determine which methods a path allows.
     """
 
     @app.exception_handler(BonsaiLoraError)
@@ -147,7 +149,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
     @app.exception_handler(Exception)
     def on_fault(request: Request, _: Exception) -> Response:
-        return fault_response(request.scope)  # the framework raises it again, for the log
+        return failure_response(request.scope)  # Starlette raises it again, to be logged
 
     @app.exception_handler(RequestValidationError)
     def on_validation(request: Request, error: RequestValidationError) -> Response:
@@ -158,7 +160,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         path, method = request.url.path, request.method
         if error.status_code == HTTPStatus.NOT_FOUND:
             problem: BonsaiLoraError = errors.RouteNotFoundError(
-                f"nothing is served at {path!r}; /docs shows what is"
+                f"there is no resource at {path!r}; /docs lists all paths"
             )
             return problem_response(problem, request.scope)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
@@ -170,12 +172,15 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             )
             return problem_response(problem, request.scope, {"Allow": ", ".join(allowed)})
         return problem_response(
-            errors.MalformedBodyError("the request could not be read"), request.scope
+            errors.MalformedBodyError(
+                "the request could not be parsed; check its syntax against RFC 9112"
+            ),
+            request.scope,
         )
 
 
 def validation_problem(found: Any) -> BonsaiLoraError:
-    """Return the refusal for pydantic's list of errors."""
+    """Return the error for pydantic's list of errors."""
     if found[0]["type"] == "json_invalid":
         return errors.MalformedJsonError(f"the body is not JSON: {found[0]['msg']}")
     reasons = [(_field(one), _reason(one)) for one in found[:16]]
@@ -193,11 +198,11 @@ def _field(error: Any) -> str:
 
 def _reason(error: Any) -> str:
     if error["type"] == "missing":
-        return "is missing"
+        return "is missing; add it"
     if error["type"] == "extra_forbidden":
-        return "is not a known field"
+        return "is unknown; remove it"
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"is wrong: {message}, got {reprlib.repr(error.get('input'))}"
+    return f"is invalid: {message}; got {reprlib.repr(error.get('input'))}"
 
 
 def _allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:

@@ -1,7 +1,7 @@
-"""The streamed merge: reads, computes and sends at the same time, whatever order the client likes.
+"""The streamed merge: read, compute and send concurrently.
 
-A client that sends everything before it reads would block a server that reads only as fast as it
-can send. So the two sides are separate tasks with a spool between them.
+A client that sends everything before it reads would deadlock a server that reads only as fast as
+it can send. So reading and sending are separate tasks with a spool between them.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ _FIRST_BYTES = 1 << 20
 
 
 class MergeStream:
-    """The answer: `prefix`, then the merged bytes of the weights that `reader` gives.
+    """The response body: `prefix`, then the merged bytes of the weights read from `reader`.
 
-    Nothing is sent before the whole body or its first megabyte is merged, so that short bodies
-    that turn out wrong are still refused properly; later the answer is broken off instead.
+    Nothing is sent before the whole body or its first megabyte is merged, so that an invalid
+    short body still gets an error response. After that, an error aborts the response.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class MergeStream:
         self._error: Exception | None = None
 
     async def run(self, send: Send) -> None:
-        """Answer; raises what the body or the client did wrong."""
+        """Send the response; raises the errors of the body and StalledError."""
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._produce, tasks.cancel_scope)
@@ -67,10 +67,10 @@ class MergeStream:
                 self._on_bytes(size)
             await self._reader.expect_end()
             self._spool.end()
-        except StalledError as error:  # the consumer waits for a client that takes nothing
+        except StalledError as error:  # the consumer is blocked by a client that stopped reading
             self._error = error
             scope.cancel()
-        except Exception as error:  # noqa: BLE001 - raised again to the consumer
+        except Exception as error:  # noqa: BLE001 - raised again in the consumer
             self._spool.end(error)
 
     async def _consume(self, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""A merged file as a response: blocks are computed ahead while the last one is sent."""
+"""Serve a merged file: the next pieces are computed while the current one is sent."""
 
 import asyncio
 from collections import deque
@@ -9,7 +9,7 @@ from bonsai_lora.checkpoints.merged import MergedFile
 
 
 class StreamedFile:
-    """A merged file for `file_response`; computes in `executor`, at most `ahead` pieces early."""
+    """A merged file for `file_response`, computed in `executor` up to `ahead` pieces ahead."""
 
     def __init__(self, file: MergedFile, executor: Executor, ahead: int) -> None:
         self.size_bytes = file.size_bytes

@@ -20,14 +20,16 @@ _LATENCY_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 
 
 
 class Metrics:
-    """Counters that requests feed; what the store holds is read when metrics are."""
+    """Request counters, and gauges of the store that are read on each scrape."""
 
-    def __init__(self, store_stats: Callable[[], StoreStats]) -> None:
+    def __init__(
+        self, store_stats: Callable[[], StoreStats], describe: Callable[[], dict[str, str]]
+    ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._store_registry = CollectorRegistry()
         for registry in (self._registry, self._store_registry):
-            registry.register(_StoreCollector(store_stats))
+            registry.register(_StoreCollector(store_stats, describe))
         self._requests = Counter(
             "bonsai_lora_requests",
             "Requests answered.",
@@ -36,21 +38,25 @@ class Metrics:
         )
         self._latency = Histogram(
             "bonsai_lora_request_seconds",
-            "Time from the request's head to the last byte of the answer.",
+            "Time from the request head to the last byte of the response.",
             ["method", "route"],
             buckets=_LATENCY_SECONDS,
             registry=self._registry,
         )
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.rows_applied = Counter(
-            "bonsai_lora_rows_applied", "Vectors through an adapter.", registry=self._registry
+            "bonsai_lora_rows_applied",
+            "Vectors that adapters were applied to.",
+            registry=self._registry,
         )
         self.bytes_merged = Counter(
-            "bonsai_lora_merged_bytes", "Bytes of merged weights made.", registry=self._registry
+            "bonsai_lora_merged_bytes",
+            "Bytes of merged weights produced.",
+            registry=self._registry,
         )
 
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count a request that was answered."""
+        """Count a request and its latency."""
         key = (method, route, status)
         known = self._children.get(key)
         if known is None:
@@ -62,7 +68,7 @@ class Metrics:
         known[1].observe(seconds)
 
     def render(self) -> bytes:
-        """Return the exposition text."""
+        """Return the metrics in Prometheus's text format."""
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             return generate_latest(self._registry)
         registry = CollectorRegistry()
@@ -71,28 +77,37 @@ class Metrics:
 
 
 class _StoreCollector(Collector):
-    def __init__(self, store_stats: Callable[[], StoreStats]) -> None:
+    def __init__(
+        self, store_stats: Callable[[], StoreStats], describe: Callable[[], dict[str, str]]
+    ) -> None:
         self._store_stats = store_stats
+        self._describe = describe
 
     def describe(self) -> Iterable[Metric]:
         return []
 
     def collect(self) -> Iterable[Metric]:
+        about = self._describe()
+        info = GaugeMetricFamily(
+            "bonsai_lora_info", "What this service is made of; always 1.", labels=list(about)
+        )
+        info.add_metric(list(about.values()), 1)
+        yield info
         stats = self._store_stats()
         yield GaugeMetricFamily("bonsai_lora_sets", "Sets in the store.", stats.set_count)
         yield GaugeMetricFamily(
             "bonsai_lora_newer_files",
-            "Files in the store that a newer release wrote; left as they are, and not served.",
+            "Files in the store that a newer release wrote; they are kept but not served.",
             stats.newer_file_count,
         )
         yield GaugeMetricFamily(
-            "bonsai_lora_adapters", "Adapters of all sets.", stats.adapter_count
+            "bonsai_lora_adapters", "Adapters in all sets.", stats.adapter_count
         )
         yield GaugeMetricFamily(
             "bonsai_lora_sets_bytes", "Size of all sets as float32.", stats.total_memory_bytes
         )
         yield GaugeMetricFamily(
             "bonsai_lora_resident_bytes",
-            "Bytes of sets that are in this process's memory.",
+            "Bytes of this process's open sets that are resident in memory.",
             stats.resident_bytes,
         )

@@ -1,4 +1,4 @@
-"""What happens to every request: an id, a count, a log line, and no exception out."""
+"""Observe every request: assign an id, count it, log it, and handle unexpected exceptions."""
 
 import asyncio
 import itertools
@@ -13,9 +13,9 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bonsai_lora.api.errors import fault_response
+from bonsai_lora.api.coroutines import resume
+from bonsai_lora.api.errors import failure_response
 from bonsai_lora.api.metrics import Metrics
-from bonsai_lora.api.steps import go_on
 from bonsai_lora.errors import BonsaiLoraError, StalledError
 
 T = TypeVar("T")
@@ -29,14 +29,14 @@ _log = structlog.get_logger("bonsai_lora.requests")
 
 
 class Observer:
-    """Counts and logs what was answered."""
+    """Counts and logs requests."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._logs_all = logging.getLogger("bonsai_lora.requests").isEnabledFor(logging.DEBUG)
 
     def observe(self, scope: Mapping[str, Any], status: int, seconds: float) -> None:
-        """Count a request that was answered with `status` (0: not at all), and log it."""
+        """Count and log a request; `status` is 0 if it got no response."""
         route = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if route != "none" else "any"
         self._metrics.count_request(method, route, status, seconds)
@@ -55,17 +55,17 @@ class Observer:
 
     @staticmethod
     def note_disconnect(scope: Mapping[str, Any]) -> None:
-        """Log that the client went away."""
-        _log.info("client went away", path=scope["path"], request_id=scope["request_id"])
+        """Log that the client disconnected."""
+        _log.info("client disconnected", path=scope["path"], request_id=scope["request_id"])
 
     @staticmethod
-    def note_fault(scope: Mapping[str, Any]) -> None:
-        """Log the exception that nobody expected."""
+    def note_failure(scope: Mapping[str, Any]) -> None:
+        """Log an unexpected exception with its traceback."""
         _log.exception("unexpected error", path=scope["path"], request_id=scope["request_id"])
 
 
 class ObserveMiddleware:
-    """Gives each request its id, counts and logs it, and answers what no handler caught."""
+    """Gives each request an id, observes it, and answers 500 for exceptions without a handler."""
 
     def __init__(self, app: ASGIApp, observer: Observer, stall_seconds: float) -> None:
         self._app = app
@@ -86,21 +86,21 @@ class ObserveMiddleware:
         except ClientDisconnect:
             self._observer.note_disconnect(scope)
         except Exception as error:  # noqa: BLE001 - nothing may get out
-            # A refusal after the first byte arrives as the cause of the framework's complaint.
+            # An error after the response has started is the cause of Starlette's exception.
             refusal = error.__cause__
             if exchange.status and isinstance(refusal, BonsaiLoraError):
                 reason, number = refusal.detail, scope["request_id"]
-                _log.warning("answer broken off", reason=reason, request_id=number)
+                _log.warning("response aborted", reason=reason, request_id=number)
                 return
-            self._observer.note_fault(scope)
+            self._observer.note_failure(scope)
             if not exchange.status:
-                await fault_response(scope)(scope, receive, exchange.send)
+                await failure_response(scope)(scope, receive, exchange.send)
         finally:
             self._observer.observe(scope, exchange.status, perf_counter() - started)
 
 
 class _Exchange:
-    """What goes in and out for one request; raises StalledError where the client stands still."""
+    """The ASGI channels of one request; raises StalledError if the client stalls."""
 
     __slots__ = ("_ended", "_is_stalled", "_receive", "_request_id", "_send", "_stall", "status")
 
@@ -114,29 +114,29 @@ class _Exchange:
         self.status = 0
 
     async def receive(self) -> Message:
-        """Return a part of the body, which must not take too long."""
+        """Return the next part of the body, which must arrive within the stall timeout."""
         if self._ended:
             return await self._receive()
-        message = await self._within_stall(self._receive(), "sent")
+        message = await self._with_timeout(self._receive(), "sent")
         self._ended = not message.get("more_body", False)
         return message
 
     async def send(self, message: Message) -> None:
-        """Pass on a part of the answer; the client of a stream must go on taking."""
+        """Send a part of the response; a client must keep reading a streamed one."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"].append((REQUEST_ID, self._request_id.encode()))
             if self._is_stalled:  # the rest of the body may never come
                 message["headers"].append((b"connection", b"close"))
         elif message.get("more_body"):
-            await self._within_stall(self._send(message), "took")
+            await self._with_timeout(self._send(message), "read")
             return
         await self._send(message)
 
-    async def _within_stall(self, step: Awaitable[T], verb: str) -> T:
-        """Return what `step` gives; raises StalledError where the client stands still."""
-        # Most steps have their answer at once: then there is nothing to time. Taking the first one
-        # by hand saves a timer and three system calls in each request.
+    async def _with_timeout(self, step: Awaitable[T], verb: str) -> T:
+        """Return the result of `step`; raises StalledError after the stall timeout."""
+        # Most awaitables finish in their first step. Running that one by hand saves a timer and
+        # three system calls per request.
         iterator = step.__await__()
         try:
             first = next(iterator)
@@ -144,14 +144,17 @@ class _Exchange:
             return cast("T", done.value)
         try:
             async with asyncio.timeout(self._stall):
-                return cast("T", await go_on(iterator, first))
+                return cast("T", await resume(iterator, first))
         except TimeoutError:
             self._is_stalled = True
-            raise StalledError(f"the client {verb} nothing for {self._stall:g} s") from None
+            raise StalledError(
+                f"the client {verb} nothing for {self._stall:g} s; retry on a faster connection, "
+                "or raise stall_seconds"
+            ) from None
 
 
 def request_id_of(given: bytes | None) -> str:
-    """Return the caller's X-Request-Id where it is a plain token, else a new one."""
+    """Return the client's X-Request-Id if it is a plain token, else a new id."""
     if given is not None and _REQUEST_ID.match(given):
         return str(given, "ascii")
     return f"{next(_numbers):016x}"

@@ -1,4 +1,4 @@
-"""The JSON of the Open Inference Protocol, as pydantic models."""
+"""The JSON of the Open Inference Protocol as pydantic models."""
 
 from typing import Annotated, Any, Literal
 
@@ -12,16 +12,16 @@ class TensorMetadata(BaseModel):
 
     name: str
     datatype: str
-    shape: list[int] = Field(description="-1 stands for any number")
+    shape: list[int] = Field(description="-1 stands for any size")
 
     @classmethod
     def of(cls, tensor: Tensor) -> "TensorMetadata":
-        """Return the answer's form."""
+        """Return the metadata of `tensor`."""
         return cls(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
 
 
 class ServerMetadata(BaseModel):
-    """What speaks here, and which extensions it has."""
+    """The server's name, version and protocol extensions."""
 
     name: str
     version: str
@@ -29,27 +29,27 @@ class ServerMetadata(BaseModel):
 
 
 class ServerLive(BaseModel):
-    """The process answers."""
+    """The server is running."""
 
     live: bool = True
 
 
 class ServerReady(BaseModel):
-    """Models can be used; `live` too, since the protocol's text says so."""
+    """The server is ready; `live` is included as the protocol's specification asks."""
 
     live: bool = True
     ready: bool = True
 
 
 class ModelReady(BaseModel):
-    """The model can be used."""
+    """The model is ready."""
 
     name: str
     ready: bool = True
 
 
 class ModelMetadata(BaseModel):
-    """A set as a model."""
+    """A set described as a model."""
 
     name: str
     versions: list[str]
@@ -72,7 +72,7 @@ class ModelConfig(BaseModel):
 
 
 class ModelStatistics(BaseModel):
-    """Triton's statistics: counts, and sums of nanoseconds."""
+    """Triton's model statistics: counts and total durations in nanoseconds."""
 
     model_stats: list[dict[str, Any]]
 
@@ -84,33 +84,37 @@ class InferTensor(BaseModel):
     shape: list[int]
     datatype: Literal["FP32", "FP64", "FP16", "BF16", "BYTES"]
     parameters: dict[str, bool | int | float | str] | None = Field(
-        None, description="binary_data_size, or shared_memory_region, _offset, _byte_size"
+        None,
+        description="`binary_data_size`, or `shared_memory_region`, `shared_memory_offset` and "
+        "`shared_memory_byte_size`",
     )
-    data: list[Any] | None = Field(None, description="row by row, flat or nested")
+    data: list[Any] | None = Field(None, description="row-major, flat or nested")
 
 
 class InferRequestedOutput(BaseModel):
-    """An output that is asked for."""
+    """A requested output."""
 
     name: str
     parameters: dict[str, bool | int | float | str] | None = Field(
-        None, description="binary_data, or shared_memory_region, _offset, _byte_size"
+        None,
+        description="`binary_data`, or `shared_memory_region`, `shared_memory_offset` and "
+        "`shared_memory_byte_size`",
     )
 
 
 class InferRequest(BaseModel):
-    """An infer request of the protocol."""
+    """An inference request."""
 
     id: str | None = None
     parameters: dict[str, bool | int | float | str] | None = Field(
-        None, description="scale, binary_data_output"
+        None, description="`scale`, `binary_data_output`"
     )
     inputs: list[InferTensor]
     outputs: list[InferRequestedOutput] | None = None
 
 
 class InferResponse(BaseModel):
-    """An infer response of the protocol."""
+    """An inference response."""
 
     model_name: str
     model_version: str
@@ -119,19 +123,19 @@ class InferResponse(BaseModel):
 
 
 class LenientModel(BaseModel):
-    """No silent conversions; unknown fields are those of other servers."""
+    """Refuses implicit conversions; ignores unknown fields, which other servers define."""
 
     model_config = ConfigDict(strict=True)
 
 
 class IndexRequest(LenientModel):
-    """What the repository index is asked."""
+    """A request for the repository index."""
 
-    ready: bool = Field(False, description="only models that are ready; here all are")
+    ready: bool = Field(False, description="list only models that are ready; all sets are")
 
 
 class IndexEntry(BaseModel):
-    """A model of the repository."""
+    """A model in the repository."""
 
     name: str
     version: str
@@ -140,21 +144,21 @@ class IndexEntry(BaseModel):
 
 
 class RepositoryRequest(LenientModel):
-    """What load and unload are asked."""
+    """A request to load or unload a model."""
 
     parameters: dict[str, Any] = Field(default_factory=dict)
 
 
 class RegisterRequest(LenientModel):
-    """Shared memory of a client on this machine."""
+    """A region to register: shared memory created by a client on this machine."""
 
-    key: str = Field(description="name of the shared memory, as of shm_open")
+    key: str = Field(description="name of the shared memory object, as given to shm_open")
     offset: Annotated[int, Field(ge=0, lt=2**62)] = 0
     byte_size: Annotated[int, Field(gt=0, lt=2**62)]
 
 
 class RegionInfo(BaseModel):
-    """A registered region."""
+    """A registered shared-memory region."""
 
     name: str
     key: str
@@ -163,6 +167,6 @@ class RegionInfo(BaseModel):
 
 
 class OipError(BaseModel):
-    """A refusal of the Open Inference Protocol."""
+    """An error of the Open Inference Protocol."""
 
     error: str

@@ -1,4 +1,4 @@
-"""What routes say about themselves in the OpenAPI document."""
+"""Helpers that describe routes in the OpenAPI document."""
 
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from bonsai_lora import errors
-from bonsai_lora.api import oip_schemas, schemas
+from bonsai_lora.api import oip_schemas, schemas, tensor_schemas
 from bonsai_lora.api.errors import PROBLEM_TYPE, status_of
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.wire.media import Form
@@ -61,16 +61,18 @@ STORE_ERRORS: Kinds = (
 Responses = dict[int | str, dict[str, Any]]
 
 
-def also(status: int, description: str, model: type[BaseModel] | None = None) -> Responses:
-    """Return one more answer of a route: `status`, with a body where `model` is given."""
+def extra_response(
+    status: int, description: str, model: type[BaseModel] | None = None
+) -> Responses:
+    """Return an additional response of a route, with the body `model` if given."""
     more = {} if model is None else {"model": model}
     return {status: {"description": description, **more}}
 
 
 def problems(*kinds: type[BonsaiLoraError]) -> Responses:
-    """Return the `responses` of a route that refuses with these errors."""
+    """Return the `responses` of a route that raises these errors."""
     by_status: dict[int, list[str]] = defaultdict(list)
-    # A set that a newer release wrote is refused wherever a set can be named.
+    # Any route that names a set may find one that a newer release wrote.
     newer = (errors.NewerFormatError,) if errors.SetNotFoundError in kinds else ()
     for kind in dict.fromkeys((*kinds, *newer, *ANY_ERRORS)):
         by_status[int(status_of(kind))].append(kind.code)
@@ -84,36 +86,36 @@ def problems(*kinds: type[BonsaiLoraError]) -> Responses:
 
 
 def json_body(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the `openapi_extra` of a route that reads `model` from JSON."""
+    """Return the `openapi_extra` of a route whose body is the JSON of `model`."""
     return _request_body({Form.JSON.value: {"schema": _ref(model)}})
 
 
 def tensor_body(
     model: type[BaseModel], *forms: Form, example: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Return the `openapi_extra` of a route that takes tensors as JSON `model` or as bytes."""
+    """Return the `openapi_extra` of a route whose body is the JSON of `model`, or binary."""
     content: dict[str, Any] = {Form.JSON.value: {"schema": _ref(model)}}
     if example is not None:
         content[Form.JSON.value]["example"] = example
     return _request_body(content | {form.value: {"schema": _BINARY} for form in forms})
 
 
-def tensor_answer(model: type[BaseModel], *forms: Form) -> Responses:
-    """Return the `responses` of a route that answers JSON `model` or bytes."""
+def tensor_responses(model: type[BaseModel], *forms: Form) -> Responses:
+    """Return the `responses` of a route that returns the JSON of `model`, or binary."""
     content: dict[str, Any] = {Form.JSON.value: {"schema": _ref(model)}}
     content |= {form.value: {"schema": _BINARY} for form in forms}
-    return {200: {"description": "computed in float32", "content": content}}
+    return {200: {"description": "the result, computed in float32", "content": content}}
 
 
 def oip_errors(*statuses: int) -> Responses:
-    """Return the `responses` of a route of the Open Inference Protocol that refuses so."""
+    """Return the error `responses` of an Open Inference Protocol route."""
     content = {Form.JSON.value: {"schema": _ref(oip_schemas.OipError)}}
     words = {status: HTTPStatus(status).phrase for status in sorted({*statuses, 500})}
     return {status: {"description": word, "content": content} for status, word in words.items()}
 
 
 def infer_body() -> dict[str, Any]:
-    """Return the `openapi_extra` of infer: JSON, or JSON with binary data behind it."""
+    """Return the `openapi_extra` of infer: JSON, or JSON followed by binary data."""
     example = {
         "inputs": [
             {"name": "q_proj", "shape": [1, 4], "datatype": "FP32", "data": [0.5, -1.0, 2.0, 0.25]}
@@ -126,49 +128,50 @@ def infer_body() -> dict[str, Any]:
     return _request_body(content)
 
 
-def infer_answer() -> Responses:
+def infer_responses() -> Responses:
     """Return the `responses` of infer."""
-    return tensor_answer(oip_schemas.InferResponse, Form.RAW)
+    return tensor_responses(oip_schemas.InferResponse, Form.RAW)
 
 
-def empty_answer() -> Responses:
-    """Return the `responses` of a route whose answer has no body."""
-    return {200: {"description": "done", "content": {}}}
+def empty_responses() -> Responses:
+    """Return the `responses` of a route whose response has no body."""
+    return {200: {"description": "done; the response has no body", "content": {}}}
 
 
 def optional_body(model: type[BaseModel], *, required: bool = False) -> dict[str, Any]:
-    """Return the `openapi_extra` of a route that reads `model` from JSON of any Content-Type."""
+    """Return the `openapi_extra` of a route that reads JSON, whatever its Content-Type."""
     return _request_body({Form.JSON.value: {"schema": _ref(model)}}, required=required)
 
 
 def version_parameter() -> dict[str, Any]:
-    """Return the `openapi_extra` of a path with {version}, which its route takes by itself."""
+    """Return the `openapi_extra` for {version}, which is not in the route's signature."""
     schema = {"type": "string"}
     about = {"name": "version", "in": "path", "required": True, "schema": schema}
-    return {"parameters": [{**about, "description": "the version that the set must have"}]}
+    return {"parameters": [{**about, "description": "version that the set must have"}]}
 
 
-def text_answer() -> Responses:
-    """Return the `responses` of a route that answers plain text."""
-    return {200: {"description": "text", "content": {"text/plain": {"schema": {"type": "string"}}}}}
+def text_responses() -> Responses:
+    """Return the `responses` of a route that returns plain text."""
+    content = {"text/plain": {"schema": {"type": "string"}}}
+    return {200: {"description": "plain text", "content": content}}
 
 
-def file_answer(media_type: str) -> Responses:
-    """Return the `responses` of a route that serves a file with ranges."""
+def file_responses(media_type: str) -> Responses:
+    """Return the `responses` of a route that serves a file and its byte ranges."""
     schema = {"type": "object"} if media_type == Form.JSON.value else _BINARY
     content = {media_type: {"schema": schema}}
     return {
         200: {"description": "the whole file", "content": content},
         206: {
-            "description": "the ranges asked for",
+            "description": "the requested byte ranges",
             "content": {**content, "multipart/byteranges": {"schema": _BINARY}},
         },
-        304: {"description": "the file is the one that If-None-Match names"},
+        304: {"description": "not modified: If-None-Match names the current ETag"},
     }
 
 
 def install_openapi(app: FastAPI) -> None:
-    """Make `app.openapi()` include the models that only raw bodies refer to."""
+    """Make `app.openapi()` include the models that only hand-written bodies refer to."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -189,7 +192,7 @@ def install_openapi(app: FastAPI) -> None:
 
 
 def _drop_unused_validation_errors(document: dict[str, Any]) -> None:
-    """Remove the 422 that FastAPI adds where a route has nothing but path strings to refuse."""
+    """Remove the 422 that FastAPI adds to routes which cannot raise a validation error."""
     for item in document["paths"].values():
         for operation in item.values():
             answer = operation["responses"].get("422", {})
@@ -200,11 +203,11 @@ def _drop_unused_validation_errors(document: dict[str, Any]) -> None:
 
 
 def _add_models(document: dict[str, Any]) -> None:
-    """Add the schemas behind every reference that the document does not yet resolve."""
+    """Add the schemas of all references that the document does not resolve yet."""
     known = document.setdefault("components", {}).setdefault("schemas", {})
     models = [
         one
-        for module in (schemas, oip_schemas)
+        for module in (schemas, tensor_schemas, oip_schemas)
         for one in vars(module).values()
         if isinstance(one, type)
         and issubclass(one, BaseModel)
@@ -219,7 +222,7 @@ def _add_models(document: dict[str, Any]) -> None:
 
 
 def _referenced(definitions: dict[str, Any], document: Any) -> set[str]:
-    """Return the definitions that the document refers to, directly or through others."""
+    """Return the names of the definitions that the document refers to, even indirectly."""
     found: set[str] = set()
     places = [document]
     while places:

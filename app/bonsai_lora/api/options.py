@@ -1,7 +1,7 @@
-"""What the head of a request asks for: tables that make both a parser and OpenAPI parameters.
+"""Query parameters and headers of the hot routes: one table drives parsing and OpenAPI.
 
-Parsing is a pure function of the query string and of some headers. Clients send the same ones
-thousands of times, so it is remembered by these bytes, as far as they are short.
+Parsing is a pure function of the query string and a few headers. Clients send the same ones
+thousands of times, so the results for short ones are cached.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,21 +13,22 @@ from urllib.parse import parse_qsl
 
 from bonsai_lora.api.body import check_coding
 from bonsai_lora.api.call import Call
+from bonsai_lora.api.query import check_known
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError
-from bonsai_lora.wire.compress import coding_of, wanted_coding
+from bonsai_lora.wire.compress import parse_content_encoding, response_coding
 from bonsai_lora.wire.media import (
-    ANSWER_DTYPES,
+    RESPONSE_DTYPES,
     Form,
-    answer_form,
-    check_answer_dtype,
-    request_form,
+    check_response_dtype,
+    negotiate_form,
+    parse_content_type,
 )
 from bonsai_lora.wire.stacks import MAX_SCALE
 
 T = TypeVar("T")
 
 HEADER_LENGTH = b"inference-header-content-length"
-"""Length of an inference's JSON, before binary data (Triton's extension binary_tensor_data)."""
+"""Length in bytes of an inference's JSON header (Triton's extension binary_tensor_data)."""
 
 _REMEMBERED_BYTES = 1 << 10
 _HEADER_LENGTH_DIGITS = 15
@@ -35,19 +36,19 @@ _HEADER_LENGTH_DIGITS = 15
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Option:
-    """A query parameter, or a header, that a route reads."""
+    """A query parameter or header that a route reads."""
 
     name: str
     place: Literal["query", "header"]
     parse: Callable[[list[str]], Any]
-    """Returns the value of all that the client gave under this name, which may be nothing."""
+    """Return the value parsed from all occurrences of the name; there may be none."""
     description: str = ""
     schema: Mapping[str, Any] | None = None
-    """JSON Schema; None for the headers that OpenAPI describes in other ways."""
+    """JSON Schema; None for headers that OpenAPI describes elsewhere."""
 
 
 Options = tuple[Option, ...]
-"""The options of a route."""
+"""All options of a route."""
 
 
 def parameters(options: Options) -> list[dict[str, Any]]:
@@ -66,10 +67,10 @@ def parameters(options: Options) -> list[dict[str, Any]]:
 
 
 def read_options(call: Call, options: Options, make: Callable[[Mapping[str, Any]], T]) -> T:
-    """Return what `make` makes of the values of `options` by name; it must be pure.
+    """Return `make` called with the parsed values of `options` by name; `make` must be pure.
 
-    Raises InvalidRequestError for another query parameter, where a query is read at all, and what
-    the options' parsers and `make` raise.
+    Raises InvalidRequestError for an unknown query parameter, unless the route has none, and the
+    errors of the parsers and of `make`.
     """
     lines = tuple(map(call.headers.get, _header_names(options)))
     size = len(call.query_string) + sum([len(one) for one in lines if one is not None])
@@ -102,24 +103,19 @@ def _read(
 def _query(text: bytes, known: Sequence[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, value in parse_qsl(text.decode("latin-1"), keep_blank_values=True):
-        if name not in known:
-            raise InvalidRequestError(
-                f"unknown query parameter {name[:100]!r}; known are {', '.join(known)}",
-                got=name[:100],
-                expected=list(known),
-            )
         found.setdefault(name, []).append(value)
+    check_known(found, known)
     return found
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ApplyOptions:
-    """What the head of an apply asks for."""
+    """The options of an apply request."""
 
-    taken: Form
-    """Form of the body."""
-    given: Form
-    """Form of the answer."""
+    request_form: Form
+    """Form of the request body."""
+    response_form: Form
+    """Form of the response body."""
     dtype: str
     scale: float
     modules: Sequence[str]
@@ -128,10 +124,10 @@ class ApplyOptions:
     def of(cls, values: Mapping[str, Any]) -> "ApplyOptions":
         """Return the options; raises UnsupportedMediaTypeError, NotAcceptableError and others."""
         check_coding(values["Content-Encoding"])
-        taken = request_form(values["Content-Type"], _FORMS)
-        given = answer_form(values["Accept"], taken, _FORMS)
-        dtype = check_answer_dtype(values["dtype"], given)
-        return cls(taken, given, dtype, values["scale"], values.get("module", []))
+        request_form = parse_content_type(values["Content-Type"], _FORMS)
+        response_form = negotiate_form(values["Accept"], request_form, _FORMS)
+        dtype = check_response_dtype(values["dtype"], response_form)
+        return cls(request_form, response_form, dtype, values["scale"], values.get("module", []))
 
 
 _FORMS = (Form.JSON, Form.BINARY)
@@ -149,7 +145,7 @@ def _scale(values: list[str]) -> float:
         scale = float("nan")
     if not abs(scale) <= MAX_SCALE:
         raise InvalidRequestError(
-            f"scale must be a number from -{MAX_SCALE:g} to {MAX_SCALE:g}, got {text[:100]!r}",
+            f"scale is {text[:100]!r}; expected a number from -{MAX_SCALE:g} to {MAX_SCALE:g}",
             field="scale",
         )
     return scale
@@ -165,14 +161,14 @@ APPLY_OPTIONS: Options = (
         "dtype",
         "query",
         _last,
-        "dtype of the answer's tensors; other than F32 only in binary",
-        {"type": "string", "enum": list(ANSWER_DTYPES), "default": "F32"},
+        "dtype of the returned tensors; F16 and BF16 only in binary responses",
+        {"type": "string", "enum": list(RESPONSE_DTYPES), "default": "F32"},
     ),
     Option(
         "scale",
         "query",
         _scale,
-        "factor on everything that is added",
+        "factor applied to the whole delta",
         {"type": "number", "minimum": -MAX_SCALE, "maximum": MAX_SCALE, "default": 1.0},
     ),
     *_MEDIA,
@@ -182,7 +178,7 @@ APPLY_MANY_OPTIONS: Options = (
         "module",
         "query",
         list,
-        "modules that all get the one batch `inputs`; repeatable",
+        "module to apply to the shared batch `inputs`; repeatable",
         {"type": "array", "items": {"type": "string"}},
     ),
     *APPLY_OPTIONS,
@@ -191,14 +187,14 @@ APPLY_MANY_OPTIONS: Options = (
 
 @dataclass(frozen=True, eq=False, slots=True)
 class InferOptions:
-    """What the head of an inference says."""
+    """The options of an inference request."""
 
     header_length: int | None
-    """Bytes of JSON before the binary data; None: there is nothing but JSON."""
-    coding: str | None
-    """Compression of the body."""
-    wanted_coding: str | None
-    """Compression of the answer."""
+    """Length in bytes of the JSON before the binary data; None if the body is JSON only."""
+    request_coding: str | None
+    """Content coding of the request body."""
+    response_coding: str | None
+    """Content coding of the response."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "InferOptions":
@@ -212,7 +208,7 @@ def _header_length(values: list[str]) -> int | None:
     given = values[-1]
     if not (given.isascii() and given.isdigit() and len(given) <= _HEADER_LENGTH_DIGITS):
         raise MalformedBodyError(
-            f"Inference-Header-Content-Length is {given[:100]!r}, expected a number of bytes"
+            f"Inference-Header-Content-Length is {given[:100]!r}; expected a number of bytes"
         )
     return int(given)
 
@@ -222,9 +218,9 @@ INFER_OPTIONS: Options = (
         "Inference-Header-Content-Length",
         "header",
         _header_length,
-        "length in bytes of the JSON before binary data",
+        "length in bytes of the JSON before the binary data",
         {"type": "integer", "minimum": 0},
     ),
-    Option("Content-Encoding", "header", lambda values: coding_of(_last(values))),
-    Option("Accept-Encoding", "header", lambda values: wanted_coding(_last(values))),
+    Option("Content-Encoding", "header", lambda values: parse_content_encoding(_last(values))),
+    Option("Accept-Encoding", "header", lambda values: response_coding(_last(values))),
 )

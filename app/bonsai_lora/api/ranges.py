@@ -1,4 +1,4 @@
-"""Files by whole or by byte ranges (RFC 9110, section 14), from anything that can give a range."""
+"""Serve files whole or by byte range (RFC 9110, section 14)."""
 
 import re
 import secrets
@@ -15,16 +15,16 @@ from bonsai_lora.errors import RangeNotSatisfiableError
 from bonsai_lora.service.work import WorkPool
 
 MAX_RANGES = 64
-"""A request for more ranges gets the whole file, as the RFC allows."""
+"""A request for more ranges than this gets the whole file, as the RFC allows."""
 
 _RANGE = re.compile(r"(\d{0,1000})-(\d{0,1000})\Z")
 
 Range = tuple[int, int]
-"""First byte and the one after the last."""
+"""Start and stop offset; the stop is exclusive."""
 
 
 class RangedFile(Protocol):
-    """A file that can be read from any byte."""
+    """A file that can be read from any offset."""
 
     size_bytes: int
     etag: str
@@ -38,19 +38,19 @@ class RangedFile(Protocol):
 def file_response(
     request: Request, file: RangedFile, pool: WorkPool, headers: Mapping[str, str] | None = None
 ) -> Response:
-    """Return the answer to GET or HEAD of a file: 200, 206, 304 or 416.
+    """Return the response to GET or HEAD of a file: 200, 206, 304 or 416.
 
-    It holds one of the places of `pool` while it streams, and is 503 where none is free.
+    It counts as a request in progress in `pool` while it streams; 503 if `pool` is full.
     """
     response = _respond(request, file, headers)
     return _Admitted(response, pool) if isinstance(response, StreamingResponse) else response
 
 
 class _Admitted(Response):
-    """A response that begins only where the pool has a place, and holds it to its end."""
+    """A response that is admitted to the pool before it starts, and until it ends."""
 
     def __init__(self, response: Response, pool: WorkPool) -> None:
-        self.background = None  # what FastAPI looks at on every response
+        self.background = None  # FastAPI reads this attribute
         self._response = response
         self._pool = pool
 
@@ -73,9 +73,9 @@ def _respond(request: Request, file: RangedFile, headers: Mapping[str, str] | No
 
 
 def parse_ranges(header: str, size: int) -> list[Range] | None:
-    """Return the satisfiable ranges of a Range header, None where the header is to be ignored.
+    """Return the satisfiable ranges of a Range header; None if the header must be ignored.
 
-    Ends beyond the file are clamped. Raises RangeNotSatisfiableError where no range is left.
+    Ends beyond the file are clamped. Raises RangeNotSatisfiableError if no range is left.
     """
     unit, _, specs = header.partition("=")
     if unit.strip().lower() != "bytes":
@@ -99,12 +99,13 @@ def parse_ranges(header: str, size: int) -> list[Range] | None:
             ranges.append((start, stop))
     if not ranges:
         raise RangeNotSatisfiableError(
-            f"no byte of {header[:100]!r} exists; the file has {size} bytes",
+            f"the range {header[:100]!r} is beyond the end of the file; request some of its "
+            f"{size} bytes",
             got=header[:100],
             size_bytes=size,
         )
     if sum(stop - start for start, stop in ranges) > size:
-        return None  # overlapping: nobody needs bytes twice
+        return None  # overlapping ranges may be ignored
     return ranges
 
 
@@ -151,7 +152,7 @@ def _multipart(file: RangedFile, ranges: list[Range], headers: dict[str, str]) -
 
 
 class BytesFile:
-    """Bytes in memory or mapped, as a file; mapped pages are read in a worker thread."""
+    """A file in memory or memory-mapped; read in a worker thread, where pages may be loaded."""
 
     def __init__(self, content: memoryview, etag: str, media_type: str) -> None:
         self.size_bytes = len(content)

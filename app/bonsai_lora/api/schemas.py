@@ -1,4 +1,4 @@
-"""The JSON of the contract, as pydantic models; OpenAPI shows what stands here."""
+"""The JSON of the HTTP API as pydantic models; their docstrings appear in OpenAPI."""
 
 from typing import Annotated, Any, Literal
 
@@ -11,31 +11,28 @@ from bonsai_lora.formats.names import SET_NAME_PATTERN
 from bonsai_lora.service.sets import Imported
 from bonsai_lora.service.stats import ModuleStats
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
-from bonsai_lora.wire.stacks import MAX_SCALE, MAX_STACK
 
 Size = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Names = Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=1024), FailFast()]
-Rows = list[list[float]]
-Vectors = Rows | list[float]
 
 
 class RequestModel(BaseModel):
-    """Unknown fields and silent conversions are refused."""
+    """Refuses unknown fields and implicit conversions."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Config(RequestModel):
-    """Hyper-parameters of an adapter."""
+    """Hyperparameters of an adapter."""
 
-    rank: Size = Field(8, description="r; 0 makes adapters that change nothing")
-    alpha: FiniteFloat = Field(8.0, description="the scaling is alpha / r")
+    rank: Size = Field(8, description="r; with 0 the adapter changes nothing")
+    alpha: FiniteFloat = Field(8.0, description="scaling is alpha / r")
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="used in training only"
     )
     target_modules: Names = Field(
         list(LoraConfig().target_modules),
-        description="modules to keep, by full name or last part; an empty list keeps all",
+        description="modules to adapt, by full name or last component; an empty list means all",
     )
 
     def to_core(self) -> LoraConfig:
@@ -44,7 +41,7 @@ class Config(RequestModel):
 
 
 class ConfigInfo(BaseModel):
-    """Hyper-parameters of a set; an upload's may be beyond what can be asked for here."""
+    """Hyperparameters of a set; an uploaded set may exceed the bounds of `Config`."""
 
     rank: int
     alpha: float
@@ -53,30 +50,30 @@ class ConfigInfo(BaseModel):
 
     @classmethod
     def of(cls, config: LoraConfig) -> "ConfigInfo":
-        """Return the answer's form of a configuration."""
+        """Return the schema of a core configuration."""
         return cls(**config.to_dict())
 
 
 class Attention(RequestModel):
-    """Widths of q_proj, k_proj, v_proj and o_proj."""
+    """Dimensions of q_proj, k_proj, v_proj and o_proj."""
 
     hidden_size: Size
     num_heads: Size
     num_kv_heads: Size | None = Field(
-        None, description="with this or head_dim the real Qwen3 shapes are made"
+        None, description="give this or head_dim to get Qwen3's grouped-query shapes"
     )
     head_dim: Size | None = None
 
 
 class Mlp(RequestModel):
-    """Widths of gate_proj, up_proj and down_proj."""
+    """Dimensions of gate_proj, up_proj and down_proj."""
 
     hidden_size: Size
     intermediate_size: Size
 
 
 class CreateSet(RequestModel):
-    """A new set; only the name is required."""
+    """A set to create; only the name is required."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -102,22 +99,22 @@ class CreateSet(RequestModel):
     name: str = Field(
         description=f"matches {SET_NAME_PATTERN}; adapters, api, mixed, v1, v2 are reserved"
     )
-    base_model_name: str = Field("", max_length=256, description="the model that the set is for")
+    base_model_name: str = Field("", max_length=256, description="model that the set adapts")
     config: Config = Field(default_factory=Config)
     model: str | None = Field(
         None,
-        description="a known model in place of attention, mlp and num_layers: "
+        description="a known model, instead of attention, mlp and num_layers: "
         + ", ".join(shapes.MODELS),
     )
     attention: Attention | None = None
     mlp: Mlp | None = None
     num_layers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
-        None, description="one adapter per layer, under full module names"
+        None, description="create adapters for each layer, under full module names"
     )
 
 
 class NewAdapter(RequestModel):
-    """An adapter to initialise as the reference does."""
+    """An adapter to initialize: A uniform, B zero."""
 
     d_in: Size
     d_out: Size
@@ -138,7 +135,7 @@ class ModuleInfo(BaseModel):
 
     @classmethod
     def of(cls, name: str, adapter: LoraAdapter) -> "ModuleInfo":
-        """Return the answer's form of an adapter."""
+        """Return the schema of an adapter."""
         return cls(
             name=name,
             d_in=adapter.d_in,
@@ -156,7 +153,7 @@ class SetSummary(BaseModel):
 
     name: str
     base_model_name: str
-    version: int = Field(description="1 at creation, one more with each change")
+    version: int = Field(description="1 at creation, incremented by each change")
     created_at: str = Field(description="RFC 3339, UTC")
     updated_at: str
     origin: Literal["initialized", "peft", "gguf", "mixed"]
@@ -166,7 +163,7 @@ class SetSummary(BaseModel):
 
     @staticmethod
     def fields_of(record: SetRecord) -> dict[str, Any]:
-        """Return the fields that a record gives."""
+        """Return the fields taken from a record."""
         return {
             "name": record.name,
             "base_model_name": record.base_model_name,
@@ -181,14 +178,14 @@ class SetSummary(BaseModel):
 
 
 class SetInfo(SetSummary):
-    """Everything about a set but its weights."""
+    """A set with its modules, without its weights."""
 
     config: ConfigInfo
     modules: list[ModuleInfo]
 
     @staticmethod
     def fields_of_set(stored: StoredSet) -> dict[str, Any]:
-        """Return the fields that a stored set gives."""
+        """Return the fields taken from a stored set."""
         adapters = stored.lora_set.registry.adapters.items()
         return {
             **SetSummary.fields_of(stored.record),
@@ -198,24 +195,26 @@ class SetInfo(SetSummary):
 
 
 class SetPage(BaseModel):
-    """A page of sets by name."""
+    """A page of sets, sorted by name."""
 
     sets: list[SetSummary]
-    next_cursor: str | None = Field(description="give it as `cursor` for the next page; null: last")
+    next_cursor: str | None = Field(
+        description="pass it as `cursor` to get the next page; null on the last page"
+    )
 
 
 class ImportedModule(ModuleInfo):
-    """One adapter of an upload."""
+    """One imported adapter."""
 
     delta_norm: float = Field(description="Frobenius norm of scaling * B @ A")
 
 
 class ImportReport(SetSummary):
-    """What an upload became."""
+    """The set that an upload created."""
 
     config: ConfigInfo
     modules: list[ImportedModule]
-    ignored_keys: list[str] = Field(description="tensors that were left out on purpose")
+    ignored_keys: list[str] = Field(description="tensors that were not imported, by design")
     warnings: list[str]
 
     @classmethod
@@ -241,108 +240,8 @@ class AdapterList(BaseModel):
     adapters: list[ModuleInfo]
 
 
-class SetWeights(RequestModel):
-    """The two matrices of an adapter."""
-
-    lora_A: Rows = Field(description="(r, d_in)")  # noqa: N815 - the contract's name
-    lora_B: Rows = Field(description="(d_out, r)")  # noqa: N815 - the contract's name
-    alpha: FiniteFloat | None = Field(None, description="default: the set's")
-
-
-class WeightedSet(RequestModel):
-    """A set with the factor on what it adds."""
-
-    set: str
-    weight: Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE)] = 1.0
-
-
-Stack = Annotated[list[WeightedSet | str], Field(max_length=MAX_STACK)]
-Stacked = Annotated[
-    Stack | None, Field(description="further sets whose deltas are added, each with its weight")
-]
-
-
-class ApplyRequest(RequestModel):
-    """Vectors for one module."""
-
-    inputs: Vectors = Field(description="a list of vectors (rows, d_in), or one vector (d_in,)")
-    base_outputs: Vectors | None = Field(
-        None, description="W·x without bias, for DoRA modules only: (rows, d_out) or (d_out,)"
-    )
-    sets: Stacked = None
-
-
-class ApplyAnswer(BaseModel):
-    """What the adapter adds; all from one version of the set."""
-
-    set: str
-    module: str
-    version: int
-    versions: dict[str, int] | None = Field(
-        None, description="by set, where `sets` stacked several"
-    )
-    outputs: Vectors
-
-
-class ApplyManyRequest(RequestModel):
-    """Vectors by module, or one batch for every `module` parameter."""
-
-    inputs: dict[str, Vectors] | Vectors
-    sets: Stacked = None
-    base_outputs: dict[str, Vectors] | None = Field(
-        None, description="W·x without bias, for DoRA modules only"
-    )
-
-
-class ApplyManyAnswer(BaseModel):
-    """What each adapter adds."""
-
-    set: str
-    version: int
-    versions: dict[str, int] | None = Field(
-        None, description="by set, where `sets` stacked several"
-    )
-    outputs: dict[str, Vectors]
-
-
-class ApplyMixedRequest(RequestModel):
-    """Vectors for one module, each row through its own sets."""
-
-    module: str
-    sets: list[str | WeightedSet | Stack | None] = Field(
-        description="one entry per row: a set's name, null for none, or sets with weights"
-    )
-    inputs: Vectors = Field(description="(rows, d_in), or one vector (d_in,)")
-    base_outputs: Vectors | None = Field(
-        None, description="W·x without bias, for DoRA sets only: (rows, d_out) or (d_out,)"
-    )
-
-
-class ApplyMixedAnswer(BaseModel):
-    """What the sets add, in the order of the rows."""
-
-    module: str
-    versions: dict[str, int] = Field(description="the version with which each set took part")
-    outputs: Vectors
-
-
-class MergeRequest(RequestModel):
-    """A small weight matrix (d_out, d_in)."""
-
-    weights: Rows
-
-
-class MergeAnswer(BaseModel):
-    """W + scaling * B @ A."""
-
-    set: str
-    module: str
-    version: int
-    weights: Rows
-
-
 class ModuleStatsInfo(BaseModel):
-    """One module in numbers."""
+    """Statistics of one module."""
 
     name: str
     param_count: int
@@ -351,12 +250,12 @@ class ModuleStatsInfo(BaseModel):
     scaling: float
     delta_norm: float = Field(description="Frobenius norm of scaling * B @ A")
     effective_rank: float = Field(
-        description="exp of the entropy of the normalised singular values (Roy and Vetterli 2007)"
+        description="exp of the entropy of the normalized singular values (Roy and Vetterli 2007)"
     )
 
     @classmethod
     def of(cls, stats: ModuleStats) -> "ModuleStatsInfo":
-        """Return the answer's form."""
+        """Return the schema of a module's statistics."""
         return cls(
             name=stats.name,
             param_count=stats.adapter.param_count(),
@@ -369,20 +268,20 @@ class ModuleStatsInfo(BaseModel):
 
 
 class SetStats(BaseModel):
-    """One set in numbers."""
+    """Statistics of one set."""
 
     adapter_count: int
     total_trainable_params: int
     total_memory_bytes: int
     base_param_count: int | None
     efficiency_ratio: float | None = Field(
-        description="LoRA over base parameters; 0.0 for a count of 0, null where none is given"
+        description="LoRA parameters / base_param_count; 0.0 if that is 0, null if it is not given"
     )
     modules: list[ModuleStatsInfo]
 
 
 class StoreStatsInfo(BaseModel):
-    """The whole registry in numbers."""
+    """Statistics of the whole store."""
 
     set_count: int
     adapter_count: int
@@ -395,14 +294,14 @@ class StoreStatsInfo(BaseModel):
 
 
 class Estimate(BaseModel):
-    """How many adapters fit."""
+    """How many adapters fit in a memory budget."""
 
     adapters: int
     bytes_per_adapter: int
 
 
 class BaseFile(BaseModel):
-    """A file of a base."""
+    """A file of a base checkpoint."""
 
     name: str
     size_bytes: int
@@ -413,7 +312,7 @@ class BaseInfo(BaseModel):
 
     name: str
     files: list[BaseFile]
-    dtypes: dict[str, int] = Field(description="parameters by dtype")
+    dtypes: dict[str, int] = Field(description="number of parameters by dtype")
     parameter_count: int
 
 
@@ -421,7 +320,9 @@ class BaseList(BaseModel):
     """The base checkpoints."""
 
     bases: list[BaseInfo]
-    bad: dict[str, str] = Field(description="name -> reason, of folders that are no checkpoint")
+    bad: dict[str, str] = Field(
+        description="folders that are not a readable checkpoint: the reason by name"
+    )
 
 
 class MergedFileInfo(BaseModel):
@@ -439,33 +340,33 @@ class MergedFiles(BaseModel):
 
 
 class Health(BaseModel):
-    """The process answers."""
+    """The process is alive."""
 
     status: Literal["alive"] = "alive"
 
 
 class Readiness(BaseModel):
-    """The store is loaded."""
+    """The store can be read."""
 
     status: Literal["ready"] = "ready"
     sets: int
     bad_files: dict[str, str] = Field(
-        description="name -> reason, of files that were set aside since the start"
+        description="files that could not be read and were moved aside: the reason by set name"
     )
     newer_files: list[str] = Field(
-        description="names whose files a newer release wrote; they are left as they are"
+        description="sets that a newer release wrote; their files are left untouched"
     )
 
 
 class Problem(BaseModel):
-    """A refusal (RFC 9457); further fields carry the values that it is about."""
+    """An error (RFC 9457); additional fields carry the values that it is about."""
 
     model_config = ConfigDict(extra="allow")
 
     type: str
     title: str
     status: int
-    detail: str = Field(description="for a person: what is wrong, what was expected, what to do")
-    instance: str
-    code: str = Field(description="stable; the README lists all")
+    detail: str = Field(description="for people: what is wrong, and what to do")
+    instance: str = Field(description="path of the request")
+    code: str = Field(description="stable, for programs")
     request_id: str | None = None

@@ -1,4 +1,4 @@
-"""A queue of blocks between a producer and a slower consumer: some in memory, the rest on disk."""
+"""A bounded queue of byte blocks that spills to disk when its consumer is slow."""
 
 import os
 import tempfile
@@ -15,16 +15,16 @@ from bonsai_lora.errors import StalledError, StoreFullError
 T = TypeVar("T")
 
 MEMORY_BYTES = 4 << 20
-"""What one spool holds in memory before it writes to disk."""
+"""Most bytes that one spool holds in memory before it writes to disk."""
 
 _PIECE_BYTES = 1 << 20
 
 
 class Spool:
-    """Blocks in the order they were put; memory first, then a temporary file of bounded size.
+    """A FIFO of blocks, in memory first, then in a temporary file of bounded size.
 
-    One task puts, one iterates. Where memory and file are full, `put` waits for the consumer, at
-    most `stall_seconds`. `close` gives memory and file back.
+    One task puts, one iterates. When memory and file are full, `put` waits for the consumer for
+    at most `stall_seconds`. `close` releases both.
     """
 
     def __init__(self, max_disk_bytes: int, stall_seconds: float, folder: Path) -> None:
@@ -41,31 +41,34 @@ class Spool:
         self._changed = anyio.Event()
 
     async def put(self, block: bytes | bytearray) -> None:
-        """Append a block; raises StalledError where the consumer stands still.
+        """Append a block.
 
-        Raises StoreFullError where the disk is full.
+        Raises StalledError if the consumer stalls, StoreFullError if the disk is full.
         """
         await self._wait(lambda: self._fits_memory(len(block)) or self._fits_disk(len(block)))
         if self._fits_memory(len(block)):
             self._memory.append(block)
             self._memory_bytes += len(block)
         else:
-            if self._written == self._read:  # start over, so that the file stays short
+            if self._written == self._read:  # rewind, so that the file stays short
                 self._written = self._read = 0
             try:
                 await anyio.to_thread.run_sync(self._write, block)
             except OSError as error:
-                raise StoreFullError(f"the merge cannot be spilled to disk: {error}") from None
+                raise StoreFullError(
+                    f"the merge cannot be buffered on disk: {error}; free disk space, or read the "
+                    "response while sending"
+                ) from None
         self._signal()
 
     def end(self, error: Exception | None = None) -> None:
-        """Say that no block follows; `error` is raised to the consumer after the last one."""
+        """Mark the end; `error` is raised in the consumer after the last block."""
         self._ended = True
         self._error = error
         self._signal()
 
     async def ready(self, size: int) -> None:
-        """Wait until `size` bytes are held or the end is known; raises the producer's error."""
+        """Wait until `size` bytes or the end are available; raises the producer's error."""
         await self._wait_forever(
             lambda: self._ended or self._memory_bytes + self._written - self._read >= size
         )
@@ -89,13 +92,13 @@ class Spool:
             yield bytes(block)
 
     def close(self) -> None:
-        """Give memory and disk back."""
+        """Release memory and disk."""
         self._memory.clear()
         if self._file is not None:
             self._file.close()
 
     def _fits_memory(self, size: int) -> bool:
-        """Whether a block may go to memory: never past one that went to disk."""
+        """Return whether a block fits in memory; while blocks are on disk, none does."""
         return self._written == self._read and self._memory_bytes + size <= MEMORY_BYTES
 
     def _fits_disk(self, size: int) -> bool:
@@ -105,10 +108,10 @@ class Spool:
     def _drained(self) -> bool:
         return not self._memory and self._written == self._read
 
-    # The next two run in threads at the same time: they must not share a file position.
+    # The next two run in threads concurrently, so they must not share a file position.
 
     def _write(self, block: bytes | bytearray) -> None:
-        """Append to the file, a ring of max_disk bytes."""
+        """Append to the file, which is a ring buffer of max_disk bytes."""
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - see close()
         view = memoryview(block)
@@ -127,7 +130,7 @@ class Spool:
         return piece
 
     def _signal(self) -> None:
-        """Wake whoever waits, to look again."""
+        """Wake waiting tasks, which check their condition again."""
         self._changed.set()
         self._changed = anyio.Event()
 
@@ -142,6 +145,6 @@ class Spool:
                     await self._changed.wait()
         except TimeoutError:
             raise StalledError(
-                f"the client sent {self._max_disk} bytes more than it read and then took nothing "
-                f"for {self._stall:g} s; read the answer while you send, or send less at once"
+                f"the client sent {self._max_disk} bytes more than it read, then stopped reading "
+                f"for {self._stall:g} s; read the response while sending, or send smaller weights"
             ) from None

@@ -1,4 +1,4 @@
-"""Multipart uploads: the adapter's weights go to a file as they arrive."""
+"""Multipart uploads, whose weights are written to a file as they arrive."""
 
 from dataclasses import dataclass, field
 
@@ -21,8 +21,8 @@ _WRITE_BYTES = 1 << 20
 async def receive_adapter(request: Request, upload: Upload, limit: int) -> bytes:
     """Write the part `adapter_model` to `upload`; return the part `adapter_config`.
 
-    Raises UnsupportedMediaTypeError, BodyTooLargeError, MalformedMultipartError where a part is
-    missing, doubled or unknown, and what `Upload.write` raises.
+    Raises UnsupportedMediaTypeError, BodyTooLargeError, the errors of `Upload.write`, and
+    MalformedMultipartError for a missing, duplicate or unknown part.
     """
     check_uncoded(request)
     declared = content_length(request)
@@ -41,7 +41,10 @@ async def receive_adapter(request: Request, upload: Upload, limit: int) -> bytes
                 await _flush(form, upload)
         parser.finalize()
     except FormParserError as error:
-        raise MalformedMultipartError(f"the form cannot be read: {error}") from None
+        raise MalformedMultipartError(
+            f"the body is not multipart/form-data: {error}; send the two files {CONFIG_PART} and "
+            f"{MODEL_PART}"
+        ) from None
     await _flush(form, upload)
     missing = {CONFIG_PART, MODEL_PART} - form.seen
     if missing or not form.ended:
@@ -59,7 +62,8 @@ def _boundary(request: Request) -> bytes:
     media, options = parse_options_header(header)
     if media != b"multipart/form-data" or not options.get(b"boundary"):
         raise UnsupportedMediaTypeError(
-            f"an adapter is uploaded as multipart/form-data with a boundary, got {header[:100]!r}",
+            f"Content-Type is {header[:100]!r}; upload an adapter as multipart/form-data with a "
+            "boundary",
             got=header[:100],
             expected=["multipart/form-data"],
         )
@@ -74,7 +78,7 @@ async def _flush(form: "_AdapterForm", upload: Upload) -> None:
 
 @dataclass
 class _AdapterForm:
-    """What the parser's callbacks have gathered so far."""
+    """The parser's callbacks and what they have collected."""
 
     config: bytearray = field(default_factory=bytearray)
     model: bytearray = field(default_factory=bytearray)
@@ -113,7 +117,7 @@ class _AdapterForm:
 
     def _on_headers_finished(self) -> None:
         if self._name not in (CONFIG_PART, MODEL_PART) or self._name in self.seen:
-            problem = "stands twice" if self._name in self.seen else "is not known"
+            problem = "is given twice" if self._name in self.seen else "is unknown"
             raise MalformedMultipartError(
                 f"the part {self._name[:100]!r} {problem}; send the two files {CONFIG_PART} and "
                 f"{MODEL_PART}",

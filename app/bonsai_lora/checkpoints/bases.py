@@ -15,7 +15,7 @@ import numpy as np
 
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, Floats, to_float32
-from bonsai_lora.core.merge import blocks, merge_rows
+from bonsai_lora.core.merge import blocks, merge_rows, row_squares
 from bonsai_lora.errors import BaseNotFoundError, BonsaiLoraError, InvalidBaseError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.mapped import map_file
@@ -162,7 +162,7 @@ def row_norms(weight: Array, adapter: LoraAdapter) -> Floats:
         block = to_float32(np.ascontiguousarray(weight[rows, columns]))
         merged = np.empty_like(block)
         merge_rows(block, *adapter.factors_of(rows, columns), adapter.scaling, out=merged)
-        squares[rows] += np.einsum("ij,ij->i", merged, merged, dtype=np.float64)
+        squares[rows] += row_squares(merged)
     return np.sqrt(squares).astype(np.float32)
 
 

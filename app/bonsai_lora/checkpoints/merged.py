@@ -284,10 +284,7 @@ class _Tensor:
         rows, columns = block
         right, left = adapter.stored_factors_of(rows, columns)
         scaling = _scaled(adapter, weight)
-        if self._dtype is np.float64:
-            total += np.float64(scaling) * (left.astype(np.float64) @ right.astype(np.float64))
-        else:
-            merge_rows(total, right, left, scaling, out=total)
+        merge_rows(total, right, left, scaling, out=total)
         if adapter.magnitude is not None:
             ratio = self._dora_ratio(adapter).astype(self._dtype)
             total *= ratio[rows, None] if adapter.layer == "linear" else ratio[None, columns]

@@ -1,4 +1,4 @@
-"""The commands that talk to a running service: a thin layer over `bonsai_lora.client`."""
+"""The client commands: a thin layer over `bonsai_lora.client`."""
 
 import argparse
 import json
@@ -16,52 +16,52 @@ from bonsai_lora.client.blocking import Client
 from bonsai_lora.client.call import Call, decode_json, path_of
 from bonsai_lora.client.connection import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE, url_of
 from bonsai_lora.errors import BonsaiLoraError
-from bonsai_lora.formats.names import is_set_name
+from bonsai_lora.formats.names import SET_NAME_PATTERN, is_set_name
 
 EXIT_REFUSED = 1
-"""The service refused."""
+"""The service returned an error."""
 EXIT_USAGE = 2
 """The arguments are wrong, or a file cannot be read."""
 EXIT_UNREACHABLE = 3
-"""No service answers."""
+"""The service cannot be reached."""
 
 EXIT_INTERRUPTED = 130
-"""Ctrl-C."""
+"""Interrupted by Ctrl-C."""
 EXIT_CLOSED = 141
-"""Standard output was closed, as by `| head`."""
+"""The reader of standard output has closed it, as `| head` does."""
 
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\t]*)")
 """A header field (RFC 9110 section 5.1)."""
 
 
 class UsageError(ValueError):
-    """The arguments are wrong; the message is one line."""
+    """The arguments are wrong; the message says what to give instead."""
 
 
 def add_commands(commands: Any) -> None:
-    """Add every client command with its arguments."""
+    """Add the client commands with their arguments."""
     _add(commands, "ls", list_sets, "list the sets")
     show = _add(commands, "show", show_set, "show a set and its modules")
     show.add_argument("name")
-    stats = _add(commands, "stats", show_stats, "show statistics of a set, or of all")
+    stats = _add(commands, "stats", show_stats, "show statistics of a set or of the whole store")
     stats.add_argument("name", nargs="?")
     remove = _add(commands, "rm", remove_set, "delete a set")
     remove.add_argument("name")
     push = _add(commands, "push", push_set, "upload a PEFT adapter folder as a set")
     push.add_argument("name")
     push.add_argument(
-        "folder", type=Path, help="holds adapter_config.json and adapter_model.safetensors"
+        "folder",
+        type=Path,
+        help="folder with adapter_config.json and adapter_model.safetensors",
     )
-    apply = _add(
-        commands, "apply", apply_set, "apply a module to vectors, JSON from a file or stdin"
-    )
+    apply = _add(commands, "apply", apply_set, "apply a module's adapter to vectors given as JSON")
     apply.add_argument("name")
     apply.add_argument("module")
-    apply.add_argument("file", nargs="?", help="a list of vectors; default, or -: stdin")
+    apply.add_argument("file", nargs="?", help="JSON list of vectors (default, or -: stdin)")
     fetch = _add(commands, "pull", pull_model, "download a merged model, or a set as a PEFT folder")
     fetch.add_argument("model", help="BASE/SET, or adapters/SET")
     fetch.add_argument("-o", "--output", type=Path, required=True, help="folder to write to")
-    fetch.add_argument("--jobs", type=int, default=4, help="files at a time (4)")
+    fetch.add_argument("--jobs", type=int, default=4, help="files to download at a time (4)")
 
 
 def _add(commands: Any, name: str, run: Callable[..., Any], text: str) -> argparse.ArgumentParser:
@@ -72,7 +72,7 @@ def _add(commands: Any, name: str, run: Callable[..., Any], text: str) -> argpar
         epilog=f"{TOKEN_VARIABLE}, if set, is sent as `Authorization: Bearer TOKEN`.",
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--url", help=f"of the service (default: {URL_VARIABLE}, or {DEFAULT_URL})")
+    where.add_argument("--url", help=f"URL of the service ({URL_VARIABLE}, or {DEFAULT_URL})")
     where.add_argument("--uds", metavar="PATH", help="Unix socket of the service")
     parser.add_argument(
         "--header",
@@ -82,7 +82,7 @@ def _add(commands: Any, name: str, run: Callable[..., Any], text: str) -> argpar
         metavar="'NAME: VALUE'",
         help="send a header with each request; repeatable",
     )
-    parser.add_argument("--json", action="store_true", help="print the answer as JSON")
+    parser.add_argument("--json", action="store_true", help="print the response as JSON")
     parser.set_defaults(run=_guarded(run))
     return parser
 
@@ -95,7 +95,7 @@ def _header(text: str) -> tuple[str, str]:
 
 
 def _guarded(run: Callable[[Client, argparse.Namespace], Any]) -> Callable[..., int]:
-    """Return a command that reports errors in one line and returns an exit code."""
+    """Wrap a command so that it reports errors in one line and returns an exit code."""
 
     def guarded(arguments: argparse.Namespace) -> int:
         address = f"unix:{arguments.uds}" if arguments.uds else url_of(arguments.url)
@@ -107,11 +107,11 @@ def _guarded(run: Callable[[Client, argparse.Namespace], Any]) -> Callable[..., 
                 print(json.dumps(answer, indent=1))
             sys.stdout.flush()
         except BrokenPipeError:
-            # The rest of the output is discarded, or Python complains when it exits.
+            # Discard remaining output; otherwise Python reports an error when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_CLOSED
-        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - raised again if unexpected
-            code, text = _report(error, address)
+        except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - unexpected ones are raised
+            code, text = _describe_failure(error, address)
             print(f"bonsai-lora: {text}", file=sys.stderr)
             return code
         return 0
@@ -119,17 +119,20 @@ def _guarded(run: Callable[[Client, argparse.Namespace], Any]) -> Callable[..., 
     return guarded
 
 
-def _report(error: BaseException, address: str) -> tuple[int, str]:
-    """Return the exit code and the message for a failure; raise an unexpected one again."""
+def _describe_failure(error: BaseException, address: str) -> tuple[int, str]:
+    """Return the exit code and the message for a failure; raises `error` if it is unexpected."""
     match error:
         case BonsaiLoraError():
             return EXIT_REFUSED, f"{error.detail} [{error.code}]"
         case KeyboardInterrupt():
             return EXIT_INTERRUPTED, "interrupted"
         case KeyError() | TypeError() | httpx.DecodingError():
-            return EXIT_UNREACHABLE, f"{address} answers, but not as this service: {error!r}"
+            return (
+                EXIT_UNREACHABLE,
+                f"{address} did not respond like this service: {error!r}; check --url",
+            )
         case httpx.UnsupportedProtocol() | httpx.InvalidURL():
-            return EXIT_USAGE, f"{address!r} is not the URL of a service, such as {DEFAULT_URL}"
+            return EXIT_USAGE, f"{address!r} is not a valid URL; expected one such as {DEFAULT_URL}"
         case httpx.TransportError():
             return EXIT_UNREACHABLE, f"no service at {address}: {error}"
         case OSError() | ValueError():
@@ -164,7 +167,7 @@ def show_set(client: Client, arguments: argparse.Namespace) -> Any:
 
 
 def show_stats(client: Client, arguments: argparse.Namespace) -> Any:
-    """Print the statistics of a set or of all."""
+    """Print the statistics of a set or of the store."""
     name = arguments.name
     stats: dict[str, Any] = {
         **(client.get_stats() if name is None else client.get_set_stats(_set_name(name)))
@@ -185,10 +188,10 @@ def remove_set(client: Client, arguments: argparse.Namespace) -> Any:
 
 
 def push_set(client: Client, arguments: argparse.Namespace) -> Any:
-    """Upload a PEFT folder; print what it became."""
+    """Upload a PEFT folder; print the new version and warnings."""
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (arguments.folder / file).is_file():
-            raise UsageError(f"{arguments.folder} has no {file}")
+            raise UsageError(f"{arguments.folder} has no {file}; give a folder saved by PEFT")
     report = client.upload_set(_set_name(arguments.name), arguments.folder)
     if not arguments.json:
         print(f"{report['name']}: version {report['version']}, {report['adapter_count']} adapters")
@@ -198,15 +201,17 @@ def push_set(client: Client, arguments: argparse.Namespace) -> Any:
 
 
 def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
-    """Print what a module adds to the vectors of a JSON list."""
+    """Print the outputs of a module's adapter for a JSON list of vectors."""
     is_file = arguments.file not in (None, "-")
     text = Path(arguments.file).read_text("utf-8") if is_file else sys.stdin.read()
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise UsageError(f"the vectors are not JSON: {error}") from None
+        raise UsageError(
+            f"the vectors are not JSON: {error}; expected a list of lists of numbers"
+        ) from None
     body = value if isinstance(value, dict) else {"inputs": value}
-    # Sent as JSON, not as arrays: the service then refuses NaN by its position in the file.
+    # Sent as JSON, not as an array: the service then reports a NaN by its index in the file.
     call: Call[Any] = Call(
         method="POST",
         path="/v1"
@@ -226,7 +231,9 @@ def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
     """Download the files of BASE/SET or adapters/SET."""
     owner, slash, name = arguments.model.partition("/")
     if not slash or not is_set_name(name) or (owner != "adapters" and not is_set_name(owner)):
-        raise UsageError(f"{arguments.model!r} is not BASE/SET or adapters/SET")
+        raise UsageError(
+            f"{arguments.model!r} does not name a model; expected BASE/SET or adapters/SET"
+        )
     with ProgressLine() as line:
         return client.pull(
             arguments.model, arguments.output, jobs=arguments.jobs, on_progress=line.update
@@ -235,7 +242,7 @@ def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
 
 def _set_name(name: str) -> str:
     if not is_set_name(name):
-        raise UsageError(f"{name!r} cannot name a set")
+        raise UsageError(f"{name!r} is not a valid set name; it must match {SET_NAME_PATTERN}")
     return name
 
 

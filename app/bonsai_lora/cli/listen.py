@@ -14,19 +14,19 @@ from bonsai_lora.settings import Settings
 
 _BACKLOG = 2048
 _SOCKET_UMASK = 0o117
-"""Leaves a new socket the mode 0660."""
+"""Gives a new socket the mode 0660."""
 _WAIT_SECONDS = 5.0
 
 
 class ListenError(Exception):
-    """A socket cannot be listened on; the message is for a person."""
+    """A socket cannot be opened; the message is meant for the user."""
 
 
 @contextlib.contextmanager
 def listening(settings: Settings) -> Iterator[list[socket.socket]]:
-    """Give the listening sockets of `settings`; the Unix socket's file is removed at the end.
+    """Open the listening sockets of `settings`; the Unix socket's file is removed on exit.
 
-    Raises ListenError where one cannot be had; none is left behind then.
+    Raises ListenError if one cannot be opened, and closes the others.
     """
     with contextlib.ExitStack() as stack:
         sockets = []
@@ -39,7 +39,7 @@ def listening(settings: Settings) -> Iterator[list[socket.socket]]:
 
 
 def address_of(listener: socket.socket) -> str:
-    """Return where a listener answers, as a URL or `unix:PATH`."""
+    """Return the address of a listener, as a URL or `unix:PATH`."""
     if listener.family == socket.AF_UNIX:
         return f"unix:{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
@@ -56,7 +56,8 @@ def _listen_tcp(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ListenError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; see --port"
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another address "
+            "with --host and --port"
         ) from error
     return listener
 
@@ -72,18 +73,19 @@ def _listening_unix(path: Path) -> Iterator[socket.socket]:
                 made = _identity(path)
         except OSError as error:
             raise ListenError(
-                f"cannot listen on the Unix socket {path}: {error.strerror or error}; see --uds"
+                f"cannot listen on the Unix socket {path}: {error.strerror or error}; choose "
+                "another path with --uds"
             ) from error
         try:
             yield listener
         finally:
             with contextlib.suppress(OSError):
-                if _identity(path) == made:  # not what another process has put there since
+                if _identity(path) == made:  # not if another process has replaced it
                     path.unlink()
 
 
 def _bind(listener: socket.socket, path: Path) -> None:
-    """Bind to `path` and listen; nobody but the owner and the group can ever connect."""
+    """Bind to `path` and listen; only the owner and the group can connect, from the start."""
     before = os.umask(_SOCKET_UMASK)
     try:
         listener.bind(str(path))
@@ -93,13 +95,13 @@ def _bind(listener: socket.socket, path: Path) -> None:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove a socket that nobody answers on; raises OSError for anything else at `path`."""
+    """Remove a socket that no process listens on; raises OSError for anything else at `path`."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise FileExistsError(errno.EEXIST, "a file that is not a socket is there")
+        raise FileExistsError(errno.EEXIST, "the path is a file, not a socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(_WAIT_SECONDS)
         try:
@@ -107,12 +109,12 @@ def _remove_stale(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink()
             return
-    raise OSError(errno.EADDRINUSE, "another process answers on it")
+    raise OSError(errno.EADDRINUSE, "another process is listening on it")
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keep processes that start at the same time from replacing each other's socket in `folder`."""
+    """Lock `folder`, so that processes starting together do not replace each other's socket."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         deadline = time.monotonic() + _WAIT_SECONDS

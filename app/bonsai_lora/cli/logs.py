@@ -1,4 +1,4 @@
-"""Log lines: readable in a terminal, JSON when asked; uvicorn's and ours alike."""
+"""Logging as console text or JSON, for uvicorn's loggers too."""
 
 import logging
 import sys
@@ -7,7 +7,7 @@ import structlog
 
 
 def configure_logging(level: str, form: str) -> None:
-    """Send all logging to standard error, as `console` text or one `json` object a line."""
+    """Send all logs to standard error, as `console` text or as one `json` object per line."""
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
@@ -45,5 +45,5 @@ def configure_logging(level: str, form: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    # Its news (started, waiting, complete) is one line of ours.
+    # Its startup and shutdown messages; `serve` logs one line instead.
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))

@@ -1,4 +1,4 @@
-"""`bonsai-lora`: the command line."""
+"""The entry point of the `bonsai-lora` command."""
 
 import argparse
 import os
@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
-# Requests are what runs in parallel here, so what NumPy multiplies (statistics) takes one thread.
-# OpenBLAS reads this when NumPy is first imported.
+# Requests run in parallel, so NumPy's matrix products (used by statistics) get one thread each.
+# OpenBLAS reads this variable when NumPy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from bonsai_lora.cli import client
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; return its exit code."""
+    """Run the command and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="bonsai-lora", description="The adapter server for Bonsai and Qwen3 models."
@@ -30,10 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_serve(commands: Any, *, is_chosen: bool) -> None:
-    """Add `serve`; its flags and the server behind them are imported only where it is chosen."""
+    """Add `serve`; the server is imported only if the command is used."""
     parser = commands.add_parser("serve", help="serve the HTTP API")
     if is_chosen:
-        from bonsai_lora.cli import serve  # noqa: PLC0415 - the other commands need nothing of it
+        from bonsai_lora.cli import serve  # noqa: PLC0415 - the other commands start without it
 
         serve.add_flags(parser)
 

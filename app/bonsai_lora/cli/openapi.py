@@ -1,4 +1,4 @@
-"""`python -m bonsai_lora.cli.openapi FILE`: write the OpenAPI document."""
+"""Write the OpenAPI document: `python -m bonsai_lora.cli.openapi FILE`."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from bonsai_lora.settings import Settings
 
 
 def render() -> str:
-    """Return the OpenAPI document of the service as text."""
+    """Return the OpenAPI document as JSON text."""
     document = create_app(Settings(store="memory:")).openapi()
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 

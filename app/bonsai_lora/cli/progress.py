@@ -1,4 +1,4 @@
-"""The line that shows how far a download is."""
+"""The progress line of a download."""
 
 import contextlib
 import sys
@@ -9,7 +9,7 @@ _REFRESH_SECONDS = 0.1
 
 
 class ProgressLine:
-    """Done, rate and time left on one line of a terminal; nothing if stderr is not a terminal."""
+    """A progress line on standard error; silent unless that is a terminal."""
 
     def __init__(self) -> None:
         self._done = self._total = 0
@@ -17,11 +17,11 @@ class ProgressLine:
         self._is_terminal = sys.stderr.isatty()
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Return self."""
         return self
 
     def __exit__(self, *_error: object) -> None:
-        """Leave the last line on the screen."""
+        """Print the final state and end the line."""
         if self._is_terminal:
             self._show()
             with contextlib.suppress(OSError):

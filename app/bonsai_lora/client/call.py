@@ -113,7 +113,7 @@ def json_body(value: Any) -> dict[str, Any]:
 
 
 def decoded(call: Call[T], answer: httpx.Response) -> T:
-    """Return the result of a call; raises httpx.DecodingError if the answer has a different form."""
+    """Return the result of a call; raises httpx.DecodingError if it has a different form."""
     try:
         return call.decode(answer)
     except (BonsaiLoraError, ValueError, KeyError, TypeError) as error:

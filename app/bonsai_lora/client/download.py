@@ -1,4 +1,4 @@
-"""Downloading the files of a model: several at once, resumed, checked."""
+"""Download the files of a model in parallel, with resume and verification."""
 
 import glob
 import threading
@@ -16,8 +16,8 @@ from bonsai_lora.client.answers import PulledFile
 from bonsai_lora.client.call import Call
 from bonsai_lora.client.calls.bases import resolve
 
-MARKS = ".bonsai-pull"
-"""Hidden folder beside the files: partial files, and the tags of the complete ones."""
+STATE_FOLDER = ".bonsai-pull"
+"""Hidden folder next to the files, with partial downloads and the tags of complete files."""
 
 _WAIT_SECONDS = 0.5
 
@@ -36,7 +36,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """One file of a model, where it goes, and where a partial copy is kept."""
+    """One file of a model and its paths on disk."""
 
     path: str
     size_bytes: int
@@ -48,30 +48,30 @@ class _File:
         return self.folder / self.path
 
     @property
-    def mark(self) -> Path:
-        """Holds the tag of the complete file; absent while that is being replaced."""
-        return self.folder / MARKS / f"{self.path}.tag"
+    def tag_file(self) -> Path:
+        """Holds the tag of the complete file; missing while the file is being replaced."""
+        return self.folder / STATE_FOLDER / f"{self.path}.tag"
 
     @property
     def partial(self) -> Path:
-        """Has the tag in its name, so that two contents can never be joined."""
-        return self.folder / MARKS / f"{self.path}.{self.tag}.partial"
+        """Has the tag in its name, so that parts of different versions are never joined."""
+        return self.folder / STATE_FOLDER / f"{self.path}.{self.tag}.partial"
 
     def is_complete(self) -> bool:
         return (
-            self.mark.is_file()
-            and self.mark.read_text("utf-8") == self.tag
+            self.tag_file.is_file()
+            and self.tag_file.read_text("utf-8") == self.tag
             and self.target.is_file()
             and self.target.stat().st_size == self.size_bytes
         )
 
     def finish(self) -> None:
         """Move the partial file to its place, and remove partial copies of other versions."""
-        self.mark.unlink(missing_ok=True)
+        self.tag_file.unlink(missing_ok=True)
         self.target.parent.mkdir(parents=True, exist_ok=True)
         self.partial.replace(self.target)
-        self.mark.write_text(self.tag, "utf-8")
-        for stale in self.mark.parent.glob(f"{glob.escape(self.target.name)}.*.partial"):
+        self.tag_file.write_text(self.tag, "utf-8")
+        for stale in self.tag_file.parent.glob(f"{glob.escape(self.target.name)}.*.partial"):
             stale.unlink(missing_ok=True)
 
 
@@ -86,9 +86,9 @@ def download(
 ) -> None:
     """Write `files` of `model` at `commit` into `folder`.
 
-    Complete files are kept and partial ones resumed. Raises ValueError for a path that leads out
-    of `folder`, and for a file that has a different size or tag than announced; other files are
-    left as they are then.
+    Complete files are kept, and partial downloads are resumed. Raises ValueError for a path that
+    leads out of `folder`, and for a file whose size or tag differs from the listing; other files
+    are left as they are then.
     """
     wanted = [_checked(one, folder) for one in files]
     progress = _Progress(sum(one.size_bytes for one in wanted), on_progress)
@@ -96,7 +96,7 @@ def download(
     futures = [threads.submit(_fetch, source, model, commit, one, progress) for one in wanted]
     try:
         wait(futures, return_when=FIRST_EXCEPTION)
-    finally:  # all done, one failed, or Ctrl-C: what still runs ends at its next block
+    finally:  # all done, one failed, or Ctrl-C: stop the remaining downloads
         progress.is_stopped = True
         threads.shutdown(cancel_futures=True)
     for future in futures:
@@ -106,7 +106,7 @@ def download(
 
 def _checked(file: PulledFile, folder: Path) -> _File:
     path = PurePosixPath(file["path"])
-    if path.is_absolute() or ".." in path.parts or not path.name or path.parts[0] == MARKS:
+    if path.is_absolute() or ".." in path.parts or not path.name or path.parts[0] == STATE_FOLDER:
         raise ValueError(f"the model has a file {file['path']!r}, which no folder can hold")
     return _File(str(path), file["size"], file["oid"], folder)
 
@@ -130,7 +130,7 @@ def _fetch(source: Source, model: str, commit: str, file: _File, progress: "_Pro
         return
     if got != file.size_bytes:
         file.partial.unlink()
-        raise ValueError(f"{file.path} has {got} bytes, expected {file.size_bytes}")
+        raise ValueError(f"{file.path} has {got} bytes instead of {file.size_bytes}; pull it again")
     file.finish()
 
 

@@ -6,11 +6,11 @@ from typing import Literal
 
 import numpy as np
 
+from bonsai_lora.core import backend
 from bonsai_lora.core.cast import FLOAT32, Array, Floats, to_float32
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.kaiming import kaiming_uniform
 from bonsai_lora.core.merge import merge_rows, workers
-from bonsai_lora.core.products import Operands, multiply
 from bonsai_lora.errors import ShapeMismatchError
 
 LayerKind = Literal["linear", "embedding"]
@@ -62,14 +62,17 @@ class LoraAdapter:
         return int(self.b_matrix.shape[0])
 
     @cached_property
-    def operands(self) -> Operands:
-        """A and B as `apply` multiplies them: in place, or copied where they do not lie so."""
-        return Operands.of(self.a_matrix, self.b_matrix)
+    def _product(self) -> backend.Apply:
+        return backend.make_apply(self.a_matrix, self.b_matrix)
+
+    def make_ready(self) -> None:
+        """Do what else the first apply would."""
+        self._product  # noqa: B018 - kept from now on
 
     @property
     def is_ready(self) -> bool:
-        """Whether `operands` are at hand: the first time may make machine code and read a file."""
-        return "operands" in self.__dict__
+        """Whether this was applied before or made ready: the first apply may read a file."""
+        return "_product" in self.__dict__
 
     def factors_of(self, rows: slice, columns: slice) -> tuple[Array, Floats]:
         """Return A[:, columns] as it is, and B[rows] as float32."""
@@ -96,20 +99,16 @@ class LoraAdapter:
                 got=list(x.shape),
                 expected=[self.d_in] if x.ndim == 1 else ["rows", self.d_in],
             )
-        return self.apply_checked(x, weight)[0]
-
-    def apply_checked(self, x: Floats, weight: float | Floats = 1.0) -> tuple[Floats, bool]:
-        """Return what `apply` does, and whether x A^T is finite; the width is taken on trust.
-
-        What is not finite in x shows there unless A has no numbers, and so do finite numbers whose
-        sums overflow.
-        """
         factors = self._factors(weight)
         batch = x if x.ndim == 2 else x[None]
-        outputs, is_finite = multiply(batch, self.operands, factors)
+        if len(factors) not in (1, len(batch)):
+            raise ValueError(
+                f"expected one weight, or one for each of {len(batch)} rows; got {len(factors)}"
+            )
+        outputs = self._product(batch, factors)
         if self.bias is not None:
             outputs += factors[:, None] * to_float32(self.bias)
-        return outputs if x.ndim == 2 else outputs[0], is_finite
+        return outputs if x.ndim == 2 else outputs[0]
 
     def _factors(self, weight: float | Floats) -> Floats:
         """Return scaling * weight as float32, (1,) or one per row (n,)."""

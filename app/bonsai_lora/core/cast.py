@@ -1,6 +1,5 @@
-"""Casts between float32 and the 16-bit floats, at memory speed (docs/decisions/0003-casts.md)."""
+"""Float dtypes, casts between them, and whether numbers are finite."""
 
-import ctypes
 import math
 from typing import Any
 
@@ -8,8 +7,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from bonsai_lora.kernels.library import kernels
-from bonsai_lora.kernels.numbers import Kind
+from bonsai_lora.core import backend
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -17,14 +15,6 @@ Floats = npt.NDArray[np.float32]
 FLOAT32 = np.dtype(np.float32)
 FLOAT16 = np.dtype(np.float16)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-_KINDS: dict[np.dtype[Any], Kind] = {FLOAT32: "f32", FLOAT16: "f16", BFLOAT16: "bf16"}
-
-
-def kind_of(dtype: np.dtype[Any]) -> Kind | None:
-    """Return what the kernels call a dtype; None where they cannot read it."""
-    kind = _KINDS.get(dtype)
-    return None if kind == "f16" and not kernels().target.has_half else kind
 
 
 def to_float32(array: Array, out: Floats | None = None) -> Floats:
@@ -40,23 +30,13 @@ def to_float32(array: Array, out: Floats | None = None) -> Floats:
         return np.require(array, requirements=["C", "A"])
     if out is None:
         out = np.empty(array.shape, FLOAT32)
-    _cast(array, out)
+    backend.cast(array, out)
     return out
 
 
 def round_to(array: Floats, out: Array) -> None:
     """Write float32 `array` into `out` (float32, float16 or bfloat16), rounded to nearest even."""
-    _cast(array, out)
-
-
-def address_of(array: Array) -> int:
-    """Return where an array's first number is."""
-    # NumPy's public C structure begins with it (PyArrayObject_fields in numpy/ndarraytypes.h).
-    # __array_interface__ says the same and takes 0.9 µs for it, this 0.2.
-    return _pointer_at(id(array) + object.__basicsize__).value or 0
-
-
-_pointer_at = ctypes.c_void_p.from_address
+    backend.cast(array, out)
 
 
 def count_rows(batch: Array) -> int:
@@ -76,14 +56,3 @@ def all_finite(array: Array) -> bool:
         return math.isfinite(least) and math.isfinite(most)
     exponent = np.uint16(0x7C00 if array.dtype == FLOAT16 else 0x7F80)
     return bool(((array.view(np.uint16) & exponent) != exponent).all())
-
-
-def _cast(array: Array, out: Array) -> None:
-    kinds = kind_of(array.dtype), kind_of(out.dtype)
-    is_whole = array.flags.c_contiguous and out.flags.c_contiguous
-    is_whole = is_whole and array.shape == out.shape and out.flags.writeable
-    if None in kinds or kinds[0] == kinds[1] or not is_whole:
-        with np.errstate(over="ignore"):
-            np.copyto(out, array, casting="same_kind")
-    else:
-        kernels().cast(*kinds)(address_of(array), address_of(out), array.size)

@@ -5,9 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
-from bonsai_lora.core.cast import FLOAT32, Array, Floats, kind_of, round_to, to_float32
-from bonsai_lora.core.products import add_product
+from bonsai_lora.core import backend
+from bonsai_lora.core.cast import FLOAT32, Array, Floats, round_to, to_float32
 
 BLOCK_VALUES = 1 << 19
 """Values of W in a block that goes from one thread to another: 2 MiB of float32, measured by
@@ -51,20 +52,27 @@ def merge_rows(
     `magnitude` (n,), of DoRA, each row of the sum is scaled to that norm; the rows must be whole
     then. Norms are summed in float64.
 
-    `rows` and `out` have one dtype; the sum is float32, in the order of the reference and of PEFT
-    (B @ A, times scaling, plus W), and rounded once to nearest even. Sums beyond float32 are
-    infinite, as in torch.
+    `rows` and `out` have one dtype; the sum is float32 (float64 for float64 rows), in the order of
+    the reference and of PEFT (B @ A, times scaling, plus W), and rounded once to nearest even. Sums
+    beyond float32 are infinite, as in torch. No number depends on the block that it is merged in.
     """
-    if magnitude is None and kind_of(rows.dtype) is not None:
-        add_product(rows, left, right, scaling, out=out)
+    if magnitude is None:
+        backend.merge(rows, left, right, scaling, out)
         return
     total = to_float32(rows, out=np.empty(rows.shape, FLOAT32))
-    add_product(total, left, right, scaling, out=total)
-    with np.errstate(over="ignore", invalid="ignore"):
-        if magnitude is not None:
-            norms = np.sqrt(np.einsum("ij,ij->i", total, total, dtype=np.float64))
-            total *= (magnitude / norms.astype(np.float32))[:, None]
+    backend.merge(total, left, right, scaling, total)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        norms = np.sqrt(row_squares(total)).astype(np.float32)
+        total *= (magnitude / norms)[:, None]
     round_to(total, out)
+
+
+def row_squares(block: Floats) -> npt.NDArray[np.float64]:
+    """Return the sum of the squares of each row (n,), which does not depend on the other rows."""
+    # Squares are whole arrays: a sum that also casts is cut at the edges of NumPy's buffer.
+    squares: npt.NDArray[np.float64] = np.square(block, dtype=np.float64)
+    sums: npt.NDArray[np.float64] = squares.sum(axis=1)
+    return sums
 
 
 @lru_cache(maxsize=4)

@@ -9,13 +9,13 @@ import numpy as np
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from bonsai_lora.api.call import Call, Lines
-from bonsai_lora.api.errors import fault_response, problem_response
+from bonsai_lora.api.call import Call, HeaderLines
+from bonsai_lora.api.coroutines import resume
+from bonsai_lora.api.errors import failure_response, problem_response
 from bonsai_lora.api.middleware import request_id_of
-from bonsai_lora.api.steps import go_on
 from bonsai_lora.errors import BonsaiLoraError, StalledError
 from bonsai_lora.fast_lane.head import RequestHead
-from bonsai_lora.fast_lane.routes import FastLane, Found
+from bonsai_lora.fast_lane.routes import FastLane, RouteMatch
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.wire.buffers import Buffer
 
@@ -27,7 +27,7 @@ _ALIGNMENT = 16
 """Alignment in bytes of the memory that NumPy allocates."""
 
 
-class Carrier(Protocol):
+class Connection(Protocol):
     """The connection of a `LaneCall`: `LaneProtocol` in app/bonsai_lora/fast_lane/protocol.py."""
 
     lane: FastLane
@@ -38,11 +38,11 @@ class Carrier(Protocol):
     async def fill(self, target: memoryview, filled: int, stall_seconds: float) -> None:
         """Read the rest of the body into `target`, starting at `filled`."""
 
-    def proceed(self) -> None:
+    def send_continue(self) -> None:
         """Send `100 Continue`."""
 
-    def write_answer(
-        self, status: int, lines: Lines, parts: Sequence[Buffer], *, keep_alive: bool
+    def write_response(
+        self, status: int, lines: HeaderLines, parts: Sequence[Buffer], *, keep_alive: bool
     ) -> None:
         """Write a response."""
 
@@ -54,32 +54,32 @@ class Carrier(Protocol):
 
 
 class LaneCall(Call):
-    """A call that reads its body from a `Carrier` and writes its response there."""
+    """A call that reads its body from a `Connection` and writes its response there."""
 
     __slots__ = (
         "_body",
-        "_found",
         "_head",
         "_http",
         "_is_stalled",
+        "_match",
         "_scope",
         "_status",
         "is_started",
         "keep_alive",
     )
 
-    def __init__(self, http: Carrier, head: RequestHead, found: Found) -> None:
+    def __init__(self, http: Connection, head: RequestHead, match: RouteMatch) -> None:
         super().__init__(http.lane.context, head.headers, head.query_string)
         self._http = http
         self._head = head
-        self._found = found
+        self._match = match
         self._body: Buffer = b""
         # The part of an ASGI scope that logging, metrics and error responses read.
         self._scope: dict[str, Any] = {
             "method": "POST",
             "path": head.path,
             "request_id": request_id_of(head.request_id),
-            "route": found.route.about,
+            "route": match.route.scope_route,
         }
         self._is_stalled = False
         self._status = 0
@@ -92,7 +92,7 @@ class LaneCall(Call):
         """Bytes of the body that are still to be received."""
         return self._head.length - len(self._body)
 
-    def take(self, data: bytes) -> bytes:
+    def feed(self, data: bytes) -> bytes:
         """Append `data` to the body; return the bytes after its end.
 
         Starts the route's function once the body is complete. A body longer than LONG_BYTES is
@@ -105,7 +105,7 @@ class LaneCall(Call):
             if missing <= len(data) or self._head.length > LONG_BYTES:
                 self._start()
             elif self._head.expects and not self._body:
-                self._http.proceed()
+                self._http.send_continue()
         return data[missing:]
 
     def stall(self) -> None:
@@ -117,12 +117,12 @@ class LaneCall(Call):
         """Run the call synchronously up to its first await; finish it in a task if it has one."""
         http = self._http
         self.is_started = True
-        steps = self._serve()
+        coroutine = self._serve()
         try:
-            yielded = steps.send(None)
+            yielded = coroutine.send(None)
         except StopIteration:
             return
-        task = http.loop.create_task(_rest(steps, yielded))
+        task = http.loop.create_task(_finish(coroutine, yielded))
         http.tasks.add(task)
         task.add_done_callback(http.tasks.discard)
 
@@ -134,9 +134,9 @@ class LaneCall(Call):
         except ClientDisconnect:
             observer.note_disconnect(scope)
         except Exception:  # noqa: BLE001 - nothing may get out
-            observer.note_fault(scope)
+            observer.note_failure(scope)
             if not self._status and not self._http.transport.is_closing():
-                self._write(fault_response(scope))
+                self._write(failure_response(scope))
         finally:
             seconds = perf_counter() - started
             if seconds > _BATCH_SECONDS:
@@ -147,7 +147,7 @@ class LaneCall(Call):
     async def _answer(self) -> Response:
         """Return the response of the route's function, or an error response."""
         try:
-            return await self._found.route.endpoint(self, *self._found.names)
+            return await self._match.route.endpoint(self, *self._match.parameters)
         except BonsaiLoraError as error:
             if self.missing and self._head.expects:
                 self.keep_alive = False  # the client may or may not send the body
@@ -159,7 +159,7 @@ class LaneCall(Call):
             raise ClientDisconnect
         parts = getattr(answer, "parts", None) or (answer.body,)
         lines = [*answer.raw_headers, (b"x-request-id", self._scope["request_id"].encode())]
-        http.write_answer(answer.status_code, lines, parts, keep_alive=self.keep_alive)
+        http.write_response(answer.status_code, lines, parts, keep_alive=self.keep_alive)
         self._status = answer.status_code
 
     async def _read(self, limit: int) -> Buffer:
@@ -176,7 +176,7 @@ class LaneCall(Call):
             raise stalled(stall_seconds)
         try:
             if self._head.expects and not self._body:
-                http.proceed()
+                http.send_continue()
             # Align the binary data, which begins after a JSON header of declared length.
             shift = -self._head.data_start % _ALIGNMENT
             room = np.empty(shift + self._head.length, np.uint8)
@@ -192,9 +192,12 @@ class LaneCall(Call):
 
 def stalled(seconds: float) -> StalledError:
     """Return the error for a client that stopped sending its body."""
-    return StalledError(f"the client sent nothing for {seconds:g} s")
+    return StalledError(
+        f"the client sent nothing for {seconds:g} s; retry on a faster connection, or raise "
+        "stall_seconds"
+    )
 
 
-async def _rest(steps: Coroutine[Any, Any, None], yielded: Any) -> None:
+async def _finish(coroutine: Coroutine[Any, Any, None], yielded: Any) -> None:
     # asyncio accepts only native coroutines, which the result of `types.coroutine` is not.
-    await go_on(steps, yielded)
+    await resume(coroutine, yielded)

@@ -7,7 +7,7 @@ from urllib.parse import unquote
 import httptools
 
 from bonsai_lora.api.body import parse_length
-from bonsai_lora.api.call import join_lines
+from bonsai_lora.api.call import join_headers
 from bonsai_lora.api.connection import MAX_HEAD_LINES
 from bonsai_lora.api.middleware import REQUEST_ID
 from bonsai_lora.api.options import HEADER_LENGTH
@@ -44,7 +44,7 @@ def read_head(raw: bytes) -> RequestHead | None:
         return None
     if len(collected.headers) > MAX_HEAD_LINES:
         return None
-    headers = join_lines(collected.headers)
+    headers = join_headers(collected.headers)
     declared = headers.get(b"content-length", b"")
     if not declared.isdigit() or b"transfer-encoding" in headers or not collected.is_plain:
         return None

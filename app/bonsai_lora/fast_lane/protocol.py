@@ -8,7 +8,7 @@ from starlette.requests import ClientDisconnect
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.fast_lane.call import LONG_BYTES, LaneCall, stalled
 from bonsai_lora.fast_lane.routes import FastLane
-from bonsai_lora.service.work import AT_ONCE_NANOSECONDS
+from bonsai_lora.service.work import INLINE_NANOSECONDS
 
 _HEAD_BYTES = 1 << 13
 """Longest head parsed here. Longer and incomplete heads go to uvicorn's parser."""
@@ -28,7 +28,7 @@ class LaneConnection(asyncio.BufferedProtocol):
         self._target: memoryview | None = None
         """The array that the rest of a body is read into."""
         self._filled = 0
-        self._whole: asyncio.Future[None] = self._http.loop.create_future()
+        self._complete: asyncio.Future[None] = self._http.loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
 
     def get_buffer(self, _sizehint: int) -> memoryview:
@@ -46,8 +46,8 @@ class LaneConnection(asyncio.BufferedProtocol):
         self._filled += nbytes
         if self._filled == len(self._target):
             self._target = None
-            if not self._whole.done():
-                self._whole.set_result(None)
+            if not self._complete.done():
+                self._complete.set_result(None)
 
     async def fill(self, target: memoryview, filled: int, stall_seconds: float) -> None:
         """Read into `target`, starting at `filled`, until it is full.
@@ -55,11 +55,11 @@ class LaneConnection(asyncio.BufferedProtocol):
         Raises StalledError if nothing is received for `stall_seconds`, ClientDisconnect.
         """
         loop = self._http.loop
-        self._whole = loop.create_future()
+        self._complete = loop.create_future()
         self._target, self._filled = target, filled
         self._timer = loop.call_later(stall_seconds, self._check, filled, stall_seconds)
         try:
-            await self._whole
+            await self._complete
         finally:
             self._target = None
             self._timer.cancel()
@@ -69,8 +69,8 @@ class LaneConnection(asyncio.BufferedProtocol):
         if self._filled > before:
             now = self._filled
             self._timer = self._http.loop.call_later(stall_seconds, self._check, now, stall_seconds)
-        elif not self._whole.done():
-            self._whole.set_exception(stalled(stall_seconds))
+        elif not self._complete.done():
+            self._complete.set_exception(stalled(stall_seconds))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Forward to the HTTP protocol."""
@@ -79,8 +79,8 @@ class LaneConnection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Forward to the HTTP protocol, and wake a pending `fill`."""
         self._http.connection_lost(exc)
-        if self._target is not None and not self._whole.done():
-            self._whole.set_exception(ClientDisconnect())
+        if self._target is not None and not self._complete.done():
+            self._complete.set_exception(ClientDisconnect())
 
     def eof_received(self) -> bool:
         """Close, unless a response is due: none is to a client that leaves amid a body."""
@@ -105,9 +105,9 @@ class LaneProtocol(GuardedProtocol):
         self.is_parsing = False
         """Whether uvicorn's parser is in the middle of a request."""
         self._call: LaneCall | None = None
-        self._early = b""
+        self._pipelined = b""
         """Pipelined bytes, received before they can be processed."""
-        self._skipping = 0
+        self._discarding = 0
         """Bytes still to be discarded of a refused request's body."""
         self._active_at = 0.0
         """Loop time of the last received bytes or finished response."""
@@ -115,50 +115,50 @@ class LaneProtocol(GuardedProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Initialize the timers."""
         super().connection_made(transport)
-        self._period = min(self.timeout_keep_alive, self.stall_seconds)
+        self._check_seconds = min(self.timeout_keep_alive, self.stall_seconds)
 
     def data_received(self, data: bytes) -> None:
         """Start or continue the requests in `data`."""
         began = self._active_at = self.loop.time()
-        if self._early:
-            data, self._early = self._early + data, b""
+        if self._pipelined:
+            data, self._pipelined = self._pipelined + data, b""
         while data and not self.transport.is_closing():
-            if self._skipping:
-                data, skipped = data[self._skipping :], len(data)
-                self._skipping = max(0, self._skipping - skipped)
+            if self._discarding:
+                data, skipped = data[self._discarding :], len(data)
+                self._discarding = max(0, self._discarding - skipped)
             elif self._call is not None:
-                data = self._call.take(data)
+                data = self._call.feed(data)
                 if data and self._call is not None:
-                    self._hold(data)
+                    self._postpone(data)
                     return
             elif self.is_parsing or not (self.cycle is None or self.cycle.response_complete):
                 super().data_received(data)
                 return
             elif self.flow.write_paused:
-                self._hold(data)
+                self._postpone(data)
                 return
             else:
-                data = self._begin(data)
-                if data and self.loop.time() - began > AT_ONCE_NANOSECONDS / 1e9:
-                    self._hold(data)  # let other connections run
-                    self.loop.call_soon(self._go_on)
+                data = self._start_request(data)
+                if data and self.loop.time() - began > INLINE_NANOSECONDS / 1e9:
+                    self._postpone(data)  # let other connections run
+                    self.loop.call_soon(self._resume)
                     return
 
-    def _begin(self, data: bytes) -> bytes:
+    def _start_request(self, data: bytes) -> bytes:
         """Start the request at the beginning of `data`; return the bytes after it."""
         end = data.find(b"\r\n\r\n", 0, _HEAD_BYTES) + 4
         found = None
         if end >= 4 and data.startswith(_START):
-            found = self.lane.find_head(data[:end])
+            found = self.lane.match_head(data[:end])
         if found is None:
             self.flush()  # the parser may respond and close immediately
             super().data_received(data)
             return b""
         self.stop_head_timer()
         self._call = call = LaneCall(self, *found)
-        rest = call.take(data[end:])
+        rest = call.feed(data[end:])
         if self._call is call:
-            self._check_later(self._period)
+            self._schedule_check(self._check_seconds)
         return rest
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -170,7 +170,7 @@ class LaneProtocol(GuardedProtocol):
         call.keep_alive = False
         return not call.missing
 
-    def proceed(self) -> None:
+    def send_continue(self) -> None:
         """Send `100 Continue` to a client that waits for it."""
         self.flush()
         self.transport.write(_CONTINUE)
@@ -183,14 +183,14 @@ class LaneProtocol(GuardedProtocol):
         """Write all batched responses."""
         self.lane.batch.flush()
 
-    def _hold(self, data: bytes) -> None:
+    def _postpone(self, data: bytes) -> None:
         """Keep `data` until the current response is written, and pause reading."""
-        self._early = data
+        self._pipelined = data
         self.flow.pause_reading()
 
-    def _go_on(self) -> None:
+    def _resume(self) -> None:
         """Resume reading and process the kept bytes."""
-        if self._early and not self.transport.is_closing():
+        if self._pipelined and not self.transport.is_closing():
             self.flow.resume_reading()
             self.data_received(b"")
 
@@ -204,13 +204,13 @@ class LaneProtocol(GuardedProtocol):
             self.flush()
             self.transport.close()
             return
-        self._skipping = call.missing
+        self._discarding = call.missing
         self._active_at = self.loop.time()
-        self._check_later(self._period)
-        if self._early:
-            self.loop.call_soon(self._go_on)
+        self._schedule_check(self._check_seconds)
+        if self._pipelined:
+            self.loop.call_soon(self._resume)
 
-    def _check_later(self, seconds: float) -> None:
+    def _schedule_check(self, seconds: float) -> None:
         if self.timeout_keep_alive_task is None:
             self.timeout_keep_alive_task = self.loop.call_later(
                 seconds, self.timeout_keep_alive_handler
@@ -225,13 +225,13 @@ class LaneProtocol(GuardedProtocol):
         call = self._call
         is_busy = call is not None and call.is_started
         # Computing, or waiting for the client to read, which `GuardedProtocol` bounds.
-        if is_busy or self._early or self.flow.write_paused:
-            self._check_later(self._period)
+        if is_busy or self._pipelined or self.flow.write_paused:
+            self._schedule_check(self._check_seconds)
             return
         limit = self.timeout_keep_alive if call is None else self.stall_seconds
         left = self._active_at + limit - self.loop.time()
         if left > 0:
-            self._check_later(min(left, self._period))
+            self._schedule_check(min(left, self._check_seconds))
         elif call is None:
             super().timeout_keep_alive_handler()
         else:
@@ -258,10 +258,10 @@ class LaneProtocol(GuardedProtocol):
     def resume_writing(self) -> None:
         """Resume with the kept bytes."""
         super().resume_writing()
-        if self._early and self._call is None:
-            self.loop.call_soon(self._go_on)
+        if self._pipelined and self._call is None:
+            self.loop.call_soon(self._resume)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Drop the kept bytes."""
-        self._early = b""
+        self._pipelined = b""
         super().connection_lost(exc)

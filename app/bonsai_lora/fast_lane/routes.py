@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from bonsai_lora.api.call import Answer, get_call
+from bonsai_lora.api.call import BufferResponse, get_call
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.middleware import Observer
 from bonsai_lora.fast_lane.head import RequestHead, read_head
@@ -31,7 +31,7 @@ class LaneRoute:
     The function is called with the call and the path parameters, in the order of the path.
     """
 
-    def __init__(self, path: str, endpoint: Callable[..., Awaitable[Answer]]) -> None:
+    def __init__(self, path: str, endpoint: Callable[..., Awaitable[BufferResponse]]) -> None:
         pieces = path.split("/")
         self.length = len(pieces)
         self.last = pieces[-1]
@@ -40,15 +40,15 @@ class LaneRoute:
         ]
         self.variable = [place for place, piece in enumerate(pieces) if piece.startswith("{")]
         self.endpoint = endpoint
-        self.about = SimpleNamespace(path=path)
+        self.scope_route = SimpleNamespace(path=path)
         """Stands in for the framework's route in the scope; metrics read its `path`."""
 
 
-class Found(NamedTuple):
+class RouteMatch(NamedTuple):
     """A matched route and the values of its path parameters."""
 
     route: LaneRoute
-    names: Sequence[str]
+    parameters: Sequence[str]
 
 
 class WriteBatch:
@@ -94,23 +94,23 @@ class FastLane:
         """Shared by all connections: each copies its bytes before the next one reads."""
         self._cached_head = lru_cache(_CACHED_HEADS)(self._parse_head)
 
-    def find(self, path: str) -> Found | None:
+    def match(self, path: str) -> RouteMatch | None:
         """Return the match for a POST to `path`, or None."""
         pieces = path.split("/")
         route = self._routes.get((len(pieces), pieces[-1]))
         if route is None or any(pieces[place] != piece for place, piece in route.fixed):
             return None
         names = [pieces[place] for place in route.variable]
-        return Found(route, names) if all(names) else None
+        return RouteMatch(route, names) if all(names) else None
 
-    def find_head(self, raw: bytes) -> tuple[RequestHead, Found] | None:
+    def match_head(self, raw: bytes) -> tuple[RequestHead, RouteMatch] | None:
         """Return the parsed head and the matched route of head bytes, or None."""
         parse = self._cached_head if len(raw) <= _CACHED_HEAD_BYTES else self._parse_head
         return parse(raw)
 
-    def _parse_head(self, raw: bytes) -> tuple[RequestHead, Found] | None:
+    def _parse_head(self, raw: bytes) -> tuple[RequestHead, RouteMatch] | None:
         head = read_head(raw)
-        found = None if head is None else self.find(head.path)
+        found = None if head is None else self.match(head.path)
         return None if head is None or found is None else (head, found)
 
 

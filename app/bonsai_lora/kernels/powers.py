@@ -5,9 +5,7 @@ from bonsai_lora.kernels.formula import Term, table
 
 LEAST, MOST = -300, 45
 """Of the table. To write float32 takes -31 to 45; numbers that are read, with 19 digits, more."""
-
-BYTES = 16
-"""Of each power in the table."""
+BYTES = 16  # of each power in the table
 
 
 def power_of_ten(exponent: int) -> int:

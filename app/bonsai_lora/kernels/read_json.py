@@ -12,8 +12,9 @@ from llvmlite import ir
 from bonsai_lora.kernels.code import BYTE, FLOAT, I32, I64, Code, vector
 from bonsai_lora.kernels.formula import Term, Variable, integer, table
 from bonsai_lora.kernels.powers import BYTES, LEAST, powers_from
+from bonsai_lora.kernels.target import Target
 
-FIND = "nnnnnn"
+ARGUMENTS = "nnnnnn"
 """text, length, start, least, out, found: reads the first list from `start` on that is all numbers,
 or all lists of as many numbers, and has `least` of them. Returns 1 where there is one: `found`
 (FOUND i64) gets where it begins and ends, its rows (0 for a list of numbers) and columns, and `out`
@@ -28,16 +29,13 @@ ROW = "nnnnn"
 """text, end, at, out, columns: reads a list from behind its `[`. Returns where it ends, or 0."""
 
 _WINDOW = 32
-"""Characters that are looked at together."""
+"""Characters that are loaded together."""
 _BEFORE, _AFTER = 24, 40
-"""Characters around the start of a number that may be looked at: its fraction's digits from 24
-before their end on, and the window, or what begins in it, behind a sign."""
-_EXACT_POWERS = 22
-"""10^22 is the last that is a float64."""
-_MOST_POWER = 38
-"""One digit at the next is beyond float32."""
-_DIGITS = 0x0F0F0F0F0F0F0F0F
-"""What is left of eight characters, where they are digits."""
+"""Characters around the start of a number that may be loaded: 24 that end a fraction, and the
+window, or 8 from any place in it, after a sign."""
+_EXACT_POWERS = 22  # 10^22 is the last that is a float64
+_MOST_POWER = 38  # one digit at the next is beyond float32
+_DIGITS = 0x0F0F0F0F0F0F0F0F  # what is left of eight characters, where they are digits
 _BIT, _I128, _DOUBLE = ir.IntType(1), ir.IntType(128), ir.DoubleType()
 
 
@@ -66,7 +64,7 @@ class Row:
             self.is_read.now = self._flag(0)
             is_inside = (first <= self.at.now) & (self.at.now <= last)
             with code.builder.if_then(is_inside.value, likely=True):
-                self._read_window()
+                self._read_fast()
             with code.builder.if_then((~self.is_read.now).value, likely=False):
                 self._read_slowly()
             with code.builder.if_then((self._next() | 32).equals(ord("e")).value, likely=False):
@@ -77,7 +75,7 @@ class Row:
                 with code.builder.if_then(self._next().differs(ord(",")).value):
                     self._fail_unless(self._next().equals(ord("]")))
                     columns.store((self.to.now - out) >> 2)
-                    code.end((self.at.now + 1).value)
+                    code.builder.ret((self.at.now + 1).value)
             self.at.now = self.at.now + 1
         code.builder.unreachable()
 
@@ -86,13 +84,13 @@ class Row:
 
     def _fail_unless(self, condition: Term) -> None:
         with self.code.builder.if_then((~condition).value, likely=False):
-            self.code.end(self.code.const(0))
+            self.code.builder.ret(self.code.const(0))
 
     def _next(self) -> Term:
         """Return the next character; 0 at the end."""
         return character_at(self.at.now, self.end)
 
-    def _read_window(self) -> None:
+    def _read_fast(self) -> None:
         """Read a number up to its exponent, if it is all in the window, and move behind it.
 
         Otherwise `is_read` is false, and `at` where it was.
@@ -188,15 +186,15 @@ class Row:
         self._read_digits()
         size = self.digits.now
         self._fail_unless(size.is_below(1000))  # not clipped: zeros may take it back into range
-        self.power.now = self.power.now + is_negative.choose(-size, size)
+        self.power.now = self.power.now + is_negative.select(-size, size)
         self.digits.now = before
 
     def _read_digits(self) -> None:
         """Read one digit or more."""
         start = self.at.now
-        with self.code.forever() as leave_if:
+        with self.code.forever() as break_if:
             digit = self._next().to(I64) - ord("0")
-            leave_if((~digit.is_below(10)).value)
+            break_if((~digit.is_below(10)).value)
             # So that ten times as many and nine are below 2^64.
             self._fail_unless(self.digits.now.is_below(2**64 // 10))
             self.digits.now = self.digits.now * 10 + digit
@@ -214,15 +212,15 @@ class Row:
             with exact:
                 exact_power = (self.exact_powers + (-power << 3)).load(_DOUBLE)
                 number = builder.fdiv(builder.sitofp(digits.value, _DOUBLE), exact_power.value)
-                bits.now = Term(code, number).seen_as(I64)
+                bits.now = Term(code, number).bitcast(I64)
             with otherwise, builder.if_then(digits.differs(0).value):
                 self._fail_unless(~self.is_integer.now)
                 self._fail_unless((power - LEAST).is_below(_MOST_POWER - LEAST + 1))
                 bits.now = self._rounded(digits, power)
         # A whole number has no sign where it is 0.
         is_signed = ~self.is_integer.now | digits.differs(0)
-        sign = is_signed.choose(self.sign.now, 0) << 63
-        number = (bits.now | sign).seen_as(_DOUBLE)
+        sign = is_signed.select(self.sign.now, 0) << 63
+        number = (bits.now | sign).bitcast(_DOUBLE)
         self.to.now.store(Term(code, builder.fptrunc(number.value, FLOAT)))
         self.to.now = self.to.now + 4
 
@@ -246,15 +244,16 @@ class Row:
         # In the middle of two float64 numbers; only these powers of five are short enough for it.
         is_middle = low.is_below(2) & (power + 4).is_below(28) & (mantissa & 3).equals(1)
         is_middle = is_middle & (mantissa << cut).equals(high)
-        mantissa = is_middle.choose(mantissa - 1, mantissa)
+        mantissa = is_middle.select(mantissa - 1, mantissa)
         mantissa = (mantissa + (mantissa & 1)) >> 1
         # 217706 / 2^16 is the binary logarithm of ten.
-        exponent = (power * 217706).shift_down(16) + 63 + top - zeros + 1023
+        exponent = (power * 217706).arithmetic_shift(16) + 63 + top - zeros + 1023
         return mantissa + ((exponent - 1) << 52)
 
 
-def write_find(code: Code) -> None:
-    """Write the function that finds a list, by the one that reads a row."""
+def write_find(code: Code, _target: Target) -> None:
+    """Write the function that finds a list."""
+    Row(code.start("row", ROW, "n")).write()
     builder, none = code.builder, integer(code, 0)
     text, length, start, least, out, found = (Term(code, one) for one in code.arguments)
     end = text + length
@@ -267,15 +266,15 @@ def write_find(code: Code) -> None:
         skip_space(at, end)
         rows.now, columns.now = none, none
         with builder.if_else(character_at(at.now, end).equals(ord("[")).value) as (deep, flat):
-            with deep, code.forever() as leave_if:
+            with deep, code.forever() as break_if:
                 # At the [ of a row.
                 target = out + (rows.now * columns.now << 2)
                 arguments = [one.value for one in (text, end, at.now + 1, target, row_columns)]
                 at.now = Term(code, code.call("row", arguments))
-                leave_if(at.now.equals(0).value)
+                break_if(at.now.equals(0).value)
                 rows.now = rows.now + 1
                 is_first = rows.now.equals(1)
-                columns.now = is_first.choose(row_columns.load(I64), columns.now)
+                columns.now = is_first.select(row_columns.load(I64), columns.now)
                 skip_space(at, end)
                 after = character_at(at.now, end)
                 at.now = at.now + 1
@@ -284,60 +283,53 @@ def write_find(code: Code) -> None:
                 is_regular = columns.now.equals(row_columns.load(I64))
                 has_next = after.equals(ord(",")) & character_at(at.now, end).equals(ord("["))
                 is_done = is_regular & after.equals(ord("]"))
-                at.now = (is_regular & (has_next | is_done)).choose(at.now, 0)
-                leave_if((is_done | at.now.equals(0)).value)
+                at.now = (is_regular & (has_next | is_done)).select(at.now, 0)
+                break_if((is_done | at.now.equals(0)).value)
             with flat:
                 arguments = [one.value for one in (text, end, begin + 1, out, row_columns)]
                 at.now = Term(code, code.call("row", arguments))
-                columns.now = at.now.differs(0).choose(row_columns.load(I64), none)
+                columns.now = at.now.differs(0).select(row_columns.load(I64), none)
         is_read = at.now.differs(0)
-        count = (rows.now > 0).choose(rows.now, 1) * columns.now
+        count = (rows.now > 0).select(rows.now, 1) * columns.now
         with builder.if_then((is_read & (count >= least)).value):
             for place, value in enumerate((begin - text, at.now - text, rows.now, columns.now)):
                 (found + 8 * place).store(value)
-            code.end(code.const(1))
-        at.now = is_read.choose(at.now, begin + 1)
+            code.builder.ret(code.const(1))
+        at.now = is_read.select(at.now, begin + 1)
     builder.unreachable()
 
 
 def character_at(address: Term, end: Term) -> Term:
     """Return the character there, or 0 from the end on."""
     is_inside = address < end
-    return is_inside.choose(is_inside.choose(address, end - 1).load(BYTE), 0)
+    return is_inside.select(is_inside.select(address, end - 1).load(BYTE), 0)
 
 
 def skip_space(at: Variable, end: Term) -> None:
     """Move over white space."""
     code = end.code
-    with code.forever() as leave_if:
+    with code.forever() as break_if:
         character = character_at(at.now, end)
-        leave_if((character > ord(" ")).value)
+        break_if((character > ord(" ")).value)
         is_space = character.equals(ord(" ")) | character.equals(ord("\n"))
         is_space = is_space | character.equals(ord("\t")) | character.equals(ord("\r"))
-        leave_if((~is_space).value)
+        break_if((~is_space).value)
         at.now = at.now + 1
 
 
 def _seek(at: Variable, end: Term) -> None:
     """Move to the next `[`; where there is none, return 0."""
-    code = end.code
-    with code.forever() as leave_if:
-        with code.builder.if_else((at.now <= end - _WINDOW).value) as (window, last):
-            with window:
-                hits = _bits(at.now.load(vector(BYTE, _WINDOW)).equals(ord("[")))
-                at.now = at.now + hits.trailing_zeros().to(I64)
-                is_found = Variable(hits.differs(0))
-            with last:
-                with code.builder.if_then((at.now >= end).value):
-                    code.end(code.const(0))
-                is_found.now = at.now.load(BYTE).equals(ord("["))
-                at.now = at.now + (~is_found.now).to(I64)
-        leave_if(is_found.now.value)
+    code, start = end.code, at.now
+    bracket = ir.Constant(I32, ord("["))
+    found = code.call_c("memchr", I64, [start.value, bracket, (end - start).value])
+    at.now = Term(code, found)
+    with code.builder.if_then(at.now.equals(0).value):
+        code.builder.ret(code.const(0))
 
 
 def _bits(lanes: Term) -> Term:
     """Return a bit for each of a window's characters."""
-    return lanes.seen_as(I32)
+    return lanes.bitcast(I32)
 
 
 def _eight_digits(characters: Term) -> Term:

@@ -24,6 +24,13 @@ class Target(NamedTuple):
     has_half: bool
     """Whether the CPU converts float16."""
 
+    def vectors_of(self, height: int) -> int:
+        """Return how many vectors of sums each row of a tile may have: 8, 4, 2 or 1."""
+        width = 8
+        while width > 1 and width * height > self.sums:
+            width //= 2
+        return width
+
 
 @lru_cache(maxsize=1)
 def host() -> Target:
@@ -47,11 +54,6 @@ def may_run_new_code() -> bool:
         first = ctypes.c_char.from_buffer(page)
         place = ctypes.c_void_p(ctypes.addressof(first))
         mprotect = ctypes.CDLL(None).mprotect
-        allowed: bool = mprotect(place, mmap.PAGESIZE, _READ | _EXECUTE) == 0
-        if allowed:
-            mprotect(place, mmap.PAGESIZE, _READ | _WRITE)
+        allowed: bool = mprotect(place, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_EXEC) == 0
         del first
         return allowed
-
-
-_READ, _WRITE, _EXECUTE = 1, 2, 4

@@ -20,9 +20,9 @@ x is float32 (rows, columns) without gaps, all finite; `out` has room for `text_
 BLOCK = 16
 """Numbers whose digits are found before they are laid out."""
 _LONGEST = 17
-"""Characters of a number and its comma: -0.0000100000025, or -1.17549435e-38, at most."""
-_LEAST_PLAIN, _MOST_PLAIN = -5, 7
-"""Powers of ten of a number's first digit, where it is written without an exponent."""
+"""Characters of a number and its comma: -0.0000100000025 or -9999999000000.0 at most."""
+_LEAST_PLAIN, _MOST_PLAIN = -6, 12
+"""Powers of ten of a number's first digit, where orjson writes it without an exponent."""
 _ZEROS = 0x3030303030303030
 
 
@@ -34,7 +34,7 @@ def text_bytes(rows: int, columns: int) -> int:
 class Rows:
     """Writes the function."""
 
-    def __init__(self, target: Target, code: Code) -> None:
+    def __init__(self, code: Code, target: Target) -> None:
         self.code = code
         self.lanes = max(2, target.lanes // 2)
         self.powers = powers_from(code)
@@ -57,7 +57,7 @@ class Rows:
             self._put(ord("]"))
             self._put(ord(","))
         self.at.now = self.at.now - rows.differs(0).to(I64)
-        code.end((self.at.now - out).value)
+        code.builder.ret((self.at.now - out).value)
 
     def _room(self, kind: Type) -> Term:
         builder = self.code.builder
@@ -73,13 +73,8 @@ class Rows:
     def _block(self, x: Term, left: Term) -> None:
         """Write up to BLOCK numbers."""
         code = self.code
-        count = (left < BLOCK).choose(left, BLOCK)
-        with code.builder.if_else((left < BLOCK).value) as (is_short, is_full):
-            with is_short, code.loop(integer(code, 0).value, count.value, 1) as loop:
-                offset = Term(code, loop.counter) * 4
-                (self.bits + offset).store((x + offset).load(I32))
-            with is_full:
-                self.bits.store(x.load(vector(I32, BLOCK)))
+        count = (left < BLOCK).select(left, BLOCK)
+        code.call_c("memcpy", I64, [self.bits.value, x.value, (count * 4).value])
         for lane in range(0, BLOCK, self.lanes):
             bits = (self.bits + 4 * lane).load(vector(I32, self.lanes))
             first, word, exponent = self._digits(bits)
@@ -87,7 +82,7 @@ class Rows:
             (self.words + 8 * lane).store(word)
             (self.exponents + 4 * lane).store(exponent)
         with code.loop(integer(code, 0).value, count.value, 1) as loop:
-            self._lay_out(Term(code, loop.counter))
+            self._format(Term(code, loop.counter))
 
     def _digits(self, bits: Term) -> tuple[Term, Term, Term]:
         """Return nine digits of each number, and the power of ten of the first.
@@ -104,8 +99,8 @@ class Rows:
         c = (fraction | (is_normal << 23)).to(I64)
         # 10^k is the power just below that distance. (1262611 / 2^22 is log10(2), 524031 / 2^22 is
         # log10(4/3), 1741647 / 2^19 is log2(10); right for all exponents of float32.)
-        k = (q * 1262611 - is_power * 524031).shift_down(22)
-        h = (q + (k * -1741647).shift_down(19) + 1).to(I64)
+        k = (q * 1262611 - is_power * 524031).arithmetic_shift(22)
+        h = (q + (k * -1741647).arithmetic_shift(19) + 1).to(I64)
         g = self._powers(k)
 
         low, high = (c << 2 << h).times(g), (c << 2 << h).times(g >> 32)
@@ -129,27 +124,30 @@ class Rows:
         up_fits = (decimal << 2) + 4 <= upper
         rest = middle & 3
         is_nearer = (rest > 2) | (rest.equals(2) & (decimal & 1).differs(0))
-        is_up = (down_fits.differs(up_fits)).choose(up_fits, is_nearer)
-        decimal = fits.differs(next_fits).choose(
-            fits.choose(shorter, shorter + 10), decimal + is_up.to(I64)
+        is_up = (down_fits.differs(up_fits)).select(up_fits, is_nearer)
+        decimal = fits.differs(next_fits).select(
+            fits.select(shorter, shorter + 10), decimal + is_up.to(I64)
         )
-        decimal = c.differs(0).choose(decimal, 0)
+        decimal = c.differs(0).select(decimal, 0)
 
-        exponent = k + 8
+        return self._characters(decimal, k + 8)
+
+    def _characters(self, decimal: Term, exponent: Term) -> tuple[Term, Term, Term]:
+        """Return nine digits of each decimal as characters, and the power of ten of the first."""
         for digits, more in ((5, 4), (5, 4), (7, 2), (8, 1)):
             is_low = decimal < 10**digits
-            decimal = is_low.choose(decimal.times(10**more), decimal)
-            exponent = is_low.choose(exponent - more, exponent)
-        exponent = c.differs(0).choose(exponent, 0)
+            decimal = is_low.select(decimal.times(10**more), decimal)
+            exponent = is_low.select(exponent - more, exponent)
+        exponent = decimal.differs(0).select(exponent, 0)
 
         first = decimal.times(1441151881) >> 57  # by 10**8
         rest = decimal - first.times(10**8)
         high = rest.times(3518437209) >> 45  # by 10**4
-        fours = (high | (rest - high.times(10**4)) << 32).seen_as(vector(I32, 2 * self.lanes))
+        fours = (high | (rest - high.times(10**4)) << 32).bitcast(vector(I32, 2 * self.lanes))
         hundreds = (fours * 10486) >> 20  # by 100; right below 10**4
-        pairs = (hundreds | (fours - hundreds * 100) << 16).seen_as(vector(I16, 4 * self.lanes))
+        pairs = (hundreds | (fours - hundreds * 100) << 16).bitcast(vector(I16, 4 * self.lanes))
         tens = (pairs * 103) >> 10  # by 10; right below 100
-        word = (tens | (pairs - tens * 10) << 8).seen_as(vector(I64, self.lanes))
+        word = (tens | (pairs - tens * 10) << 8).bitcast(vector(I64, self.lanes))
         return first.to(I32) + ord("0"), word | _ZEROS, exponent
 
     def _powers(self, k: Term) -> Term:
@@ -160,7 +158,7 @@ class Rows:
             found = found.with_lane(lane, places.lane(lane).load(I64))
         return found + 1
 
-    def _lay_out(self, place: Term) -> None:
+    def _format(self, place: Term) -> None:
         """Write a number of the block, and a comma. What is written too far is written over."""
         code = self.code
         word = (self.words + place * 8).load(I64)
@@ -173,28 +171,31 @@ class Rows:
         is_plain = (exponent - _LEAST_PLAIN).is_below(_MOST_PLAIN - _LEAST_PLAIN + 1)
         with code.builder.if_else(is_plain.value) as (plain, otherwise):
             with plain:
-                # 0.00ddd or dd.ddd: the digits behind the zeros, or cut in two by the point.
+                # 0.00ddd, dd.ddd or dd00.0: the digits after zeros, or cut in two by the point.
                 is_small = exponent < 0
-                start = is_small.choose(at + 1 - exponent, at)
-                before = is_small.choose(integer(code, 0), exponent)
-                at.store(integer(code, _ZEROS))
+                start = is_small.select(at + 1 - exponent, at)
+                before = is_small.select(integer(code, 0), exponent)
+                zeros = integer(code, _ZEROS)
+                at.store(zeros)
                 start.store(first)
                 (start + 1).store(word)
-                (is_small.choose(start, at + exponent + 1) + 1).store(word >> (before << 3))
+                (start + 9).store(zeros)
+                after = (before < 8).select(word >> ((before & 7) << 3), zeros)
+                (is_small.select(start, at + exponent + 1) + 1).store(after)
                 (at + before + 1).store(self._byte(ord(".")))
                 least = exponent + 2
-                long = (digits < least).choose(least, digits) + 1
-                self._end(at + is_small.choose(digits + 1 - exponent, long))
+                long = (digits < least).select(least, digits) + 1
+                self._end(at + is_small.select(digits + 1 - exponent, long))
             with otherwise:
                 at.store(first)
                 has_more = digits > 1
                 (at + 1).store(self._byte(ord(".")))
                 (at + 2).store(word)
-                at = at + has_more.choose(digits + 1, 1)
+                at = at + has_more.select(digits + 1, 1)
                 at.store(self._byte(ord("e")))
                 is_low = exponent < 0
-                size = is_low.choose(-exponent, exponent)
-                sign = is_low.choose(self._byte(ord("-")), self._byte(ord("+")))
+                size = is_low.select(-exponent, exponent)
+                sign = is_low.select(self._byte(ord("-")), self._byte(ord("+")))
                 (at + 1).store(sign)
                 tens = (size * 103) >> 10
                 (at + 2).store((tens + ord("0")).to(BYTE))

@@ -1,1 +1,1 @@
-"""Use cases over core, formats, wire and storage; knows nothing of HTTP."""
+"""Use cases, on top of core, formats, wire and storage; independent of HTTP."""

@@ -1,4 +1,4 @@
-"""What adapters add to a batch: bytes or arrays in, arrays out."""
+"""Apply the adapters of one or more sets to a batch."""
 
 import math
 from collections import defaultdict
@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 
 from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.core import backend
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.batch import Rows, Segment, apply_segments, rows_of
 from bonsai_lora.core.cast import Floats, count_rows
@@ -28,35 +29,37 @@ from bonsai_lora.wire.stacks import Stack
 Inputs = Mapping[str, Floats]
 
 _MOST_JSON_BYTES = 1 << 21
-"""Longer JSON may take a second, where something in it is wrong or uncommon."""
+"""Longer JSON may take a second to parse, if it is invalid or unusual."""
+_IN_NUMPY = 5
+"""How many times as long an apply takes without the kernels."""
 _JSON_BYTES = 10
-"""Of a number and its comma, about."""
+"""Approximate length of a number and its comma."""
 
-Read = Callable[[str], StoredSet]
-"""Gives a set as it is now; raises SetNotFoundError."""
+ReadSet = Callable[[str], StoredSet]
+"""Return the current version of a set; raises SetNotFoundError."""
 
 
 @dataclass(eq=False, slots=True)
-class Share:
-    """The part that one set takes in a batch: which rows, and at which weight."""
+class SetSegment:
+    """The rows of a batch that one set applies to, and their weights."""
 
     stored: StoredSet
     weights: float | Floats = 1.0
-    """One for all its rows, or one per row."""
+    """One weight for all rows, or one per row."""
     rows: Rows | None = None
-    """None: all."""
+    """None for all rows."""
 
     @property
-    def places(self) -> Rows:
-        """Its rows, in any case as an index."""
+    def index(self) -> Rows:
+        """The rows as an index into the batch."""
         return slice(None) if self.rows is None else self.rows
 
 
-def shares_of(stacks: Sequence[Stack], scale: float, read: Read) -> list[Share]:
-    """Return the share of each set that `stacks`, one per row, name; `scale` weighs all.
+def group_by_set(stacks: Sequence[Stack], scale: float, read: ReadSet) -> list[SetSegment]:
+    """Group the rows of a batch, given one stack per row, by set; `scale` multiplies all weights.
 
-    Each set is read once, so all its rows see one version. Raises SetNotFoundError, and
-    InvalidRequestError where no row names a set.
+    Each set is read once, so that all its rows use the same version. Raises SetNotFoundError, and
+    InvalidRequestError if no row names a set.
     """
     rows: defaultdict[str, list[int]] = defaultdict(list)
     weights: defaultdict[str, list[float]] = defaultdict(list)
@@ -66,31 +69,33 @@ def shares_of(stacks: Sequence[Stack], scale: float, read: Read) -> list[Share]:
             weights[name].append(weight * scale)
     if not rows:
         raise InvalidRequestError(
-            "no row names a set, so the width of the outputs is unknown; name at least one",
+            "no row names a set, so the width of the outputs is unknown; name a set for at least "
+            "one row",
             field="sets",
         )
     # By name: a row's sum must not depend on the order in which other rows name their sets.
     return [
-        Share(read(name), np.array(weights[name]), rows_of(rows[name])) for name in sorted(rows)
+        SetSegment(read(name), np.array(weights[name]), rows_of(rows[name]))
+        for name in sorted(rows)
     ]
 
 
-def stacked_shares(stored: StoredSet, stack: Stack, scale: float, read: Read) -> list[Share]:
-    """Return the shares where all rows go through `stored` and the further sets of `stack`.
+def stack_on(stored: StoredSet, stack: Stack, scale: float, read: ReadSet) -> list[SetSegment]:
+    """Return the segments of a batch whose rows all use `stored` and the sets of `stack`.
 
     `stored` has weight 1 unless `stack` names it. Raises SetNotFoundError.
     """
     own = stored.record.name
     weights = {own: 1.0} | dict(stack)
     return [
-        Share(stored if name == own else read(name), weight * scale)
+        SetSegment(stored if name == own else read(name), weight * scale)
         for name, weight in sorted(weights.items())
     ]
 
 
-def versions_of(shares: Sequence[Share]) -> dict[str, int]:
-    """Return the version with which each set took part."""
-    return {share.stored.record.name: share.stored.record.version for share in shares}
+def versions_of(set_segments: Sequence[SetSegment]) -> dict[str, int]:
+    """Return the version used of each set."""
+    return {one.stored.record.name: one.stored.record.version for one in set_segments}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,26 +106,28 @@ class Applier:
     bases: BaseFolder
 
     def apply(
-        self, shares: Sequence[Share], inputs: Inputs, base_outputs: Inputs
+        self, set_segments: Sequence[SetSegment], inputs: Inputs, base_outputs: Inputs
     ) -> dict[str, Floats]:
-        """Return what the sets of `shares` add, by module, for inputs (d_in,) or (rows, d_in).
+        """Return the summed deltas of `set_segments` by module, for inputs (d_in,) or (rows, d_in).
 
-        `base_outputs` are W x without bias, for DoRA modules only. All is checked before anything
-        is computed. Raises InvalidRequestError where there is no module at all,
-        AdapterNotFoundError, ShapeMismatchError, TooManyRowsError, AnswerTooLargeError,
-        DoraNeedsBaseError, and UnsupportedAdapterError for a module whose bias is replaced, or a
-        DoRA module that is weighted or stacked.
+        `base_outputs` are W x without bias, for DoRA modules only. Everything is checked before
+        anything is computed. Raises InvalidRequestError if `inputs` is empty, AdapterNotFoundError,
+        ShapeMismatchError, TooManyRowsError, AnswerTooLargeError, DoraNeedsBaseError, and
+        UnsupportedAdapterError for a module whose bias is replaced, or a DoRA module that is
+        weighted or stacked.
         """
         if not inputs:
-            raise InvalidRequestError("there are no inputs; give at least one module its vectors")
-        adapters = {module: _adapters_of(module, shares, batch) for module, batch in inputs.items()}
+            raise InvalidRequestError("the request has no inputs; send vectors for a module")
+        adapters = {
+            module: _adapters_of(module, set_segments, batch) for module, batch in inputs.items()
+        }
         self.limits.check_rows(max(count_rows(one) for one in inputs.values()))
         values = sum(
             count_rows(inputs[module]) * some[0].d_out for module, some in adapters.items()
         )
         self.limits.check_answer(values)
         planned = {
-            module: self._plan(module, shares, some, inputs[module], base_outputs.get(module))
+            module: self._plan(module, set_segments, some, inputs[module], base_outputs.get(module))
             for module, some in adapters.items()
         }
         return {module: compute() for module, compute in planned.items()}
@@ -128,46 +135,46 @@ class Applier:
     def _plan(
         self,
         module: str,
-        shares: Sequence[Share],
+        set_segments: Sequence[SetSegment],
         adapters: Sequence[LoraAdapter],
         x: Floats,
         base_outputs: Floats | None,
     ) -> Callable[[], Floats]:
-        """Return the computation for one module, with everything checked that can be refused."""
+        """Check one module's inputs and return its computation, which raises nothing."""
         is_dora = any(one.magnitude is not None for one in adapters)
-        if len(shares) == 1 and shares[0].rows is None and not is_dora:
-            return partial(adapters[0].apply, x, shares[0].weights)
+        if len(set_segments) == 1 and set_segments[0].rows is None and not is_dora:
+            return partial(adapters[0].apply, x, set_segments[0].weights)
         d_out = adapters[0].d_out
         if is_dora:
-            _check_dora(module, shares, adapters, count_rows(x))
+            _check_dora(module, set_segments, adapters, count_rows(x))
             base_outputs = _check_base_outputs(module, base_outputs, (*x.shape[:-1], d_out))
         segments = [
-            Segment(adapter, share.places, share.weights)
+            Segment(adapter, one.index, one.weights)
             if adapter.magnitude is None or base_outputs is None
             else Segment(
                 adapter,
-                share.places,
-                share.weights,
+                one.index,
+                one.weights,
                 base_outputs.reshape(count_rows(x), d_out),
-                norms_of(share.stored, module, adapter, self.bases),
+                norms_of(one.stored, module, adapter, self.bases),
             )
-            for share, adapter in zip(shares, adapters, strict=True)
+            for one, adapter in zip(set_segments, adapters, strict=True)
         ]
         batch = x.reshape(count_rows(x), x.shape[-1])
         return lambda: apply_segments(batch, segments, d_out).reshape(*x.shape[:-1], d_out)
 
 
-def _adapters_of(module: str, shares: Sequence[Share], x: Floats) -> list[LoraAdapter]:
-    """Return the adapter of each share; raises where one is not there or of another shape."""
-    adapters = [get_adapter(share.stored, module) for share in shares]
-    for share, adapter in zip(shares, adapters, strict=True):
-        check_no_replaced_bias(share.stored, module)
+def _adapters_of(module: str, set_segments: Sequence[SetSegment], x: Floats) -> list[LoraAdapter]:
+    """Return the adapter of each segment; raises if one is missing or has a different shape."""
+    adapters = [get_adapter(one.stored, module) for one in set_segments]
+    for one, adapter in zip(set_segments, adapters, strict=True):
+        check_no_replaced_bias(one.stored, module)
         check_width(module, adapter, x)
         if adapter.d_out != adapters[0].d_out:
             raise ShapeMismatchError(
-                f"set {share.stored.record.name!r} gives {module!r} outputs of width "
-                f"{adapter.d_out}, but set {shares[0].stored.record.name!r} of width "
-                f"{adapters[0].d_out}; the sets of one batch must be for one model",
+                f"module {module!r} has outputs of width {adapter.d_out} in set "
+                f"{one.stored.record.name!r}, but {adapters[0].d_out} in set "
+                f"{set_segments[0].stored.record.name!r}; combine only sets for the same model",
                 module=module,
                 got=adapter.d_out,
                 expected=adapters[0].d_out,
@@ -176,20 +183,20 @@ def _adapters_of(module: str, shares: Sequence[Share], x: Floats) -> list[LoraAd
 
 
 def _check_dora(
-    module: str, shares: Sequence[Share], adapters: Sequence[LoraAdapter], rows: int
+    module: str, set_segments: Sequence[SetSegment], adapters: Sequence[LoraAdapter], rows: int
 ) -> None:
-    """Raise where a row goes through DoRA and something else, or through DoRA at a weight."""
-    taking_part = np.zeros(rows, np.intp)
-    for share in shares:
-        taking_part[share.places] += 1
-    for share, adapter in zip(shares, adapters, strict=True):
+    """Raise UnsupportedAdapterError if a row with DoRA has a weight, or another set."""
+    sets_per_row = np.zeros(rows, np.intp)
+    for one in set_segments:
+        sets_per_row[one.index] += 1
+    for one, adapter in zip(set_segments, adapters, strict=True):
         if adapter.magnitude is None:
             continue
-        if np.any(taking_part[share.places] > 1) or np.any(np.not_equal(share.weights, 1.0)):
+        if np.any(sets_per_row[one.index] > 1) or np.any(np.not_equal(one.weights, 1.0)):
             raise UnsupportedAdapterError(
-                f"module {module!r} of set {share.stored.record.name!r} is DoRA, which scales the "
-                "whole output, so it cannot be weighted or stacked with other sets",
-                set=share.stored.record.name,
+                f"module {module!r} of set {one.stored.record.name!r} is DoRA, which scales the "
+                "whole output and cannot be weighted or stacked; apply the set alone with weight 1",
+                set=one.stored.record.name,
                 module=module,
             )
 
@@ -197,8 +204,8 @@ def _check_dora(
 def _check_base_outputs(module: str, given: Floats | None, expected: tuple[int, ...]) -> Floats:
     if given is None:
         raise DoraNeedsBaseError(
-            f"module {module!r} is DoRA: its outputs need base_outputs (W·x without bias) "
-            "beside the inputs",
+            f"module {module!r} is DoRA, whose outputs depend on the base layer's; send "
+            "base_outputs (W·x without bias) with the inputs",
             module=module,
         )
     if given.shape != expected:
@@ -213,21 +220,20 @@ def _check_base_outputs(module: str, given: Floats | None, expected: tuple[int, 
 
 
 def check_no_replaced_bias(stored: StoredSet, module: str) -> None:
-    """Raise UnsupportedAdapterError where the adapter replaces the module's bias."""
+    """Raise UnsupportedAdapterError if the adapter replaces the module's bias."""
     if f"{module}.bias" in stored.lora_set.replacements:
         raise UnsupportedAdapterError(
-            f"the adapter replaces the bias of {module!r}, which its weights and deltas "
-            "cannot say; use a merged checkpoint",
+            f"the adapter replaces the bias of {module!r}, which a delta cannot express; use a "
+            "merged checkpoint",
             module=module,
         )
 
 
 def check_width(module: str, adapter: LoraAdapter, inputs: Floats) -> None:
-    """Raise ShapeMismatchError unless `inputs` is as wide as the adapter takes."""
+    """Raise ShapeMismatchError unless the width of `inputs` is the adapter's d_in."""
     if inputs.shape[-1] != adapter.d_in:
         raise ShapeMismatchError(
-            f"the inputs for {module!r} have width {inputs.shape[-1]}, but it takes "
-            f"{adapter.d_in}; nothing is padded or cut",
+            f"the inputs for {module!r} have width {inputs.shape[-1]}; expected {adapter.d_in}",
             module=module,
             got=inputs.shape[-1],
             expected=adapter.d_in,
@@ -239,24 +245,27 @@ def total_rows(inputs: Inputs) -> int:
     return sum(count_rows(one) for one in inputs.values())
 
 
-def cost_of_body(adapter: LoraAdapter, body_bytes: int, taken: Form, given: Form) -> float:
-    """Return how many nanoseconds an apply takes, by estimate, before its body is decoded."""
-    if adapter.d_in == 0 or (taken is Form.JSON and body_bytes > _MOST_JSON_BYTES):
+def cost_of_body(
+    adapter: LoraAdapter, body_bytes: int, request_form: Form, response_form: Form
+) -> float:
+    """Estimate the nanoseconds of an apply before its body is decoded."""
+    if adapter.d_in == 0 or (request_form is Form.JSON and body_bytes > _MOST_JSON_BYTES):
         return math.inf
-    values = body_bytes / (_JSON_BYTES if taken is Form.JSON else 4)
-    return cost_of(adapter, max(1.0, values / adapter.d_in), taken, given)
+    values = body_bytes / (_JSON_BYTES if request_form is Form.JSON else 4)
+    return cost_of(adapter, max(1.0, values / adapter.d_in), request_form, response_form)
 
 
-def cost_of(adapter: LoraAdapter, rows: float, taken: Form, given: Form) -> float:
-    """Return how many nanoseconds an apply takes, by estimate; infinite where a file is read first.
+def cost_of(adapter: LoraAdapter, rows: float, request_form: Form, response_form: Form) -> float:
+    """Estimate the nanoseconds of an apply; infinite if it has to read a file first.
 
-    Costs per number, measured here: 11 to read from JSON, 9 to write, 1 in binary; 0.02 per
-    multiply-add in vectors, 0.65 in what is left of a width beyond whole vectors.
+    Measured costs per number: 11 to parse from JSON, 9 to write, 1 in binary; per multiply-add:
+    0.02 in SIMD vectors, 0.65 in the remainder of a width.
     """
     if adapter.magnitude is not None or not adapter.is_ready:
         return math.inf
-    read = rows * adapter.d_in * (11 if taken is Form.JSON else 1)
-    written = rows * adapter.d_out * (9 if given is Form.JSON else 1)
+    read = rows * adapter.d_in * (11 if request_form is Form.JSON else 1)
+    written = rows * adapter.d_out * (9 if response_form is Form.JSON else 1)
     left_over = adapter.d_in % 16 + adapter.d_out % 16
     added = (adapter.d_in + adapter.d_out) * 0.02 + left_over * 0.65
-    return read + written + rows * adapter.rank * added
+    cost = read + written + rows * adapter.rank * added
+    return cost if backend.running() else _IN_NUMPY * cost

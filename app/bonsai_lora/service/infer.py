@@ -1,4 +1,4 @@
-"""Sets as models of the Open Inference Protocol: infer, in and out of any of its forms."""
+"""Inference with sets as models of the Open Inference Protocol."""
 
 import math
 import time
@@ -10,15 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, Floats, count_rows
-from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError, VersionNotFoundError
+from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError
 from bonsai_lora.formats.safetensors import as_bytes
-from bonsai_lora.service.apply import Applier, Inputs, Share, cost_of, shares_of, total_rows
+from bonsai_lora.service.apply import Applier, Inputs, SetSegment, cost_of, group_by_set, total_rows
+from bonsai_lora.service.models import MIXED, SHARED_INPUT, Model
 from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.storage.regions import SharedRegions, Span
-from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.wire import json
 from bonsai_lora.wire.media import Form
@@ -28,80 +27,30 @@ from bonsai_lora.wire.oip import (
     InferOutput,
     InferRequest,
     Placement,
-    check_floats,
-    decode_floats,
-    decode_strings,
     encode_response,
-    text_of,
 )
+from bonsai_lora.wire.oip_tensors import check_floats, decode_floats, decode_strings, format_shape
 from bonsai_lora.wire.stacks import SETS, Stack, decode_row
 from bonsai_lora.wire.tensors import BASE_ENDING
 
-MIXED = "mixed"
-"""The model whose rows each name a set."""
-MIXED_VERSION = "1"
 MODULE_NANOSECONDS = 30_000
-"""What each module of a request costs, however small."""
-SHARED_INPUT = "x"
-"""The input that feeds every requested output that has none of its own name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """What a model name stands for now: a set, or None for the mixed model."""
-
-    name: str
-    stored: StoredSet | None
-
-    @property
-    def adapters(self) -> Mapping[str, LoraAdapter]:
-        """By module; none for the mixed model."""
-        return {} if self.stored is None else self.stored.lora_set.registry.adapters
-
-    @property
-    def version(self) -> str:
-        """The version of the set."""
-        return MIXED_VERSION if self.stored is None else str(self.stored.record.version)
-
-    @property
-    def content(self) -> str:
-        """A tag that changes with what the model computes."""
-        return MIXED if self.stored is None else self.stored.record.etag
-
-    @property
-    def counted_as(self) -> tuple[str, str, str]:
-        """Its name, the tag of its content, and since when it has that."""
-        return self.name, self.content, "" if self.stored is None else self.stored.record.updated_at
-
-
-def find_model(store: SetStore, name: str, version: str | None) -> Model:
-    """Return the model of that name; raises SetNotFoundError, VersionNotFoundError."""
-    model = Model(name, None if name == MIXED else store.read(name))
-    if version is not None and version != model.version:
-        raise VersionNotFoundError(
-            f"Request for unknown model: '{name}' version {version[:20]} is not found; its version "
-            f"is {model.version}",
-            model=name,
-            got=version[:20],
-            expected=model.version,
-        )
-    return model
+"""Fixed cost of each module in a request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """Answers infer requests through the one applier."""
+    """Runs inference requests."""
 
     applier: Applier
     store: SetStore
     regions: SharedRegions
 
     def infer(self, model: Model, request: InferRequest, counts: Counts) -> Encoded:
-        """Return the response to a request, and the length of its JSON where data follows.
+        """Return the response body, and the length of its JSON if binary data follows.
 
-        Outputs that are placed in shared memory are written there. `counts` gets rows and times.
-        Raises the errors of `Applier.apply`, of bonsai_lora.wire.oip and of `SharedRegions`; all
-        places are checked before anything is computed.
+        Outputs in shared memory are written there; rows and durations are added to `counts`.
+        Raises the errors of `Applier.apply`, of bonsai_lora.wire.oip and of `SharedRegions`. The
+        locations of outputs are checked before anything is computed.
         """
         started = time.perf_counter_ns()
         outputs, inputs, compute = self._plan(model, request)
@@ -110,7 +59,7 @@ class Inference:
         computed = time.perf_counter_ns()
         answers = [(one, arrays[one.name]) for one in outputs]
         encoded = encode_response(model.name, model.version, request.id, answers)
-        for one, array in answers:  # at last, when nothing can be refused any more
+        for one, array in answers:  # last, when nothing can fail any more
             if one.placed is not None:
                 self.regions.write(one.placed, as_bytes(array))
         counts.rows = max(count_rows(one) for one in inputs.values())
@@ -123,22 +72,22 @@ class Inference:
     def _plan(
         self, model: Model, request: InferRequest
     ) -> tuple[Sequence[InferOutput], Inputs, Callable[[], dict[str, Floats]]]:
-        """Return the outputs to give, their inputs and their computation by module."""
+        """Return the requested outputs, their inputs by module, and the computation."""
         tensors = _Tensors(request, self.regions)
         placed = [one.content for one in request.inputs.values()]
         sizes = [one.byte_size for one in placed if isinstance(one, Placement)]
         self.applier.limits.check_region_bytes(sum(sizes))
-        shares = (
-            self._mixed_shares(request, tensors)
+        set_segments = (
+            self._mixed_segments(request, tensors)
             if model.stored is None
-            else [Share(model.stored, request.scale)]
+            else [SetSegment(model.stored, request.scale)]
         )
         outputs = _outputs_of(model, request)
         sources = {one.name: _source(request, one.name) for one in outputs}
         for name, source in sources.items():
-            adapter = get_adapter(shares[0].stored, name)
+            adapter = get_adapter(set_segments[0].stored, name)
             _check_width(model, source, adapter.d_in)
-        self._check_places(outputs, shares, sources)
+        self._check_places(outputs, set_segments, sources)
         for source in sources.values():
             self.applier.limits.check_rows(source.rows)
             check_floats(source)
@@ -149,13 +98,13 @@ class Inference:
             for name, ending in endings.items()
             if ending in request.inputs
         }
-        return outputs, inputs, lambda: self.applier.apply(shares, inputs, base_outputs)
+        return outputs, inputs, lambda: self.applier.apply(set_segments, inputs, base_outputs)
 
-    def _mixed_shares(self, request: InferRequest, tensors: "_Tensors") -> list[Share]:
+    def _mixed_segments(self, request: InferRequest, tensors: "_Tensors") -> list[SetSegment]:
         sets = request.inputs.get(SETS)
         if sets is None:
             raise InvalidRequestError(
-                f"model '{MIXED}' expects the input '{SETS}': one set's name per row, as BYTES",
+                f"model '{MIXED}' has no input '{SETS}'; send one set's name per row, as BYTES",
                 field=SETS,
             )
         self.applier.limits.check_rows(sets.shape[0] if sets.shape else 0)
@@ -163,25 +112,28 @@ class Inference:
         for one in request.inputs.values():
             if one is not sets and one.rows != len(stacks):
                 raise ShapeMismatchError(
-                    f"input '{one.name}' has {one.rows} rows, but '{SETS}' has {len(stacks)}",
+                    f"input '{one.name}' has {one.rows} rows, but '{SETS}' has {len(stacks)}; send "
+                    "as many rows in each",
                     field=one.name,
                     got=one.rows,
                     expected=len(stacks),
                 )
-        return shares_of(stacks, request.scale, self.store.read)
+        return group_by_set(stacks, request.scale, self.store.read)
 
     def _check_places(
         self,
         outputs: Sequence[InferOutput],
-        shares: Sequence[Share],
+        set_segments: Sequence[SetSegment],
         sources: Mapping[str, InferInput],
     ) -> None:
-        """Raise where an output does not fit its place in shared memory, or two share one."""
+        """Raise InvalidRequestError if outputs do not fit in shared memory, or overlap there."""
         spans: list[tuple[Span, str]] = []
         for one in outputs:
             if one.placed is None:
                 continue
-            needed = 4 * sources[one.name].rows * get_adapter(shares[0].stored, one.name).d_out
+            needed = (
+                4 * sources[one.name].rows * get_adapter(set_segments[0].stored, one.name).d_out
+            )
             if one.placed.byte_size < needed:
                 raise InvalidRequestError(
                     f"shared memory size specified with the request for output '{one.name}' "
@@ -194,32 +146,34 @@ class Inference:
         for (span, name), (following, other) in pairwise(spans):
             if span.overlaps(following):
                 raise InvalidRequestError(
-                    f"outputs '{name}' and '{other}' overlap in shared memory", field=name
+                    f"outputs '{name}' and '{other}' overlap in shared memory; place them apart",
+                    field=name,
                 )
 
 
 def raw_request(model: Model, body: memoryview) -> InferRequest:
-    """Return the request of a body that is nothing but the FP32 data of a model's one input.
+    """Return the request of a raw body: nothing but the FP32 data of one input.
 
-    That is the only module of the set, or `x` where all modules have one width. All outputs are
-    asked for, in binary. Raises InvalidRequestError for other models or lengths.
+    The input is the set's only module, or `x` if all its modules have the same width. All outputs
+    are requested, in binary. Raises InvalidRequestError for other models or lengths.
     """
     adapters = model.adapters
     widths = {one.d_in for one in adapters.values()}
     if model.stored is None:
         raise InvalidRequestError(
-            f"model '{MIXED}' expects the input '{SETS}', so it takes no raw input"
+            f"model '{MIXED}' needs the input '{SETS}' besides raw input; send a JSON header that "
+            "names both"
         )
     if len(widths) != 1 or widths == {0}:
         raise InvalidRequestError(
-            f"raw input must only be used for models with one input width; '{model.name}' has "
-            f"{len(widths)}, so send the JSON header that names its inputs"
+            f"raw input requires a model with one input width, but '{model.name}' has "
+            f"{len(widths)}; send a JSON header that names its inputs"
         )
     (width,) = widths
     if len(body) % (4 * width):
         raise InvalidRequestError(
-            f"raw input has {len(body)} bytes, which are no FP32 rows of width {width} "
-            f"({4 * width} bytes each)"
+            f"raw input has {len(body)} bytes, which is not a whole number of rows; expected FP32 "
+            f"rows of width {width} ({4 * width} bytes each)"
         )
     name = next(iter(adapters)) if len(adapters) == 1 else SHARED_INPUT
     tensor = InferInput(name, "FP32", (len(body) // (4 * width), width), body)
@@ -227,12 +181,12 @@ def raw_request(model: Model, body: memoryview) -> InferRequest:
 
 
 def cost_of_inference(model: Model, request: InferRequest) -> float:
-    """Return how many nanoseconds a request takes, by estimate; infinite where nobody knows."""
+    """Estimate the nanoseconds of a request; infinite if they are unknown."""
     if model.stored is None:
         return math.inf
     if request.outputs is None:
         if SHARED_INPUT in request.inputs and SHARED_INPUT not in model.adapters:
-            return math.inf  # every module that it fits
+            return math.inf  # every module whose width matches
         outputs = [InferOutput(name, request.is_binary) for name in request.inputs]
     else:
         outputs = list(request.outputs)
@@ -241,9 +195,11 @@ def cost_of_inference(model: Model, request: InferRequest) -> float:
         source = _find_source(request, one.name)
         adapter = model.adapters.get(one.name)
         if source is not None and adapter is not None:
-            taken = Form.JSON if isinstance(source.content, list | np.ndarray) else Form.BINARY
-            given = Form.BINARY if one.is_binary or one.placed else Form.JSON
-            cost += MODULE_NANOSECONDS + cost_of(adapter, source.rows, taken, given)
+            request_form = (
+                Form.JSON if isinstance(source.content, list | np.ndarray) else Form.BINARY
+            )
+            response_form = Form.BINARY if one.is_binary or one.placed else Form.JSON
+            cost += MODULE_NANOSECONDS + cost_of(adapter, source.rows, request_form, response_form)
     return cost
 
 
@@ -264,30 +220,32 @@ class _Tensors:
         return known
 
     def strings(self, tensor: InferInput) -> list[str]:
-        """Return the elements of a BYTES tensor."""
+        """Return the strings of a BYTES tensor."""
         return decode_strings(tensor, self._content(tensor))
 
     def _content(self, tensor: InferInput) -> memoryview | Array | list[Any]:
         if isinstance(tensor.content, Placement):
             return self._regions.read(tensor.content)
-        assert not isinstance(tensor.content, int), "the body's data are known by now"
+        assert not isinstance(tensor.content, int), "decode_request has sliced the binary data"
         return tensor.content
 
 
 def _outputs_of(model: Model, request: InferRequest) -> Sequence[InferOutput]:
-    """Return the outputs that are asked for, all that the inputs can give where none is named.
+    """Return the requested outputs, or all that the inputs feed if none is named.
 
     Raises InvalidRequestError for inputs and outputs that the model does not have, and for inputs
-    that would feed nothing.
+    that feed no output.
     """
     asked = request.outputs
     if asked is None:
         asked = [InferOutput(name, request.is_binary) for name in _default_outputs(model, request)]
     if not asked:
-        raise InvalidRequestError(_nothing_to_do(model, request))
+        raise InvalidRequestError(_no_outputs(model, request))
     names = {one.name for one in asked}
     if len(names) != len(asked):
-        raise InvalidRequestError("an output is asked for twice", field="outputs")
+        raise InvalidRequestError(
+            "'outputs' names an output twice; name each once", field="outputs"
+        )
     if model.stored is not None:
         _check_known(model, request.inputs, names)
     _check_all_feed(request, names, aside={SETS} if model.stored is None else set())
@@ -298,15 +256,15 @@ def _check_known(model: Model, inputs: Iterable[str], outputs: Iterable[str]) ->
     for name in inputs:
         if name != SHARED_INPUT and name.removesuffix(BASE_ENDING) not in model.adapters:
             raise InvalidRequestError(
-                f"unexpected inference input '{name}' for model '{model.name}'; its inputs are "
-                f"'{SHARED_INPUT}' for all outputs, or one of its {_some(model)}",
+                f"unexpected inference input '{name}' for model '{model.name}'; expected "
+                f"'{SHARED_INPUT}' for all outputs, or one of its {_list_modules(model)}",
                 field=name,
             )
     for name in outputs:
         if name not in model.adapters:
             raise InvalidRequestError(
-                f"unexpected inference output '{name}' for model '{model.name}'; it has "
-                f"{_some(model)}",
+                f"unexpected inference output '{name}' for model '{model.name}'; expected one of "
+                f"its {_list_modules(model)}",
                 field=name,
             )
 
@@ -314,20 +272,20 @@ def _check_known(model: Model, inputs: Iterable[str], outputs: Iterable[str]) ->
 def _check_all_feed(
     request: InferRequest, outputs: AbstractSet[str], *, aside: AbstractSet[str]
 ) -> None:
-    """Raise where an input feeds nothing: it may be misspelt, or its output forgotten."""
+    """Raise for an input that feeds no output: it may be misspelled, or its output forgotten."""
     fed = {_source(request, name).name for name in outputs}
     fed |= aside | {f"{name}{BASE_ENDING}" for name in outputs}
     for name in request.inputs:
         if name not in fed:
             raise InvalidRequestError(
-                f"input '{name}' feeds none of the outputs {', '.join(sorted(outputs)[:8])}; leave "
-                "it out, or ask for its output",
+                f"input '{name}' feeds none of the outputs {', '.join(sorted(outputs)[:8])}; "
+                "remove it, or request its output",
                 field=name,
             )
 
 
 def _default_outputs(model: Model, request: InferRequest) -> list[str]:
-    """Return the modules that have an input of their own, then those that the shared one fits."""
+    """Return the modules with an input of their own, then those that the shared one fits."""
     has_shared = SHARED_INPUT in request.inputs and SHARED_INPUT not in model.adapters
     aside = {SHARED_INPUT} if has_shared else set()
     if model.stored is None:
@@ -342,33 +300,34 @@ def _default_outputs(model: Model, request: InferRequest) -> list[str]:
     return [*own, *(name for name in fitting if name not in fed)]
 
 
-def _some(model: Model) -> str:
+def _list_modules(model: Model) -> str:
     names = list(model.adapters)
     return f"{len(names)} modules: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
 
 
-def _nothing_to_do(model: Model, request: InferRequest) -> str:
+def _no_outputs(model: Model, request: InferRequest) -> str:
+    """Return the error text for a request that yields no output."""
     shared = request.inputs.get(SHARED_INPUT)
     if model.stored is None:
         return (
-            f"model '{MIXED}' gets no module to apply; name the input like the module, or name "
-            "the outputs"
+            f"the request to model '{MIXED}' names no module; name the input after the module, or "
+            "name the outputs"
         )
     if shared is None:
         more = f" (besides '{next(iter(request.inputs))}')" if request.inputs else ""
         return (
-            f"expected at least one input for model '{model.name}'{more}: one of its modules, or "
-            f"'{SHARED_INPUT}'"
+            f"the request has no input for model '{model.name}'{more}; send one of its modules, "
+            f"or '{SHARED_INPUT}'"
         )
     widths = sorted({one.d_in for one in model.adapters.values()})
     return (
         f"unexpected shape for input '{SHARED_INPUT}' for model '{model.name}'. Expected "
-        f"[-1,{' or '.join(map(str, widths[:8]))}], got {text_of(shared.shape)}"
+        f"[-1,{' or '.join(map(str, widths[:8]))}], got {format_shape(shared.shape)}"
     )
 
 
 def _source(request: InferRequest, output: str) -> InferInput:
-    """Return the input that feeds an output: the one of its name, else the shared one."""
+    """Return the input that feeds an output: the one with its name, else the shared one."""
     source = _find_source(request, output)
     if source is None:
         raise InvalidRequestError(
@@ -385,7 +344,7 @@ def _check_width(model: Model, source: InferInput, d_in: int) -> None:
     if len(source.shape) not in (1, 2) or source.shape[-1] != d_in:
         raise ShapeMismatchError(
             f"unexpected shape for input '{source.name}' for model '{model.name}'. Expected "
-            f"[-1,{d_in}], got {text_of(source.shape)}",
+            f"[-1,{d_in}], got {format_shape(source.shape)}",
             field=source.name,
             got=list(source.shape),
             expected=[-1, d_in],
@@ -393,7 +352,7 @@ def _check_width(model: Model, source: InferInput, d_in: int) -> None:
 
 
 def _stack_of(text: str, row: int) -> Stack:
-    """Return the stack of a row: a set's name, nothing, or JSON of one or several weighted sets."""
+    """Return the stack of a row, given as a set's name, nothing, or JSON with weighted sets."""
     if not text:
         return ()
     where = f"{SETS}[{row}]"

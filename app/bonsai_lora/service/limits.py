@@ -1,4 +1,4 @@
-"""What one request may ask for at most."""
+"""Limits on requests."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from bonsai_lora.storage.store import SetStore
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds from the settings; sizes in bytes."""
+    """Limits from the settings; sizes are in bytes."""
 
     max_body_bytes: int
     max_json_bytes: int
@@ -28,55 +28,55 @@ class Limits:
     memory_budget_bytes: int
 
     def check_rows(self, rows: int) -> None:
-        """Raise TooManyRowsError over max_rows."""
+        """Raise TooManyRowsError if `rows` is over max_rows."""
         if rows > self.max_rows:
             raise TooManyRowsError(
-                f"the batch has {rows} rows; at most {self.max_rows} are taken at once, split it",
+                f"the batch has {rows} rows, but the limit is {self.max_rows}; split the batch",
                 got=rows,
                 limit=self.max_rows,
             )
 
     def check_answer(self, values: int) -> None:
-        """Raise AnswerTooLargeError where `values` float32 numbers exceed max_answer_bytes."""
+        """Raise AnswerTooLargeError if `values` float32 numbers exceed max_answer_bytes."""
         if 4 * values > self.max_answer_bytes:
             raise AnswerTooLargeError(
-                f"the answer would hold {4 * values} bytes of float32; at most "
-                f"{self.max_answer_bytes} are given at once, ask for fewer rows or modules",
+                f"the response would have {4 * values} bytes of float32, but the limit is "
+                f"{self.max_answer_bytes}; request fewer rows or modules at once",
                 got_bytes=4 * values,
                 limit_bytes=self.max_answer_bytes,
             )
 
     def check_region_bytes(self, size: int) -> None:
-        """Raise BodyTooLargeError where inputs in shared memory exceed what a body may hold."""
+        """Raise BodyTooLargeError if inputs in shared memory exceed max_body_bytes."""
         if size > self.max_body_bytes:
             raise BodyTooLargeError(
-                f"the inputs have {size} bytes in shared memory; at most {self.max_body_bytes} are "
-                "taken at once",
+                f"the inputs have {size} bytes in shared memory, but the limit is "
+                f"{self.max_body_bytes}; send fewer rows at once",
                 got_bytes=size,
                 limit_bytes=self.max_body_bytes,
             )
 
     def check_rank(self, rank: int) -> None:
-        """Raise RankTooLargeError over max_rank."""
+        """Raise RankTooLargeError if `rank` is over max_rank."""
         if rank > self.max_rank:
             raise RankTooLargeError(
-                f"the rank is {rank}; at most {self.max_rank} is taken",
+                f"the rank is {rank}, but the limit is {self.max_rank}; lower the rank, or raise "
+                "max_rank",
                 got=rank,
                 limit=self.max_rank,
             )
 
     def check_budget(self, store: SetStore, name: str, new_bytes: int) -> None:
-        """Raise MemoryBudgetError where all sets, with `name` at `new_bytes`, exceed the budget.
+        """Raise MemoryBudgetError if all sets, with `name` at `new_bytes`, exceed the budget.
 
-        Sets that a newer release wrote count with the size of their files.
+        Sets that a newer release wrote count as much as their files.
         """
         held = sum(one.total_memory_bytes for one in store.records() if one.name != name)
         held += sum(store.newer_files().values())
         if held + new_bytes > self.memory_budget_bytes:
             raise MemoryBudgetError(
-                f"set {name!r} needs {new_bytes} bytes, the other sets hold {held}, and the "
-                f"budget is {self.memory_budget_bytes}; delete sets or raise "
-                "memory_budget_bytes",
+                f"set {name!r} needs {new_bytes} bytes and the other sets hold {held}, but the "
+                f"budget is {self.memory_budget_bytes}; delete sets, or raise memory_budget_bytes",
                 needed_bytes=new_bytes,
                 held_bytes=held,
                 budget_bytes=self.memory_budget_bytes,

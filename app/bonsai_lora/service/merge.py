@@ -1,4 +1,4 @@
-"""W + scaling * B @ A for a W that streams by, block by block."""
+"""Merge an adapter into weights, block by block."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ MERGE_DTYPES = ("F32", "F16", "BF16")
 
 @dataclass(frozen=True, slots=True)
 class WeightMerge:
-    """The merge of one adapter into weights of one dtype.
+    """Computes W + scaling * B @ A for weights of one dtype.
 
-    W is as the base stores it: (d_out, d_in), or (d_in, d_out) for embeddings. Raises
-    InvalidRequestError for a dtype other than F32, F16, BF16, and UnsupportedAdapterError for a
-    merge that weights alone cannot hold.
+    W has the layout of the base: (d_out, d_in), or (d_in, d_out) for embeddings. Raises
+    InvalidRequestError for a dtype other than F32, F16, BF16, and UnsupportedAdapterError for an
+    adapter that cannot be merged into weights alone.
     """
 
     adapter: LoraAdapter
@@ -32,42 +32,48 @@ class WeightMerge:
         """Check the dtype and the kind of adapter."""
         if self.dtype not in MERGE_DTYPES:
             raise InvalidRequestError(
-                f"weights of dtype {self.dtype!r} cannot be merged; "
-                f"expected one of {', '.join(MERGE_DTYPES)}",
+                f"weights of dtype {self.dtype!r} cannot be merged; expected one of "
+                f"{', '.join(MERGE_DTYPES)}",
                 got=self.dtype,
                 expected=list(MERGE_DTYPES),
             )
         if self.adapter.bias is not None:
             raise UnsupportedAdapterError(
-                "the adapter adds a bias (lora_bias), which weights alone cannot hold",
+                "the adapter has a bias (lora_bias), which weights alone cannot hold; use a merged "
+                "checkpoint",
                 field="lora_bias",
             )
         if self._is_dora and (self.unmerge or self._is_transposed):
-            what = "taken out of weights again" if self.unmerge else "merged into an embedding"
+            what, remedy = (
+                ("unmerged", "keep the original weights")
+                if self.unmerge
+                else ("merged into an embedding", "apply the set instead")
+            )
             raise UnsupportedAdapterError(
-                f"DoRA scales whole rows of the sum, so it cannot be {what} here", field="use_dora"
+                f"DoRA scales whole rows of the sum, so it cannot be {what}; {remedy}",
+                field="use_dora",
             )
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of W."""
+        """The shape of W."""
         shape = (self.adapter.d_out, self.adapter.d_in)
         return shape[::-1] if self._is_transposed else shape
 
     @property
     def total_bytes(self) -> int:
-        """Length of W in bytes."""
+        """The length of W in bytes."""
         return self.shape[0] * self.shape[1] * int(FLOAT_DTYPES[self.dtype].itemsize)
 
     def blocks(self) -> Iterator[tuple[Block, int]]:
-        """Yield each block of W in the order of memory, with its length in bytes."""
+        """Yield the blocks of W in memory order, each with its length in bytes."""
         itemsize = FLOAT_DTYPES[self.dtype].itemsize
         for rows, columns in blocks(*self.shape, whole_rows=self._is_dora):
             size = (rows.stop - rows.start) * (columns.stop - columns.start) * itemsize
             yield (rows, columns), size
 
     def merge_block(self, block: Block, raw: bytearray) -> bytearray:
-        """Return the merged bytes of a block whose bytes are `raw`; `raw` itself, changed."""
+        """Merge the bytes `raw` of a block in place and return them."""
         rows, columns = block
         weights = np.frombuffer(raw, FLOAT_DTYPES[self.dtype]).reshape(
             rows.stop - rows.start, columns.stop - columns.start
@@ -76,7 +82,7 @@ class WeightMerge:
         return raw
 
     def merge_array(self, weights: Floats) -> Floats:
-        """Return merged float32 weights of the shape of W; raises ShapeMismatchError."""
+        """Return the merge of float32 `weights`; raises ShapeMismatchError."""
         self.check_shape(weights.shape)
         merged = np.array(weights, np.float32, order="C")
         for block, _ in self.blocks():
@@ -87,7 +93,8 @@ class WeightMerge:
         """Raise ShapeMismatchError unless `shape` is that of W."""
         if shape != self.shape:
             raise ShapeMismatchError(
-                f"the weights have shape {list(shape)}, but this module's are {list(self.shape)}",
+                f"the weights have shape {list(shape)}; expected {list(self.shape)} for this "
+                "module",
                 got=list(shape),
                 expected=list(self.shape),
             )
@@ -120,12 +127,12 @@ def merge_of_header(
 ) -> WeightMerge:
     """Return the merge for a safetensors body with this header.
 
-    Raises InvalidRequestError unless it holds the one tensor `weights`, ShapeMismatchError for
-    another shape.
+    Raises InvalidRequestError unless its only tensor is `weights`, ShapeMismatchError for a
+    different shape.
     """
     if header.tensors.keys() != {"weights"}:
         raise InvalidRequestError(
-            f"expected exactly one tensor named 'weights', got {sorted(header.tensors)[:8]}",
+            f"the body has the tensors {sorted(header.tensors)[:8]}; expected only 'weights'",
             got=sorted(header.tensors)[:8],
             expected=["weights"],
         )

@@ -1,4 +1,4 @@
-"""Merged models by name: which base, which sets, at which weights."""
+"""Merged models: a base with weighted sets, cached."""
 
 import contextlib
 import math
@@ -12,12 +12,12 @@ from bonsai_lora.storage.store import SetStore
 
 _REMEMBERED = 32
 
-Weighted = list[tuple[str, float]]
-"""Set names with their weights."""
+WeightedSets = list[tuple[str, float]]
+"""Names of sets with their weights."""
 
 
 class MergedModels:
-    """Makes merged models of bases and sets; the last ones are remembered while they stay true."""
+    """Makes merged models of bases and sets, and caches the last ones while they are current."""
 
     def __init__(self, bases: BaseFolder, store: SetStore) -> None:
         self._bases = bases
@@ -26,10 +26,10 @@ class MergedModels:
             tuple[str, tuple[tuple[str, float], ...]], tuple[Base, list[StoredSet], MergedModel]
         ] = OrderedDict()
 
-    def get(self, base_name: str, sets: Weighted) -> MergedModel:
-        """Return the model of `base_name` with `sets` merged in, as both are now.
+    def get(self, base_name: str, sets: WeightedSets) -> MergedModel:
+        """Return `base_name` with `sets` merged in, all at their current versions.
 
-        Raises BaseNotFoundError, SetNotFoundError, and what MergedModel raises.
+        Raises BaseNotFoundError, SetNotFoundError, and the errors of MergedModel.
         """
         try:
             base = self._bases.get(base_name)
@@ -40,7 +40,7 @@ class MergedModels:
         key = (base_name, tuple(sets))
         known = self._known.get(key)
         if known is not None and known[0] is base and known[1] == stored:
-            with contextlib.suppress(KeyError):  # another thread may drop it meanwhile
+            with contextlib.suppress(KeyError):  # another thread may evict it meanwhile
                 self._known.move_to_end(key)
             return known[2]
         model = MergedModel(
@@ -57,28 +57,34 @@ class MergedModels:
         return model
 
     def _forget(self, base_name: str) -> None:
-        """Let go of a base that is gone, so that its disk comes back."""
+        """Drop a deleted base, whose open mappings would keep its disk space in use."""
         for key in [key for key in list(self._known) if key[0] == base_name]:
             self._known.pop(key, None)
 
 
-def weighted_sets(name: str, scale: float, others: list[str], weights: list[float]) -> Weighted:
-    """Return `name` at `scale` and `others` at their `weights` (default 1).
+def weighted_sets(name: str, scale: float, others: list[str], weights: list[float]) -> WeightedSets:
+    """Return `name` with weight `scale`, and `others` with their `weights` (default: 1).
 
     Raises InvalidRequestError for a weight that is not finite, more weights than sets, or a set
     named twice.
     """
     if len(weights) > len(others):
         raise InvalidRequestError(
-            f"there are {len(weights)} weights for {len(others)} further sets", field="weight"
+            f"{len(weights)} weights are given for {len(others)} additional sets; give at most one "
+            "weight per set",
+            field="weight",
         )
     padded = [*weights, *[1.0] * (len(others) - len(weights))]
-    # 0.0 for -0.0, which is the same model under another name.
+    # Adding 0.0 turns -0.0 into 0.0, so that both are the same model.
     sets = [
         (one, weight + 0.0) for one, weight in zip([name, *others], [scale, *padded], strict=True)
     ]
     if not all(math.isfinite(weight) for _, weight in sets):
-        raise InvalidRequestError("scale and weight must be finite numbers", field="weight")
+        raise InvalidRequestError(
+            "scale or weight is not finite; expected finite numbers", field="weight"
+        )
     if len({one for one, _ in sets}) != len(sets):
-        raise InvalidRequestError("a set is named twice; give it one weight", field="set")
+        raise InvalidRequestError(
+            "a set is named twice; name it once, with one weight", field="set"
+        )
     return sets

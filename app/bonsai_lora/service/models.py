@@ -1,4 +1,4 @@
-"""What the Open Inference Protocol tells of sets as models, and what it does to them."""
+"""Sets as models of the Open Inference Protocol: look-up, metadata, configuration, statistics."""
 
 import mmap
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bonsai_lora.service.infer import MIXED, MIXED_VERSION, SHARED_INPUT, Model
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.errors import VersionNotFoundError
 from bonsai_lora.storage.counts import CountFile, Counts
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.store import SetStore
@@ -15,11 +16,58 @@ from bonsai_lora.wire.stacks import SETS
 from bonsai_lora.wire.tensors import BASE_ENDING
 
 PLATFORM = "bonsai_lora"
+MIXED = "mixed"
+"""The model whose input `sets` names a set for each row."""
+MIXED_VERSION = "1"
+SHARED_INPUT = "x"
+"""The input that feeds each requested output without an input of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model: the current version of a set, or the mixed model, whose `stored` is None."""
+
+    name: str
+    stored: StoredSet | None
+
+    @property
+    def adapters(self) -> Mapping[str, LoraAdapter]:
+        """Adapters by module; empty for the mixed model."""
+        return {} if self.stored is None else self.stored.lora_set.registry.adapters
+
+    @property
+    def version(self) -> str:
+        """The set's version as a string."""
+        return MIXED_VERSION if self.stored is None else str(self.stored.record.version)
+
+    @property
+    def content(self) -> str:
+        """A tag that changes whenever the model's outputs may change."""
+        return MIXED if self.stored is None else self.stored.record.etag
+
+    @property
+    def count_key(self) -> tuple[str, str, str]:
+        """Name, content tag and time of the last change, under which inferences are counted."""
+        return self.name, self.content, "" if self.stored is None else self.stored.record.updated_at
+
+
+def find_model(store: SetStore, name: str, version: str | None) -> Model:
+    """Return the model named `name`; raises SetNotFoundError, VersionNotFoundError."""
+    model = Model(name, None if name == MIXED else store.read(name))
+    if version is not None and version != model.version:
+        raise VersionNotFoundError(
+            f"Request for unknown model: '{name}' version {version[:20]} is not found; request "
+            f"version {model.version}, or none",
+            model=name,
+            got=version[:20],
+            expected=model.version,
+        )
+    return model
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """An input or output of a model; -1 stands for any number."""
+    """An input or output of a model; -1 stands for any size."""
 
     name: str
     datatype: str
@@ -27,7 +75,7 @@ class Tensor:
 
 
 def inputs_of(model: Model) -> list[Tensor]:
-    """Return what a model takes: its modules, and `x` for all of them."""
+    """Return a model's inputs: its modules, and `x`, which feeds all of them."""
     shared = Tensor(SHARED_INPUT, "FP32", [-1, -1])
     if model.stored is None:
         return [Tensor(SETS, "BYTES", [-1]), shared]
@@ -42,12 +90,12 @@ def inputs_of(model: Model) -> list[Tensor]:
 
 
 def outputs_of(model: Model) -> list[Tensor]:
-    """Return what a model gives: its modules. Those of the mixed model are its sets' own."""
+    """Return a model's outputs: its modules. The mixed model's depend on the requested sets."""
     return [Tensor(name, "FP32", [-1, one.d_out]) for name, one in model.adapters.items()]
 
 
 def config_of(model: Model) -> dict[str, Any]:
-    """Return the model's configuration, in the fields of Triton's model_config.proto."""
+    """Return a model's configuration with the fields of Triton's model_config.proto."""
 
     def tensor(one: Tensor) -> dict[str, Any]:
         kind = "STRING" if one.datatype == "BYTES" else one.datatype
@@ -71,14 +119,14 @@ def config_of(model: Model) -> dict[str, Any]:
 
 
 def list_models(store: SetStore) -> list[dict[str, str]]:
-    """Return the repository index: every set is ready, also one that is not in memory yet."""
+    """Return the repository index: every set is ready, even if it is not in memory yet."""
     in_memory = {one.record.name for one in store.open_sets()}
     sets = [
         {
             "name": record.name,
             "version": str(record.version),
             "state": "READY",
-            "reason": "" if record.name in in_memory else "on disk, opened when it is used",
+            "reason": "" if record.name in in_memory else "on disk, opened on first use",
         }
         for record in store.records()
     ]
@@ -86,18 +134,18 @@ def list_models(store: SetStore) -> list[dict[str, str]]:
 
 
 def load(stored: StoredSet) -> None:
-    """Bring a set's file into memory."""
+    """Read a set's file into the page cache, and prepare its adapters."""
     np.add.reduce(np.frombuffer(stored.file, np.uint8)[:: mmap.PAGESIZE])  # a byte of each page
     for adapter in stored.lora_set.registry.adapters.values():
-        adapter.operands  # noqa: B018 - asked for, so that it is ready
+        adapter.make_ready()
 
 
 def statistics_of(
     counts: CountFile, models: Sequence[tuple[str, str, str]], memory: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """Return Triton's statistics of models, each a name, a version and a tag of its content.
+    """Return Triton's statistics of models, each given as name, version and content tag.
 
-    `memory` has the resident bytes of those that are in this process's memory.
+    `memory` has the resident bytes of the models that this process has open.
     """
     found = counts.read({name: content for name, _, content in models})
     return [

@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,15 +29,15 @@ from bonsai_lora.formats.peft_config import decode_config
 from bonsai_lora.service.limits import Limits, shapes_bytes
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.store import SetStore
-from bonsai_lora.storage.upload import Arrived, Upload
+from bonsai_lora.storage.upload import ReceivedUpload, Upload
 
 Precondition = Callable[[SetRecord | None], None]
-"""Given the present record (None: no such set), raises PreconditionFailedError to refuse."""
+"""Called with the current record (None: no such set); raises PreconditionFailedError."""
 
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """A set made from an upload, with what the import has to say."""
+    """A set made from an upload, and the report of the import."""
 
     stored: StoredSet
     created: bool
@@ -54,10 +54,10 @@ def create_set(
     config: LoraConfig,
     shapes: Shapes,
 ) -> StoredSet:
-    """Make a set with newly initialised adapters of `shapes` that `config` targets.
+    """Create a set with newly initialized adapters for those `shapes` that `config` targets.
 
     Raises SetExistsError, InvalidNameError, RankTooLargeError, MemoryBudgetError, and
-    InvalidRequestError where target_modules would keep none of the shapes.
+    InvalidRequestError if target_modules matches none of the shapes.
     """
     check_set_name(name)
     limits.check_rank(config.rank)
@@ -65,12 +65,12 @@ def create_set(
     if shapes and not kept:
         raise InvalidRequestError(
             f"target_modules {list(config.target_modules)} matches none of the modules "
-            f"{list(shapes)[:8]}; name some of them, or give an empty list to keep all",
+            f"{list(shapes)[:8]}; name some of them, or send an empty list for all",
             field="target_modules",
         )
     with store.lock(name):
         _refuse_existing(store, name)
-        # Before the matrices are drawn, which takes memory and time.
+        # Check before drawing the random matrices, which takes memory and time.
         limits.check_budget(store, name, shapes_bytes(kept, config.rank))
         lora_set = BonsaiLoraSet.new(config, base_model_name, name).add_adapters(kept)
         return _write(store, limits, lora_set, origin="initialized", previous=None)
@@ -84,15 +84,15 @@ def import_peft(
     upload: Upload,
     precondition: Precondition,
 ) -> Imported:
-    """Make or replace a set from a PEFT adapter: its configuration and its safetensors file.
+    """Create or replace a set from a PEFT adapter: its configuration and its safetensors file.
 
-    Raises the errors of `peft.decode_adapter` and `Upload.finish`, InvalidNameError,
-    RankTooLargeError, MemoryBudgetError, and what `precondition` raises; nothing has changed then.
+    Raises the errors of `peft.decode_adapter`, `Upload.finish` and `precondition`,
+    InvalidNameError, RankTooLargeError and MemoryBudgetError, and then changes nothing.
     """
     check_set_name(name)
     config = decode_config(raw_config)
-    arrived = upload.finish()
-    adapter = peft.decode_adapter(config, arrived.tensors, name)
+    received = upload.finish()
+    adapter = peft.decode_adapter(config, received.tensors, name)
     for one in adapter.lora_set.registry.adapters.values():
         limits.check_rank(one.rank)
     with store.lock(name):
@@ -105,7 +105,7 @@ def import_peft(
             origin="peft",
             previous=previous,
             adapter_config=config.raw,
-            arrived=None if adapter.ignored_keys else (arrived, adapter.names),
+            received=None if adapter.ignored_keys else (received, adapter.names),
         )
     norms = {module: delta_norm(one) for module, one in stored.lora_set.registry.adapters.items()}
     return Imported(stored, previous is None, adapter.ignored_keys, adapter.warnings, norms)
@@ -114,7 +114,7 @@ def import_peft(
 def list_sets(
     store: SetStore, *, limit: int, cursor: str | None, base_model_name: str | None
 ) -> tuple[list[SetRecord], str | None]:
-    """Return up to `limit` records by name after `cursor`, and the cursor of the next page."""
+    """Return up to `limit` records after `cursor`, sorted by name, and the next cursor."""
     names = store.list_names()
     start = bisect.bisect_right(names, cursor) if cursor else 0
     found: list[SetRecord] = []
@@ -131,7 +131,7 @@ def list_sets(
 
 
 def delete_set(store: SetStore, name: str, precondition: Precondition) -> None:
-    """Remove a set; raises SetNotFoundError or what `precondition` raises."""
+    """Delete a set; raises SetNotFoundError and the errors of `precondition`."""
     with store.lock(name):
         precondition(store.read_record(name))
         store.delete(name)
@@ -156,16 +156,16 @@ def put_new_adapter(
     config: LoraConfig | None,
     precondition: Precondition,
 ) -> tuple[StoredSet, bool]:
-    """Give `module` a newly initialised adapter; return the set and whether the module is new."""
+    """Set a newly initialized adapter for `module`; return the set and whether it is new."""
 
     def make(present: StoredSet) -> LoraAdapter:
         own = config if config is not None else present.record.config
         limits.check_rank(own.rank)
-        # Before A is drawn, which takes memory and time.
+        # Check before drawing A, which takes memory and time.
         limits.check_budget(store, name, adapter_bytes(d_in, d_out, own.rank))
         return LoraAdapter.new(d_in, d_out, own)
 
-    return _put_adapter(store, limits, name, module, make, precondition, initialised=True)
+    return _put_adapter(store, limits, name, module, make, precondition, initialized=True)
 
 
 def put_weights(
@@ -177,10 +177,10 @@ def put_weights(
     alpha: float | None,
     precondition: Precondition,
 ) -> tuple[StoredSet, bool]:
-    """Give `module` the tensors lora_A (r, d_in) and lora_B (d_out, r), alpha as the set's.
+    """Set lora_A (r, d_in) and lora_B (d_out, r) of `module`; return the set and whether it is new.
 
-    Raises InvalidRequestError for other tensors, ShapeMismatchError where the ranks differ,
-    InvalidAdapterError for NaN, infinity or float64.
+    `alpha` defaults to the set's. Raises InvalidRequestError for other tensors, ShapeMismatchError
+    if the ranks differ, InvalidAdapterError for NaN, infinity or float64.
     """
     a_matrix, b_matrix = _check_factors(tensors)
     rank = len(a_matrix)
@@ -193,25 +193,28 @@ def put_weights(
         )
         return LoraAdapter(own, a_matrix, b_matrix, own.scaling)
 
-    return _put_adapter(store, limits, name, module, make, precondition, initialised=False)
+    return _put_adapter(store, limits, name, module, make, precondition, initialized=False)
 
 
 def delete_adapter(
     store: SetStore, limits: Limits, name: str, module: str, precondition: Precondition
 ) -> None:
-    """Take the adapter of `module` out of a set."""
+    """Remove the adapter of `module` from a set, and the bias that it replaces."""
     with store.lock(name):
         present = store.read(name)
         precondition(present.record)
         get_adapter(present, module)
-        registry = present.lora_set.registry.remove(module)
+        lora_set = present.lora_set
+        kept = {
+            one: array for one, array in lora_set.replacements.items() if one != f"{module}.bias"
+        }
         _write(
             store,
             limits,
-            present.lora_set.with_registry(registry),
+            replace(lora_set, registry=lora_set.registry.remove(module), replacements=kept),
             origin=present.record.origin,
             previous=present.record,
-            # peft gives a module without tensors an adapter that changes nothing.
+            # peft loads a targeted module without tensors as an adapter that changes nothing.
             adapter_config=present.adapter_config,
         )
 
@@ -229,9 +232,9 @@ def _write(
     origin: str,
     previous: SetRecord | None,
     adapter_config: Mapping[str, Any] | None = None,
-    arrived: tuple[Arrived, Mapping[str, str]] | None = None,
+    received: tuple[ReceivedUpload, Mapping[str, str]] | None = None,
 ) -> StoredSet:
-    """Write a set while the budget holds; nobody else may fill it meanwhile."""
+    """Write a set within the memory budget, under the lock that guards the budget."""
     with store.lock_all():
         limits.check_budget(store, lora_set.adapter_name, lora_set.total_memory_bytes())
         return store.write(
@@ -240,12 +243,12 @@ def _write(
             now=_now(),
             previous=previous,
             adapter_config=adapter_config,
-            arrived=arrived,
+            received=received,
         )
 
 
 def _refuse_beside_variants(present: StoredSet) -> None:
-    """Raise where a plain adapter would stand beside kinds that PEFT switches for a whole set."""
+    """Raise if the set has a kind of adapter that PEFT configures only for a whole set."""
     lora_set = present.lora_set
     adapters = lora_set.registry.adapters.values()
     if lora_set.replacements or any(
@@ -254,7 +257,7 @@ def _refuse_beside_variants(present: StoredSet) -> None:
     ):
         raise UnsupportedAdapterError(
             f"set {present.record.name!r} has DoRA, biases, embeddings or replaced modules, which "
-            "PEFT knows for whole sets only; upload it anew instead of changing one module",
+            "PEFT configures only for a whole set; upload the whole set again",
             set=present.record.name,
         )
 
@@ -267,7 +270,7 @@ def _put_adapter(
     make: Callable[[StoredSet], LoraAdapter],
     precondition: Precondition,
     *,
-    initialised: bool,
+    initialized: bool,
 ) -> tuple[StoredSet, bool]:
     check_module_name(module)
     with store.lock(name):
@@ -276,7 +279,7 @@ def _put_adapter(
         _refuse_beside_variants(present)
         registry = present.lora_set.registry
         changed = registry.add(module, make(present))
-        unmixed = initialised and present.record.origin == "initialized"
+        unmixed = initialized and present.record.origin == "initialized"
         stored = _write(
             store,
             limits,
@@ -290,7 +293,7 @@ def _put_adapter(
 def _check_factors(tensors: Mapping[str, Array]) -> tuple[Array, Array]:
     if tensors.keys() != {"lora_A", "lora_B"}:
         raise InvalidRequestError(
-            f"expected exactly the tensors lora_A and lora_B, got {sorted(tensors)[:8]}",
+            f"the body has the tensors {sorted(tensors)[:8]}; expected lora_A and lora_B",
             got=sorted(tensors)[:8],
             expected=["lora_A", "lora_B"],
         )
@@ -299,11 +302,13 @@ def _check_factors(tensors: Mapping[str, Array]) -> tuple[Array, Array]:
         if matrix.dtype.itemsize == 8:
             raise InvalidAdapterError(f"{name} is F64; expected F32, F16 or BF16", field=name)
         if not all_finite(matrix):
-            raise InvalidAdapterError(f"{name} holds NaN or infinity", field=name)
+            raise InvalidAdapterError(
+                f"{name} has NaN or infinity; expected finite numbers", field=name
+            )
     if a_matrix.ndim != 2 or b_matrix.ndim != 2 or a_matrix.shape[0] != b_matrix.shape[1]:
         raise ShapeMismatchError(
             f"lora_A has shape {list(a_matrix.shape)} and lora_B {list(b_matrix.shape)}; "
-            "expected (r, d_in) and (d_out, r) with one r",
+            "expected (r, d_in) and (d_out, r) with the same r",
             got=[list(a_matrix.shape), list(b_matrix.shape)],
             expected=[["r", "d_in"], ["d_out", "r"]],
         )
@@ -313,8 +318,8 @@ def _check_factors(tensors: Mapping[str, Array]) -> tuple[Array, Array]:
 def _refuse_existing(store: SetStore, name: str) -> None:
     if _record_or_none(store, name) is not None:
         raise SetExistsError(
-            f"a set named {name!r} exists already; DELETE /v1/sets/{name} first, or PUT a PEFT "
-            "adapter over it",
+            f"a set named {name!r} already exists; DELETE /v1/sets/{name} first, or PUT a PEFT "
+            "adapter to replace it",
             set=name,
         )
 

@@ -1,4 +1,4 @@
-"""Parameters, memory, and what the deltas look like."""
+"""Statistics of adapters and of the store."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from bonsai_lora.storage.setfile import SetRecord
 from bonsai_lora.storage.store import SetStore
 
 LARGEST_SETS = 100
-"""How many sets the statistics of the whole registry list."""
+"""Most sets that the store's statistics list."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleStats:
-    """One module's adapter with the size and the spread of its delta."""
+    """One module's adapter with the norm and effective rank of its delta."""
 
     name: str
     adapter: LoraAdapter
@@ -23,11 +23,11 @@ class ModuleStats:
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """Sums over all sets; the sets themselves largest first."""
+    """Totals over all sets, and the largest sets."""
 
     set_count: int
     newer_file_count: int
-    """Files that a newer release wrote, which are not among the sets."""
+    """Files that a newer release wrote; they are not counted as sets."""
     adapter_count: int
     total_trainable_params: int
     total_memory_bytes: int

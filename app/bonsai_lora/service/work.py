@@ -1,4 +1,4 @@
-"""Where work is done: small pieces at once, larger ones in turn, the largest in threads."""
+"""Schedule work: short pieces inline, longer ones in turns on the event loop or in threads."""
 
 import asyncio
 import math
@@ -11,19 +11,21 @@ from bonsai_lora.errors import BusyError
 
 T = TypeVar("T")
 
-AT_ONCE_NANOSECONDS = 500_000
-"""Work up to this is done as soon as it is there."""
-IN_TURN_NANOSECONDS = 8_000_000
-"""Work up to this is done on the event loop, one piece between two looks at the sockets."""
-SHARED_NANOSECONDS = 1_000_000
-"""The same where threads have cores of their own: the arithmetic does not hold Python's lock."""
+INLINE_NANOSECONDS = 500_000
+"""Work up to this runs immediately."""
+LOOP_NANOSECONDS = 8_000_000
+"""Work up to this runs on the event loop, one piece per iteration."""
+LOOP_NANOSECONDS_WITH_SPARE_CORES = 1_000_000
+"""The same if worker threads have cores to themselves: arithmetic releases the GIL."""
 
 
 class WorkPool:
-    """Admits up to `max_concurrency` requests and runs `threads` pieces of work at a time."""
+    """Admits up to `max_concurrency` requests, and runs their work inline or in `threads`."""
 
     def __init__(self, max_concurrency: int, threads: int, *, has_spare_cores: bool) -> None:
-        self._in_turn = SHARED_NANOSECONDS if has_spare_cores else IN_TURN_NANOSECONDS
+        self._loop_nanoseconds = (
+            LOOP_NANOSECONDS_WITH_SPARE_CORES if has_spare_cores else LOOP_NANOSECONDS
+        )
         self._free = max_concurrency
         self._max = max_concurrency
         self._threads = ThreadPoolExecutor(threads, "work")
@@ -31,20 +33,20 @@ class WorkPool:
 
     @property
     def in_progress(self) -> int:
-        """Number of places held."""
+        """Number of admitted requests."""
         return self._max - self._free
 
     def admit(self) -> "WorkPool":
-        """Return a context that holds one of the places.
+        """Return a context manager that admits a request.
 
-        Entering it raises BusyError at once where none is free.
+        Entering it raises BusyError if `max_concurrency` requests are in progress.
         """
         return self
 
     def __enter__(self) -> None:
         if self._free <= 0:
             raise BusyError(
-                f"{self._max} requests are in progress, which is the limit; try again in a second",
+                f"{self._max} requests are in progress, which is the limit; retry in a second",
                 limit=self._max,
             )
         self._free -= 1
@@ -53,18 +55,18 @@ class WorkPool:
         self._free += 1
 
     async def run(self, work: Callable[[], T], nanoseconds: float = math.inf) -> T:
-        """Return what `work` returns, which takes so long by estimate."""
-        if nanoseconds > self._in_turn:
+        """Run `work`, which is estimated to take `nanoseconds`, and return its result."""
+        if nanoseconds > self._loop_nanoseconds:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        if nanoseconds > AT_ONCE_NANOSECONDS:
+        if nanoseconds > INLINE_NANOSECONDS:
             await self._turn()
         return work()
 
     async def _turn(self) -> None:
-        """Wait until the event loop has looked at its sockets since the last turn.
+        """Wait until the event loop has polled its sockets since the last turn.
 
-        Without this, work that becomes ready together is done together, and all its answers come
-        late, instead of each when it is ready.
+        Without turns, work that becomes ready together would run back to back, and no response
+        would be sent before all of it is done.
         """
         loop = asyncio.get_running_loop()
         turn = loop.create_future()

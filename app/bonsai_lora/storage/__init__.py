@@ -1,1 +1,1 @@
-"""Sets kept durably under names."""
+"""Durable storage of named sets."""

@@ -1,7 +1,7 @@
-"""What inferences cost, counted by model in files that all workers of one service share.
+"""Inference statistics by model, in files that all workers of a service share.
 
-Each process writes to a file of its own and reads all: the sums are true whichever worker is
-asked, and outlive a worker that had to be replaced.
+Each process writes its own file and reads all files, so that every worker reports the same totals
+and they survive a worker that is replaced.
 """
 
 import os
@@ -15,10 +15,10 @@ import numpy as np
 
 @dataclass(slots=True)
 class Counts:
-    """Sums since the service started, or since the model last changed; times in nanoseconds."""
+    """Totals since the service started or the model last changed; durations in nanoseconds."""
 
     last_ms: int = 0
-    """When the last inference ended, in milliseconds since 1970; 0: never."""
+    """End of the last inference in milliseconds since 1970; 0 if there was none."""
     success_count: int = 0
     success_ns: int = 0
     fail_count: int = 0
@@ -29,15 +29,15 @@ class Counts:
     output_ns: int = 0
     rows: int = 0
     vectors: int = 0
-    """Rows times modules, of one inference; not kept."""
+    """Rows times modules of one inference; not stored."""
 
 
 _SUMS = tuple(field.name for field in fields(Counts) if field.name not in ("last_ms", "vectors"))
 _ROW = np.dtype(
     [
-        ("model", "S96"),  # as long as a set's name may be
-        ("content", "S48"),  # as long as an ETag is
-        ("since", "S32"),  # as long as a time in RFC 3339 is
+        ("model", "S96"),  # fits the name of a set
+        ("content", "S48"),  # fits an ETag
+        ("since", "S32"),  # fits an RFC 3339 time
         ("last_ms", "<i8"),
         ("sums", "<i8", len(_SUMS)),
     ]
@@ -47,27 +47,27 @@ _PATTERN = "counts-*"
 
 
 class CountFile:
-    """The counts of this process, and the sums over all of them. Adding is for one thread."""
+    """The counts of this process, and totals over all processes. Only one thread may call `add`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._path = folder / f"counts-{os.getpid()}-{id(self):x}"
         self._path.write_bytes(bytes(_ROW.itemsize * _FIRST_ROWS))
         self._rows = _open(self._path)
-        self._places: dict[str, int] = {}
+        self._row_numbers: dict[str, int] = {}
 
     def add(self, model: str, content: str, since: str, counts: Counts) -> None:
-        """Add `counts` to those of `model`, whose content, tagged `content`, is from `since`.
+        """Add `counts` to those of `model`, whose content tag is `content` since the time `since`.
 
-        A newer content starts again from zero; what came late for an older one is left out.
+        Counts start from zero when the content changes; late ones for older content are dropped.
         """
-        place = self._places.get(model)
-        if place is None:
-            place = self._places[model] = len(self._places)
-            if place == len(self._rows):
+        number = self._row_numbers.get(model)
+        if number is None:
+            number = self._row_numbers[model] = len(self._row_numbers)
+            if number == len(self._rows):
                 self._grow()
-            self._rows[place] = (model.encode(), b"", b"", 0, 0)
-        row: Any = self._rows[place]
+            self._rows[number] = (model.encode(), b"", b"", 0, 0)
+        row: Any = self._rows[number]
         tag = content.encode()
         if row["content"] != tag:
             if since.encode() < row["since"]:
@@ -77,7 +77,7 @@ class CountFile:
         row["sums"] += [getattr(counts, name) for name in _SUMS]
 
     def read(self, wanted: dict[str, str]) -> dict[str, Counts]:
-        """Return the sums of all processes for the models of `wanted`: model -> content tag."""
+        """Return the totals over all processes for `wanted`, content tags by model."""
         found = {model: Counts() for model in wanted}
         for row in self._all_rows():
             model = row["model"].decode()

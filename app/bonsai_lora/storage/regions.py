@@ -1,12 +1,12 @@
-"""System shared memory by name (Triton's extension system_shared_memory).
+"""System shared-memory regions (Triton's extension system_shared_memory).
 
-A region is bytes of a file in /dev/shm that a client on this machine made. It is read and written
-by pread(2) and pwrite(2), never mapped: a client that shrinks its file makes a read come back
-short, where touching a mapping would end the process by SIGBUS. For the same reason what is read
-is a copy that nobody else can change while it is checked and used.
+A region is a range of a file in /dev/shm that a client on this machine created. It is accessed by
+pread(2) and pwrite(2), never memory-mapped: if a client truncates its file, a read returns fewer
+bytes, whereas touching a mapping would kill the process with SIGBUS. Reading a copy also means
+that the client cannot change the data between validation and use.
 
-Registrations are small files in a folder that all workers of one service share; each worker opens
-a region when it first needs it. Nothing here ever removes a client's file.
+Registrations are small files in a folder that all workers of a service share; each worker opens a
+region on first use. A client's file is never removed.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from bonsai_lora.errors import (
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.wire.oip import Placement
 
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - the place of POSIX shared memory on Linux
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory
 
 MAX_REGIONS = 1024
 
@@ -41,38 +41,38 @@ _KEY = re.compile(r"/?([A-Za-z0-9._-]{1,250})\Z")
 _PREFIX = "region-"
 _PATTERN = "region-*"
 _SEMAPHORE = "sem."
-"""How the C library names its semaphores, which live in the same folder."""
+"""Prefix of the C library's semaphores, which are in the same folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Registered bytes of a shared-memory file."""
+    """A registered range of a shared-memory file."""
 
     name: str
     key: str
     offset: int
     byte_size: int
     identity: tuple[int, int]
-    """Device and inode of the file that was registered."""
+    """Device and inode of the registered file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Bytes of a file."""
+    """A range of bytes in a file."""
 
     identity: tuple[int, int]
     start: int
     stop: int
 
     def overlaps(self, other: "Span") -> bool:
-        """Return whether a byte belongs to both."""
+        """Return whether the spans share a byte."""
         return (
             self.identity == other.identity and self.start < other.stop and other.start < self.stop
         )
 
 
 class SharedRegions:
-    """The regions of one service; `folder` None refuses all. For any thread."""
+    """The regions of a service. Thread-safe; with `folder` None, every method is refused."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -82,20 +82,20 @@ class SharedRegions:
 
     @property
     def is_on(self) -> bool:
-        """Whether the service was started with shared memory."""
+        """Whether shared memory is enabled."""
         return self._folder is not None
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
-        """Give `byte_size` bytes at `offset` of the file `key` a name.
+        """Register `byte_size` bytes at `offset` of the file `key` as the region `name`.
 
-        Raises InvalidRequestError where the name is taken, the key is none, there is no such
-        file, or it is shorter.
+        Raises InvalidRequestError if the name is in use, the key is invalid, the file does not
+        exist, or it is too short.
         """
         path = self._path(name)
         if len(self.list()) >= MAX_REGIONS:
             raise InvalidRequestError(
-                f"there are {MAX_REGIONS} shared memory regions, which is the limit; unregister "
-                "some",
+                f"there are already {MAX_REGIONS} shared memory regions, which is the limit; "
+                "unregister some",
                 limit=MAX_REGIONS,
             )
         file = _File(key)
@@ -105,7 +105,7 @@ class SharedRegions:
         try:
             new.write_text(json.dumps(asdict(region)), encoding="utf-8")
             registered = _registration(new.stat())
-            path.hardlink_to(new)  # whole or not at all, and never over another
+            path.hardlink_to(new)  # atomic, and fails if the name is in use
             self._remember(name, registered, region, file)
         except FileExistsError:
             raise InvalidRequestError(
@@ -116,12 +116,12 @@ class SharedRegions:
             new.unlink(missing_ok=True)
 
     def unregister(self, name: str) -> None:
-        """Forget a region; the client's file stays. Nothing happens where there is none."""
+        """Remove a registration, if it exists; the client's file is kept."""
         self._path(name).unlink(missing_ok=True)
         self._open.pop(name, None)
 
     def list(self) -> list[Region]:
-        """Return all regions by name."""
+        """Return all regions, sorted by name."""
         found = []
         for path in self._require_on().glob(_PATTERN):
             with contextlib.suppress(FileNotFoundError):
@@ -136,23 +136,24 @@ class SharedRegions:
             raise _not_found(name) from None
 
     def span_to_write(self, placed: Placement, needed: int) -> "Span":
-        """Return where the first `needed` of these bytes lie.
+        """Return the span of the first `needed` bytes of a placement.
 
-        Raises as `read` does, and where they are read-only.
+        Raises the errors of `read`, and InvalidRequestError if the region is read-only.
         """
         file, start = self._find(placed)
         if not file.is_writable:
             raise InvalidRequestError(
-                f"shared memory region '{placed.region}' cannot be written by this service",
+                f"shared memory region '{placed.region}' is not writable by this service; change "
+                "the permissions of its file",
                 region=placed.region,
             )
         return Span(file.identity, start, start + needed)
 
     def read(self, placed: Placement) -> memoryview:
-        """Return a copy of bytes of a region.
+        """Return a copy of the bytes of a placement.
 
-        Raises RegionNotFoundError, InvalidRequestError where they are not within the region or
-        the file has become shorter.
+        Raises RegionNotFoundError, InvalidRequestError if it is not within the region or the file
+        has become shorter.
         """
         file, start = self._find(placed)
         buffer = as_bytes(np.empty(placed.byte_size, np.uint8))
@@ -165,7 +166,7 @@ class SharedRegions:
         return buffer
 
     def write(self, placed: Placement, data: memoryview) -> None:
-        """Write `data` at the beginning of these bytes; raises as `read` does."""
+        """Write `data` at the start of a placement; raises the errors of `read`."""
         file, start = self._find(placed)
         done = 0
         try:
@@ -174,16 +175,17 @@ class SharedRegions:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EFBIG):
                 raise InvalidRequestError(
-                    f"shared memory region '{placed.region}' cannot be written: {error.strerror}",
+                    f"shared memory region '{placed.region}' cannot be written: {error.strerror}; "
+                    "free shared memory",
                     region=placed.region,
                 ) from None
             raise
 
     def _find(self, placed: Placement) -> tuple["_File", int]:
-        """Return the file of a region, and where in it the bytes begin."""
+        """Return the file of a placement and its offset in the file."""
         path = self._path(placed.region)
         try:
-            status = os.stat(path)  # noqa: PTH116 - on the way of every request
+            status = os.stat(path)  # noqa: PTH116 - on the hot path
         except FileNotFoundError:
             self._open.pop(placed.region, None)
             raise _not_found(placed.region) from None
@@ -197,8 +199,8 @@ class SharedRegions:
         if placed.offset + placed.byte_size > region.byte_size:
             raise InvalidRequestError(
                 f"Invalid offset + byte size for shared memory region: '{region.name}' has "
-                f"{region.byte_size} bytes, but {placed.byte_size} at offset {placed.offset} were "
-                "asked for",
+                f"{region.byte_size} bytes, not {placed.byte_size} at offset {placed.offset}; "
+                "request a range within the region",
                 region=region.name,
             )
         start = region.offset + placed.offset
@@ -208,7 +210,7 @@ class SharedRegions:
     def _remember(
         self, name: str, registered: tuple[int, int], region: Region, file: "_File"
     ) -> None:
-        """Keep a region open, and let go of those that were unregistered elsewhere meanwhile."""
+        """Keep a region open, and close those that other workers have unregistered."""
         for other in list(self._open):
             if not self._path(other).exists():
                 self._open.pop(other, None)
@@ -220,21 +222,21 @@ class SharedRegions:
     def _require_on(self) -> Path:
         if self._folder is None:
             raise UnsupportedFeatureError(
-                "shared memory is off; start the service with --shared-memory to use it"
+                "shared memory is disabled; start the service with --shared-memory"
             )
         return self._folder
 
 
 class _File:
-    """An open file of shared memory; closed when nobody uses it any more."""
+    """An open shared-memory file, closed when it is garbage-collected."""
 
     def __init__(self, key: str, identity: tuple[int, int] | None = None) -> None:
         matched = _KEY.match(key)
         if matched is None or matched[1] in (".", "..") or matched[1].startswith(_SEMAPHORE):
             raise InvalidRequestError(
-                f"Unable to open shared memory region: {key[:100]!r} is no key; expected the name "
-                "that shm_open takes ('/name', no path): letters, digits, '.', '_' and '-', at "
-                "most 250, and no semaphore"
+                f"Unable to open shared memory region: {key[:100]!r} is not a valid key; expected "
+                "a name as for shm_open, such as '/name': at most 250 letters, digits, '.', '_' "
+                "and '-', and not a semaphore"
             )
         self._key = key
         self.descriptor, self.is_writable = _open(SHARED_MEMORY / matched[1], key)
@@ -242,21 +244,22 @@ class _File:
         self.identity = (status.st_dev, status.st_ino)
         if not stat.S_ISREG(status.st_mode):
             raise InvalidRequestError(
-                f"Unable to open shared memory region: '{key}' is no shared memory"
+                f"Unable to open shared memory region: '{key}' is not a regular file; create it "
+                "with shm_open"
             )
         if identity not in (None, self.identity):
             raise InvalidRequestError(
-                f"Unable to open shared memory region: '{key}' is not what was registered; "
-                "unregister the region and register it again"
+                f"Unable to open shared memory region: '{key}' has been replaced since it was "
+                "registered; unregister the region and register it again"
             )
 
     def check(self, offset: int, byte_size: int) -> None:
-        """Raise InvalidRequestError where the file does not have these bytes (any more)."""
+        """Raise InvalidRequestError unless the file has these bytes now."""
         length = os.fstat(self.descriptor).st_size
         if offset + byte_size > length:
             raise InvalidRequestError(
-                f"shared memory '{self._key}' has {length} bytes, but {byte_size} at offset "
-                f"{offset} were asked for"
+                f"shared memory '{self._key}' has {length} bytes, not {byte_size} at offset "
+                f"{offset}; use a range within the file"
             )
 
     def __del__(self) -> None:
@@ -266,8 +269,8 @@ class _File:
 
 
 def _open(path: Path, key: str) -> tuple[int, bool]:
-    """Return a descriptor, and whether it can be written to."""
-    # Not to wait for the other end of a pipe that lies there.
+    """Return a file descriptor, and whether it is writable."""
+    # O_NONBLOCK: opening a named pipe must not wait for its other end.
     flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
         try:
@@ -276,9 +279,10 @@ def _open(path: Path, key: str) -> tuple[int, bool]:
             return os.open(path, os.O_RDONLY | flags), False
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise BusyError("too many files are open; try again in a second") from None
+            raise BusyError("too many files are open; retry in a second") from None
         raise InvalidRequestError(
-            f"Unable to open shared memory region: '{key}': {error.strerror}"
+            f"Unable to open shared memory region: '{key}': {error.strerror}; create it with "
+            "shm_open, readable by the service"
         ) from None
 
 
@@ -289,7 +293,7 @@ def _registration_path(folder: Path, name: str) -> Path:
 
 
 def _registration(status: os.stat_result) -> tuple[int, int]:
-    """Return what tells one registration file from the next of that name."""
+    """Return an identity that differs between two registrations of the same name."""
     return status.st_ino, status.st_mtime_ns
 
 
@@ -300,11 +304,14 @@ def _decode(text: str) -> Region:
 
 def _not_found(name: str) -> RegionNotFoundError:
     return RegionNotFoundError(
-        f"Unable to find shared memory region: '{name[:200]}'", region=name[:200]
+        f"Unable to find shared memory region: '{name[:200]}'; register it first",
+        region=name[:200],
     )
 
 
 def _too_short(name: str) -> InvalidRequestError:
     return InvalidRequestError(
-        f"shared memory region '{name}' became shorter while it was read", region=name
+        f"shared memory region '{name}' became shorter while it was read; keep its size until the "
+        "response arrives",
+        region=name,
     )

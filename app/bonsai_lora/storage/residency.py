@@ -1,4 +1,4 @@
-"""How much of a mapped file is in memory (mincore(2))."""
+"""Measure how much of a memory-mapped file is in the page cache (mincore(2))."""
 
 import ctypes
 import mmap
@@ -7,9 +7,9 @@ import numpy as np
 
 
 def resident_bytes(mapped: memoryview) -> int:
-    """Return how many bytes of a whole mapped file are in memory, in whole pages.
+    """Return how many bytes of a mapped file are in memory, rounded up to whole pages.
 
-    All of them where the system cannot tell.
+    Returns the whole length if the system cannot tell.
     """
     if not mapped:
         return 0
@@ -22,7 +22,7 @@ def resident_bytes(mapped: memoryview) -> int:
 
 
 def _mincore(address: int, length: int, flags: int) -> bool:
-    """Let the system write a byte for each page to `flags`; return whether it did."""
+    """Write one byte per page to the address `flags`; return whether that succeeded."""
     try:
         mincore = ctypes.CDLL(None).mincore
     except (AttributeError, OSError, TypeError):  # a C library without it, or none

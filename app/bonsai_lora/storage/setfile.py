@@ -1,7 +1,7 @@
-"""The file of one set: safetensors with PEFT key names, everything else in its metadata.
+"""The file of a set: safetensors with PEFT key names, and everything else in its metadata.
 
-The file is itself the `adapter_model.safetensors` of the set's PEFT folder. Its record comes
-first in the header, so that a listing reads a few kilobytes of each file and no tensor entry.
+The file doubles as the `adapter_model.safetensors` of the set's PEFT folder. The record is the
+first entry of the header, so that listing sets reads only a few kilobytes of each file.
 """
 
 import json
@@ -27,13 +27,13 @@ from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.mapped import map_file
 from bonsai_lora.formats.peft import group_keys, set_tensors
 from bonsai_lora.storage.residency import resident_bytes
-from bonsai_lora.storage.upload import Arrived
+from bonsai_lora.storage.upload import ReceivedUpload
 
 RECORD_FORMAT = 1
-"""The format of records that is written, and the newest that is read; records without one have it.
+"""The record format that is written and the newest that can be read; the default if missing.
 
-It is raised when a record means something else to older releases. What they may ignore is a new
-key of the record, which they keep.
+Increment it when older releases would misread a record. A change that they may ignore is a new key
+of the record instead; they keep unknown keys.
 """
 
 _METADATA_START = b'{"__metadata__":'
@@ -54,7 +54,7 @@ _RECORD_TYPES: Mapping[str, tuple[type, ...]] = {
     "total_trainable_params": (int,),
     "data_bytes": (int,),
 }
-"""Fields of a record, and what JSON makes of each."""
+"""Fields of a record and their types in JSON."""
 _CONFIG_TYPES: Mapping[str, tuple[type, ...]] = {
     "rank": (int,),
     "alpha": (int, float),
@@ -65,13 +65,13 @@ _CONFIG_TYPES: Mapping[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class SetRecord:
-    """What is known of a set without its tensors."""
+    """The metadata of a set."""
 
     name: str
     uid: str
-    """Random at creation; with `version` it names one content for ever."""
+    """Random, chosen at creation; with `version` it identifies the set's content uniquely."""
     version: int
-    """1 at creation, one more with each change."""
+    """1 at creation, incremented by each change."""
     created_at: str
     """RFC 3339, UTC."""
     updated_at: str
@@ -82,9 +82,9 @@ class SetRecord:
     adapter_count: int
     total_trainable_params: int
     data_bytes: int
-    """Length of the tensors in the file."""
+    """Length of the tensor data in the file."""
     unknown: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of a later release's record in this format; they stay with the set as it changes."""
+    """Keys that a later release wrote in this format; they are preserved by changes."""
 
     @property
     def total_memory_bytes(self) -> int:
@@ -93,28 +93,28 @@ class SetRecord:
 
     @property
     def etag(self) -> str:
-        """Strong entity tag, stable across restarts and processes."""
+        """Strong ETag, stable across restarts and processes."""
         return f'"{self.uid}-{self.version}"'
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class StoredSet:
-    """One version of a set, opened: its arrays are views of the mapped file."""
+    """An open version of a set; its arrays are views of the memory-mapped file."""
 
     record: SetRecord
     lora_set: BonsaiLoraSet
     adapter_config: Mapping[str, Any] | None
-    """The adapter_config.json that came with an upload, while the set is still that upload."""
+    """The uploaded adapter_config.json, until the set is changed."""
     file: memoryview
-    """The whole file, mapped; stays readable when the set is replaced or deleted."""
+    """The whole file, memory-mapped; remains readable after the set is replaced or deleted."""
 
     def resident_bytes(self) -> int:
-        """Return how much of the file is in memory."""
+        """Return how many bytes of the file are in memory."""
         return resident_bytes(self.file)
 
 
 def write_set_file(file: BinaryIO, stored: "NewSet") -> None:
-    """Write the file of a set; zeros that were never written by anyone become holes."""
+    """Write the file of a set; constant zero arrays become holes of a sparse file."""
     header = stored.header()
     file.write(header)
     file.truncate(len(header) + stored.record.data_bytes)
@@ -125,39 +125,39 @@ def write_set_file(file: BinaryIO, stored: "NewSet") -> None:
             file.write(safetensors.as_bytes(array))
 
 
-def write_header(stored: "NewSet", arrived: Arrived, names: Mapping[str, str]) -> bool:
-    """Make an arrived upload the file of a set by its header; return False where it has no room."""
-    infos = arrived.header.tensors
+def write_header(stored: "NewSet", received: ReceivedUpload, names: Mapping[str, str]) -> bool:
+    """Turn an upload into a set's file by writing its header; return False if it does not fit."""
+    infos = received.header.tensors
     layout = {names[key]: (info.dtype, info.shape) for key, info in infos.items()}
     try:
-        header = stored.header(layout, arrived.header.data_start)
+        header = stored.header(layout, received.header.data_start)
     except ValueError:
         return False
-    arrived.write_header(header)
+    received.write_header(header)
     return True
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class NewSet:
-    """A set that is to be written."""
+    """A set to be written."""
 
     record: SetRecord
     lora_set: BonsaiLoraSet
     adapter_config: Mapping[str, Any] | None
 
     def header(self, layout: safetensors.Layout | None = None, length: int | None = None) -> bytes:
-        """Return the file's header, for tensors in the order of `layout` (default: the set's).
+        """Return the file's header for tensors in the order of `layout` (default: the set's).
 
-        Raises HeaderTooLargeError where it could not be read again, ValueError where it does not
-        fit into `length` bytes.
+        Raises HeaderTooLargeError if it is too long to be read again, ValueError if it does not
+        fit in `length` bytes.
         """
         if layout is None:
             layout = safetensors.layout_of(set_tensors(self.lora_set))
         header = safetensors.encode_header(layout, self._metadata(), length=length)
         if len(header) > safetensors.MAX_HEADER_BYTES:
             raise HeaderTooLargeError(
-                f"the set has so many or so long names that its header takes {len(header)} bytes; "
-                f"at most {safetensors.MAX_HEADER_BYTES} can be read again",
+                f"the header of the set would have {len(header)} bytes, but the limit is "
+                f"{safetensors.MAX_HEADER_BYTES}; use fewer or shorter module names",
                 got_bytes=len(header),
                 limit_bytes=safetensors.MAX_HEADER_BYTES,
             )
@@ -185,15 +185,15 @@ def _is_zero_constant(array: Array) -> bool:
 def read_record(path: Path) -> SetRecord:
     """Return the record of the file without reading its tensor entries.
 
-    Raises MalformedSafetensorsError where it is not a whole file of ours, NewerFormatError where
-    a newer release wrote it.
+    Raises MalformedSafetensorsError if it is not a complete set file, NewerFormatError if a newer
+    release wrote it.
     """
     with path.open("rb") as file:
         return _read_record(path, file)
 
 
 def open_set_file(path: Path) -> StoredSet:
-    """Return the set in that file, mapped; raises as `read_record` does."""
+    """Return the set in the file, memory-mapped; raises the errors of `read_record`."""
     with path.open("rb") as file:
         # First, because nothing else in a file of a newer release need make sense here.
         record = _read_record(path, file)
@@ -220,7 +220,7 @@ def _read_record(path: Path, file: BinaryIO) -> SetRecord:
         except ValueError:
             more = file.read(len(prefix))
             if not more or len(prefix) >= 8 + length:
-                raise MalformedSafetensorsError(f"{path.name} is no set file") from None
+                raise MalformedSafetensorsError(f"{path.name} is not a set file") from None
             prefix += more
     record = _decode_record(path, metadata)
     _check_size(path, 8 + length + record.data_bytes, os.fstat(file.fileno()).st_size)
@@ -280,7 +280,7 @@ def _decode_config(path: Path, fields: Mapping[str, Any]) -> LoraConfig:
         return LoraConfig.from_dict(fields)
     except BonsaiLoraError as error:
         raise MalformedSafetensorsError(
-            f"{path.name} has a record with a wrong config: {error}"
+            f"{path.name} has a record with an invalid config: {error}"
         ) from None
 
 
@@ -298,5 +298,5 @@ def _check_types(
 def _check_size(path: Path, expected: int, got: int) -> None:
     if expected != got:
         raise MalformedSafetensorsError(
-            f"{path.name} has {got} bytes, but its header describes {expected}: it was cut off"
+            f"{path.name} has {got} bytes, but its header describes {expected}: it is truncated"
         )

@@ -1,8 +1,8 @@
-"""Named sets in a folder, one file each, shared by every process that opens the folder.
+"""A store of named sets: a folder with one file per set, shared by any number of processes.
 
-A write is acknowledged when it is on the disk: temporary file, fsync, rename, fsync of the folder.
-A reader compares the file's identity (one `stat`) and takes the opened set it has, or maps the
-file anew: no process ever tells another that something changed.
+A write is durable when it returns: temporary file, fsync, atomic rename, fsync of the folder. A
+reader checks the identity of the file with one `stat`, and memory-maps it again if it has changed;
+processes do not notify each other.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from bonsai_lora.storage.setfile import (
     write_header,
     write_set_file,
 )
-from bonsai_lora.storage.upload import Arrived
+from bonsai_lora.storage.upload import ReceivedUpload
 
 Identity = tuple[int, int, int]
 
@@ -56,29 +56,29 @@ _UNREADABLE = (
     AttributeError,
     RecursionError,
 )
-"""What a file that is none of ours makes its reader raise."""
+"""Exceptions that reading a foreign or damaged file may raise."""
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
 class SetStore:
-    """A folder of sets. All methods may be called from any thread.
+    """A folder of sets. Thread-safe.
 
-    `root` is made if missing; `max_open` sets stay mapped, by default half of the descriptors that
-    the process may have, at most 1024. Raises OSError where the folder cannot be made.
+    `root` is created if missing. Up to `max_open` sets stay memory-mapped, by default half of the
+    process's file descriptor limit, at most 1024. Raises OSError if the folder cannot be created.
     """
 
     def __init__(self, root: Path, *, max_open: int | None = None) -> None:
         self.root = root
-        self._unmovable: dict[str, str] = {}
+        self._unreadable: dict[str, str] = {}
         self.temporary = root / "tmp"
-        """Folder for files that nobody keeps, in the file system of the sets."""
+        """Folder for temporary files, on the same file system as the sets."""
         self._sets = root / "sets"
         self._sets_prefix = f"{self._sets}{os.sep}"
         self._locks = root / "locks"
         self._bad = root / "bad"
-        # Python before 3.13 keeps a descriptor for each mapped file.
+        # Before Python 3.13, each mapping keeps a file descriptor open.
         self._max_open = max_open or min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._open: OrderedDict[str, tuple[Identity, StoredSet]] = OrderedDict()
         self._records: dict[str, tuple[Identity, SetRecord]] = {}
@@ -94,16 +94,16 @@ class SetStore:
         return sorted(name for name in names if is_set_name(name))
 
     def records(self) -> list[SetRecord]:
-        """Return the records of all sets by name.
+        """Return the records of all sets, sorted by name.
 
-        A set deleted meanwhile is left out, and so is one that a newer release wrote.
+        Leaves out sets that are deleted meanwhile, and those that a newer release wrote.
         """
         found = []
         names = self.list_names()
         for name in names:
             with contextlib.suppress(SetNotFoundError, NewerFormatError):
                 found.append(self.read_record(name))
-        # What another process deleted is let go here at the latest.
+        # Release sets that other processes have deleted.
         for gone in (self._open.keys() | self._records.keys() | self._newer.keys()) - set(names):
             self.forget(gone)
         return found
@@ -119,14 +119,14 @@ class SetStore:
         return record
 
     def read(self, name: str) -> StoredSet:
-        """Return the set as it is now; raises SetNotFoundError, NewerFormatError.
+        """Return the current version of a set; raises SetNotFoundError, NewerFormatError.
 
-        Costs one `stat` where the set is open in this process, and mapping its file otherwise.
+        Costs one `stat` if this process has the version open, else it is memory-mapped.
         """
         identity = self._identity(name)
         known = self._open.get(name)
         if known is not None and known[0] == identity:
-            with contextlib.suppress(KeyError):  # another thread may forget it meanwhile
+            with contextlib.suppress(KeyError):  # another thread may evict it meanwhile
                 self._open.move_to_end(name)
             return known[1]
         opened = self._checked(name, identity, open_set_file)
@@ -135,13 +135,13 @@ class SetStore:
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Hold the right to change `name`, against every thread and process of this store."""
+        """Hold the lock to change `name`, across threads and processes."""
         with self._locked(self._stripe(name)):
             yield
 
     @contextlib.contextmanager
     def lock_all(self) -> Iterator[None]:
-        """Hold the right to change what all sets sum to; taken inside `lock`, never around it."""
+        """Hold the lock to change the total of all sets; acquire it inside `lock`, if both."""
         with self._locked("all"):
             yield
 
@@ -151,7 +151,7 @@ class SetStore:
 
     @contextlib.contextmanager
     def _locked(self, name: str, *, wait: bool = True) -> Iterator[None]:
-        """Hold a lock file; without `wait`, raises BlockingIOError where another holds it."""
+        """Hold a lock file; with `wait=False`, raises BlockingIOError if it is held."""
         with _storage_errors(), (self._locks / name).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
@@ -164,14 +164,14 @@ class SetStore:
         now: str,
         previous: SetRecord | None,
         adapter_config: Mapping[str, Any] | None = None,
-        arrived: tuple[Arrived, Mapping[str, str]] | None = None,
+        received: tuple[ReceivedUpload, Mapping[str, str]] | None = None,
     ) -> StoredSet:
-        """Make `lora_set` the next version of its name, durably, and return it opened.
+        """Write `lora_set` durably as the next version of its name, and return it opened.
 
-        Call with `lock` held. `now` is RFC 3339; `previous` is the version it replaces. `arrived`
-        is an upload in a file of `new_file` with exactly these tensors, and their names here by
-        the upload's: then only the header is written. Raises StoreFullError or
-        StoreReadOnlyError, and then nothing has changed.
+        Call with `lock` held. `now` is RFC 3339; `previous` is the version to replace. `received`
+        is an upload of exactly these tensors into a file of `new_file`, and the mapping from its
+        tensor names to the set's: only the header is written then. Raises StoreFullError or
+        StoreReadOnlyError, and then changes nothing.
         """
         record = SetRecord(
             name=lora_set.adapter_name,
@@ -189,8 +189,8 @@ class SetStore:
         )
         new = NewSet(record, lora_set, adapter_config)
         with _storage_errors():
-            if arrived is not None and write_header(new, *arrived):
-                self._commit(arrived[0].file, record.name)
+            if received is not None and write_header(new, *received):
+                self._commit(received[0].file, record.name)
             else:
                 with self.new_file() as file:
                     write_set_file(file, new)
@@ -199,9 +199,9 @@ class SetStore:
 
     @contextlib.contextmanager
     def new_file(self) -> Iterator[BinaryIO]:
-        """Give a new temporary file in the store's file system; it is gone afterwards.
+        """Create a temporary file on the store's file system; it is removed on exit.
 
-        It is locked while in use, so that no starting process takes it for a leftover.
+        It is locked while in use, so that a starting process does not remove it as a leftover.
         """
         path = self.temporary / secrets.token_hex(16)
         with _storage_errors(), path.open("x+b") as file:
@@ -212,7 +212,7 @@ class SetStore:
                 path.unlink(missing_ok=True)
 
     def delete(self, name: str) -> None:
-        """Remove a set durably; raises SetNotFoundError. Call with `lock` held."""
+        """Delete a set durably; raises SetNotFoundError. Call with `lock` held."""
         if not is_set_name(name):
             raise SetNotFoundError(name)
         with _storage_errors():
@@ -228,8 +228,8 @@ class SetStore:
         return [opened for _, opened in list(self._open.values())]
 
     def _commit(self, file: BinaryIO, name: str) -> None:
-        """Make a temporary file the file of `name`, durably."""
-        # Opened first: no descriptor left must not fail a write that has happened.
+        """Rename a temporary file to the file of `name`, durably."""
+        # Open the folder first: running out of descriptors must not fail a completed write.
         folder = os.open(self._sets, os.O_RDONLY | os.O_DIRECTORY)
         try:
             self._commit_into(folder, file, name)
@@ -238,7 +238,7 @@ class SetStore:
 
     def _commit_into(self, folder: int, file: BinaryIO, name: str) -> None:
         file.flush()
-        # The kernel's clock ticks every few milliseconds; identities want nanoseconds.
+        # The kernel's timestamps are milliseconds apart; identities need nanoseconds.
         now = time.time_ns()
         os.utime(file.fileno(), ns=(now, now))
         os.fsync(file.fileno())
@@ -252,21 +252,20 @@ class SetStore:
         if not is_set_name(name):
             raise SetNotFoundError(name)
         try:
-            # Not Path.stat: this is on the way of every request.
-            status = os.stat(f"{self._sets_prefix}{name}{_SUFFIX}")  # noqa: PTH116
+            status = os.stat(f"{self._sets_prefix}{name}{_SUFFIX}")  # noqa: PTH116 - hot path
         except FileNotFoundError:
             self.forget(name)
             raise SetNotFoundError(name) from None
         except OSError as error:  # a loop of links, a failing disk
-            self._unmovable[name] = str(error)
+            self._unreadable[name] = str(error)
             raise SetNotFoundError(name) from None
         if not stat.S_ISREG(status.st_mode):
-            self._unmovable[name] = "it is no regular file"
+            self._unreadable[name] = "it is not a regular file"
             raise SetNotFoundError(name)
         return status.st_ino, status.st_mtime_ns, status.st_size
 
     def forget(self, name: str) -> None:
-        """Let go of what this process has of a set; it is read anew when it is next asked for."""
+        """Release this process's state of a set; it is read again on next use."""
         self._open.pop(name, None)
         self._records.pop(name, None)
         self._newer.pop(name, None)
@@ -280,17 +279,17 @@ class SetStore:
                 self._open.popitem(last=False)
 
     def _checked(self, name: str, identity: Identity, reader: Callable[[Path], T]) -> T:
-        """Return what `reader` makes of the file of `name`.
+        """Read the file of `name` with `reader`.
 
-        A bad file is set aside; one of a newer release is left in place, and remembered, since
-        every sum over all sets comes past it.
+        Moves an unreadable file aside. A file that a newer release wrote is kept, and remembered
+        so that totals over all sets need not read it again.
         """
         newer = self._newer.get(name)
         if newer is not None and newer[0] == identity:
             raise NewerFormatError(name, newer[1], RECORD_FORMAT)
         try:
             found = reader(self._path(name))
-            self._unmovable.pop(name, None)
+            self._unreadable.pop(name, None)
             self._newer.pop(name, None)
             return found
         except FileNotFoundError:
@@ -307,9 +306,9 @@ class SetStore:
             raise SetNotFoundError(name) from None
 
     def _set_aside(self, name: str, identity: Identity, reason: str) -> None:
-        """Move a bad file out of the way, with its reason beside it, unless somebody changes it.
+        """Move an unreadable file to the folder `bad`, with its reason, unless it is being changed.
 
-        Never waits for the lock: whoever reads while writing holds it already.
+        Never waits for the lock, which the calling thread may hold already.
         """
         with (
             contextlib.suppress(OSError, StoreReadOnlyError, SetNotFoundError),
@@ -317,33 +316,33 @@ class SetStore:
         ):
             if self._identity(name) != identity:
                 return
-            _log.error("the file of set %r is bad and is set aside: %s", name, reason)
+            _log.error("the file of set %r is unreadable and is moved aside: %s", name, reason)
             self._bad.mkdir(exist_ok=True)
             target = self._bad / f"{name}.{secrets.token_hex(4)}"
             self._path(name).rename(target.with_name(f"{target.name}{_SUFFIX}"))
             target.with_name(f"{target.name}.reason").write_text(reason, encoding="utf-8")
             return
-        self._unmovable[name] = reason
+        self._unreadable[name] = reason
 
     def newer_files(self) -> dict[str, int]:
-        """Return name -> size in bytes of the files that a newer release wrote, as last seen."""
+        """Return the sizes in bytes, by set name, of files that a newer release wrote."""
         return {name: identity[2] for name, (identity, _) in sorted(self._newer.items())}
 
     def bad_files(self) -> dict[str, str]:
-        """Return name -> reason of the files that were set aside and are still there."""
-        self._unmovable = {
+        """Return the reasons, by set name, of unreadable files that still exist."""
+        self._unreadable = {
             name: reason
-            for name, reason in self._unmovable.items()
+            for name, reason in self._unreadable.items()
             if os.path.lexists(self._path(name))
         }
-        found = dict(self._unmovable)
+        found = dict(self._unreadable)
         if self._bad.is_dir():
             for path in sorted(self._bad.glob("*.reason")):
                 found[path.name.rsplit(".", 2)[0]] = path.read_text(encoding="utf-8")
         return found
 
     def _remove_leftovers(self) -> None:
-        """Remove temporary files whose process is gone; a new, empty one may not be locked yet."""
+        """Remove unlocked temporary files; a new, empty one may be about to be locked."""
         for path in self.temporary.iterdir():
             with contextlib.suppress(OSError), path.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -362,18 +361,20 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _storage_errors() -> Iterator[None]:
-    """Turn the operating system's refusals to write into errors for the caller."""
+    """Turn OSErrors of a full, read-only or overloaded system into errors of the API."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StoreFullError(
-                "the store has no room left; nothing was changed. Delete sets or enlarge the disk"
+                "the disk of the store is full and nothing was changed; delete sets, or enlarge "
+                "the disk"
             ) from error
         if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise StoreReadOnlyError(
-                "the store cannot be written to; nothing was changed"
+                "the store is read-only and nothing was changed; give the service write access to "
+                "its folder"
             ) from error
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise BusyError("too many files are open; try again in a second") from error
+            raise BusyError("too many files are open; retry in a second") from error
         raise

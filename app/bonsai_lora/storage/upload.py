@@ -1,4 +1,4 @@
-"""A safetensors file that arrives in pieces and becomes a set's file without a second copy."""
+"""Receive a safetensors file in pieces and turn it into a set's file without a second copy."""
 
 import os
 from dataclasses import dataclass, replace
@@ -12,26 +12,26 @@ _ALIGNMENT = 4096
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Arrived:
-    """An upload that is complete: where its tensors lie in `file`, which has no header yet."""
+class ReceivedUpload:
+    """A complete upload; `file` has its tensor data, but no header yet."""
 
     file: BinaryIO
     header: safetensors.Header
-    """The upload's header; `data_start` is where the data lies in `file`."""
+    """The upload's header; `data_start` is the offset of the data in `file`."""
     tensors: dict[str, Array]
-    """Views of the mapped file, by the upload's names."""
+    """Views of the memory-mapped file, by the upload's tensor names."""
 
     def write_header(self, header: bytes) -> None:
-        """Write the final header, as long as the room before the data."""
+        """Write the final header, which must exactly fill the space before the data."""
         assert len(header) == self.header.data_start
         os.pwrite(self.file.fileno(), header, 0)
 
 
 class Upload:
-    """Takes the pieces of a safetensors file and writes its data to `file` as they come.
+    """Receives the pieces of a safetensors file and writes its data to `file` as they arrive.
 
-    The header that came is kept in memory. Before the data, room is left for the set's own header,
-    which has the same tensors and the set's metadata besides.
+    The upload's header is kept in memory. Space is reserved before the data for the set's header,
+    which has the same tensors plus the set's metadata.
     """
 
     def __init__(self, file: BinaryIO, max_header_bytes: int) -> None:
@@ -41,10 +41,10 @@ class Upload:
         self._missing = 8
         self._data_start = 0
         self.received = 0
-        """Bytes of the upload so far."""
+        """Bytes received so far."""
 
     def write(self, piece: bytes | bytearray) -> None:
-        """Take the next piece; raises HeaderTooLargeError, MalformedSafetensorsError."""
+        """Write the next piece; raises HeaderTooLargeError, MalformedSafetensorsError."""
         self.received += len(piece)
         rest = memoryview(piece)
         while self._missing and rest:
@@ -55,25 +55,25 @@ class Upload:
             if not self._missing and len(self._head) == 8:
                 self._missing = safetensors.header_length(bytes(self._head), self._limit)
             if not self._missing:
-                # Where that is not enough, the set is written anew instead.
+                # If the space turns out too small, the whole set is written again instead.
                 room = min(2 * len(self._head) + (1 << 16), safetensors.MAX_HEADER_BYTES)
                 self._data_start = room // _ALIGNMENT * _ALIGNMENT
                 self._file.seek(self._data_start)
         if rest:
             self._file.write(rest)
 
-    def finish(self) -> Arrived:
-        """Return what has arrived.
+    def finish(self) -> ReceivedUpload:
+        """Return the complete upload.
 
-        Raises MalformedSafetensorsError unless it is one whole file, InvalidRequestError for
-        tensors of a dtype that is not computed with here.
+        Raises MalformedSafetensorsError unless it is exactly one file, InvalidRequestError for
+        tensors of an unsupported dtype.
         """
         self._file.flush()
         header = safetensors.decode_header(bytes(self._head), limit=self._limit)
         safetensors.check_total(header, self.received)
         moved = replace(header, data_start=self._data_start)
         if moved.total_bytes == moved.data_start:  # nothing was written, so there is nothing to map
-            return Arrived(self._file, moved, {})
+            return ReceivedUpload(self._file, moved, {})
         mapped = map_file(self._file)
         tensors = {name: safetensors.view(mapped, moved, name) for name in moved.tensors}
-        return Arrived(self._file, moved, tensors)
+        return ReceivedUpload(self._file, moved, tensors)

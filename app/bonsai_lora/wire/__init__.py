@@ -1,1 +1,1 @@
-"""Tensors in requests and answers: JSON and binary forms."""
+"""Tensors in requests and responses, as JSON or binary."""

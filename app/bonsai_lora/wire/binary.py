@@ -1,4 +1,4 @@
-"""Tensors as a safetensors body: views in, joined bytes out."""
+"""Tensors as safetensors bodies, decoded without copies."""
 
 from collections.abc import Mapping
 
@@ -17,7 +17,8 @@ def decode_tensors(
     """Return the tensors of `body` by name as float32 (width,) or (rows, width), and its metadata.
 
     Aligned F32 tensors are views of `body`. Raises the errors of `safetensors.decode`,
-    ShapeMismatchError for another number of dimensions, NonFiniteInputError for NaN or infinity.
+    ShapeMismatchError for a different number of dimensions, NonFiniteInputError for NaN or
+    infinity.
     """
     arrays, metadata = safetensors.decode(body, limit=max_header_bytes)
     return {name: _checked(array, name) for name, array in arrays.items()}, dict(metadata)
@@ -41,7 +42,7 @@ def encode_tensors(
 ) -> list[bytes | memoryview]:
     """Return a safetensors body of `tensors`, in parts, as F32, F16 or BF16.
 
-    Those are rounded to nearest even; F32 is not copied.
+    F16 and BF16 are rounded to nearest even; F32 is not copied.
     """
     target = FLOAT_DTYPES[dtype]
     if dtype == "F32":

@@ -1,3 +1,3 @@
-"""What bodies and answers are made of."""
+"""The type of request and response bodies."""
 
 Buffer = bytes | memoryview

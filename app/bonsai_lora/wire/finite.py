@@ -1,4 +1,4 @@
-"""The check that every input passes: no NaN, no infinity."""
+"""Check that inputs are finite."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from bonsai_lora.errors import NonFiniteInputError
 
 
 def check_finite(array: Floats, name: str) -> None:
-    """Raise NonFiniteInputError with the place of the first NaN or infinity in `array`."""
+    """Raise NonFiniteInputError with the index of the first NaN or infinity in `array`."""
     if all_finite(array):
         return
     flat = int(np.argmin(np.isfinite(array)))
@@ -15,5 +15,5 @@ def check_finite(array: Floats, name: str) -> None:
     where = name + "".join(f"[{index}]" for index in place)
     kind = "NaN" if np.isnan(array.flat[flat]) else "infinite as a float32"
     raise NonFiniteInputError(
-        f"{where} is {kind}; every number must be finite in float32", field=name, index=place
+        f"{where} is {kind}; send only numbers that are finite in float32", field=name, index=place
     )

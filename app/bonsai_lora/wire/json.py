@@ -1,4 +1,4 @@
-"""Tensors as JSON: nested lists of finite numbers, read and written without a loop over them."""
+"""Tensors as JSON: nested lists of finite numbers, parsed and written in bulk."""
 
 import json
 import math
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
+from bonsai_lora.core.backend import find_lists, list_of
 from bonsai_lora.core.cast import Array, Floats, to_float32
-from bonsai_lora.core.json_numbers import find_lists, list_of
 from bonsai_lora.errors import (
     InvalidRequestError,
     MalformedJsonError,
@@ -21,32 +21,32 @@ from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.finite import check_finite
 
 _TENSOR_KEYS = frozenset({"inputs", "base_outputs", "data", "weights", "lora_A", "lora_B"})
-"""Fields whose lists of numbers may become arrays as they are read."""
+"""Fields whose lists of numbers may be parsed straight into arrays."""
 
 _SHORT_BYTES = 1 << 10
-"""Below this, lists are as fast."""
+"""In shorter texts, parsing into lists is as fast."""
 _LEAST_NUMBERS = 64
-"""Shorter lists stay lists."""
-_HOLE = token_hex(8)
-"""Stands where an array was taken out of a text, or is to be put in: nobody else can write it."""
+"""Shorter lists are parsed into lists."""
+_PLACEHOLDER = token_hex(8)
+"""Marks the position of an array in JSON text; random, so that no client can forge it."""
 
 
 def decode_object(body: Buffer, allowed: frozenset[str]) -> dict[str, Any]:
     """Return the JSON object `body`.
 
-    Raises MalformedJsonError where it is not JSON, InvalidRequestError where it is not an object
-    or has a field outside `allowed`.
+    Raises MalformedJsonError if it is not JSON, InvalidRequestError if it is not an object or has
+    a field that is not in `allowed`.
     """
-    hint = " (for safetensors, say so in Content-Type)" if body[8:9] == b"{" else ""
+    hint = ", or safetensors with its Content-Type" if body[8:9] == b"{" else ""
     value = decode_with_arrays(body, hint=hint)
     if not isinstance(value, dict):
         raise InvalidRequestError(
-            f"the body must be a JSON object, got {_kind(value)}", expected=sorted(allowed)
+            f"the body is {_kind(value)}; expected a JSON object", expected=sorted(allowed)
         )
     unknown = sorted(value.keys() - allowed)
     if unknown:
         raise InvalidRequestError(
-            f"unknown field {unknown[0][:100]!r}; known are {', '.join(sorted(allowed))}",
+            f"unknown field {unknown[0][:100]!r}; expected one of {', '.join(sorted(allowed))}",
             got=[name[:100] for name in unknown[:8]],
             expected=sorted(allowed),
         )
@@ -54,82 +54,76 @@ def decode_object(body: Buffer, allowed: frozenset[str]) -> dict[str, Any]:
 
 
 def decode(body: Buffer, what: str = "the body", hint: str = "") -> Any:
-    """Return the JSON value `body`; raises MalformedJsonError with `what` it is and a `hint`."""
+    """Return the JSON value `body`.
+
+    Raises MalformedJsonError, whose text calls the value `what` and ends with `hint`.
+    """
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         found = _decode_more(body)
         if found is None:
-            raise MalformedJsonError(f"{what} is not JSON{hint}: {error}") from None
+            raise MalformedJsonError(f"{what} is not JSON: {error}; send JSON{hint}") from None
         return found
 
 
 def decode_with_arrays(body: Buffer, what: str = "the body", hint: str = "") -> Any:
-    """Return the JSON value `body` as `decode` does, but tensors in it as float32 arrays.
+    """Return the JSON value `body` like `decode`, with tensors in it as float32 arrays.
 
-    Those are lists of numbers, one or two deep and not ragged, in fields of _TENSOR_KEYS. Not all
-    of them need become arrays: `decode_tensor` takes lists as well, and says what is wrong.
+    Tensors are lists of numbers, one or two deep and not ragged, in the fields of _TENSOR_KEYS.
+    Some may remain lists; `decode_tensor` accepts both and validates them.
     """
-    text, arrays = take_lists(body)
+    text, arrays = extract_lists(body)
     if arrays:
         try:
             return _with_arrays(orjson.loads(text), arrays)
         except (ValueError, RecursionError):
-            pass  # something is wrong or uncommon; read it the ordinary way
+            pass  # invalid or unusual: fall back to the normal path
     return decode(body, what, hint)
 
 
-class Taken(NamedTuple):
-    """JSON text with holes, and what was there.
+class ExtractedLists(NamedTuple):
+    """JSON text with placeholders, and the arrays that they stand for.
 
-    Where a list was in a string, the text is no JSON: a hole's quote ends the string.
+    If a list was inside a string, the text is not valid JSON: the placeholder's quotes end the
+    string.
     """
 
     text: bytes
     arrays: Sequence[Floats]
 
-    @property
-    def form(self) -> tuple[Any, ...]:
-        """All but the numbers."""
-        return (self.text, *(one.shape for one in self.arrays))
 
-
-def take_lists(body: Buffer) -> Taken:
-    """Return JSON text with holes in the place of long lists of numbers, and those as arrays."""
+def extract_lists(body: Buffer) -> ExtractedLists:
+    """Replace long lists of numbers in JSON text by placeholders, and parse them into arrays."""
     lists = find_lists(body, _LEAST_NUMBERS) if len(body) > _SHORT_BYTES else []
     parts: list[Buffer] = []
     at = 0
     for number, one in enumerate(lists):
-        parts += (body[at : one.start], b'{"%b":%d}' % (_HOLE.encode(), number))
+        parts += (body[at : one.start], b'{"%b":%d}' % (_PLACEHOLDER.encode(), number))
         at = one.end
-    return Taken(b"".join([*parts, body[at:]]), [one.numbers for one in lists])
-
-
-def hole_of(value: Any) -> int | None:
-    """Return which list was in the place of a JSON value; None for no list."""
-    return value.get(_HOLE) if isinstance(value, dict) else None
+    return ExtractedLists(b"".join([*parts, body[at:]]), [one.numbers for one in lists])
 
 
 def _with_arrays(value: Any, arrays: Sequence[Floats], *, is_tensor: bool = False) -> Any:
-    """Return a JSON value, filled in place; raises ValueError for a hole outside of tensors."""
+    """Replace placeholders by their arrays, in place; raises ValueError for one not in a tensor."""
     if isinstance(value, list):
         for place, one in enumerate(value):
             value[place] = _with_arrays(one, arrays)
     elif isinstance(value, dict):
-        if _HOLE in value:
+        if _PLACEHOLDER in value:
             if not is_tensor:
                 raise ValueError
-            return arrays[value[_HOLE]]
+            return arrays[value[_PLACEHOLDER]]
         for key, one in value.items():
             value[key] = _with_arrays(one, arrays, is_tensor=is_tensor or key in _TENSOR_KEYS)
     return value
 
 
 def _decode_more(body: Buffer) -> Any:
-    """Return what the standard library reads as JSON and orjson does not; None for nothing.
+    """Return JSON that only the standard library accepts; None if it does not either.
 
-    NaN, Infinity and 1e400, which many programs write: the check for finite numbers can then say
-    where they are. Not half surrogate pairs, which nothing can write again.
+    It accepts NaN, Infinity and 1e400, which many programs write, so that the check for finite
+    numbers can report their index. Lone surrogates are not accepted: they cannot be encoded again.
     """
     text = bytes(body)
     if rb"\ud" in text.lower():
@@ -141,31 +135,31 @@ def _decode_more(body: Buffer) -> Any:
 
 
 class Text:
-    """The text that values were read from, where it must be asked about booleans."""
+    """The JSON text that values were parsed from."""
 
     def __init__(self, body: Buffer) -> None:
         self.body = body
 
     @cached_property
     def may_hold_booleans(self) -> bool:
-        """Whether a boolean may be among numbers, which NumPy would take for 0 or 1."""
+        """Whether booleans may be among the numbers; NumPy would convert them to 0 and 1."""
         text = bytes(self.body)
         return b"true" in text or b"false" in text
 
 
 def decode_tensor(value: Any, name: str, text: Text) -> Floats:
-    """Return nested lists, or an array that was made of them, as float32 (width,) or (rows, width).
+    """Return nested lists, or an array parsed from them, as float32 (width,) or (rows, width).
 
-    `text` is what `value` was read from. Raises InvalidRequestError for anything but lists of
-    numbers one or two deep, RaggedInputError for rows of different lengths, NonFiniteInputError for
-    a number beyond float32.
+    `text` is the JSON that `value` was parsed from. Raises InvalidRequestError for anything but
+    lists of numbers one or two deep, RaggedInputError for rows of different lengths,
+    NonFiniteInputError for a number beyond float32.
     """
     if isinstance(value, np.ndarray):
         check_finite(value, name)
         return value
     if not isinstance(value, list):
         raise InvalidRequestError(
-            f"{name!r} must be a list of numbers or a list of such lists, got {_kind(value)}",
+            f"{name!r} is {_kind(value)}; expected a list of numbers, or a list of such lists",
             field=name,
         )
     if text.may_hold_booleans:
@@ -182,22 +176,22 @@ def decode_tensor(value: Any, name: str, text: Text) -> Floats:
 
 
 def encode(value: dict[str, Any]) -> list[Buffer]:
-    """Return `value` as JSON in parts; float32 arrays in it (finite) as `list_of` writes them."""
+    """Return `value` as JSON in parts; finite float32 arrays in it are written by `list_of`."""
     lists: list[Buffer] = []
 
-    def take_out(array: Any) -> str:
+    def encode_array(array: Any) -> str:
         lists.append(list_of(array))
-        return _HOLE
+        return _PLACEHOLDER
 
-    text = orjson.dumps(value, default=take_out)
-    first, *others = text.split(f'"{_HOLE}"'.encode())
+    text = orjson.dumps(value, default=encode_array)
+    first, *others = text.split(f'"{_PLACEHOLDER}"'.encode())
     return [first, *(part for pair in zip(lists, others, strict=True) for part in pair)]
 
 
 def _to_array(value: list[Any], name: str) -> Array:
     try:
         array: Array = np.array(value) if value else np.empty(0, np.float32)
-    except ValueError:  # rows of different lengths, or lists beside numbers
+    except ValueError:  # rows of different lengths, or a mix of lists and numbers
         _check_rows(value, name)
         _check_elements(value, name)
         raise InvalidRequestError(
@@ -212,7 +206,7 @@ def _to_array(value: list[Any], name: str) -> Array:
 
 
 def _to_doubles(array: Array) -> Array:
-    """Return numbers, among them integers beyond float64, as float64: those become infinite."""
+    """Return numbers as float64; integers beyond float64 become infinite."""
     most = 10**308
     doubles = [
         one if isinstance(one, float) or abs(one) <= most else math.inf if one > 0 else -math.inf
@@ -222,29 +216,29 @@ def _to_doubles(array: Array) -> Array:
 
 
 def _check_rows(value: list[Any], name: str) -> None:
-    """Raise for the first row that is no list, or not as long as the first one."""
+    """Raise for the first row that is not a list, or differs in length from row 0."""
     lists = [index for index, row in enumerate(value) if isinstance(row, list)]
     if not lists:
         return
     if lists[0] > 0:
         raise InvalidRequestError(
-            f"{name}[{lists[0]}] is a list, but {name}[0] is {_kind(value[0])}; give one list of "
-            "numbers, or a list of lists of numbers",
+            f"{name}[{lists[0]}] is a list, but {name}[0] is {_kind(value[0])}; send a list of "
+            "numbers, or a list of such lists",
             field=name,
             row=lists[0],
         )
     for index, row in enumerate(value):
         if not isinstance(row, list):
             raise InvalidRequestError(
-                f"{name}[{index}] is {_kind(row)} among lists; "
-                "a batch is a list of lists of numbers",
+                f"{name}[{index}] is {_kind(row)}, but {name}[0] is a list; send a list of "
+                "numbers, or a list of such lists",
                 field=name,
                 row=index,
             )
         if len(row) != len(value[0]):
             raise RaggedInputError(
                 f"row {index} of {name!r} has {len(row)} numbers, but row 0 has {len(value[0])}; "
-                "all rows must have one length",
+                "send rows of equal length",
                 field=name,
                 row=index,
                 got=len(row),
@@ -265,7 +259,7 @@ def _check_elements(value: list[Any], name: str) -> None:
 
 def _check_number(value: Any, where: str) -> None:
     if type(value) not in (int, float):
-        raise InvalidRequestError(f"{where} is {_kind(value)}, expected a number", field=where)
+        raise InvalidRequestError(f"{where} is {_kind(value)}; expected a number", field=where)
 
 
 def _kind(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Which form a body has and which form an answer takes."""
+"""Content types: the form of a request body, and the negotiated form of the response."""
 
 from collections.abc import Collection
 from enum import Enum
@@ -7,7 +7,7 @@ from bonsai_lora.errors import InvalidRequestError, NotAcceptableError, Unsuppor
 
 
 class Form(Enum):
-    """A form of tensors on the wire; the value is its media type."""
+    """An encoding of tensors; the value is its media type."""
 
     JSON = "application/json"
     BINARY = "application/vnd.safetensors"
@@ -21,37 +21,39 @@ _FORMS = {
     "application/octet-stream": Form.RAW,
 }
 
-ANSWER_DTYPES = ("F32", "F16", "BF16")
+RESPONSE_DTYPES = ("F32", "F16", "BF16")
 
 
-def request_form(content_type: str | None, taken: Collection[Form]) -> Form:
-    """Return the form that a Content-Type names; no Content-Type means JSON.
+def parse_content_type(content_type: str | None, accepted: Collection[Form]) -> Form:
+    """Return the form that a Content-Type names; JSON if the header is missing.
 
-    Raises UnsupportedMediaTypeError, with the types taken, for any other.
+    Raises UnsupportedMediaTypeError for a form that is not in `accepted`.
     """
     if content_type == "application/json":  # the common case, without parsing
         return Form.JSON
     media = (content_type or Form.JSON.value).partition(";")[0].strip().lower()
     form = _FORMS.get(media)
-    if form is None or form not in taken:
-        expected = [form.value for form in taken]
+    if form is None or form not in accepted:
+        expected = [form.value for form in accepted]
         hint = (
-            " (curl's default; add -H 'Content-Type: application/json')" if "form" in media else ""
+            " (curl's default is a form; add -H 'Content-Type: application/json')"
+            if "form" in media
+            else ""
         )
         raise UnsupportedMediaTypeError(
-            f"this path does not take Content-Type {media[:100]!r}{hint}; "
-            f"send {' or '.join(expected)}",
+            f"Content-Type {media[:100]!r} is not supported here; "
+            f"send {' or '.join(expected)}{hint}",
             got=media,
             expected=expected,
         )
     return form
 
 
-def answer_form(accept: str | None, default: Form, offered: Collection[Form]) -> Form:
-    """Return the form that an Accept header prefers; absent or any: `default`.
+def negotiate_form(accept: str | None, default: Form, offered: Collection[Form]) -> Form:
+    """Return the form that an Accept header prefers; `default` if it is missing or `*/*`.
 
-    Follows RFC 9110 section 12.5.1 (quality values, wildcards). Raises NotAcceptableError where
-    nothing offered is accepted.
+    Follows RFC 9110, section 12.5.1 (quality values, wildcards). Raises NotAcceptableError if the
+    client accepts none of `offered`.
     """
     if not accept or accept == "*/*":
         return default
@@ -63,7 +65,8 @@ def answer_form(accept: str | None, default: Form, offered: Collection[Form]) ->
     if best is None:
         expected = [form.value for form in offered]
         raise NotAcceptableError(
-            f"Accept is {accept[:200]!r}, but the answer can only be {' or '.join(expected)}",
+            f"Accept is {accept[:200]!r}, which the response cannot satisfy; "
+            f"accept {' or '.join(expected)}",
             got=accept[:200],
             expected=expected,
         )
@@ -71,7 +74,7 @@ def answer_form(accept: str | None, default: Form, offered: Collection[Form]) ->
 
 
 def _quality(accept: str, form: Form) -> float:
-    """Return the quality that the most specific matching part of `accept` gives `form`."""
+    """Return the quality value of `form` in the most specific matching part of `accept`."""
     best = (-1, 0.0)
     for part in accept.split(","):
         media, *parameters = (piece.strip().lower() for piece in part.split(";"))
@@ -97,22 +100,22 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def check_answer_dtype(dtype: str | None, form: Form) -> str:
-    """Return the dtype of the answer's tensors: F32 unless `dtype` asks otherwise.
+def check_response_dtype(dtype: str | None, form: Form) -> str:
+    """Return the dtype of the response tensors: `dtype`, or F32 if it is None.
 
-    Raises InvalidRequestError for an unknown dtype, or one that JSON cannot carry.
+    Raises InvalidRequestError for an unknown dtype, or for F16 or BF16 in JSON.
     """
     if dtype is None:
         return "F32"
-    if dtype not in ANSWER_DTYPES:
+    if dtype not in RESPONSE_DTYPES:
         raise InvalidRequestError(
-            f"dtype {dtype!r} cannot be answered; expected one of {', '.join(ANSWER_DTYPES)}",
+            f"dtype {dtype!r} cannot be returned; expected one of {', '.join(RESPONSE_DTYPES)}",
             got=dtype,
-            expected=list(ANSWER_DTYPES),
+            expected=list(RESPONSE_DTYPES),
         )
     if dtype != "F32" and form is Form.JSON:
         raise InvalidRequestError(
-            f"dtype {dtype} is for binary answers only; ask for them with "
+            f"dtype {dtype!r} cannot be returned as JSON; request a binary response with "
             f"Accept: {Form.BINARY.value}",
             got=dtype,
             expected="F32",

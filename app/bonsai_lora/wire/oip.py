@@ -1,12 +1,12 @@
-"""Infer requests and responses of the Open Inference Protocol v2: JSON, with binary data behind it.
+"""Inference requests and responses of the Open Inference Protocol v2: JSON, then binary data.
 
 Sources: the protocol's specification (kserve/open-inference-protocol, inference_rest.md) and
 Triton's extensions binary_tensor_data and shared_memory (triton-inference-server/server,
-docs/protocol). The words of refusals are close to Triton's, since people search for those.
+docs/protocol). Error texts are close to Triton's, because people search for those.
 """
 
 import math
-import struct
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -14,41 +14,31 @@ from typing import Any
 
 import numpy as np
 
-from bonsai_lora.core.cast import BFLOAT16, FLOAT16, FLOAT32, Array, Floats, to_float32
+from bonsai_lora.core.cast import Array, Floats
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, ShapeMismatchError
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.wire import json
-from bonsai_lora.wire.finite import check_finite
 from bonsai_lora.wire.stacks import decode_weight
 from bonsai_lora.wire.tensors import check_json_output
 
-DATATYPES: Mapping[str, np.dtype[Any]] = {
-    "FP32": FLOAT32,
-    "FP16": FLOAT16,
-    "BF16": BFLOAT16,
-    "FP64": np.dtype(np.float64),
-}
-BYTES = "BYTES"
-
 Encoded = tuple[list[bytes | memoryview], int | None]
-"""A response's body in parts, and the length of its JSON where binary data follow."""
+"""A response body in parts, and the length of its JSON if binary data follows."""
 
 _REGION = "shared_memory_region"
 _REGION_OFFSET = "shared_memory_offset"
 _REGION_SIZE = "shared_memory_byte_size"
 
 _MAX_DIMENSIONS = 8
-"""So that no product of a shape takes long."""
+"""Bounds the cost of multiplying the dimensions of a shape."""
 
 _SHORT_BYTES = 1 << 10
-"""JSON up to this length is remembered."""
-_BINARY_ONLY = ("FP16", "BF16")
-_HINT = " (where binary data follow it, its length must be in Inference-Header-Content-Length)"
+"""Parsed JSON up to this length is cached."""
+_HINT = "; if binary data follows it, give its length in Inference-Header-Content-Length"
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Bytes of a tensor in a shared-memory region."""
+    """The location of a tensor in a shared-memory region."""
 
     region: str
     offset: int
@@ -57,13 +47,13 @@ class Placement:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class InferInput:
-    """One input tensor: its bytes, its JSON list, or its place in shared memory."""
+    """One input tensor: its bytes, its JSON list, or its location in shared memory."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
     content: memoryview | Array | list[Any] | Placement | int
-    """An int stands for as many bytes behind the JSON, before these are known."""
+    """An int is the length of binary data that has not been sliced from the body yet."""
 
     @property
     def rows(self) -> int:
@@ -73,7 +63,7 @@ class InferInput:
 
 @dataclass(frozen=True, slots=True)
 class InferOutput:
-    """One output that is asked for, and where it goes."""
+    """One requested output, and how it is to be returned."""
 
     name: str
     is_binary: bool = False
@@ -82,29 +72,30 @@ class InferOutput:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class InferRequest:
-    """What a client asks of one model."""
+    """An inference request for one model."""
 
     id: str
     inputs: Mapping[str, InferInput]
     outputs: Sequence[InferOutput] | None
-    """None: all, in the form that `is_binary` says."""
+    """None: all outputs; `is_binary` then applies to each."""
     is_binary: bool = False
     scale: float = 1.0
     text: json.Text = field(default_factory=lambda: json.Text(b""))
-    """Its JSON, which is asked whether booleans are among the numbers."""
+    """The JSON of the request, kept to detect booleans among numbers."""
 
 
 def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
-    """Return the request of a body whose first `header_length` bytes are JSON (None: all of it).
+    """Decode a body whose first `header_length` bytes are JSON (None: all of it).
 
-    The data of binary inputs are views of `body`. Raises MalformedJsonError, MalformedBodyError
-    where header and data do not make up the body exactly, InvalidRequestError for fields that are
-    missing or of the wrong kind.
+    Binary inputs are views of `body`. Raises MalformedJsonError, MalformedBodyError if JSON and
+    binary data do not add up to the body's length, InvalidRequestError for missing fields or
+    fields of the wrong type.
     """
     end = len(body) if header_length is None else header_length
     if end > len(body):
         raise MalformedBodyError(
-            f"Inference-Header-Content-Length is {end}, but the body has {len(body)} bytes"
+            f"Inference-Header-Content-Length is {end}, but the body has {len(body)} bytes; send "
+            "the length of the JSON"
         )
     text = body[:end]
     request = _decode_short(bytes(text)) if end <= _SHORT_BYTES else _decode_text(text)
@@ -114,16 +105,16 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
             end, start = end + one.content, end
             if end > len(body):
                 raise MalformedBodyError(
-                    f"input '{name}' says that it has {one.content} bytes of binary data, but the "
-                    f"body has {len(body) - start} left behind the JSON; is "
-                    "Inference-Header-Content-Length right?",
+                    f"input '{name}' declares {one.content} bytes of binary data, but the body has "
+                    f"only {len(body) - start} left; check Inference-Header-Content-Length and "
+                    "each binary_data_size",
                     field=name,
                 )
             one = InferInput(name, one.datatype, one.shape, body[start:end])  # noqa: PLW2901
         inputs[name] = one
     if end != len(body):
         raise MalformedBodyError(
-            f"the body has {len(body) - end} bytes more than its inputs describe; check "
+            f"the body has {len(body) - end} bytes more than its inputs declare; check "
             "Inference-Header-Content-Length and each binary_data_size"
         )
     return InferRequest(
@@ -132,24 +123,29 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
 
 
 def _decode_text(body: memoryview | bytes) -> InferRequest:
-    """Return what the JSON of a request says; binary inputs have the length of their data."""
+    """Decode the JSON of a request; the content of a binary input is its length for now."""
     text = json.Text(body)
     fields = json.decode_with_arrays(text.body, "the request's JSON", _HINT)
-    if not isinstance(fields, dict) or not _is_list_of(dict, fields.get("inputs")):
+    if not isinstance(fields, dict) or not is_list_of(dict, fields.get("inputs")):
         raise InvalidRequestError(
-            "the request must be a JSON object with the list 'inputs'", field="inputs"
+            "the request has no list of inputs; send a JSON object with the list 'inputs'",
+            field="inputs",
         )
     inputs: dict[str, InferInput] = {}
     for one in fields["inputs"]:
         decoded = _decode_input(one)
         if decoded.name in inputs:
-            raise InvalidRequestError(f"input '{decoded.name}' is given twice", field=decoded.name)
+            raise InvalidRequestError(
+                f"input '{decoded.name}' is given twice; send it once", field=decoded.name
+            )
         inputs[decoded.name] = decoded
     parameters = _parameters(fields, "the request")
     is_binary = _flag(parameters, "binary_data_output", default=False)
     asked = fields.get("outputs")
-    if asked and not _is_list_of(dict, asked):
-        raise InvalidRequestError("'outputs' must be a list of objects", field="outputs")
+    if asked and not is_list_of(dict, asked):
+        raise InvalidRequestError(
+            "'outputs' is invalid; expected a list of objects", field="outputs"
+        )
     return InferRequest(
         _string(fields.get("id") or "", "id"),
         inputs,
@@ -160,99 +156,17 @@ def _decode_text(body: memoryview | bytes) -> InferRequest:
     )
 
 
-# A client's requests of one shape have the same JSON before their binary data.
+# Requests with the same shape from one client have the same JSON before their binary data.
 _decode_short = lru_cache(maxsize=1024)(_decode_text)
-
-
-def check_floats(tensor: InferInput) -> np.dtype[Any]:
-    """Return the dtype of a tensor of numbers, before anything of it is read.
-
-    Raises InvalidRequestError for another datatype, ShapeMismatchError where it has not one or two
-    dimensions, or its bytes are not as many as its shape says.
-    """
-    name, shape = tensor.name, tensor.shape
-    dtype = DATATYPES.get(tensor.datatype)
-    if dtype is None:
-        raise InvalidRequestError(
-            f"inference input '{name}' data-type is '{tensor.datatype}', expected 'FP32' (or "
-            "'FP64'; in binary also 'FP16', 'BF16')",
-            field=name,
-        )
-    if len(shape) not in (1, 2):
-        raise ShapeMismatchError(
-            f"unexpected shape {text_of(shape)} for input '{name}'; expected [rows, width] or "
-            "[width]",
-            field=name,
-        )
-    content = tensor.content
-    if isinstance(content, memoryview | Placement):
-        expected = math.prod(shape) * dtype.itemsize
-        got = content.byte_size if isinstance(content, Placement) else len(content)
-        if got != expected:
-            raise ShapeMismatchError(
-                f"input byte size mismatch for input '{name}'. Expected {expected} for shape "
-                f"{text_of(shape)} of {tensor.datatype}, got {got}",
-                field=name,
-            )
-    return dtype
-
-
-def decode_floats(
-    tensor: InferInput, content: memoryview | Array | list[Any], text: json.Text
-) -> Floats:
-    """Return a tensor as float32 of its own shape, (width,) or (rows, width).
-
-    `text` is the JSON of the request. Raises as `check_floats`, ShapeMismatchError where a JSON
-    list has another shape, NonFiniteInputError.
-    """
-    name, shape = tensor.name, tensor.shape
-    dtype = check_floats(tensor)
-    if not isinstance(content, memoryview):
-        return _from_json(tensor, content, text)
-    floats = to_float32(np.frombuffer(content, dtype).reshape(shape))
-    check_finite(floats, name)
-    return floats
-
-
-def decode_strings(tensor: InferInput, content: memoryview | Array | list[Any]) -> list[str]:
-    """Return the elements of a BYTES tensor of shape (n,) or (n, 1).
-
-    Raises InvalidRequestError for another datatype or broken text, ShapeMismatchError for another
-    number of elements.
-    """
-    name = tensor.name
-    if tensor.datatype != BYTES:
-        raise InvalidRequestError(
-            f"inference input '{name}' data-type is '{tensor.datatype}', expected 'BYTES'",
-            field=name,
-        )
-    if len(tensor.shape) not in (1, 2) or tensor.shape[1:] not in ((), (1,)):
-        raise ShapeMismatchError(
-            f"unexpected shape {text_of(tensor.shape)} for input '{name}'; expected [rows]",
-            field=name,
-        )
-    count = tensor.shape[0]
-    found = (
-        _binary_strings(content, name, count + 1)
-        if isinstance(content, memoryview)
-        else _json_strings(content, name)
-    )
-    if len(found) != count:
-        got = str(len(found)) if len(found) < count else f"more than {count}"
-        raise ShapeMismatchError(
-            f"input '{name}' has {got} elements, but its shape is {text_of(tensor.shape)}",
-            field=name,
-        )
-    return found
 
 
 def encode_response(
     model: str, version: str, request_id: str, outputs: Sequence[tuple[InferOutput, Floats]]
 ) -> Encoded:
-    """Return a response's body, and the length of its JSON where binary data follows.
+    """Return a response body, and the length of its JSON if binary data follows.
 
-    Outputs are FP32. One that is placed in shared memory is only described. Raises
-    NonFiniteOutputError where JSON cannot carry a sum that overflowed.
+    Outputs are FP32. Outputs in shared memory are described, but not included. Raises
+    NonFiniteOutputError if a JSON output overflows float32.
     """
     described = []
     data: list[memoryview] = []
@@ -283,15 +197,15 @@ def encode_response(
 def _decode_input(value: Any) -> InferInput:
     name = _string(value.get("name"), "an input's name")
     shape = value.get("shape")
-    if _is_list_of(int, shape) and len(shape) > _MAX_DIMENSIONS:
+    if is_list_of(int, shape) and len(shape) > _MAX_DIMENSIONS:
         raise ShapeMismatchError(
             f"unexpected shape of {len(shape)} dimensions for input '{name}'; expected "
             "[rows, width] or [width]",
             field=name,
         )
-    if not _is_list_of(int, shape) or not all(0 <= one < 2**48 for one in shape):
+    if not is_list_of(int, shape) or not all(0 <= one < 2**48 for one in shape):
         raise InvalidRequestError(
-            f"the shape of input '{name}' must be a list of whole numbers from 0",
+            f"the shape of input '{name}' is invalid; expected a list of integers from 0",
             field=name,
         )
     parameters = _parameters(value, f"input '{name}'")
@@ -299,8 +213,8 @@ def _decode_input(value: Any) -> InferInput:
     data = value.get("data")
     if (data is not None) + (size is not None) + (placed is not None) != 1:
         raise InvalidRequestError(
-            f"input '{name}' must have exactly one of 'data', the parameter 'binary_data_size' and "
-            f"the parameter '{_REGION}'",
+            f"input '{name}' has no data, or more than one kind; give exactly one of 'data', the "
+            f"parameter 'binary_data_size' and the parameter '{_REGION}'",
             field=name,
         )
     content: Array | list[Any] | Placement | int
@@ -311,7 +225,9 @@ def _decode_input(value: Any) -> InferInput:
     elif isinstance(data, list | np.ndarray):
         content = data
     else:
-        raise InvalidRequestError(f"'data' of input '{name}' must be a list", field=name)
+        raise InvalidRequestError(
+            f"'data' of input '{name}' is invalid; expected a list", field=name
+        )
     datatype = _string(value.get("datatype"), f"the datatype of input '{name}'")
     return InferInput(name, datatype, tuple(shape), content)
 
@@ -320,7 +236,9 @@ def _decode_output(value: Any, *, default: bool) -> InferOutput:
     name = _string(value.get("name"), "an output's name")
     parameters = _parameters(value, f"output '{name}'")
     if parameters.get("classification"):
-        raise InvalidRequestError(f"classification of output '{name}' is not supported", field=name)
+        raise InvalidRequestError(
+            f"classification of output '{name}' is not supported; remove the parameter", field=name
+        )
     placed = _decode_placed(parameters, name)
     return InferOutput(name, _flag(parameters, "binary_data", default=default), placed)
 
@@ -331,7 +249,7 @@ def _decode_placed(parameters: Mapping[str, Any], name: str) -> Placement | None
         return None
     if "binary_data_size" in parameters:
         raise InvalidRequestError(
-            f"'{name}' must not have both 'binary_data_size' and '{_REGION}'", field=name
+            f"'{name}' has both 'binary_data_size' and '{_REGION}'; give one of them", field=name
         )
     return Placement(
         _string(region, f"'{_REGION}' of '{name}'"),
@@ -340,87 +258,42 @@ def _decode_placed(parameters: Mapping[str, Any], name: str) -> Placement | None
     )
 
 
-def _from_json(tensor: InferInput, content: Array | list[Any], text: json.Text) -> Floats:
-    name = tensor.name
-    if tensor.datatype in _BINARY_ONLY:
-        raise InvalidRequestError(
-            f"receiving {tensor.datatype} data via JSON is not supported. Please use the binary "
-            f"data format for input '{name}'",
-            field=name,
-        )
-    floats = json.decode_tensor(content, name, text)
-    flat = floats.ndim == 1 and floats.size == math.prod(tensor.shape)
-    if not flat and floats.shape != tensor.shape:
-        raise ShapeMismatchError(
-            f"input '{name}' has data of shape {text_of(floats.shape)}, but its shape is "
-            f"{text_of(tensor.shape)}",
-            field=name,
-        )
-    return floats.reshape(tensor.shape)
-
-
-def _json_strings(content: Array | list[Any], name: str) -> list[str]:
-    flat = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in content]
-    if not _is_list_of(str, flat):
-        raise InvalidRequestError(f"the data of input '{name}' must be strings", field=name)
-    return flat
-
-
-def _binary_strings(content: memoryview, name: str, most: int) -> list[str]:
-    """Return at most so many strings, each behind its length in four bytes."""
-    found: list[str] = []
-    start = 0
-    try:
-        while start < len(content) and len(found) < most:
-            (length,) = struct.unpack_from("<I", content, start)
-            start += 4 + length
-            if start > len(content):
-                raise MalformedBodyError(f"a string of input '{name}' is cut off", field=name)
-            found.append(str(content[start - length : start], "utf-8"))
-    except struct.error:
-        raise MalformedBodyError(f"a string's length in '{name}' is cut off", field=name) from None
-    except UnicodeDecodeError:
-        raise MalformedBodyError(f"a string of input '{name}' is not UTF-8", field=name) from None
-    return found
-
-
-def text_of(shape: tuple[int, ...]) -> str:
-    """Return a shape as Triton writes it."""
-    return f"[{','.join(map(str, shape))}]"
-
-
 def _parameters(value: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     parameters = value.get("parameters")
     if parameters is None:
         return {}
     if not isinstance(parameters, dict):
-        raise InvalidRequestError(f"the parameters of {where} must be an object")
+        raise InvalidRequestError(f"the parameters of {where} are invalid; expected an object")
     return parameters
 
 
 def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
-        raise InvalidRequestError(f"the parameter '{name}' must be true or false", field=name)
+        raise InvalidRequestError(
+            f"the parameter '{name}' is {reprlib.repr(value)}; expected true or false", field=name
+        )
     return value
 
 
 def _size(value: Any, what: str, name: str) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise InvalidRequestError(
-            f"the parameter '{what}' of '{name}' must be a number of bytes from 0", field=name
+            f"the parameter '{what}' of '{name}' is {reprlib.repr(value)}; expected a number of "
+            "bytes",
+            field=name,
         )
     return value
 
 
 def _string(value: Any, what: str) -> str:
     if value is None:
-        raise InvalidRequestError(f"{what} is missing")
+        raise InvalidRequestError(f"{what} is missing; add it")
     if not isinstance(value, str):
-        raise InvalidRequestError(f"{what} must be a string")
+        raise InvalidRequestError(f"{what} is {reprlib.repr(value)}; expected a string")
     return value
 
 
-def _is_list_of(kind: type, value: Any) -> bool:
+def is_list_of(kind: type, value: Any) -> bool:
     """Return whether `value` is a list of exactly `kind`."""
     return isinstance(value, list) and all(type(one) is kind for one in value)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, FLOAT32, Array
 from bonsai_lora.errors import InvalidRequestError, RaggedInputError
 from bonsai_lora.formats import safetensors
-from bonsai_lora.wire.oip import BYTES, DATATYPES
+from bonsai_lora.wire.oip_tensors import BYTES, DATATYPES
 from bonsai_lora.wire.stacks import SETS
 
 _KEPT = (FLOAT32, FLOAT16, BFLOAT16)

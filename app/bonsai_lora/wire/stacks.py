@@ -1,5 +1,6 @@
-"""Which sets a row goes through, and at which weight."""
+"""Stacks: the sets that apply to a row, with their weights."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,17 +11,17 @@ from bonsai_lora.wire import json
 SETS = "sets"
 
 MAX_STACK = 32
-"""Most sets on one row."""
+"""Most sets per row."""
 
 Stack = tuple[tuple[str, float], ...]
-"""Sets with their weights; empty: no adapter."""
+"""Names of sets with their weights; empty for no adapter."""
 
 MAX_SCALE = 1e6
-"""Largest weight of a set, and largest scale of a request: no product overflows float32."""
+"""Largest weight of a set and largest scale of a request, so that no product overflows float32."""
 
 
 def sets_of_metadata(metadata: Mapping[str, str]) -> Any:
-    """Return what `sets` in safetensors metadata says; None where it is absent."""
+    """Return the parsed `sets` of safetensors metadata; None if it is missing."""
     text = metadata.get(SETS)
     where = f'the metadata {SETS!r} (such as ["my-adapter", null])'
     return None if text is None else json.decode(text.encode(), where)
@@ -31,8 +32,8 @@ def check_rows(sets: Sequence[Any], inputs: Floats) -> None:
     rows = count_rows(inputs)
     if len(sets) != rows:
         raise ShapeMismatchError(
-            f"the length of 'sets' is {len(sets)}, but 'inputs' is a batch of {rows}; give one "
-            "entry per row (null for no adapter)",
+            f"'sets' has {len(sets)} entries, but 'inputs' has {rows} rows; send one entry per row "
+            "(null for no adapter)",
             field=SETS,
             got=len(sets),
             expected=rows,
@@ -40,9 +41,9 @@ def check_rows(sets: Sequence[Any], inputs: Floats) -> None:
 
 
 def decode_row(value: Any, where: str) -> Stack:
-    """Return the stack of one row: from a set's name, null, a weighted set, or a list of these.
+    """Return the stack of one row, given as a name, null, a weighted set, or a list of these.
 
-    Raises InvalidRequestError, naming `where`, for anything else.
+    Raises InvalidRequestError for anything else; `where` names the value in its text.
     """
     if value is None:
         return ()
@@ -52,20 +53,22 @@ def decode_row(value: Any, where: str) -> Stack:
 
 
 def decode_stack(value: Any, where: str) -> Stack:
-    """Return the stack of a list of names and `{"set", "weight"}` objects (weight 1 by default).
+    """Return the stack given as a list of names and `{"set", "weight"}` objects (default: 1).
 
-    Raises InvalidRequestError for anything else, for a weight that is no finite number, for a set
-    named twice, and for more than MAX_STACK sets.
+    Raises InvalidRequestError for anything else, a weight that is not finite, a set named twice,
+    or more than MAX_STACK sets.
     """
     if not isinstance(value, list) or len(value) > MAX_STACK:
         raise InvalidRequestError(
-            f"{where} must be a list of at most {MAX_STACK} objects "
-            '{"set": name, "weight": number}, or sets\' names',
+            f"{where} is {reprlib.repr(value)}; expected a list of at most {MAX_STACK} objects "
+            '{"set": name, "weight": number}, or names of sets',
             field=where,
         )
     stack = tuple(_decode_weighted(one, f"{where}[{number}]") for number, one in enumerate(value))
     if len({name for name, _ in stack}) != len(stack):
-        raise InvalidRequestError(f"{where} names a set twice; give it one weight", field=where)
+        raise InvalidRequestError(
+            f"{where} names a set twice; name it once, with one weight", field=where
+        )
     return stack
 
 
@@ -74,25 +77,30 @@ def _decode_weighted(value: Any, where: str) -> tuple[str, float]:
         return value, 1.0
     if not isinstance(value, dict) or "set" not in value:
         raise InvalidRequestError(
-            f'{where} must be a set\'s name or {{"set": name, "weight": number}}', field=where
+            f"{where} is {reprlib.repr(value)}; expected the name of a set, or "
+            '{"set": name, "weight": number}',
+            field=where,
         )
     unknown = sorted(value.keys() - {"set", "weight"})
     if unknown:
         raise InvalidRequestError(
-            f"{where} has the unknown field {unknown[0][:100]!r}; known are 'set' and 'weight'",
+            f"{where} has the unknown field {unknown[0][:100]!r}; expected 'set' and 'weight'",
             field=where,
         )
     name, weight = value["set"], value.get("weight", 1.0)
     if not isinstance(name, str):
-        raise InvalidRequestError(f"{where}.set must be a set's name", field=where)
+        raise InvalidRequestError(
+            f"{where}.set is {reprlib.repr(name)}; expected the name of a set", field=where
+        )
     return name, decode_weight(weight, f"{where}.weight")
 
 
 def decode_weight(value: Any, where: str) -> float:
-    """Return a number of at most MAX_SCALE either way; raises InvalidRequestError for others."""
+    """Return a number from -MAX_SCALE to MAX_SCALE; raises InvalidRequestError for others."""
     if type(value) not in (int, float) or not abs(value) <= MAX_SCALE:
         raise InvalidRequestError(
-            f"{where} must be a number from -{MAX_SCALE:g} to {MAX_SCALE:g}, got {value!r:.100}",
+            f"{where} is {reprlib.repr(value)}; expected a number from -{MAX_SCALE:g} to "
+            f"{MAX_SCALE:g}",
             field=where,
         )
     return float(value)

@@ -1,5 +1,6 @@
-"""Inputs and outputs of an apply, in either form."""
+"""Decode the inputs and encode the outputs of an apply, as JSON or safetensors."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from json import dumps
@@ -24,24 +25,26 @@ INPUTS = "inputs"
 OUTPUTS = "outputs"
 BASE_OUTPUTS = "base_outputs"
 BASE_ENDING = f".{BASE_OUTPUTS}"
-"""Behind a module's name: W x for it, where each module has inputs of its own."""
+"""Suffix after a module's name for its W x, if each module has its own inputs."""
 
 _TENSORS = frozenset({INPUTS, BASE_OUTPUTS})
 
 
 @dataclass(eq=False, slots=True)
 class Batches:
-    """What an apply was given: vectors by module, and W x by module where they were sent."""
+    """The decoded body of an apply."""
 
     inputs: dict[str, Floats]
+    """Vectors by module."""
     base_outputs: dict[str, Floats]
+    """W x by module, if sent."""
     stack: Stack = ()
-    """Further sets that all rows go through."""
+    """Additional sets for all rows."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class MixedBatch:
-    """Rows for one module, each through its own sets."""
+    """The decoded body of a mixed apply: rows for one module, each with its own sets."""
 
     module: str
     stacks: list[Stack]
@@ -50,11 +53,11 @@ class MixedBatch:
 
 
 def decode_one(form: Form, body: Buffer, max_header_bytes: int, module: str) -> Batches:
-    """Return the one batch `inputs` (and `base_outputs`) of a body, as that of `module`.
+    """Decode a body with one batch `inputs` (and `base_outputs`) for `module`.
 
-    Arrays are float32 (d_in,) or (rows, d_in). `sets` (binary: JSON in the metadata) are further
-    sets that all rows go through. Raises the errors of `json.decode_tensor` or
-    `binary.decode_tensors`, and InvalidRequestError for other fields or tensors.
+    Arrays are float32 (d_in,) or (rows, d_in). `sets` (in binary: JSON in the metadata) are
+    additional sets for all rows. Raises the errors of `json.decode_tensor` or
+    `binary.decode_tensors`, and InvalidRequestError for unknown or missing fields or tensors.
     """
     if form is Form.JSON:
         text = json.Text(body)
@@ -72,10 +75,10 @@ def decode_one(form: Form, body: Buffer, max_header_bytes: int, module: str) -> 
 
 
 def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: Sequence[str]) -> Batches:
-    """Return a batch per module: the body's own, or its one batch for each of `modules`.
+    """Decode a body with a batch per module, or with one batch for all of `modules`.
 
-    `sets` (binary: JSON in the metadata) are further sets that all rows go through. In binary,
-    `<module>.base_outputs` beside `<module>` is W x of a DoRA module. Raises as `decode_one`.
+    `sets` (in binary: JSON in the metadata) are additional sets for all rows. In binary, the tensor
+    `<module>.base_outputs` is W x of a DoRA module. Raises the errors of `decode_one`.
     """
     if form is not Form.JSON:
         tensors, metadata = binary.decode_tensors(body, max_header_bytes)
@@ -89,8 +92,8 @@ def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: Sequen
     for name, value in fields.items():
         if not isinstance(value, dict):
             raise InvalidRequestError(
-                f"{name!r} is one batch, but no module is named: add ?module=q_proj (repeatable), "
-                'or send {"inputs": {"q_proj": [[…]]}}',
+                f"{name!r} is a batch without a module; add ?module=q_proj (repeatable), or send "
+                '{"inputs": {"q_proj": [[…]]}}',
                 field=name,
             )
     decoded = {
@@ -104,11 +107,11 @@ def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: Sequen
 
 
 def decode_mixed(form: Form, body: Buffer, max_header_bytes: int) -> MixedBatch:
-    """Return the batch of a body: `module`, `sets`, `inputs` (and `base_outputs` for DoRA).
+    """Decode a body with `module`, `sets`, `inputs` (and `base_outputs` for DoRA).
 
-    In binary, `module` and `sets` are JSON in the metadata (a bare module name is taken too).
-    Raises as `decode_one` and `decode_row`, and ShapeMismatchError where `sets` has not one entry
-    per row.
+    In binary, `module` and `sets` are JSON in the metadata; a bare module name is accepted too.
+    Raises the errors of `decode_one` and `decode_row`, and ShapeMismatchError unless `sets` has
+    one entry per row.
     """
     if form is Form.JSON:
         text = json.Text(body)
@@ -122,11 +125,13 @@ def decode_mixed(form: Form, body: Buffer, max_header_bytes: int) -> MixedBatch:
         if module is not None and module.startswith('"'):
             module = json.decode(module.encode(), f"the metadata {MODULE!r}")
     if not isinstance(module, str):
-        raise InvalidRequestError(f"{MODULE!r} must name the module, as a string", field=MODULE)
+        raise InvalidRequestError(
+            f"{MODULE!r} is {reprlib.repr(module)}; expected the name of the module", field=MODULE
+        )
     if not isinstance(sets, list):
         raise InvalidRequestError(
-            f"{SETS!r} must be a list with one entry per row: a set's name, null, or a list of "
-            '{"set": name, "weight": number}',
+            f"{SETS!r} is {reprlib.repr(sets)}; expected a list with one entry per row: the name "
+            'of a set, null, or a list of {"set": name, "weight": number}',
             field=SETS,
         )
     check_rows(sets, tensors[INPUTS])
@@ -143,65 +148,65 @@ def _arrays(fields: Mapping[str, Any], text: json.Text) -> dict[str, Floats]:
 
 
 def _shared(tensors: Mapping[str, Floats], modules: Sequence[str], stack: Stack) -> Batches:
-    """Return one batch for each of `modules`, whose outputs differ, so W x cannot be shared."""
+    """Return the shared batch for each of `modules`; W x differs by module and is refused."""
     if tensors.keys() != {INPUTS}:
         _check_names(tensors)
         raise InvalidRequestError(
-            f"{BASE_OUTPUTS!r} cannot be shared by several modules; send them by module",
+            f"{BASE_OUTPUTS!r} cannot be shared by several modules; send one per module",
             field=BASE_OUTPUTS,
         )
     return Batches(dict.fromkeys(modules, tensors[INPUTS]), {}, stack)
 
 
 def _split(tensors: Mapping[str, Floats], stack: Stack) -> Batches:
-    given = {name: one for name, one in tensors.items() if name.endswith(BASE_ENDING)}
-    inputs = {name: one for name, one in tensors.items() if name not in given}
+    base_outputs = {name: one for name, one in tensors.items() if name.endswith(BASE_ENDING)}
+    inputs = {name: one for name, one in tensors.items() if name not in base_outputs}
     return Batches(
-        inputs, {name.removesuffix(BASE_ENDING): one for name, one in given.items()}, stack
+        inputs, {name.removesuffix(BASE_ENDING): one for name, one in base_outputs.items()}, stack
     )
 
 
 def _fields(text: json.Text, allowed: frozenset[str]) -> dict[str, Any]:
     value = json.decode_object(text.body, allowed)
     if INPUTS not in value:
-        raise InvalidRequestError(f"the body has no {INPUTS!r}", field=INPUTS)
+        raise InvalidRequestError(f"the body has no {INPUTS!r}; add it", field=INPUTS)
     return value
 
 
 def _check_names(tensors: Mapping[str, Any]) -> None:
     if INPUTS not in tensors or tensors.keys() - _TENSORS:
         raise InvalidRequestError(
-            f"expected the tensor {INPUTS!r} (and {BASE_OUTPUTS!r} for DoRA), got "
-            f"{sorted(tensors)[:8]}",
+            f"the body has the tensors {sorted(tensors)[:8]}; expected {INPUTS!r}, and for DoRA "
+            f"{BASE_OUTPUTS!r}",
             got=sorted(tensors)[:8],
             expected=[INPUTS],
         )
 
 
 def encode_outputs(
-    form: Form, outputs: Floats | Mapping[str, Floats], about: Mapping[str, Any], dtype: str
+    form: Form, outputs: Floats | Mapping[str, Floats], fields: Mapping[str, Any], dtype: str
 ) -> list[Buffer]:
-    """Return an answer in parts: `about` and the outputs, as JSON or as safetensors of `dtype`.
+    """Return a response body in parts: `fields` and outputs, as JSON or as safetensors of `dtype`.
 
-    In binary, `about` is the metadata, and one array is the tensor `outputs`. Raises
-    NonFiniteOutputError where JSON cannot carry a sum that overflowed float32.
+    In binary, `fields` becomes the metadata, and a single array is named `outputs`. Raises
+    NonFiniteOutputError if a JSON output overflows float32.
     """
     named = outputs if isinstance(outputs, Mapping) else {OUTPUTS: outputs}
     if form is not Form.JSON:
         metadata = {
-            key: dumps(one) if type(one) is dict else str(one) for key, one in about.items()
+            key: dumps(one) if type(one) is dict else str(one) for key, one in fields.items()
         }
         return binary.encode_tensors(named, dtype, metadata)
     for name, array in named.items():
         check_json_output(name, array)
-    return json.encode({**about, OUTPUTS: outputs})
+    return json.encode({**fields, OUTPUTS: outputs})
 
 
 def check_json_output(name: str, array: Floats) -> None:
-    """Raise NonFiniteOutputError where `array` holds what JSON cannot carry."""
+    """Raise NonFiniteOutputError if `array` has NaN or infinity, which JSON cannot carry."""
     if not all_finite(array):
         raise NonFiniteOutputError(
-            f"the result {name!r} overflows float32, which JSON cannot carry; use the binary form "
-            f"({Form.BINARY.value}), or smaller inputs",
+            f"the result {name!r} overflows float32, which JSON cannot carry; request binary "
+            f"({Form.BINARY.value}), or send smaller inputs",
             field=name,
         )

@@ -1,1 +1,1 @@
-"""One module per section of the HTTP contract; each route only translates."""
+"""The routes, one module per section of the API; they only translate HTTP to use cases."""

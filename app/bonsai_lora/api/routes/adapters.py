@@ -1,5 +1,6 @@
 """The adapters of a set."""
 
+import reprlib
 from functools import partial
 from typing import Annotated
 
@@ -10,8 +11,14 @@ from bonsai_lora.api import schemas
 from bonsai_lora.api.body import body_form, parse_model, read_body
 from bonsai_lora.api.conditions import precondition
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import InContext, ModuleName, SetName
-from bonsai_lora.api.openapi import STORE_ERRORS, TENSOR_ERRORS, also, problems, tensor_body
+from bonsai_lora.api.deps import ContextDep, ModuleName, SetName
+from bonsai_lora.api.openapi import (
+    STORE_ERRORS,
+    TENSOR_ERRORS,
+    extra_response,
+    problems,
+    tensor_body,
+)
 from bonsai_lora.core.cast import Array
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service import sets
@@ -40,9 +47,9 @@ _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
     responses=problems(errors.SetNotFoundError),
 )
 async def list_adapters(
-    response: Response, context: InContext, name: SetName
+    response: Response, context: ContextDep, name: SetName
 ) -> schemas.AdapterList:
-    """In the order in which they were added."""
+    """Adapters are listed in the order in which they were added."""
     stored = context.store.read(name)
     response.headers["ETag"] = stored.record.etag
     adapters = stored.lora_set.registry.adapters.items()
@@ -56,9 +63,9 @@ async def list_adapters(
     responses=problems(errors.SetNotFoundError, errors.AdapterNotFoundError),
 )
 async def get_adapter(
-    response: Response, context: InContext, name: SetName, module: ModuleName
+    response: Response, context: ContextDep, name: SetName, module: ModuleName
 ) -> schemas.ModuleInfo:
-    """Its dimensions, rank, scaling and size."""
+    """Returns the adapter's dimensions, rank, scaling and size, without its weights."""
     stored = context.store.read(name)
     response.headers["ETag"] = stored.record.etag
     return schemas.ModuleInfo.of(module, sets.get_adapter(stored, module))
@@ -69,7 +76,9 @@ async def get_adapter(
     operation_id="put_adapter",
     summary="Add or replace one adapter of a set",
     openapi_extra=_PUT_BODY,
-    responses=also(201, "the module is new in the set", schemas.ModuleInfo)
+    responses=extra_response(
+        201, "created: the set had no adapter for the module", schemas.ModuleInfo
+    )
     | problems(
         *TENSOR_ERRORS,
         *STORE_ERRORS,
@@ -83,15 +92,17 @@ async def get_adapter(
 async def put_adapter(
     request: Request,
     response: Response,
-    context: InContext,
+    context: ContextDep,
     name: SetName,
     module: ModuleName,
     alpha: Annotated[
         float | None,
-        Query(allow_inf_nan=False, description="for a binary body; default: the set's"),
+        Query(allow_inf_nan=False, description="alpha of a binary body; default: the set's"),
     ] = None,
 ) -> schemas.ModuleInfo:
-    """`d_in` and `d_out` initialise it as the reference does; `lora_A` and `lora_B` set it."""
+    """Send `d_in` and `d_out` to initialize the adapter (A uniform, B zero), or `lora_A` and
+    `lora_B` to set its weights.
+    """
     form = body_form(request, (Form.JSON, Form.BINARY))
     context.store.read_record(name)
     with context.pool.admit():
@@ -138,13 +149,15 @@ def _put_json(
     mixed = sorted(value.keys() & _NEW_FIELDS)
     if mixed:
         raise errors.InvalidRequestError(
-            f"{mixed[0]!r} belongs to a new adapter, lora_A and lora_B to given weights; "
-            "send one or the other",
+            f"{mixed[0]!r} initializes a new adapter, but lora_A and lora_B set its weights; send "
+            "one or the other",
             field=mixed[0],
         )
     own_alpha = value.pop("alpha", None)
     if own_alpha is not None and type(own_alpha) not in (int, float):
-        raise errors.InvalidRequestError("alpha must be a number", field="alpha")
+        raise errors.InvalidRequestError(
+            f"alpha is {reprlib.repr(own_alpha)}; expected a number", field="alpha"
+        )
     text = json.Text(body)
     tensors: dict[str, Array] = {
         key: json.decode_tensor(matrix, key, text) for key, matrix in value.items()
@@ -166,9 +179,9 @@ def _put_json(
     ),
 )
 async def delete_adapter(
-    request: Request, context: InContext, name: SetName, module: ModuleName
+    request: Request, context: ContextDep, name: SetName, module: ModuleName
 ) -> None:
-    """The set gets its next version without this module."""
+    """Creates the next version of the set, without this module."""
     check = precondition(request)
     await context.pool.run(
         partial(sets.delete_adapter, context.store, context.limits, name, module, check)

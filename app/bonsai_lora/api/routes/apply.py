@@ -7,11 +7,11 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from bonsai_lora.api import schemas
-from bonsai_lora.api.call import Answer, Call
+from bonsai_lora.api import tensor_schemas
+from bonsai_lora.api.call import BufferResponse, Call
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import InCall, ModuleName, SetName
-from bonsai_lora.api.openapi import APPLY_ERRORS, problems, tensor_answer, tensor_body
+from bonsai_lora.api.deps import CallDep, ModuleName, SetName
+from bonsai_lora.api.openapi import APPLY_ERRORS, problems, tensor_body, tensor_responses
 from bonsai_lora.api.options import (
     APPLY_MANY_OPTIONS,
     APPLY_OPTIONS,
@@ -23,8 +23,8 @@ from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Floats
 from bonsai_lora.service.apply import (
     cost_of_body,
-    shares_of,
-    stacked_shares,
+    group_by_set,
+    stack_on,
     total_rows,
     versions_of,
 )
@@ -42,8 +42,8 @@ from bonsai_lora.wire.tensors import (
 
 router = APIRouter(tags=["apply"])
 
-About = dict[str, Any]
-"""What an answer says besides its tensors."""
+ResponseFields = dict[str, Any]
+"""Fields of a response besides its tensors."""
 
 
 @router.post(
@@ -52,16 +52,16 @@ About = dict[str, Any]
     summary="Apply one adapter to a batch of vectors",
     response_class=Response,
     openapi_extra=tensor_body(
-        schemas.ApplyRequest, Form.BINARY, example={"inputs": [[0.5, -1.0, 2.0, 0.25]]}
+        tensor_schemas.ApplyRequest, Form.BINARY, example={"inputs": [[0.5, -1.0, 2.0, 0.25]]}
     )
     | {"parameters": parameters(APPLY_OPTIONS)},
-    responses=tensor_answer(schemas.ApplyAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
+    responses=tensor_responses(tensor_schemas.ApplyAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
 )
-async def apply_one(call: InCall, name: SetName, module: ModuleName) -> Answer:
-    """Answers scaling · B·A·x for each row x; add it to the base layer's output. The binary form
-    is a safetensors body with the tensor `inputs`, answered by the tensor `outputs`. `sets` stacks
-    further sets on top, each with its weight (binary: as JSON in the metadata); naming the path's
-    own set there gives it a weight too.
+async def apply_one(call: CallDep, name: SetName, module: ModuleName) -> BufferResponse:
+    """Returns scaling · B·A·x for each row x, to be added to the base layer's output. A binary
+    request is a safetensors body with the tensor `inputs`; the response has the tensor `outputs`.
+    `sets` adds the deltas of more sets, each with a weight (in binary: as JSON in the metadata).
+    Include the path's own set to give it a weight too.
     """
     context = call.context
     stored = context.store.read(name)
@@ -69,10 +69,10 @@ async def apply_one(call: InCall, name: SetName, module: ModuleName) -> Answer:
     options = read_options(call, APPLY_OPTIONS, ApplyOptions.of)
 
     def compute(body: Buffer) -> Sequence[Buffer]:
-        batches = decode_one(options.taken, body, context.limits.max_header_bytes, module)
-        about: About = {"set": name, "module": module, "version": stored.record.version}
-        outputs = _stacked(context, stored, batches, options.scale, about)
-        return encode_outputs(options.given, outputs[module], about, options.dtype)
+        batches = decode_one(options.request_form, body, context.limits.max_header_bytes, module)
+        fields: ResponseFields = {"set": name, "module": module, "version": stored.record.version}
+        outputs = _stacked(context, stored, batches, options.scale, fields)
+        return encode_outputs(options.response_form, outputs[module], fields, options.dtype)
 
     return await _answer(call, options, compute, adapter)
 
@@ -83,18 +83,19 @@ async def apply_one(call: InCall, name: SetName, module: ModuleName) -> Answer:
     summary="Apply many adapters of a set in one request",
     response_class=Response,
     openapi_extra=tensor_body(
-        schemas.ApplyManyRequest,
+        tensor_schemas.ApplyManyRequest,
         Form.BINARY,
         example={"inputs": {"q_proj": [[0.5, -1.0, 2.0, 0.25]], "k_proj": [[1.0, 0.0, 0.0, 1.0]]}},
     )
     | {"parameters": parameters(APPLY_MANY_OPTIONS)},
-    responses=tensor_answer(schemas.ApplyManyAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
+    responses=tensor_responses(tensor_schemas.ApplyManyAnswer, Form.BINARY)
+    | problems(*APPLY_ERRORS),
 )
-async def apply_many(call: InCall, name: SetName) -> Answer:
-    """Each module gets its own inputs (binary: a tensor of its name), or all named by `module`
-    get the same. All outputs come from one version of the set. `sets` stacks further sets on top,
-    each with its weight (binary: as JSON in the metadata); naming the path's own set there gives
-    it a weight too.
+async def apply_many(call: CallDep, name: SetName) -> BufferResponse:
+    """Each module has its own inputs (in binary: a tensor with its name), or the modules named by
+    `module` share one batch. All outputs come from the same version of the set. `sets` adds the
+    deltas of more sets, each with a weight (in binary: as JSON in the metadata). Include the
+    path's own set to give it a weight too.
     """
     context = call.context
     stored = context.store.read(name)
@@ -102,10 +103,10 @@ async def apply_many(call: InCall, name: SetName) -> Answer:
 
     def compute(body: Buffer) -> Sequence[Buffer]:
         limit = context.limits.max_header_bytes
-        batches = decode_many(options.taken, body, limit, options.modules)
-        about: About = {"set": name, "version": stored.record.version}
-        outputs = _stacked(context, stored, batches, options.scale, about)
-        return encode_outputs(options.given, outputs, about, options.dtype)
+        batches = decode_many(options.request_form, body, limit, options.modules)
+        fields: ResponseFields = {"set": name, "version": stored.record.version}
+        outputs = _stacked(context, stored, batches, options.scale, fields)
+        return encode_outputs(options.response_form, outputs, fields, options.dtype)
 
     return await _answer(call, options, compute, None)
 
@@ -116,7 +117,7 @@ async def apply_many(call: InCall, name: SetName) -> Answer:
     summary="Apply a different set to each row of a batch",
     response_class=Response,
     openapi_extra=tensor_body(
-        schemas.ApplyMixedRequest,
+        tensor_schemas.ApplyMixedRequest,
         Form.BINARY,
         example={
             "module": "q_proj",
@@ -125,43 +126,44 @@ async def apply_many(call: InCall, name: SetName) -> Answer:
         },
     )
     | {"parameters": parameters(APPLY_OPTIONS)},
-    responses=tensor_answer(schemas.ApplyMixedAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
+    responses=tensor_responses(tensor_schemas.ApplyMixedAnswer, Form.BINARY)
+    | problems(*APPLY_ERRORS),
 )
-async def apply_mixed(call: InCall) -> Answer:
-    """`sets` says for each row which set it goes through: a name, null for none (its delta is
-    zero), or a list of sets with weights whose deltas are added. Ranks may differ. In binary,
-    `module` and `sets` are JSON in the metadata. Each set takes part with one version.
+async def apply_mixed(call: CallDep) -> BufferResponse:
+    """`sets` has one entry per row: the name of a set, null for no set (the delta is zero), or a
+    list of sets with weights whose deltas are added. Ranks may differ. In binary, `module` and
+    `sets` are JSON in the metadata. All rows of a set use the same version.
     """
     context = call.context
     options = read_options(call, APPLY_OPTIONS, ApplyOptions.of)
-    given, dtype = options.given, options.dtype
+    response_form, dtype = options.response_form, options.dtype
 
     def compute(body: Buffer) -> Sequence[Buffer]:
-        batch = decode_mixed(options.taken, body, context.limits.max_header_bytes)
+        batch = decode_mixed(options.request_form, body, context.limits.max_header_bytes)
         module, inputs = batch.module, {batch.module: batch.inputs}
         base_outputs = {} if batch.base_outputs is None else {module: batch.base_outputs}
-        if not batch.stacks:  # nothing in, nothing out; nobody says how wide that is
+        if not batch.stacks:  # without rows, no set determines the width of the outputs
             return encode_outputs(
-                given, inputs[module][:, :0], {"module": module, "versions": {}}, dtype
+                response_form, inputs[module][:, :0], {"module": module, "versions": {}}, dtype
             )
-        shares = shares_of(batch.stacks, options.scale, context.store.read)
-        outputs = context.applier.apply(shares, inputs, base_outputs)
+        set_segments = group_by_set(batch.stacks, options.scale, context.store.read)
+        outputs = context.applier.apply(set_segments, inputs, base_outputs)
         context.metrics.rows_applied.inc(total_rows(inputs))
-        about = {"module": module, "versions": versions_of(shares)}
-        return encode_outputs(given, outputs[module], about, dtype)
+        fields = {"module": module, "versions": versions_of(set_segments)}
+        return encode_outputs(response_form, outputs[module], fields, dtype)
 
     return await _answer(call, options, compute, None)
 
 
 def _stacked(
-    context: Context, stored: StoredSet, batches: Batches, scale: float, about: About
+    context: Context, stored: StoredSet, batches: Batches, scale: float, fields: ResponseFields
 ) -> dict[str, Floats]:
-    """Return what the set and those stacked on it add; `about` learns of their versions."""
-    shares = stacked_shares(stored, batches.stack, scale, context.store.read)
-    outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
+    """Return the summed deltas of the set and those stacked on it; add `versions` to `fields`."""
+    set_segments = stack_on(stored, batches.stack, scale, context.store.read)
+    outputs = context.applier.apply(set_segments, batches.inputs, batches.base_outputs)
     context.metrics.rows_applied.inc(total_rows(batches.inputs))
     if batches.stack:
-        about["versions"] = versions_of(shares)
+        fields["versions"] = versions_of(set_segments)
     return outputs
 
 
@@ -170,14 +172,21 @@ async def _answer(
     options: ApplyOptions,
     compute: Callable[[Buffer], Sequence[Buffer]],
     adapter: LoraAdapter | None,
-) -> Answer:
-    """Read the body and compute in the right place; `adapter` tells how long that takes."""
-    context, taken, given = call.context, options.taken, options.given
+) -> BufferResponse:
+    """Read the body and compute the response, inline or in a thread by estimated cost.
+
+    `adapter` gives the estimate; without it, the work goes to a thread.
+    """
+    context, request_form, response_form = call.context, options.request_form, options.response_form
     limits = context.limits
     with context.pool.admit():
         body = await call.body(
-            limits.max_json_bytes if taken is Form.JSON else limits.max_body_bytes
+            limits.max_json_bytes if request_form is Form.JSON else limits.max_body_bytes
         )
-        cost = math.inf if adapter is None else cost_of_body(adapter, len(body), taken, given)
+        cost = (
+            math.inf
+            if adapter is None
+            else cost_of_body(adapter, len(body), request_form, response_form)
+        )
         parts = await context.pool.run(partial(compute, body), cost)
-    return Answer(parts, given.value)
+    return BufferResponse(parts, response_form.value)

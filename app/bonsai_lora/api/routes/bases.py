@@ -1,4 +1,4 @@
-"""Base checkpoints, and merged files that exist only while they are read."""
+"""Base checkpoints, and merged files that are computed as they are read."""
 
 from functools import partial
 from typing import Annotated
@@ -7,19 +7,19 @@ from fastapi import APIRouter, Path, Query, Request, Response
 
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
-from bonsai_lora.api.deps import InContext, SetName
+from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.merged_file import StreamedFile
-from bonsai_lora.api.openapi import file_answer, problems
+from bonsai_lora.api.openapi import file_responses, problems
 from bonsai_lora.api.ranges import file_response
 from bonsai_lora.checkpoints.merged import MergedModel, merge_info
 from bonsai_lora.service.merged import weighted_sets
 
 router = APIRouter(tags=["merged checkpoints"])
 
-BaseName = Annotated[str, Path(description="name of a base", examples=["tiny-qwen3"])]
+BaseName = Annotated[str, Path(description="name of a base checkpoint", examples=["tiny-qwen3"])]
 Scale = Annotated[float, Query(allow_inf_nan=False, description="weight of the set's delta")]
 Others = Annotated[
-    list[str] | None, Query(alias="set", max_length=32, description="further sets to merge in")
+    list[str] | None, Query(alias="set", max_length=32, description="additional sets to merge")
 ]
 Weights = Annotated[
     list[float] | None, Query(alias="weight", max_length=32, description="their weights, in order")
@@ -43,8 +43,10 @@ _MERGE_ERRORS = (
     summary="List the base checkpoints",
     responses=problems(),
 )
-async def list_bases(context: InContext) -> schemas.BaseList:
-    """Each folder with safetensors files under the setting `bases`; a new one is there at once."""
+async def list_bases(context: ContextDep) -> schemas.BaseList:
+    """Lists each folder with safetensors files under the setting `bases`. A new folder is
+    available immediately.
+    """
     found, bad = [], {}
     for name in context.bases.names():
         try:
@@ -62,8 +64,8 @@ async def list_bases(context: InContext) -> schemas.BaseList:
     summary="Show a base checkpoint",
     responses=problems(errors.BaseNotFoundError, errors.InvalidBaseError),
 )
-async def get_base(context: InContext, base: BaseName) -> schemas.BaseInfo:
-    """Its files, dtypes and parameter counts."""
+async def get_base(context: ContextDep, base: BaseName) -> schemas.BaseInfo:
+    """Returns the checkpoint's files, dtypes and parameter counts."""
     return await context.pool.run(partial(_info, context, base))
 
 
@@ -75,14 +77,14 @@ async def get_base(context: InContext, base: BaseName) -> schemas.BaseInfo:
 )
 @router.head("/v1/bases/{base}/merged/{set}", include_in_schema=False)
 async def list_merged_files(
-    context: InContext,
+    context: ContextDep,
     base: BaseName,
     name: SetName,
     scale: Scale = 1.0,
     others: Others = None,
     weights: Weights = None,
 ) -> schemas.MergedFiles:
-    """Sizes and tags, without computing anything."""
+    """Returns names, sizes and ETags. Nothing is computed."""
     model = await _model(context, base, name, scale, others, weights)
     return schemas.MergedFiles(files=[schemas.MergedFileInfo(**one) for one in merge_info(model)])
 
@@ -90,24 +92,26 @@ async def list_merged_files(
 @router.get(
     "/v1/bases/{base}/merged/{set}/{filename}",
     operation_id="get_merged_file",
-    summary="A file of a merged model",
+    summary="Download a file of a merged model",
     response_class=Response,
-    responses=file_answer("application/octet-stream")
+    responses=file_responses("application/octet-stream")
     | problems(*_MERGE_ERRORS, errors.FileNotInModelError, errors.RangeNotSatisfiableError),
 )
 @router.head("/v1/bases/{base}/merged/{set}/{filename}", include_in_schema=False)
 async def get_merged_file(
     request: Request,
-    context: InContext,
+    context: ContextDep,
     base: BaseName,
     name: SetName,
-    filename: Annotated[str, Path(description="as listed", examples=["model.safetensors"])],
+    filename: Annotated[
+        str, Path(description="name of a listed file", examples=["model.safetensors"])
+    ],
     scale: Scale = 1.0,
     others: Others = None,
     weights: Weights = None,
 ) -> Response:
-    """Header, sizes and offsets are those of the base's file; any byte range is computed when it
-    is asked for. The sum is made in float32 and rounded once, to nearest even.
+    """The header, sizes and offsets are those of the base's file. Each byte range is computed when
+    it is requested, in float32, and rounded once, to nearest even.
     """
     model = await _model(context, base, name, scale, others, weights)
     file = model.file(filename)
@@ -118,7 +122,7 @@ async def get_merged_file(
 
 
 async def _model(
-    context: InContext,
+    context: ContextDep,
     base: str,
     name: str,
     scale: float,
@@ -129,7 +133,7 @@ async def _model(
     return await context.pool.run(lambda: context.models.get(base, sets))
 
 
-def _info(context: InContext, name: str) -> schemas.BaseInfo:
+def _info(context: ContextDep, name: str) -> schemas.BaseInfo:
     base = context.bases.get(name)
     files = [
         schemas.BaseFile(name=file, size_bytes=len(raw)) for file, raw in sorted(base.files.items())

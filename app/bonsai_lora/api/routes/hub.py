@@ -1,7 +1,6 @@
-"""The Hugging Face hub's protocol over the same files: `{base}/{set}` is a merged model,
-`adapters/{set}` the adapter itself.
+"""The Hugging Face Hub API: `{base}/{set}` is a merged model, `adapters/{set}` the adapter.
 
-As huggingface_hub 2.4, transformers 5.23 and peft 0.21 use it with HF_ENDPOINT set.
+Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request with HF_ENDPOINT set.
 """
 
 import hashlib
@@ -14,7 +13,7 @@ from fastapi import APIRouter, Query, Request, Response
 
 from bonsai_lora import errors
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import InContext
+from bonsai_lora.api.deps import ContextDep
 from bonsai_lora.api.errors import problem_response
 from bonsai_lora.api.merged_file import StreamedFile
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
@@ -28,7 +27,7 @@ ADAPTERS = "adapters"
 
 @dataclass(frozen=True, slots=True)
 class _Repo:
-    """A repository as the hub's clients see it."""
+    """A repository as Hub clients see it."""
 
     id: str
     commit: str
@@ -38,7 +37,7 @@ class _Repo:
     files: Mapping[str, RangedFile]
 
     def info(self) -> dict[str, Any]:
-        """Return what the hub says of a model."""
+        """Return the Hub's description of a model."""
         return {
             "_id": self.commit[:24],
             "id": self.id,
@@ -58,7 +57,7 @@ class _Repo:
 
 
 class _HubError(Exception):
-    """A 404 with the header that the hub's clients look at."""
+    """A 404 with the X-Error-Code that Hub clients read."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -68,27 +67,28 @@ class _HubError(Exception):
 @router.get("/{owner}/{name}/resolve/{revision}/{path:path}")
 @router.head("/{owner}/{name}/resolve/{revision}/{path:path}")
 async def resolve(
-    request: Request, context: InContext, owner: str, name: str, revision: str, path: str
+    request: Request, context: ContextDep, owner: str, name: str, revision: str, path: str
 ) -> Response:
-    """One file of a repository."""
+    """Return one file of a repository."""
     try:
         repo = await _repo(context, owner, name, revision)
     except _HubError as error:
         return _not_found(request, error)
     file = repo.files.get(path)
     if file is None:
-        return _not_found(request, _HubError("EntryNotFound", f"{repo.id} has no file {path!r}"))
+        detail = f"{repo.id} has no file {path!r}; it has {', '.join(list(repo.files)[:16])}"
+        return _not_found(request, _HubError("EntryNotFound", detail))
     return file_response(request, file, context.pool, {"X-Repo-Commit": repo.commit})
 
 
 @router.get("/api/models")
 async def list_models(
-    context: InContext,
+    context: ContextDep,
     author: Annotated[str | None, Query()] = None,
     search: Annotated[str | None, Query()] = None,
     limit: Annotated[int, Query(ge=1)] = 1000,
 ) -> list[dict[str, Any]]:
-    """The repositories of an author: a base's merged models, or the adapters."""
+    """Return the repositories of an author: the merged models of a base, or the adapters."""
     owners = [author] if author else [ADAPTERS, *context.bases.names()]
     found: list[dict[str, Any]] = []
     for owner in owners:
@@ -107,9 +107,9 @@ async def list_models(
 @router.get("/api/models/{owner}/{name}")
 @router.get("/api/models/{owner}/{name}/revision/{revision}")
 async def model_info(
-    request: Request, context: InContext, owner: str, name: str, revision: str = "main"
+    request: Request, context: ContextDep, owner: str, name: str, revision: str = "main"
 ) -> Response:
-    """What a repository is and which files it has."""
+    """Return a repository's metadata and file names."""
     try:
         repo = await _repo(context, owner, name, revision)
     except _HubError as error:
@@ -119,9 +119,9 @@ async def model_info(
 
 @router.get("/api/models/{owner}/{name}/tree/{revision}")
 async def tree(
-    request: Request, context: InContext, owner: str, name: str, revision: str
+    request: Request, context: ContextDep, owner: str, name: str, revision: str
 ) -> Response:
-    """The files with their sizes."""
+    """Return a repository's files with their sizes."""
     try:
         repo = await _repo(context, owner, name, revision)
     except _HubError as error:
@@ -135,7 +135,7 @@ async def tree(
 
 
 async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo:
-    """Return a repository at a revision: main, the set's version, or the commit."""
+    """Return a repository at `revision`: main, the set's version, or the commit."""
     make = _adapter_repo if owner == ADAPTERS else _merged_repo
     try:
         repo = await context.pool.run(lambda: make(context, owner, name))
@@ -143,7 +143,8 @@ async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo
         raise _HubError("RepoNotFound", error.detail) from None
     if revision not in ("main", repo.version, repo.commit):
         raise _HubError(
-            "RevisionNotFound", f"{repo.id} is at version {repo.version}, not {revision[:80]!r}"
+            "RevisionNotFound",
+            f"{repo.id} has no revision {revision[:80]!r}; use main or its version {repo.version}",
         )
     return repo
 
@@ -164,7 +165,7 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
     record = context.store.read(name).record
     model = context.models.get(owner, weighted_sets(name, 1.0, [], []))
-    if model.etags != [record.etag]:  # changed between the two
+    if model.etags != [record.etag]:  # changed between the two reads
         return _merged_repo(context, owner, name)
     files: dict[str, RangedFile] = {}
     for path in model.files():
@@ -178,7 +179,7 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
 
 
 def _bytes_file(content: bytes | memoryview, etag: str, part: str) -> BytesFile:
-    # The hub's clients name files in their cache by the tag: forty digits, one per file.
+    # Hub clients name cached files by ETag, which must be unique per file: 40 hex digits.
     digest = hashlib.sha256(f"{etag}/{part}".encode()).hexdigest()[:40]
     return BytesFile(memoryview(content), f'"{digest}"', "application/octet-stream")
 

@@ -1,4 +1,4 @@
-"""Merge one adapter into weights that stream by."""
+"""Merge one adapter into streamed weights."""
 
 import math
 from functools import partial
@@ -9,12 +9,12 @@ from starlette.responses import Response as StarletteResponse
 from starlette.types import Receive, Scope, Send
 
 from bonsai_lora import errors
-from bonsai_lora.api import schemas
+from bonsai_lora.api import tensor_schemas
 from bonsai_lora.api.body import BodyReader, body_form, content_length, read_body
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import InContext, ModuleName, SetName
+from bonsai_lora.api.deps import ContextDep, ModuleName, SetName
 from bonsai_lora.api.merge_stream import MergeStream
-from bonsai_lora.api.openapi import TENSOR_ERRORS, problems, tensor_answer, tensor_body
+from bonsai_lora.api.openapi import TENSOR_ERRORS, problems, tensor_body, tensor_responses
 from bonsai_lora.api.spool import Spool
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.formats import safetensors
@@ -23,7 +23,7 @@ from bonsai_lora.service.merge import MERGE_DTYPES, WeightMerge, merge_of_header
 from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire import json
-from bonsai_lora.wire.media import Form, answer_form
+from bonsai_lora.wire.media import Form, negotiate_form
 from bonsai_lora.wire.tensors import check_json_output
 
 router = APIRouter(tags=["merge"])
@@ -37,8 +37,8 @@ _SMALL_HEADER_BYTES = 1 << 13
     operation_id="merge_weights",
     summary="Merge an adapter into weights",
     response_class=Response,
-    openapi_extra=tensor_body(schemas.MergeRequest, Form.BINARY, Form.RAW),
-    responses=tensor_answer(schemas.MergeAnswer, Form.BINARY, Form.RAW)
+    openapi_extra=tensor_body(tensor_schemas.MergeRequest, Form.BINARY, Form.RAW),
+    responses=tensor_responses(tensor_schemas.MergeAnswer, Form.BINARY, Form.RAW)
     | problems(
         *TENSOR_ERRORS,
         errors.SetNotFoundError,
@@ -49,22 +49,22 @@ _SMALL_HEADER_BYTES = 1 << 13
 )
 async def merge_weights(
     request: Request,
-    context: InContext,
+    context: ContextDep,
     name: SetName,
     module: ModuleName,
     dtype: Annotated[
-        str | None, Query(description="F32, F16 or BF16; needed for application/octet-stream")
+        str | None, Query(description="F32, F16 or BF16; required for application/octet-stream")
     ] = None,
-    unmerge: Annotated[bool, Query(description="subtract instead of add")] = False,
+    unmerge: Annotated[bool, Query(description="subtract the delta instead of adding it")] = False,
 ) -> StarletteResponse:
-    """W (d_out, d_in) in, W + scaling · B·A out in the same form and dtype, streamed in constant
-    memory. The sum is made in float32 and rounded once, to nearest even.
+    """Takes W (d_out, d_in) and returns W + scaling · B·A in the same form and dtype, streamed in
+    constant memory. The sum is computed in float32 and rounded once, to nearest even.
     """
     stored = context.store.read(name)
     adapter = get_adapter(stored, module)
     check_no_replaced_bias(stored, module)
     form = body_form(request, _FORMS)
-    answer_form(request.headers.get("accept"), form, (form,))
+    negotiate_form(request.headers.get("accept"), form, (form,))
     if dtype is not None and dtype not in MERGE_DTYPES:
         raise errors.InvalidRequestError(
             f"dtype {dtype!r} cannot be merged; expected one of {', '.join(MERGE_DTYPES)}",
@@ -99,7 +99,7 @@ async def _merge_json(
 
 
 class _StreamedMerge(StarletteResponse):
-    """Checks what the head of the body says, then streams."""
+    """Validates the header of the weights, then streams."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class _StreamedMerge(StarletteResponse):
         *,
         unmerge: bool,
     ) -> None:
-        self.background = None  # what FastAPI looks at on every response
+        self.background = None  # FastAPI reads this attribute
         self._request = request
         self._context = context
         self._adapter = adapter
@@ -139,11 +139,12 @@ class _StreamedMerge(StarletteResponse):
             await stream.run(send)
 
     async def _begin(self, reader: BodyReader) -> tuple[WeightMerge, bytes]:
-        """Return the merge, and the bytes of the body that come back as they are."""
+        """Return the merge, and the prefix of the body that is returned unchanged."""
         if self._form is Form.RAW:
             if self._dtype is None:
                 raise errors.InvalidRequestError(
-                    "raw weights need ?dtype=F32, F16 or BF16", field="dtype"
+                    "the dtype of the raw weights is missing; add ?dtype=F32, F16 or BF16",
+                    field="dtype",
                 )
             return WeightMerge(self._adapter, self._dtype, self._unmerge), b""
         limit = self._context.limits.max_header_bytes
@@ -155,7 +156,8 @@ class _StreamedMerge(StarletteResponse):
         merge = merge_of_header(self._adapter, header, unmerge=self._unmerge)
         if self._dtype not in (None, merge.dtype):
             raise errors.InvalidRequestError(
-                f"?dtype={self._dtype}, but the tensor 'weights' is {merge.dtype}; leave it away",
+                f"dtype is {self._dtype!r}, but the tensor 'weights' is {merge.dtype}; omit the "
+                "parameter",
                 field="dtype",
             )
         return merge, prefix
@@ -164,8 +166,8 @@ class _StreamedMerge(StarletteResponse):
         declared = content_length(self._request)
         if declared is not None and declared != expected:
             raise errors.ShapeMismatchError(
-                f"the body has {declared} bytes, but weights of shape "
-                f"{list(merge.shape)} need {expected}",
+                f"the body has {declared} bytes, but weights of shape {list(merge.shape)} have "
+                f"{expected}; check their shape and dtype",
                 got_bytes=declared,
                 expected_bytes=expected,
             )

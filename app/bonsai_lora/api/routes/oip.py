@@ -1,7 +1,7 @@
 """The Open Inference Protocol v2, with Triton's extensions.
 
-A set is a model, its version the model's version. Refusals are `{"error": …}` with the statuses
-that Triton uses (`app/bonsai_lora/api/errors.py`).
+A set is a model; its version is the model's version. Errors are `{"error": …}` with Triton's
+statuses (`app/bonsai_lora/api/errors.py`).
 """
 
 import math
@@ -17,13 +17,13 @@ from pydantic import BaseModel
 
 from bonsai_lora.api import oip_schemas
 from bonsai_lora.api.body import check_length, parse_model, read_body
-from bonsai_lora.api.call import Answer, Call
+from bonsai_lora.api.call import BufferResponse, Call
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import InCall, InContext
+from bonsai_lora.api.deps import CallDep, ContextDep
 from bonsai_lora.api.openapi import (
-    empty_answer,
-    infer_answer,
+    empty_responses,
     infer_body,
+    infer_responses,
     oip_errors,
     optional_body,
     version_parameter,
@@ -37,14 +37,8 @@ from bonsai_lora.api.options import (
 )
 from bonsai_lora.errors import BonsaiLoraError, UnsupportedFeatureError
 from bonsai_lora.service import models
-from bonsai_lora.service.infer import (
-    MIXED,
-    MIXED_VERSION,
-    Model,
-    cost_of_inference,
-    find_model,
-    raw_request,
-)
+from bonsai_lora.service.infer import cost_of_inference, raw_request
+from bonsai_lora.service.models import MIXED, MIXED_VERSION, Model, find_model
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.compress import compress, decompress
@@ -54,7 +48,7 @@ from bonsai_lora.wire.oip import InferRequest, decode_request
 router = APIRouter(prefix="/v2", tags=["open inference protocol"])
 
 INLINE_BYTES = 1 << 17
-"""Longest JSON that is read on the event loop."""
+"""Longest JSON that is parsed on the event loop."""
 
 _EXTENSIONS = (
     "binary_tensor_data",
@@ -74,10 +68,10 @@ ModelPath = Annotated[
 ]
 
 
-VersionPath = Annotated[str, Path(description="the version that the set must have")]
+VersionPath = Annotated[str, Path(description="version that the set must have")]
 
 
-def _find(request: Request, context: InContext, model: ModelPath) -> Model:
+def _find(request: Request, context: ContextDep, model: ModelPath) -> Model:
     return find_model(context.store, model, request.path_params.get("version"))
 
 
@@ -85,7 +79,7 @@ FoundModel = Annotated[Model, Depends(_find)]
 
 
 def _of_model(ending: str, what: str, summary: str) -> Callable[[Endpoint], Endpoint]:
-    """Declare a GET of a model: as it is now, and of one version, which is 404 once it is gone."""
+    """Declare two GETs of a model: the current version, and one version (404 once replaced)."""
 
     def declare(endpoint: Endpoint) -> Endpoint:
         responses = oip_errors(404, 503)
@@ -106,10 +100,10 @@ def _of_model(ending: str, what: str, summary: str) -> Callable[[Endpoint], Endp
     return declare
 
 
-@router.get("", operation_id="get_server", summary="The server and its extensions")
+@router.get("", operation_id="get_server", summary="Show the server's metadata")
 @router.get("/", include_in_schema=False)
-async def get_server(context: InContext) -> oip_schemas.ServerMetadata:
-    """As the protocol says."""
+async def get_server(context: ContextDep) -> oip_schemas.ServerMetadata:
+    """Returns the server's name, version and protocol extensions."""
     shared = ("system_shared_memory",) if context.inference.regions.is_on else ()
     return oip_schemas.ServerMetadata(
         name="bonsai-lora",
@@ -120,30 +114,32 @@ async def get_server(context: InContext) -> oip_schemas.ServerMetadata:
 
 @router.get("/health/live", operation_id="get_server_live", summary="Is the server alive?")
 async def get_live() -> oip_schemas.ServerLive:
-    """Answers as long as the process does."""
+    """Responds as long as the process is running."""
     return oip_schemas.ServerLive()
 
 
 @router.get("/health/ready", operation_id="get_server_ready", summary="Is the server ready?")
 async def get_ready() -> oip_schemas.ServerReady:
-    """It is ready when it answers: sets are opened as they are needed."""
+    """The server is ready as soon as it responds: sets are opened on first use."""
     return oip_schemas.ServerReady()
 
 
 @router.get(
     "/models/stats",
     operation_id="get_all_statistics",
-    summary="Statistics of all models",
+    summary="Show the statistics of all models",
     responses=oip_errors(503),
 )
-async def get_all_statistics(context: InContext) -> oip_schemas.ModelStatistics:
-    """Counts since the start, over all workers; times in nanoseconds."""
+async def get_all_statistics(context: ContextDep) -> oip_schemas.ModelStatistics:
+    """Totals over all workers since the service started; durations in nanoseconds."""
     return await anyio.to_thread.run_sync(_all_statistics, context)
 
 
-@_of_model("", "", "A set as a model")
+@_of_model("", "", "Show a model's metadata")
 async def get_model(model: FoundModel) -> oip_schemas.ModelMetadata:
-    """Its inputs and outputs are its modules; the input `x` feeds all that are asked for."""
+    """A model's inputs and outputs are named after its modules. The input `x` feeds every
+    requested output that has no input of its own.
+    """
     return oip_schemas.ModelMetadata(
         name=model.name,
         versions=[model.version],
@@ -159,17 +155,19 @@ async def get_model_ready(model: FoundModel) -> oip_schemas.ModelReady:
     return oip_schemas.ModelReady(name=model.name)
 
 
-@_of_model("/config", "_config", "The model's configuration")
+@_of_model("/config", "_config", "Show a model's configuration")
 async def get_model_config(model: FoundModel) -> oip_schemas.ModelConfig:
-    """In the fields of Triton's model configuration."""
+    """Uses the fields of Triton's model configuration."""
     return oip_schemas.ModelConfig(**models.config_of(model))
 
 
-@_of_model("/stats", "_statistics", "Statistics of a model")
+@_of_model("/stats", "_statistics", "Show a model's statistics")
 async def get_model_statistics(
-    context: InContext, model: FoundModel
+    context: ContextDep, model: FoundModel
 ) -> oip_schemas.ModelStatistics:
-    """Counts since the start or the set's last change, over all workers; times in nanoseconds."""
+    """Totals over all workers since the service started or the set last changed; durations in
+    nanoseconds.
+    """
     return await anyio.to_thread.run_sync(
         _statistics, context, [(model.name, model.version, model.content)]
     )
@@ -178,16 +176,17 @@ async def get_model_statistics(
 @router.post(
     f"{_MODEL}/infer",
     operation_id="infer",
-    summary="Apply a set to the inputs",
+    summary="Run inference: apply a set to the inputs",
     response_class=Response,
     openapi_extra=infer_body() | {"parameters": parameters(INFER_OPTIONS)},
-    responses=infer_answer() | oip_errors(400, 404, 503),
+    responses=infer_responses() | oip_errors(400, 404, 503),
 )
-async def infer(call: InCall, model: ModelPath) -> Answer:
-    """An input named like a module feeds that module, and gives an output of its name; `x` feeds
-    every module named in `outputs` (without `outputs`: every module that it fits). On the model
-    `mixed`, the BYTES input `sets` names a set for each row. The parameter `scale` is a factor on
-    everything that is added. Binary data, compression and shared memory as in Triton.
+async def infer(call: CallDep, model: ModelPath) -> BufferResponse:
+    """An input with the name of a module feeds that module and yields an output with that name.
+    The input `x` feeds every module named in `outputs` (without `outputs`: every module whose width
+    it matches). On the model `mixed`, the BYTES input `sets` names a set for each row. The
+    parameter `scale` multiplies the whole delta. Binary data, compression and shared memory work as
+    in Triton.
     """
     return await _infer(call, find_model(call.context.store, model, None))
 
@@ -195,18 +194,18 @@ async def infer(call: InCall, model: ModelPath) -> Answer:
 @router.post(
     f"{_VERSION}/infer",
     operation_id="infer_version",
-    summary="Apply a set, if this is its version",
+    summary="Run inference on one version of a set",
     response_class=Response,
     openapi_extra=infer_body() | {"parameters": parameters(INFER_OPTIONS)},
-    responses=infer_answer() | oip_errors(400, 404, 503),
+    responses=infer_responses() | oip_errors(400, 404, 503),
 )
-async def infer_version(call: InCall, model: ModelPath, version: VersionPath) -> Answer:
-    """The same as without a version; 404 where the set has another one now."""
+async def infer_version(call: CallDep, model: ModelPath, version: VersionPath) -> BufferResponse:
+    """Like inference without a version, but 404 if the set has a different version now."""
     return await _infer(call, find_model(call.context.store, model, version))
 
 
-async def _infer(call: Call, model: Model) -> Answer:
-    """Answer an inference, and count what it cost."""
+async def _infer(call: Call, model: Model) -> BufferResponse:
+    """Run an inference and count it in the statistics."""
     context = call.context
     options = read_options(call, INFER_OPTIONS, InferOptions.of)
     counts = Counts()
@@ -217,29 +216,29 @@ async def _infer(call: Call, model: Model) -> Answer:
             parts, length = await _run(context, model, body, options, counts)
     except BonsaiLoraError:
         failed = Counts(_now_ms(), fail_count=1, fail_ns=time.perf_counter_ns() - started)
-        context.counts.add(*model.counted_as, failed)
+        context.counts.add(*model.count_key, failed)
         raise
     counts.success_count, counts.success_ns = 1, time.perf_counter_ns() - started
     counts.last_ms = _now_ms()
-    context.counts.add(*model.counted_as, counts)
+    context.counts.add(*model.count_key, counts)
     context.metrics.rows_applied.inc(counts.vectors)
     headers = [] if length is None else [(HEADER_LENGTH, b"%d" % length)]
-    if options.wanted_coding is not None:
-        work = partial(compress, b"".join(parts), options.wanted_coding)
+    if options.response_coding is not None:
+        work = partial(compress, b"".join(parts), options.response_coding)
         parts = [await context.pool.run(work)]
-        headers.append((b"content-encoding", options.wanted_coding.encode()))
-    return Answer(parts, (Form.JSON if length is None else Form.RAW).value, headers)
+        headers.append((b"content-encoding", options.response_coding.encode()))
+    return BufferResponse(parts, (Form.JSON if length is None else Form.RAW).value, headers)
 
 
 @router.post(
     "/repository/index",
     operation_id="get_repository_index",
-    summary="All models",
+    summary="List all models",
     openapi_extra=optional_body(oip_schemas.IndexRequest),
     responses=oip_errors(400, 503),
 )
-async def get_index(request: Request, context: InContext) -> list[oip_schemas.IndexEntry]:
-    """Every set is ready; `reason` says which are not in memory yet."""
+async def get_index(request: Request, context: ContextDep) -> list[oip_schemas.IndexEntry]:
+    """Every set is ready; `reason` tells which ones are not in memory yet."""
     await _read_optional(request, oip_schemas.IndexRequest)
     found = await anyio.to_thread.run_sync(models.list_models, context.store)
     return [oip_schemas.IndexEntry(**one) for one in found]
@@ -248,18 +247,18 @@ async def get_index(request: Request, context: InContext) -> list[oip_schemas.In
 @router.post(
     "/repository/models/{model}/load",
     operation_id="load_model",
-    summary="Bring a set into memory",
+    summary="Load a set into memory",
     response_class=Response,
     openapi_extra=optional_body(oip_schemas.RepositoryRequest),
-    responses=empty_answer() | oip_errors(400, 404, 501, 503),
+    responses=empty_responses() | oip_errors(400, 404, 501, 503),
 )
-async def load_model(request: Request, context: InContext, model: FoundModel) -> Response:
-    """Later requests find it there. Sets are made and changed under /v1/sets, not here."""
+async def load_model(request: Request, context: ContextDep, model: FoundModel) -> Response:
+    """Loads the set before its first request. Sets are created and changed under /v1/sets."""
     asked = await _read_optional(request, oip_schemas.RepositoryRequest)
     if asked.parameters:
         raise UnsupportedFeatureError(
-            f"load takes no {', '.join(sorted(asked.parameters))[:200]} here; upload an adapter "
-            "with PUT /v1/sets/{set}"
+            f"load does not support the parameters {', '.join(sorted(asked.parameters))[:200]}; "
+            "upload an adapter with PUT /v1/sets/{set}"
         )
     if model.stored is not None:
         with context.pool.admit():
@@ -270,13 +269,13 @@ async def load_model(request: Request, context: InContext, model: FoundModel) ->
 @router.post(
     "/repository/models/{model}/unload",
     operation_id="unload_model",
-    summary="Let go of a set's memory",
+    summary="Release a set's memory",
     response_class=Response,
     openapi_extra=optional_body(oip_schemas.RepositoryRequest),
-    responses=empty_answer() | oip_errors(400, 404, 503),
+    responses=empty_responses() | oip_errors(400, 404, 503),
 )
-async def unload_model(request: Request, context: InContext, model: FoundModel) -> Response:
-    """The set stays, and is opened again when it is next used."""
+async def unload_model(request: Request, context: ContextDep, model: FoundModel) -> Response:
+    """The set is kept, and is opened again on its next use."""
     await _read_optional(request, oip_schemas.RepositoryRequest)
     context.store.forget(model.name)
     return Response()
@@ -285,8 +284,8 @@ async def unload_model(request: Request, context: InContext, model: FoundModel) 
 async def _run(
     context: Context, model: Model, body: Buffer, options: InferOptions, counts: Counts
 ) -> tuple[list[Buffer], int | None]:
-    """Decode and infer: on the event loop where it is little work, else in a thread."""
-    limits, header_length, coding = context.limits, options.header_length, options.coding
+    """Decode and infer, on the event loop if the estimated work is small, else in a thread."""
+    limits, header_length, coding = context.limits, options.header_length, options.request_coding
     text_length = len(body) if header_length is None else header_length
 
     def decode() -> InferRequest:
@@ -309,7 +308,7 @@ async def _run(
 
 
 def _timed(decode: Callable[[], InferRequest], counts: Counts) -> InferRequest:
-    """Return what `decode` gives; its time is counted."""
+    """Return the result of `decode`; add its duration to `counts`."""
     started = time.perf_counter_ns()
     asked = decode()
     counts.input_ns += time.perf_counter_ns() - started

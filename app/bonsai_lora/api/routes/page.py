@@ -1,4 +1,4 @@
-"""What a browser shows: Swagger UI over the OpenAPI document, without another host."""
+"""The documentation page: Swagger UI for the OpenAPI document, served from this host only."""
 
 import hashlib
 from collections.abc import Mapping
@@ -20,20 +20,20 @@ _MEDIA_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascrip
 """By suffix; everything else is plain text."""
 
 _HEADERS = {
-    # data: is for the arrows and icons in Swagger UI's style sheet.
+    # Swagger UI's style sheet has icons in data: URLs.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
     "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    # The URLs have no version, so a browser asks each time and gets 304.
+    # The URLs are not versioned, so browsers must revalidate.
     "Cache-Control": "no-cache",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class PageFile:
-    """A file that is the same for everybody."""
+    """A static file."""
 
     content: bytes
     media_type: str
@@ -42,7 +42,7 @@ class PageFile:
 
 @cache
 def page_files() -> Mapping[str, PageFile]:
-    """Return every file below `FOLDER` by its relative path, read once per process (about 2 MB)."""
+    """Return all files in `FOLDER` by relative path, read once per process (about 2 MB)."""
     paths = (path for path in FOLDER.rglob("*") if path.is_file())
     return {path.relative_to(FOLDER).as_posix(): _read(path) for path in paths}
 
@@ -56,24 +56,24 @@ def _read(path: Path) -> PageFile:
 @router.get("/")
 @router.head("/")
 async def get_root() -> Response:
-    """Lead to the documentation; the address is relative, so that a path prefix works."""
+    """Redirect to the documentation, by a relative URL so that a path prefix works."""
     return RedirectResponse("docs")
 
 
 @router.get("/docs")
 @router.head("/docs")
 async def get_docs(request: Request) -> Response:
-    """Return the page that shows every operation."""
+    """Return the documentation page."""
     return _respond(request, page_files()["docs.html"])
 
 
 @router.get("/page/{path:path}")
 @router.head("/page/{path:path}")
 async def get_page_file(request: Request, path: str) -> Response:
-    """Return a script, a style sheet or a licence. Raises RouteNotFoundError."""
+    """Return a script, a style sheet or a license; raises RouteNotFoundError."""
     file = page_files().get(path)
     if file is None:
-        raise RouteNotFoundError(f"there is no file {path[:200]!r} below /page; /docs is the page")
+        raise RouteNotFoundError(f"there is no file {path[:200]!r} under /page; open /docs")
     return _respond(request, file)
 
 

@@ -1,4 +1,4 @@
-"""Sets: create, list, show, upload, delete, and the set as a PEFT folder."""
+"""Create, list, show, upload and delete sets, and download them as PEFT files."""
 
 import json
 from functools import partial
@@ -12,12 +12,12 @@ from bonsai_lora.api import schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.conditions import not_modified, precondition
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import InContext, SetName
+from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
-    also,
-    file_answer,
+    extra_response,
+    file_responses,
     json_body,
     problems,
 )
@@ -62,7 +62,7 @@ _UPLOAD_BODY = {
 @router.post(
     "/v1/sets",
     operation_id="create_set",
-    summary="Create a set with newly initialised adapters",
+    summary="Create a set of newly initialized adapters",
     status_code=201,
     response_model=schemas.SetInfo,
     openapi_extra=json_body(schemas.CreateSet),
@@ -74,8 +74,10 @@ _UPLOAD_BODY = {
         errors.RankTooLargeError,
     ),
 )
-async def create_set(request: Request, response: Response, context: InContext) -> schemas.SetInfo:
-    """Make adapters as the reference initialises them (A uniform, B zero), or an empty set."""
+async def create_set(request: Request, response: Response, context: ContextDep) -> schemas.SetInfo:
+    """Creates adapters with A uniform and B zero, so that they change nothing before training, or
+    an empty set.
+    """
     with context.pool.admit():
         wanted = await read_model(request, schemas.CreateSet)
         shapes, base_model_name = _wanted_shapes(wanted)
@@ -101,18 +103,20 @@ async def create_set(request: Request, response: Response, context: InContext) -
     responses=problems(errors.InvalidRequestError),
 )
 async def list_sets(
-    context: InContext,
-    limit: Annotated[int, Query(ge=1, le=1000, description="most sets on the page")] = 100,
+    context: ContextDep,
+    limit: Annotated[int, Query(ge=1, le=1000, description="most sets per page")] = 100,
     cursor: Annotated[
         str | None,
         Query(
             pattern=f"{SET_NAME_PATTERN}|^$",
-            description="`next_cursor` of the page before; empty for the first",
+            description="`next_cursor` of the previous page; empty for the first page",
         ),
     ] = None,
     base_model_name: Annotated[str | None, Query(description="only sets for this model")] = None,
 ) -> schemas.SetPage:
-    """Sets are sorted by name; a set created meanwhile appears where its name belongs."""
+    """Sets are sorted by name. A set created between two pages appears if its name is still
+    ahead.
+    """
     page = partial(
         sets.list_sets, context.store, limit=limit, cursor=cursor, base_model_name=base_model_name
     )
@@ -126,13 +130,13 @@ async def list_sets(
     operation_id="get_set",
     summary="Show a set",
     response_model=schemas.SetInfo,
-    responses=also(304, "the set is the version that If-None-Match names")
+    responses=extra_response(304, "not modified: If-None-Match names the current ETag")
     | problems(errors.SetNotFoundError),
 )
 async def get_set(
-    request: Request, response: Response, context: InContext, name: SetName
+    request: Request, response: Response, context: ContextDep, name: SetName
 ) -> schemas.SetInfo | Response:
-    """Everything about the set but its weights."""
+    """Returns the set's configuration and modules, without its weights."""
     stored = context.store.read(name)
     etag = stored.record.etag
     if not_modified(request, etag):
@@ -147,7 +151,7 @@ async def get_set(
     summary="Upload a PEFT adapter as a set",
     response_model=schemas.ImportReport,
     openapi_extra=_UPLOAD_BODY,
-    responses=also(201, "the set is new", schemas.ImportReport)
+    responses=extra_response(201, "created: no set had this name", schemas.ImportReport)
     | problems(
         errors.MalformedMultipartError,
         errors.MalformedSafetensorsError,
@@ -165,10 +169,10 @@ async def get_set(
     ),
 )
 async def upload_set(
-    request: Request, response: Response, context: InContext, name: SetName
+    request: Request, response: Response, context: ContextDep, name: SetName
 ) -> schemas.ImportReport:
-    """Create the set or replace it, in one step; an adapter that would be applied wrongly is
-    refused with the reason.
+    """Creates or replaces the set atomically. An adapter that cannot be applied exactly is refused
+    with the reason.
     """
     check_set_name(name)
     with context.pool.admit(), context.store.new_file() as file:
@@ -200,8 +204,8 @@ async def upload_set(
         errors.SetNotFoundError, errors.PreconditionFailedError, errors.StoreReadOnlyError
     ),
 )
-async def delete_set(request: Request, context: InContext, name: SetName) -> None:
-    """Requests that started before finish on the set they started with."""
+async def delete_set(request: Request, context: ContextDep, name: SetName) -> None:
+    """Requests in flight finish with the set as it was when they started."""
     remove = partial(sets.delete_set, context.store, name, precondition(request))
     await context.pool.run(remove)
 
@@ -209,7 +213,7 @@ async def delete_set(request: Request, context: InContext, name: SetName) -> Non
 def _config_file(context: Context, name: str) -> BytesFile:
     stored = context.store.read(name)
     text = json.dumps(sets.export_config(stored), indent=2) + "\n"
-    # One tag per file: caches of the hub's client name their files by it.
+    # The ETag must differ per file: Hub clients name cached files by it.
     etag = f'{stored.record.etag[:-1]}-config"'
     return BytesFile(memoryview(text.encode()), etag, Form.JSON.value)
 
@@ -225,33 +229,33 @@ _FILE_ERRORS = (errors.SetNotFoundError, errors.RangeNotSatisfiableError, errors
 @router.get(
     "/v1/sets/{set}/adapter_config.json",
     operation_id="get_adapter_config",
-    summary="The set's PEFT configuration",
+    summary="Download a set's PEFT configuration",
     response_class=Response,
-    responses=file_answer(Form.JSON.value) | problems(*_FILE_ERRORS),
+    responses=file_responses(Form.JSON.value) | problems(*_FILE_ERRORS),
 )
 @router.head("/v1/sets/{set}/adapter_config.json", include_in_schema=False)
-async def get_adapter_config(request: Request, context: InContext, name: SetName) -> Response:
-    """With `adapter_model.safetensors` in one folder, `peft` loads it as it is."""
+async def get_adapter_config(request: Request, context: ContextDep, name: SetName) -> Response:
+    """Put it in a folder with `adapter_model.safetensors`, and `peft` loads the folder."""
     return file_response(request, _config_file(context, name), context.pool)
 
 
 @router.get(
     "/v1/sets/{set}/adapter_model.safetensors",
     operation_id="get_adapter_model",
-    summary="The set's weights as PEFT names them",
+    summary="Download a set's weights under PEFT's names",
     response_class=Response,
-    responses=file_answer(Form.BINARY.value) | problems(*_FILE_ERRORS),
+    responses=file_responses(Form.BINARY.value) | problems(*_FILE_ERRORS),
 )
 @router.head("/v1/sets/{set}/adapter_model.safetensors", include_in_schema=False)
-async def get_adapter_model(request: Request, context: InContext, name: SetName) -> Response:
-    """Tensors keep the dtype that they came in, bit for bit."""
+async def get_adapter_model(request: Request, context: ContextDep, name: SetName) -> Response:
+    """Uploaded tensors keep their dtype and are returned bit for bit."""
     return file_response(request, _model_file(context, name), context.pool)
 
 
 def _wanted_shapes(wanted: schemas.CreateSet) -> tuple[Shapes, str]:
-    """Return the shapes that a request asks for, and its base model's name.
+    """Return the requested shapes and the name of the base model.
 
-    Fields given beside `model` replace that part of the model.
+    Fields given in addition to `model` override that part of it.
     """
     attention = AttentionShape(**wanted.attention.model_dump()) if wanted.attention else None
     mlp = MlpShape(**wanted.mlp.model_dump()) if wanted.mlp else None
@@ -260,7 +264,7 @@ def _wanted_shapes(wanted: schemas.CreateSet) -> tuple[Shapes, str]:
         model = MODELS.get(wanted.model)
         if model is None:
             raise errors.InvalidRequestError(
-                f"model {wanted.model[:100]!r} is not known; expected one of {', '.join(MODELS)}",
+                f"model {wanted.model[:100]!r} is unknown; expected one of {', '.join(MODELS)}",
                 field="model",
                 expected=list(MODELS),
             )
@@ -271,7 +275,7 @@ def _wanted_shapes(wanted: schemas.CreateSet) -> tuple[Shapes, str]:
         return shapes, wanted.base_model_name
     if not shapes:
         raise errors.InvalidRequestError(
-            "num_layers needs attention or mlp beside it, to know what to make per layer",
+            "num_layers is given without attention or mlp; add the shapes of one layer",
             field="num_layers",
         )
     return layered(shapes, num_layers), wanted.base_model_name or wanted.model or ""

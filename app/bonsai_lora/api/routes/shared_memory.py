@@ -6,8 +6,8 @@ from fastapi import APIRouter, Path, Request, Response
 
 from bonsai_lora.api import oip_schemas
 from bonsai_lora.api.body import parse_model, read_body
-from bonsai_lora.api.deps import InContext
-from bonsai_lora.api.openapi import empty_answer, oip_errors, optional_body
+from bonsai_lora.api.deps import ContextDep
+from bonsai_lora.api.openapi import empty_responses, oip_errors, optional_body
 from bonsai_lora.storage.regions import Region
 
 router = APIRouter(prefix="/v2/systemsharedmemory", tags=["open inference protocol"])
@@ -20,37 +20,37 @@ RegionPath = Annotated[str, Path(description="name of a shared-memory region")]
 @router.get(
     "/status",
     operation_id="get_shared_memory",
-    summary="All shared-memory regions",
+    summary="List all shared-memory regions",
     responses=oip_errors(501),
 )
-async def get_shared_memory(context: InContext) -> list[oip_schemas.RegionInfo]:
-    """Only where the service was started with `--shared-memory`."""
+async def get_shared_memory(context: ContextDep) -> list[oip_schemas.RegionInfo]:
+    """Available if the service was started with `--shared-memory`."""
     return [_region_info(one) for one in context.inference.regions.list()]
 
 
 @router.get(
     "/region/{region}/status",
     operation_id="get_shared_memory_region",
-    summary="One shared-memory region",
+    summary="Show a shared-memory region",
     responses=oip_errors(404, 501),
 )
 async def get_shared_memory_region(
-    context: InContext, region: RegionPath
+    context: ContextDep, region: RegionPath
 ) -> list[oip_schemas.RegionInfo]:
-    """A list with that region."""
+    """Returns a list with one entry, as Triton does."""
     return [_region_info(context.inference.regions.get(region))]
 
 
 @router.post(
     "/region/{region}/register",
     operation_id="register_shared_memory",
-    summary="Give shared memory a name",
+    summary="Register a shared-memory region",
     response_class=Response,
     openapi_extra=optional_body(oip_schemas.RegisterRequest, required=True),
-    responses=empty_answer() | oip_errors(400, 501),
+    responses=empty_responses() | oip_errors(400, 501),
 )
-async def register(request: Request, context: InContext, region: RegionPath) -> Response:
-    """The memory must exist; it is never removed here."""
+async def register(request: Request, context: ContextDep, region: RegionPath) -> Response:
+    """The shared memory must exist. The service never deletes it."""
     asked = parse_model(await read_body(request, _REGISTER_BYTES), oip_schemas.RegisterRequest)
     context.inference.regions.register(region, asked.key, asked.offset, asked.byte_size)
     return Response()
@@ -59,12 +59,12 @@ async def register(request: Request, context: InContext, region: RegionPath) -> 
 @router.post(
     "/region/{region}/unregister",
     operation_id="unregister_shared_memory_region",
-    summary="Forget a shared-memory region",
+    summary="Unregister a shared-memory region",
     response_class=Response,
-    responses=empty_answer() | oip_errors(501),
+    responses=empty_responses() | oip_errors(501),
 )
-async def unregister(context: InContext, region: RegionPath) -> Response:
-    """Nothing happens where there is none of that name."""
+async def unregister(context: ContextDep, region: RegionPath) -> Response:
+    """Does nothing if no region has this name."""
     context.inference.regions.unregister(region)
     return Response()
 
@@ -72,12 +72,12 @@ async def unregister(context: InContext, region: RegionPath) -> Response:
 @router.post(
     "/unregister",
     operation_id="unregister_shared_memory",
-    summary="Forget all shared-memory regions",
+    summary="Unregister all shared-memory regions",
     response_class=Response,
-    responses=empty_answer() | oip_errors(501),
+    responses=empty_responses() | oip_errors(501),
 )
-async def unregister_all(context: InContext) -> Response:
-    """The memory itself stays."""
+async def unregister_all(context: ContextDep) -> Response:
+    """The shared memory itself is kept."""
     for one in context.inference.regions.list():
         context.inference.regions.unregister(one.name)
     return Response()

@@ -1,4 +1,4 @@
-"""Parameters, memory and how much fits."""
+"""Statistics of sets and of the store, and memory estimates."""
 
 from functools import partial
 from time import monotonic
@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
-from bonsai_lora.api.deps import InContext, SetName
+from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.openapi import problems
 from bonsai_lora.core.registry import LoraRegistry, adapter_bytes
 from bonsai_lora.service.stats import module_stats, store_stats
@@ -22,20 +22,22 @@ Count = Annotated[int, Query(ge=0, le=2**63 - 1)]
 @router.get(
     "/v1/sets/{set}/stats",
     operation_id="get_set_stats",
-    summary="One set in numbers",
+    summary="Show the statistics of a set",
     responses=problems(errors.SetNotFoundError, errors.InvalidRequestError, errors.BusyError),
 )
 async def get_set_stats(
-    context: InContext,
+    context: ContextDep,
     name: SetName,
     base_param_count: Annotated[
         int | None, Query(ge=0, le=2**63 - 1, description="parameters of the base model")
     ] = None,
 ) -> schemas.SetStats:
-    """Norm and effective rank of each delta come from r x r Gram matrices."""
+    """Returns parameter counts, and the norm and effective rank of each delta, computed from r x r
+    Gram matrices.
+    """
     stored = context.store.read(name)
     with context.pool.admit():
-        # One module at a time, so that other work comes in between.
+        # One module at a time, so that other work can run in between.
         adapters = stored.lora_set.registry.adapters
         found = [
             await context.pool.run(partial(module_stats, module, one))
@@ -54,10 +56,13 @@ async def get_set_stats(
 
 
 @router.get(
-    "/v1/stats", operation_id="get_stats", summary="All sets in numbers", responses=problems()
+    "/v1/stats",
+    operation_id="get_stats",
+    summary="Show the statistics of the store",
+    responses=problems(),
 )
-async def get_stats(context: InContext) -> schemas.StoreStatsInfo:
-    """Sums over the whole registry; the largest sets first."""
+async def get_stats(context: ContextDep) -> schemas.StoreStatsInfo:
+    """Returns totals over all sets, and the largest sets."""
     stats = await anyio.to_thread.run_sync(store_stats, context.store)
     return schemas.StoreStatsInfo(
         set_count=stats.set_count,
@@ -74,11 +79,11 @@ async def get_stats(context: InContext) -> schemas.StoreStatsInfo:
 @router.get(
     "/v1/estimate",
     operation_id="estimate",
-    summary="How many adapters fit into a budget",
+    summary="Estimate how many adapters fit in a budget",
     responses=problems(errors.InvalidRequestError),
 )
 async def estimate(d_in: Count, d_out: Count, rank: Count, budget_bytes: Count) -> schemas.Estimate:
-    """0 where one adapter alone does not fit, or where it has no size."""
+    """Returns 0 if not even one adapter fits, or if adapters have no parameters."""
     return schemas.Estimate(
         adapters=LoraRegistry.estimate_adapters_for_budget(d_in, d_out, rank, budget_bytes),
         bytes_per_adapter=adapter_bytes(d_in, d_out, rank),

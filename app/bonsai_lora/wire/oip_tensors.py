@@ -1,0 +1,166 @@
+"""The tensors of inference requests: from JSON lists or bytes to arrays and strings."""
+
+import math
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from bonsai_lora.core.cast import BFLOAT16, FLOAT16, FLOAT32, Array, Floats, to_float32
+from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, ShapeMismatchError
+from bonsai_lora.wire import json
+from bonsai_lora.wire.finite import check_finite
+from bonsai_lora.wire.oip import InferInput, Placement, is_list_of
+
+DATATYPES: Mapping[str, np.dtype[Any]] = {
+    "FP32": FLOAT32,
+    "FP16": FLOAT16,
+    "BF16": BFLOAT16,
+    "FP64": np.dtype(np.float64),
+}
+BYTES = "BYTES"
+
+_BINARY_ONLY = ("FP16", "BF16")
+
+
+def check_floats(tensor: InferInput) -> np.dtype[Any]:
+    """Return the dtype of a numeric tensor, without reading its data.
+
+    Raises InvalidRequestError for any other datatype, ShapeMismatchError unless it has one or two
+    dimensions and the length of its data fits its shape.
+    """
+    name, shape = tensor.name, tensor.shape
+    dtype = DATATYPES.get(tensor.datatype)
+    if dtype is None:
+        raise InvalidRequestError(
+            f"inference input '{name}' data-type is '{tensor.datatype}'; expected 'FP32' or "
+            "'FP64', or in binary also 'FP16' or 'BF16'",
+            field=name,
+        )
+    if len(shape) not in (1, 2):
+        raise ShapeMismatchError(
+            f"unexpected shape {format_shape(shape)} for input '{name}'; expected [rows, width] or "
+            "[width]",
+            field=name,
+        )
+    content = tensor.content
+    if isinstance(content, memoryview | Placement):
+        expected = math.prod(shape) * dtype.itemsize
+        got = content.byte_size if isinstance(content, Placement) else len(content)
+        if got != expected:
+            raise ShapeMismatchError(
+                f"input byte size mismatch for input '{name}'. Expected {expected} for shape "
+                f"{format_shape(shape)} of {tensor.datatype}, got {got}",
+                field=name,
+            )
+    return dtype
+
+
+def decode_floats(
+    tensor: InferInput, content: memoryview | Array | list[Any], text: json.Text
+) -> Floats:
+    """Return a numeric tensor as float32 in its own shape, (width,) or (rows, width).
+
+    `text` is the JSON of the request. Raises the errors of `check_floats`, ShapeMismatchError if a
+    JSON list has a different shape, NonFiniteInputError.
+    """
+    name, shape = tensor.name, tensor.shape
+    dtype = check_floats(tensor)
+    if not isinstance(content, memoryview):
+        return _from_json(tensor, content, text)
+    floats = to_float32(np.frombuffer(content, dtype).reshape(shape))
+    check_finite(floats, name)
+    return floats
+
+
+def decode_strings(tensor: InferInput, content: memoryview | Array | list[Any]) -> list[str]:
+    """Return the elements of a BYTES tensor of shape (n,) or (n, 1).
+
+    Raises InvalidRequestError for any other datatype, MalformedBodyError for invalid data,
+    ShapeMismatchError for the wrong number of elements.
+    """
+    name = tensor.name
+    if tensor.datatype != BYTES:
+        raise InvalidRequestError(
+            f"inference input '{name}' data-type is '{tensor.datatype}'; expected 'BYTES'",
+            field=name,
+        )
+    if len(tensor.shape) not in (1, 2) or tensor.shape[1:] not in ((), (1,)):
+        raise ShapeMismatchError(
+            f"unexpected shape {format_shape(tensor.shape)} for input '{name}'; expected [rows]",
+            field=name,
+        )
+    count = tensor.shape[0]
+    found = (
+        _binary_strings(content, name, count + 1)
+        if isinstance(content, memoryview)
+        else _json_strings(content, name)
+    )
+    if len(found) != count:
+        got = str(len(found)) if len(found) < count else f"more than {count}"
+        raise ShapeMismatchError(
+            f"input '{name}' has {got} elements, but its shape is {format_shape(tensor.shape)}; "
+            "send as many as the shape says",
+            field=name,
+        )
+    return found
+
+
+def format_shape(shape: tuple[int, ...]) -> str:
+    """Return a shape as Triton writes it."""
+    return f"[{','.join(map(str, shape))}]"
+
+
+def _from_json(tensor: InferInput, content: Array | list[Any], text: json.Text) -> Floats:
+    name = tensor.name
+    if tensor.datatype in _BINARY_ONLY:
+        raise InvalidRequestError(
+            f"receiving {tensor.datatype} data via JSON is not supported. Please use the binary "
+            f"data format for input '{name}'",
+            field=name,
+        )
+    floats = json.decode_tensor(content, name, text)
+    flat = floats.ndim == 1 and floats.size == math.prod(tensor.shape)
+    if not flat and floats.shape != tensor.shape:
+        raise ShapeMismatchError(
+            f"input '{name}' has data of shape {format_shape(floats.shape)}, but its shape is "
+            f"{format_shape(tensor.shape)}; make them agree",
+            field=name,
+        )
+    return floats.reshape(tensor.shape)
+
+
+def _json_strings(content: Array | list[Any], name: str) -> list[str]:
+    flat = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in content]
+    if not is_list_of(str, flat):
+        raise InvalidRequestError(
+            f"the data of input '{name}' is not all strings; expected a list of strings",
+            field=name,
+        )
+    return flat
+
+
+def _binary_strings(content: memoryview, name: str, most: int) -> list[str]:
+    """Return at most `most` strings, each preceded by its length in four bytes."""
+    found: list[str] = []
+    start = 0
+    try:
+        while start < len(content) and len(found) < most:
+            (length,) = struct.unpack_from("<I", content, start)
+            start += 4 + length
+            if start > len(content):
+                raise MalformedBodyError(
+                    f"a string of input '{name}' is truncated; send all of its bytes", field=name
+                )
+            found.append(str(content[start - length : start], "utf-8"))
+    except struct.error:
+        raise MalformedBodyError(
+            f"the length of a string of input '{name}' is truncated; send it in four bytes",
+            field=name,
+        ) from None
+    except UnicodeDecodeError:
+        raise MalformedBodyError(
+            f"a string of input '{name}' is not UTF-8; encode it as UTF-8", field=name
+        ) from None
+    return found
