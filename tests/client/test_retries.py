@@ -95,6 +95,7 @@ def test_a_write_is_repeated_if_the_service_says_that_it_did_not_begin(write):
         busy("Retry-After: 0", body=b'{"code": "store_read_only", "detail": ""}'),
         busy("Retry-After: 0", body=b'{"code": "a_new_one", "detail": ""}'),
         busy("Retry-After: 3600"),
+        busy(f"Retry-After: {'9' * 5000}"),
         busy("Retry-After: Wed, 21 Oct 2026 07:28:00 GMT"),
         busy("Retry-After: -1"),
         Answer(500, b'{"code": "internal_error", "detail": ""}', ("Retry-After: 0",)),

@@ -179,8 +179,7 @@ class Client:
 
         `jobs` files at a time. Files that are already there are kept, and partial ones are
         resumed, unless the model has changed since. `on_progress` gets the bytes that are there
-        and the total. Raises ValueError if a file has a
-        different size or ETag than announced.
+        and the total. Raises ValueError if a file has a different size or ETag than announced.
         """
         commit: str = self.send(bases.get_repository(model))["sha"]
         files = self.send(bases.list_repository(model, commit))

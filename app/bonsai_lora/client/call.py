@@ -157,7 +157,7 @@ def blocks_of(source: BinaryIO | Iterable[bytes]) -> Iterable[bytes]:
 def described(method: Function, make: Callable[..., Any]) -> Function:
     """Return `method` with the name, docstring and parameters of the function `make`."""
     signature = inspect.signature(make)
-    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     result: Any = method
     result.__name__, result.__doc__ = make.__name__, make.__doc__
     result.__signature__ = signature.replace(

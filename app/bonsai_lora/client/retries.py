@@ -10,6 +10,7 @@ from bonsai_lora.errors import BonsaiLoraError, BusyError, NewerFormatError
 _FIRST_WAIT_SECONDS = 0.1
 _LONGEST_WAIT_SECONDS = 60
 """A service that asks for a longer wait gets no second attempt."""
+_MOST_DIGITS = 9
 
 
 class Retries:
@@ -58,6 +59,6 @@ def _wait_of(answer: httpx.Response) -> float | None:
     text = answer.headers.get("retry-after", "")
     if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
         return None
-    if not (text.isascii() and text.isdigit() and int(text) <= _LONGEST_WAIT_SECONDS):
+    if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
         return None
-    return float(text)
+    return float(text) if int(text) <= _LONGEST_WAIT_SECONDS else None
