@@ -23,7 +23,7 @@ from bonsai_lora.settings import Settings
 
 sys.path[:0] = [
     str(Path(__file__).parent / part)
-    for part in ("", "core", "api", "end_to_end", "peers", "storage")
+    for part in ("", "client", "core", "api", "end_to_end", "peers", "storage")
 ]
 
 configure_logging("warning", "console")
@@ -53,11 +53,18 @@ def client(app):
 
 
 @pytest.fixture
-def based(settings, tmp_path):
-    """A client of a service that knows the base `tiny-qwen3`, which the adapters of the data name."""
+def service(settings, tmp_path):
+    """The URL of a service that knows the base `tiny-qwen3`, which the adapters of the data name."""
     shutil.copytree(TINY / "base", tmp_path / "bases" / "tiny-qwen3")
     known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
-    with serving(create_app(known)) as url, httpx.Client(base_url=url, timeout=30) as client:
+    with serving(create_app(known)) as url:
+        yield url
+
+
+@pytest.fixture
+def based(service):
+    """A client of that service."""
+    with httpx.Client(base_url=service, timeout=30) as client:
         yield client
 
 

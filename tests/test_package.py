@@ -92,6 +92,14 @@ def test_importing_the_package_loads_nothing():
     loaded = loaded_by("import bonsai_lora; dir(bonsai_lora)")
     assert {name for name in loaded if name.startswith("bonsai_lora")} == {"bonsai_lora"}
     assert not loaded & {"numpy", "llvmlite", "fastapi", "httpx"}
+    loaded = loaded_by(
+        "import bonsai_lora\n"
+        "with bonsai_lora.Client('http://127.0.0.1:9', retries=0) as client:\n"
+        "    try: client.get_stats()\n"
+        "    except Exception as error: print(type(error))\n"
+    )
+    assert "httpx" in loaded
+    assert not loaded & {"numpy", "llvmlite", "fastapi"}
     assert "numpy" in loaded_by("import bonsai_lora; bonsai_lora.LoraConfig")
 
 
@@ -114,7 +122,7 @@ def test_the_client_loads_neither_the_server_nor_numpy(words):
     first = {name.partition(".")[0] for name in loaded}
     assert not first & {"numpy", "llvmlite", "fastapi", "starlette", "uvicorn", "pydantic"}
     parts = {name.split(".")[1] for name in loaded if name.startswith("bonsai_lora.")}
-    assert parts == {"cli", "errors", "formats"}
+    assert parts == {"cli", "client", "errors", "formats"}
 
 
 def test_blas_threads_are_set_before_numpy_loads():
@@ -146,7 +154,7 @@ def test_client_and_library_import_no_posix_only_modules():
         "from bonsai_lora.cli.main import main\n"
         f"assert main(['ls', '--url', {DEAD!r}]) == 3\n"
         "made = [getattr(bonsai_lora, name) for name in bonsai_lora.__all__]\n"
-        "assert len(made) == 5\n"
+        "assert len(made) == 7\n"
         "import numpy as np\n"
         "adapter = bonsai_lora.LoraAdapter.new(4, 3, bonsai_lora.LoraConfig(rank=2))\n"
         "print(adapter.apply(np.ones((2, 4), np.float32)).shape)\n"

@@ -57,7 +57,8 @@ from typing import Any, ClassVar
 class BonsaiLoraError(Exception):
     """Base class: a stable `code`, a text for people, and the values that it is about."""
 
-    code: ClassVar[str] = "error"
+    code: str = "error"
+    """Of the class; the service's, where a client raises it for an answer."""
     title: ClassVar[str] = "Error"
 
     def __init__(self, detail: str, **values: Any) -> None:

@@ -10,19 +10,12 @@ import sys
 import httpx
 import numpy as np
 import pytest
-from conftest import TINY, read_tensors, serving
+from conftest import TINY, read_tensors
+from scripted import Answer, scripted
 
-from bonsai_lora.api.app import create_app
 from bonsai_lora.cli.main import main
-from bonsai_lora.cli.pull import STATE_FOLDER, Progress
-
-
-@pytest.fixture
-def service(settings, tmp_path):
-    shutil.copytree(TINY / "base", tmp_path / "bases" / "tiny-qwen3")
-    known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
-    with serving(create_app(known)) as url:
-        yield url
+from bonsai_lora.cli.progress import ProgressLine
+from bonsai_lora.client.download import STATE_FOLDER
 
 
 @pytest.fixture
@@ -166,6 +159,40 @@ def test_odd_file_names(run, settings, tmp_path):
     assert (tmp_path / "o" / "a%41.txt").read_text() == "a%41.txt"
 
 
+def test_the_address_and_the_token_of_the_environment(service, capsys, monkeypatch):
+    monkeypatch.setenv("BONSAI_LORA_URL", service)
+    assert main(["ls", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert main(["ls", "--url", "http://127.0.0.1:9"]) == 3  # a flag beats the variable
+    with scripted([Answer(200, b'{"sets": [], "next_cursor": null}')]) as server:
+        monkeypatch.setenv("BONSAI_LORA_URL", server.url)
+        monkeypatch.setenv("BONSAI_LORA_TOKEN", "bl_secret")
+        assert main(["ls", "--header", "X-Team: search", "--header", "X-Empty:"]) == 0
+    (head,) = server.heads
+    assert b"authorization: bearer bl_secret" in head.lower()
+    assert b"X-Team: search" in head
+    assert b"X-Empty: \r\n" in head
+
+
+@pytest.mark.parametrize("text", ["X-Team", "X Team: a", ": a", "X-Team: a\r\nX-More: b", "X: é"])
+def test_headers_that_are_malformed(text, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["ls", "--header", text])
+    assert exit_.value.code == 2
+    assert "is not a header, such as 'X-Team: search'" in capsys.readouterr().err
+
+
+def test_a_service_of_a_different_kind(capsys):
+    with scripted([Answer(200, b"<html>"), Answer(200, b"{}"), Answer(502, b"<html>")]) as server:
+        for code, text in (
+            (3, "cannot be decoded"),
+            (3, "KeyError"),
+            (1, "answered 502 Bad Gateway"),
+        ):
+            assert main(["ls", "--url", server.url]) == code
+            assert text in capsys.readouterr().err
+
+
 def test_no_service(capsys):
     assert main(["ls", "--url", "http://127.0.0.1:9"]) == 3
     assert "no service at http://127.0.0.1:9" in capsys.readouterr().err
@@ -175,8 +202,8 @@ def test_progress_shows_rate_and_time_left(monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
-    with Progress(2_000_000) as progress:
-        progress.add(1_000_000)
-        progress.add(1_000_000)
+    with ProgressLine() as line:
+        line.update(1_000_000, 2_000_000)
+        line.update(2_000_000, 2_000_000)
     assert "100% 2/2 MB" in screen.getvalue()
     assert "s left" in screen.getvalue()

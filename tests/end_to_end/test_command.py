@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
+from bonsai_lora.cli import serve
 from bonsai_lora.cli.main import main
 from bonsai_lora.formats import safetensors
 from bonsai_lora.settings import Settings
@@ -84,6 +86,24 @@ def test_sigterm_finishes_requests_in_flight_and_exits_0(tmp_path):
         thread.join()
         assert answers[0].json()["outputs"] == [0.0, 0.0]
         assert process.wait(timeout=20) == 0
+
+
+def test_variables_that_are_not_settings_are_named(monkeypatch):
+    for name in ("BONSAI_LORA_PROT", "BONSAI_LORA_PORT", "BONSAI_LORA_URL", "BONSAI_LORA_TOKEN"):
+        monkeypatch.setenv(name, "8000")
+    warnings = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    log = logging.getLogger("bonsai_lora")
+    log.addHandler(handler)
+    try:
+        serve._warn_of_unknown_variables()
+    finally:
+        log.removeHandler(handler)
+    named = " ".join(warnings)
+    assert "BONSAI_LORA_PROT is not a setting" in named
+    for known in ("BONSAI_LORA_PORT", "BONSAI_LORA_URL", "BONSAI_LORA_TOKEN"):
+        assert known not in named
 
 
 def test_a_restart_keeps_everything(tmp_path):

@@ -24,6 +24,7 @@ from uvicorn.supervisors import Multiprocess
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
+from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
 from bonsai_lora.settings import Settings
 from bonsai_lora.storage.store import SetStore
 
@@ -191,6 +192,7 @@ def _raise_file_limit() -> None:
 
 def _warn_of_unknown_variables() -> None:
     known = {f"BONSAI_LORA_{name.upper()}" for name in Settings.model_fields}
+    known |= {URL_VARIABLE, TOKEN_VARIABLE}  # read by the client
     for name in sorted(os.environ):
         if name.startswith("BONSAI_LORA_") and name not in known:
             _log.warning("%s is not a setting; see bonsai-lora serve --help", name)
