@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.adapter import LoraAdapter, check_factors
 from bonsai_lora.core.cast import Array, all_finite
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
@@ -20,7 +20,6 @@ from bonsai_lora.errors import (
     NewerFormatError,
     SetExistsError,
     SetNotFoundError,
-    ShapeMismatchError,
     UnsupportedAdapterError,
 )
 from bonsai_lora.formats import peft
@@ -305,13 +304,7 @@ def _check_factors(tensors: Mapping[str, Array]) -> tuple[Array, Array]:
             raise InvalidAdapterError(
                 f"{name} has NaN or infinity; expected finite numbers", field=name
             )
-    if a_matrix.ndim != 2 or b_matrix.ndim != 2 or a_matrix.shape[0] != b_matrix.shape[1]:
-        raise ShapeMismatchError(
-            f"lora_A has shape {list(a_matrix.shape)} and lora_B {list(b_matrix.shape)}; "
-            "expected (r, d_in) and (d_out, r) with the same r",
-            got=[list(a_matrix.shape), list(b_matrix.shape)],
-            expected=[["r", "d_in"], ["d_out", "r"]],
-        )
+    check_factors(a_matrix, b_matrix)
     return a_matrix, b_matrix
 
 
