@@ -22,7 +22,7 @@ class LoraAdapter:
     """A (r, d_in) and B (d_out, r) with the factor in `delta W = scaling * B @ A`; immutable.
 
     The arrays are kept in the dtype they came in (float32, float16 or bfloat16), often views of
-    a file; arithmetic is float32.
+    a file; arithmetic is float32. Raises ShapeMismatchError where they do not fit together.
     """
 
     config: LoraConfig
@@ -37,6 +37,18 @@ class LoraAdapter:
     magnitude: Array | None = None
     """m of DoRA (Liu et al. 2024), shape (d_out,): W' = m / |W + scaling B A|, row by row."""
     layer: LayerKind = "linear"
+
+    def __post_init__(self) -> None:
+        """Check the shapes, which the kernels rely on."""
+        a, b = self.a_matrix.shape, self.b_matrix.shape
+        vectors = [one.shape for one in (self.bias, self.magnitude) if one is not None]
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or any(one != b[:1] for one in vectors):
+            shapes = [list(one) for one in (a, b, *vectors)]
+            raise ShapeMismatchError(
+                f"A, B and vectors of shapes {shapes} are not one adapter; expected (r, d_in), "
+                "(d_out, r) and (d_out,)",
+                got=shapes,
+            )
 
     @classmethod
     def new(cls, d_in: int, d_out: int, config: LoraConfig) -> "LoraAdapter":
