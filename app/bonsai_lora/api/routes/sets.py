@@ -93,7 +93,7 @@ async def create_set(request: Request, response: Response, context: ContextDep) 
         stored = await context.pool.run(make)
     response.headers["Location"] = f"/v1/sets/{wanted.name}"
     response.headers["ETag"] = stored.record.etag
-    return schemas.SetInfo(**schemas.SetInfo.fields_of_set(stored))
+    return schemas.SetInfo.of(stored)
 
 
 @router.get(
@@ -121,7 +121,7 @@ async def list_sets(
         sets.list_sets, context.store, limit=limit, cursor=cursor, base_model_name=base_model_name
     )
     records, next_cursor = await anyio.to_thread.run_sync(page)
-    summaries = [schemas.SetSummary(**schemas.SetSummary.fields_of(one)) for one in records]
+    summaries = [schemas.SetSummary.model_validate(one) for one in records]
     return schemas.SetPage(sets=summaries, next_cursor=next_cursor)
 
 
@@ -142,7 +142,7 @@ async def get_set(
     if not_modified(request, etag):
         return Response(status_code=304, headers={"ETag": etag})
     response.headers["ETag"] = etag
-    return schemas.SetInfo(**schemas.SetInfo.fields_of_set(stored))
+    return schemas.SetInfo.of(stored)
 
 
 @router.put(
