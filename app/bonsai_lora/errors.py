@@ -1,52 +1,5 @@
 """The errors of the service, which the HTTP API returns as problems.
 
-    BonsaiLoraError
-    ├── MalformedBodyError                  the bytes cannot be read at all
-    │   ├── MalformedJsonError
-    │   ├── MalformedMultipartError
-    │   └── MalformedSafetensorsError
-    ├── NotFoundError
-    │   ├── SetNotFoundError
-    │   ├── AdapterNotFoundError
-    │   ├── BaseNotFoundError
-    │   ├── FileNotInModelError
-    │   ├── VersionNotFoundError
-    │   ├── RegionNotFoundError
-    │   └── RouteNotFoundError
-    ├── MethodNotAllowedError
-    ├── NotAcceptableError
-    ├── SetExistsError
-    ├── PreconditionFailedError
-    ├── TooLargeError                       over a limit of the settings
-    │   ├── BodyTooLargeError
-    │   ├── HeaderTooLargeError
-    │   ├── HeadTooLargeError
-    │   ├── TooManyRowsError
-    │   └── AnswerTooLargeError
-    ├── UnsupportedMediaTypeError
-    ├── RangeNotSatisfiableError
-    ├── InvalidError                        well-formed, but wrong
-    │   ├── InvalidRequestError
-    │   ├── InvalidNameError
-    │   ├── ShapeMismatchError
-    │   ├── NonFiniteInputError
-    │   ├── NonFiniteOutputError
-    │   ├── RaggedInputError
-    │   ├── RankTooLargeError
-    │   ├── DoraNeedsBaseError
-    │   ├── InvalidBaseError
-    │   ├── InvalidAdapterError
-    │   └── UnsupportedAdapterError
-    ├── BusyError                           try again later
-    ├── StalledError                        the client stopped sending or reading
-    ├── BaseChangedError                    a base was overwritten while it was read
-    ├── MemoryBudgetError
-    ├── StoreFullError
-    ├── StoreReadOnlyError
-    ├── NewerFormatError                    a newer release wrote the set
-    ├── UnsupportedFeatureError             not supported, or not enabled
-    └── InternalError                       a fault of the service
-
 Each class has a stable `code`. HTTP statuses are assigned in `app/bonsai_lora/api/errors.py` only.
 An error's text says what is wrong with the value at hand, then what to do.
 """
