@@ -17,7 +17,7 @@ from bonsai_lora.api.openapi import (
     TENSOR_ERRORS,
     extra_response,
     problems,
-    tensor_body,
+    request_body,
 )
 from bonsai_lora.core.cast import Array
 from bonsai_lora.formats import safetensors
@@ -31,7 +31,7 @@ router = APIRouter(tags=["adapters"])
 _PUT_FIELDS = frozenset({"d_in", "d_out", "config", "lora_A", "lora_B", "alpha"})
 _NEW_FIELDS = frozenset({"d_in", "d_out", "config"})
 
-_PUT_BODY = tensor_body(schemas.NewAdapter, Form.BINARY)
+_PUT_BODY = request_body(schemas.NewAdapter, Form.BINARY)
 _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
     "anyOf": [
         {"$ref": "#/components/schemas/NewAdapter"},

@@ -14,7 +14,7 @@ from bonsai_lora.api.body import BodyReader, body_form, content_length, read_bod
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, ModuleName, SetName
 from bonsai_lora.api.merge_stream import MergeStream
-from bonsai_lora.api.openapi import TENSOR_ERRORS, problems, tensor_body, tensor_responses
+from bonsai_lora.api.openapi import TENSOR_ERRORS, problems, request_body, tensor_responses
 from bonsai_lora.api.spool import Spool
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.formats import safetensors
@@ -37,7 +37,7 @@ _SMALL_HEADER_BYTES = 1 << 13
     operation_id="merge_weights",
     summary="Merge an adapter into weights",
     response_class=Response,
-    openapi_extra=tensor_body(tensor_schemas.MergeRequest, Form.BINARY, Form.RAW),
+    openapi_extra=request_body(tensor_schemas.MergeRequest, Form.BINARY, Form.RAW),
     responses=tensor_responses(tensor_schemas.MergeAnswer, Form.BINARY, Form.RAW)
     | problems(
         *TENSOR_ERRORS,

@@ -18,8 +18,8 @@ from bonsai_lora.api.openapi import (
     STORE_ERRORS,
     extra_response,
     file_responses,
-    json_body,
     problems,
+    request_body,
 )
 from bonsai_lora.api.ranges import BytesFile, file_response
 from bonsai_lora.api.uploads import receive_adapter
@@ -65,7 +65,7 @@ _UPLOAD_BODY = {
     summary="Create a set of newly initialized adapters",
     status_code=201,
     response_model=schemas.SetInfo,
-    openapi_extra=json_body(schemas.CreateSet),
+    openapi_extra=request_body(schemas.CreateSet),
     responses=problems(
         *BODY_ERRORS,
         *STORE_ERRORS,

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Path, Request, Response
 from bonsai_lora.api import oip_schemas
 from bonsai_lora.api.body import parse_model, read_body
 from bonsai_lora.api.deps import ContextDep
-from bonsai_lora.api.openapi import empty_responses, oip_errors, optional_body
+from bonsai_lora.api.openapi import empty_responses, oip_errors, request_body
 from bonsai_lora.storage.regions import Region
 
 router = APIRouter(prefix="/v2/systemsharedmemory", tags=["open inference protocol"])
@@ -46,7 +46,7 @@ async def get_shared_memory_region(
     operation_id="register_shared_memory",
     summary="Register a shared-memory region",
     response_class=Response,
-    openapi_extra=optional_body(oip_schemas.RegisterRequest, required=True),
+    openapi_extra=request_body(oip_schemas.RegisterRequest),
     responses=empty_responses() | oip_errors(400, 501),
 )
 async def register(request: Request, context: ContextDep, region: RegionPath) -> Response:
