@@ -76,6 +76,14 @@ def problem_response(
     return Response(content, int(status), more, media_type=PROBLEM_TYPE)
 
 
+class HubError(errors.RouteNotFoundError):
+    """A 404 with the X-Error-Code that Hub clients read."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+
+
 def failure_response(scope: Scope) -> Response:
     """Return the response for an unexpected exception."""
     return problem_response(
@@ -145,6 +153,9 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         headers = {}
         if isinstance(error, errors.RangeNotSatisfiableError):
             headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
+        if isinstance(error, HubError):
+            headers["X-Error-Code"] = error.kind
+            headers["X-Error-Message"] = error.detail.encode("ascii", "replace").decode()
         return problem_response(error, request.scope, headers)
 
     @app.exception_handler(Exception)
