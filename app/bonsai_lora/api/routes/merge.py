@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.responses import Response as StarletteResponse
@@ -20,7 +20,7 @@ from bonsai_lora.api.spool import Spool
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service.apply import check_no_replaced_bias
-from bonsai_lora.service.merge import MERGE_DTYPES, WeightMerge, merge_of_header
+from bonsai_lora.service.merge import WeightMerge, merge_of_header
 from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire import json
@@ -54,7 +54,8 @@ async def merge_weights(
     name: SetName,
     module: ModuleName,
     dtype: Annotated[
-        str | None, Query(description="F32, F16 or BF16; required for application/octet-stream")
+        Literal["F32", "F16", "BF16"] | None,
+        Query(description="required for application/octet-stream"),
     ] = None,
     unmerge: Annotated[bool, Query(description="subtract the delta instead of adding it")] = False,
 ) -> StarletteResponse:
@@ -66,12 +67,6 @@ async def merge_weights(
     check_no_replaced_bias(stored, module)
     form = body_form(request, _FORMS)
     negotiate_form(request.headers.get("accept"), form, (form,))
-    if dtype is not None and dtype not in MERGE_DTYPES:
-        raise errors.InvalidRequestError(
-            f"dtype {dtype!r} cannot be merged; expected one of {', '.join(MERGE_DTYPES)}",
-            got=dtype,
-            expected=list(MERGE_DTYPES),
-        )
     if form is Form.JSON:
         return await _merge_json(
             request, context, stored, module, WeightMerge(adapter, "F32", unmerge)
