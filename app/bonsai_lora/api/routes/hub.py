@@ -19,6 +19,7 @@ from bonsai_lora.api.merged_file import StreamedFile
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
 from bonsai_lora.service import sets
 from bonsai_lora.service.merged import weighted_sets
+from bonsai_lora.storage.setfile import SetRecord
 
 router = APIRouter(include_in_schema=False)
 
@@ -31,9 +32,7 @@ class _Repo:
 
     id: str
     commit: str
-    version: str
-    updated_at: str
-    created_at: str
+    record: SetRecord
     files: Mapping[str, RangedFile]
 
     def info(self) -> dict[str, Any]:
@@ -44,8 +43,8 @@ class _Repo:
             "modelId": self.id,
             "author": self.id.partition("/")[0],
             "sha": self.commit,
-            "lastModified": self.updated_at,
-            "createdAt": self.created_at,
+            "lastModified": self.record.updated_at,
+            "createdAt": self.record.created_at,
             "private": False,
             "gated": False,
             "disabled": False,
@@ -122,10 +121,11 @@ async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo
         repo = await context.pool.run(lambda: make(context, owner, name))
     except (errors.NotFoundError, errors.InvalidError) as error:
         raise HubError("RepoNotFound", error.detail) from None
-    if revision not in ("main", repo.version, repo.commit):
+    version = str(repo.record.version)
+    if revision not in ("main", version, repo.commit):
         raise HubError(
             "RevisionNotFound",
-            f"{repo.id} has no revision {revision[:80]!r}; use main or its version {repo.version}",
+            f"{repo.id} has no revision {revision[:80]!r}; use main or its version {version}",
         )
     return repo
 
@@ -133,14 +133,13 @@ async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo
 def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
     stored = context.store.read(name)
     record = stored.record
-    config = json.dumps(sets.export_config(stored), indent=2) + "\n"
+    config = sets.export_config(stored)
     files: dict[str, RangedFile] = {
-        "adapter_config.json": _bytes_file(config.encode(), record.etag, "config"),
+        "adapter_config.json": _bytes_file(config, record.etag, "config"),
         "adapter_model.safetensors": _bytes_file(stored.file, record.etag, "model"),
     }
     commit = hashlib.sha256(record.etag.encode()).hexdigest()[:40]
-    version = str(record.version)
-    return _Repo(f"{owner}/{name}", commit, version, record.updated_at, record.created_at, files)
+    return _Repo(f"{owner}/{name}", commit, record, files)
 
 
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
@@ -153,10 +152,7 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
         file = model.file(path)
         assert file is not None
         files[path] = StreamedFile(file, context.executor, context.settings.threads)
-    version = str(record.version)
-    return _Repo(
-        f"{owner}/{name}", model.digest, version, record.updated_at, record.created_at, files
-    )
+    return _Repo(f"{owner}/{name}", model.digest, record, files)
 
 
 def _bytes_file(content: bytes | memoryview, etag: str, part: str) -> BytesFile:
