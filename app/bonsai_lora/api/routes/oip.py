@@ -162,8 +162,10 @@ async def get_model(model: FoundModel) -> oip_schemas.ModelMetadata:
         name=model.name,
         versions=[model.version],
         platform=models.PLATFORM,
-        inputs=[oip_schemas.TensorMetadata.of(one) for one in models.inputs_of(model)],
-        outputs=[oip_schemas.TensorMetadata.of(one) for one in models.outputs_of(model)],
+        inputs=[oip_schemas.TensorMetadata.model_validate(one) for one in models.inputs_of(model)],
+        outputs=[
+            oip_schemas.TensorMetadata.model_validate(one) for one in models.outputs_of(model)
+        ],
     )
 
 
