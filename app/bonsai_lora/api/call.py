@@ -48,15 +48,15 @@ class Call(ABC):
 class RequestCall(Call):
     """A call made through FastAPI, under any ASGI server."""
 
-    __slots__ = ("_receive",)
+    __slots__ = ("_request",)
 
     def __init__(self, context: Context, request: Request) -> None:
         scope = request.scope
         super().__init__(context, join_headers(scope["headers"]), scope["query_string"])
-        self._receive = request.receive
+        self._request = request
 
     async def _read(self, limit: int) -> Buffer:
-        return await read_all(self._receive, limit)
+        return await read_all(self._request, limit)
 
 
 async def get_call(request: Request) -> Call:

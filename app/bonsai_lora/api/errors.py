@@ -55,10 +55,23 @@ def problem_response(
     error: BonsaiLoraError, scope: Scope, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Return the response for a refused request."""
-    if is_oip(scope["path"]):
-        return _oip_response(error, scope, headers)
+    scope["problem"] = error  # for the log
     status = status_of(type(error))
-    body = {
+    if is_oip(scope["path"]):
+        status = status if status in _OIP_STATUSES else HTTPStatus.BAD_REQUEST
+        media_type, body = "application/json", _oip_body(error)
+    else:
+        media_type, body = PROBLEM_TYPE, _problem_body(error, status, scope)
+    more = dict(headers or {})
+    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+        more["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    # Unlike orjson, the standard library writes huge integers and lone surrogates, which may occur.
+    content = json.dumps(_shortened(body), separators=(",", ":"), default=str)
+    return Response(content, int(status), more, media_type=media_type)
+
+
+def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> dict[str, Any]:
+    return {
         "type": f"urn:bonsai-lora:problem:{error.code}",
         "title": error.title,
         "status": int(status),
@@ -68,13 +81,14 @@ def problem_response(
         "request_id": scope.get("request_id"),
         **error.values,
     }
-    scope["problem"] = error  # for the log
-    more = dict(headers or {})
-    if status is HTTPStatus.SERVICE_UNAVAILABLE:
-        more["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    # Unlike orjson, the standard library writes huge integers and lone surrogates, which may occur.
-    content = json.dumps(_shortened(body), separators=(",", ":"), default=str)
-    return Response(content, int(status), more, media_type=PROBLEM_TYPE)
+
+
+class HubError(errors.RouteNotFoundError):
+    """A 404 with the X-Error-Code that Hub clients read."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
 
 
 def failure_response(scope: Scope) -> Response:
@@ -105,21 +119,10 @@ _OIP_STATUSES = frozenset(
 """Statuses that Triton uses; every other error is a 400."""
 
 
-def _oip_response(
-    error: BonsaiLoraError, scope: Scope, headers: Mapping[str, str] | None
-) -> Response:
-    scope["problem"] = error  # for the log
-    status = status_of(type(error))
-    if status not in _OIP_STATUSES:
-        status = HTTPStatus.BAD_REQUEST
-    text = error.detail
+def _oip_body(error: BonsaiLoraError) -> dict[str, str]:
     if isinstance(error, errors.SetNotFoundError):
-        text = f"Request for unknown model: '{error.values['set'][:200]}' is not found"
-    more = dict(headers or {})
-    if status is HTTPStatus.SERVICE_UNAVAILABLE:
-        more["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    content = json.dumps({"error": text[:2000]}, separators=(",", ":"))
-    return Response(content, int(status), more, media_type="application/json")
+        return {"error": f"Request for unknown model: '{error.values['set'][:200]}' is not found"}
+    return {"error": error.detail}
 
 
 def _shortened(value: Any) -> Any:
@@ -146,6 +149,9 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         headers = {}
         if isinstance(error, errors.RangeNotSatisfiableError):
             headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
+        if isinstance(error, HubError):
+            headers["X-Error-Code"] = error.kind
+            headers["X-Error-Message"] = error.detail.encode("ascii", "replace").decode()
         return problem_response(error, request.scope, headers)
 
     @app.exception_handler(Exception)

@@ -1,6 +1,7 @@
 """Create, import, change, list, export and delete sets."""
 
 import bisect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -218,9 +219,10 @@ def delete_adapter(
         )
 
 
-def export_config(stored: StoredSet) -> dict[str, Any]:
+def export_config(stored: StoredSet) -> bytes:
     """Return the set's adapter_config.json."""
-    return peft.encode_config(stored.lora_set, stored.adapter_config)
+    config = peft.encode_config(stored.lora_set, stored.adapter_config)
+    return f"{json.dumps(config, indent=2)}\n".encode()
 
 
 def _write(

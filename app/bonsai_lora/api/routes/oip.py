@@ -22,11 +22,9 @@ from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import CallDep, ContextDep
 from bonsai_lora.api.openapi import (
     empty_responses,
-    infer_body,
-    infer_responses,
     oip_errors,
-    optional_body,
-    version_parameter,
+    request_body,
+    tensor_responses,
 )
 from bonsai_lora.api.options import (
     HEADER_LENGTH,
@@ -68,7 +66,27 @@ ModelPath = Annotated[
 ]
 
 
-VersionPath = Annotated[str, Path(description="version that the set must have")]
+_VERSION_DESCRIPTION = "version that the set must have"
+VersionPath = Annotated[str, Path(description=_VERSION_DESCRIPTION)]
+_VERSION_PARAMETER = {
+    "name": "version",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string"},
+    "description": _VERSION_DESCRIPTION,
+}
+"""For routes that have {version} in their path, but not in their signature."""
+
+_INFER_EXTRA = request_body(
+    oip_schemas.InferRequest,
+    Form.RAW,
+    example={
+        "inputs": [
+            {"name": "q_proj", "shape": [1, 4], "datatype": "FP32", "data": [0.5, -1.0, 2.0, 0.25]}
+        ]
+    },
+) | {"parameters": parameters(INFER_OPTIONS)}
+_INFER_RESPONSES = tensor_responses(oip_schemas.InferResponse, Form.RAW) | oip_errors(400, 404, 503)
 
 
 def _find(request: Request, context: ContextDep, model: ModelPath) -> Model:
@@ -93,7 +111,7 @@ def _of_model(ending: str, what: str, summary: str) -> Callable[[Endpoint], Endp
             f"{_VERSION}{ending}",
             operation_id=f"get_model_version{what}",
             summary=f"{summary} (one version)",
-            openapi_extra=version_parameter(),
+            openapi_extra={"parameters": [_VERSION_PARAMETER]},
             responses=responses,
         )(endpoint)
 
@@ -144,8 +162,10 @@ async def get_model(model: ModelDep) -> oip_schemas.ModelMetadata:
         name=model.name,
         versions=[model.version],
         platform=models.PLATFORM,
-        inputs=[oip_schemas.TensorMetadata.of(one) for one in models.inputs_of(model)],
-        outputs=[oip_schemas.TensorMetadata.of(one) for one in models.outputs_of(model)],
+        inputs=[oip_schemas.TensorMetadata.model_validate(one) for one in models.inputs_of(model)],
+        outputs=[
+            oip_schemas.TensorMetadata.model_validate(one) for one in models.outputs_of(model)
+        ],
     )
 
 
@@ -176,8 +196,8 @@ async def get_model_statistics(context: ContextDep, model: ModelDep) -> oip_sche
     operation_id="infer",
     summary="Run inference: apply a set to the inputs",
     response_class=Response,
-    openapi_extra=infer_body() | {"parameters": parameters(INFER_OPTIONS)},
-    responses=infer_responses() | oip_errors(400, 404, 503),
+    openapi_extra=_INFER_EXTRA,
+    responses=_INFER_RESPONSES,
 )
 async def infer(call: CallDep, model: ModelPath) -> BufferResponse:
     """An input with the name of a module feeds that module and yields an output with that name.
@@ -194,8 +214,8 @@ async def infer(call: CallDep, model: ModelPath) -> BufferResponse:
     operation_id="infer_version",
     summary="Run inference on one version of a set",
     response_class=Response,
-    openapi_extra=infer_body() | {"parameters": parameters(INFER_OPTIONS)},
-    responses=infer_responses() | oip_errors(400, 404, 503),
+    openapi_extra=_INFER_EXTRA,
+    responses=_INFER_RESPONSES,
 )
 async def infer_version(call: CallDep, model: ModelPath, version: VersionPath) -> BufferResponse:
     """Like inference without a version, but 404 if the set has a different version now."""
@@ -232,7 +252,7 @@ async def _infer(call: Call, model: Model) -> BufferResponse:
     "/repository/index",
     operation_id="get_repository_index",
     summary="List all models",
-    openapi_extra=optional_body(oip_schemas.IndexRequest),
+    openapi_extra=request_body(oip_schemas.IndexRequest, required=False),
     responses=oip_errors(400, 503),
 )
 async def get_index(request: Request, context: ContextDep) -> list[oip_schemas.IndexEntry]:
@@ -247,7 +267,7 @@ async def get_index(request: Request, context: ContextDep) -> list[oip_schemas.I
     operation_id="load_model",
     summary="Load a set into memory",
     response_class=Response,
-    openapi_extra=optional_body(oip_schemas.RepositoryRequest),
+    openapi_extra=request_body(oip_schemas.RepositoryRequest, required=False),
     responses=empty_responses() | oip_errors(400, 404, 501, 503),
 )
 async def load_model(request: Request, context: ContextDep, model: ModelDep) -> Response:
@@ -270,7 +290,7 @@ async def load_model(request: Request, context: ContextDep, model: ModelDep) -> 
     operation_id="unload_model",
     summary="Release a set's memory",
     response_class=Response,
-    openapi_extra=optional_body(oip_schemas.RepositoryRequest),
+    openapi_extra=request_body(oip_schemas.RepositoryRequest, required=False),
     responses=empty_responses() | oip_errors(400, 404, 503),
 )
 async def unload_model(request: Request, context: ContextDep, model: ModelDep) -> Response:
