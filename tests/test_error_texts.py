@@ -182,11 +182,12 @@ REQUESTS = [
 ]
 
 
-def leaves(kind=errors.BonsaiLoraError):
+def leaves():
     """The error classes that are raised, in the order of the module."""
     found = [one for _, one in inspect.getmembers(errors, inspect.isclass)]
-    raised = {one for one in found if issubclass(one, kind) and not one.__subclasses__()}
-    return sorted(raised | {errors.MalformedBodyError}, key=line_of)
+    kinds = [one for one in found if issubclass(one, errors.BonsaiLoraError)]
+    parents = {parent for one in kinds for parent in one.__mro__[1:]}
+    return sorted((set(kinds) - parents) | {errors.MalformedBodyError}, key=line_of)
 
 
 def line_of(kind):

@@ -11,9 +11,9 @@ class BonsaiLoraError(Exception):
     """Base class: a stable `code`, a text for people, and the values that it is about."""
 
     code: str = "error"
-    """Of the class; the service's, where a client raises it for an answer."""
+    """Stable code of the class; an error raised by a client has the service's code."""
     title: ClassVar[str] = "Error"
-    """By default the words of `code`."""
+    """Short name for people; by default the words of `code`."""
 
     def __init_subclass__(cls) -> None:
         """Set the default title."""

@@ -26,7 +26,9 @@ def to_floats(value: npt.ArrayLike, name: str) -> Array:
     try:
         array: Array = np.asarray(value)
     except ValueError:
-        raise RaggedInputError(f"{name!r} has rows of different lengths", field=name) from None
+        raise RaggedInputError(
+            f"{name!r} has rows of different lengths; send rows of equal length", field=name
+        ) from None
     if array.dtype in _KEPT:
         return array
     if array.dtype.kind not in "fiu":
