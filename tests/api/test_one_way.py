@@ -230,7 +230,9 @@ def exchange(client, sent, count, pieces):
 
 
 @pytest.mark.parametrize(
-    "pieces", [[1 << 30], itertools.repeat(7), itertools.cycle([1, 1000, 63, 4096])], ids=str
+    "pieces",
+    [[1 << 30], itertools.repeat(7), itertools.cycle([1, 1000, 63, 4096])],
+    ids=["whole", "by seven bytes", "irregular"],
 )
 def test_pipelined_requests_in_pieces_of_any_size(clients, pieces):
     """Some refused, some to other routes: the answers keep their order."""
