@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev mutants-known test-peers test-page lock format clean
+.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev mutants mutants-known test-peers test-page lock format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ benchmarks/rivals/.venv/.done: benchmarks/rivals/requirements.txt
 docker: ## build the image and start it
 	docker compose up --build
 
+mutants: setup-dev $(VENV)/.mutants ## change FOLDER=formats (core, wire, …) in every small way; count what tests detect
+	@$(BIN)/python tests/mutants/all.py $(FOLDER)
+
 mutants-known: setup-dev ## check that the tests detect known mistakes, put into a copy of the code
 	@$(BIN)/python tests/mutants/run.py
 
@@ -87,6 +90,11 @@ $(VENV)/.peers: requirements-peers.txt $(VENV)/.dev
 $(VENV)/.page: requirements-page.txt $(VENV)/.dev
 	@echo "installing from requirements-page.txt"
 	@$(PIP) install --only-binary :all: -r requirements-page.txt
+	@touch $@
+
+$(VENV)/.mutants: requirements-mutants.txt $(VENV)/.dev
+	@echo "installing from requirements-mutants.txt"
+	@$(PIP) install --only-binary :all: -r requirements-mutants.txt
 	@touch $@
 
 $(VENV)/.bench: requirements-bench.txt $(VENV)/.dev

@@ -7,13 +7,14 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from bonsai_lora.api.body import check_length, check_uncoded, content_length
+from bonsai_lora.api.body import check_length, check_not_compressed, content_length
 from bonsai_lora.errors import MalformedMultipartError, UnsupportedMediaTypeError
 from bonsai_lora.storage.upload import Upload
 
 CONFIG_PART = "adapter_config"
 MODEL_PART = "adapter_model"
 
+_REMEDY = f"send the two files {CONFIG_PART} and {MODEL_PART}"
 _CONFIG_BYTES = 1 << 20
 _WRITE_BYTES = 1 << 20
 
@@ -24,7 +25,7 @@ async def receive_adapter(request: Request, upload: Upload, limit: int) -> bytes
     Raises UnsupportedMediaTypeError, BodyTooLargeError, the errors of `Upload.write`, and
     MalformedMultipartError for a missing, duplicate or unknown part.
     """
-    check_uncoded(request)
+    check_not_compressed(request)
     declared = content_length(request)
     if declared is not None:
         check_length(declared, limit)
@@ -42,15 +43,14 @@ async def receive_adapter(request: Request, upload: Upload, limit: int) -> bytes
         parser.finalize()
     except FormParserError as error:
         raise MalformedMultipartError(
-            f"the body is not multipart/form-data: {error}; send the two files {CONFIG_PART} and "
-            f"{MODEL_PART}"
+            f"the body is not multipart/form-data: {error}; {_REMEDY}"
         ) from None
     await _flush(form, upload)
     missing = {CONFIG_PART, MODEL_PART} - form.seen
     if missing or not form.ended:
         what = f"part {min(missing)!r}" if missing else "closing boundary"
         raise MalformedMultipartError(
-            f"the form has no {what}; send the two files {CONFIG_PART} and {MODEL_PART}",
+            f"the form has no {what}; {_REMEDY}",
             expected=[CONFIG_PART, MODEL_PART],
             got=sorted(form.seen),
         )
@@ -119,8 +119,7 @@ class _AdapterForm:
         if self._name not in (CONFIG_PART, MODEL_PART) or self._name in self.seen:
             problem = "is given twice" if self._name in self.seen else "is unknown"
             raise MalformedMultipartError(
-                f"the part {self._name[:100]!r} {problem}; send the two files {CONFIG_PART} and "
-                f"{MODEL_PART}",
+                f"the part {self._name[:100]!r} {problem}; {_REMEDY}",
                 got=self._name[:100],
                 expected=[CONFIG_PART, MODEL_PART],
             )

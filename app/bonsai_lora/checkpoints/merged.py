@@ -225,7 +225,10 @@ class MergedFile:
         except FileNotFoundError:
             return  # the mapping stays as it was
         if identity[0] == self._identity[0] and identity != self._identity:
-            raise BaseChangedError(f"{self.name} of base {self._model.base.name!r} was overwritten")
+            raise BaseChangedError(
+                f"{self.name} of base {self._model.base.name!r} was overwritten while it was read; "
+                "request the file again"
+            )
 
 
 class _Tensor:

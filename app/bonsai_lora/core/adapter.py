@@ -10,7 +10,7 @@ from bonsai_lora.core import backend
 from bonsai_lora.core.cast import FLOAT32, Array, Floats, to_float32
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.kaiming import kaiming_uniform
-from bonsai_lora.core.merge import merge_rows, workers
+from bonsai_lora.core.merge import merge_rows
 from bonsai_lora.errors import ShapeMismatchError
 
 LayerKind = Literal["linear", "embedding"]
@@ -151,8 +151,8 @@ class LoraAdapter:
         """Return the size of all parameters as float32, in bytes."""
         return 4 * self.param_count()
 
-    def merge_into_weights(self, weights: Array, *, threads: int = 1) -> None:
-        """Add scaling * B @ A to `weights` (d_out, d_in) in place, using `threads` threads.
+    def merge_into_weights(self, weights: Array) -> None:
+        """Add scaling * B @ A to `weights` (d_out, d_in) in place.
 
         `weights` is float32, float16 or bfloat16 and C-contiguous; the sum is computed in float32
         and rounded once, to nearest even. Raises ShapeMismatchError for a different shape.
@@ -167,18 +167,8 @@ class LoraAdapter:
         assert self.magnitude is None, "bonsai_lora.service.merge knows DoRA"
         if not weights.flags.c_contiguous or not weights.flags.writeable:
             raise ValueError("expected weights that are C-contiguous and may be written")
-
-        def merge(first: int, last: int) -> None:
-            rows = slice(first, last)
-            factors = self.factors_of(rows, slice(None))
-            merge_rows(weights[rows], *factors, self.scaling, out=weights[rows])
-
-        if threads == 1:
-            merge(0, self.d_out)
-            return
-        cuts = [self.d_out * part // threads for part in range(threads + 1)]
-        for _ in workers(threads).map(merge, cuts[:-1], cuts[1:]):
-            pass
+        factors = self.factors_of(slice(None), slice(None))
+        merge_rows(weights, *factors, self.scaling, out=weights)
 
 
 def check_factors(a_matrix: Array, b_matrix: Array) -> None:

@@ -1,8 +1,6 @@
 """W + scaling * B @ A, as a whole or in blocks."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -73,9 +71,3 @@ def row_squares(block: Floats) -> npt.NDArray[np.float64]:
     squares: npt.NDArray[np.float64] = np.square(block, dtype=np.float64)
     sums: npt.NDArray[np.float64] = squares.sum(axis=1)
     return sums
-
-
-@lru_cache(maxsize=4)
-def workers(threads: int) -> ThreadPoolExecutor:
-    """Return a pool of so many threads that is kept."""
-    return ThreadPoolExecutor(threads, "merge")

@@ -75,7 +75,8 @@ def header_length(prefix: bytes | memoryview, limit: int = MAX_HEADER_BYTES) -> 
         raise _malformed(f"it begins with {start!r}, where the length of a header should be")
     if length > limit:
         raise HeaderTooLargeError(
-            f"the safetensors header is {length} bytes long; at most {limit} are taken",
+            f"the safetensors header has {length} bytes, but the limit is {limit}; use fewer or "
+            "shorter names",
             got_bytes=length,
             limit_bytes=limit,
         )
@@ -240,7 +241,9 @@ def as_bytes(array: Array) -> memoryview:
 
 
 def _malformed(reason: str) -> MalformedSafetensorsError:
-    return MalformedSafetensorsError(f"not a valid safetensors file: {reason}")
+    return MalformedSafetensorsError(
+        f"not a valid safetensors file: {reason}; save or copy the file again"
+    )
 
 
 def _parse_object(text: bytes) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Create, import, change, list, export and delete sets."""
 
 import bisect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -25,7 +26,7 @@ from bonsai_lora.errors import (
 from bonsai_lora.formats import peft
 from bonsai_lora.formats.names import check_module_name, check_set_name
 from bonsai_lora.formats.peft_config import decode_config
-from bonsai_lora.service.limits import Limits, shapes_bytes
+from bonsai_lora.service.limits import Limits
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.upload import ReceivedUpload, Upload
@@ -70,7 +71,8 @@ def create_set(
     with store.lock(name):
         _refuse_existing(store, name)
         # Check before drawing the random matrices, which takes memory and time.
-        limits.check_budget(store, name, shapes_bytes(kept, config.rank))
+        needed = sum(adapter_bytes(*shape, config.rank) for shape in kept.values())
+        limits.check_budget(store, name, needed)
         lora_set = BonsaiLoraSet.new(config, base_model_name, name).add_adapters(kept)
         return _write(store, limits, lora_set, origin="initialized", previous=None)
 
@@ -218,9 +220,10 @@ def delete_adapter(
         )
 
 
-def export_config(stored: StoredSet) -> dict[str, Any]:
+def export_config(stored: StoredSet) -> bytes:
     """Return the set's adapter_config.json."""
-    return peft.encode_config(stored.lora_set, stored.adapter_config)
+    config = peft.encode_config(stored.lora_set, stored.adapter_config)
+    return f"{json.dumps(config, indent=2)}\n".encode()
 
 
 def _write(
