@@ -190,7 +190,10 @@ def test_numbers_and_space_of_all_kinds(parts):
         ("0.1e-63", 1e-64),
         ("1.0000000596046448", 1.0),  # as a float64 it is in the middle of two
         ("0.00000000000000000000012345", 1.2345e-22),
-        ("7.038531e-26", 7.0385313e-26),  # the one float32 whose shortest decimal reads back as its neighbour
+        (
+            "7.038531e-26",
+            7.0385313e-26,
+        ),  # the one float32 whose shortest decimal reads back as its neighbour
         ("0.0000000000799116987859616", 7.99117e-11),
         ("2.600895873828147e-15", 2.600895873828147e-15),
         ("7.107802111672320625e+14", 7.107802111672320625e14),
