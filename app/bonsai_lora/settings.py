@@ -109,7 +109,7 @@ class Settings(BaseSettings):
     kernels: Literal["auto", "off"] = Field(
         "auto",
         description="auto: compute with compiled kernels if they can run, otherwise in NumPy; off: "
-        "always in NumPy; responses are the same",
+        "always in NumPy; the last bits of applies may differ",
     )
     fast_lane: Literal["auto", "off"] = Field(
         "auto", description="off: serve every request through FastAPI; responses are the same"

@@ -169,7 +169,7 @@ def choose_backend(settings: Settings) -> None:
     """Choose between kernels and NumPy for this process; log the reason if kernels cannot run."""
     reason = backend.choose(settings.kernels)
     if reason and settings.kernels == "auto":
-        _log.warning("computing in NumPy, which is slower, with the same results: %s", reason)
+        _log.warning("computing in NumPy, which is slower: %s", reason)
     backend.prepare()
 
 

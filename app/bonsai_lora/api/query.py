@@ -1,8 +1,9 @@
 """Refuse unknown query parameters, since a misspelled one would be ignored silently."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from fastapi import Request
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
 from bonsai_lora.errors import InvalidRequestError
@@ -13,8 +14,15 @@ async def refuse_unknown_query(request: Request) -> None:
     if not request.scope["query_string"]:
         return
     route: APIRoute = request.scope["route"]
-    known = [one.alias for one in route.dependant.query_params]
+    known = list(_names(route.dependant))
     check_known(request.query_params.keys(), known)
+
+
+def _names(dependant: Dependant) -> Iterator[str]:
+    """Yield the query parameters of a route's function and of everything that it depends on."""
+    yield from (one.alias for one in dependant.query_params)
+    for one in dependant.dependencies:
+        yield from _names(one)
 
 
 def check_known(given: Iterable[str], known: Sequence[str]) -> None:
