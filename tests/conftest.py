@@ -2,6 +2,7 @@ import contextlib
 import functools
 import json
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -107,6 +108,13 @@ def store(app):
 
 
 @pytest.fixture
+def plain(client):
+    """A client, and the set `plain`."""
+    upload(client, "plain", TINY / "plain")
+    return client
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(7)
 
@@ -141,6 +149,26 @@ def peft_tensors(rng, module="model.layers.0.self_attn.q_proj", rank=4, d_in=6, 
         f"{prefix}.lora_A.weight": rng.standard_normal((rank, d_in)).astype(np.float32),
         f"{prefix}.lora_B.weight": rng.standard_normal((d_out, rank)).astype(np.float32),
     }
+
+
+def connect(client):
+    url = client.base_url
+    return socket.create_connection((url.host, url.port), timeout=20)
+
+
+def read_answer(connection, rest=b""):
+    """Status, body, and what already came of the next answer."""
+    while b"\r\n\r\n" not in rest:
+        part = connection.recv(1 << 16)
+        assert part, rest
+        rest += part
+    head, _, rest = rest.partition(b"\r\n\r\n")
+    length = int(head.lower().split(b"\r\ncontent-length:")[1].split(b"\r\n")[0])
+    while len(rest) < length:
+        part = connection.recv(1 << 16)
+        assert part
+        rest += part
+    return int(head.split()[1]), rest[:length], rest[length:]
 
 
 def snapshot(store):

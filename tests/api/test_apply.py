@@ -27,12 +27,6 @@ def decoded(answer):
     return safetensors.decode(answer.content)[0]
 
 
-@pytest.fixture
-def plain(client):
-    upload(client, "plain", TINY / "plain")
-    return client
-
-
 @pytest.mark.parametrize("adapter", ["plain", "attention-only", "rslora-patterns"])
 def test_every_module_agrees_with_what_torch_computed(client, adapter):
     upload(client, adapter, TINY / adapter)

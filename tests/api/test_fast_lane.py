@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 import uvicorn
-from conftest import TINY, serving, upload
+from conftest import TINY, connect, read_answer, serving, upload
 from test_apply import Q_PROJ
 from uvicorn.server import ServerState
 
@@ -24,12 +24,6 @@ ROWS = 1 + LONG_BYTES // 256
 """Rows of 64 numbers that make a body just long enough."""
 
 
-@pytest.fixture
-def plain(client):
-    upload(client, "plain", TINY / "plain")
-    return client
-
-
 def path_of(module=Q_PROJ):
     return f"/v1/sets/plain/adapters/{module}/apply"
 
@@ -39,26 +33,6 @@ def head_of(length, path=None, **headers):
     lines += ["Content-Type: application/vnd.safetensors"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode()
-
-
-def connect(client):
-    url = client.base_url
-    return socket.create_connection((url.host, url.port), timeout=20)
-
-
-def read_answer(connection, rest=b""):
-    """Status, body, and the bytes already received of the next response."""
-    while b"\r\n\r\n" not in rest:
-        part = connection.recv(1 << 16)
-        assert part, rest
-        rest += part
-    head, _, rest = rest.partition(b"\r\n\r\n")
-    length = int(head.lower().split(b"\r\ncontent-length:")[1].split(b"\r\n")[0])
-    while len(rest) < length:
-        part = connection.recv(1 << 16)
-        assert part
-        rest += part
-    return int(head.split()[1]), rest[:length], rest[length:]
 
 
 def batch(rows=ROWS, seed=0):

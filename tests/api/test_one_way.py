@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from conftest import TINY, assert_problem, serving, upload
+from conftest import TINY, assert_problem, connect, read_answer, serving, upload
 from test_apply import Q_PROJ
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -176,31 +176,11 @@ def test_random_requests_have_the_same_response(clients):
         assert answers[0] == answers[1], (path, bytes(body), headers)
 
 
-def connect(client):
-    url = client.base_url
-    return socket.create_connection((url.host, url.port), timeout=20)
-
-
 def raw(path, body, headers=BINARY, method="POST"):
     body = body if isinstance(body, bytes) else body.encode()
     lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
-
-
-def read_answer(connection, rest=b""):
-    """Status, body, and the bytes already received of the next response."""
-    while b"\r\n\r\n" not in rest:
-        part = connection.recv(1 << 16)
-        assert part, rest
-        rest += part
-    head, _, rest = rest.partition(b"\r\n\r\n")
-    length = int(head.lower().split(b"\r\ncontent-length:")[1].split(b"\r\n")[0])
-    while len(rest) < length:
-        part = connection.recv(1 << 16)
-        assert part
-        rest += part
-    return int(head.split()[1]), rest[:length], rest[length:]
 
 
 def exchange(client, sent, count, pieces):
@@ -230,7 +210,9 @@ def exchange(client, sent, count, pieces):
 
 
 @pytest.mark.parametrize(
-    "pieces", [[1 << 30], itertools.repeat(7), itertools.cycle([1, 1000, 63, 4096])], ids=str
+    "pieces",
+    [[1 << 30], itertools.repeat(7), itertools.cycle([1, 1000, 63, 4096])],
+    ids=["whole", "by seven bytes", "irregular"],
 )
 def test_pipelined_requests_in_pieces_of_any_size(clients, pieces):
     """Some refused, some to other routes: the answers keep their order."""

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import httpx
 import numpy as np
 import pytest
 from conftest import TINY
@@ -113,6 +114,22 @@ def test_a_download_goes_on_where_the_connection_broke(tmp_path):
     assert b"Range: bytes=7000-" in server.heads[4]
     assert seen[-1] == (len(content), len(content))
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_download_that_breaks_too_often_keeps_what_it_has(tmp_path):
+    steps = [
+        Answer(200, b'{"sha": "c1"}'),
+        Answer(200, tree([{"path": "f", "size": 1000, "oid": "t1"}])),
+        Answer(200, b"x" * 1000, ('ETag: "t1"',), sent=300),
+    ]
+    with (
+        scripted(steps) as server,
+        Client(server.url, retries=0) as client,
+        pytest.raises(httpx.RemoteProtocolError),
+    ):
+        client.pull("b/s", tmp_path)
+    assert (tmp_path / STATE_FOLDER / "f.t1.partial").read_bytes() == b"x" * 300
+    assert not (tmp_path / "f").exists()
 
 
 def test_a_download_starts_again_if_the_service_sends_all(tmp_path):

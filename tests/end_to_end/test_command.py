@@ -133,12 +133,30 @@ def test_flags_take_precedence_and_memory_stores_are_deleted(tmp_path):
         (["--max-rows", "0"], "max_rows"),
         (["--log-format", "xml"], "log_format"),
         (["--store", "/proc/nothing", "--port", "0"], "store"),
+        (["--store", "", "--port", "0"], "store"),  # would be the working folder
         (["--kernels", "fast"], "kernels"),
     ],
 )
 def test_wrong_settings_are_named(flags, word, capsys):
     assert main(["serve", *flags]) == 2
     assert word in capsys.readouterr().err.replace("-", "_")
+
+
+def test_an_empty_variable_counts_as_not_set(monkeypatch):
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"BONSAI_LORA_{name.upper()}", "")
+    empty = Settings()
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"BONSAI_LORA_{name.upper()}")
+    assert empty == Settings()
+
+
+def test_a_folder_of_bases_that_does_not_exist_is_logged(tmp_path):
+    # A store that cannot be opened ends the command right after the checks of the settings.
+    flags = ["--bases", str(tmp_path / "bases"), "--store", "/proc/nothing", "--port", "0"]
+    done = subprocess.run([COMMAND, "serve", *flags], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"the folder of bases {tmp_path / 'bases'} does not exist" in done.stderr
 
 
 def test_help_names_every_setting(capsys):

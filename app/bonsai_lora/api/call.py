@@ -91,7 +91,9 @@ class BufferResponse(Response):
 def join_headers(lines: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     """Return headers by name; repeated ones are joined with commas (RFC 9110, section 5.3)."""
     headers = dict(lines)
-    if len(headers) != len(lines):
-        for name in headers:
-            headers[name] = b", ".join(value for one, value in lines if one == name)
-    return headers
+    if len(headers) == len(lines):
+        return headers
+    values: dict[bytes, list[bytes]] = {}
+    for name, value in lines:
+        values.setdefault(name, []).append(value)
+    return {name: b", ".join(found) for name, found in values.items()}

@@ -74,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     configure_logging(settings.log_level, settings.log_format)
     _warn_of_unknown_variables()
+    if settings.bases and not Path(settings.bases).is_dir():
+        _log.warning("the folder of bases %s does not exist; check --bases", settings.bases)
     _raise_file_limit()
     try:
         with (

@@ -26,7 +26,7 @@ from bonsai_lora.errors import (
 from bonsai_lora.formats import peft
 from bonsai_lora.formats.names import check_module_name, check_set_name
 from bonsai_lora.formats.peft_config import decode_config
-from bonsai_lora.service.limits import Limits, shapes_bytes
+from bonsai_lora.service.limits import Limits
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.upload import ReceivedUpload, Upload
@@ -71,7 +71,8 @@ def create_set(
     with store.lock(name):
         _refuse_existing(store, name)
         # Check before drawing the random matrices, which takes memory and time.
-        limits.check_budget(store, name, shapes_bytes(kept, config.rank))
+        needed = sum(adapter_bytes(*shape, config.rank) for shape in kept.values())
+        limits.check_budget(store, name, needed)
         lora_set = BonsaiLoraSet.new(config, base_model_name, name).add_adapters(kept)
         return _write(store, limits, lora_set, origin="initialized", previous=None)
 
