@@ -78,7 +78,7 @@ class AdapterNotFoundError(NotFoundError):
         shown = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
         super().__init__(
             f"set {set_name!r} has no adapter for module {module!r}; "
-            + (f"use one of its {len(known)} modules: {shown}" if known else "add one first"),
+            + (f"use one that it has: {shown}" if known else "add one first"),
             set=set_name,
             module=module,
         )

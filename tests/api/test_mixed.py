@@ -250,7 +250,9 @@ def test_nan_and_infinite_weights(several):
 def test_other_errors(several):
     x = np.zeros((1, 64), np.float32)
     answer = several.post("/v1/apply", json={"sets": ["small"], "inputs": x.tolist()})
-    assert_problem(answer, 422, "invalid_request")
+    assert "'module' is missing" in assert_problem(answer, 422, "invalid_request")["detail"]
+    answer = several.post("/v1/apply", json={"module": Q_PROJ, "inputs": x.tolist()})
+    assert "'sets' is missing" in assert_problem(answer, 422, "invalid_request")["detail"]
     answer = several.post("/v1/apply", json={"module": Q_PROJ, "sets": ["small"]})
     assert_problem(answer, 422, "invalid_request")
     assert_problem(mixed_binary(several, ["small"], x, module="k_proj"), 404, "module_not_found")

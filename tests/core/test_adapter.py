@@ -148,6 +148,6 @@ def test_blocks_cover_every_element_once():
         assert (seen == 1).all()
 
 
-def test_merge_of_another_shape_is_refused():
+def test_merge_of_a_different_shape_is_refused():
     with pytest.raises(ShapeMismatchError):
         LoraAdapter.new(8, 4, LoraConfig()).merge_into_weights(np.zeros((8, 4), np.float32))

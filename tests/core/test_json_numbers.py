@@ -186,11 +186,14 @@ def test_numbers_and_space_of_all_kinds(parts):
         ("9007199254740991", 2**53),
         ("123456789012", 123456789012),
         ("1e38", 1e38),
-        ("1.5e39", np.inf),  # the check for finite numbers is another one
+        ("1.5e39", np.inf),  # finite numbers are checked elsewhere
         ("0.1e-63", 1e-64),
         ("1.0000000596046448", 1.0),  # as a float64 it is in the middle of two
         ("0.00000000000000000000012345", 1.2345e-22),
-        ("7.038531e-26", 7.0385313e-26),  # the one float32 whose shortest decimal is another's
+        (
+            "7.038531e-26",
+            7.0385313e-26,
+        ),  # the one float32 whose shortest decimal reads back as its neighbour
         ("0.0000000000799116987859616", 7.99117e-11),
         ("2.600895873828147e-15", 2.600895873828147e-15),
         ("7.107802111672320625e+14", 7.107802111672320625e14),
@@ -225,7 +228,7 @@ OTHERS = "1e18446744073709551609 1.5e-18446744073709551600 1.9999999999999999999
         "\u0661",
     ],
 )
-def test_what_is_no_number(number):
+def test_text_that_is_not_a_number(number):
     for text in (f"[{number}]", f"[1.5,{number},2]", f"[[1.5,2],[{number},2]]"):
         got = read(text.encode())
         assert got is None, text
@@ -258,7 +261,7 @@ def test_lists_are_found_where_they_are():
 
 @pytest.fixture
 def _as_written(monkeypatch):
-    """Kernels that LLVM does not change: what they read and do not use is read all the same."""
+    """Kernels that LLVM does not change: what they read without using it is still read."""
     machine_code = library.machine_code
     monkeypatch.setattr(
         library, "machine_code", lambda text, target, _: machine_code(text, target, 0)

@@ -142,7 +142,7 @@ def test_new_zeros_take_no_memory(computing):
         assert one._product.matrices[1].strides[0] == 0
 
 
-def test_sixteen_bit_matrices_are_multiplied_as_they_lie(computing):
+def test_sixteen_bit_matrices_are_multiplied_in_place(computing):
     if computing is None:
         pytest.skip("NumPy widens them for each call")
     a_matrix, b_matrix = matrices(16, 8, 4, ml_dtypes.bfloat16)

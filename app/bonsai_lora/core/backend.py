@@ -51,7 +51,7 @@ def running() -> "ArrayKernels | None":
 
 
 def prepare() -> None:
-    """Compile what applies need, for all dtypes and JSON, which takes about 0.7 s of CPU.
+    """Compile what applies need, for all dtypes and JSON, which takes about 0.6 s of CPU.
 
     Merges are compiled on first use.
     """

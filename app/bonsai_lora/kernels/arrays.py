@@ -134,7 +134,7 @@ class ArrayKernels:
 
 
 class Apply:
-    """factor * (x A^T) B^T for one A and B, which it multiplies as they lie in their file."""
+    """factor * (x A^T) B^T for one A and B, read in place from their file."""
 
     def __init__(self, function: Call, a_matrix: Array, b_matrix: Array) -> None:
         self.matrices = a_matrix, b_matrix
@@ -172,7 +172,7 @@ def _has_whole_rows(matrix: Array) -> bool:
 
 
 def _with_whole_rows(matrix: Array) -> Array:
-    """Return a matrix as it lies, or a copy where its rows are not contiguous."""
+    """Return `matrix`, or a copy if its rows are not contiguous."""
     if _has_whole_rows(matrix):
         return matrix
     if matrix.strides[0] == 0:  # rows that are all one, as in a new adapter, stay one

@@ -1,4 +1,4 @@
-"""The down-projection x A^T, (n, k) and (r, k) -> (n, r): dot products of rows, as they lie.
+"""The down-projection x A^T, (n, k) and (r, k) -> (n, r): dot products of rows, in place.
 
 out = np.zeros((n, r), np.float32)
 for first in range(0, k, DEPTH):

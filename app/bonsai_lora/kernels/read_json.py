@@ -91,7 +91,7 @@ class Row:
         return character_at(self.at.now, self.end)
 
     def _read_fast(self) -> None:
-        """Read a number up to its exponent, if it is all in the window, and move behind it.
+        """Read a number up to its exponent, if it is all in the window, and move after it.
 
         Otherwise `is_read` is false, and `at` where it was.
         """
@@ -157,7 +157,7 @@ class Row:
         self.is_read.now = (joined >> 64).equals(0)
 
     def _read_slowly(self) -> None:
-        """Read any number up to its exponent, a character at a time, and move behind it."""
+        """Read any number up to its exponent, a character at a time, and move after it."""
         builder, none = self.code.builder, integer(self.code, 0)
         self.digits.now, self.power.now = none, none
         self.is_integer.now, self.is_long.now = self._flag(1), self._flag(0)
@@ -175,7 +175,7 @@ class Row:
             self.power.now = start - self.at.now
 
     def _read_exponent(self) -> None:
-        """Read an exponent, at its `e`, and move behind it."""
+        """Read an exponent, at its `e`, and move after it."""
         self.is_integer.now = self._flag(0)
         self.at.now = self.at.now + 1
         sign = self._next()
@@ -318,7 +318,7 @@ def skip_space(at: Variable, end: Term) -> None:
 
 
 def _seek(at: Variable, end: Term) -> None:
-    """Move to the next `[`; where there is none, return 0."""
+    """Move to the next `[`; if no `[` follows, return 0."""
     code, start = end.code, at.now
     bracket = ir.Constant(I32, ord("["))
     found = code.call_c("memchr", I64, [start.value, bracket, (end - start).value])

@@ -125,11 +125,11 @@ def decode_mixed(form: Form, body: Buffer, max_header_bytes: int) -> MixedBatch:
             module = json.decode(module.encode(), f"the metadata {MODULE!r}")
     if not isinstance(module, str):
         raise InvalidRequestError(
-            f"{MODULE!r} is {reprlib.repr(module)}; expected the name of the module", field=MODULE
+            f"{MODULE!r} is {_shown(module)}; expected the name of the module", field=MODULE
         )
     if not isinstance(sets, list):
         raise InvalidRequestError(
-            f"{SETS!r} is {reprlib.repr(sets)}; expected a list with one entry per row: the name "
+            f"{SETS!r} is {_shown(sets)}; expected a list with one entry per row: the name "
             'of a set, null, or a list of {"set": name, "weight": number}',
             field=SETS,
         )
@@ -144,6 +144,10 @@ def decode_mixed(form: Form, body: Buffer, max_header_bytes: int) -> MixedBatch:
         )
     stacks = [decode_row(one, f"{SETS}[{row}]") for row, one in enumerate(sets)]
     return MixedBatch(module, stacks, tensors[INPUTS], tensors.get(BASE_OUTPUTS))
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is None else reprlib.repr(value)
 
 
 def _stack(sets: Any) -> Stack:
