@@ -9,7 +9,8 @@ import httpx
 import numpy as np
 import pytest
 from conftest import TINY, serving, upload
-from test_one_way import BINARY, JSON, ONE, batch, body_of, connect, raw, read_answer
+from test_apply import Q_PROJ
+from test_one_way import BINARY, JSON, MANY, ONE, batch, body_of, connect, raw, read_answer
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.api.call import join_headers
@@ -145,6 +146,36 @@ def test_trailers_are_no_headers(guarded):
         assert b"x-request-id: trailer" not in head
         connection.sendall(HEALTH)
         assert read_answer(connection)[0] == 200
+
+
+@pytest.mark.parametrize("space", [b"", b" ", b"\t "])
+def test_white_space_behind_a_header_is_not_part_of_it(guarded, space):
+    lines = {"Content-Type": "application/vnd.safetensors", "X-Request-Id": "mine"}
+    sent = raw(ONE, body_of(batch()), lines).replace(b": mine", b": mine" + space)
+    for framing in (b"Content-Length: 896", b"Content-Length: 896\r\nConnection: close"):
+        with connect(guarded) as connection:
+            connection.sendall(sent.replace(b"Content-Length: 896", framing))
+            head = connection.recv(1 << 16, socket.MSG_PEEK)
+            assert read_answer(connection)[0] == 200
+            assert b"\r\nx-request-id: mine\r\n" in head
+
+
+@pytest.mark.parametrize("size", [4, 500])
+@pytest.mark.parametrize("cut", [-10, 60])
+def test_whole_requests_before_one_that_never_comes_are_answered(guarded, capfd, size, cut):
+    """The client ends its side in the third, while the second is computed in a thread."""
+    body = json.dumps({"inputs": {Q_PROJ: batch(size).tolist()}}).encode()
+    begun = raw("/v1/sets", b'{"name": "never"}', JSON)[:cut]
+    with connect(guarded) as connection:
+        connection.sendall(HEALTH + chunked(MANY, body) + HEALTH + begun)
+        connection.shutdown(socket.SHUT_WR)
+        rest = b""
+        for _ in range(3):
+            status, _, rest = read_answer(connection, rest)
+            assert status == 200
+        assert rest == b""
+        assert ends(connection)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("path", [ONE, "/v1/sets"])
