@@ -15,6 +15,7 @@ from test_one_way import BINARY, JSON, MANY, ONE, batch, body_of, connect, raw, 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.api.call import join_headers
 from bonsai_lora.api.connection import MAX_HEAD_BYTES, GuardedProtocol
+from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.formats import safetensors
 
 STALL = 0.4
@@ -228,6 +229,21 @@ def test_a_closed_connection_does_not_wait_for_its_reader(settings, http, ending
                 while part := connection.recv(1 << 16):
                     got += len(part)
             assert 0 < got < 60_000
+
+
+@pytest.mark.parametrize("path", ["/v1/sets/a{}/apply", "/v1/nowhere{}"])
+def test_a_path_cannot_write_lines_of_the_log(guarded, path, capfd):
+    configure_logging("info", "console")
+    try:
+        for code in ("%0a", "%0d", "%1b[31m", "%e2%80%a8", "%c2%85"):
+            guarded.post(path.format(f"{code}forged"))
+    finally:
+        configure_logging("warning", "console")
+    written = capfd.readouterr().err
+    lines = [one for one in written.splitlines() if "[httpx]" not in one]
+    assert len(lines) == 5
+    assert all(one.count("[bonsai_lora.requests]") == 1 for one in lines)
+    assert "\x1b" not in written
 
 
 def test_repeated_headers_are_joined_in_one_pass():
