@@ -373,21 +373,3 @@ def test_a_body_and_the_next_request_in_one_read(app, client):
     length = 8 + int.from_bytes(first[:8], "little") + 4 * 128 * ROWS
     got = outputs(first[:length])
     assert np.abs(got[:300] - right).max() < 1e-5
-
-
-def test_a_client_that_never_reads_is_ended(settings):
-    """Answers that nobody takes are memory; they go when the client stands still."""
-    x, body = batch(rows=30_000)
-    app = create_app(settings.model_copy(update={"stall_seconds": 0.3}))
-    with serving(app) as url, httpx.Client(base_url=url) as client:
-        upload(client, "plain", TINY / "plain")
-        with socket.socket() as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.connect((client.base_url.host, client.base_url.port))
-            connection.sendall(head_of(len(body)) + body)
-            time.sleep(1.5)
-            got = 0
-            with contextlib.suppress(ConnectionResetError):
-                while part := connection.recv(1 << 20):
-                    got += len(part)
-            assert got < 4 * 128 * len(x)
