@@ -33,6 +33,9 @@ Stack = Annotated[list[WeightedSet | str], Field(max_length=MAX_STACK)]
 Stacked = Annotated[
     Stack | None, Field(description="additional sets whose weighted deltas are added")
 ]
+Versions = Annotated[
+    dict[str, int] | None, Field(description="version used of each set, if `sets` was given")
+]
 
 
 class ApplyRequest(RequestModel):
@@ -51,9 +54,7 @@ class ApplyAnswer(BaseModel):
     set: str
     module: str
     version: int
-    versions: dict[str, int] | None = Field(
-        None, description="version used of each set, if `sets` was given"
-    )
+    versions: Versions = None
     outputs: Vectors
 
 
@@ -72,9 +73,7 @@ class ApplyManyAnswer(BaseModel):
 
     set: str
     version: int
-    versions: dict[str, int] | None = Field(
-        None, description="version used of each set, if `sets` was given"
-    )
+    versions: Versions = None
     outputs: dict[str, Vectors]
 
 

@@ -20,7 +20,7 @@ from bonsai_lora.api.openapi import (
     request_body,
 )
 from bonsai_lora.api.ranges import BytesFile, file_response
-from bonsai_lora.api.uploads import receive_adapter
+from bonsai_lora.api.uploads import CONFIG_PART, MODEL_PART, receive_adapter
 from bonsai_lora.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, layered
 from bonsai_lora.formats.names import SET_NAME_PATTERN, check_set_name
 from bonsai_lora.service import sets
@@ -29,6 +29,7 @@ from bonsai_lora.wire.media import Form
 
 router = APIRouter(tags=["sets"])
 
+_FILE_OF_PART = {CONFIG_PART: "adapter_config.json", MODEL_PART: "adapter_model.safetensors"}
 _UPLOAD_BODY = {
     "requestBody": {
         "required": True,
@@ -37,18 +38,10 @@ _UPLOAD_BODY = {
                 "schema": {
                     "type": "object",
                     "title": "AdapterUpload",
-                    "required": ["adapter_config", "adapter_model"],
+                    "required": list(_FILE_OF_PART),
                     "properties": {
-                        "adapter_config": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "adapter_config.json",
-                        },
-                        "adapter_model": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "adapter_model.safetensors",
-                        },
+                        part: {"type": "string", "format": "binary", "description": file}
+                        for part, file in _FILE_OF_PART.items()
                     },
                 }
             }
