@@ -5,7 +5,7 @@ import re
 from bonsai_lora.errors import InvalidNameError
 
 SET_NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
-MODULE_NAME_PATTERN = r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$"
+MODULE_NAME_PATTERN = r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$"
 MODULE_NAME_LENGTH = 256
 RESERVED_NAMES = frozenset({"adapters", "api", "mixed", "v1", "v2"})
 
@@ -37,11 +37,12 @@ def is_set_name(name: str) -> bool:
 
 
 def check_module_name(name: str) -> str:
-    """Return `name`; raises InvalidNameError unless it is a dotted identifier."""
+    """Return `name`; raises InvalidNameError unless it is parts joined by dots."""
     if len(name) > MODULE_NAME_LENGTH or not _MODULE_NAME.match(name):
         raise InvalidNameError(
-            f"{name[:120]!r} cannot name a module; expected dotted identifiers of at most "
-            f"{MODULE_NAME_LENGTH} characters, such as model.layers.0.self_attn.q_proj",
+            f"{name[:120]!r} cannot name a module; expected letters, digits, '_' and '-' in parts "
+            f"joined by dots, at most {MODULE_NAME_LENGTH} characters, such as "
+            "model.layers.0.self_attn.q_proj",
             got=name[:120],
             expected=MODULE_NAME_PATTERN,
         )

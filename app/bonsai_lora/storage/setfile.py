@@ -19,7 +19,8 @@ from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import HeaderTooLargeError, MalformedSafetensorsError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.mapped import map_file
-from bonsai_lora.formats.peft import group_keys, set_tensors
+from bonsai_lora.formats.peft import set_tensors
+from bonsai_lora.formats.peft_keys import group_keys
 from bonsai_lora.storage.residency import resident_bytes
 from bonsai_lora.storage.upload import Arrived
 
