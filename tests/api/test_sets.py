@@ -283,6 +283,7 @@ def test_wrong_tensors_are_refused(client, store, rng):
     cases = [
         ({}, "invalid_adapter"),
         ({key_a: good[key_a]}, "invalid_adapter"),
+        (dict.fromkeys(good, np.zeros((0, 8), np.float32)), "invalid_adapter"),
         ({**good, "base_model.model.lm_head.scale": other}, "unsupported_adapter"),
         ({**good, key_a: good[key_a][:3]}, "invalid_adapter"),
         ({**good, key_b: np.full((5, 4), np.nan, np.float32)}, "invalid_adapter"),
