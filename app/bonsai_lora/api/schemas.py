@@ -415,6 +415,9 @@ class BaseInfo(BaseModel):
     files: list[BaseFile]
     dtypes: dict[str, int] = Field(description="parameters by dtype")
     parameter_count: int
+    ignored_files: list[str] = Field(
+        description="files and folders beside them that are no part of the model"
+    )
 
 
 class BaseList(BaseModel):

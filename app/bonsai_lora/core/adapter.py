@@ -13,8 +13,8 @@ from bonsai_lora.core.merge import merge_rows, workers
 from bonsai_lora.core.products import Operands, multiply
 from bonsai_lora.errors import ShapeMismatchError
 
-LayerKind = Literal["linear", "embedding"]
-"""linear: the base weight is (d_out, d_in); embedding: it is stored (d_in, d_out)."""
+LayerKind = Literal["linear", "embedding", "conv1d"]
+"""linear: the base weight is (d_out, d_in); embedding, conv1d: it is stored (d_in, d_out)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,12 +5,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bonsai_lora.checkpoints.orientation import is_conv1d_name, transposed
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, Floats, to_float32
 from bonsai_lora.core.merge import Block, blocks, merge_rows
 from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError, UnsupportedAdapterError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
+from bonsai_lora.formats.peft_options import BaseOptions
+from bonsai_lora.service.sets import get_adapter
+from bonsai_lora.storage.setfile import StoredSet
 
 MERGE_DTYPES = ("F32", "F16", "BF16")
 
@@ -19,7 +23,7 @@ MERGE_DTYPES = ("F32", "F16", "BF16")
 class WeightMerge:
     """The merge of one adapter into weights of one dtype.
 
-    W is as the base stores it: (d_out, d_in), or (d_in, d_out) for embeddings. Raises
+    W is as the base stores it: (d_out, d_in), or (d_in, d_out) for embeddings and Conv1D. Raises
     InvalidRequestError for a dtype other than F32, F16, BF16, and UnsupportedAdapterError for a
     merge that weights alone cannot hold.
     """
@@ -43,7 +47,9 @@ class WeightMerge:
                 field="lora_bias",
             )
         if self._is_dora and (self.unmerge or self._is_transposed):
-            what = "taken out of weights again" if self.unmerge else "merged into an embedding"
+            what = (
+                "taken out of weights again" if self.unmerge else "merged into transposed weights"
+            )
             raise UnsupportedAdapterError(
                 f"DoRA scales whole rows of the sum, so it cannot be {what} here", field="use_dora"
             )
@@ -113,6 +119,18 @@ class WeightMerge:
             if self.adapter.magnitude is None
             else to_float32(self.adapter.magnitude[rows]),
         )
+
+
+def stored_adapter(stored: StoredSet, module: str) -> LoraAdapter:
+    """Return the adapter of `module` as its base stores the weight; raises AdapterNotFoundError.
+
+    Of a set with fan_in_fan_out, layers that Conv1D models name so are (d_in, d_out).
+    """
+    adapter = get_adapter(stored, module)
+    options = BaseOptions.of(stored.adapter_config)
+    if options.is_transposed and adapter.layer == "linear" and is_conv1d_name(module):
+        return transposed(adapter)
+    return adapter
 
 
 def merge_of_header(
