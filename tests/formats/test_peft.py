@@ -10,7 +10,8 @@ from conftest import DATA, peft_config, peft_tensors
 
 from bonsai_lora.errors import BonsaiLoraError, InvalidAdapterError, UnsupportedAdapterError
 from bonsai_lora.formats.peft import decode_adapter, set_tensors
-from bonsai_lora.formats.peft_config import FIELDS, PeftConfig, decode_config
+from bonsai_lora.formats.peft_config import PeftConfig, decode_config
+from bonsai_lora.formats.peft_fields import FIELDS
 
 MODULE = "model.layers.0.self_attn.q_proj"
 ROOT = DATA.parent.parent

@@ -159,7 +159,7 @@ class SetSummary(BaseModel):
     version: int = Field(description="1 at creation, one more with each change")
     created_at: str = Field(description="RFC 3339, UTC")
     updated_at: str
-    origin: Literal["initialized", "peft", "gguf", "mixed"]
+    origin: Literal["initialized", "peft", "mlx", "gguf", "mixed"]
     adapter_count: int
     total_trainable_params: int
     total_memory_bytes: int
@@ -208,6 +208,12 @@ class ImportedModule(ModuleInfo):
     """One adapter of an upload."""
 
     delta_norm: float = Field(description="Frobenius norm of scaling * B @ A")
+
+
+class PatchSet(RequestModel):
+    """What can be changed of a set without its weights."""
+
+    base_model_name: str = Field(max_length=1024, description="the model that the set is for")
 
 
 class ImportReport(SetSummary):

@@ -44,7 +44,7 @@ def decode_adapter(config: PeftConfig, tensors: Mapping[str, Array], name: str) 
     once, to refuse NaN and infinity.
     """
     check_keys(tensors)
-    _check_not_empty(tensors)
+    check_not_empty(tensors)
     keys = sort_uploaded(tensors)
     if not keys.modules:
         raise InvalidAdapterError("the adapter has no LoRA tensors: it would change nothing")
@@ -274,7 +274,8 @@ def _is_loaded(key: str, parameter: str, keys: Keys) -> bool:
     return kind == "weight" or (kind == "bias" and f"{module}.weight" in keys.parameters)
 
 
-def _check_not_empty(tensors: Mapping[str, Array]) -> None:
+def check_not_empty(tensors: Mapping[str, Array]) -> None:
+    """Raise InvalidAdapterError where tensors have no numbers, naming them."""
     empty = [f"{key} {list(one.shape)}" for key, one in tensors.items() if one.size == 0]
     if empty:
         raise InvalidAdapterError(

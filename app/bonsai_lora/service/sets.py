@@ -2,7 +2,7 @@
 
 import bisect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,9 +22,9 @@ from bonsai_lora.errors import (
     ShapeMismatchError,
     UnsupportedAdapterError,
 )
-from bonsai_lora.formats import peft
+from bonsai_lora.formats import mlx, peft
 from bonsai_lora.formats.names import check_module_name, check_set_name
-from bonsai_lora.formats.peft_config import decode_config
+from bonsai_lora.formats.peft_config import PeftConfig, parse_config
 from bonsai_lora.service.limits import Limits, shapes_bytes
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.store import SetStore
@@ -32,6 +32,9 @@ from bonsai_lora.storage.upload import Arrived, Upload
 
 Precondition = Callable[[SetRecord | None], None]
 """Given the present record (None: no such set), raises PreconditionFailedError to refuse."""
+
+
+_BASE_FIELD = "base_model_name_or_path"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +78,32 @@ def create_set(
         return _write(store, limits, lora_set, origin="initialized", previous=None)
 
 
-def import_peft(
+def import_adapter(
     store: SetStore,
     limits: Limits,
     name: str,
     raw_config: bytes,
     upload: Upload,
     precondition: Precondition,
+    *,
+    base_model_name: str | None = None,
 ) -> Imported:
-    """Make or replace a set from a PEFT adapter: its configuration and its safetensors file.
+    """Make or replace a set from a PEFT or MLX adapter: its configuration and safetensors file.
 
-    Raises the errors of `peft.decode_adapter` and `Upload.finish`, InvalidNameError,
+    `base_model_name` takes the place of the name in the configuration. Raises the errors of
+    `peft.decode_adapter`, `mlx.decode_mlx` and `Upload.finish`, InvalidNameError,
     RankTooLargeError, MemoryBudgetError, and what `precondition` raises; nothing has changed then.
     """
     check_set_name(name)
-    config = decode_config(raw_config)
+    raw = parse_config(raw_config)
     arrived = upload.finish()
-    adapter = peft.decode_adapter(config, arrived.tensors, name)
+    tensors: Mapping[str, Array] = arrived.tensors
+    is_mlx = mlx.is_mlx(raw, tensors)
+    if is_mlx:
+        raw, tensors = mlx.decode_mlx(raw, tensors)
+    if base_model_name is not None:
+        raw = {**raw, _BASE_FIELD: base_model_name}
+    adapter = peft.decode_adapter(PeftConfig(raw), tensors, name)
     for one in adapter.lora_set.registry.adapters.values():
         limits.check_rank(one.rank)
     with store.lock(name):
@@ -101,13 +113,32 @@ def import_peft(
             store,
             limits,
             adapter.lora_set,
-            origin="peft",
+            origin="mlx" if is_mlx else "peft",
             previous=previous,
-            adapter_config=config.raw,
-            arrived=None if adapter.ignored_keys else (arrived, adapter.names),
+            adapter_config=raw,
+            # As it arrived, where every tensor of the file is one of the set's.
+            arrived=None if is_mlx or adapter.ignored_keys else (arrived, adapter.names),
         )
     norms = {module: delta_norm(one) for module, one in stored.lora_set.registry.adapters.items()}
     return Imported(stored, previous is None, adapter.ignored_keys, adapter.warnings, norms)
+
+
+def name_base(
+    store: SetStore, limits: Limits, name: str, base_model_name: str, precondition: Precondition
+) -> StoredSet:
+    """Change the name of the model that a set is for; raises SetNotFoundError."""
+    with store.lock(name):
+        present = store.read(name)
+        precondition(present.record)
+        raw = present.adapter_config
+        return _write(
+            store,
+            limits,
+            replace(present.lora_set, base_model_name=base_model_name),
+            origin=present.record.origin,
+            previous=present.record,
+            adapter_config=None if raw is None else {**raw, _BASE_FIELD: base_model_name},
+        )
 
 
 def list_sets(

@@ -44,7 +44,7 @@ class SetRecord:
     """RFC 3339, UTC."""
     updated_at: str
     origin: str
-    """initialized, peft, gguf or mixed."""
+    """initialized, peft, mlx, gguf or mixed."""
     base_model_name: str
     config: LoraConfig
     adapter_count: int

@@ -143,7 +143,7 @@ async def get_set(
 @router.put(
     "/v1/sets/{set}",
     operation_id="upload_set",
-    summary="Upload a PEFT adapter as a set",
+    summary="Upload a PEFT or MLX adapter as a set",
     response_model=schemas.ImportReport,
     openapi_extra=_UPLOAD_BODY,
     responses=also(201, "the set is new", schemas.ImportReport)
@@ -164,7 +164,14 @@ async def get_set(
     ),
 )
 async def upload_set(
-    request: Request, response: Response, context: InContext, name: SetName
+    request: Request,
+    response: Response,
+    context: InContext,
+    name: SetName,
+    base_model_name: Annotated[
+        str | None,
+        Query(max_length=1024, description="in place of the name that the upload carries"),
+    ] = None,
 ) -> schemas.ImportReport:
     """Create the set or replace it, in one step; an adapter that would be applied wrongly is
     refused with the reason.
@@ -174,13 +181,14 @@ async def upload_set(
         upload = Upload(file, context.limits.max_header_bytes)
         config = await receive_adapter(request, upload, context.limits.max_upload_bytes)
         make = partial(
-            sets.import_peft,
+            sets.import_adapter,
             context.store,
             context.limits,
             name,
             config,
             upload,
             precondition(request),
+            base_model_name=base_model_name,
         )
         imported = await context.pool.run(make)
     response.status_code = 201 if imported.created else 200
@@ -188,6 +196,38 @@ async def upload_set(
     if imported.created:
         response.headers["Location"] = f"/v1/sets/{name}"
     return schemas.ImportReport.of(imported)
+
+
+@router.patch(
+    "/v1/sets/{set}",
+    operation_id="change_set",
+    summary="Change the name of a set's base model",
+    response_model=schemas.SetInfo,
+    openapi_extra=json_body(schemas.PatchSet),
+    responses=problems(
+        *BODY_ERRORS,
+        *STORE_ERRORS,
+        errors.SetNotFoundError,
+        errors.PreconditionFailedError,
+    ),
+)
+async def change_set(
+    request: Request, response: Response, context: InContext, name: SetName
+) -> schemas.SetInfo:
+    """The weights stay; the set gets its next version, and its exported configuration the name."""
+    with context.pool.admit():
+        wanted = await read_model(request, schemas.PatchSet)
+        change = partial(
+            sets.name_base,
+            context.store,
+            context.limits,
+            name,
+            wanted.base_model_name,
+            precondition(request),
+        )
+        stored = await context.pool.run(change)
+    response.headers["ETag"] = stored.record.etag
+    return schemas.SetInfo(**schemas.SetInfo.fields_of_set(stored))
 
 
 @router.delete(
