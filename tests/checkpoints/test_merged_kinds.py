@@ -151,3 +151,28 @@ def test_a_base_of_the_old_vocabulary_is_told_how_to_grow(base, rng):
     found = tied_base(base, rng)
     with pytest.raises(ShapeMismatchError, match=r"resize_token_embeddings\(7\)"):
         merged(found, replaced(rng, **{"model.embed_tokens.weight": normal(rng, 7, 3)}))
+
+
+def test_token_rows_replace_rows_of_the_embedding(base, rng):
+    found = tied_base(base, rng)
+    before = merged(found, replaced(rng))["model.embed_tokens.weight"]
+    rows = normal(rng, 2, 3)
+    name = "embed_tokens.token_adapter.trainable_tokens_delta"
+    for indices in ([4, 1], {"embed_tokens": [4, 1]}):
+        got = merged(found, replaced(rng, **{name: rows}), token_indices=indices)
+        expected = before.copy()
+        expected[[4, 1]] = rows
+        assert np.array_equal(got["model.embed_tokens.weight"], expected)
+    with pytest.raises(ShapeMismatchError, match="row 5"):
+        merged(found, replaced(rng, **{name: rows}), token_indices=[0, 5])
+
+
+def test_token_rows_that_tie_and_that_do_not(base, rng):
+    found = tied_base(base, rng)
+    names = [f"{one}.token_adapter.trainable_tokens_delta" for one in ("embed_tokens", "lm_head")]
+    rows = normal(rng, 1, 3)
+    both = dict.fromkeys(names, rows)
+    got = merged(found, replaced(rng, **both), token_indices=[2])
+    assert np.array_equal(got["model.embed_tokens.weight"][2], rows[0])
+    with pytest.raises(UnsupportedAdapterError, match="ties its head"):
+        merged(found, replaced(rng, **both), token_indices={"embed_tokens": [2], "lm_head": [3]})

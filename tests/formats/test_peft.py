@@ -320,6 +320,38 @@ def test_embeddings(rng):
     assert set_tensors(found.lora_set).keys() == tensors.keys()
 
 
+ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+def test_token_rows(rng):
+    rows = np.ones((2, 6), np.float32)
+    for indices in ([7, 3], {"embed_tokens": [7, 3]}):
+        found = decode(rng, with_extra(rng, **{ROWS: rows}), trainable_token_indices=indices)
+        assert found.lora_set.replacements == {ROWS: rows}
+        assert f"base_model.model.{ROWS}" in set_tensors(found.lora_set)
+    copy = with_extra(
+        rng,
+        **{
+            ROWS: rows,
+            "model.embed_tokens.token_adapter.base_layer.weight": np.ones((9, 6), np.float32),
+        },
+    )
+    found = decode(rng, copy, trainable_token_indices=[7, 3])
+    assert found.lora_set.replacements.keys() == {ROWS, "model.embed_tokens.weight"}
+    assert set_tensors(found.lora_set).keys() == copy.keys()
+
+
+@pytest.mark.parametrize(
+    "indices", [None, [1], [1, 2, 3], [1, 1], [-1, 2], ["1", "2"], {"lm_head": [1, 2]}, {"embed_tokens": 3}, "12"]
+)  # fmt: skip
+def test_token_rows_and_numbers_must_go_together(rng, indices):
+    rows = np.ones((2, 6), np.float32)
+    with pytest.raises(InvalidAdapterError):
+        decode(rng, with_extra(rng, **{ROWS: rows}), trainable_token_indices=indices)
+    with pytest.raises(InvalidAdapterError, match="trainable_token"):
+        decode(rng, trainable_token_indices=[1, 2])
+
+
 def test_sixteen_bit_tensors_stay_what_they_are(rng):
     for dtype in (np.float16, ml_dtypes.bfloat16):
         tensors = {key: value.astype(dtype) for key, value in peft_tensors(rng).items()}

@@ -173,3 +173,36 @@ def test_an_adapter_of_a_compiled_model(service, tmp_path):
     report = upload(service, "s", tmp_path / "adapter").json()
     assert "wrappers" in report["warnings"][0]
     check_merged(merged_files(service, "b", "s"), numbers(model.merge_and_unload()))
+
+
+TOKEN_ROWS = {
+    "list": [1, 39, 3],
+    "by-module": {"embed_tokens": [5, 1], "lm_head": [2]},
+    "with-lora": [17],
+}
+
+
+@pytest.mark.parametrize("vocabulary", [40, 44])
+@pytest.mark.parametrize("is_tied", [False, True])
+@pytest.mark.parametrize("case", TOKEN_ROWS)
+def test_trainable_tokens(service, tmp_path, case, is_tied, vocabulary):
+    from transformers import Qwen3ForCausalLM
+
+    start = qwen3(tie_word_embeddings=is_tied)
+    start.save_pretrained(tmp_path / "start")
+    start = Qwen3ForCausalLM.from_pretrained(tmp_path / "start")
+    if vocabulary > 40:
+        start.resize_token_embeddings(vocabulary)
+    start.save_pretrained(tmp_path / "bases" / "b")
+    model = train(start, trainable_token_indices=TOKEN_ROWS[case], target_modules=["q_proj"])
+    model.save_pretrained(tmp_path / "adapter")
+    report = upload(service, "s", tmp_path / "adapter")
+    assert report.status_code == 201, report.text
+    fresh = Qwen3ForCausalLM.from_pretrained(tmp_path / "start")
+    fresh.resize_token_embeddings(vocabulary)
+    check_reloaded(service, fresh, model, tmp_path / "exported")
+    if is_tied and case == "by-module":
+        refused = service.get("/v1/bases/b/merged/s")
+        assert "ties its head" in refused.json()["detail"]
+        return
+    check_merged(merged_files(service, "b", "s"), numbers(model.merge_and_unload()))

@@ -16,6 +16,7 @@ from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
 from bonsai_lora.formats.foreign import check_keys
 from bonsai_lora.formats.peft_config import PeftConfig, Scaling, endings, unknown_fields
 from bonsai_lora.formats.peft_keys import (
+    TOKEN_ROWS,
     Keys,
     Parts,
     group_keys,
@@ -46,10 +47,14 @@ def decode_adapter(config: PeftConfig, tensors: Mapping[str, Array], name: str) 
     check_keys(tensors)
     check_not_empty(tensors)
     keys = sort_uploaded(tensors)
-    if not keys.modules:
-        raise InvalidAdapterError("the adapter has no LoRA tensors: it would change nothing")
+    if not keys.modules and not any(one.endswith(TOKEN_ROWS) for one in keys.parameters):
+        raise InvalidAdapterError(
+            "the file has no LoRA tensors (lora_A, lora_B), so it is no adapter; send "
+            "adapter_model.safetensors as PEFT saved it, not a whole model"
+        )
     _check_targets(config, keys.modules)
     replaced, ignored = _replacements(config, keys)
+    _check_token_rows(config, {one: tensors[key] for one, key in replaced.items()})
     canonical = _canonical_names(keys, replaced)
     for key in canonical:
         _check_values(key, tensors[key])
@@ -252,7 +257,12 @@ def _replacements(config: PeftConfig, keys: Keys) -> tuple[dict[str, str], list[
     for parameter, key in keys.parameters.items():
         module, _, kind = parameter.rpartition(".")
         is_bias = kind == "bias" and config.replaces_bias(is_adapted=module in keys.modules)
-        if is_bias or config.is_saved(module) or _is_loaded(key, parameter, keys):
+        if (
+            is_bias
+            or parameter.endswith(TOKEN_ROWS)
+            or config.is_saved(module)
+            or _is_loaded(key, parameter, keys)
+        ):
             replaced[parameter] = key
         else:
             unknown.append(key)
@@ -264,6 +274,27 @@ def _replacements(config: PeftConfig, keys: Keys) -> tuple[dict[str, str], list[
             keys=unknown[:64],
         )
     return replaced, keys.originals
+
+
+def _check_token_rows(config: PeftConfig, replaced: Mapping[str, Array]) -> None:
+    """Raise InvalidAdapterError where rows and trainable_token_indices do not go together."""
+    modules = [one.removesuffix(TOKEN_ROWS) for one in replaced if one.endswith(TOKEN_ROWS)]
+    if config.options.token_indices and not modules:
+        raise InvalidAdapterError(
+            "trainable_token_indices is set, but the file has no trainable_tokens_delta; save the "
+            "adapter again",
+            field="trainable_token_indices",
+        )
+    for module in modules:
+        rows = replaced[module + TOKEN_ROWS]
+        count = len(config.options.rows_of(module))
+        if rows.ndim != 2 or len(rows) != count:
+            raise InvalidAdapterError(
+                f"the rows of {module!r} have shape {list(rows.shape)}, but "
+                f"trainable_token_indices names {count} of them",
+                module=module,
+                got=list(rows.shape),
+            )
 
 
 def _is_loaded(key: str, parameter: str, keys: Keys) -> bool:

@@ -14,7 +14,11 @@ from typing import Any
 from bonsai_lora.core.config import LoraConfig, shortest_float32
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
 from bonsai_lora.formats.peft_fields import FIELDS
+from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.formats.peft_patterns import STEPS_PER_LOOKUP, Choice, Steps, choose
+
+MAX_ROWS = 1 << 31
+"""No embedding has more rows."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 """A name in a list; anything else is an expression."""
@@ -35,7 +39,7 @@ class PeftConfig:
         """Check what can be checked without the tensors."""
         _check_supported(self.raw)
         _ = self.lora, self._excluded, self.modules_to_save, self._ranks, self._alphas
-        _ = self._layer_names, self._layers
+        _ = self._layer_names, self._layers, self.options
 
     @cached_property
     def lora(self) -> LoraConfig:
@@ -75,9 +79,17 @@ class PeftConfig:
         return bias == "all" or (bias == "lora_only" and is_adapted)
 
     @cached_property
-    def is_transposed(self) -> bool:
-        """Whether the base's weights are stored (in, out), where they are those of a Conv1D."""
-        return self.raw.get("fan_in_fan_out") is True
+    def options(self) -> BaseOptions:
+        """What a merge has to know of the configuration."""
+        indices = self.raw.get("trainable_token_indices") or []
+        for rows in indices.values() if isinstance(indices, dict) else [indices]:
+            if not _are_rows(rows):
+                raise InvalidAdapterError(
+                    f"trainable_token_indices is {str(indices)[:200]}; expected different numbers "
+                    "from 0, as a list or as lists by module",
+                    field="trainable_token_indices",
+                )
+        return BaseOptions.of(self.raw)
 
     def scalings(self, modules: Iterable[str]) -> dict[str, "Scaling"]:
         """Return what each of `modules` gets from r, lora_alpha and the patterns."""
@@ -298,6 +310,14 @@ def _object(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
             f"{name} is {str(value)[:200]!r}; expected an object of names and numbers", field=name
         )
     return value
+
+
+def _are_rows(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and all(type(one) is int and 0 <= one < MAX_ROWS for one in value)
+        and len(set(value)) == len(value)
+    )
 
 
 def _dropout(value: Any) -> float:

@@ -57,7 +57,9 @@ FIELDS: Mapping[str, Field] = {
     ),
     "megatron_config": Field("ignored", "how training was spread"),
     "megatron_core": Field("ignored", "how training was spread"),
-    "trainable_token_indices": Field("refused", "replaced token rows are not supported"),
+    "trainable_token_indices": Field(
+        "honoured", "replaced rows of embeddings go into merged weights"
+    ),
     "loftq_config": Field("ignored", "initialisation only; see init_lora_weights"),
     "eva_config": Field("ignored", "initialisation only"),
     "corda_config": Field("ignored", "initialisation only; see init_lora_weights"),
@@ -74,7 +76,7 @@ FIELDS: Mapping[str, Field] = {
     "target_parameters": Field("refused", "adapters of 3-D parameters are laid out otherwise"),
     "use_bdlora": Field("refused", "block-diagonal factors are stored in another shape"),
     "arrow_config": Field("refused", "a router over several adapters is not one delta"),
-    "ensure_weight_tying": Field("ignored", "changes of tied tensors are not merged in any case"),
+    "ensure_weight_tying": Field("ignored", "what the tensors say is compared when merging"),
     "kasa_config": Field("refused", "KaSA truncates the base weights and adds a diagonal"),
     "velora_config": Field("ignored", "training only: A and B are those of plain LoRA"),
     "monteclora_config": Field("ignored", "training only: A and B are those of plain LoRA"),
