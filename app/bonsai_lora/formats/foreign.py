@@ -55,6 +55,16 @@ _KEYS = (
         "are those of an old diffusers LoRA (lora.down, lora.up)",
         f"{_CONVERT} lora.down is lora_A, lora.up is lora_B",
     ),
+    (
+        re.compile(r"\.lora_[ab]\.weight$"),
+        "are those of torchtune (lora_a.weight)",
+        "save the adapter in PEFT's format: torchtune's Hugging Face checkpointer does",
+    ),
+    (
+        re.compile(r"\.lora_[ab]$"),
+        "are those of MLX (lora_a, lora_b), but the configuration is PEFT's",
+        "send the adapter_config.json that mlx_lm saved beside them",
+    ),
     (re.compile(r"\.hada_w[12]"), "are those of LoHa", "only LoRA can be served: train one"),
     (re.compile(r"\.lokr_w[12]"), "are those of LoKr", "only LoRA can be served: train one"),
     (re.compile(r"\.ia3_l(?:$|\.)"), "are those of IA3", "only LoRA can be served: train one"),
