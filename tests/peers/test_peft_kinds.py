@@ -206,3 +206,51 @@ def test_trainable_tokens(service, tmp_path, case, is_tied, vocabulary):
         assert "ties its head" in refused.json()["detail"]
         return
     check_merged(merged_files(service, "b", "s"), numbers(model.merge_and_unload()))
+
+
+def qwen3_moe():
+    import torch
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_experts": 4}
+    widths = {"intermediate_size": 48, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **widths, **heads))
+
+
+BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+EXPERTS = {
+    "both": {"target_parameters": BOTH},
+    "gate-up": {"target_parameters": BOTH[:1]},
+    "down": {"target_parameters": BOTH[1:]},
+    "rslora": {"target_parameters": BOTH, "use_rslora": True},
+    "patterns": {
+        "target_parameters": BOTH,
+        "rank_pattern": {"experts.down_proj": 2},
+        "alpha_pattern": {r".*layers\.1\..*gate_up_proj": 32},
+    },
+    "router": {"target_parameters": [*BOTH, "mlp.gate.weight"]},
+    "one-by-one": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+}
+
+
+def saved(model, folder):
+    """The tensors of a torch model as save_pretrained writes them: experts one by one."""
+    model.save_pretrained(folder)
+    return safetensors.decode((folder / "model.safetensors").read_bytes())[0]
+
+
+@pytest.mark.parametrize("case", EXPERTS)
+def test_fused_experts(service, tmp_path, case):
+    start = qwen3_moe()
+    saved(start, tmp_path / "bases" / "moe")
+    model = train(start, **{"target_modules": ["q_proj"], **EXPERTS[case]})
+    model.save_pretrained(tmp_path / "adapter")
+    report = upload(service, "s", tmp_path / "adapter")
+    assert report.status_code == 201, report.text
+    assert report.json()["warnings"] == []
+    check_reloaded(service, qwen3_moe(), model, tmp_path / "exported")
+    check_merged(
+        merged_files(service, "moe", "s"), saved(model.merge_and_unload(), tmp_path / "merged")
+    )

@@ -135,6 +135,7 @@ class ModuleInfo(BaseModel):
     scaling: float
     param_count: int
     memory_bytes: int = Field(description="both matrices as float32")
+    experts: int | None = Field(None, description="how many, where it is for fused experts")
 
     @classmethod
     def of(cls, name: str, adapter: LoraAdapter) -> "ModuleInfo":
@@ -148,6 +149,7 @@ class ModuleInfo(BaseModel):
             scaling=shortest_float32(adapter.scaling),
             param_count=adapter.param_count(),
             memory_bytes=adapter.memory_bytes(),
+            experts=adapter.experts,
         )
 
 

@@ -48,7 +48,10 @@ def check_tensor(base: Base, name: str, touched: Touched, *, is_one_set: bool) -
 def _shapes_of(touched: Touched) -> list[Shape]:
     """Return the shapes that everything but token rows is for."""
     shapes: list[Shape] = [
-        (one.d_out, one.d_in) if one.layer == "linear" else (one.d_in, one.d_out)
+        (
+            *((one.experts,) if one.experts is not None else ()),
+            *((one.d_out, one.d_in) if one.layer == "linear" else (one.d_in, one.d_out)),
+        )
         for one, _ in touched.deltas
     ]
     shapes += [(one.d_out,) for one, _ in touched.biases]

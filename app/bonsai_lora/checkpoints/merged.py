@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from bonsai_lora.checkpoints.bases import Base, identity_of
+from bonsai_lora.checkpoints.experts import expert_weights
 from bonsai_lora.checkpoints.fit import check_not_empty, check_tensor
 from bonsai_lora.checkpoints.orientation import Fit, as_stored, is_any_transposed
 from bonsai_lora.checkpoints.tensors import MergedTensor, TokenRows, Touched
 from bonsai_lora.checkpoints.ties import tied_replacements
+from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.merge import Block
@@ -102,15 +104,17 @@ class MergedModel:
         lost: list[str] = []
         fits: list[Fit] = []
         names: list[str] = []
-        for module, adapter in one.lora_set.registry.adapters.items():
-            found = self.base.paths.find(f"{module}.weight", self._match)
+        adapters = one.lora_set.registry.adapters
+        parameters = one.options.parameters_of(adapters)
+        for module, adapter in adapters.items():
+            found = list(self._weights_of(module, adapter, parameters.get(module)))
             if not found:
                 lost.append(module)
-            for name in found:
+            for name, part in found:
                 info = self.base.info(name)
                 assert info is not None
                 names.append(name)
-                fits.append((module, adapter, info.shape))
+                fits.append((module, part, info.shape))
         if lost:
             raise _lost(self.base, one.lora_set, lost)
         others = is_any_transposed(fits)
@@ -125,6 +129,16 @@ class MergedModel:
             if adapter.bias is not None:
                 bias = f"{name.removesuffix('weight')}bias"
                 self._touch(bias).biases.append((adapter, one.weight))
+
+    def _weights_of(
+        self, module: str, adapter: LoraAdapter, parameter: str | None
+    ) -> Iterator[tuple[str, LoraAdapter]]:
+        """Yield the tensors that an adapter changes, each with the part that it gets."""
+        if parameter is not None and not parameter.endswith(".weight"):
+            yield from expert_weights(self.base, parameter, adapter, self._match)
+            return
+        for name in self.base.paths.find(f"{module}.weight", self._match):
+            yield name, adapter
 
     def _add_replacements(self, one: Ingredient) -> None:
         for parameter, array in tied_replacements(self.base, one.lora_set, one.options).items():

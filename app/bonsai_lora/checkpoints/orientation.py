@@ -13,6 +13,8 @@ from bonsai_lora.errors import UnsupportedAdapterError
 
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Values of model_type whose blocks are made of Conv1D (transformers 5)."""
+TRANSPOSED_TYPES = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
+"""Values of model_type whose experts are stacked (E, in, out) in one tensor."""
 CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
 """What those models call such layers."""
 
@@ -50,9 +52,11 @@ def as_stored(
     `may_be_transposed` is fan_in_fan_out, `others_are` what oblong weights show. Raises
     UnsupportedAdapterError for a square weight where nothing tells.
     """
-    module, adapter, _ = fit
+    module, adapter, shape = fit
     if adapter.layer != "linear":
         return adapter
+    if adapter.experts is not None:
+        return _as_stacked(adapter, shape, model_type)
     is_transposed = _is_transposed(fit, model_type, may_be_transposed, others_are)
     if is_transposed is None:
         raise UnsupportedAdapterError(
@@ -62,6 +66,14 @@ def as_stored(
             module=module,
             field="fan_in_fan_out",
         )
+    return transposed(adapter) if is_transposed else adapter
+
+
+def _as_stacked(adapter: LoraAdapter, shape: tuple[int, ...], model_type: str) -> LoraAdapter:
+    """Return fused experts for the way a base stacks their weights in one tensor."""
+    if adapter.d_in == adapter.d_out:
+        return transposed(adapter) if model_type in TRANSPOSED_TYPES else adapter
+    is_transposed = shape == (adapter.experts, adapter.d_in, adapter.d_out)
     return transposed(adapter) if is_transposed else adapter
 
 

@@ -1,5 +1,6 @@
 """One tensor of a merged model, computed block by block."""
 
+import math
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class Touched:
         return (
             len(self.deltas) == 1
             and self.deltas[0][0].magnitude is None
+            and self.deltas[0][0].experts is None
             and not self.biases
             and self.replacement is None
             and self.rows is None
@@ -47,7 +49,9 @@ class MergedTensor:
     """One touched tensor: base values, and what is done to them block by block."""
 
     def __init__(self, base: Array, touched: Touched) -> None:
-        self._base = base if base.ndim == 2 else base.reshape(1, -1)
+        is_stacked = any(one.experts is not None for one, _ in touched.deltas)
+        rows = math.prod(base.shape[:-1]) if base.ndim == 2 or is_stacked else 1
+        self._base = base.reshape(rows, -1)
         self._touched = touched
         self._dtype = np.float64 if base.dtype == np.float64 else np.float32
         self._ratio: Array | None = None
@@ -97,6 +101,17 @@ class MergedTensor:
 
     def _add(self, total: Array, adapter: LoraAdapter, weight: float, block: Block) -> None:
         rows, columns = block
+        if adapter.experts is not None:
+            height = len(self._base) // adapter.experts
+            for number in range(rows.start // height, -(-rows.stop // height)):
+                first, last = (
+                    max(rows.start, number * height),
+                    min(rows.stop, (number + 1) * height),
+                )
+                part = total[first - rows.start : last - rows.start]
+                inside = slice(first - number * height, last - number * height)
+                self._add(part, adapter.each_expert[number], weight, (inside, columns))
+            return
         right, left = adapter.stored_factors_of(rows, columns)
         scaling = _scaled(adapter, weight)
         if self._dtype is np.float64:

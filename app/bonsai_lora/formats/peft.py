@@ -13,7 +13,9 @@ from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
+from bonsai_lora.formats.experts import ExpertLayout, targeted_parameters
 from bonsai_lora.formats.foreign import check_keys
+from bonsai_lora.formats.fused import decode_experts, in_one_layout, rank_of
 from bonsai_lora.formats.peft_config import PeftConfig, Scaling, endings, unknown_fields
 from bonsai_lora.formats.peft_keys import (
     TOKEN_ROWS,
@@ -31,18 +33,28 @@ class PeftAdapter:
     """What an upload holds, checked, and what was passed over on purpose."""
 
     lora_set: BonsaiLoraSet
+    config: Mapping[str, Any]
+    """The adapter_config.json that goes with the set."""
     names: Mapping[str, str]
     """Tensor name in the upload -> name in the set's file; those missing were ignored."""
+    is_as_it_came: bool
+    """Whether the set's tensors are those of the upload, all and unchanged."""
     ignored_keys: list[str]
     warnings: list[str]
 
 
-def decode_adapter(config: PeftConfig, tensors: Mapping[str, Array], name: str) -> PeftAdapter:
+def decode_adapter(
+    config: PeftConfig,
+    tensors: Mapping[str, Array],
+    name: str,
+    expert_layout: ExpertLayout | None = None,
+) -> PeftAdapter:
     """Return the set `name` that peft would make of `config` and `tensors` (views are kept).
 
-    Raises UnsupportedAdapterError for tensors that would be applied wrongly or lost,
-    InvalidAdapterError where configuration and tensors contradict each other. Reads every tensor
-    once, to refuse NaN and infinity.
+    `expert_layout` says how the columns of fused experts' B lie, against the configuration. Reads
+    every tensor once, to refuse NaN and infinity. Raises UnsupportedAdapterError for tensors that
+    would be applied wrongly or lost, InvalidAdapterError where configuration and tensors contradict
+    each other.
     """
     check_keys(tensors)
     check_not_empty(tensors)
@@ -52,24 +64,30 @@ def decode_adapter(config: PeftConfig, tensors: Mapping[str, Array], name: str) 
             "the file has no LoRA tensors (lora_A, lora_B), so it is no adapter; send "
             "adapter_model.safetensors as PEFT saved it, not a whole model"
         )
-    _check_targets(config, keys.modules)
+    parameters = targeted_parameters(config.raw, keys.modules)
+    _check_targets(config, keys.modules.keys() - parameters.keys())
     replaced, ignored = _replacements(config, keys)
     _check_token_rows(config, {one: tensors[key] for one, key in replaced.items()})
     canonical = _canonical_names(keys, replaced)
     for key in canonical:
         _check_values(key, tensors[key])
-    scalings = config.scalings(keys.modules)
+    scalings = config.scalings(parameters.get(module, module) for module in keys.modules)
     adapters = {
-        module: _decode_module(config, scalings[module], module, parts, tensors)
+        module: decode_experts(config, scalings[parameters[module]], module, parts, tensors)
+        if module in parameters
+        else _decode_module(config, scalings[module], module, parts, tensors)
         for module, parts in keys.modules.items()
     }
+    fused = in_one_layout(config.raw, parameters, adapters, expert_layout)
     lora_set = BonsaiLoraSet(
-        LoraRegistry(config.lora).add_all(adapters),
+        LoraRegistry(config.lora).add_all({**adapters, **fused.adapters}),
         config.base_model_name,
         name,
         {parameter: tensors[key] for parameter, key in replaced.items()},
     )
-    return PeftAdapter(lora_set, canonical, ignored, _warnings(config, keys, replaced))
+    warnings = [*_warnings(config, keys, replaced), *fused.warnings]
+    as_it_came = not (ignored or fused.adapters)
+    return PeftAdapter(lora_set, fused.config, canonical, as_it_came, ignored, warnings)
 
 
 def _canonical_names(keys: Keys, replaced: Mapping[str, str]) -> dict[str, str]:
@@ -172,7 +190,7 @@ def _decode_module(
     embedding = "embedding_" if layer == "embedding" else ""
     a_matrix = tensors[parts[f"{embedding}A"]]
     b_matrix = tensors[parts[f"{embedding}B"]]
-    rank = _rank_of(module, a_matrix, b_matrix)
+    rank = rank_of(module, a_matrix, b_matrix)
     alpha, scaling = says.of(module, rank)
     vectors = {}
     for part, flag in (("bias", "lora_bias"), ("magnitude", "use_dora")):
@@ -194,25 +212,6 @@ def _layer_kind(module: str, parts: Parts) -> LayerKind:
             module=module,
         )
     return "linear"
-
-
-def _rank_of(module: str, a_matrix: Array, b_matrix: Array) -> int:
-    """Return r of A (r, d_in) and B (d_out, r)."""
-    got = [list(a_matrix.shape), list(b_matrix.shape)]
-    if a_matrix.ndim != 2 or b_matrix.ndim != 2:
-        raise InvalidAdapterError(
-            f"module {module!r}: A and B have shapes {got[0]} and {got[1]}, not matrices",
-            module=module,
-            got=got,
-        )
-    if a_matrix.shape[0] != b_matrix.shape[1]:
-        raise InvalidAdapterError(
-            f"module {module!r}: A {got[0]} has rank {a_matrix.shape[0]}, but B {got[1]} has rank "
-            f"{b_matrix.shape[1]}",
-            module=module,
-            got=got,
-        )
-    return int(a_matrix.shape[0])
 
 
 def _vector(

@@ -13,6 +13,7 @@ from typing import Any
 
 from bonsai_lora.core.config import LoraConfig, shortest_float32
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
+from bonsai_lora.formats.experts import LAYOUT_FIELD
 from bonsai_lora.formats.peft_fields import FIELDS
 from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.formats.peft_patterns import STEPS_PER_LOOKUP, Choice, Steps, choose
@@ -242,7 +243,7 @@ def _refuse_constant(text: str) -> None:
 
 def unknown_fields(config: PeftConfig) -> list[str]:
     """Return a warning for each field that this version of peft does not have (peft drops them)."""
-    unknown = sorted(config.raw.keys() - FIELDS.keys())
+    unknown = sorted(config.raw.keys() - FIELDS.keys() - {LAYOUT_FIELD})
     return [f"unknown field {name!r} was passed over, as peft does" for name in unknown]
 
 

@@ -73,7 +73,9 @@ FIELDS: Mapping[str, Field] = {
     "layer_replication": Field("refused", "the depth is changed: layers do not fit the base"),
     "runtime_config": Field("ignored", "never saved by peft"),
     "lora_bias": Field("honoured", "s * (B A x + b); merging needs a base that has a bias"),
-    "target_parameters": Field("refused", "adapters of 3-D parameters are laid out otherwise"),
+    "target_parameters": Field(
+        "honoured", "fused experts (3-D parameters): applied per expert, merged, exported"
+    ),
     "use_bdlora": Field("refused", "block-diagonal factors are stored in another shape"),
     "arrow_config": Field("refused", "a router over several adapters is not one delta"),
     "ensure_weight_tying": Field("ignored", "what the tensors say is compared when merging"),

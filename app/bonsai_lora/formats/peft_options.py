@@ -1,8 +1,10 @@
 """What an adapter_config.json says of the base that the adapter is merged into."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from bonsai_lora.formats.experts import targeted_parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +17,8 @@ class BaseOptions:
     """modules_to_save: names at the end of modules that have weights of their own."""
     token_indices: Mapping[str, Sequence[int]] | Sequence[int] = ()
     """trainable_token_indices: numbers of the rows, by module or for every embedding."""
+    target_parameters: tuple[str, ...] = ()
+    """Names at the end of 3-D parameters that fused experts are for."""
 
     @classmethod
     def of(cls, raw: Mapping[str, Any] | None) -> "BaseOptions":
@@ -25,11 +29,16 @@ class BaseOptions:
             raw.get("fan_in_fan_out") is True,
             tuple(raw.get("modules_to_save") or ()),
             raw.get("trainable_token_indices") or (),
+            tuple(raw.get("target_parameters") or ()),
         )
 
     def is_saved(self, module: str) -> bool:
         """Whether modules_to_save names `module`."""
         return module.endswith(self.saved)
+
+    def parameters_of(self, modules: Iterable[str]) -> Mapping[str, str]:
+        """Return the parameter that each module of fused experts is for."""
+        return targeted_parameters({"target_parameters": [*self.target_parameters]}, modules)
 
     def rows_of(self, module: str) -> Sequence[int]:
         """Return the numbers of the rows that `module` replaces."""

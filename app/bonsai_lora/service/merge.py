@@ -41,6 +41,12 @@ class WeightMerge:
                 got=self.dtype,
                 expected=list(MERGE_DTYPES),
             )
+        if self.adapter.experts is not None:
+            raise UnsupportedAdapterError(
+                f"the module has {self.adapter.experts} fused experts, each with weights of its "
+                "own; merge a base checkpoint, which holds them all",
+                field="target_parameters",
+            )
         if self.adapter.bias is not None:
             raise UnsupportedAdapterError(
                 "the adapter adds a bias (lora_bias), which weights alone cannot hold",

@@ -23,6 +23,7 @@ from bonsai_lora.errors import (
     UnsupportedAdapterError,
 )
 from bonsai_lora.formats import mlx, peft
+from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import check_module_name, check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig, parse_config
 from bonsai_lora.service.limits import Limits, shapes_bytes
@@ -87,10 +88,12 @@ def import_adapter(
     precondition: Precondition,
     *,
     base_model_name: str | None = None,
+    expert_layout: ExpertLayout | None = None,
 ) -> Imported:
     """Make or replace a set from a PEFT or MLX adapter: its configuration and safetensors file.
 
-    `base_model_name` takes the place of the name in the configuration. Raises the errors of
+    `base_model_name` takes the place of the name in the configuration, and `expert_layout` of what
+    it says of fused experts. Raises the errors of
     `peft.decode_adapter`, `mlx.decode_mlx` and `Upload.finish`, InvalidNameError,
     RankTooLargeError, MemoryBudgetError, and what `precondition` raises; nothing has changed then.
     """
@@ -103,7 +106,7 @@ def import_adapter(
         raw, tensors = mlx.decode_mlx(raw, tensors)
     if base_model_name is not None:
         raw = {**raw, _BASE_FIELD: base_model_name}
-    adapter = peft.decode_adapter(PeftConfig(raw), tensors, name)
+    adapter = peft.decode_adapter(PeftConfig(raw), tensors, name, expert_layout)
     for one in adapter.lora_set.registry.adapters.values():
         limits.check_rank(one.rank)
     with store.lock(name):
@@ -115,9 +118,8 @@ def import_adapter(
             adapter.lora_set,
             origin="mlx" if is_mlx else "peft",
             previous=previous,
-            adapter_config=raw,
-            # As it arrived, where every tensor of the file is one of the set's.
-            arrived=None if is_mlx or adapter.ignored_keys else (arrived, adapter.names),
+            adapter_config=adapter.config,
+            arrived=(arrived, adapter.names) if adapter.is_as_it_came and not is_mlx else None,
         )
     norms = {module: delta_norm(one) for module, one in stored.lora_set.registry.adapters.items()}
     return Imported(stored, previous is None, adapter.ignored_keys, adapter.warnings, norms)
@@ -279,7 +281,10 @@ def _refuse_beside_variants(present: StoredSet) -> None:
     lora_set = present.lora_set
     adapters = lora_set.registry.adapters.values()
     if lora_set.replacements or any(
-        one.bias is not None or one.magnitude is not None or one.layer != "linear"
+        one.bias is not None
+        or one.magnitude is not None
+        or one.layer != "linear"
+        or one.experts is not None
         for one in adapters
     ):
         raise UnsupportedAdapterError(

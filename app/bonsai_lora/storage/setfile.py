@@ -134,7 +134,12 @@ class NewSet:
     def _metadata(self) -> dict[str, str]:
         record = self.record
         modules = {
-            name: [one.config.alpha, one.scaling, one.layer]
+            name: [
+                one.config.alpha,
+                one.scaling,
+                one.layer,
+                *([one.experts] if one.experts else []),
+            ]
             for name, one in self.lora_set.registry.adapters.items()
         }
         metadata = {
@@ -197,14 +202,15 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
 
     modules, others = group_keys(header.tensors)
     adapters = {}
-    for module, (alpha, scaling, layer) in json.loads(header.metadata[_MODULES_KEY]).items():
+    for module, (alpha, scaling, layer, *more) in json.loads(header.metadata[_MODULES_KEY]).items():
+        experts = more[0] if more else None
         parts = modules[module]
         embedding = "embedding_" if layer == "embedding" else ""
         a_matrix = safetensors.view(mapped, header, parts[f"{embedding}A"])
         b_matrix = safetensors.view(mapped, header, parts[f"{embedding}B"])
-        own = replace(record.config, rank=len(a_matrix), alpha=alpha)
+        own = replace(record.config, rank=len(a_matrix) // (experts or 1), alpha=alpha)
         vectors = tensor(parts.get("bias")), tensor(parts.get("magnitude"))
-        adapters[module] = LoraAdapter(own, a_matrix, b_matrix, scaling, *vectors, layer)
+        adapters[module] = LoraAdapter(own, a_matrix, b_matrix, scaling, *vectors, layer, experts)
     return BonsaiLoraSet(
         LoraRegistry(record.config).add_all(adapters),
         record.base_model_name,

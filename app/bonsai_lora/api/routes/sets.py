@@ -23,6 +23,7 @@ from bonsai_lora.api.openapi import (
 from bonsai_lora.api.ranges import BytesFile, file_response
 from bonsai_lora.api.uploads import receive_adapter
 from bonsai_lora.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, layered
+from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import SET_NAME_PATTERN, check_set_name
 from bonsai_lora.service import sets
 from bonsai_lora.storage.upload import Upload
@@ -172,6 +173,10 @@ async def upload_set(
         str | None,
         Query(max_length=1024, description="in place of the name that the upload carries"),
     ] = None,
+    expert_b_layout: Annotated[
+        ExpertLayout | None,
+        Query(description="how the columns of fused experts' B lie; rank_major is peft's"),
+    ] = None,
 ) -> schemas.ImportReport:
     """Create the set or replace it, in one step; an adapter that would be applied wrongly is
     refused with the reason.
@@ -189,6 +194,7 @@ async def upload_set(
             upload,
             precondition(request),
             base_model_name=base_model_name,
+            expert_layout=expert_b_layout,
         )
         imported = await context.pool.run(make)
     response.status_code = 201 if imported.created else 200
