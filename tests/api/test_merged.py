@@ -203,7 +203,7 @@ def test_refusals(based, rng, tmp_path):
     assert_problem(based.get(f"{PATH}/nothing"), 404, "set_not_found")
     upload(based, "plain", TINY / "plain")
     assert_problem(based.get(f"{PATH}/plain/nothing.json"), 404, "file_not_found")
-    assert_problem(based.get(f"{PATH}/plain/..%2fconfig.json"), 404, "not_found")
+    assert_problem(based.get(f"{PATH}/plain/..%2fconfig.json"), 404, "file_not_found")
     tensors = {"model.embed_tokens.weight": np.ones((10, 6), np.float32)}
     write_base(tmp_path / "bases" / "tied", tensors, tie_word_embeddings=True)
     embedding = {

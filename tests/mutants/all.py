@@ -50,7 +50,9 @@ def stage(folder):
     wanted = {}
     for name in COPIED:
         source = ROOT / name
-        files = [source] if source.is_file() else [one for one in source.rglob("*") if one.is_file()]
+        files = (
+            [source] if source.is_file() else [one for one in source.rglob("*") if one.is_file()]
+        )
         for path in files:
             place = path.relative_to(ROOT)
             if "__pycache__" not in place.parts:

@@ -17,6 +17,8 @@ _known: WeakKeyDictionary[LoraAdapter, Values] = WeakKeyDictionary()
 def singular_values(adapter: LoraAdapter) -> Values:
     """Return the r singular values of scaling * B @ A, largest first, as float64.
 
+    Of fused experts all of them: those of the block-diagonal matrix of their deltas.
+
     B = Q R and A^T = P S give B @ A = Q (R S^T) P^T, so they are those of the r x r matrix R S^T.
     Unlike eigenvalues of Gram matrices, nothing is squared, so small values keep their digits.
     Costs O(r^2 (d_in + d_out)) once; an adapter's values are remembered as long as it lives.
@@ -28,6 +30,9 @@ def singular_values(adapter: LoraAdapter) -> Values:
 
 
 def _compute(adapter: LoraAdapter) -> Values:
+    if adapter.experts is not None:  # block by block: the values of all experts
+        values = np.concatenate([_compute(one) for one in adapter.each_expert])
+        return np.sort(values)[::-1]
     if adapter.rank == 0 or adapter.d_in == 0 or adapter.d_out == 0:
         return np.zeros(adapter.rank)
     a_matrix, b_matrix = _doubles(adapter)
@@ -46,6 +51,8 @@ def delta_norm(adapter: LoraAdapter) -> float:
     Its square is the sum of (B^T B) * (A A^T), two r x r Gram matrices. Where that sum nearly
     cancels, so that digits are lost, the singular values give it.
     """
+    if adapter.experts is not None:
+        return float(np.linalg.norm([delta_norm(one) for one in adapter.each_expert]))
     a_matrix, b_matrix = _doubles(adapter)
     gram_a, gram_b = a_matrix @ a_matrix.T, b_matrix.T @ b_matrix  # (r, r)
     square = float(np.sum(gram_a * gram_b))

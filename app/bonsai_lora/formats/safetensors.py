@@ -274,6 +274,8 @@ def _refuse_constant(text: str) -> None:
 
 
 def _check_metadata(value: Any) -> dict[str, str]:
+    if value is None:  # as the Rust reader takes it
+        return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise _malformed("__metadata__ must map strings to strings")
     return value

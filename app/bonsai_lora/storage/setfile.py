@@ -25,7 +25,8 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.mapped import map_file
-from bonsai_lora.formats.peft import group_keys, set_tensors
+from bonsai_lora.formats.peft import set_tensors
+from bonsai_lora.formats.peft_keys import group_keys
 from bonsai_lora.storage.residency import resident_bytes
 from bonsai_lora.storage.upload import ReceivedUpload
 
@@ -76,7 +77,7 @@ class SetRecord:
     """RFC 3339, UTC."""
     updated_at: str
     origin: str
-    """initialized, peft, gguf or mixed."""
+    """initialized, peft, mlx, gguf or mixed."""
     base_model_name: str
     config: LoraConfig
     adapter_count: int
@@ -165,7 +166,12 @@ class NewSet:
 
     def _metadata(self) -> dict[str, str]:
         modules = {
-            name: [one.config.alpha, one.scaling, one.layer]
+            name: [
+                one.config.alpha,
+                one.scaling,
+                one.layer,
+                *([one.experts] if one.experts else []),
+            ]
             for name, one in self.lora_set.registry.adapters.items()
         }
         metadata = {
@@ -233,14 +239,15 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
 
     modules, others = group_keys(header.tensors)
     adapters = {}
-    for module, (alpha, scaling, layer) in json.loads(header.metadata[_MODULES_KEY]).items():
+    for module, (alpha, scaling, layer, *more) in json.loads(header.metadata[_MODULES_KEY]).items():
+        experts = more[0] if more else None
         parts = modules[module]
         embedding = "embedding_" if layer == "embedding" else ""
         a_matrix = safetensors.view(mapped, header, parts[f"{embedding}A"])
         b_matrix = safetensors.view(mapped, header, parts[f"{embedding}B"])
-        own = replace(record.config, rank=len(a_matrix), alpha=alpha)
+        own = replace(record.config, rank=len(a_matrix) // (experts or 1), alpha=alpha)
         vectors = tensor(parts.get("bias")), tensor(parts.get("magnitude"))
-        adapters[module] = LoraAdapter(own, a_matrix, b_matrix, scaling, *vectors, layer)
+        adapters[module] = LoraAdapter(own, a_matrix, b_matrix, scaling, *vectors, layer, experts)
     return BonsaiLoraSet(
         LoraRegistry(record.config).add_all(adapters),
         record.base_model_name,

@@ -24,6 +24,14 @@ Others = Annotated[
 Weights = Annotated[
     list[float] | None, Query(alias="weight", max_length=32, description="their weights, in order")
 ]
+Match = Annotated[
+    str | None,
+    Query(
+        max_length=256,
+        description="start of the tensors' names that paths mean which could mean several",
+        examples=["model.language_model."],
+    ),
+]
 
 _MERGE_ERRORS = (
     errors.BaseNotFoundError,
@@ -83,21 +91,22 @@ async def list_merged_files(
     scale: Scale = 1.0,
     others: Others = None,
     weights: Weights = None,
+    match: Match = None,
 ) -> schemas.MergedFiles:
     """Returns names, sizes and ETags. Nothing is computed."""
-    model = await _model(context, base, name, scale, others, weights)
+    model = await _model(context, base, name, scale, others, weights, match)
     return schemas.MergedFiles(files=[schemas.MergedFileInfo(**one) for one in merge_info(model)])
 
 
 @router.get(
-    "/v1/bases/{base}/merged/{set}/{filename}",
+    "/v1/bases/{base}/merged/{set}/{filename:path}",
     operation_id="get_merged_file",
     summary="Download a file of a merged model",
     response_class=Response,
     responses=file_responses("application/octet-stream")
     | problems(*_MERGE_ERRORS, errors.FileNotInModelError, errors.RangeNotSatisfiableError),
 )
-@router.head("/v1/bases/{base}/merged/{set}/{filename}", include_in_schema=False)
+@router.head("/v1/bases/{base}/merged/{set}/{filename:path}", include_in_schema=False)
 async def get_merged_file(
     request: Request,
     context: ContextDep,
@@ -109,11 +118,12 @@ async def get_merged_file(
     scale: Scale = 1.0,
     others: Others = None,
     weights: Weights = None,
+    match: Match = None,
 ) -> Response:
     """The header, sizes and offsets are those of the base's file. Each byte range is computed when
     it is requested, in float32, and rounded once, to nearest even.
     """
-    model = await _model(context, base, name, scale, others, weights)
+    model = await _model(context, base, name, scale, others, weights, match)
     file = model.file(filename)
     if file is None:
         raise errors.FileNotInModelError(filename, model.files())
@@ -128,9 +138,10 @@ async def _model(
     scale: float,
     others: list[str] | None,
     weights: list[float] | None,
+    match: str | None,
 ) -> MergedModel:
     sets = weighted_sets(name, scale, others or [], weights or [])
-    return await context.pool.run(lambda: context.models.get(base, sets))
+    return await context.pool.run(lambda: context.models.get(base, sets, match))
 
 
 def _info(context: ContextDep, name: str) -> schemas.BaseInfo:
@@ -143,4 +154,5 @@ def _info(context: ContextDep, name: str) -> schemas.BaseInfo:
         files=files,
         dtypes=dict(base.parameters),
         parameter_count=sum(base.parameters.values()),
+        ignored_files=list(base.ignored),
     )

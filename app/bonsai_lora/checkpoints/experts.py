@@ -1,0 +1,53 @@
+"""Which tensors of a base hold what fused experts change: one per expert, or all in one.
+
+Files keep experts one by one (`experts.7.gate_proj.weight`), or stacked as the class has them
+(transformers 5, Qwen3MoeExperts and others).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from bonsai_lora.checkpoints.bases import Base
+from bonsai_lora.core.adapter import LoraAdapter
+
+_SPLIT = {"gate_up_proj": ("gate_proj", "up_proj")}
+"""Parameters that are more than one tensor of an expert, in the order of their outputs."""
+_OLD_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+"""Mixtral's, in `block_sparse_moe`."""
+
+
+def expert_weights(
+    base: Base, parameter: str, adapter: LoraAdapter, match: str | None
+) -> Iterator[tuple[str, LoraAdapter]]:
+    """Yield name and adapter of every tensor of `base` that holds a part of `parameter`.
+
+    Nothing where it has none. Raises InvalidRequestError where names are ambiguous.
+    """
+    stacked = base.paths.find_one(parameter, match)
+    if stacked is not None:
+        yield stacked, adapter
+        return
+    core, _, leaf = parameter.rpartition(".")
+    names = _SPLIT.get(leaf, (leaf,))
+    for number, expert in enumerate(adapter.each_expert):
+        for name, part in zip(names, _parts(expert, len(names)), strict=True):
+            found = _find(base, core, number, name, match)
+            if found is None:
+                return
+            yield found, part
+
+
+def _find(base: Base, core: str, number: int, name: str, match: str | None) -> str | None:
+    old = core.replace("mlp.experts", "block_sparse_moe.experts")
+    return base.paths.find_one(f"{core}.{number}.{name}.weight", match) or base.paths.find_one(
+        f"{old}.{number}.{_OLD_NAMES.get(name, name)}.weight", match
+    )
+
+
+def _parts(adapter: LoraAdapter, count: int) -> Sequence[LoraAdapter]:
+    """Return the adapters of equal parts of the outputs."""
+    rows = adapter.d_out // count
+    return [
+        replace(adapter, b_matrix=adapter.b_matrix[place * rows : (place + 1) * rows])
+        for place in range(count)
+    ]

@@ -1,0 +1,78 @@
+"""Bases whose head is their embedding: one tensor that peft knows as two modules."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from bonsai_lora.checkpoints.bases import Base
+from bonsai_lora.core.cast import Array
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.errors import UnsupportedAdapterError
+from bonsai_lora.formats.peft_keys import TOKEN_ROWS
+from bonsai_lora.formats.peft_options import BaseOptions
+
+_HEADS = frozenset({"lm_head", "embed_out"})
+_EMBEDDINGS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings"})
+_ENDS = (TOKEN_ROWS, ".weight", ".bias")
+
+
+def tied_replacements(
+    base: Base, lora_set: BonsaiLoraSet, options: BaseOptions
+) -> Mapping[str, Array]:
+    """Return the replaced parameters of a set without those that the base holds as another.
+
+    A tied base has no tensor for its head. A copy of the head that equals that of the embedding,
+    as peft saves both where the vocabulary was resized, changes nothing more. Raises
+    UnsupportedAdapterError where head and embedding come to differ, which one tensor cannot hold.
+    """
+    replacements = lora_set.replacements
+    if "lm_head.weight" in base.weight_map or not base.is_tied:
+        return replacements
+    adapted = [name for name in lora_set.registry.adapters if _last(name) in _HEADS | _EMBEDDINGS]
+    heads = {_ending(name): name for name in replacements if _last(_module(name)) in _HEADS}
+    embeddings = {
+        _ending(name): name for name in replacements if _last(_module(name)) in _EMBEDDINGS
+    }
+    own = [name for name in embeddings.values() if options.is_saved(_module(name))]
+    if adapted or (own and not heads):
+        raise _differs(base, [*adapted, *own])
+    for ending, head in heads.items():
+        other = embeddings.get(ending)
+        if other is None or not _is_equal(head, other, replacements, options):
+            raise _differs(base, [head, *([other] if other else [])])
+    return {name: one for name, one in replacements.items() if name not in heads.values()}
+
+
+def _is_equal(
+    head: str, embedding: str, replacements: Mapping[str, Array], options: BaseOptions
+) -> bool:
+    if head.endswith(TOKEN_ROWS) and list(options.rows_of(_module(head))) != list(
+        options.rows_of(_module(embedding))
+    ):
+        return False
+    return np.array_equal(replacements[head], replacements[embedding])
+
+
+def _module(parameter: str) -> str:
+    for ending in _ENDS:
+        if parameter.endswith(ending):
+            return parameter.removesuffix(ending)
+    return parameter
+
+
+def _ending(parameter: str) -> str:
+    return parameter.removeprefix(_module(parameter))
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _differs(base: Base, names: list[str]) -> UnsupportedAdapterError:
+    return UnsupportedAdapterError(
+        f"base {base.name!r} ties its head to its embedding, and the set changes "
+        f"{', '.join(sorted(names))} so that they would differ: one tensor cannot hold both. "
+        "Untie the base first (save it with tie_word_embeddings false and a head of its own)",
+        modules=sorted(names),
+        base=base.name,
+    )

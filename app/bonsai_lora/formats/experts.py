@@ -1,0 +1,146 @@
+"""Fused experts: adapters that peft puts on 3-D parameters (target_parameters).
+
+peft wraps the module of the parameters, once per parameter, and names A and B after the wrappers:
+the innermost, `…experts.base_layer.lora_A`, is on the parameter that comes first in the module, the
+outermost, `…experts.lora_A`, on the last. A is (E*r, d_in) with expert e's rows together, B (d_out,
+r*E) with column q*E + e for expert e (peft 0.21, tuners/lora/layer.py, ParamWrapper). peft 0.17 and
+0.18 took (E, out, in) parameters for (E, in, out), so that A and B stand the other way round.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from bonsai_lora.core.cast import Array
+from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
+
+ExpertLayout = Literal["rank_major", "grouped_by_expert"]
+
+LAYOUT_FIELD = "lora_B_layout"
+"""Where newer versions of unsloth say how B's columns lie."""
+FIRST_RIGHT_VERSION = "0.19.0"
+"""Of peft, which reads (E, out, in) parameters as they are."""
+
+_INNER = ".base_layer"
+_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "input_linear", "down_proj", "output_linear")
+"""How the classes of transformers 5 register their parameters."""
+_VERSION = re.compile(r"(\d+)\.(\d+)")
+
+
+def targeted_parameters(raw: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str]:
+    """Return the parameter that each module's A and B are for, of modules in target_parameters.
+
+    Raises InvalidAdapterError where wrappers and target_parameters do not go together,
+    UnsupportedAdapterError where nothing tells which wrapper is for which parameter.
+    """
+    targets = raw.get("target_parameters") or []
+    if not isinstance(targets, list) or not all(isinstance(one, str) for one in targets):
+        raise InvalidAdapterError(
+            f"target_parameters is {str(targets)[:200]}; expected a list of strings",
+            field="target_parameters",
+        )
+    leaves: dict[str, set[str]] = {}
+    for target in targets:
+        leaves.setdefault(target.rpartition(".")[0], set()).add(target.rpartition(".")[2])
+    wrappers: dict[str, list[str]] = {}
+    for module in modules:
+        wrappers.setdefault(_unwrapped(module), []).append(module)
+    found: dict[str, str] = {}
+    for core, names in wrappers.items():
+        parameters = _ordered(
+            core, {one for path in _endings(core) for one in leaves.get(path, ())}
+        )
+        inner_first = sorted(names, key=len, reverse=True)
+        if not parameters and inner_first == [core]:
+            continue  # an ordinary module
+        if len(parameters) != len(names) or len(inner_first[0]) != len(core) + len(_INNER) * (
+            len(names) - 1
+        ):
+            raise InvalidAdapterError(
+                f"{core!r} has adapters for {len(names)} parameters, but target_parameters names "
+                f"{', '.join(parameters) or 'none'} of it",
+                field="target_parameters",
+                module=core,
+            )
+        found |= {
+            name: f"{core}.{parameter}"
+            for name, parameter in zip(inner_first, parameters, strict=True)
+        }
+    return found
+
+
+def _unwrapped(module: str) -> str:
+    while module.endswith(_INNER):
+        module = module.removesuffix(_INNER)
+    return module
+
+
+def _endings(core: str) -> list[str]:
+    parts = core.split(".")
+    return ["", *(".".join(parts[start:]) for start in range(len(parts)))]
+
+
+def _ordered(core: str, parameters: set[str]) -> list[str]:
+    """Return the parameters of one module in the order in which it registers them."""
+    if len(parameters) < 2:
+        return list(parameters)
+    if not parameters <= {*_ORDER}:
+        raise UnsupportedAdapterError(
+            f"target_parameters names {', '.join(sorted(parameters))} of {core!r}, and nothing "
+            f"tells which of its tensors is for which; known are {', '.join(_ORDER)}",
+            field="target_parameters",
+            module=core,
+        )
+    return sorted(parameters, key=_ORDER.index)
+
+
+def is_swapped(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> bool:
+    """Return whether A and B of fused experts stand the other way round, as peft before 0.19 did.
+
+    `shapes` are (d_in, d_out) by parameter, of one module: gate and up together give twice the
+    width that down takes, and take the one that it gives. Where that does not tell, peft_version
+    does.
+    """
+    gate_up, down = shapes.get("gate_up_proj"), shapes.get("down_proj")
+    if gate_up is not None and down is not None:
+        (a_in, a_out), (b_in, b_out) = gate_up, down
+        is_right = a_in == b_out and a_out == 2 * b_in
+        is_wrong = a_out == b_in and a_in == 2 * b_out
+        if is_right != is_wrong:
+            return is_wrong
+    version = _VERSION.match(str(raw.get("peft_version") or ""))
+    return version is not None and (int(version[1]), int(version[2])) < (0, 19)
+
+
+def swapped(a_matrix: Array, b_matrix: Array, experts: int) -> tuple[Array, Array]:
+    """Return A and B of the transposed delta of every expert."""
+    rank = len(a_matrix) // experts
+    d_in, d_out = a_matrix.shape[1], len(b_matrix)
+    right = b_matrix.reshape(d_out, rank, experts).transpose(2, 1, 0).reshape(-1, d_out)
+    left = a_matrix.reshape(experts, rank, d_in).transpose(2, 1, 0).reshape(d_in, -1)
+    return right, left
+
+
+def rank_major(b_matrix: Array, experts: int) -> Array:
+    """Return B whose columns lay expert by expert (e*r + q) with columns q*E + e, as peft reads."""
+    d_out, columns = b_matrix.shape
+    grouped = b_matrix.reshape(d_out, experts, columns // experts)
+    return grouped.transpose(0, 2, 1).reshape(d_out, columns)
+
+
+def layout_of(raw: Mapping[str, Any], asked: ExpertLayout | None) -> ExpertLayout:
+    """Return how B's columns lie: as asked for, else as the configuration says, else rank-major."""
+    layout = asked or raw.get(LAYOUT_FIELD) or "rank_major"
+    if layout not in ("rank_major", "grouped_by_expert"):
+        raise InvalidAdapterError(
+            f"{LAYOUT_FIELD} is {str(layout)[:100]!r}; expected rank_major or grouped_by_expert",
+            field=LAYOUT_FIELD,
+        )
+    return layout
+
+
+def may_be_grouped(raw: Mapping[str, Any]) -> bool:
+    """Whether unsloth wrote the configuration, without saying how B's columns lie."""
+    mapping = raw.get("auto_mapping")
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else None
+    return LAYOUT_FIELD not in raw and ("unsloth_fixed" in raw or "unsloth" in str(library))
