@@ -270,6 +270,12 @@ Stacked = Annotated[
 ]
 
 
+Experts = Annotated[
+    list[int] | None,
+    Field(description="for fused experts only: the number of the expert of each row, from 0"),
+]
+
+
 class ApplyRequest(RequestModel):
     """Vectors for one module."""
 
@@ -278,6 +284,7 @@ class ApplyRequest(RequestModel):
         None, description="W·x without bias, for DoRA modules only: (rows, d_out) or (d_out,)"
     )
     sets: Stacked = None
+    experts: Experts = None
 
 
 class ApplyAnswer(BaseModel):
@@ -300,6 +307,7 @@ class ApplyManyRequest(RequestModel):
     base_outputs: dict[str, Vectors] | None = Field(
         None, description="W·x without bias, for DoRA modules only"
     )
+    experts: Experts = None
 
 
 class ApplyManyAnswer(BaseModel):
@@ -324,6 +332,7 @@ class ApplyMixedRequest(RequestModel):
     base_outputs: Vectors | None = Field(
         None, description="W·x without bias, for DoRA sets only: (rows, d_out) or (d_out,)"
     )
+    experts: Experts = None
 
 
 class ApplyMixedAnswer(BaseModel):

@@ -13,6 +13,9 @@ Rows = slice | npt.NDArray[np.intp]
 """Which rows of a batch: a slice where they lie together, else their numbers in order."""
 
 
+Integers = npt.NDArray[np.int64]
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Segment:
     """The rows of a batch that one adapter takes part in, each with its weight."""
@@ -31,6 +34,26 @@ class Segment:
         if self.base_outputs is None or self.row_norms is None:
             return self.adapter.apply(x[self.rows], self.weights)
         return self.adapter.apply_dora(x[self.rows], self.base_outputs[self.rows], self.row_norms)
+
+
+def expert_segments(
+    adapter: LoraAdapter, rows: Rows, weights: float | Floats, experts: Integers
+) -> list[Segment]:
+    """Return a segment per expert that some of `rows` go through.
+
+    `experts` (n,) has one number from 0 to E - 1 for each row of the whole batch.
+    """
+    places = np.arange(len(experts))[rows]
+    order = np.argsort(experts[places], kind="stable")
+    numbers, starts = np.unique(experts[places][order], return_index=True)
+    return [
+        Segment(
+            adapter.each_expert[number],
+            places[share],
+            weights[share] if isinstance(weights, np.ndarray) else weights,
+        )
+        for number, share in zip(numbers, np.split(order, starts[1:]), strict=True)
+    ]
 
 
 def rows_of(numbers: Sequence[int]) -> Rows:

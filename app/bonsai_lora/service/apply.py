@@ -10,7 +10,14 @@ import numpy as np
 
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.core.batch import Rows, Segment, apply_segments, rows_of
+from bonsai_lora.core.batch import (
+    Integers,
+    Rows,
+    Segment,
+    apply_segments,
+    expert_segments,
+    rows_of,
+)
 from bonsai_lora.core.cast import Floats, count_rows
 from bonsai_lora.errors import (
     DoraNeedsBaseError,
@@ -98,12 +105,17 @@ class Applier:
     bases: BaseFolder
 
     def apply(
-        self, shares: Sequence[Share], inputs: Inputs, base_outputs: Inputs
+        self,
+        shares: Sequence[Share],
+        inputs: Inputs,
+        base_outputs: Inputs,
+        experts: Integers | None = None,
     ) -> dict[str, Floats]:
         """Return what the sets of `shares` add, by module, for inputs (d_in,) or (rows, d_in).
 
-        `base_outputs` are W x without bias, for DoRA modules only. All is checked before anything
-        is computed. Raises InvalidRequestError where there is no module at all,
+        `base_outputs` are W x without bias, for DoRA modules only; `experts` (rows,) says which of
+        its fused experts each row goes through, for all such modules. All is checked before
+        anything is computed. Raises InvalidRequestError where there is no module at all,
         AdapterNotFoundError, ShapeMismatchError, TooManyRowsError, AnswerTooLargeError,
         DoraNeedsBaseError, and UnsupportedAdapterError for a module whose bias is replaced, or a
         DoRA module that is weighted or stacked.
@@ -111,13 +123,18 @@ class Applier:
         if not inputs:
             raise InvalidRequestError("there are no inputs; give at least one module its vectors")
         adapters = {module: _adapters_of(module, shares, batch) for module, batch in inputs.items()}
+        _check_any_experts(adapters, experts)
+        for module, some in adapters.items():
+            check_experts(module, some, experts, count_rows(inputs[module]))
         self.limits.check_rows(max(count_rows(one) for one in inputs.values()))
         values = sum(
             count_rows(inputs[module]) * some[0].d_out for module, some in adapters.items()
         )
         self.limits.check_answer(values)
         planned = {
-            module: self._plan(module, shares, some, inputs[module], base_outputs.get(module))
+            module: self._plan(
+                module, shares, some, inputs[module], base_outputs.get(module), experts
+            )
             for module, some in adapters.items()
         }
         return {module: compute() for module, compute in planned.items()}
@@ -129,29 +146,95 @@ class Applier:
         adapters: Sequence[LoraAdapter],
         x: Floats,
         base_outputs: Floats | None,
+        experts: Integers | None,
     ) -> Callable[[], Floats]:
         """Return the computation for one module, with everything checked that can be refused."""
         is_dora = any(one.magnitude is not None for one in adapters)
-        if len(shares) == 1 and shares[0].rows is None and not is_dora:
+        is_fused = any(one.experts is not None for one in adapters)
+        if len(shares) == 1 and shares[0].rows is None and not (is_dora or is_fused):
             return partial(adapters[0].apply, x, shares[0].weights)
         d_out = adapters[0].d_out
         if is_dora:
             _check_dora(module, shares, adapters, count_rows(x))
             base_outputs = _check_base_outputs(module, base_outputs, (*x.shape[:-1], d_out))
         segments = [
-            Segment(adapter, share.places, share.weights)
-            if adapter.magnitude is None or base_outputs is None
-            else Segment(
-                adapter,
-                share.places,
-                share.weights,
-                base_outputs.reshape(count_rows(x), d_out),
-                norms_of(share.stored, module, adapter, self.bases),
-            )
+            segment
             for share, adapter in zip(shares, adapters, strict=True)
+            for segment in self._segments(
+                module,
+                share,
+                adapter,
+                None if base_outputs is None else base_outputs.reshape(count_rows(x), d_out),
+                experts,
+            )
         ]
         batch = x.reshape(count_rows(x), x.shape[-1])
         return lambda: apply_segments(batch, segments, d_out).reshape(*x.shape[:-1], d_out)
+
+    def _segments(
+        self,
+        module: str,
+        share: Share,
+        adapter: LoraAdapter,
+        base_outputs: Floats | None,
+        experts: Integers | None,
+    ) -> list[Segment]:
+        """Return the rows of one share, by expert where the adapter is of fused experts."""
+        if adapter.experts is not None and experts is not None:
+            return expert_segments(adapter, share.places, share.weights, experts)
+        if adapter.magnitude is None or base_outputs is None:
+            return [Segment(adapter, share.places, share.weights)]
+        norms = norms_of(share.stored, module, adapter, self.bases)
+        return [Segment(adapter, share.places, share.weights, base_outputs, norms)]
+
+
+def _check_any_experts(
+    adapters: Mapping[str, Sequence[LoraAdapter]], experts: Integers | None
+) -> None:
+    if experts is not None and all(
+        one.experts is None for some in adapters.values() for one in some
+    ):
+        raise InvalidRequestError(
+            f"experts is given, but {', '.join(list(adapters)[:8])} are no fused experts; leave it "
+            "out",
+            field="experts",
+        )
+
+
+def check_experts(
+    module: str, adapters: Sequence[LoraAdapter], experts: Integers | None, rows: int
+) -> None:
+    """Raise unless `experts` has a number for each row where an adapter is of fused experts.
+
+    InvalidRequestError where they are missing or beyond the last expert, ShapeMismatchError where
+    there are more or fewer than rows.
+    """
+    counts = [one.experts for one in adapters if one.experts is not None]
+    if not counts:
+        return
+    if experts is None:
+        raise InvalidRequestError(
+            f"module {module!r} has {counts[0]} fused experts; send `experts` beside the inputs: "
+            "for each row the number of its expert, from 0",
+            module=module,
+            field="experts",
+        )
+    if len(experts) != rows:
+        raise ShapeMismatchError(
+            f"there are {len(experts)} numbers in experts, but {rows} rows for {module!r}",
+            module=module,
+            got=len(experts),
+            expected=rows,
+        )
+    wrong = np.flatnonzero((experts < 0) | (experts >= min(counts)))
+    if wrong.size:
+        raise InvalidRequestError(
+            f"experts[{wrong[0]}] is {experts[wrong[0]]}, but {module!r} has {min(counts)} "
+            f"experts: 0 to {min(counts) - 1}",
+            module=module,
+            row=int(wrong[0]),
+            got=int(experts[wrong[0]]),
+        )
 
 
 def _adapters_of(module: str, shares: Sequence[Share], x: Floats) -> list[LoraAdapter]:

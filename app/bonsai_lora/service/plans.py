@@ -205,11 +205,14 @@ def make_plan(
 ) -> Plan | None:
     """Return the plan of a request that was just answered by `parts`; None where there is none.
 
-    There is none for DoRA and for empty batches, nor for so much JSON that there is little to gain.
-    Nor where A has no numbers: a product with that does not show what is not finite.
+    There is none for DoRA, fused experts and empty batches, nor for so much JSON that there is
+    little to gain. Nor where A has no numbers: a product with that does not show what is not
+    finite.
     """
     adapters = [get_adapter(stored, step.module) for step in steps]
-    if any(one.magnitude is not None or one.a_matrix.size == 0 for one in adapters):
+    if any(one.magnitude is not None or one.experts is not None for one in adapters):
+        return None
+    if any(one.a_matrix.size == 0 for one in adapters):
         return None
     if any(0 in one.shape for one in sources):
         return None

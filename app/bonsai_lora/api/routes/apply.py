@@ -84,7 +84,8 @@ async def apply_one(
     """Answers scaling · B·A·x for each row x; add it to the base layer's output. The binary form
     is a safetensors body with the tensor `inputs`, answered by the tensor `outputs`. `sets` stacks
     further sets on top, each with its weight (binary: as JSON in the metadata); naming the path's
-    own set there gives it a weight too.
+    own set there gives it a weight too. Where the module is fused experts of an MoE layer,
+    `experts` (binary: an I32 or I64 tensor) has the number of the expert of each row.
     """
 
 
@@ -189,7 +190,7 @@ async def answer_mixed(context: Context, call: Call) -> None:
                 given, inputs[module][:, :0], {"module": module, "versions": {}}, dtype
             )
         shares = shares_of(batch.stacks, options.scale, context.store.read)
-        outputs = context.applier.apply(shares, inputs, base_outputs)
+        outputs = context.applier.apply(shares, inputs, base_outputs, batch.experts)
         context.metrics.rows_applied.inc(total_rows(inputs))
         about = {"module": module, "versions": versions_of(shares)}
         return encode_outputs(given, outputs[module], about, dtype)
@@ -202,7 +203,7 @@ def _stacked(
 ) -> dict[str, Floats]:
     """Return what the set and those stacked on it add; `about` learns of their versions."""
     shares = stacked_shares(stored, batches.stack, scale, context.store.read)
-    outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs)
+    outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs, batches.experts)
     context.metrics.rows_applied.inc(total_rows(batches.inputs))
     if batches.stack:
         about["versions"] = versions_of(shares)
