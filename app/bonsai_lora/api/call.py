@@ -145,6 +145,7 @@ class Options:
     dtype: str
     scale: float
     modules: Sequence[str]
+    match: str | None
 
 
 @lru_cache(maxsize=256)
@@ -161,7 +162,8 @@ def _options(
     given = answer_form(_text(accept), taken, _FORMS)
     dtype = check_answer_dtype(query.get("dtype", [None])[-1], given)
     scale = _scale(query.get("scale", ["1"])[-1])
-    return Options(taken, given, dtype, scale, query.get("module", []))
+    match = query.get("match", [None])[-1]
+    return Options(taken, given, dtype, scale, query.get("module", []), match)
 
 
 def _text(value: bytes | None) -> str | None:

@@ -110,12 +110,14 @@ class Applier:
         inputs: Inputs,
         base_outputs: Inputs,
         experts: Integers | None = None,
+        match: str | None = None,
     ) -> dict[str, Floats]:
         """Return what the sets of `shares` add, by module, for inputs (d_in,) or (rows, d_in).
 
         `base_outputs` are W x without bias, for DoRA modules only; `experts` (rows,) says which of
-        its fused experts each row goes through, for all such modules. All is checked before
-        anything is computed. Raises InvalidRequestError where there is no module at all,
+        its fused experts each row goes through, for all such modules; `match` is the start of
+        the names of the base's tensors whose norms DoRA needs. All is checked before anything is
+        computed. Raises InvalidRequestError where there is no module at all,
         AdapterNotFoundError, ShapeMismatchError, TooManyRowsError, AnswerTooLargeError,
         DoraNeedsBaseError, and UnsupportedAdapterError for a module whose bias is replaced, or a
         DoRA module that is weighted or stacked.
@@ -133,7 +135,7 @@ class Applier:
         self.limits.check_answer(values)
         planned = {
             module: self._plan(
-                module, shares, some, inputs[module], base_outputs.get(module), experts
+                module, shares, some, inputs[module], base_outputs.get(module), experts, match
             )
             for module, some in adapters.items()
         }
@@ -147,6 +149,7 @@ class Applier:
         x: Floats,
         base_outputs: Floats | None,
         experts: Integers | None,
+        match: str | None,
     ) -> Callable[[], Floats]:
         """Return the computation for one module, with everything checked that can be refused."""
         is_dora = any(one.magnitude is not None for one in adapters)
@@ -166,6 +169,7 @@ class Applier:
                 adapter,
                 None if base_outputs is None else base_outputs.reshape(count_rows(x), d_out),
                 experts,
+                match,
             )
         ]
         batch = x.reshape(count_rows(x), x.shape[-1])
@@ -178,13 +182,14 @@ class Applier:
         adapter: LoraAdapter,
         base_outputs: Floats | None,
         experts: Integers | None,
+        match: str | None,
     ) -> list[Segment]:
         """Return the rows of one share, by expert where the adapter is of fused experts."""
         if adapter.experts is not None and experts is not None:
             return expert_segments(adapter, share.places, share.weights, experts)
         if adapter.magnitude is None or base_outputs is None:
             return [Segment(adapter, share.places, share.weights)]
-        norms = norms_of(share.stored, module, adapter, self.bases)
+        norms = norms_of(share.stored, module, adapter, self.bases, match)
         return [Segment(adapter, share.places, share.weights, base_outputs, norms)]
 
 

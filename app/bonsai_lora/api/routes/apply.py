@@ -66,6 +66,11 @@ Scale = Annotated[
     float, Query(ge=-MAX_SCALE, le=MAX_SCALE, description="factor on everything that is added")
 ]
 
+Match = Annotated[
+    str | None,
+    Query(description="start of the names of the base's tensors, for DoRA modules in several"),
+]
+
 
 @router.post(
     ONE,
@@ -79,7 +84,11 @@ Scale = Annotated[
 )
 @answered_before
 async def apply_one(
-    name: SetName, module: ModuleName, dtype: AnswerDtype = None, scale: Scale = 1.0
+    name: SetName,
+    module: ModuleName,
+    dtype: AnswerDtype = None,
+    scale: Scale = 1.0,
+    match: Match = None,
 ) -> None:
     """Answers scaling · B·A·x for each row x; add it to the base layer's output. The binary form
     is a safetensors body with the tensor `inputs`, answered by the tensor `outputs`. `sets` stacks
@@ -93,12 +102,12 @@ async def answer_one(context: Context, call: Call, name: str, module: str) -> No
     """Answer `apply_one`."""
     stored = context.store.read(name)
     adapter = get_adapter(stored, module)
-    options = call.options("dtype", "scale")
+    options = call.options("dtype", "scale", "match")
 
     def compute(body: Buffer) -> Sequence[Buffer]:
         batches = decode_one(options.taken, body, context.limits.max_header_bytes, module)
         about: About = {"set": name, "module": module, "version": stored.record.version}
-        outputs = _stacked(context, stored, batches, options.scale, about)
+        outputs = _stacked(context, stored, batches, options, about)
         parts = encode_outputs(options.given, outputs[module], about, options.dtype)
         _plan(call, stored, options, {module: INPUTS}, batches, body, parts)
         return parts
@@ -126,6 +135,7 @@ async def apply_many(
     ] = None,
     dtype: AnswerDtype = None,
     scale: Scale = 1.0,
+    match: Match = None,
 ) -> None:
     """Each module gets its own inputs (binary: a tensor of its name), or all named by `module`
     get the same. All outputs come from one version of the set. `sets` stacks further sets on top,
@@ -137,13 +147,13 @@ async def apply_many(
 async def answer_many(context: Context, call: Call, name: str) -> None:
     """Answer `apply_many`."""
     stored = context.store.read(name)
-    options = call.options("dtype", "scale", "module")
+    options = call.options("dtype", "scale", "module", "match")
 
     def compute(body: Buffer) -> Sequence[Buffer]:
         limit = context.limits.max_header_bytes
         batches = decode_many(options.taken, body, limit, options.modules)
         about: About = {"set": name, "version": stored.record.version}
-        outputs = _stacked(context, stored, batches, options.scale, about)
+        outputs = _stacked(context, stored, batches, options, about)
         parts = encode_outputs(options.given, outputs, about, options.dtype)
         tensors = {one: INPUTS if options.modules else one for one in outputs}
         _plan(call, stored, options, tensors, batches, body, parts)
@@ -169,7 +179,7 @@ async def answer_many(context: Context, call: Call, name: str) -> None:
     responses=tensor_answer(schemas.ApplyMixedAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
 )
 @answered_before
-async def apply_mixed(dtype: AnswerDtype = None, scale: Scale = 1.0) -> None:
+async def apply_mixed(dtype: AnswerDtype = None, scale: Scale = 1.0, match: Match = None) -> None:
     """`sets` says for each row which set it goes through: a name, null for none (its delta is
     zero), or a list of sets with weights whose deltas are added. Ranks may differ. In binary,
     `module` and `sets` are JSON in the metadata. Each set takes part with one version.
@@ -178,7 +188,7 @@ async def apply_mixed(dtype: AnswerDtype = None, scale: Scale = 1.0) -> None:
 
 async def answer_mixed(context: Context, call: Call) -> None:
     """Answer `apply_mixed`."""
-    options = call.options("dtype", "scale")
+    options = call.options("dtype", "scale", "match")
     given, dtype = options.given, options.dtype
 
     def compute(body: Buffer) -> Sequence[Buffer]:
@@ -190,7 +200,7 @@ async def answer_mixed(context: Context, call: Call) -> None:
                 given, inputs[module][:, :0], {"module": module, "versions": {}}, dtype
             )
         shares = shares_of(batch.stacks, options.scale, context.store.read)
-        outputs = context.applier.apply(shares, inputs, base_outputs, batch.experts)
+        outputs = context.applier.apply(shares, inputs, base_outputs, batch.experts, options.match)
         context.metrics.rows_applied.inc(total_rows(inputs))
         about = {"module": module, "versions": versions_of(shares)}
         return encode_outputs(given, outputs[module], about, dtype)
@@ -199,11 +209,13 @@ async def answer_mixed(context: Context, call: Call) -> None:
 
 
 def _stacked(
-    context: Context, stored: StoredSet, batches: Batches, scale: float, about: About
+    context: Context, stored: StoredSet, batches: Batches, options: Options, about: About
 ) -> dict[str, Floats]:
     """Return what the set and those stacked on it add; `about` learns of their versions."""
-    shares = stacked_shares(stored, batches.stack, scale, context.store.read)
-    outputs = context.applier.apply(shares, batches.inputs, batches.base_outputs, batches.experts)
+    shares = stacked_shares(stored, batches.stack, options.scale, context.store.read)
+    outputs = context.applier.apply(
+        shares, batches.inputs, batches.base_outputs, batches.experts, options.match
+    )
     context.metrics.rows_applied.inc(total_rows(batches.inputs))
     if batches.stack:
         about["versions"] = versions_of(shares)
