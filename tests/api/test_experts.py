@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import reference
+import safetensors.numpy as theirs
 from conftest import DATA, assert_problem, read_tensors, upload, upload_parts
 
 from bonsai_lora.formats import safetensors
@@ -180,3 +181,129 @@ def test_one_module_cannot_be_merged_into_weights(moe):
     upload(moe, "s", MOE / "peft-0.21")
     answer = moe.post(f"/v1/sets/s/adapters/{EXPERTS}/merge", json={"weights": [[0.0] * 6] * 8})
     assert "3 fused experts" in assert_problem(answer, 422, "unsupported_adapter")["detail"]
+
+
+def deltas(version):
+    """What each expert's weights get, by wrapper: (E, d_out, d_in) as float64, from peft's merge."""
+    before = read_tensors(MOE / "base" / "model.safetensors")
+    after = read_tensors(MOE / version / "merged.safetensors")
+    change = {name: after[name].astype(np.float64) - before[name] for name in before}
+
+    def of(expert, part):
+        return change[f"{EXPERTS}.{expert}.{part}_proj.weight"]
+
+    gate_up = [np.concatenate([of(expert, "gate"), of(expert, "up")]) for expert in range(3)]
+    return {
+        f"{EXPERTS}.base_layer": np.stack(gate_up),
+        EXPERTS: np.stack([of(e, "down") for e in range(3)]),
+    }
+
+
+def binary(client, path, tensors, **options):
+    """POST safetensors, integers among them; the tensors of the answer."""
+    answer = client.post(
+        path,
+        content=theirs.save(tensors, **options),
+        headers={"Content-Type": "application/vnd.safetensors"},
+    )
+    assert answer.status_code == 200, answer.text
+    return safetensors.decode(answer.content)[0]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_each_row_goes_through_its_expert(moe, rng, version):
+    upload(moe, "s", MOE / version)
+    experts = np.array([2, 0, 1, 1, 2, 0, 0])
+    for module, delta in deltas(version).items():
+        x = rng.standard_normal((7, delta.shape[2])).astype(np.float32)
+        expected = np.einsum("noi,ni->no", delta[experts], x.astype(np.float64))
+        path = f"/v1/sets/s/adapters/{module}/apply"
+        body = {"inputs": x.tolist(), "experts": experts.tolist()}
+        for _ in range(2):  # the second may come from what the first left behind
+            got = np.array(moe.post(path, json=body).json()["outputs"])
+            assert reference.relative_error(got, expected) < 2e-6
+        for dtype in (np.int32, np.int64):
+            sent = {"inputs": x, "experts": experts.astype(dtype)}
+            assert reference.relative_error(binary(moe, path, sent)["outputs"], expected) < 2e-6
+        one = moe.post(path, json={"inputs": x[3].tolist(), "experts": [1]}).json()["outputs"]
+        assert reference.relative_error(np.array(one), expected[3]) < 2e-6
+
+
+def test_many_modules_and_mixed_sets(moe, rng):
+    upload(moe, "s", MOE / "peft-0.21")
+    upload(moe, "t", MOE / "peft-0.18")
+    new, old = deltas("peft-0.21"), deltas("peft-0.18")
+    x = rng.standard_normal((4, 8)).astype(np.float32)
+    q_proj, gate_up = "model.layers.0.self_attn.q_proj", f"{EXPERTS}.base_layer"
+    experts = [1, 2, 0, 1]
+    body = {"inputs": {gate_up: x.tolist(), q_proj: x.tolist()}, "experts": experts}
+    answer = moe.post("/v1/sets/s/apply", json=body).json()["outputs"]
+    expected = np.einsum("noi,ni->no", new[gate_up][experts], x.astype(np.float64))
+    assert reference.relative_error(np.array(answer[gate_up]), expected) < 2e-6
+    alone = moe.post(f"/v1/sets/s/adapters/{q_proj}/apply", json={"inputs": x.tolist()}).json()
+    assert answer[q_proj] == alone["outputs"]
+    sent = {gate_up: x, q_proj: x, "experts": np.array(experts)}
+    got = binary(moe, "/v1/sets/s/apply", sent)
+    assert reference.relative_error(got[gate_up], expected) < 2e-6
+    mixed = {
+        "module": gate_up,
+        "sets": ["s", "t", None, [{"set": "s", "weight": 0.5}, {"set": "t", "weight": 2.0}]],
+        "inputs": x.tolist(),
+        "experts": experts,
+    }
+    rows = [
+        new[gate_up][1] @ x[0],
+        old[gate_up][2] @ x[1],
+        np.zeros(12),
+        (0.5 * new[gate_up][1] + 2.0 * old[gate_up][1]) @ x[3],
+    ]
+    got = np.array(moe.post("/v1/apply", json=mixed).json()["outputs"])
+    assert reference.relative_error(got, np.stack(rows)) < 2e-6
+    sent = {"inputs": x, "experts": np.array(experts, np.int32)}
+    metadata = {"module": gate_up, "sets": json.dumps(mixed["sets"])}
+    got = binary(moe, "/v1/apply", sent, metadata=metadata)["outputs"]
+    assert reference.relative_error(got, np.stack(rows)) < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("experts", "code"),
+    [
+        (None, "invalid_request"),
+        ([0], "shape_mismatch"),
+        ([0, 3], "invalid_request"),
+        ([0, -1], "invalid_request"),
+        ([0, 1.0], "invalid_request"),
+        ([0, True], "invalid_request"),
+        ([0, 2**70], "invalid_request"),
+        ([[0], [1]], "invalid_request"),
+        ("01", "invalid_request"),
+    ],
+)
+def test_wrong_numbers_of_experts(moe, experts, code):
+    upload(moe, "s", MOE / "peft-0.21")
+    body = {"inputs": [[0.0] * 6] * 2, "experts": experts}
+    answer = moe.post(f"/v1/sets/s/adapters/{EXPERTS}/apply", json=body)
+    assert_problem(answer, 422, code)
+
+
+def test_experts_of_modules_that_have_none(moe):
+    upload(moe, "s", MOE / "peft-0.21")
+    path = "/v1/sets/s/adapters/model.layers.0.self_attn.q_proj/apply"
+    answer = moe.post(path, json={"inputs": [[0.0] * 8], "experts": [0]})
+    assert "no fused experts" in assert_problem(answer, 422, "invalid_request")["detail"]
+
+
+def test_fused_experts_elsewhere(moe):
+    """Statistics count every expert; the inference protocol cannot say which one a row takes."""
+    upload(moe, "s", MOE / "peft-0.21")
+    norms = {module: np.linalg.norm(delta) for module, delta in deltas("peft-0.21").items()}
+    stats = {one["name"]: one for one in moe.get("/v1/sets/s/stats").json()["modules"]}
+    for module, norm in norms.items():
+        assert stats[module]["delta_norm"] == pytest.approx(norm, rel=1e-5)
+        assert stats[module]["rank"] == 2
+        assert 1 < stats[module]["effective_rank"] <= 6
+    assert stats[EXPERTS]["param_count"] == 3 * 2 * (6 + 8)
+    tensor = {"name": EXPERTS, "shape": [1, 6], "datatype": "FP32", "data": [0.0] * 6}
+    answer = moe.post("/v2/models/s/infer", json={"inputs": [tensor]})
+    assert answer.status_code in (400, 422), answer.text
+    assert "experts" in answer.text

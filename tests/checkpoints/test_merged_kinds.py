@@ -176,3 +176,14 @@ def test_token_rows_that_tie_and_that_do_not(base, rng):
     assert np.array_equal(got["model.embed_tokens.weight"][2], rows[0])
     with pytest.raises(UnsupportedAdapterError, match="ties its head"):
         merged(found, replaced(rng, **both), token_indices={"embed_tokens": [2], "lm_head": [3]})
+
+
+def test_a_head_of_another_name_is_no_tie(base, rng):
+    """GPT-NeoX keeps its head as embed_out, and its configuration may not say that it is untied."""
+    embedding, head = normal(rng, 5, 3), normal(rng, 5, 3)
+    tensors = {"gpt_neox.embed_in.weight": normal(rng, 5, 3), "embed_out.weight": normal(rng, 5, 3),
+               "q.weight": normal(rng, 4, 3)}  # fmt: skip
+    changed = {"gpt_neox.embed_in.weight": embedding, "embed_out.weight": head}
+    got = merged(base(tensors, model_type="gpt_neox"), replaced(rng, **changed))
+    assert np.array_equal(got["gpt_neox.embed_in.weight"], embedding)
+    assert np.array_equal(got["embed_out.weight"], head)

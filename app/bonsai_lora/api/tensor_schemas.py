@@ -34,6 +34,11 @@ Stacked = Annotated[
     Stack | None, Field(description="additional sets whose weighted deltas are added")
 ]
 
+Experts = Annotated[
+    list[int] | None,
+    Field(description="number of the expert of each row, from 0; for fused experts only"),
+]
+
 
 class ApplyRequest(RequestModel):
     """Vectors for one module."""
@@ -43,6 +48,7 @@ class ApplyRequest(RequestModel):
         None, description="W·x without bias, for DoRA modules only: (rows, d_out) or (d_out,)"
     )
     sets: Stacked = None
+    experts: Experts = None
 
 
 class ApplyAnswer(BaseModel):
@@ -65,6 +71,7 @@ class ApplyManyRequest(RequestModel):
     base_outputs: dict[str, Vectors] | None = Field(
         None, description="W·x without bias, for DoRA modules only"
     )
+    experts: Experts = None
 
 
 class ApplyManyAnswer(BaseModel):
@@ -89,6 +96,7 @@ class ApplyMixedRequest(RequestModel):
     base_outputs: Vectors | None = Field(
         None, description="W·x without bias, for DoRA sets only: (rows, d_out) or (d_out,)"
     )
+    experts: Experts = None
 
 
 class ApplyMixedAnswer(BaseModel):

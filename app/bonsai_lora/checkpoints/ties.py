@@ -12,7 +12,7 @@ from bonsai_lora.formats.peft_keys import TOKEN_ROWS
 from bonsai_lora.formats.peft_options import BaseOptions
 
 _HEADS = frozenset({"lm_head", "embed_out"})
-_EMBEDDINGS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings"})
+_EMBEDDINGS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "shared"})
 _ENDS = (TOKEN_ROWS, ".weight", ".bias")
 
 
@@ -26,7 +26,7 @@ def tied_replacements(
     UnsupportedAdapterError where head and embedding come to differ, which one tensor cannot hold.
     """
     replacements = lora_set.replacements
-    if "lm_head.weight" in base.weight_map or not base.is_tied:
+    if not base.is_tied or any(_last(_module(name)) in _HEADS for name in base.weight_map):
         return replacements
     adapted = [name for name in lora_set.registry.adapters if _last(name) in _HEADS | _EMBEDDINGS]
     heads = {_ending(name): name for name in replacements if _last(_module(name)) in _HEADS}

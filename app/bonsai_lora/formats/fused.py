@@ -21,6 +21,9 @@ from bonsai_lora.formats.experts import (
 from bonsai_lora.formats.peft_config import PeftConfig, Scaling
 from bonsai_lora.formats.peft_keys import Parts
 
+MAX_EXPERTS = 4096
+"""Most experts of one layer."""
+
 
 @dataclass(frozen=True, slots=True)
 class OneLayout:
@@ -59,6 +62,14 @@ def decode_experts(
             module=module,
             got=rows,
             expected=rank,
+        )
+    if rows // rank > MAX_EXPERTS:
+        raise InvalidAdapterError(
+            f"module {module!r} has {rows} rows in A, which at rank {rank} would be "
+            f"{rows // rank} experts; at most {MAX_EXPERTS} are taken",
+            module=module,
+            got=rows // rank,
+            expected=MAX_EXPERTS,
         )
     alpha, scaling = says.of(module, rank)
     own = LoraConfig(rank, alpha, config.lora.dropout, config.lora.target_modules)

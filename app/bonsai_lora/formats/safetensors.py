@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from bonsai_lora.core.cast import FLOAT32, Array
 from bonsai_lora.errors import (
@@ -161,6 +162,19 @@ def view(raw: bytes | memoryview, header: Header, name: str) -> Array:
     if array.flags.writeable:
         array.flags.writeable = False
     return array
+
+
+INTEGERS: Mapping[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+"""The dtypes that `integers` reads."""
+
+
+def integers(raw: bytes | memoryview, header: Header, name: str) -> npt.NDArray[np.int64]:
+    """Return the tensor `name`, of a dtype in INTEGERS, as int64."""
+    info = header.tensors[name]
+    dtype = INTEGERS[info.dtype]
+    count = (info.stop - info.start) // dtype.itemsize
+    flat: Array = np.frombuffer(raw, dtype, count, header.data_start + info.start)
+    return flat.astype(np.int64).reshape(info.shape)
 
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
