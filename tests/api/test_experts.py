@@ -290,7 +290,7 @@ def test_experts_of_modules_that_have_none(moe):
     upload(moe, "s", MOE / "peft-0.21")
     path = "/v1/sets/s/adapters/model.layers.0.self_attn.q_proj/apply"
     answer = moe.post(path, json={"inputs": [[0.0] * 8], "experts": [0]})
-    assert "no fused experts" in assert_problem(answer, 422, "invalid_request")["detail"]
+    assert "is not fused" in assert_problem(answer, 422, "invalid_request")["detail"]
 
 
 def test_fused_experts_elsewhere(moe):

@@ -28,7 +28,7 @@ def adapters(found):
 
 def test_the_table_in_the_docs_is_the_code():
     text = (ROOT / "docs" / "peft.md").read_text()
-    rows = re.findall(r"^\| `(\w+)` \| (honoured|ignored|refused) \| (.*) \|$", text, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| (honored|ignored|refused) \| (.*) \|$", text, re.MULTILINE)
     assert rows == [(name, field.policy, field.why) for name, field in FIELDS.items()]
 
 

@@ -1,4 +1,4 @@
-"""Base checkpoints: folders of safetensors files, read-only, found by their name."""
+"""Base checkpoints: read-only folders of safetensors files, looked up by name."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from bonsai_lora.formats.mapped import map_file
 from bonsai_lora.formats.names import base_names, is_set_name
 
 Identity = tuple[int, int, int]
-"""Inode, time of change in nanoseconds, length."""
+"""Inode, modification time in nanoseconds, length in bytes."""
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 1 << 12
@@ -33,7 +33,7 @@ _SAMPLE_BYTES = 1 << 12
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """An opened base: all its files mapped, the headers of the safetensors among them checked."""
+    """An opened base: all files are memory-mapped, all safetensors headers checked."""
 
     name: str
     folder: Path
@@ -42,19 +42,19 @@ class Base:
     weight_map: Mapping[str, str]
     """Tensor name -> file name."""
     identities: Mapping[str, Identity]
-    """File name -> identity when it was mapped."""
+    """File name -> identity of the mapped file."""
     digest: str
-    """Stands for the content: names, sizes, times, headers and samples of all files."""
+    """Identifies the content: names, sizes, times, headers and samples of all files."""
     ignored: Sequence[str] = ()
     """Files and folders beside them that are not part of the model."""
 
     def info(self, name: str) -> safetensors.TensorInfo | None:
-        """Return dtype, shape and place of a tensor, None where there is none."""
+        """Return the dtype, shape and byte range of a tensor; None if it does not exist."""
         file = self.weight_map.get(name)
         return None if file is None else self.headers[file].tensors[name]
 
     def tensor(self, name: str) -> Array | None:
-        """Return a tensor as a read-only view of its file, None where there is none."""
+        """Return a tensor as a read-only view of its file; None if it does not exist."""
         file = self.weight_map.get(name)
         if file is None:
             return None
@@ -62,18 +62,18 @@ class Base:
 
     @cached_property
     def paths(self) -> TensorPaths:
-        """The tensors by the paths of adapters."""
+        """The tensor names, searchable by the module paths of adapters."""
         return TensorPaths(self.name, self.weight_map.keys(), prefixes_of(self.model_type))
 
     @cached_property
     def model_type(self) -> str:
-        """`model_type` of config.json; empty where there is none."""
+        """`model_type` of config.json; empty if unknown."""
         value = self._config.get("model_type")
         return value if isinstance(value, str) else ""
 
     @cached_property
     def is_tied(self) -> bool:
-        """Whether the head is the embedding: config.json says so, or there is no head."""
+        """Whether the head shares the embedding, by config.json or because there is no head."""
         return bool(
             self._config.get("tie_word_embeddings", "lm_head.weight" not in self.weight_map)
         )
@@ -97,14 +97,14 @@ class Base:
 
 
 class BaseFolder:
-    """The folder of bases; each folder in it that holds safetensors is one, named by it."""
+    """The folder of bases; each subfolder with safetensors files is a base with its name."""
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
         self._open: dict[str, tuple[object, Base]] = {}
 
     def names(self) -> list[str]:
-        """Return the names of all bases, sorted; a new folder is there at once."""
+        """Return the sorted names of all bases; new folders appear immediately."""
         if self._root is None or not self._root.is_dir():
             return []
         return sorted(
@@ -114,9 +114,9 @@ class BaseFolder:
         )
 
     def get(self, name: str) -> Base:
-        """Return the base `name`, opened; its files' identities are compared at each call.
+        """Return the base `name`, opened again if the identity of a file has changed.
 
-        Raises BaseNotFoundError, or InvalidBaseError where its files are no checkpoint.
+        Raises BaseNotFoundError, or InvalidBaseError if its files are not a checkpoint.
         """
         if self._root is None or not is_set_name(name):
             raise BaseNotFoundError(name)
@@ -134,7 +134,7 @@ class BaseFolder:
         return base
 
     def find(self, base_model_name: str) -> Base | None:
-        """Return the base that a set names: by its whole name, or by a part of its path."""
+        """Return the base named by `base_model_name` or a part of that path; None if none is."""
         for name in base_names(base_model_name):
             try:
                 return self.get(name)
@@ -144,15 +144,15 @@ class BaseFolder:
 
 
 def identity_of(status: os.stat_result) -> Identity:
-    """Return what tells two contents of a file apart."""
+    """Return what changes when the file's content changes."""
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def row_norms(weight: Array, adapter: LoraAdapter) -> Floats:
     """Return the norms (d_out,) of the rows of W + scaling * B @ A, summed in float64.
 
-    `weight` is (d_out, d_in), or (d_in, d_out) where the adapter's layer stores it so. The norm
-    is DoRA's denominator (Liu et al. 2024, equation 5; peft 0.21, tuners/lora/dora.py).
+    `weight` is (d_out, d_in), or (d_in, d_out) for embeddings and Conv1D. The norm is the
+    denominator of DoRA (Liu et al. 2024, equation 5; peft 0.21, tuners/lora/dora.py).
     """
     if adapter.layer != "linear":
         weight = weight.T
@@ -172,8 +172,8 @@ def _has_weights(folder: Path) -> bool:
 def _open(name: str, folder: Path, found: FolderFiles) -> Base:
     if not found.weights:
         raise InvalidBaseError(
-            f"base {name!r} has no weights in its own folder; what was passed over: "
-            f"{', '.join(found.ignored[:8])}. Links that lead elsewhere are not followed: copy or "
+            f"base {name!r} has no usable weights; ignored were "
+            f"{', '.join(found.ignored[:8])}. Links out of the folder are not followed; copy or "
             "mount the files",
             base=name,
         )
@@ -186,7 +186,7 @@ def _open(name: str, folder: Path, found: FolderFiles) -> Base:
             raw = mapped[file] = map_file(opened)
         identities[file] = identity_of(status)
         digest.update(f"{file}\n{status.st_size}\n{status.st_mtime_ns}\n".encode())
-        # Reproducible builds of images and archives give all files of all builds the same time.
+        # Reproducible image and archive builds give every file of every build the same time.
         for start in range(0, len(raw), max(_SAMPLE_BYTES, len(raw) // _SAMPLES)):
             digest.update(raw[start : start + _SAMPLE_BYTES])
     headers: dict[str, safetensors.Header] = {}
@@ -223,10 +223,13 @@ def _check_index(name: str, files: dict[str, memoryview], weight_map: dict[str, 
         listed: Any = json.loads(bytes(files[INDEX_FILE]))["weight_map"]
         wrong = [tensor for tensor, file in listed.items() if weight_map.get(tensor) != file]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InvalidBaseError(f"{INDEX_FILE} of base {name!r} cannot be read", base=name) from None
+        raise InvalidBaseError(
+            f"{INDEX_FILE} of base {name!r} is not a valid index; download it again or remove it",
+            base=name,
+        ) from None
     if wrong:
         raise InvalidBaseError(
-            f"{INDEX_FILE} of base {name!r} names tensors that are not where it says: "
-            + ", ".join(wrong[:8]),
+            f"{INDEX_FILE} of base {name!r} lists tensors that are not in the named files: "
+            f"{', '.join(wrong[:8])}; download the missing files or remove the index",
             base=name,
         )

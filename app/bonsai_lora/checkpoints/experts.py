@@ -1,7 +1,7 @@
-"""Which tensors of a base hold what fused experts change: one per expert, or all in one.
+"""Find the base tensors that fused experts change: one per expert, or one for all.
 
-Files keep experts one by one (`experts.7.gate_proj.weight`), or stacked as the class has them
-(transformers 5, Qwen3MoeExperts and others).
+Checkpoints store experts separately (`experts.7.gate_proj.weight`), or stacked in one tensor as the
+model class does (transformers 5, Qwen3MoeExperts and others).
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,17 +11,17 @@ from bonsai_lora.checkpoints.bases import Base
 from bonsai_lora.core.adapter import LoraAdapter
 
 _SPLIT = {"gate_up_proj": ("gate_proj", "up_proj")}
-"""Parameters that are more than one tensor of an expert, in the order of their outputs."""
+"""Fused parameters -> the separate tensors of an expert, in the order of their outputs."""
 _OLD_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-"""Mixtral's, in `block_sparse_moe`."""
+"""Mixtral's names, under `block_sparse_moe`."""
 
 
 def expert_weights(
     base: Base, parameter: str, adapter: LoraAdapter, match: str | None
 ) -> Iterator[tuple[str, LoraAdapter]]:
-    """Yield name and adapter of every tensor of `base` that holds a part of `parameter`.
+    """Yield the name of each tensor of `base` that holds part of `parameter`, and its adapter.
 
-    Nothing where it has none. Raises InvalidRequestError where names are ambiguous.
+    Yields nothing if the base has no such tensor. Raises InvalidRequestError for ambiguous names.
     """
     stacked = base.paths.find_one(parameter, match)
     if stacked is not None:
@@ -45,7 +45,7 @@ def _find(base: Base, core: str, number: int, name: str, match: str | None) -> s
 
 
 def _parts(adapter: LoraAdapter, count: int) -> Sequence[LoraAdapter]:
-    """Return the adapters of equal parts of the outputs."""
+    """Split the outputs into `count` equal parts; return the adapter of each."""
     rows = adapter.d_out // count
     return [
         replace(adapter, b_matrix=adapter.b_matrix[place * rows : (place + 1) * rows])

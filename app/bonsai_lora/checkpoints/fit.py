@@ -1,4 +1,4 @@
-"""Whether a set fits a base: shapes, dtypes, and sums that one tensor can hold."""
+"""Check that a set fits a base: shapes, dtypes, and sums that one tensor can hold."""
 
 from bonsai_lora.checkpoints.bases import Base
 from bonsai_lora.checkpoints.tensors import Touched
@@ -10,31 +10,34 @@ Shape = tuple[int, ...]
 
 
 def check_not_empty(lora_set: BonsaiLoraSet) -> None:
-    """Raise InvalidRequestError where a set would change nothing."""
+    """Raise InvalidRequestError if the set is empty."""
     if lora_set.registry.is_empty() and not lora_set.replacements:
         raise InvalidRequestError(
-            f"set {lora_set.adapter_name!r} is empty: it would change nothing",
+            f"set {lora_set.adapter_name!r} is empty, so the merge would change nothing; add "
+            "adapters first",
             set=lora_set.adapter_name,
         )
 
 
 def check_tensor(base: Base, name: str, touched: Touched, *, is_one_set: bool) -> None:
-    """Raise where what happens to tensor `name` does not fit into it.
+    """Raise unless the changes `touched` fit tensor `name`.
 
-    `is_one_set` says that all of it comes from one set. UnsupportedAdapterError where it is not
-    there, cannot be computed with or cannot hold the sum; ShapeMismatchError for another shape.
+    `is_one_set` says that all changes come from one set. Raises UnsupportedAdapterError if the
+    tensor is missing, has no float dtype or cannot hold the sum, ShapeMismatchError if its shape is
+    different.
     """
     info = base.info(name)
     if info is None:
         raise UnsupportedAdapterError(
-            f"base {base.name!r} has no tensor {name!r} that could be replaced or added to",
+            f"base {base.name!r} has no tensor {name!r} to replace or add to; merge the set "
+            "into the model that it was trained on",
             tensor=name,
             base=base.name,
         )
     if info.dtype not in FLOAT_DTYPES:
         raise UnsupportedAdapterError(
-            f"tensor {name!r} of base {base.name!r} is {info.dtype}, into which nothing can be "
-            f"merged; expected one of {', '.join(FLOAT_DTYPES)}",
+            f"tensor {name!r} of base {base.name!r} is {info.dtype}, which cannot be merged into; "
+            f"expected one of {', '.join(FLOAT_DTYPES)}",
             tensor=name,
             got=info.dtype,
         )
@@ -46,7 +49,7 @@ def check_tensor(base: Base, name: str, touched: Touched, *, is_one_set: bool) -
 
 
 def _shapes_of(touched: Touched) -> list[Shape]:
-    """Return the shapes that everything but token rows is for."""
+    """Return the tensor shape that each change requires, except token rows."""
     shapes: list[Shape] = [
         (
             *((one.experts,) if one.experts is not None else ()),
@@ -86,8 +89,8 @@ def _check_rows(base: Base, name: str, touched: Touched, shape: Shape) -> None:
         return
     if touched.deltas:
         raise UnsupportedAdapterError(
-            f"rows of {name!r} are replaced (trainable_token_indices) and a delta is added to it; "
-            "merge one of them first",
+            f"rows of {name!r} are replaced (trainable_token_indices) and a delta is added to the "
+            "same tensor; merge one of the two first",
             tensor=name,
         )
     if len(shape) != 2 or rows.values.shape[1] != shape[1]:
@@ -95,7 +98,7 @@ def _check_rows(base: Base, name: str, touched: Touched, shape: Shape) -> None:
     if rows.numbers.size and rows.numbers.max() >= shape[0]:
         raise ShapeMismatchError(
             f"the set replaces row {rows.numbers.max()} of {name!r} (trainable_token_indices), but "
-            f"base {base.name!r} has {shape[0]}; resize its embeddings first",
+            f"base {base.name!r} has {shape[0]} rows; resize its embeddings first",
             tensor=name,
             got=int(rows.numbers.max()),
             expected=shape[0],
@@ -107,6 +110,7 @@ def _check_dora(name: str, touched: Touched, *, is_one_set: bool) -> None:
     is_alone = len(touched.deltas) == 1 and (touched.replacement is None or is_one_set)
     if is_dora and (not is_alone or touched.deltas[0][1] != 1.0):
         raise UnsupportedAdapterError(
-            f"DoRA scales whole rows of {name!r}, so it cannot be weighted or added to other sets",
+            f"DoRA scales whole rows of {name!r}, so it cannot be weighted or combined with other "
+            "sets; merge it alone with weight 1",
             tensor=name,
         )

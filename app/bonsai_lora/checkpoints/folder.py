@@ -1,9 +1,9 @@
-"""Which files of a folder are a base, as transformers reads it.
+"""Select the files of a folder that make up a base, as transformers does.
 
-`model.safetensors` decides; without it the index does (`from_pretrained` of transformers 5). Other
-weights beside them, such as variants, are no part of the model. Subfolders belong to it unless
-they are models of their own. Links that lead out of the folder are not followed, but for a hub
-cache's, whose files are links into its `blobs`.
+`model.safetensors` takes precedence; without it the index decides (`from_pretrained` of
+transformers 5). Other weights, such as variants, are not part of the model. Subfolders are, unless
+they are models themselves. Links out of the folder are not followed, except those of a hub cache
+into its `blobs`.
 """
 
 import json
@@ -23,18 +23,18 @@ _DEPTH = 4
 
 @dataclass(slots=True)
 class FolderFiles:
-    """The files of one folder, sorted into what is served and what is not."""
+    """The files of one folder: served and ignored."""
 
     files: dict[str, Path] = field(default_factory=dict)
-    """Name with `/` -> path, of every file that is part of the model."""
+    """Name relative to the folder, with `/` -> path, for each file of the model."""
     weights: set[str] = field(default_factory=set)
-    """Those that hold the model's tensors."""
+    """Names of the files that hold the model's tensors."""
     ignored: list[str] = field(default_factory=list)
-    """Names of files and folders that are passed over."""
+    """Names of ignored files and folders."""
 
 
 def read_folder(folder: Path) -> FolderFiles:
-    """Return the files of a base by what they are, names sorted."""
+    """Return the files of a base, sorted by name."""
     found = FolderFiles()
     for name, path in sorted(_walk(folder, _roots(folder), "", found.ignored)):
         if path.suffix in _OTHER_WEIGHTS:
@@ -47,7 +47,7 @@ def read_folder(folder: Path) -> FolderFiles:
 
 
 def _choose_weights(found: FolderFiles) -> None:
-    """Keep the weights that transformers would read, and set the others aside."""
+    """Keep the weights that transformers would load; move the others to `ignored`."""
     top = {name for name in found.files if "/" not in name and name.endswith(".safetensors")}
     if _ONE_FILE in top:
         found.weights = {_ONE_FILE}
@@ -62,7 +62,7 @@ def _choose_weights(found: FolderFiles) -> None:
 
 
 def _named_by_index(files: Mapping[str, Path]) -> set[str] | None:
-    """Return the files that the index names, None where there is no index that can be read."""
+    """Return the files that the index lists; None without a valid index."""
     try:
         index = json.loads(files[INDEX_FILE].read_text(encoding="utf-8"))["weight_map"]
         return set(index.values())
@@ -73,7 +73,7 @@ def _named_by_index(files: Mapping[str, Path]) -> set[str] | None:
 def _walk(
     folder: Path, roots: tuple[Path, ...], prefix: str, ignored: list[str]
 ) -> Iterator[tuple[str, Path]]:
-    """Yield name and path of each file under `folder` that may be served."""
+    """Yield the name and path of each file under `folder` that may be served."""
     for entry in os.scandir(folder):
         name = f"{prefix}{entry.name}"
         if entry.name.startswith(".") or not _can_be_named(entry.name):
@@ -91,7 +91,7 @@ def _walk(
 
 
 def _can_be_named(name: str) -> bool:
-    """Whether a request can name a file."""
+    """Return whether a URL can contain the name, that is, whether it is valid Unicode."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -100,7 +100,7 @@ def _can_be_named(name: str) -> bool:
 
 
 def _roots(folder: Path) -> tuple[Path, ...]:
-    """Return the folders that links may lead into."""
+    """Return the folders that links may point into."""
     own = folder.resolve()
     return (own, own.parent.parent / "blobs") if own.parent.name == "snapshots" else (own,)
 
@@ -108,13 +108,13 @@ def _roots(folder: Path) -> tuple[Path, ...]:
 def _stays_inside(path: Path, roots: tuple[Path, ...]) -> bool:
     try:
         target = path.resolve(strict=True)
-    except (OSError, RuntimeError):  # it leads nowhere, or in a circle
+    except (OSError, RuntimeError):  # a dangling or circular link
         return False
     return any(target.is_relative_to(root) for root in roots)
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether a subfolder is a model of its own: a training checkpoint, Meta's original files."""
+    """Return whether a subfolder is a model: a training checkpoint, Meta's original files."""
     if _CHECKPOINT.fullmatch(folder.name) or any(folder.glob("consolidated*")):
         return True
     try:

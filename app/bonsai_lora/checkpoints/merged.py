@@ -1,8 +1,8 @@
-"""Merged checkpoints that exist only while they are read.
+"""Merged checkpoints, computed while they are read and never stored.
 
-A merged file has its base file's header, sizes and offsets; only the bytes of adapted tensors
-differ. Any byte range is computed when it is asked for, from fixed blocks of each tensor, so that
-a range is always the same slice of the whole.
+A merged file has the header, sizes and offsets of its base file; only the bytes of changed tensors
+differ. Each requested byte range is computed from fixed blocks of each tensor, so that a range is
+always the same slice of the whole file.
 """
 
 import hashlib
@@ -28,30 +28,31 @@ from bonsai_lora.formats.peft_keys import TOKEN_ROWS
 from bonsai_lora.formats.peft_options import PLAIN, BaseOptions
 
 PIECE_BYTES = 1 << 20
-"""Length of the pieces in which untouched bytes are handed out."""
+"""Length of the pieces in which unchanged bytes are sent."""
 
 _BYTES = "application/octet-stream"
 
 Piece = Callable[[], bytes | memoryview]
-"""A part of a file that is computed when it is called, in any thread."""
+"""Computes a part of a file; callable in any thread."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ingredient:
-    """One set of a merged model, with the weight of all its deltas."""
+    """One set of a merged model, and the weight of its deltas."""
 
     lora_set: BonsaiLoraSet
     etag: str
     weight: float = 1.0
     options: BaseOptions = PLAIN
-    """What its configuration says of the base."""
+    """What its configuration says about the base."""
 
 
 class MergedModel:
     """All files of a base with sets merged into them.
 
-    Raises ShapeMismatchError, InvalidRequestError or UnsupportedAdapterError, naming the modules,
-    where a set does not fit the base or the sum cannot be stored in it.
+    `match` is the prefix of the base tensors that ambiguous module paths mean. Raises
+    ShapeMismatchError, InvalidRequestError or UnsupportedAdapterError, naming the modules, if a set
+    does not fit the base or the base cannot hold the sum.
     """
 
     def __init__(self, base: Base, ingredients: list[Ingredient], match: str | None = None) -> None:
@@ -71,33 +72,33 @@ class MergedModel:
 
     @property
     def etags(self) -> list[str]:
-        """The tags of the sets that are merged in."""
+        """ETags of the merged sets."""
         return [one.etag for one in self._ingredients]
 
     @property
     def digest(self) -> str:
-        """Forty hexadecimal digits that stand for the content of all files."""
+        """Forty hexadecimal digits that identify the content of all files."""
         parts = [self.base.digest, *(f"{one.etag}*{one.weight!r}" for one in self._ingredients)]
         if self._match is not None:
             parts.append(f"match={self._match}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
 
     def files(self) -> list[str]:
-        """Return the names of all files, those of the base."""
+        """Return the names of all files, which are those of the base."""
         return sorted(self.base.files)
 
     def file(self, name: str) -> "MergedFile | None":
-        """Return a file of the model, None where the base has none of that name."""
+        """Return a file of the model; None if the base has no file with this name."""
         if name not in self.base.files:
             return None
         return MergedFile(self, name)
 
     def is_touched(self, tensor: str) -> bool:
-        """Return whether a tensor differs from the base's."""
+        """Return whether a tensor differs from that of the base."""
         return tensor in self._touched
 
     def tensor(self, name: str, base: Array) -> MergedTensor:
-        """Return a touched tensor; the same object each time, so that norms are computed once."""
+        """Return a changed tensor, always as the same object, so that norms are computed once."""
         return self._tensors.setdefault(name, MergedTensor(base, self._touched[name]))
 
     def _add_adapters(self, one: Ingredient) -> None:
@@ -133,7 +134,7 @@ class MergedModel:
     def _weights_of(
         self, module: str, adapter: LoraAdapter, parameter: str | None
     ) -> Iterator[tuple[str, LoraAdapter]]:
-        """Yield the tensors that an adapter changes, each with the part that it gets."""
+        """Yield the name of each tensor that an adapter changes, and its part of the adapter."""
         if parameter is not None and not parameter.endswith(".weight"):
             yield from expert_weights(self.base, parameter, adapter, self._match)
             return
@@ -149,8 +150,8 @@ class MergedModel:
             present = touched.replacement if module == parameter else touched.rows
             if present is not None or one.weight != 1.0:
                 raise UnsupportedAdapterError(
-                    f"set {one.lora_set.adapter_name!r} replaces {parameter!r} as a whole, so it "
-                    "cannot be weighted or merged with another set that does",
+                    f"set {one.lora_set.adapter_name!r} replaces {parameter!r}, so it cannot be "
+                    "weighted or merged with another set that replaces it; merge it with weight 1",
                     tensor=parameter,
                 )
             if module == parameter:
@@ -163,7 +164,7 @@ class MergedModel:
 
 
 class MergedFile:
-    """One file of a merged model: its size, its tag, and any range of its bytes."""
+    """One file of a merged model: its size, its ETag, and any range of its bytes."""
 
     def __init__(self, model: MergedModel, name: str) -> None:
         self._model = model
@@ -178,7 +179,7 @@ class MergedFile:
         self.media_type = "application/json" if name.endswith(".json") else _BYTES
 
     def pieces(self, start: int, stop: int) -> Iterator[Piece]:
-        """Yield the parts that make up the bytes [start, stop), in order."""
+        """Yield the pieces of the bytes [start, stop), in order."""
         for name, first, last in self._spans(start, stop):
             if name is None:
                 for offset in range(first, last, PIECE_BYTES):
@@ -195,7 +196,7 @@ class MergedFile:
         return piece
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[str | None, int, int]]:
-        """Yield (touched tensor or None, first byte, last byte) over [start, stop)."""
+        """Yield (changed tensor or None, start, stop) of the spans within [start, stop)."""
         position = start
         for name, first, last in self._touched_spans():
             if last <= position:
@@ -222,7 +223,7 @@ class MergedFile:
                 )
 
     def _computed(self, name: str, start: int, stop: int) -> Iterator[Piece]:
-        """Yield the parts of a touched tensor, cut from its fixed blocks."""
+        """Yield the pieces of a changed tensor, cut from its fixed blocks."""
         assert self._header is not None
         tensor = self._model.tensor(name, safetensors.view(self._raw, self._header, name))
         offset = self._header.data_start + self._header.tensors[name].start
@@ -243,18 +244,21 @@ class MergedFile:
         return piece
 
     def _check_unchanged(self) -> None:
-        """Raise BaseChangedError where what was just read may not be what was opened."""
+        """Raise BaseChangedError if the file was overwritten after it was opened."""
         try:
             identity = identity_of(self._path.stat())
         except FileNotFoundError:
-            return  # the mapping stays as it was
+            return  # a removed file stays mapped
         if identity[0] == self._identity[0] and identity != self._identity:
-            raise BaseChangedError(f"{self.name} of base {self._model.base.name!r} was overwritten")
+            raise BaseChangedError(
+                f"{self.name} of base {self._model.base.name!r} was overwritten "
+                "while it was read; replace files by renaming, and request it again"
+            )
 
 
 def _lost(base: Base, lora_set: BonsaiLoraSet, modules: list[str]) -> InvalidRequestError:
     return InvalidRequestError(
-        f"base {base.name!r} has no weights for {len(modules)} modules of set "
+        f"base {base.name!r} has no weights for {len(modules)} module(s) of set "
         f"{lora_set.adapter_name!r}: {', '.join(modules[:8])}; merge it into the model that it was "
         "trained on",
         modules=modules[:64],
@@ -263,7 +267,7 @@ def _lost(base: Base, lora_set: BonsaiLoraSet, modules: list[str]) -> InvalidReq
 
 
 def merge_info(model: MergedModel) -> list[Mapping[str, Any]]:
-    """Return name, size and tag of each file of a merged model."""
+    """Return the name, size and ETag of each file of a merged model."""
     found: list[Mapping[str, Any]] = []
     for name in model.files():
         file = model.file(name)

@@ -1,8 +1,8 @@
-"""Which way round a base stores the weight that an adapter changes.
+"""Decide whether a base stores a weight as (out, in) or (in, out).
 
-Linear stores (out, in), Conv1D of GPT-2 and its relatives (in, out). peft decides by the layer's
-class and writes what it saw last as fan_in_fan_out (peft 0.21, tuners/lora/model.py); a base here
-has no classes, but a type, names and shapes.
+Linear layers store (out, in), the Conv1D layers of GPT-2 and its relatives (in, out). peft goes by
+the layer's class, and records the last one it saw as fan_in_fan_out (peft 0.21,
+tuners/lora/model.py). A checkpoint has no classes, only a model type, names and shapes.
 """
 
 from collections.abc import Iterable
@@ -12,28 +12,28 @@ from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.errors import UnsupportedAdapterError
 
 CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-"""Values of model_type whose blocks are made of Conv1D (transformers 5)."""
+"""Values of model_type whose blocks consist of Conv1D layers (transformers 5)."""
 TRANSPOSED_TYPES = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
-"""Values of model_type whose experts are stacked (E, in, out) in one tensor."""
+"""Values of model_type with stacked experts (E, in, out)."""
 CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
-"""What those models call such layers."""
+"""Names of Conv1D layers in these models."""
 
 Fit = tuple[str, LoraAdapter, tuple[int, ...]]
-"""Module, its adapter, and the shape of the base's tensor."""
+"""Module, adapter, and shape of the base tensor."""
 
 
 def transposed(adapter: LoraAdapter) -> LoraAdapter:
-    """Return the same adapter for a weight that is stored (d_in, d_out)."""
+    """Return the adapter for a weight stored as (d_in, d_out)."""
     return replace(adapter, layer="conv1d")
 
 
 def is_conv1d_name(module: str) -> bool:
-    """Whether a layer of this name is a Conv1D where the model has any."""
+    """Return whether a layer with this name is a Conv1D in models that have them."""
     return module.rpartition(".")[2] in CONV1D_NAMES
 
 
 def is_any_transposed(fits: Iterable[Fit]) -> bool | None:
-    """Return whether oblong weights are stored (d_in, d_out); None where nothing shows it."""
+    """Return whether non-square weights are stored as (d_in, d_out); None if undecided."""
     found = {
         shape == (adapter.d_in, adapter.d_out)
         for _, adapter, shape in fits
@@ -47,10 +47,10 @@ def is_any_transposed(fits: Iterable[Fit]) -> bool | None:
 def as_stored(
     fit: Fit, model_type: str, *, may_be_transposed: bool, others_are: bool | None
 ) -> LoraAdapter:
-    """Return the adapter of a fit for the way the base stores its weight.
+    """Return the adapter in the orientation in which the base stores its weight.
 
-    `may_be_transposed` is fan_in_fan_out, `others_are` what oblong weights show. Raises
-    UnsupportedAdapterError for a square weight where nothing tells.
+    `may_be_transposed` is fan_in_fan_out, `others_are` the result of `is_any_transposed`. Raises
+    UnsupportedAdapterError for a square weight whose orientation is unknown.
     """
     module, adapter, shape = fit
     if adapter.layer != "linear":
@@ -60,9 +60,9 @@ def as_stored(
     is_transposed = _is_transposed(fit, model_type, may_be_transposed, others_are)
     if is_transposed is None:
         raise UnsupportedAdapterError(
-            f"the adapter says fan_in_fan_out, and the weight of {module!r} is square, so nothing "
-            "tells whether the base stores it (in, out) or (out, in); give the base a config.json "
-            "with its model_type, or set fan_in_fan_out to false where its layers are linear",
+            f"fan_in_fan_out is set and the weight of {module!r} is square, so it is unknown "
+            "whether the base stores it as (in, out) or (out, in); add a config.json with "
+            "model_type to the base, or set fan_in_fan_out to false if its layers are linear",
             module=module,
             field="fan_in_fan_out",
         )
@@ -70,7 +70,7 @@ def as_stored(
 
 
 def _as_stacked(adapter: LoraAdapter, shape: tuple[int, ...], model_type: str) -> LoraAdapter:
-    """Return fused experts for the way a base stacks their weights in one tensor."""
+    """Return fused experts in the orientation in which the base stacks their weights."""
     if adapter.d_in == adapter.d_out:
         return transposed(adapter) if model_type in TRANSPOSED_TYPES else adapter
     is_transposed = shape == (adapter.experts, adapter.d_in, adapter.d_out)
@@ -83,7 +83,7 @@ def _is_transposed(
     may_be_transposed: bool,  # noqa: FBT001
     others_are: bool | None,  # noqa: FBT001
 ) -> bool | None:
-    """Return whether the weight is stored (d_in, d_out), None where nothing tells."""
+    """Return whether the weight is stored as (d_in, d_out); None if unknown."""
     module, adapter, shape = fit
     has_name = is_conv1d_name(module)
     if model_type in CONV1D_TYPES or not may_be_transposed:

@@ -1,9 +1,9 @@
-"""Which tensors of a base a path in an adapter means.
+"""Find the base tensors that the module paths of an adapter mean.
 
-An adapter's paths are those of the class that it was trained with, and the base's names those of
-the class that saved it: the same layer is `layers.0…` of a bare model, `model.layers.0…` of a
-causal one, `model.language_model.layers.0…` beside a vision tower. A path with a layer's number
-means exactly one tensor; which one is never guessed.
+An adapter uses the paths of the class it was trained with, the base those of the class that saved
+it: the same layer is `layers.0…` in a bare model, `model.layers.0…` in a causal one, and
+`model.language_model.layers.0…` next to a vision tower. A path with a layer number means exactly
+one tensor, which is never guessed.
 """
 
 import re
@@ -20,7 +20,7 @@ PREFIXES = (
     "language_model.model.",
     "model.language_model.",
 )
-"""What classes of transformers put in front of the layers of a language model."""
+"""Prefixes that transformers classes give the layers of a language model."""
 
 _PREFIX_OF_TYPE = {
     "camembert": "roberta",
@@ -29,32 +29,33 @@ _PREFIX_OF_TYPE = {
     "xlm-roberta-xl": "roberta",
     "xmod": "roberta",
 }
-"""base_model_prefix of the types whose prefix is not their name (transformers 5)."""
+"""base_model_prefix of the model types whose prefix is not their name (transformers 5)."""
 
 _NUMBER = re.compile(r"(?:^|\.)\d+(?=\.)")
 
 
 def prefixes_of(model_type: str) -> tuple[str, ...]:
-    """Return the prefixes that may stand before the layers of a base of this `model_type`."""
+    """Return the prefixes that the layers of a base with this `model_type` may have."""
     own = _PREFIX_OF_TYPE.get(model_type, model_type.replace("-", "_"))
     return (*PREFIXES, f"{own}.") if own else PREFIXES
 
 
 @dataclass(frozen=True, eq=False)
 class TensorPaths:
-    """The names of a base's tensors, to be found by the paths of adapters."""
+    """The tensor names of a base, searchable by the module paths of adapters."""
 
     base: str
-    """The base's name, for errors."""
+    """Name of the base, for error messages."""
     names: Collection[str]
     prefixes: Sequence[str]
 
     def find(self, parameter: str, match: str | None = None) -> Sequence[str]:
-        """Return the tensors that `parameter` (such as `layers.0.mlp.up_proj.weight`) means.
+        """Return the tensors that `parameter`, such as `layers.0.mlp.up_proj.weight`, means.
 
-        One at most, but all layers for a parameter without a layer's number. The exact name comes
-        first, then the known prefixes, then names that end so. With `match` only names that start
-        with it are meant, where there are any. Raises InvalidRequestError where several are left.
+        That is at most one, or one per layer for a parameter without a layer number. The exact name
+        takes precedence, then names with a known prefix, then names that end with it. `match`
+        limits the result to names that start with it, if any do. Raises InvalidRequestError if
+        several tensors remain.
         """
         if match is None and parameter in self.names:
             return (parameter,)
@@ -69,9 +70,9 @@ class TensorPaths:
         return self._one(parameter, known or ending)
 
     def find_one(self, parameter: str, match: str | None = None) -> str | None:
-        """Return the tensor that `parameter` means, None where there is none.
+        """Return the tensor that `parameter` means; None if no tensor does.
 
-        Raises InvalidRequestError where it means several.
+        Raises InvalidRequestError if several do.
         """
         names = self.find(parameter, match)
         if len(names) > 1:
@@ -79,11 +80,11 @@ class TensorPaths:
         return names[0] if names else None
 
     def check_match(self, match: str) -> None:
-        """Raise InvalidRequestError where no tensor starts with `match`."""
+        """Raise InvalidRequestError if no tensor name starts with `match`."""
         if not any(name.startswith(match) for name in self.names):
             raise InvalidRequestError(
-                f"no tensor of base {self.base!r} starts with {match[:200]!r}; match chooses among "
-                f"the tensors that a path could mean, such as {', '.join(sorted(self._heads)[:8])}",
+                f"match is {match[:200]!r}, but no tensor of base {self.base!r} starts with it; "
+                f"expected a prefix such as {', '.join(sorted(self._heads)[:8])}",
                 field="match",
             )
 
@@ -95,7 +96,7 @@ class TensorPaths:
                 yield prefix + core
 
     def _one(self, parameter: str, names: Sequence[str]) -> Sequence[str]:
-        """Return `names` where they are one tensor, or one per layer for a path without a layer."""
+        """Return `names` if they are one tensor, or one per layer for a path without a number."""
         if len(names) < 2:
             return names
         if _NUMBER.search(parameter):
@@ -108,13 +109,14 @@ class TensorPaths:
         return [name for name in names if _head(name) in towers]
 
     def _is_known(self, head: str) -> bool:
-        """Return whether a head such as `model.layers` has nothing but a known prefix in front."""
+        """Return whether a head such as `model.layers` consists of a known prefix and one part."""
         return head.rpartition(".")[0] in ("", *(one.removesuffix(".") for one in self.prefixes))
 
     def _ambiguous(self, parameter: str, names: Sequence[str]) -> InvalidRequestError:
         return InvalidRequestError(
             f"{parameter.removesuffix('.weight')!r} could mean {len(names)} tensors of base "
-            f"{self.base!r}: {', '.join(names[:8])}; choose with ?match= and the start of a name",
+            f"{self.base!r}: {', '.join(names[:8])}; choose one with ?match= and a prefix of its "
+            "name",
             module=parameter.removesuffix(".weight"),
             base=self.base,
             candidates=list(names[:64]),
@@ -135,6 +137,6 @@ class TensorPaths:
 
 
 def _head(name: str) -> str:
-    """Return what stands before the first number in a name, the whole name where there is none."""
+    """Return a name up to its first number; the whole name if it has no number."""
     number = _NUMBER.search(name)
     return name if number is None else name[: number.start()]

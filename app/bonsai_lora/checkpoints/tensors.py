@@ -15,26 +15,26 @@ from bonsai_lora.core.merge import Block, blocks, merge_rows
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TokenRows:
-    """Rows of an embedding that are replaced (trainable_token_indices)."""
+    """Replaced rows of an embedding (trainable_token_indices)."""
 
     numbers: np.ndarray[tuple[int], np.dtype[np.intp]]
-    """Which rows, (n,)."""
+    """Row numbers, (n,)."""
     values: Array
-    """Their values, (n, width)."""
+    """New values, (n, width)."""
 
 
 @dataclass(eq=False, slots=True)
 class Touched:
-    """What happens to one tensor of the base."""
+    """The changes to one tensor of the base."""
 
     deltas: list[tuple[LoraAdapter, float]] = field(default_factory=list)
-    """Adapters as the base stores the weight, with their weights."""
+    """Adapters in the orientation of the base, and their weights."""
     biases: list[tuple[LoraAdapter, float]] = field(default_factory=list)
     replacement: Array | None = None
     rows: TokenRows | None = None
 
     def is_plain(self) -> bool:
-        """Return whether one delta is added, and nothing else."""
+        """Return whether the only change is one added delta."""
         return (
             len(self.deltas) == 1
             and self.deltas[0][0].magnitude is None
@@ -46,7 +46,7 @@ class Touched:
 
 
 class MergedTensor:
-    """One touched tensor: base values, and what is done to them block by block."""
+    """A changed tensor, computed from the base values block by block."""
 
     def __init__(self, base: Array, touched: Touched) -> None:
         is_stacked = any(one.experts is not None for one, _ in touched.deltas)
@@ -58,14 +58,14 @@ class MergedTensor:
         self._lock = threading.Lock()
 
     def blocks(self) -> Iterator[tuple[Block, int]]:
-        """Yield the fixed blocks in the order of memory, with their length in bytes."""
+        """Yield the fixed blocks in memory order, and their lengths in bytes."""
         rows, columns = self._base.shape
         for block in blocks(rows, columns):
             size = (block[0].stop - block[0].start) * (block[1].stop - block[1].start)
             yield block, size * self._base.dtype.itemsize
 
     def compute(self, block: Block) -> Array:
-        """Return the merged values of a block in the base's dtype, rounded once."""
+        """Return the merged values of a block, rounded once to the dtype of the base."""
         out = np.empty(self._base[block].shape, self._base.dtype)
         deltas = self._touched.deltas
         if self._touched.is_plain() and self._dtype is np.float32:
@@ -120,7 +120,7 @@ class MergedTensor:
             total *= ratio[rows, None] if adapter.layer == "linear" else ratio[None, columns]
 
     def _dora_ratio(self, adapter: LoraAdapter) -> Array:
-        """Return m / norm (d_out,), from whole rows, computed once per tensor."""
+        """Return m / norm (d_out,), computed from whole rows once per tensor."""
         with self._lock:
             if self._ratio is None:
                 assert adapter.magnitude is not None
@@ -135,7 +135,7 @@ def _scaled(adapter: LoraAdapter, weight: float) -> float:
 
 
 def _put_rows(total: Array, rows: TokenRows, block: Block) -> None:
-    """Write those of `rows` that lie in `block` into it."""
+    """Write the values of `rows` that are in `block` to `total`."""
     here = (rows.numbers >= block[0].start) & (rows.numbers < block[0].stop)
     values = np.ascontiguousarray(rows.values[here][:, block[1]])
     total[rows.numbers[here] - block[0].start] = values.astype(total.dtype)

@@ -1,4 +1,4 @@
-"""Bases whose head is their embedding: one tensor that peft knows as two modules."""
+"""Tied embeddings: one tensor of the base that is two modules in peft."""
 
 from collections.abc import Mapping
 
@@ -19,11 +19,11 @@ _ENDS = (TOKEN_ROWS, ".weight", ".bias")
 def tied_replacements(
     base: Base, lora_set: BonsaiLoraSet, options: BaseOptions
 ) -> Mapping[str, Array]:
-    """Return the replaced parameters of a set without those that the base holds as another.
+    """Return the replaced parameters of a set, without the head if the base ties it.
 
-    A tied base has no tensor for its head. A copy of the head that equals that of the embedding,
-    as peft saves both where the vocabulary was resized, changes nothing more. Raises
-    UnsupportedAdapterError where head and embedding come to differ, which one tensor cannot hold.
+    A tied base has no tensor for its head. A replaced head that equals the replaced embedding adds
+    nothing: peft saves both after the vocabulary was resized. Raises UnsupportedAdapterError if
+    head and embedding would differ, since one tensor cannot hold both.
     """
     replacements = lora_set.replacements
     if not base.is_tied or any(_last(_module(name)) in _HEADS for name in base.weight_map):
@@ -70,9 +70,9 @@ def _last(module: str) -> str:
 
 def _differs(base: Base, names: list[str]) -> UnsupportedAdapterError:
     return UnsupportedAdapterError(
-        f"base {base.name!r} ties its head to its embedding, and the set changes "
-        f"{', '.join(sorted(names))} so that they would differ: one tensor cannot hold both. "
-        "Untie the base first (save it with tie_word_embeddings false and a head of its own)",
+        f"base {base.name!r} ties its head to its embedding, but the set changes "
+        f"{', '.join(sorted(names))} so that the two would differ; untie the base first (save it "
+        "with tie_word_embeddings false and a separate head)",
         modules=sorted(names),
         base=base.name,
     )

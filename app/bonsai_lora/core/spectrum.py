@@ -69,7 +69,7 @@ def _doubles(adapter: LoraAdapter) -> tuple[Values, Values]:
 
 
 def effective_rank(adapter: LoraAdapter) -> float:
-    """Return exp of the entropy of the normalised singular values; 0.0 where the delta is zero.
+    """Return exp of the entropy of the normalized singular values; 0.0 where the delta is zero.
 
     Roy and Vetterli 2007, "The effective rank", equation 4: between 1 and r otherwise.
     """

@@ -1,10 +1,10 @@
-"""Fused experts: adapters that peft puts on 3-D parameters (target_parameters).
+"""Fused experts: adapters of 3-D parameters (peft's target_parameters).
 
-peft wraps the module of the parameters, once per parameter, and names A and B after the wrappers:
-the innermost, `…experts.base_layer.lora_A`, is on the parameter that comes first in the module, the
-outermost, `…experts.lora_A`, on the last. A is (E*r, d_in) with expert e's rows together, B (d_out,
-r*E) with column q*E + e for expert e (peft 0.21, tuners/lora/layer.py, ParamWrapper). peft 0.17 and
-0.18 took (E, out, in) parameters for (E, in, out), so that A and B stand the other way round.
+peft wraps the module once per parameter and names A and B after the wrappers: the innermost,
+`…experts.base_layer.lora_A`, belongs to the first parameter of the module, the outermost,
+`…experts.lora_A`, to the last. A is (E*r, d_in), with the r rows of expert e together; B is
+(d_out, r*E), with column q*E + e for expert e (peft 0.21, tuners/lora/layer.py, ParamWrapper). peft
+0.17 and 0.18 read (E, out, in) parameters as (E, in, out), which exchanges the roles of A and B.
 """
 
 import re
@@ -17,21 +17,21 @@ from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
 ExpertLayout = Literal["rank_major", "grouped_by_expert"]
 
 LAYOUT_FIELD = "lora_B_layout"
-"""Where newer versions of unsloth say how B's columns lie."""
+"""Field in which newer versions of unsloth record the column order of B."""
 FIRST_RIGHT_VERSION = "0.19.0"
-"""Of peft, which reads (E, out, in) parameters as they are."""
+"""First peft version that reads (E, out, in) parameters correctly."""
 
 _INNER = ".base_layer"
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "input_linear", "down_proj", "output_linear")
-"""How the classes of transformers 5 register their parameters."""
+"""Order in which the classes of transformers 5 register their parameters."""
 _VERSION = re.compile(r"(\d+)\.(\d+)")
 
 
 def targeted_parameters(raw: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str]:
-    """Return the parameter that each module's A and B are for, of modules in target_parameters.
+    """Return the parameter that A and B adapt, for each module named by target_parameters.
 
-    Raises InvalidAdapterError where wrappers and target_parameters do not go together,
-    UnsupportedAdapterError where nothing tells which wrapper is for which parameter.
+    Raises InvalidAdapterError if wrappers and target_parameters contradict each other,
+    UnsupportedAdapterError if the parameter of a wrapper cannot be determined.
     """
     targets = raw.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(one, str) for one in targets):
@@ -52,13 +52,13 @@ def targeted_parameters(raw: Mapping[str, Any], modules: Iterable[str]) -> dict[
         )
         inner_first = sorted(names, key=len, reverse=True)
         if not parameters and inner_first == [core]:
-            continue  # an ordinary module
+            continue  # not fused
         if len(parameters) != len(names) or len(inner_first[0]) != len(core) + len(_INNER) * (
             len(names) - 1
         ):
             raise InvalidAdapterError(
-                f"{core!r} has adapters for {len(names)} parameters, but target_parameters names "
-                f"{', '.join(parameters) or 'none'} of it",
+                f"{core!r} has adapters of {len(names)} parameters, but target_parameters names "
+                f"{', '.join(parameters) or 'none'} of them; correct target_parameters",
                 field="target_parameters",
                 module=core,
             )
@@ -81,13 +81,13 @@ def _endings(core: str) -> list[str]:
 
 
 def _ordered(core: str, parameters: set[str]) -> list[str]:
-    """Return the parameters of one module in the order in which it registers them."""
+    """Return the parameters of one module in the order of registration."""
     if len(parameters) < 2:
         return list(parameters)
     if not parameters <= {*_ORDER}:
         raise UnsupportedAdapterError(
-            f"target_parameters names {', '.join(sorted(parameters))} of {core!r}, and nothing "
-            f"tells which of its tensors is for which; known are {', '.join(_ORDER)}",
+            f"target_parameters names {', '.join(sorted(parameters))} of {core!r}, whose order "
+            f"is unknown; expected names among {', '.join(_ORDER)}",
             field="target_parameters",
             module=core,
         )
@@ -95,11 +95,11 @@ def _ordered(core: str, parameters: set[str]) -> list[str]:
 
 
 def is_swapped(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) -> bool:
-    """Return whether A and B of fused experts stand the other way round, as peft before 0.19 did.
+    """Return whether A and B of fused experts are exchanged, as peft before 0.19 wrote them.
 
-    `shapes` are (d_in, d_out) by parameter, of one module: gate and up together give twice the
-    width that down takes, and take the one that it gives. Where that does not tell, peft_version
-    does.
+    `shapes` are (d_in, d_out) of the parameters of one module: gate_up_proj must have the input
+    width that down_proj outputs, and twice its input width as outputs. If that is inconclusive,
+    peft_version decides.
     """
     gate_up, down = shapes.get("gate_up_proj"), shapes.get("down_proj")
     if gate_up is not None and down is not None:
@@ -113,7 +113,7 @@ def is_swapped(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) ->
 
 
 def swapped(a_matrix: Array, b_matrix: Array, experts: int) -> tuple[Array, Array]:
-    """Return A and B of the transposed delta of every expert."""
+    """Return A and B of the transposed deltas."""
     rank = len(a_matrix) // experts
     d_in, d_out = a_matrix.shape[1], len(b_matrix)
     right = b_matrix.reshape(d_out, rank, experts).transpose(2, 1, 0).reshape(-1, d_out)
@@ -122,14 +122,14 @@ def swapped(a_matrix: Array, b_matrix: Array, experts: int) -> tuple[Array, Arra
 
 
 def rank_major(b_matrix: Array, experts: int) -> Array:
-    """Return B whose columns lay expert by expert (e*r + q) with columns q*E + e, as peft reads."""
+    """Reorder the columns of B from e*r + q (by expert) to peft's q*E + e."""
     d_out, columns = b_matrix.shape
     grouped = b_matrix.reshape(d_out, experts, columns // experts)
     return grouped.transpose(0, 2, 1).reshape(d_out, columns)
 
 
 def layout_of(raw: Mapping[str, Any], asked: ExpertLayout | None) -> ExpertLayout:
-    """Return how B's columns lie: as asked for, else as the configuration says, else rank-major."""
+    """Return the column order of B: as requested, else as configured, else rank-major."""
     layout = asked or raw.get(LAYOUT_FIELD) or "rank_major"
     if layout not in ("rank_major", "grouped_by_expert"):
         raise InvalidAdapterError(
@@ -140,7 +140,7 @@ def layout_of(raw: Mapping[str, Any], asked: ExpertLayout | None) -> ExpertLayou
 
 
 def may_be_grouped(raw: Mapping[str, Any]) -> bool:
-    """Whether unsloth wrote the configuration, without saying how B's columns lie."""
+    """Return whether unsloth wrote the configuration without the column order of B."""
     mapping = raw.get("auto_mapping")
     library = mapping.get("parent_library") if isinstance(mapping, dict) else None
     return LAYOUT_FIELD not in raw and ("unsloth_fixed" in raw or "unsloth" in str(library))

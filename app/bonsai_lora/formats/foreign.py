@@ -1,4 +1,4 @@
-"""What people upload by mistake, told by its first bytes or its names, and the way out."""
+"""Recognize common mistaken uploads by their first bytes or tensor names."""
 
 import re
 from collections.abc import Iterable
@@ -20,16 +20,16 @@ _STARTS = tuple(
         (rb"GGUF", "is a GGUF file", _TWO_FILES),
         (
             rb"version https://git-lfs",
-            "is a Git LFS pointer, not the file it stands for",
-            "run `git lfs pull` and send the file itself",
+            "is a Git LFS pointer, not the file itself",
+            "run `git lfs pull` and send the downloaded file",
         ),
-        # The first entry of what torch.save writes.
+        # The first zip entry that torch.save writes.
         (
             _ZIP + rb".{26}[\x20-\x7e]*(?:data\.pkl|\.format_version|byteorder|/version)",
-            "is a PyTorch pickle (.bin), which is never loaded here",
+            "is a PyTorch pickle (.bin), which is never loaded",
             _SAVE_AGAIN,
         ),
-        (rb"\x80[\x02-\x05]", "is a pickle (.bin), which is never loaded here", _SAVE_AGAIN),
+        (rb"\x80[\x02-\x05]", "is a pickle (.bin), which is never loaded", _SAVE_AGAIN),
         (_ZIP, "is a zip archive", f"unpack it and {_TWO_FILES}"),
         (rb"\x1f\x8b", "is a gzip archive", f"unpack it and {_TWO_FILES}"),
         (rb".{257}ustar", "is a tar archive", f"unpack it and {_TWO_FILES}"),
@@ -40,7 +40,7 @@ _STARTS = tuple(
             "is a web page",
             "download the file itself (…/resolve/main/…, not …/blob/main/…)",
         ),
-        (rb"\s*\{", "is JSON", "adapter_config is the part for adapter_config.json"),
+        (rb"\s*\{", "is JSON", "send adapter_config.json as the part adapter_config"),
     )
 )
 
@@ -76,9 +76,9 @@ _KEYS = (
 
 
 def check_start(start: bytes) -> None:
-    """Raise where an upload that should be safetensors begins as something else that is known.
+    """Raise if an upload that should be safetensors starts like a different known format.
 
-    UnsupportedAdapterError says what it is, MalformedMultipartError that a path was sent.
+    Raises UnsupportedAdapterError naming the format, MalformedMultipartError if a path was sent.
     """
     if start[8:9] == b"{":
         return
@@ -88,26 +88,26 @@ def check_start(start: bytes) -> None:
     if _PATH.fullmatch(start) and (b"." in start or b"/" in start):
         path = start[:200].decode("utf-8", "replace")
         raise MalformedMultipartError(
-            f"adapter_model is the text {path!r}, not a file; with curl put @ before the path: "
+            f"adapter_model is the text {path!r}, not a file; with curl, put @ before the path: "
             "-F adapter_model=@adapter_model.safetensors"
         )
 
 
 def check_config_start(start: bytes) -> None:
-    """Raise MalformedMultipartError where a path was sent instead of adapter_config.json."""
+    """Raise MalformedMultipartError if a path was sent instead of adapter_config.json."""
     text = start.strip()
     if text.endswith(b".json") and not text.startswith((b"{", b"\xef\xbb\xbf")):
         raise MalformedMultipartError(
             f"adapter_config is the text {text[:200].decode('utf-8', 'replace')!r}, not a file; "
-            "with curl put @ before the path: -F adapter_config=@adapter_config.json"
+            "with curl, put @ before the path: -F adapter_config=@adapter_config.json"
         )
 
 
 def check_keys(keys: Iterable[str]) -> None:
-    """Raise UnsupportedAdapterError where the tensors have the names of another kind of adapter."""
+    """Raise UnsupportedAdapterError if the tensor names are those of a different format."""
     for key in keys:
         for pattern, what, advice in _KEYS:
             if pattern.search(key):
                 raise UnsupportedAdapterError(
-                    f"the tensors' names, such as {key[:200]!r}, {what}; {advice}", key=key[:200]
+                    f"tensor names such as {key[:200]!r} {what}; {advice}", key=key[:200]
                 )

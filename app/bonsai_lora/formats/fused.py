@@ -1,4 +1,4 @@
-"""The tensors of fused experts as adapters, in the one layout that is kept here."""
+"""Decode fused experts, in any layout, as adapters in peft's current layout."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,33 +22,33 @@ from bonsai_lora.formats.peft_config import PeftConfig, Scaling
 from bonsai_lora.formats.peft_keys import Parts
 
 MAX_EXPERTS = 4096
-"""Most experts of one layer."""
+"""Limit on the experts of one layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class OneLayout:
-    """Fused experts after they were brought into one layout."""
+    """Fused experts in peft's current layout."""
 
     adapters: Mapping[str, LoraAdapter]
-    """Those that had to be changed."""
+    """Adapters whose layout was changed, by module."""
     config: Mapping[str, Any]
-    """The configuration that goes with them."""
+    """The configuration, updated to match."""
     warnings: list[str]
 
 
 def decode_experts(
     config: PeftConfig, says: Scaling, module: str, parts: Parts, tensors: Mapping[str, Array]
 ) -> LoraAdapter:
-    """Return the adapter of a module whose parameter is in target_parameters, as it is stored.
+    """Return the adapter of a module in target_parameters, in the layout of the upload.
 
-    A parameter with two dimensions has one expert, and acts as a linear layer's weight. Raises
-    InvalidAdapterError, and UnsupportedAdapterError where the rank depends on a key that RE2 cannot
-    express or the options are none that peft has for parameters.
+    A 2-D parameter has one expert, and acts as the weight of a linear layer. Raises
+    InvalidAdapterError if rank and shapes contradict each other, UnsupportedAdapterError for
+    options that peft does not support for parameters.
     """
     if parts.keys() != {"A", "B"} or config.raw.get("use_dora") or config.raw.get("lora_bias"):
         raise UnsupportedAdapterError(
-            f"module {module!r} is in target_parameters, for which peft has A and B only, without "
-            "DoRA and bias",
+            f"module {module!r} is in target_parameters, for which peft supports neither DoRA nor "
+            "lora_bias; train it without them",
             module=module,
             field="target_parameters",
         )
@@ -57,16 +57,16 @@ def decode_experts(
     rank = says.rank.value
     if says.rank.uncertain or rows % rank:
         raise InvalidAdapterError(
-            f"module {module!r} has {rows} rows in A, which are no whole number of experts of rank "
-            f"{rank}, as the configuration says; correct r or rank_pattern",
+            f"module {module!r} has {rows} rows in A, which is not a multiple of the configured "
+            f"rank {rank}; correct r or rank_pattern",
             module=module,
             got=rows,
             expected=rank,
         )
     if rows // rank > MAX_EXPERTS:
         raise InvalidAdapterError(
-            f"module {module!r} has {rows} rows in A, which at rank {rank} would be "
-            f"{rows // rank} experts; at most {MAX_EXPERTS} are taken",
+            f"module {module!r} has {rows} rows in A, which is {rows // rank} experts of rank "
+            f"{rank}; expected at most {MAX_EXPERTS}",
             module=module,
             got=rows // rank,
             expected=MAX_EXPERTS,
@@ -78,7 +78,7 @@ def decode_experts(
 
 
 def rank_of(module: str, a_matrix: Array, b_matrix: Array) -> int:
-    """Return r of A (r, d_in) and B (d_out, r)."""
+    """Return r of A (r, d_in) and B (d_out, r); raises InvalidAdapterError if they differ."""
     got = [list(a_matrix.shape), list(b_matrix.shape)]
     if a_matrix.ndim != 2 or b_matrix.ndim != 2:
         raise InvalidAdapterError(
@@ -102,10 +102,10 @@ def in_one_layout(
     adapters: Mapping[str, LoraAdapter],
     asked: ExpertLayout | None,
 ) -> OneLayout:
-    """Return the fused experts among `adapters` that lie otherwise, brought into peft's layout.
+    """Convert the fused experts among `adapters` to peft's current layout.
 
-    `parameters` are their names by module. What an older peft or unsloth wrote is turned round, and
-    the configuration changed so that it says so.
+    `parameters` are their parameter names by module. Layouts of older versions of peft and of
+    unsloth are converted, and the configuration is updated to match.
     """
     fused = {module: one for module, one in adapters.items() if one.experts is not None}
     layout = layout_of(raw, asked)
@@ -125,7 +125,7 @@ def in_one_layout(
 def _old_ones(
     raw: Mapping[str, Any], parameters: Mapping[str, str], fused: Mapping[str, LoraAdapter]
 ) -> list[str]:
-    """Return the modules whose A and B stand the other way round."""
+    """Return the modules whose A and B are exchanged."""
     shapes: dict[str, dict[str, tuple[int, int]]] = {}
     for module, adapter in fused.items():
         core, _, leaf = parameters[module].rpartition(".")
@@ -155,8 +155,8 @@ def _warnings(
     found = []
     if has_old:
         found.append(
-            "fused experts were stored as peft before 0.19 did, with inputs and outputs the other "
-            "way round; they were turned"
+            "fused experts were stored as by peft before 0.19, with inputs and outputs exchanged; "
+            "they were converted"
         )
     if (
         fused
@@ -165,8 +165,8 @@ def _warnings(
         and any(one.rank > 1 for one in fused.values())
     ):
         found.append(
-            "unsloth wrote this adapter, and versions of it lay the columns of B expert by expert "
-            "without saying so; they were read as peft lays them. If outputs are wrong, upload it "
-            "again with ?expert_b_layout=grouped_by_expert"
+            "unsloth wrote this adapter, and some versions group the columns of B by expert "
+            "without recording it; they were read in peft's order. If outputs are wrong, upload "
+            "the adapter again with ?expert_b_layout=grouped_by_expert"
         )
     return found

@@ -1,8 +1,8 @@
-"""MLX adapters: what mlx_lm saves as adapters.safetensors and adapter_config.json, as peft's.
+"""Convert MLX adapters (adapters.safetensors, adapter_config.json of mlx_lm) to PEFT.
 
 Layouts: mlx_lm 0.32, tuner/lora.py and tuner/dora.py. lora_a is (d_in, r), lora_b (r, d_out), and
-`scale` is the factor itself, not alpha; of fused experts lora_a is (E, r, d_in) and lora_b
-(E, d_out, r). DoRA's `m` is peft's magnitude vector.
+`scale` is the factor itself, not alpha. For fused experts lora_a is (E, r, d_in) and lora_b
+(E, d_out, r). `m` of DoRA is peft's magnitude vector.
 """
 
 import math
@@ -13,17 +13,18 @@ from bonsai_lora.core.cast import Array
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
 from bonsai_lora.formats.peft import check_not_empty
 from bonsai_lora.formats.peft_keys import PREFIX, tensor_name
+from bonsai_lora.formats.peft_patterns import keys_of
 
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings"})
 _EXPERTS = ".mlp.switch_mlp."
 _PARTS = ("lora_a", "lora_b", "m")
 
 Factors = dict[str, Array]
-"""lora_a, lora_b and perhaps m of one module."""
+"""lora_a, lora_b and, for DoRA, m of one module."""
 
 
 def is_mlx(raw: Mapping[str, Any], keys: Iterable[str]) -> bool:
-    """Whether a configuration and tensor names are those of an MLX adapter."""
+    """Return whether the configuration and tensor names are those of an MLX adapter."""
     if "peft_type" in raw:
         return False
     marks = {"fine_tune_type", "lora_parameters", "lora_layers"}
@@ -33,18 +34,18 @@ def is_mlx(raw: Mapping[str, Any], keys: Iterable[str]) -> bool:
 def decode_mlx(
     raw: Mapping[str, Any], tensors: Mapping[str, Array]
 ) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Return the adapter_config.json and the tensors that peft would have for an MLX adapter.
+    """Return the PEFT configuration and tensors that are equivalent to an MLX adapter.
 
-    Arrays are views. Raises UnsupportedAdapterError for what peft has no form for,
-    InvalidAdapterError where configuration and tensors contradict each other.
+    Arrays are views. Raises UnsupportedAdapterError for what PEFT cannot express,
+    InvalidAdapterError if configuration and tensors contradict each other.
     """
     scale = _scale(raw)
     check_not_empty(tensors)
     modules, others = _group(tensors)
     if not modules:
         raise InvalidAdapterError(
-            "the file has no lora_a and lora_b: it is no MLX adapter, or a full fine-tune "
-            "(fine_tune_type full), which is a model of its own"
+            "the file has no lora_a and lora_b, so it is not an MLX adapter but perhaps a full "
+            "fine-tune; train with fine_tune_type lora or dora"
         )
     found = {PREFIX + key: tensors[key] for key in others}
     ranks: dict[str, int] = {}
@@ -59,20 +60,20 @@ def _scale(raw: Mapping[str, Any]) -> float:
     kind = raw.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise UnsupportedAdapterError(
-            f"fine_tune_type is {str(kind)[:100]!r}; only lora and dora are adapters",
+            f"fine_tune_type is {str(kind)[:100]!r}; expected lora or dora",
             field="fine_tune_type",
         )
     parameters = raw.get("lora_parameters")
     if not isinstance(parameters, dict) or "scale" not in parameters:
         raise InvalidAdapterError(
-            "adapter_config.json of this MLX adapter has no lora_parameters.scale, without which "
-            "its deltas have no size; send the adapter_config.json that mlx_lm saved beside it",
+            "adapter_config.json of this MLX adapter has no lora_parameters.scale, the factor of "
+            "its deltas; send the adapter_config.json that mlx_lm saved with it",
             field="lora_parameters",
         )
     if "alpha" in parameters:
         raise UnsupportedAdapterError(
-            "lora_parameters has alpha beside scale, which early versions of mlx_lm multiplied in "
-            "and later ones ignore; remove alpha and set scale to the factor that was trained with",
+            "lora_parameters has both alpha and scale: early versions of mlx_lm multiply by alpha, "
+            "later ones ignore it; remove alpha and set scale to the factor used in training",
             field="lora_parameters",
         )
     scale = parameters["scale"]
@@ -98,7 +99,7 @@ def _group(tensors: Mapping[str, Array]) -> tuple[dict[str, Factors], list[str]]
 
 
 def _as_peft(module: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
-    """Yield the peft modules of an MLX module, with their parts under peft's names."""
+    """Yield the PEFT modules of an MLX module, with their parts by PEFT name."""
     if not {"lora_a", "lora_b"} <= factors.keys():
         raise InvalidAdapterError(
             f"module {module!r} has {', '.join(sorted(factors))}; expected lora_a and lora_b",
@@ -116,7 +117,8 @@ def _as_peft(module: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
         )
     elif is_embedding and "m" in factors:
         raise UnsupportedAdapterError(
-            f"{module!r} is a DoRA embedding, which MLX scales per token and peft per column",
+            f"{module!r} is a DoRA embedding, which MLX scales per token and PEFT per column; "
+            "train it without DoRA",
             module=module,
         )
     elif is_embedding:
@@ -131,14 +133,13 @@ def _experts(module: str, lora_a: Array, lora_b: Array) -> Iterator[tuple[str, F
     count, _, rank = lora_b.shape
     if _EXPERTS not in module:
         raise UnsupportedAdapterError(
-            f"{module!r} adapts fused experts whose names in other programs are not known here; "
-            "only those in mlp.switch_mlp are",
+            f"{module!r} adapts fused experts with no known PEFT names; expected …mlp.switch_mlp.…",
             module=module,
         )
     if lora_a.size % (count * rank) or lora_a.shape[-1] * count * rank != lora_a.size:
         raise InvalidAdapterError(
-            f"module {module!r}: lora_a {list(lora_a.shape)} does not go with lora_b "
-            f"{list(lora_b.shape)}",
+            f"module {module!r}: lora_a {list(lora_a.shape)} does not match lora_b "
+            f"{list(lora_b.shape)}; expected (E, r, d_in) and (E, d_out, r)",
             module=module,
         )
     stacked = lora_a.reshape(count, rank, lora_a.shape[-1])
@@ -150,9 +151,10 @@ def _experts(module: str, lora_a: Array, lora_b: Array) -> Iterator[tuple[str, F
 def _config(
     raw: Mapping[str, Any], ranks: Mapping[str, int], scale: float, *, is_dora: bool
 ) -> dict[str, Any]:
-    """Return the configuration that gives every module `scale`, whatever its rank."""
+    """Return the configuration in which each module has the factor `scale` at its rank."""
     rank = next(iter(ranks.values()))
-    others = {name: one for name, one in ranks.items() if one != rank}
+    keys = keys_of(ranks)
+    others = {keys[name]: one for name, one in ranks.items() if one != rank}
     model = raw.get("model")
     return {
         "peft_type": "LORA",
@@ -163,8 +165,8 @@ def _config(
         "lora_alpha": scale * rank,
         "lora_dropout": 0.0,
         "target_modules": sorted({name.rpartition(".")[2] for name in ranks}),
-        "rank_pattern": {f"^{name}": one for name, one in others.items()},
-        "alpha_pattern": {f"^{name}": scale * one for name, one in others.items()},
+        "rank_pattern": others,
+        "alpha_pattern": {key: scale * one for key, one in others.items()},
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

@@ -15,11 +15,11 @@ _MODULE_NAME = re.compile(MODULE_NAME_PATTERN.removesuffix("$") + r"\Z")
 
 
 def check_set_name(name: str) -> str:
-    """Return `name`; raises InvalidNameError where no set or base may be called so."""
+    """Return `name`; raises InvalidNameError if sets and bases may not have this name."""
     if name in RESERVED_NAMES:
         raise InvalidNameError(
-            f"the name {name!r} is reserved; choose one that is none of "
-            + ", ".join(sorted(RESERVED_NAMES)),
+            f"the name {name!r} is reserved, as are "
+            f"{', '.join(sorted(RESERVED_NAMES - {name}))}; choose a different name",
             got=name,
         )
     if not is_set_name(name):
@@ -51,10 +51,10 @@ def check_module_name(name: str) -> str:
 
 
 def base_names(base_model_name: str) -> list[str]:
-    """Return the names that a base may have here whose adapters carry `base_model_name`.
+    """Return the names under which a base called `base_model_name` may be registered.
 
-    The whole name, then what it says as a path of any system: the last part, the repository of a
-    hub cache's snapshot, the run of a training checkpoint.
+    These are the whole name, then parts of it as a path of any system: the last part, the
+    repository of a hub cache's snapshot, the run of a training checkpoint.
     """
     parts = [part for part in re.split(r"[/\\]", base_model_name) if part not in ("", ".")]
     names = [base_model_name, *parts[-1:]]

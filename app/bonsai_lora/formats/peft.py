@@ -33,15 +33,15 @@ from bonsai_lora.formats.peft_patterns import keys_of
 
 @dataclass(frozen=True, slots=True)
 class PeftAdapter:
-    """What an upload holds, checked, and what was passed over on purpose."""
+    """A checked upload, and what was deliberately ignored."""
 
     lora_set: BonsaiLoraSet
     config: Mapping[str, Any]
-    """The adapter_config.json that goes with the set."""
+    """The adapter_config.json of the set."""
     names: Mapping[str, str]
     """Tensor name in the upload -> name in the set's file; those missing were ignored."""
     is_as_it_came: bool
-    """Whether the set's tensors are those of the upload, all and unchanged."""
+    """Whether the set has exactly the tensors of the upload, unchanged."""
     ignored_keys: list[str]
     warnings: list[str]
 
@@ -52,20 +52,19 @@ def decode_adapter(
     name: str,
     expert_layout: ExpertLayout | None = None,
 ) -> PeftAdapter:
-    """Return the set `name` that peft would make of `config` and `tensors` (views are kept).
+    """Return the set `name` that peft would load from `config` and `tensors` (views are kept).
 
-    `expert_layout` says how the columns of fused experts' B lie, against the configuration. Reads
-    every tensor once, to refuse NaN and infinity. Raises UnsupportedAdapterError for tensors that
-    would be applied wrongly or lost, InvalidAdapterError where configuration and tensors contradict
-    each other.
+    `expert_layout` overrides the configured column order of B for fused experts. Reads every tensor
+    once to refuse NaN and infinity. Raises UnsupportedAdapterError for tensors that would be
+    applied wrongly or lost, InvalidAdapterError if configuration and tensors contradict each other.
     """
     check_keys(tensors)
     check_not_empty(tensors)
     keys = sort_uploaded(tensors)
     if not keys.modules and not any(one.endswith(TOKEN_ROWS) for one in keys.parameters):
         raise InvalidAdapterError(
-            "the file has no LoRA tensors (lora_A, lora_B), so it is no adapter; send "
-            "adapter_model.safetensors as PEFT saved it, not a whole model"
+            "the file has no LoRA tensors (lora_A, lora_B), so it is not an adapter; send "
+            "adapter_model.safetensors as PEFT saved it, not a full model"
         )
     parameters = targeted_parameters(config.raw, keys.modules)
     _check_targets(config, keys.modules.keys() - parameters.keys())
@@ -94,7 +93,7 @@ def decode_adapter(
 
 
 def _canonical_names(keys: Keys, replaced: Mapping[str, str]) -> dict[str, str]:
-    """Return the name in the set's file for each tensor in use; raises where it is not unique."""
+    """Return the name in the set's file of each tensor in use; raises unless it is unique."""
     names = parameter_names(replaced, keys.modules)
     canonical = {
         key: tensor_name(module, part)
@@ -103,12 +102,15 @@ def _canonical_names(keys: Keys, replaced: Mapping[str, str]) -> dict[str, str]:
     } | {key: names[parameter] for parameter, key in replaced.items()}
     again = group_keys(canonical.values())
     if again[0].keys() != keys.modules.keys() or again[1].keys() != replaced.keys():
-        raise InvalidAdapterError("the tensors have names that would mean others when read again")
+        raise InvalidAdapterError(
+            "the tensor names are ambiguous: they would be read differently after an export; save "
+            "the adapter again with peft"
+        )
     return canonical
 
 
 def set_tensors(lora_set: BonsaiLoraSet) -> dict[str, Array]:
-    """Return all tensors of a set under peft's names."""
+    """Return all tensors of a set by peft's names."""
     tensors: dict[str, Array] = {}
     for module, adapter in lora_set.registry.adapters.items():
         embedding = "embedding_" if adapter.layer == "embedding" else ""
@@ -126,9 +128,9 @@ def set_tensors(lora_set: BonsaiLoraSet) -> dict[str, Array]:
 
 
 def encode_config(lora_set: BonsaiLoraSet, original: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the adapter_config.json of a set: the uploaded one, or one that says the same.
+    """Return the adapter_config.json of a set: the uploaded one, or an equivalent one.
 
-    Scalings that are not alpha / r (rsLoRA) are written as the alpha that gives them.
+    A scaling that is not alpha / r (rsLoRA) is written as the alpha that yields it.
     """
     if original is not None:
         return dict(original)
@@ -162,7 +164,7 @@ def encode_config(lora_set: BonsaiLoraSet, original: Mapping[str, Any] | None) -
 
 
 def _exported_alpha(adapter: LoraAdapter) -> float:
-    # As it is read again: divided in float64, and the quotient rounded to float32.
+    # As on import: divided in float64, and the quotient rounded to float32.
     if np.float32(adapter.config.alpha / (adapter.rank or 1)) == np.float32(adapter.scaling):
         return adapter.config.alpha
     return adapter.scaling * adapter.rank
@@ -172,9 +174,9 @@ def _check_targets(config: PeftConfig, modules: Iterable[str]) -> None:
     stray = [module for module in modules if not config.targets(module)]
     if stray:
         raise InvalidAdapterError(
-            f"{len(stray)} modules have tensors, but the configuration (target_modules, "
-            "exclude_modules, layers_to_transform) does not name them, so peft would not load "
-            f"them: {', '.join(stray[:8])}",
+            f"{len(stray)} module(s) have tensors but are not selected by target_modules, "
+            "exclude_modules and layers_to_transform, so peft would not load them: "
+            f"{', '.join(stray[:8])}; correct the configuration",
             modules=stray[:64],
         )
 
@@ -185,7 +187,7 @@ def _decode_module(
     layer = _layer_kind(module, parts)
     if layer == "embedding" and config.raw.get("lora_bias"):
         raise UnsupportedAdapterError(
-            f"module {module!r} is an embedding, for which peft has no lora_bias",
+            f"module {module!r} is an embedding, for which peft has no lora_bias; set it to false",
             module=module,
             field="lora_bias",
         )
@@ -225,12 +227,12 @@ def _vector(
     tensors: Mapping[str, Array],
     d_out: int,
 ) -> Array | None:
-    """Return the vector (d_out,) that goes with `flag`; both must be there, or neither."""
+    """Return the vector (d_out,) that `flag` requires; raises if only one of the two is given."""
     wanted = bool(config.raw.get(flag))
     if wanted != (part in parts):
         have, say = ("no", "set") if wanted else ("a", "not set")
         raise InvalidAdapterError(
-            f"module {module!r} has {have} {part} vector, but {flag} is {say}",
+            f"module {module!r} has {have} {part} vector, but {flag} is {say}; correct {flag}",
             module=module,
             field=flag,
         )
@@ -250,8 +252,8 @@ def _vector(
 def _replacements(config: PeftConfig, keys: Keys) -> tuple[dict[str, str], list[str]]:
     """Return the replaced parameters (name -> tensor name), and the keys to ignore.
 
-    peft loads every tensor whose name is that of a parameter in its model; so copies of resized
-    embeddings, which it saves by itself, replace the base's.
+    peft loads every tensor that is named like a parameter of its model, so the resized embeddings
+    that it saves automatically replace those of the base.
     """
     replaced: dict[str, str] = {}
     unknown = []
@@ -269,16 +271,16 @@ def _replacements(config: PeftConfig, keys: Keys) -> tuple[dict[str, str], list[
             unknown.append(key)
     if unknown:
         raise UnsupportedAdapterError(
-            f"{len(unknown)} tensors are neither LoRA weights nor parameters that peft would load "
-            f"(a module's weight, or what modules_to_save or bias names), and would be lost: "
-            f"{', '.join(unknown[:8])}",
+            f"{len(unknown)} tensor(s) would be lost, since they are neither LoRA weights nor "
+            "parameters that peft would load (a module's weight, or what modules_to_save or bias "
+            f"names): {', '.join(unknown[:8])}; remove them, or save the adapter again with peft",
             keys=unknown[:64],
         )
     return replaced, keys.originals
 
 
 def _check_token_rows(config: PeftConfig, replaced: Mapping[str, Array]) -> None:
-    """Raise InvalidAdapterError where rows and trainable_token_indices do not go together."""
+    """Raise InvalidAdapterError if rows and trainable_token_indices contradict each other."""
     modules = [one.removesuffix(TOKEN_ROWS) for one in replaced if one.endswith(TOKEN_ROWS)]
     if config.options.token_indices and not modules:
         raise InvalidAdapterError(
@@ -291,15 +293,15 @@ def _check_token_rows(config: PeftConfig, replaced: Mapping[str, Array]) -> None
         count = len(config.options.rows_of(module))
         if rows.ndim != 2 or len(rows) != count:
             raise InvalidAdapterError(
-                f"the rows of {module!r} have shape {list(rows.shape)}, but "
-                f"trainable_token_indices names {count} of them",
+                f"the token rows of {module!r} have shape {list(rows.shape)}, but "
+                f"trainable_token_indices lists {count} rows; correct trainable_token_indices",
                 module=module,
                 got=list(rows.shape),
             )
 
 
 def _is_loaded(key: str, parameter: str, keys: Keys) -> bool:
-    """Whether a key names a weight of the model as peft wraps it, or the bias beside one."""
+    """Return whether a key is that of a weight in peft's wrapped model, or of its bias."""
     module, _, kind = parameter.rpartition(".")
     if (module in keys.modules) != (".base_layer." in key and ".token_adapter." not in key):
         return False
@@ -307,13 +309,13 @@ def _is_loaded(key: str, parameter: str, keys: Keys) -> bool:
 
 
 def check_not_empty(tensors: Mapping[str, Array]) -> None:
-    """Raise InvalidAdapterError where tensors have no numbers, naming them."""
+    """Raise InvalidAdapterError, with the names, if tensors have no elements."""
     empty = [f"{key} {list(one.shape)}" for key, one in tensors.items() if one.size == 0]
     if empty:
         raise InvalidAdapterError(
             f"{len(empty)} of {len(tensors)} tensors are empty: {', '.join(empty[:4])}. DeepSpeed "
-            "ZeRO-3 and FSDP leave such placeholders where the shards were not gathered before "
-            "saving; gather them (stage3_gather_16bit_weights_on_model_save, or "
+            "ZeRO-3 and FSDP leave such placeholders if the shards are not gathered before saving; "
+            "gather them (stage3_gather_16bit_weights_on_model_save, or "
             "accelerator.get_state_dict) and save the adapter again",
             keys=empty[:64],
         )
@@ -323,7 +325,9 @@ def _check_values(key: str, tensor: Array) -> None:
     if tensor.dtype.itemsize == 8:
         raise UnsupportedAdapterError(f"tensor {key!r} is F64; expected F32, F16 or BF16", key=key)
     if not all_finite(tensor):
-        raise InvalidAdapterError(f"tensor {key!r} holds NaN or infinity", key=key)
+        raise InvalidAdapterError(
+            f"tensor {key!r} has NaN or infinity; check the training run", key=key
+        )
 
 
 def _warnings(config: PeftConfig, keys: Keys, replaced: Mapping[str, str]) -> list[str]:
@@ -337,13 +341,12 @@ def _warnings(config: PeftConfig, keys: Keys, replaced: Mapping[str, str]) -> li
     unasked = [one for one in loaded if not config.is_saved(one.rpartition(".")[0])]
     if unasked:
         found.append(
-            f"{len(unasked)} parameters of the base are replaced as a whole, as peft does when it "
-            f"loads this file (it saves them where the vocabulary was resized): "
-            f"{', '.join(unasked[:8])}"
+            f"{len(unasked)} parameter(s) of the base are replaced, as when peft loads this file "
+            f"(it saves them after the vocabulary was resized): {', '.join(unasked[:8])}"
         )
     if keys.wrappers:
         found.append(
-            "the keys carried names of wrappers around the model, which were taken out: "
+            "names of model wrappers were removed from the keys: "
             + ", ".join(sorted(keys.wrappers))
         )
     return found

@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT LoRA adapters, checked, and what it says of each module.
+"""Check adapter_config.json of PEFT LoRA adapters, and evaluate it for each module.
 
 Source: peft 0.21.2, src/peft/tuners/lora/config.py and src/peft/tuners/tuners_utils.py.
 """
@@ -19,19 +19,19 @@ from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.formats.peft_patterns import STEPS_PER_LOOKUP, Choice, Steps, choose
 
 MAX_ROWS = 1 << 31
-"""No embedding has more rows."""
+"""Limit on the rows of an embedding."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
-"""A name in a list; anything else is an expression."""
+"""A literal module name; anything else is an expression."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """An adapter_config.json, checked.
+    """A checked adapter_config.json.
 
-    Raises UnsupportedAdapterError for what would be applied wrongly, InvalidAdapterError for
-    values of the wrong kind.
+    Raises UnsupportedAdapterError for options that would be applied wrongly, InvalidAdapterError
+    for values of the wrong type.
     """
 
     raw: Mapping[str, Any]
@@ -58,42 +58,42 @@ class PeftConfig:
 
     @property
     def base_model_name(self) -> str:
-        """Name of the model that the adapter was trained on; empty where there is none."""
+        """Name of the model that the adapter was trained on; empty if unknown."""
         name = self.raw.get("base_model_name_or_path")
         return name if isinstance(name, str) else ""
 
     @cached_property
     def modules_to_save(self) -> list[str]:
-        """Names of modules that are replaced as a whole."""
+        """Names of modules whose weights are replaced."""
         return _strings(self.raw, "modules_to_save")
 
     def is_saved(self, module: str) -> bool:
-        """Whether `module` or one around it ends with a name in modules_to_save, as peft asks."""
+        """Return whether `module`, or one that contains it, ends with a name in modules_to_save."""
         names = tuple(self.modules_to_save)
         parts = module.split(".")
         self._steps.take(10 * len(parts) * len(names), "modules_to_save")
         return any(".".join(parts[:stop]).endswith(names) for stop in range(1, len(parts) + 1))
 
     def replaces_bias(self, *, is_adapted: bool) -> bool:
-        """Whether `bias` puts the base's bias of a module into the file."""
+        """Return whether `bias` makes peft save the base's bias of a module."""
         bias = self.raw.get("bias", "none")
         return bias == "all" or (bias == "lora_only" and is_adapted)
 
     @cached_property
     def options(self) -> BaseOptions:
-        """What a merge has to know of the configuration."""
+        """The options that a merge needs."""
         indices = self.raw.get("trainable_token_indices") or []
         for rows in indices.values() if isinstance(indices, dict) else [indices]:
             if not _are_rows(rows):
                 raise InvalidAdapterError(
-                    f"trainable_token_indices is {str(indices)[:200]}; expected different numbers "
-                    "from 0, as a list or as lists by module",
+                    f"trainable_token_indices is {str(indices)[:200]}; expected distinct row "
+                    "numbers from 0, as a list or as lists by module",
                     field="trainable_token_indices",
                 )
         return BaseOptions.of(self.raw)
 
     def scalings(self, modules: Iterable[str]) -> dict[str, "Scaling"]:
-        """Return what each of `modules` gets from r, lora_alpha and the patterns."""
+        """Return the rank and alpha of each of `modules`, by r, lora_alpha and the patterns."""
         names = list(modules)
         ranks = choose("rank_pattern", self._ranks, names, self.lora.rank, self._steps)
         alphas = choose("alpha_pattern", self._alphas, names, self.lora.alpha, self._steps)
@@ -101,9 +101,9 @@ class PeftConfig:
         return {name: Scaling(ranks[name], alphas[name], is_rslora) for name in names}
 
     def targets(self, module: str) -> bool:
-        """Whether the plain lists of names let peft put an adapter on this module.
+        """Return whether the lists of names let peft adapt this module.
 
-        Expressions are not evaluated: what they matched shows in the tensors (see
+        Expressions are not evaluated, since the tensors show what they matched (see
         check_target_module_exists in peft 0.21, src/peft/tuners/tuners_utils.py).
         """
         excluded = self.raw.get("exclude_modules")
@@ -137,7 +137,7 @@ class PeftConfig:
         return Steps()
 
     def _is_inside_saved(self, module: str) -> bool:
-        """Return whether a plain name of modules_to_save stands in the module's path."""
+        """Return whether the module's path contains a literal name of modules_to_save."""
         parts = module.split(".")
         self._steps.take(len(parts) * len(self._saved) * STEPS_PER_LOOKUP, "modules_to_save")
         return any(
@@ -148,7 +148,7 @@ class PeftConfig:
 
     @cached_property
     def _saved(self) -> Mapping[int, set[str]]:
-        """The plain names in modules_to_save by how many parts they have."""
+        """The literal names in modules_to_save by number of parts."""
         found: dict[int, set[str]] = {}
         for name in filter(_NAME.fullmatch, self.modules_to_save):
             found.setdefault(name.count(".") + 1, set()).add(name)
@@ -156,7 +156,7 @@ class PeftConfig:
 
     @cached_property
     def _layer_names(self) -> list[str]:
-        """Names in front of a layer's number; empty for any."""
+        """Names that precede a layer number; empty for any."""
         value = self.raw.get("layers_pattern") or []
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
@@ -186,7 +186,7 @@ class PeftConfig:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """What the configuration says of one module's rank and alpha."""
+    """The configured rank and alpha of one module."""
 
     rank: Choice[int]
     alpha: Choice[float]
@@ -195,12 +195,12 @@ class Scaling:
     def of(self, module: str, rank: int) -> tuple[float, float]:
         """Return alpha and the float32 scaling of a module whose tensors have `rank`.
 
-        As LoraLayer.update_layer in peft. Raises InvalidAdapterError where the configuration says
-        another rank, UnsupportedAdapterError where alpha depends on a key that RE2 cannot express.
+        As LoraLayer.update_layer in peft. Raises InvalidAdapterError if the configured rank is
+        different, UnsupportedAdapterError if alpha depends on a key that RE2 cannot express.
         """
         if rank not in self.rank.values():
             raise InvalidAdapterError(
-                f"module {module!r} has tensors of rank {rank}, but the configuration says "
+                f"module {module!r} has tensors of rank {rank}, but the configured rank is "
                 f"{self.rank.value}; correct r or rank_pattern",
                 module=module,
                 got=rank,
@@ -208,10 +208,9 @@ class Scaling:
             )
         if self.alpha.uncertain:
             raise UnsupportedAdapterError(
-                f"whether alpha_pattern's key {self.alpha.keys[0][:200]!r} means module "
-                f"{module!r} cannot be decided: it has lookaround, a back-reference or something "
-                "else that takes more than linear time to match. Write the names of the modules "
-                "instead",
+                f"the alpha_pattern key {self.alpha.keys[0][:200]!r} cannot be matched against "
+                f"module {module!r}, because it has a lookaround, a back-reference or another "
+                "construct without a linear-time match; list the module names instead",
                 field="alpha_pattern",
                 module=module,
             )
@@ -231,45 +230,49 @@ def parse_config(raw: bytes) -> dict[str, Any]:
         value = json.loads(raw, parse_constant=_refuse_constant)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
     except (ValueError, RecursionError) as error:
-        raise InvalidAdapterError(f"adapter_config.json is not JSON: {error}") from None
+        raise InvalidAdapterError(
+            f"adapter_config.json is not JSON: {error}; send the file that "
+            "was saved with the weights"
+        ) from None
     if not isinstance(value, dict):
-        raise InvalidAdapterError("adapter_config.json must be a JSON object")
+        raise InvalidAdapterError(
+            f"adapter_config.json is a JSON {type(value).__name__}; expected an object"
+        )
     return value
 
 
 def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def unknown_fields(config: PeftConfig) -> list[str]:
-    """Return a warning for each field that this version of peft does not have (peft drops them)."""
+    """Return a warning for each field that peft does not know; peft drops them."""
     unknown = sorted(config.raw.keys() - FIELDS.keys() - {LAYOUT_FIELD})
-    return [f"unknown field {name!r} was passed over, as peft does" for name in unknown]
+    return [f"unknown field {name!r} was ignored, as by peft" for name in unknown]
 
 
 def _check_supported(raw: Mapping[str, Any]) -> None:
     if "peft_type" not in raw:
         raise UnsupportedAdapterError(
             "adapter_config.json has neither the peft_type of a PEFT adapter nor the "
-            "lora_parameters of an MLX one; send the file that was saved beside the weights"
+            "lora_parameters of an MLX one; send the file that was saved with the weights"
         )
     kind = raw["peft_type"]
     if kind != "LORA":
         raise UnsupportedAdapterError(
-            f"peft_type is {str(kind)[:100]!r}; only 'LORA' adapters can be served: train one with "
-            "LoraConfig",
+            f"peft_type is {str(kind)[:100]!r}; expected LORA, the type that LoraConfig trains",
             got=str(kind)[:100],
         )
     for name, field in FIELDS.items():
-        # peft asks most of these for `is not None`: an empty object switches them on, too.
+        # peft tests most of these with `is not None`, so an empty object enables them too.
         if field.policy == "refused" and raw.get(name) not in (None, False, []):
             raise UnsupportedAdapterError(
-                f"{name} is set: {field.why}; such an adapter is not supported", field=name
+                f"{name} is set, which is not supported: {field.why}; train the adapter without it",
+                field=name,
             )
     if raw.get("lora_bias") and raw.get("use_dora"):
         raise UnsupportedAdapterError(
-            "lora_bias and use_dora are both set, which peft does not load: DoRA has no place for "
-            "the bias of lora_B",
+            "lora_bias and use_dora are both set, which peft does not support; disable one of them",
             field="lora_bias",
         )
     if raw.get("bias", "none") not in ("none", "all", "lora_only"):
@@ -279,8 +282,8 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         raise UnsupportedAdapterError(
-            f"init_lora_weights is {init!r}, which changed the base weights when training began: "
-            "A and B do not fit the original base. Save it again with "
+            f"init_lora_weights is {init!r}, which changes the base weights before training, so "
+            "A and B do not fit the original base; save the adapter again with "
             "path_initial_model_for_weight_conversion",
             field="init_lora_weights",
         )
@@ -328,13 +331,13 @@ def _are_rows(value: Any) -> bool:
 
 
 def _dropout(value: Any) -> float:
-    """Return a dropout that a LoraConfig can hold; it changes nothing at inference."""
+    """Return a valid dropout; 0 for invalid values, since inference ignores it."""
     is_fraction = type(value) in (int, float) and 0.0 <= shortest_float32(value) < 1.0
     return float(value) if is_fraction else 0.0
 
 
 def _names_or_expression(raw: Mapping[str, Any], name: str) -> frozenset[str]:
-    """Return the names of a list, none where the field is an expression or null."""
+    """Return the names in a list; no names if the field is an expression or null."""
     return frozenset() if isinstance(raw.get(name), str) else frozenset(_strings(raw, name))
 
 
@@ -343,9 +346,9 @@ def _ends_with_one_of(module: str, names: frozenset[str]) -> bool:
 
 
 def _layer_index(module: str, names: list[str]) -> int | None:
-    """Return the number of the module's layer as peft finds it, the first behind one of `names`.
+    """Return the layer number of the module as peft does: the first that follows one of `names`.
 
-    Without names it is the first number behind two other parts.
+    Without names it is the first number that follows at least two other parts.
     """
     parts = module.split(".")
     for place in range(1, len(parts) - 1):
@@ -356,6 +359,6 @@ def _layer_index(module: str, names: list[str]) -> int | None:
 
 
 def endings(module: str) -> list[str]:
-    """Return the module's path and everything that follows a dot in it."""
+    """Return the module's path and its suffixes that follow a dot."""
     parts = module.split(".")
     return [".".join(parts[start:]) for start in range(len(parts))]

@@ -1,7 +1,7 @@
-"""Names of tensors in PEFT adapters: which part of which adapter, or which parameter of the base.
+"""Parse and build the tensor names of PEFT adapters.
 
-As peft 0.21.2 writes and reads them (src/peft/utils/save_and_load.py and other.py), with what
-torch.compile, DDP, FSDP and DeepSpeed put between the parts when a wrapped model is saved.
+Names are as peft 0.21.2 writes and reads them (src/peft/utils/save_and_load.py and other.py), plus
+the parts that torch.compile, DDP, FSDP and DeepSpeed insert when a wrapped model is saved.
 """
 
 import re
@@ -13,7 +13,7 @@ from bonsai_lora.formats.names import check_module_name
 
 PREFIX = "base_model.model."
 TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"  # noqa: S105
-"""Ending of the rows of trainable_token_indices: despite its name they are whole rows."""
+"""Suffix of the rows of trainable_token_indices, which are whole rows despite the name."""
 
 Parts = dict[str, str]
 """Part of an adapter (A, B, bias, embedding_A, embedding_B, magnitude) -> tensor name."""
@@ -30,29 +30,29 @@ _ORIGINAL = re.compile(r"\.original_module(?=\.)")
 _WRAPPERS = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_forward_module", "_checkpoint_wrapped_module"}
 )
-"""Parts of a path that no model has of its own: torch.compile, FSDP, DeepSpeed, checkpointing."""
+"""Path parts that come from torch.compile, FSDP, DeepSpeed and checkpointing only."""
 _DDP = "module."
 
 
 @dataclass(slots=True)
 class Keys:
-    """The names in one file, sorted."""
+    """The classified tensor names of one file."""
 
     modules: dict[str, Parts] = field(default_factory=dict)
     """Module -> the parts of its adapter."""
     parameters: dict[str, str] = field(default_factory=dict)
     """Parameter of the base -> name of the tensor that replaces it."""
     originals: list[str] = field(default_factory=list)
-    """Copies of what modules_to_save replaces, and second copies of the replacement."""
+    """Copies of the replaced weights, and duplicates of the replacements."""
     wrappers: set[str] = field(default_factory=set)
-    """Wrappers whose names were taken out of the keys."""
+    """Wrappers whose names were removed from the keys."""
 
 
 def sort_uploaded(keys: Iterable[str]) -> Keys:
-    """Return the names in an uploaded file by what they mean, without wrappers around the model.
+    """Classify the tensor names of an uploaded file, with wrappers removed.
 
-    Raises as `sort_keys`, and InvalidAdapterError where only some keys carry a wrapper that could
-    be a name of the model itself.
+    Raises InvalidAdapterError if two keys mean the same tensor, or if only some keys have a wrapper
+    whose name could also belong to the model.
     """
     wrappers: set[str] = set()
     paths = _unwrapped(list(keys), wrappers)
@@ -62,10 +62,10 @@ def sort_uploaded(keys: Iterable[str]) -> Keys:
 
 
 def group_keys(keys: Iterable[str]) -> tuple[dict[str, Parts], dict[str, str]]:
-    """Return the adapters' tensor names by module and part, and the others by parameter.
+    """Return the tensor names of adapters by module and part, and the others by parameter.
 
-    The prefix `base_model.model.` or `base_model.` and an adapter's name inside the key may be
-    there or not. Raises InvalidAdapterError where two keys mean one tensor.
+    The prefix `base_model.model.` or `base_model.` and the adapter name within a key are optional.
+    Raises InvalidAdapterError if two keys mean the same tensor.
     """
     found = _sort(_without_prefix({key: key for key in keys}))
     return found.modules, found.parameters
@@ -81,7 +81,7 @@ def _sort(paths: Mapping[str, str]) -> Keys:
         if match is not None and part is not None:
             module = check_module_name(match["module"])
             _place(found.modules.setdefault(module, {}), part, key)
-            if part != "magnitude":  # whose name some versions of peft left in
+            if part != "magnitude":  # some versions of peft keep the adapter name in it
                 adapters.add(match["adapter"])
         elif _ORIGINAL.search(path):
             found.originals.append(key)
@@ -92,16 +92,16 @@ def _sort(paths: Mapping[str, str]) -> Keys:
     if len(adapters) > 1:
         names = ", ".join(sorted(str(one) for one in adapters)[:8])
         raise InvalidAdapterError(
-            f"the keys name several adapters ({names}); save one adapter to a file"
+            f"the keys name several adapters ({names}); save each to its own file"
         )
-    # Where both are there, peft reads the one without `modules_to_save` in its name.
+    # If both exist, peft loads the one without `modules_to_save` in its name.
     found.originals += [key for name, key in saved.items() if name in found.parameters]
     found.parameters = saved | found.parameters
     return found
 
 
 def parameter_of(path: str) -> str:
-    """Return the name that the base has for a parameter, without what peft put into its path."""
+    """Return the base's name of a parameter, without the parts that peft inserts."""
     before = None
     while path != before:
         before, path = path, _BASE_LAYER.sub("", _SAVED.sub("", path))
@@ -109,7 +109,7 @@ def parameter_of(path: str) -> str:
 
 
 def tensor_name(module: str, part: str) -> str:
-    """Return the name that peft gives a part of a module's adapter."""
+    """Return peft's name for a part of a module's adapter."""
     endings = {
         "A": "lora_A.weight",
         "B": "lora_B.weight",
@@ -122,9 +122,9 @@ def tensor_name(module: str, part: str) -> str:
 
 
 def parameter_names(parameters: Collection[str], adapted: Container[str]) -> dict[str, str]:
-    """Return the name under which peft finds each of `parameters` again.
+    """Return the name from which peft loads each of `parameters`.
 
-    A module that peft wraps, because it is in `adapted` or has token rows, has its own weights
+    A module that peft wraps, because it is in `adapted` or has token rows, keeps its own weights
     inside the wrapper.
     """
     names = {}
@@ -142,14 +142,14 @@ def parameter_names(parameters: Collection[str], adapted: Container[str]) -> dic
 def _place(found: dict[str, str], name: str, key: str) -> None:
     if name in found:
         raise InvalidAdapterError(
-            f"{key!r} and {found[name]!r} are the same tensor; keep one of them",
+            f"{key!r} and {found[name]!r} mean the same tensor; remove one of them",
             keys=[key, found[name]],
         )
     found[name] = key
 
 
 def _part(part: str, ending: str | None) -> str | None:
-    """Return which part of an adapter a key is; None where its ending does not belong to it."""
+    """Return the part of an adapter that a key names; None if its ending is invalid."""
     if part == "lora_A":
         return "A" if ending == ".weight" else None
     if part == "lora_B":
@@ -160,7 +160,7 @@ def _part(part: str, ending: str | None) -> str | None:
 
 
 def _unwrapped(keys: list[str], wrappers: set[str]) -> dict[str, str]:
-    """Return each key without prefix and wrappers; what was taken out goes into `wrappers`."""
+    """Return each key without prefix and wrappers; add the removed ones to `wrappers`."""
     paths = {}
     for key in keys:
         parts = key.split(".")
@@ -176,15 +176,14 @@ def _unwrapped(keys: list[str], wrappers: set[str]) -> dict[str, str]:
 
 
 def _without(wrapper: str, paths: dict[str, str], wrappers: set[str]) -> dict[str, str]:
-    """Return the paths without a leading `wrapper`, which all of them have, or none."""
+    """Remove a leading `wrapper` from the paths; raises unless all or none have it."""
     wrapped = [key for key, path in paths.items() if path.startswith(wrapper)]
     if not wrapped:
         return paths
     if len(wrapped) < len(paths):
         raise InvalidAdapterError(
-            f"{len(wrapped)} of {len(paths)} keys, such as {wrapped[0][:200]!r}, have "
-            f"{wrapper!r} in front, which a wrapper of the model may have left there; rename the "
-            "keys as peft names them",
+            f"{len(wrapped)} of {len(paths)} keys, such as {wrapped[0][:200]!r}, start with "
+            f"{wrapper!r}, the name of a wrapper; rename the keys as peft does",
             keys=wrapped[:64],
         )
     wrappers.add(wrapper.removesuffix("."))

@@ -1,4 +1,4 @@
-"""What an adapter_config.json says of the base that the adapter is merged into."""
+"""Options in adapter_config.json that concern the base."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,20 +9,20 @@ from bonsai_lora.formats.experts import targeted_parameters
 
 @dataclass(frozen=True, slots=True)
 class BaseOptions:
-    """Fields of a configuration that `PeftConfig` has checked, as a merge needs them."""
+    """The fields of a checked configuration that a merge needs."""
 
     is_transposed: bool = False
-    """fan_in_fan_out: the base may store its weights (in, out), as Conv1D does."""
+    """fan_in_fan_out: the base may store weights as (in, out), like Conv1D."""
     saved: tuple[str, ...] = ()
-    """modules_to_save: names at the end of modules that have weights of their own."""
+    """modules_to_save: name suffixes of modules whose weights are replaced."""
     token_indices: Mapping[str, Sequence[int]] | Sequence[int] = ()
-    """trainable_token_indices: numbers of the rows, by module or for every embedding."""
+    """trainable_token_indices: row numbers, by module or for all embeddings."""
     target_parameters: tuple[str, ...] = ()
-    """Names at the end of 3-D parameters that fused experts are for."""
+    """Name suffixes of the 3-D parameters that fused experts adapt."""
 
     @classmethod
     def of(cls, raw: Mapping[str, Any] | None) -> "BaseOptions":
-        """Return the options of a configuration, those of plain LoRA where there is none."""
+        """Return the options of a configuration; None means plain LoRA."""
         if raw is None:
             return PLAIN
         return cls(
@@ -33,15 +33,15 @@ class BaseOptions:
         )
 
     def is_saved(self, module: str) -> bool:
-        """Whether modules_to_save names `module`."""
+        """Return whether modules_to_save names `module`."""
         return module.endswith(self.saved)
 
     def parameters_of(self, modules: Iterable[str]) -> Mapping[str, str]:
-        """Return the parameter that each module of fused experts is for."""
+        """Return the parameter that each module of fused experts adapts."""
         return targeted_parameters({"target_parameters": [*self.target_parameters]}, modules)
 
     def rows_of(self, module: str) -> Sequence[int]:
-        """Return the numbers of the rows that `module` replaces."""
+        """Return the numbers of the replaced rows of `module`."""
         if not isinstance(self.token_indices, Mapping):
             return self.token_indices
         for name, rows in self.token_indices.items():

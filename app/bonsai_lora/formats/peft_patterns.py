@@ -1,10 +1,9 @@
-r"""rank_pattern and alpha_pattern: which module gets which value, matched as peft matches.
+r"""Match rank_pattern and alpha_pattern against module paths, with the results of peft.
 
-peft puts each key, as a regular expression, into `(.*\.)?(key)$`, and the first key that matches a
+peft inserts each key, a regular expression, into `(.*\.)?(key)$`, and the first key that matches a
 module's path wins (get_pattern_key in peft 0.21, src/peft/utils/other.py). Names and alternations
-of names are looked up in tables; other expressions go to RE2, whose time is linear in text and
-program. Nothing here looks at a clock: the work is counted, so the same file always gets the same
-answer.
+of names are looked up in tables; other expressions are matched by RE2, in time linear in text and
+program. The work is limited by counted steps, not by time, so a file always gets the same result.
 """
 
 import re
@@ -17,19 +16,19 @@ import re2
 from bonsai_lora.errors import InvalidAdapterError
 
 MATCH_STEPS = 1_000_000_000
-"""Most steps (instructions of a program times characters) for one adapter: at worst 3 s."""
+"""Limit on the steps (program instructions times characters) of one adapter; at most 3 s."""
 STEPS_PER_LOOKUP = 400
-"""What a match costs besides, and a look-up."""
+"""Steps charged for a lookup, and in addition for each match."""
 _STEPS_PER_PROGRAM = 100_000
-"""What making a program costs besides."""
+"""Steps charged in addition for compiling a program."""
 _PROGRAM_BYTES = 1 << 20
 _MOST_SHAPES = 64
-"""Most arrangements of dots among paths of one length that are compared; real models have few."""
+"""Limit on the arrangements of dots that are compared per path length; models have few."""
 
 T = TypeVar("T")
 
 _LITERAL = re.compile(r"\^?(?:[A-Za-z0-9_.\-]|\\[.\-])*\$?")
-# What RE2 takes for something else than `re` does, or `re` does not take at all.
+# Syntax that RE2 reads differently from `re`, or that `re` rejects.
 _NOT_THE_SAME = re.compile(
     r"\{,|\[:|\[\[|--|&&|~~|\\[CQEpPz]|\(\?[A-Za-z-]*\)|\(\?[A-Za-z]*U|\(\?<[^=!]"
 )
@@ -38,42 +37,42 @@ _INEXPRESSIBLE = ("invalid perl operator", "invalid escape", "bad repetition", "
 
 @dataclass(slots=True)
 class Steps:
-    """The work that all patterns of one adapter may still cost."""
+    """The budget of steps left for all patterns of one adapter."""
 
     left: int = MATCH_STEPS
 
     def take(self, steps: int, name: str) -> None:
-        """Count `steps`; raises InvalidAdapterError where they are more than are left."""
+        """Charge `steps`; raises InvalidAdapterError if the budget is exceeded."""
         self.left -= steps
         if self.left < 0:
             raise InvalidAdapterError(
-                f"{name} has so many or such large expressions that matching them against all "
-                "modules is refused; write module names instead",
+                f"{name} has too many or too large expressions to match against all modules; list "
+                "module names instead",
                 field=name,
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Choice(Generic[T]):
-    """What a module may get: its value, unless an earlier key matches that cannot be matched."""
+    """The value of a module, and values of earlier keys that RE2 cannot express."""
 
     value: T
     uncertain: tuple[T, ...] = ()
-    """Values of keys that RE2 cannot express and that might win."""
+    """Different values of earlier keys that might match."""
     keys: tuple[str, ...] = ()
     """Those keys."""
 
     def values(self) -> tuple[T, ...]:
-        """Return all values that the module may get."""
+        """Return all values that the module may have."""
         return (*self.uncertain, self.value)
 
 
 def choose(
     name: str, patterns: Mapping[str, T], modules: Iterable[str], default: T, steps: Steps
 ) -> dict[str, Choice[T]]:
-    """Return what each of `modules` gets from `patterns`, the field `name`, in peft's order.
+    """Return the value of each of `modules` by `patterns`, the field `name`; the first key wins.
 
-    Raises InvalidAdapterError for a broken expression, and over the limit of `steps`.
+    Raises InvalidAdapterError for an invalid expression, and if `steps` are exceeded.
     """
     keys = list(patterns)
     table = _Table(keys)
@@ -139,25 +138,25 @@ def keys_of(modules: Collection[str]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class _Literal:
-    """A key that is a name: a dot that is not escaped stands for any character."""
+    """A key that is a name, in which an unescaped dot matches any character."""
 
     text: str
     wild: tuple[int, ...]
-    """Places of such dots."""
+    """Positions of unescaped dots."""
     anchored: bool
-    """Whether it must be the whole path (`^`)."""
+    """Whether it must match the whole path (`^`)."""
 
 
 @dataclass(slots=True)
 class _Table:
-    """The keys that are names or alternations of names, and the numbers of the others."""
+    """A lookup table of the keys that are names or alternations of names."""
 
     keys: Sequence[str]
     others: list[int] = field(default_factory=list)
     _by_shape: dict[tuple[int, bool], dict[tuple[int, ...], dict[str, int]]] = field(
         default_factory=dict
     )
-    """Length, whether anchored -> places of wild dots -> text -> number of the first such key."""
+    """(Length, anchored) -> positions of dots -> text -> number of the first such key."""
 
     def __post_init__(self) -> None:
         for number, key in enumerate(self.keys):
@@ -171,7 +170,7 @@ class _Table:
                 shapes.setdefault(one.wild, {}).setdefault(one.text, number)
 
     def first(self, module: str, steps: Steps, name: str) -> int:
-        """Return the number of the first key that matches, that of the default if none does."""
+        """Return the number of the first matching key; the number of keys if none matches."""
         found = len(self.keys)
         for start in _starts(module):
             ending = module[start:]
@@ -191,7 +190,7 @@ def _starts(module: str) -> Iterator[int]:
 
 
 def _literal(key: str) -> _Literal | None:
-    """Return a key as a name, None where it is an expression."""
+    """Return a key as a name; None if it is an expression."""
     if not _LITERAL.fullmatch(key):
         return None
     body = key.removeprefix("^").removesuffix("$")
@@ -219,7 +218,7 @@ def _masked(text: str, wild: Sequence[int]) -> str:
 
 
 def _compile(key: str, name: str, steps: Steps) -> "re2._Regexp | None":
-    """Return a key as RE2 matches it, None where RE2 cannot express it."""
+    """Return a key compiled by RE2; None if RE2 cannot express it."""
     steps.take(_STEPS_PER_PROGRAM + len(key) * STEPS_PER_LOOKUP, name)
     if _NOT_THE_SAME.search(key):
         return None
@@ -234,7 +233,8 @@ def _compile(key: str, name: str, steps: Steps) -> "re2._Regexp | None":
         if reason.startswith(_INEXPRESSIBLE) or "repetition size" in reason:
             return None
         raise InvalidAdapterError(
-            f"{name} has the key {key[:200]!r}, which is no regular expression: {reason[:200]}",
+            f"{name} has the key {key[:200]!r}, which is not a valid regular "
+            f"expression: {reason[:200]}; correct it",
             field=name,
         ) from None
 

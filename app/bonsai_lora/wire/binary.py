@@ -41,14 +41,14 @@ def decode_batch(
     if info is None or info.dtype not in safetensors.INTEGERS:
         return *decode_tensors(body, max_header_bytes), None
     safetensors.check_total(header, len(body))
-    numbers = safetensors.integers(body, header, EXPERTS)
-    if numbers.ndim != 1:
+    if len(info.shape) != 1:
         raise ShapeMismatchError(
-            f"tensor {EXPERTS!r} has shape {list(numbers.shape)}; expected (rows,)",
+            f"tensor {EXPERTS!r} has shape {list(info.shape)}; expected (rows,)",
             field=EXPERTS,
-            got=list(numbers.shape),
+            got=list(info.shape),
             expected=["rows"],
         )
+    numbers = safetensors.integers(body, header, EXPERTS)
     tensors = {
         name: _checked(safetensors.view(body, header, name), name)
         for name in header.tensors
