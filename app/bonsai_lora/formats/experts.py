@@ -27,18 +27,13 @@ _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "input_linear", "down_proj", "
 _VERSION = re.compile(r"(\d+)\.(\d+)")
 
 
-def targeted_parameters(raw: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str]:
-    """Return the parameter that each module's A and B are for, of modules in target_parameters.
+def targeted_parameters(targets: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
+    """Return the parameter that each module's A and B are for, of modules that have `targets`.
 
+    Those are target_parameters: names at the end of parameters.
     Raises InvalidAdapterError where wrappers and target_parameters do not go together,
     UnsupportedAdapterError where nothing tells which wrapper is for which parameter.
     """
-    targets = raw.get("target_parameters") or []
-    if not isinstance(targets, list) or not all(isinstance(one, str) for one in targets):
-        raise InvalidAdapterError(
-            f"target_parameters is {str(targets)[:200]}; expected a list of strings",
-            field="target_parameters",
-        )
     leaves: dict[str, set[str]] = {}
     for target in targets:
         leaves.setdefault(target.rpartition(".")[0], set()).add(target.rpartition(".")[2])
