@@ -73,6 +73,8 @@ def choose(
 
     Raises InvalidAdapterError for a broken expression, and over the limit of `steps`.
     """
+    if not patterns:
+        return dict.fromkeys(modules, Choice(default))
     keys = list(patterns)
     table = _Table(keys)
     winners = {module: table.first(module, steps, name) for module in modules}

@@ -49,7 +49,7 @@ _UPLOAD_BODY = {
                         "adapter_model": {
                             "type": "string",
                             "format": "binary",
-                            "description": "adapter_model.safetensors",
+                            "description": "adapter_model.safetensors, or adapters.safetensors of MLX",
                         },
                     },
                 }
@@ -179,7 +179,7 @@ async def upload_set(
     ] = None,
 ) -> schemas.ImportReport:
     """Create the set or replace it, in one step; an adapter that would be applied wrongly is
-    refused with the reason.
+    refused with the reason. Parts may also be named after the files that they hold.
     """
     check_set_name(name)
     with context.pool.admit(), context.store.new_file() as file:
