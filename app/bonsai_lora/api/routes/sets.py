@@ -49,7 +49,7 @@ _UPLOAD_BODY = {
                         "adapter_model": {
                             "type": "string",
                             "format": "binary",
-                            "description": "adapter_model.safetensors, or adapters.safetensors of MLX",
+                            "description": "adapter_model.safetensors, or MLX's adapters",
                         },
                     },
                 }
