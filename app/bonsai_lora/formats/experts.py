@@ -27,18 +27,13 @@ _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "input_linear", "down_proj", "
 _VERSION = re.compile(r"(\d+)\.(\d+)")
 
 
-def targeted_parameters(raw: Mapping[str, Any], modules: Iterable[str]) -> dict[str, str]:
+def targeted_parameters(targets: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
     """Return the parameter that A and B adapt, for each module named by target_parameters.
 
-    Raises InvalidAdapterError if wrappers and target_parameters contradict each other,
-    UnsupportedAdapterError if the parameter of a wrapper cannot be determined.
+    `targets` are target_parameters, suffixes of parameter names. Raises InvalidAdapterError if
+    wrappers and target_parameters contradict each other, UnsupportedAdapterError if the parameter
+    of a wrapper cannot be determined.
     """
-    targets = raw.get("target_parameters") or []
-    if not isinstance(targets, list) or not all(isinstance(one, str) for one in targets):
-        raise InvalidAdapterError(
-            f"target_parameters is {str(targets)[:200]}; expected a list of strings",
-            field="target_parameters",
-        )
     leaves: dict[str, set[str]] = {}
     for target in targets:
         leaves.setdefault(target.rpartition(".")[0], set()).add(target.rpartition(".")[2])

@@ -15,7 +15,7 @@ from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
-from bonsai_lora.formats.experts import ExpertLayout, targeted_parameters
+from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.foreign import check_keys
 from bonsai_lora.formats.fused import decode_experts, in_one_layout, rank_of
 from bonsai_lora.formats.peft_config import PeftConfig, Scaling, endings, unknown_fields
@@ -66,7 +66,7 @@ def decode_adapter(
             "the file has no LoRA tensors (lora_A, lora_B), so it is not an adapter; send "
             "adapter_model.safetensors as PEFT saved it, not a full model"
         )
-    parameters = targeted_parameters(config.raw, keys.modules)
+    parameters = config.options.parameters_of(keys.modules)
     _check_targets(config, keys.modules.keys() - parameters.keys())
     replaced, ignored = _replacements(config, keys)
     _check_token_rows(config, {one: tensors[key] for one, key in replaced.items()})

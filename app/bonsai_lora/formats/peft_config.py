@@ -82,6 +82,7 @@ class PeftConfig:
     @cached_property
     def options(self) -> BaseOptions:
         """The options that a merge needs."""
+        _strings(self.raw, "target_parameters")
         indices = self.raw.get("trainable_token_indices") or []
         for rows in indices.values() if isinstance(indices, dict) else [indices]:
             if not _are_rows(rows):

@@ -38,7 +38,7 @@ class BaseOptions:
 
     def parameters_of(self, modules: Iterable[str]) -> Mapping[str, str]:
         """Return the parameter that each module of fused experts adapts."""
-        return targeted_parameters({"target_parameters": [*self.target_parameters]}, modules)
+        return targeted_parameters(self.target_parameters, modules)
 
     def rows_of(self, module: str) -> Sequence[int]:
         """Return the numbers of the replaced rows of `module`."""

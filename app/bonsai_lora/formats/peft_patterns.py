@@ -74,6 +74,8 @@ def choose(
 
     Raises InvalidAdapterError for an invalid expression, and if `steps` are exceeded.
     """
+    if not patterns:
+        return dict.fromkeys(modules, Choice(default))
     keys = list(patterns)
     table = _Table(keys)
     winners = {module: table.first(module, steps, name) for module in modules}

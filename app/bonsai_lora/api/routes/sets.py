@@ -50,7 +50,7 @@ _UPLOAD_BODY = {
                         "adapter_model": {
                             "type": "string",
                             "format": "binary",
-                            "description": "adapter_model.safetensors",
+                            "description": "adapter_model.safetensors, or adapters.safetensors",
                         },
                     },
                 }
@@ -184,7 +184,7 @@ async def upload_set(
     ] = None,
 ) -> schemas.ImportReport:
     """Creates or replaces the set atomically. An adapter that cannot be applied exactly is refused
-    with the reason.
+    with the reason. The parts may also be named after the files they contain.
     """
     check_set_name(name)
     with context.pool.admit(), context.store.new_file() as file:
