@@ -58,7 +58,7 @@ def test_without_it_the_index_decides(folder):
     assert base.weight_map == {"model.norm.weight": "model-00001-of-00001.safetensors"}
     assert base.ignored == ["model.fp16.safetensors"]
     index(folder, **{"model.norm.weight": "model-00001-of-00001.safetensors", "x": "y"})
-    with pytest.raises(InvalidBaseError, match="not where it says"):
+    with pytest.raises(InvalidBaseError, match="not in the named files"):
         opened(folder)
 
 

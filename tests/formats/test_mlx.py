@@ -80,7 +80,7 @@ def test_fused_experts_become_one_adapter_each(rng, flat):
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"fine_tune_type": "full"}, UnsupportedAdapterError, "only lora and dora"),
+        ({"fine_tune_type": "full"}, UnsupportedAdapterError, "expected lora or dora"),
         ({"lora_parameters": {"rank": 8}}, InvalidAdapterError, "lora_parameters.scale"),
         ({"lora_parameters": None}, InvalidAdapterError, "lora_parameters.scale"),
         ({"lora_parameters": {"scale": "20"}}, InvalidAdapterError, "finite number"),

@@ -87,5 +87,5 @@ def test_work_is_counted_before_it_is_done(patterns):
 
 @pytest.mark.parametrize("key", ["(q_proj", "[a", "*", "a)"])
 def test_broken_expressions_are_refused(key):
-    with pytest.raises(InvalidAdapterError, match="no regular expression"):
+    with pytest.raises(InvalidAdapterError, match="not a valid regular expression"):
         choose("alpha_pattern", {key: 1}, ["q_proj"], 0, Steps())
