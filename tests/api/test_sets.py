@@ -48,6 +48,7 @@ def test_create_answers_location_etag_and_info(client, store):
         "scaling": 4.0,
         "param_count": 2 * (64 + 128),
         "memory_bytes": 8 * (64 + 128),
+        "experts": None,
     }
     again = client.get("/v1/sets/my-adapter")
     assert again.json() == info
