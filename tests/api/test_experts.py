@@ -307,3 +307,39 @@ def test_fused_experts_elsewhere(moe):
     answer = moe.post("/v2/models/s/infer", json={"inputs": [tensor]})
     assert answer.status_code in (400, 422), answer.text
     assert "experts" in answer.text
+
+
+def test_a_base_of_more_or_fewer_experts_is_refused(moe, tmp_path):
+    """None is left out in silence."""
+    upload(moe, "s", MOE / "peft-0.21")
+    tensors = read_tensors(MOE / "base" / "model.safetensors")
+    fewer = {name: one for name, one in tensors.items() if ".experts.2." not in name}
+    more = tensors | {
+        name.replace(".experts.2.", ".experts.3."): one
+        for name, one in tensors.items()
+        if ".experts.2." in name
+    }
+    none = {name: one for name, one in tensors.items() if ".experts." not in name}
+    for changed, code in (
+        (fewer, "shape_mismatch"),
+        (more, "shape_mismatch"),
+        (none, "invalid_request"),
+    ):
+        file = tmp_path / "bases" / "moe" / "model.safetensors"
+        file.unlink()
+        file.write_bytes(safetensors.encode(changed))
+        assert_problem(moe.get("/v1/bases/moe/merged/s"), 422, code)
+
+
+def test_one_of_the_wrappers_can_be_deleted(moe):
+    """The other keeps its meaning, as peft loads what is left."""
+    upload(moe, "s", MOE / "peft-0.21")
+    expected, base = (
+        read_tensors(MOE / "peft-0.21" / "merged.safetensors"),
+        read_tensors(MOE / "base" / "model.safetensors"),
+    )
+    assert moe.delete(f"/v1/sets/s/adapters/{EXPERTS}.base_layer").status_code == 204
+    for name, one in merged(moe, "s").items():
+        is_left = name.endswith(("down_proj.weight", "q_proj.weight"))
+        wanted = (expected if is_left else base)[name]
+        assert reference.relative_error(one, wanted.astype(np.float64)) < 1e-6, name

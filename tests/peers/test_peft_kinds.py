@@ -131,6 +131,26 @@ def gpt2():
     )
 
 
+def test_a_resized_vocabulary_of_another_architecture(service, tmp_path):
+    """GPT-2 calls its embedding wte, and ties its head to it."""
+    from transformers import GPT2LMHeadModel
+
+    old, grown = tmp_path / "bases" / "old", tmp_path / "bases" / "grown"
+    gpt2().save_pretrained(old)
+    start = GPT2LMHeadModel.from_pretrained(old)
+    start.resize_token_embeddings(44)
+    start.save_pretrained(grown)
+    model = train(start, target_modules=["c_attn"])
+    model.save_pretrained(tmp_path / "adapter")
+    report = upload(service, "s", tmp_path / "adapter").json()
+    assert "transformer.wte.weight" in report["warnings"][0]
+    fresh = GPT2LMHeadModel.from_pretrained(old)
+    fresh.resize_token_embeddings(44)
+    check_reloaded(service, fresh, model, tmp_path / "exported")
+    assert "resize_token_embeddings(44)" in service.get("/v1/bases/old/merged/s").json()["detail"]
+    check_merged(merged_files(service, "grown", "s"), numbers(model.merge_and_unload()))
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_conv1d(service, tmp_path, use_dora):
     """Square and oblong layers of GPT-2, whose weights are stored (in, out)."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from bonsai_lora.checkpoints.bases import Base
 from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.errors import ShapeMismatchError
 
 _SPLIT = {"gate_up_proj": ("gate_proj", "up_proj")}
 """Fused parameters -> the separate tensors of an expert, in the order of their outputs."""
@@ -21,7 +22,8 @@ def expert_weights(
 ) -> Iterator[tuple[str, LoraAdapter]]:
     """Yield the name of each tensor of `base` that holds part of `parameter`, and its adapter.
 
-    Yields nothing if the base has no such tensor. Raises InvalidRequestError for ambiguous names.
+    Yields nothing if the base has no such tensor. Raises InvalidRequestError for ambiguous names,
+    and ShapeMismatchError if the base has a different number of experts.
     """
     stacked = base.paths.find_one(parameter, match)
     if stacked is not None:
@@ -29,12 +31,25 @@ def expert_weights(
         return
     core, _, leaf = parameter.rpartition(".")
     names = _SPLIT.get(leaf, (leaf,))
+    if _find(base, core, 0, names[0], match) is None:
+        return
     for number, expert in enumerate(adapter.each_expert):
         for name, part in zip(names, _parts(expert, len(names)), strict=True):
             found = _find(base, core, number, name, match)
             if found is None:
-                return
+                raise _another_count(base, core, adapter, f"has no expert {number}")
             yield found, part
+    if _find(base, core, adapter.experts or 1, names[0], match) is not None:
+        raise _another_count(base, core, adapter, f"has an expert {adapter.experts or 1}")
+
+
+def _another_count(base: Base, core: str, adapter: LoraAdapter, what: str) -> ShapeMismatchError:
+    return ShapeMismatchError(
+        f"the set is for {adapter.experts or 1} experts in {core!r}, but base {base.name!r} "
+        f"{what}; merge it into the model that it was trained on",
+        module=core,
+        base=base.name,
+    )
 
 
 def _find(base: Base, core: str, number: int, name: str, match: str | None) -> str | None:

@@ -45,22 +45,18 @@ def targeted_parameters(targets: Iterable[str], modules: Iterable[str]) -> dict[
         parameters = _ordered(
             core, {one for path in _endings(core) for one in leaves.get(path, ())}
         )
-        inner_first = sorted(names, key=len, reverse=True)
-        if not parameters and inner_first == [core]:
+        depths = {name: (len(name) - len(core)) // len(_INNER) for name in names}
+        if not parameters and names == [core]:
             continue  # not fused
-        if len(parameters) != len(names) or len(inner_first[0]) != len(core) + len(_INNER) * (
-            len(names) - 1
-        ):
+        if max(depths.values()) >= len(parameters):
             raise InvalidAdapterError(
-                f"{core!r} has adapters of {len(names)} parameters, but target_parameters names "
-                f"{', '.join(parameters) or 'none'} of them; correct target_parameters",
+                f"{core!r} has an adapter inside {max(depths.values())} others, but "
+                f"target_parameters names {', '.join(parameters) or 'none'} of its parameters; "
+                "correct target_parameters",
                 field="target_parameters",
                 module=core,
             )
-        found |= {
-            name: f"{core}.{parameter}"
-            for name, parameter in zip(inner_first, parameters, strict=True)
-        }
+        found |= {name: f"{core}.{parameters[-1 - depth]}" for name, depth in depths.items()}
     return found
 
 

@@ -39,13 +39,12 @@ def norms_of(
         )
     known = _norms.get(adapter)
     if known is None or known[:2] != (base, name):
-        known = _norms[adapter] = (base, name, _norms_in(base, name, stored, module, adapter))
+        known = _norms[adapter] = (base, name, _norms_in(base, name, stored, module, match))
     return known[2]
 
 
-def _norms_in(
-    base: Base, name: str, stored: StoredSet, module: str, adapter: LoraAdapter
-) -> Floats:
+def _norms_in(base: Base, name: str, stored: StoredSet, module: str, match: str | None) -> Floats:
+    adapter = stored.lora_set.registry.adapters[module]
     own = stored.lora_set.replacements.get(f"{module}.weight")
     weight = base.tensor(name) if own is None else own
     assert weight is not None
@@ -55,7 +54,7 @@ def _norms_in(
         fit,
         base.model_type,
         may_be_transposed=options.is_transposed,
-        others_are=is_any_transposed(_fits(base, stored)) if options.is_transposed else None,
+        others_are=is_any_transposed(_fits(base, stored, match)) if options.is_transposed else None,
     )
     shape = (adapter.d_out, adapter.d_in)
     if weight.shape != (shape if oriented.layer == "linear" else shape[::-1]):
@@ -69,10 +68,10 @@ def _norms_in(
     return row_norms(weight, oriented)
 
 
-def _fits(base: Base, stored: StoredSet) -> Iterator[Fit]:
-    """Yield what the set's other modules show of the base's orientation."""
+def _fits(base: Base, stored: StoredSet, match: str | None) -> Iterator[Fit]:
+    """Yield the set's modules with the shapes of their base tensors, which show the orientation."""
     for module, adapter in stored.lora_set.registry.adapters.items():
-        for name in base.paths.find(f"{module}.weight"):
+        for name in base.paths.find(f"{module}.weight", match):
             info = base.info(name)
             assert info is not None
             yield module, adapter, info.shape
