@@ -53,7 +53,7 @@ def test_merged_as_peft_merges(moe, version):
 
 def test_what_an_older_peft_wrote_is_turned_and_exported_so(moe):
     report = upload(moe, "s", MOE / "peft-0.18").json()
-    assert "other way round" in report["warnings"][0]
+    assert "exchanged; they were converted" in report["warnings"][0]
     config = moe.get("/v1/sets/s/adapter_config.json").json()
     assert config["peft_version"] == "0.19.0"
     exported = safetensors.decode(moe.get("/v1/sets/s/adapter_model.safetensors").content)[0]

@@ -1,4 +1,4 @@
-"""A LoRA adapter: the two low-rank factors of one weight matrix (Hu et al. 2021)."""
+"""One LoRA adapter: the two thin matrices beside one weight matrix (Hu et al. 2021)."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,15 +14,15 @@ from bonsai_lora.core.merge import merge_rows, workers
 from bonsai_lora.errors import ShapeMismatchError
 
 LayerKind = Literal["linear", "embedding", "conv1d"]
-"""Layout of the base weight: (d_out, d_in) for linear, (d_in, d_out) for embedding and conv1d."""
+"""linear: the base weight is (d_out, d_in); embedding, conv1d: it is stored (d_in, d_out)."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoraAdapter:
-    """A (r, d_in), B (d_out, r) and the scaling of `delta W = scaling * B @ A`; immutable.
+    """A (r, d_in) and B (d_out, r) with the factor in `delta W = scaling * B @ A`; immutable.
 
-    The arrays keep their dtype (float32, float16 or bfloat16) and are often views of a file;
-    arithmetic is float32.
+    The arrays are kept in the dtype they came in (float32, float16 or bfloat16), often views of
+    a file; arithmetic is float32.
     """
 
     config: LoraConfig
@@ -43,15 +43,15 @@ class LoraAdapter:
 
     @classmethod
     def new(cls, d_in: int, d_out: int, config: LoraConfig) -> "LoraAdapter":
-        """Return the reference's initial adapter: A uniform in ±sqrt(2 / d_in), B zero."""
+        """Return the reference's start: A uniform in ±sqrt(2 / d_in), B zero."""
         a_matrix = kaiming_uniform(d_in, d_out, config.rank)
-        # Broadcast, so that the zeros take no memory.
+        # Broadcast, so that a new adapter takes no memory for its zeros.
         b_matrix = np.broadcast_to(np.float32(0), (d_out, config.rank))
         return cls(config, a_matrix, b_matrix, config.scaling)
 
     @cached_property
     def rank(self) -> int:
-        """The rank r of the matrices; for fused experts, of each expert."""
+        """r, as the matrices have it; of each expert."""
         return int(self.a_matrix.shape[0]) // (self.experts or 1)
 
     @cached_property
@@ -81,20 +81,20 @@ class LoraAdapter:
         return backend.make_apply(self.a_matrix, self.b_matrix)
 
     def make_ready(self) -> None:
-        """Do the setup that the first apply would do."""
-        self._product  # noqa: B018 - cached
+        """Do what else the first apply would."""
+        self._product  # noqa: B018 - kept from now on
 
     @property
     def is_ready(self) -> bool:
-        """Whether the setup is done; the first apply may read a file."""
+        """Whether this was applied before or made ready: the first apply may read a file."""
         return "_product" in self.__dict__
 
     def factors_of(self, rows: slice, columns: slice) -> tuple[Array, Floats]:
-        """Return A[:, columns] in its dtype, and B[rows] as float32."""
+        """Return A[:, columns] as it is, and B[rows] as float32."""
         return self.a_matrix[:, columns], to_float32(self.b_matrix[rows])
 
     def stored_factors_of(self, rows: slice, columns: slice) -> tuple[Array, Floats]:
-        """Return the right and left factors of a block of the delta in the layout of the base."""
+        """Return the right and the left factor of this block of the delta as the base stores it."""
         if self.layer == "linear":
             return self.factors_of(rows, columns)
         # (B A)^T = A^T B^T
@@ -103,14 +103,15 @@ class LoraAdapter:
     def apply(self, x: Floats, weight: float | Floats = 1.0) -> Floats:
         """Return weight * scaling * ((x A^T) B^T + bias) as float32, (n, d_in) -> (n, d_out).
 
-        One vector (d_in,) gives (d_out,). `weight` is one for all rows, or one per row (n,).
-        Costs 2 n r (d_in + d_out) operations. Use `apply_dora` for DoRA, and `each_expert` for
-        fused experts. Raises ShapeMismatchError for a different width.
+        One vector (d_in,) gives (d_out,). `weight` is for all rows, or one per row (n,). Costs
+        2 n r (d_in + d_out) operations. DoRA needs `apply_dora` instead, fused experts one of
+        `each_expert`. Raises ShapeMismatchError for another width.
         """
-        assert self.experts is None, "fused experts cannot be applied together; use each_expert"
+        assert self.experts is None, "the expert of each row decides; see each_expert"
         if x.ndim not in (1, 2) or x.shape[-1] != self.d_in:
             raise ShapeMismatchError(
-                f"the input has width {x.shape[-1] if x.ndim else 0}, expected {self.d_in}",
+                f"the input has width {x.shape[-1] if x.ndim else 0}, "
+                f"but this adapter takes {self.d_in}",
                 got=list(x.shape),
                 expected=[self.d_in] if x.ndim == 1 else ["rows", self.d_in],
             )
@@ -156,20 +157,21 @@ class LoraAdapter:
         return 4 * self.param_count()
 
     def merge_into_weights(self, weights: Array, *, threads: int = 1) -> None:
-        """Add scaling * B @ A to `weights` (d_out, d_in) in place, with `threads` threads.
+        """Add scaling * B @ A to `weights` (d_out, d_in) in place, with so many threads.
 
-        `weights` is float32, float16 or bfloat16 and C-contiguous; the sum is computed in float32
-        and rounded once, to nearest even. Raises ShapeMismatchError for a different shape.
+        `weights` is float32, float16 or bfloat16 and C-contiguous; the sum is made in float32 and
+        rounded once, to nearest even. Raises ShapeMismatchError for another shape.
         """
         if weights.shape != (self.d_out, self.d_in):
             raise ShapeMismatchError(
-                f"the weights have shape {list(weights.shape)}, expected {[self.d_out, self.d_in]}",
+                f"the weights have shape {list(weights.shape)}, "
+                f"but this adapter changes {[self.d_out, self.d_in]}",
                 got=list(weights.shape),
                 expected=[self.d_out, self.d_in],
             )
-        assert self.magnitude is None, "DoRA cannot be merged here; use bonsai_lora.service.merge"
+        assert self.magnitude is None, "bonsai_lora.service.merge knows DoRA"
         if not weights.flags.c_contiguous or not weights.flags.writeable:
-            raise ValueError("expected C-contiguous, writable weights")
+            raise ValueError("expected weights that are C-contiguous and may be written")
 
         def merge(first: int, last: int) -> None:
             rows = slice(first, last)

@@ -1,8 +1,8 @@
-"""Dispatch to the kernels if they can run, and to the definition otherwise.
+"""Which code computes: the kernels where they can run, else the definition.
 
-The choice is made once per process, by `choose` or at the first computation. The functions are
-those of `definition`, which documents them. Input that a kernel does not support (float64, some
-memory layouts) is computed by the definition, with the same bits.
+Chosen once per process, when the first number is computed or by `choose`. The functions below are
+those of `definition`, which says what they do. What a kernel does not take (float64, a layout that
+it cannot read) the definition computes, to the same bits.
 """
 
 import threading
@@ -27,10 +27,10 @@ _chosen: "tuple[ArrayKernels | None, str] | None" = None
 
 
 def choose(setting: Setting = "auto") -> str:
-    """Choose for this process; return "" if the kernels run, otherwise the reason why not.
+    """Choose for this process; return "" where the kernels run, else why they do not.
 
-    Raises RuntimeError if the kernels are to be switched off but already in use, since the last
-    bits of answers must not change within a process.
+    Raises RuntimeError where the other was chosen before: answers may not change their last bits
+    while a process lives.
     """
     global _chosen  # noqa: PLW0603 - a process has one backend
     with _lock:
@@ -38,12 +38,12 @@ def choose(setting: Setting = "auto") -> str:
             _chosen = _find(setting)
         kernels, reason = _chosen
         if setting == "off" and kernels is not None:
-            raise RuntimeError("the kernels are already in use; choose before the first apply")
+            raise RuntimeError("the kernels are in use already; choose before the first apply")
         return reason
 
 
 def running() -> "ArrayKernels | None":
-    """Return the kernels of this process; None if the definition is used."""
+    """Return the kernels of this process, None where the definition computes."""
     if _chosen is None:
         choose()
     assert _chosen is not None
@@ -51,9 +51,9 @@ def running() -> "ArrayKernels | None":
 
 
 def prepare() -> None:
-    """Compile the kernels for applies of all dtypes and for JSON, in about 0.7 s of CPU time.
+    """Compile what applies need, of all dtypes and in JSON: about 0.7 s of CPU in all.
 
-    Merge kernels are compiled on first use.
+    Merges are compiled when they are first used.
     """
     kernels = running()
     if kernels is not None:
@@ -82,10 +82,10 @@ def cast(array: Array, out: Array) -> None:
 
 
 def find_lists(text: bytes | memoryview, least: int) -> list[NumberList]:
-    """Return lists of at least `least` numbers in JSON text, in order; some may be missed.
+    """Return lists of at least so many numbers in JSON text, in order, which need not be all.
 
-    The surrounding text is not parsed, so a list may be inside a string. Numbers beyond float32
-    become infinite.
+    One may stand in a string: what is around them is not looked at. Numbers beyond float32 become
+    infinite.
     """
     kernels = running()
     if kernels is None:
@@ -101,7 +101,7 @@ def list_of(array: Floats) -> memoryview:
 
 
 def _find(setting: Setting) -> "tuple[ArrayKernels | None, str]":
-    """Return the kernels, or None and the reason."""
+    """Return the kernels, or None and why."""
     if setting == "off":
         return None, "switched off"
     try:
@@ -110,5 +110,5 @@ def _find(setting: Setting) -> "tuple[ArrayKernels | None, str]":
     except ModuleNotFoundError as error:
         return None, f"{error.name} is not installed"
     if not target.may_run_new_code():
-        return None, "this system forbids executable memory"
+        return None, "this system forbids memory to become executable"
     return arrays.ArrayKernels(target.host()), ""

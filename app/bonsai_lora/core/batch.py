@@ -1,4 +1,4 @@
-"""Apply different adapters to the rows of one batch."""
+"""One batch whose rows go through different adapters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import FLOAT32, Floats
 
 Rows = slice | npt.NDArray[np.intp]
-"""Rows of a batch: a slice if they are consecutive, otherwise ascending row numbers."""
+"""Which rows of a batch: a slice where they lie together, else their numbers in order."""
 
 
 Integers = npt.NDArray[np.int64]
@@ -18,19 +18,19 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Segment:
-    """The rows of a batch that one adapter applies to, and their weights."""
+    """The rows of a batch that one adapter takes part in, each with its weight."""
 
     adapter: LoraAdapter
     rows: Rows
     weights: float | Floats
-    """Factor on the adapter's delta: one for all rows, or one per row (n,)."""
+    """One for all rows or one per row (n,): what the adapter adds is multiplied by it."""
     base_outputs: Floats | None = None
     """W x of the whole batch (rows, d_out), for DoRA."""
     row_norms: Floats | None = None
-    """Row norms (d_out,), for DoRA."""
+    """(d_out,), for DoRA."""
 
     def apply(self, x: Floats) -> Floats:
-        """Return the adapter's delta for its rows of the batch x (rows, d_in)."""
+        """Return what the adapter adds for its rows of the batch x (rows, d_in)."""
         if self.base_outputs is None or self.row_norms is None:
             return self.adapter.apply(x[self.rows], self.weights)
         return self.adapter.apply_dora(x[self.rows], self.base_outputs[self.rows], self.row_norms)
@@ -57,18 +57,18 @@ def expert_segments(
 
 
 def rows_of(numbers: Sequence[int]) -> Rows:
-    """Return ascending row numbers, as a slice if they are consecutive."""
+    """Return ascending row numbers as a slice where they follow each other."""
     if numbers[-1] - numbers[0] + 1 == len(numbers):
         return slice(numbers[0], numbers[-1] + 1)
     return np.array(numbers, np.intp)
 
 
 def apply_segments(x: Floats, segments: Sequence[Segment], d_out: int) -> Floats:
-    """Return the summed deltas of all segments, (n, d_in) -> (n, d_out) float32.
+    """Return the sum of what all segments add for their rows, (n, d_in) -> (n, d_out) float32.
 
-    A row in no segment gets zeros, one in several gets their sum in the order of `segments`. There
-    is one pair of products per segment, without padding: each adapter is read once, and costs
-    `2 rows r (d_in + d_out)` operations (as BGMV/SGMV of Punica, Chen et al. 2023).
+    A row in no segment gets zeros; one in several gets their sum, in the order of `segments`.
+    One pair of products per segment, nothing padded: the cost is that of reading each adapter once
+    and of `2 rows r (d_in + d_out)` operations each (as BGMV/SGMV of Punica, Chen et al. 2023).
     """
     outputs = np.zeros((len(x), d_out), FLOAT32)
     written = np.zeros(len(x), np.bool_)

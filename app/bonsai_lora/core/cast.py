@@ -1,4 +1,4 @@
-"""Float dtypes, casts between them, and checks for finite numbers."""
+"""Float dtypes, casts between them, and whether numbers are finite."""
 
 import math
 from typing import Any
@@ -20,7 +20,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 def to_float32(array: Array, out: Floats | None = None) -> Floats:
     """Return `array` (any float dtype) as C-contiguous float32, in `out` if given.
 
-    Without `out`, an aligned contiguous float32 array is returned unchanged. Doubles beyond
+    Without `out`, an aligned contiguous float32 array is returned as it is. Doubles beyond
     float32 become infinite.
     """
     if array.dtype == FLOAT32 and out is None:
@@ -50,8 +50,8 @@ def all_finite(array: Array) -> bool:
         return True
     if array.dtype == FLOAT32:
         if array.flags.c_contiguous and math.isfinite(np.vdot(array, array)):
-            return True  # one scan of the memory; NaN and infinity persist in a sum of squares
-        # The sum may also have overflowed. NaN persists in both minimum and maximum.
+            return True  # one pass over the memory; what is not finite stays so in a sum of squares
+        # Nor is that sum where it overflows. NaN survives both of these.
         least, most = np.minimum.reduce(array, axis=None), np.maximum.reduce(array, axis=None)
         return math.isfinite(least) and math.isfinite(most)
     exponent = np.uint16(0x7C00 if array.dtype == FLOAT16 else 0x7F80)

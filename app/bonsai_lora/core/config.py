@@ -26,14 +26,14 @@ def shortest_float32(value: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """The hyper-parameters of an adapter; the defaults are those of the reference.
+    """What an adapter is made from; the defaults are the reference's.
 
     Raises InvalidRequestError for a negative rank, a non-finite alpha (as float32), or a
     dropout outside [0, 1).
     """
 
     rank: int = 8
-    """r, the number of rows of A and columns of B; with 0 the delta is zero."""
+    """r, the number of rows of A and columns of B; 0 makes an adapter that changes nothing."""
     alpha: float = 8.0
     """Numerator of the scaling alpha / r; kept as a float32 value."""
     dropout: float = 0.0
@@ -44,14 +44,14 @@ class LoraConfig:
     def __post_init__(self) -> None:
         """Check the ranges and round alpha and dropout to float32."""
         if self.rank < 0:
-            raise InvalidRequestError(f"rank is {self.rank}; expected 0 or more", rank=self.rank)
+            raise InvalidRequestError(f"rank must be 0 or more, got {self.rank}", rank=self.rank)
         object.__setattr__(self, "alpha", shortest_float32(self.alpha))
         object.__setattr__(self, "dropout", shortest_float32(self.dropout))
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
         if not np.isfinite(self.alpha):
-            raise InvalidRequestError(f"alpha is {self.alpha}; expected a finite float32")
+            raise InvalidRequestError(f"alpha must be a finite float32, got {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
-            raise InvalidRequestError(f"dropout is {self.dropout}; expected a number in [0, 1)")
+            raise InvalidRequestError(f"dropout must be in [0, 1), got {self.dropout}")
 
     @property
     def scaling(self) -> float:
@@ -61,7 +61,7 @@ class LoraConfig:
         return float(np.float32(self.alpha) / np.float32(self.rank))
 
     def targets(self, module: str) -> bool:
-        """Return whether `target_modules` has `module`, by full name or last parts."""
+        """Whether `target_modules` keeps `module` (by full name or as its last parts)."""
         return not self.target_modules or any(
             module == key or module.endswith("." + key) for key in self.target_modules
         )
@@ -77,5 +77,5 @@ class LoraConfig:
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "LoraConfig":
-        """Return the configuration from the JSON object of `to_dict`."""
+        """Return the configuration that `to_dict` wrote."""
         return cls(value["rank"], value["alpha"], value["dropout"], tuple(value["target_modules"]))

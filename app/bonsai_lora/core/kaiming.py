@@ -1,4 +1,4 @@
-"""The reference's deterministic initial values of A, bit for bit, without a loop over elements.
+"""The reference's deterministic start values for A, bit for bit, without a loop over elements.
 
 The reference draws A from a xorshift64 generator (Marsaglia 2003, triple 13, 7, 17) seeded from
 the dimensions. One step is linear over GF(2), so 2^k steps are one 64 x 64 bit matrix: lanes are
@@ -22,8 +22,8 @@ _CACHED_VALUES = 1 << 20
 def kaiming_uniform(d_in: int, d_out: int, rank: int) -> npt.NDArray[np.float32]:
     """Return A (rank, d_in) float32, read-only, uniform in ±sqrt(2 / d_in).
 
-    Bit-identical to the reference for the same dimensions; d_out only enters the seed. Up to 16
-    matrices of up to 2^20 values are cached by their dimensions.
+    Equal in every bit to the reference for the same dimensions; d_out only enters the seed.
+    Matrices of up to 2^20 values are cached by their dimensions (16 of them).
     """
     draw = _draw_cached if rank * d_in <= _CACHED_VALUES else _draw
     return draw(d_in, d_out, rank)
@@ -45,7 +45,7 @@ _draw_cached = lru_cache(maxsize=16)(_draw)
 
 
 def xorshift64(seed: int, count: int, dtype: type[np.generic] = np.uint64) -> npt.NDArray[Any]:
-    """Return the `count` states (count,) after `seed`, each rounded to `dtype`."""
+    """Return the first `count` states (count,) that follow `seed`, each rounded to `dtype`."""
     steps = 1 << _STEPS_LOG2
     lanes = -(-count // steps)
     state = _lane_starts(seed, lanes)

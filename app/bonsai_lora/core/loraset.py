@@ -13,13 +13,13 @@ from bonsai_lora.core.shapes import AttentionShape, MlpShape, Shapes, layered
 
 @dataclass(frozen=True, eq=False)
 class BonsaiLoraSet:
-    """A registry of adapters with a name and the name of its base model; immutable."""
+    """A registry of adapters with the model it is for and its own name; immutable."""
 
     registry: LoraRegistry
     base_model_name: str
     adapter_name: str
     replacements: Mapping[str, Array] = field(default_factory=lambda: MappingProxyType({}))
-    """Replaced parameters of the base (modules_to_save, biases), by name."""
+    """Parameters of the base that are replaced as a whole (modules_to_save, biases), by name."""
 
     @classmethod
     def new(cls, config: LoraConfig, model_name: str, adapter_name: str) -> "BonsaiLoraSet":
@@ -37,9 +37,8 @@ class BonsaiLoraSet:
     ) -> "BonsaiLoraSet":
         """Return the set with new q_proj, k_proj, v_proj and o_proj adapters.
 
-        With only the positional arguments, shapes are exactly those of the reference; num_kv_heads
-        or head_dim give the real Qwen3 shapes. num_layers adds one of each per layer, under full
-        names.
+        The two positional arguments follow the reference exactly; num_kv_heads or head_dim give
+        the true Qwen3 shapes; num_layers gives one of each per layer, under full names.
         """
         shape = AttentionShape(hidden_size, num_heads, num_kv_heads, head_dim)
         return self._add_each(shape.modules(), num_layers)
@@ -63,7 +62,7 @@ class BonsaiLoraSet:
         )
 
     def with_registry(self, registry: LoraRegistry) -> "BonsaiLoraSet":
-        """Return the set with a different registry."""
+        """Return the set with another registry."""
         return replace(self, registry=registry)
 
     def total_trainable_params(self) -> int:
@@ -77,5 +76,5 @@ class BonsaiLoraSet:
         return 4 * self.total_trainable_params()
 
     def efficiency_ratio(self, base_param_count: int) -> float:
-        """Return the ratio of LoRA to base parameters; 0.0 if there are no base parameters."""
+        """Return LoRA parameters over base parameters; 0.0 where the count is 0."""
         return self.total_trainable_params() / base_param_count if base_param_count else 0.0

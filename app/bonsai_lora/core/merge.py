@@ -1,4 +1,4 @@
-"""Compute W + scaling * B @ A, whole or in blocks."""
+"""W + scaling * B @ A, as a whole or in blocks."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,19 +11,19 @@ from bonsai_lora.core import backend
 from bonsai_lora.core.cast import FLOAT32, Array, Floats, round_to, to_float32
 
 BLOCK_VALUES = 1 << 19
-"""Values of W in a block, the unit of work of a thread: 2 MiB of float32, as measured by
-benchmarks/merged.py. Smaller blocks cost more switches between threads."""
+"""Values of W in a block that goes from one thread to another: 2 MiB of float32, measured by
+benchmarks/merged.py. Smaller blocks cost more hand-overs."""
 
 Block = tuple[slice, slice]
-"""Rows and columns of W that are contiguous in memory: whole rows, or a piece of one row."""
+"""Rows and columns of W that lie together in memory: whole rows, or a piece of one row."""
 
 
 def blocks(
     d_out: int, d_in: int, *, most: int = BLOCK_VALUES, whole_rows: bool = False
 ) -> Iterator[Block]:
-    """Yield the blocks of W (d_out, d_in) in memory order, each of at most `most` values.
+    """Yield the blocks of W (d_out, d_in) in the order of memory, each of at most so many values.
 
-    With `whole_rows` a block has at least one row, regardless of its length.
+    With `whole_rows` a block is never less than a row, however long that is.
     """
     if d_in == 0:
         return
@@ -48,9 +48,9 @@ def merge_rows(
 ) -> None:
     """Write rows + scaling * left @ right to `out` (n, m), which may be `rows` itself.
 
-    The factors are B (n, r) and A (r, m), as returned by `LoraAdapter.stored_factors_of`. With
-    DoRA's `magnitude` (n,), each row of the sum is scaled to that norm, which requires whole rows.
-    Norms are summed in float64.
+    The factors are B (n, r) and A (r, m), as `LoraAdapter.stored_factors_of` has them. With
+    `magnitude` (n,), of DoRA, each row of the sum is scaled to that norm; the rows must be whole
+    then. Norms are summed in float64.
 
     `rows` and `out` have one dtype; the sum is float32 (float64 for float64 rows), in the order of
     the reference and of PEFT (B @ A, times scaling, plus W), and rounded once to nearest even. Sums
@@ -68,8 +68,8 @@ def merge_rows(
 
 
 def row_squares(block: Floats) -> npt.NDArray[np.float64]:
-    """Return the sum of squares of each row (n,), independent of the other rows."""
-    # Square first: a sum that also casts is split at the boundaries of NumPy's buffer.
+    """Return the sum of the squares of each row (n,), which does not depend on the other rows."""
+    # Squares are whole arrays: a sum that also casts is cut at the edges of NumPy's buffer.
     squares: npt.NDArray[np.float64] = np.square(block, dtype=np.float64)
     sums: npt.NDArray[np.float64] = squares.sum(axis=1)
     return sums
@@ -77,5 +77,5 @@ def row_squares(block: Floats) -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=4)
 def workers(threads: int) -> ThreadPoolExecutor:
-    """Return a pool of `threads` threads, which is kept."""
+    """Return so many threads, which stay."""
     return ThreadPoolExecutor(threads, "merge")

@@ -11,21 +11,21 @@ from bonsai_lora.core.config import LoraConfig
 
 @dataclass(frozen=True, eq=False)
 class LoraRegistry:
-    """Adapters by module name, in insertion order; immutable."""
+    """Adapters by module name, in insertion order; adding or removing makes a new registry."""
 
     config: LoraConfig
     adapters: Mapping[str, LoraAdapter] = field(default_factory=lambda: MappingProxyType({}))
 
     def add(self, module_name: str, adapter: LoraAdapter) -> "LoraRegistry":
-        """Return a registry with `adapter` added, or replaced if it has the name already."""
+        """Return a registry that also holds `adapter`; an adapter of that name is replaced."""
         return self.add_all({module_name: adapter})
 
     def add_all(self, adapters: Mapping[str, LoraAdapter]) -> "LoraRegistry":
-        """Return a registry with all of `adapters` added or replaced."""
+        """Return a registry that also holds all of `adapters`."""
         return LoraRegistry(self.config, MappingProxyType({**self.adapters, **adapters}))
 
     def remove(self, module_name: str) -> "LoraRegistry":
-        """Return a registry without that module; the same one if it does not have it."""
+        """Return a registry without that module; the same if it has none."""
         rest = {name: one for name, one in self.adapters.items() if name != module_name}
         return LoraRegistry(self.config, MappingProxyType(rest))
 
@@ -34,7 +34,7 @@ class LoraRegistry:
         return self.adapters.get(module_name)
 
     def apply_adapter(self, module_name: str, x: Floats) -> Floats | None:
-        """Return the delta of that module's adapter for `x`; None without an adapter."""
+        """Return what that module's adapter adds for `x`, or None where there is no adapter."""
         adapter = self.adapters.get(module_name)
         return None if adapter is None else adapter.apply(x)
 
@@ -51,7 +51,7 @@ class LoraRegistry:
         return sum(adapter.memory_bytes() for adapter in self.adapters.values())
 
     def is_empty(self) -> bool:
-        """Return whether there are no adapters."""
+        """Return whether there is no adapter."""
         return not self.adapters
 
     def module_names(self) -> tuple[str, ...]:
@@ -62,7 +62,7 @@ class LoraRegistry:
     def estimate_adapters_for_budget(d_in: int, d_out: int, rank: int, budget_bytes: int) -> int:
         """Return how many adapters of these dimensions fit into `budget_bytes`.
 
-        0 if not even one fits, or if an adapter has no parameters.
+        0 where one alone does not fit, and where an adapter has no size.
         """
         bytes_per_adapter = adapter_bytes(d_in, d_out, rank)
         return budget_bytes // bytes_per_adapter if bytes_per_adapter else 0

@@ -1,8 +1,8 @@
-"""The modules of Qwen3 and Bonsai models, and their widths.
+"""Which modules a Qwen3 or Bonsai model has, and how wide they are.
 
-Sizes are from the models' config.json (Qwen3 technical report, 2025, table 1). Bonsai models have
-the architecture of the Qwen3 model of the same size. Note that heads * head_dim differs from
-hidden_size for 0.6B, 4B and 32B, so their q_proj is not square.
+Sizes: the models' config.json (Qwen3 technical report, 2025, table 1). Bonsai models have the
+architecture of the Qwen3 model of their size. Note that heads * head_dim differs from hidden_size
+for 0.6B, 4B and 32B, so q_proj is not square there.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class AttentionShape:
     num_kv_heads: int | None = None
     """Key/value heads; None with head_dim None follows the reference."""
     head_dim: int | None = None
-    """Width of a head; None means hidden_size // num_heads."""
+    """Width of a head; None is hidden_size // num_heads."""
 
     def modules(self) -> dict[str, tuple[int, int]]:
         """Return (d_in, d_out) of q, k, v and o.
@@ -77,7 +77,7 @@ class MlpShape:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """The dimensions that determine the modules of a model."""
+    """Everything that decides the modules of a model."""
 
     attention: AttentionShape
     mlp: MlpShape
@@ -85,7 +85,7 @@ class ModelShape:
 
 
 def layered(shapes: Shapes, num_layers: int) -> dict[str, tuple[int, int]]:
-    """Return `shapes` for each layer, by the names of Qwen3 modules in transformers."""
+    """Return `shapes` once per layer, under the names that transformers gives Qwen3 modules."""
     return {
         f"model.layers.{layer}.{'self_attn' if name in ATTENTION_MODULES else 'mlp'}.{name}": shape
         for layer in range(num_layers)

@@ -1,4 +1,4 @@
-"""Norms and singular values of delta W = scaling * B @ A, without computing the product."""
+"""Size and shape of delta W = scaling * B @ A from r x r factors, never from the product."""
 
 from weakref import WeakKeyDictionary
 
@@ -17,11 +17,11 @@ _known: WeakKeyDictionary[LoraAdapter, Values] = WeakKeyDictionary()
 def singular_values(adapter: LoraAdapter) -> Values:
     """Return the r singular values of scaling * B @ A, largest first, as float64.
 
-    For fused experts, return the E * r values of the block-diagonal matrix of all deltas.
+    Of fused experts all of them: those of the block-diagonal matrix of their deltas.
 
-    B = Q R and A^T = P S give B @ A = Q (R S^T) P^T, so the values are those of the r x r matrix
-    R S^T. Unlike with eigenvalues of Gram matrices, nothing is squared, so small values keep their
-    digits. Costs O(r^2 (d_in + d_out)) once; values are cached for the lifetime of the adapter.
+    B = Q R and A^T = P S give B @ A = Q (R S^T) P^T, so they are those of the r x r matrix R S^T.
+    Unlike eigenvalues of Gram matrices, nothing is squared, so small values keep their digits.
+    Costs O(r^2 (d_in + d_out)) once; an adapter's values are remembered as long as it lives.
     """
     values = _known.get(adapter)
     if values is None:
@@ -45,8 +45,8 @@ def _compute(adapter: LoraAdapter) -> Values:
 def delta_norm(adapter: LoraAdapter) -> float:
     """Return the Frobenius norm of scaling * B @ A, to at least ten digits.
 
-    Its square is the sum of (B^T B) * (A A^T), two r x r Gram matrices. If that sum nearly
-    cancels and loses digits, the singular values are used instead.
+    Its square is the sum of (B^T B) * (A A^T), two r x r Gram matrices. Where that sum nearly
+    cancels, so that digits are lost, the singular values give it.
     """
     a_matrix, b_matrix = _doubles(adapter)
     gram_a = a_matrix @ a_matrix.swapaxes(-1, -2)  # (…, r, r)
@@ -59,7 +59,7 @@ def delta_norm(adapter: LoraAdapter) -> float:
 
 
 def _doubles(adapter: LoraAdapter) -> tuple[Values, Values]:
-    """Return A (r, d_in) and B (d_out, r) as float64, with a leading E for fused experts."""
+    """Return A (r, d_in) and B (d_out, r) as float64; of fused experts one each."""
     a_matrix = to_float32(adapter.a_matrix).astype(np.float64)
     b_matrix = to_float32(adapter.b_matrix).astype(np.float64)
     if adapter.experts is None:
@@ -69,7 +69,7 @@ def _doubles(adapter: LoraAdapter) -> tuple[Values, Values]:
 
 
 def effective_rank(adapter: LoraAdapter) -> float:
-    """Return exp of the entropy of the normalized singular values; 0.0 for a zero delta.
+    """Return exp of the entropy of the normalized singular values; 0.0 where the delta is zero.
 
     Roy and Vetterli 2007, "The effective rank", equation 4: between 1 and r otherwise.
     """
