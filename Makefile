@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev mutants-known test-peers test-page lock format clean
+.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev mutants mutants-known test-peers test-page lock format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,14 +48,18 @@ benchmarks/rivals/.venv/.done: benchmarks/rivals/requirements.txt
 docker: ## build the image and start it
 	docker compose up --build
 
+mutants: setup-dev $(VENV)/.mutants ## change FOLDER=formats (core, wire, …) in every small way; count what tests detect
+	@$(BIN)/python tests/mutants/all.py $(FOLDER)
+
 mutants-known: setup-dev ## check that the tests detect known mistakes, put into a copy of the code
 	@$(BIN)/python tests/mutants/run.py
 
 test-peers: setup-dev $(VENV)/.peers ## compare results with torch, peft and safetensors
 	@$(BIN)/python -m pytest -q -m peers
 
-test-page: setup-dev ## test the documentation page in Chromium
+test-page: setup-dev $(VENV)/.page ## test the page in Chromium, and the TypeScript of the documentation
 	@$(BIN)/python -m pytest -q -m page
+	@$(BIN)/python -m pytest -q tests/test_documents_run.py
 
 setup: $(VENV)/.run
 
@@ -81,6 +85,16 @@ $(VENV)/.dev: requirements-dev.lock $(VENV)/.run
 $(VENV)/.peers: requirements-peers.txt $(VENV)/.dev
 	@echo "installing from requirements-peers.txt"
 	@$(PIP) install -r requirements-peers.txt
+	@touch $@
+
+$(VENV)/.page: requirements-page.txt $(VENV)/.dev
+	@echo "installing from requirements-page.txt"
+	@$(PIP) install --only-binary :all: -r requirements-page.txt
+	@touch $@
+
+$(VENV)/.mutants: requirements-mutants.txt $(VENV)/.dev
+	@echo "installing from requirements-mutants.txt"
+	@$(PIP) install --only-binary :all: -r requirements-mutants.txt
 	@touch $@
 
 $(VENV)/.bench: requirements-bench.txt $(VENV)/.dev

@@ -2,6 +2,7 @@ import contextlib
 import functools
 import json
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ from bonsai_lora.settings import Settings
 
 sys.path[:0] = [
     str(Path(__file__).parent / part)
-    for part in ("", "core", "api", "end_to_end", "peers", "storage")
+    for part in ("", "client", "core", "api", "end_to_end", "peers", "storage")
 ]
 
 configure_logging("warning", "console")
@@ -53,19 +54,26 @@ def client(app):
 
 
 @pytest.fixture
-def based(settings, tmp_path):
-    """A client of a service that knows the base `tiny-qwen3`, which the adapters of the data name."""
+def service(settings, tmp_path):
+    """The URL of a service that knows the base `tiny-qwen3`, which the adapters of the data name."""
     shutil.copytree(TINY / "base", tmp_path / "bases" / "tiny-qwen3")
     known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
-    with serving(create_app(known)) as url, httpx.Client(base_url=url, timeout=30) as client:
+    with serving(create_app(known)) as url:
+        yield url
+
+
+@pytest.fixture
+def based(service):
+    """A client of that service."""
+    with httpx.Client(base_url=service, timeout=30) as client:
         yield client
 
 
 @contextlib.contextmanager
 def serving(app, http=None, **options):
-    """Serve `app` on a free port of the loopback, in a thread; give its URL.
+    """Serve `app` on a free loopback port, in a thread; yield its URL.
 
-    As `bonsai-lora serve` does, or with another protocol of uvicorn.
+    Serves like `bonsai-lora serve`, or with the uvicorn protocol `http`.
     """
     settings = app.state.context.settings
     serve.install_fast_lane(app, settings)
@@ -97,6 +105,13 @@ def serving(app, http=None, **options):
 @pytest.fixture
 def store(app):
     return app.state.context.store
+
+
+@pytest.fixture
+def plain(client):
+    """A client, and the set `plain`."""
+    upload(client, "plain", TINY / "plain")
+    return client
 
 
 @pytest.fixture
@@ -136,13 +151,33 @@ def peft_tensors(rng, module="model.layers.0.self_attn.q_proj", rank=4, d_in=6, 
     }
 
 
+def connect(client):
+    url = client.base_url
+    return socket.create_connection((url.host, url.port), timeout=20)
+
+
+def read_answer(connection, rest=b""):
+    """Status, body, and what already came of the next answer."""
+    while b"\r\n\r\n" not in rest:
+        part = connection.recv(1 << 16)
+        assert part, rest
+        rest += part
+    head, _, rest = rest.partition(b"\r\n\r\n")
+    length = int(head.lower().split(b"\r\ncontent-length:")[1].split(b"\r\n")[0])
+    while len(rest) < length:
+        part = connection.recv(1 << 16)
+        assert part
+        rest += part
+    return int(head.split()[1]), rest[:length], rest[length:]
+
+
 def snapshot(store):
     """What is stored: the bytes of every set file."""
     return {path.name: path.read_bytes() for path in (store.root / "sets").iterdir()}
 
 
 def assert_problem(response, status, code):
-    """The answer is a refusal in the one shape."""
+    """Check that the response is a problem with this status and code; return its body."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
     body = response.json()

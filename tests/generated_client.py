@@ -16,7 +16,7 @@ from bonsai_lora_client.types import File
 
 from bonsai_lora.formats import safetensors
 
-# Generated code reads every answer as JSON, so it asks for that, whatever it sends.
+# Generated code parses every response as JSON, so it accepts JSON only.
 client = Client(base_url=sys.argv[2], headers={"Accept": "application/json"})
 made = create_set.sync(client=client, body=CreateSet(name="generated"))
 assert made.version == 1, made

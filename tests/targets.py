@@ -1,6 +1,6 @@
-"""CPUs that machine code is tested for: this one, and less capable ones that it can play.
+"""The CPUs that kernels are tested for: this one, and less capable ones that it can emulate.
 
-None stands for the definition in NumPy, which is all there is where the kernels were taken out.
+None stands for the NumPy definition, which is all that remains without the kernels package.
 """
 
 from importlib.util import find_spec

@@ -42,11 +42,10 @@ def test_every_documented_setting_exists():
 
 
 @pytest.mark.parametrize("kind", list(all_errors()), ids=lambda kind: kind.__name__)
-def test_every_error_is_documented_with_its_status_and_in_the_tree(kind):
+def test_every_error_is_documented_with_its_status(kind):
     leaf = not kind.__subclasses__() or kind.code == "not_found"
     if leaf:
         assert ERRORS.count(f"| {status_of(kind).value} | `{kind.code}` | ") == 1
-    assert re.search(rf"[├└]── {kind.__name__}\b", errors.__doc__)
 
 
 def test_every_documented_code_exists():
@@ -55,7 +54,7 @@ def test_every_documented_code_exists():
 
 
 def test_error_codes_are_unique():
-    codes = [kind.code for kind in all_errors() if kind is not errors.RouteNotFoundError]
+    codes = [kind.code for kind in all_errors() if not issubclass(kind, errors.RouteNotFoundError)]
     assert len(codes) == len(set(codes))
 
 

@@ -139,7 +139,7 @@ def test_a_reader_follows_a_page(tmp_path):
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_reader_notices_what_is_not_so(tmp_path):
+def test_a_reader_notices_wrong_outputs(tmp_path):
     wrong = [
         ("console", "$ echo a\nb\n"),
         ("console", "$ false\n"),

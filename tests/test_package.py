@@ -1,4 +1,4 @@
-"""The package as others install and import it: what it is called, what it loads, where it runs."""
+"""The package as it is installed and imported: its files, its imports, its platforms."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ POSIX_ONLY = ("fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tt
 
 
 def python(code, **options):
-    """Run `code` in an interpreter of its own; give what it printed."""
+    """Run `code` in its own interpreter; return its output."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, **options
     )
@@ -58,7 +58,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert ours == sources
 
 
-def test_it_lives_beside_a_package_called_app(wheel, tmp_path):
+def test_it_coexists_with_a_package_named_app(wheel, tmp_path):
     site, project = tmp_path / "site", tmp_path / "project"
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
     subprocess.run(
@@ -92,6 +92,14 @@ def test_importing_the_package_loads_nothing():
     loaded = loaded_by("import bonsai_lora; dir(bonsai_lora)")
     assert {name for name in loaded if name.startswith("bonsai_lora")} == {"bonsai_lora"}
     assert not loaded & {"numpy", "llvmlite", "fastapi", "httpx"}
+    loaded = loaded_by(
+        "import bonsai_lora\n"
+        "with bonsai_lora.Client('http://127.0.0.1:9', retries=0) as client:\n"
+        "    try: client.get_stats()\n"
+        "    except Exception as error: print(type(error))\n"
+    )
+    assert "httpx" in loaded
+    assert not loaded & {"numpy", "llvmlite", "fastapi"}
     assert "numpy" in loaded_by("import bonsai_lora; bonsai_lora.LoraConfig")
 
 
@@ -114,10 +122,10 @@ def test_the_client_loads_neither_the_server_nor_numpy(words):
     first = {name.partition(".")[0] for name in loaded}
     assert not first & {"numpy", "llvmlite", "fastapi", "starlette", "uvicorn", "pydantic"}
     parts = {name.split(".")[1] for name in loaded if name.startswith("bonsai_lora.")}
-    assert parts == {"cli", "errors", "formats"}
+    assert parts == {"cli", "client", "errors", "formats"}
 
 
-def test_blas_is_told_its_threads_before_numpy_loads():
+def test_blas_threads_are_set_before_numpy_loads():
     watch = (
         "import os, sys\n"
         "class Watch:\n"
@@ -138,7 +146,7 @@ def without(*names):
     return f"import sys\nfor name in {names!r}: sys.modules[name] = None\n"
 
 
-def test_client_and_library_import_nothing_that_only_posix_has():
+def test_client_and_library_import_no_posix_only_modules():
     elsewhere = without(*POSIX_ONLY) + (
         "import os\n"
         "for name in ('sched_getaffinity', 'sysconf', 'fork'): delattr(os, name)\n"
@@ -146,7 +154,7 @@ def test_client_and_library_import_nothing_that_only_posix_has():
         "from bonsai_lora.cli.main import main\n"
         f"assert main(['ls', '--url', {DEAD!r}]) == 3\n"
         "made = [getattr(bonsai_lora, name) for name in bonsai_lora.__all__]\n"
-        "assert len(made) == 5\n"
+        "assert len(made) == 7\n"
         "import numpy as np\n"
         "adapter = bonsai_lora.LoraAdapter.new(4, 3, bonsai_lora.LoraConfig(rank=2))\n"
         "print(adapter.apply(np.ones((2, 4), np.float32)).shape)\n"
@@ -155,7 +163,7 @@ def test_client_and_library_import_nothing_that_only_posix_has():
 
 
 def test_cores_are_counted_without_an_affinity():
-    """As on macOS, whose `os` has none."""
+    """As on macOS, whose `os` module has no such function."""
     count = (
         "import os, sys\n"
         "from bonsai_lora import settings\n"
@@ -170,7 +178,7 @@ def test_cores_are_counted_without_an_affinity():
     assert python(count) == "True\nTrue\nTrue\n"
 
 
-def test_all_of_a_file_counts_where_the_system_cannot_tell(tmp_path, monkeypatch):
+def test_a_file_counts_as_resident_if_the_system_cannot_tell(tmp_path, monkeypatch):
     import ctypes
     import mmap
 

@@ -1,4 +1,4 @@
-"""Bonsai LoRA: the adapter server for Bonsai and Qwen3 models, and its NumPy core as a library.
+"""Bonsai LoRA: the adapter server for Bonsai and Qwen3 models, its client, and its NumPy core.
 
 The public names are imported on first use, so that the command can configure BLAS threads before
 NumPy is loaded, and the command-line client starts without loading the core or the web framework.
@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bonsai_lora.client.asynchronous import AsyncClient
+    from bonsai_lora.client.blocking import Client
     from bonsai_lora.core.adapter import LoraAdapter
     from bonsai_lora.core.config import LoraConfig
     from bonsai_lora.core.loraset import BonsaiLoraSet
@@ -15,10 +17,20 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["BonsaiLoraSet", "LoraAdapter", "LoraConfig", "LoraRegistry", "__version__"]
+__all__ = [
+    "AsyncClient",
+    "BonsaiLoraSet",
+    "Client",
+    "LoraAdapter",
+    "LoraConfig",
+    "LoraRegistry",
+    "__version__",
+]
 
 _MODULES = {
+    "AsyncClient": "bonsai_lora.client.asynchronous",
     "BonsaiLoraSet": "bonsai_lora.core.loraset",
+    "Client": "bonsai_lora.client.blocking",
     "LoraAdapter": "bonsai_lora.core.adapter",
     "LoraConfig": "bonsai_lora.core.config",
     "LoraRegistry": "bonsai_lora.core.registry",

@@ -1,52 +1,5 @@
 """The errors of the service, which the HTTP API returns as problems.
 
-    BonsaiLoraError
-    ├── MalformedBodyError                  the bytes cannot be read at all
-    │   ├── MalformedJsonError
-    │   ├── MalformedMultipartError
-    │   └── MalformedSafetensorsError
-    ├── NotFoundError
-    │   ├── SetNotFoundError
-    │   ├── AdapterNotFoundError
-    │   ├── BaseNotFoundError
-    │   ├── FileNotInModelError
-    │   ├── VersionNotFoundError
-    │   ├── RegionNotFoundError
-    │   └── RouteNotFoundError
-    ├── MethodNotAllowedError
-    ├── NotAcceptableError
-    ├── SetExistsError
-    ├── PreconditionFailedError
-    ├── TooLargeError                       over a limit of the settings
-    │   ├── BodyTooLargeError
-    │   ├── HeaderTooLargeError
-    │   ├── HeadTooLargeError
-    │   ├── TooManyRowsError
-    │   └── AnswerTooLargeError
-    ├── UnsupportedMediaTypeError
-    ├── RangeNotSatisfiableError
-    ├── InvalidError                        well-formed, but wrong
-    │   ├── InvalidRequestError
-    │   ├── InvalidNameError
-    │   ├── ShapeMismatchError
-    │   ├── NonFiniteInputError
-    │   ├── NonFiniteOutputError
-    │   ├── RaggedInputError
-    │   ├── RankTooLargeError
-    │   ├── DoraNeedsBaseError
-    │   ├── InvalidBaseError
-    │   ├── InvalidAdapterError
-    │   └── UnsupportedAdapterError
-    ├── BusyError                           try again later
-    ├── StalledError                        the client stopped sending or reading
-    ├── BaseChangedError                    a base was overwritten while it was read
-    ├── MemoryBudgetError
-    ├── StoreFullError
-    ├── StoreReadOnlyError
-    ├── NewerFormatError                    a newer release wrote the set
-    ├── UnsupportedFeatureError             not supported, or not enabled
-    └── InternalError                       a fault of the service
-
 Each class has a stable `code`. HTTP statuses are assigned in `app/bonsai_lora/api/errors.py` only.
 An error's text says what is wrong with the value at hand, then what to do.
 """
@@ -57,8 +10,15 @@ from typing import Any, ClassVar
 class BonsaiLoraError(Exception):
     """Base class: a stable `code`, a text for people, and the values that it is about."""
 
-    code: ClassVar[str] = "error"
+    code: str = "error"
+    """Stable code of the class; an error raised by a client has the service's code."""
     title: ClassVar[str] = "Error"
+    """Short name for people; by default the words of `code`."""
+
+    def __init_subclass__(cls) -> None:
+        """Set the default title."""
+        if "title" not in vars(cls):
+            cls.title = cls.code.replace("_", " ").capitalize()
 
     def __init__(self, detail: str, **values: Any) -> None:
         super().__init__(detail)
@@ -70,7 +30,6 @@ class MalformedBodyError(BonsaiLoraError):
     """The body cannot be parsed as its Content-Type declares."""
 
     code = "malformed_body"
-    title = "Malformed body"
 
 
 class MalformedJsonError(MalformedBodyError):
@@ -91,21 +50,18 @@ class MalformedSafetensorsError(MalformedBodyError):
     """The bytes violate the safetensors format."""
 
     code = "malformed_safetensors"
-    title = "Malformed safetensors"
 
 
 class NotFoundError(BonsaiLoraError):
     """The named resource does not exist."""
 
     code = "not_found"
-    title = "Not found"
 
 
 class SetNotFoundError(NotFoundError):
     """No set has this name."""
 
     code = "set_not_found"
-    title = "Set not found"
 
     def __init__(self, name: str) -> None:
         super().__init__(
@@ -117,7 +73,6 @@ class AdapterNotFoundError(NotFoundError):
     """The set has no adapter for this module."""
 
     code = "module_not_found"
-    title = "Module not found"
 
     def __init__(self, module: str, set_name: str, known: tuple[str, ...]) -> None:
         shown = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
@@ -133,7 +88,6 @@ class BaseNotFoundError(NotFoundError):
     """No base checkpoint has this name."""
 
     code = "base_not_found"
-    title = "Base not found"
 
     def __init__(self, name: str) -> None:
         super().__init__(
@@ -147,7 +101,6 @@ class FileNotInModelError(NotFoundError):
     """A merged model has no file of this name."""
 
     code = "file_not_found"
-    title = "File not found"
 
     def __init__(self, name: str, known: list[str]) -> None:
         super().__init__(
@@ -160,14 +113,12 @@ class VersionNotFoundError(NotFoundError):
     """The model has a different version now."""
 
     code = "version_not_found"
-    title = "Version not found"
 
 
 class RegionNotFoundError(NotFoundError):
     """No shared-memory region has this name."""
 
     code = "region_not_found"
-    title = "Region not found"
 
 
 class RouteNotFoundError(NotFoundError):
@@ -178,42 +129,36 @@ class MethodNotAllowedError(BonsaiLoraError):
     """The path exists, but not with this method."""
 
     code = "method_not_allowed"
-    title = "Method not allowed"
 
 
 class NotAcceptableError(BonsaiLoraError):
     """The response has no form that the client accepts."""
 
     code = "not_acceptable"
-    title = "Not acceptable"
 
 
 class SetExistsError(BonsaiLoraError):
     """A set with this name already exists."""
 
     code = "set_exists"
-    title = "Set exists"
 
 
 class PreconditionFailedError(BonsaiLoraError):
     """`If-Match` or `If-None-Match` evaluates to false."""
 
     code = "precondition_failed"
-    title = "Precondition failed"
 
 
 class TooLargeError(BonsaiLoraError):
     """The request exceeds a limit of the settings."""
 
     code = "too_large"
-    title = "Too large"
 
 
 class BodyTooLargeError(TooLargeError):
     """The body is longer than the limit, as declared or as received."""
 
     code = "body_too_large"
-    title = "Body too large"
 
 
 class HeaderTooLargeError(TooLargeError):
@@ -234,56 +179,48 @@ class TooManyRowsError(TooLargeError):
     """A batch has more rows than the limit."""
 
     code = "too_many_rows"
-    title = "Too many rows"
 
 
 class AnswerTooLargeError(TooLargeError):
     """The response would be longer than the limit."""
 
     code = "answer_too_large"
-    title = "Answer too large"
 
 
 class UnsupportedMediaTypeError(BonsaiLoraError):
     """The path does not support the media type or content coding of the body."""
 
     code = "unsupported_media_type"
-    title = "Unsupported media type"
 
 
 class RangeNotSatisfiableError(BonsaiLoraError):
     """The requested range is beyond the end of the file."""
 
     code = "range_not_satisfiable"
-    title = "Range not satisfiable"
 
 
 class InvalidError(BonsaiLoraError):
     """The request is well-formed, but its content is invalid."""
 
     code = "invalid"
-    title = "Invalid"
 
 
 class InvalidRequestError(InvalidError):
     """A field, parameter or tensor is missing, unknown or of the wrong type."""
 
     code = "invalid_request"
-    title = "Invalid request"
 
 
 class InvalidNameError(InvalidError):
     """The name of a set or module is not valid."""
 
     code = "invalid_name"
-    title = "Invalid name"
 
 
 class ShapeMismatchError(InvalidError):
     """An array does not have the shape that the adapter needs."""
 
     code = "shape_mismatch"
-    title = "Shape mismatch"
 
 
 class NonFiniteInputError(InvalidError):
@@ -304,14 +241,12 @@ class RaggedInputError(InvalidError):
     """The rows of a batch have different lengths."""
 
     code = "ragged_input"
-    title = "Ragged input"
 
 
 class RankTooLargeError(InvalidError):
     """The rank exceeds the limit of the settings."""
 
     code = "rank_too_large"
-    title = "Rank too large"
 
 
 class DoraNeedsBaseError(InvalidError):
@@ -325,42 +260,36 @@ class InvalidBaseError(InvalidError):
     """The files of a base are not a readable checkpoint."""
 
     code = "invalid_base"
-    title = "Invalid base"
 
 
 class InvalidAdapterError(InvalidError):
     """The files of an adapter contradict each other or hold invalid values."""
 
     code = "invalid_adapter"
-    title = "Invalid adapter"
 
 
 class UnsupportedAdapterError(InvalidError):
     """The adapter is of a kind that cannot be applied exactly."""
 
     code = "unsupported_adapter"
-    title = "Unsupported adapter"
 
 
 class BusyError(BonsaiLoraError):
     """Too many requests are in progress; this one was not started."""
 
     code = "busy"
-    title = "Busy"
 
 
 class StalledError(BonsaiLoraError):
     """The client stopped sending or reading for longer than the stall timeout."""
 
     code = "stalled"
-    title = "Stalled"
 
 
 class BaseChangedError(BonsaiLoraError):
     """A file of a base was overwritten while it was read."""
 
     code = "base_changed"
-    title = "Base changed"
 
 
 class MemoryBudgetError(BonsaiLoraError):
@@ -374,7 +303,6 @@ class StoreFullError(BonsaiLoraError):
     """The disk under the store is full."""
 
     code = "store_full"
-    title = "Store full"
 
 
 class StoreReadOnlyError(BonsaiLoraError):
@@ -388,7 +316,6 @@ class NewerFormatError(BonsaiLoraError):
     """A newer release wrote the set; its file is left untouched."""
 
     code = "newer_format"
-    title = "Newer format"
 
     def __init__(self, name: str, written: int, known: int) -> None:
         super().__init__(
@@ -404,11 +331,9 @@ class UnsupportedFeatureError(BonsaiLoraError):
     """The feature is not supported, or not enabled."""
 
     code = "unsupported_feature"
-    title = "Unsupported feature"
 
 
 class InternalError(BonsaiLoraError):
     """The service failed; its log has the cause under the request id."""
 
     code = "internal_error"
-    title = "Internal error"

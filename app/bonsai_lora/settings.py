@@ -41,7 +41,9 @@ def is_loopback(host: str) -> bool:
 class Settings(BaseSettings):
     """Settings from BONSAI_LORA_* variables; each field is also a flag of `bonsai-lora serve`."""
 
-    model_config = SettingsConfigDict(env_prefix="BONSAI_LORA_", extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="BONSAI_LORA_", env_ignore_empty=True, extra="ignore"
+    )
 
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int | None = Field(
@@ -57,6 +59,7 @@ class Settings(BaseSettings):
     )
     store: str = Field(
         "./bonsai-lora-data",
+        min_length=1,
         description="folder of the sets; 'memory:' for a temporary one, deleted on exit",
     )
     bases: str | None = Field(
@@ -106,7 +109,7 @@ class Settings(BaseSettings):
     kernels: Literal["auto", "off"] = Field(
         "auto",
         description="auto: compute with compiled kernels if they can run, otherwise in NumPy; off: "
-        "always in NumPy, with the same answers",
+        "always in NumPy; responses are the same",
     )
     fast_lane: Literal["auto", "off"] = Field(
         "auto", description="off: serve every request through FastAPI; responses are the same"

@@ -27,12 +27,6 @@ def decoded(answer):
     return safetensors.decode(answer.content)[0]
 
 
-@pytest.fixture
-def plain(client):
-    upload(client, "plain", TINY / "plain")
-    return client
-
-
 @pytest.mark.parametrize("adapter", ["plain", "attention-only", "rslora-patterns"])
 def test_every_module_agrees_with_what_torch_computed(client, adapter):
     upload(client, adapter, TINY / adapter)
@@ -50,7 +44,7 @@ def test_every_module_agrees_with_what_torch_computed(client, adapter):
         assert reference.relative_error(as_binary, delta) < 1e-6
 
 
-def test_one_vector_comes_back_as_one(plain):
+def test_one_vector_in_one_vector_out(plain):
     path = f"/v1/sets/plain/adapters/{Q_PROJ}/apply"
     vector = np.arange(64, dtype=np.float32)
     one = plain.post(path, json={"inputs": vector.tolist()}).json()["outputs"]
@@ -86,7 +80,7 @@ def test_inputs_of_every_float_dtype(plain, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("F16", np.float16), ("BF16", ml_dtypes.bfloat16)])
-def test_answers_rounded_to_sixteen_bits(plain, dtype, kind):
+def test_outputs_in_sixteen_bits(plain, dtype, kind):
     x = np.random.default_rng(3).standard_normal((4, 64)).astype(np.float32)
     path = f"/v1/sets/plain/adapters/{Q_PROJ}/apply"
     full = decoded(post(plain, path, {"inputs": x}))["outputs"]
@@ -95,7 +89,7 @@ def test_answers_rounded_to_sixteen_bits(plain, dtype, kind):
     assert half.tobytes() == full.astype(kind).tobytes()
 
 
-def test_accept_chooses_the_form(plain):
+def test_accept_selects_the_form(plain):
     path = f"/v1/sets/plain/adapters/{Q_PROJ}/apply"
     x = np.ones((1, 64), np.float32)
     for accept in (BINARY, "application/safetensors", f"text/html, {BINARY};q=0.5"):
@@ -111,13 +105,13 @@ def test_accept_chooses_the_form(plain):
     assert_problem(answer, 406, "not_acceptable")
 
 
-def test_no_rows_give_no_rows(plain):
+def test_an_empty_batch_gives_an_empty_response(plain):
     path = f"/v1/sets/plain/adapters/{Q_PROJ}/apply"
     got = decoded(post(plain, path, {"inputs": np.empty((0, 64), np.float32)}))["outputs"]
     assert got.shape == (0, 128)
 
 
-def test_refusals_name_what_is_wrong(plain):
+def test_errors_name_what_is_wrong(plain):
     path = f"/v1/sets/plain/adapters/{Q_PROJ}/apply"
     body = assert_problem(plain.post(path, json={"inputs": [[1.0] * 63]}), 422, "shape_mismatch")
     assert (body["got"], body["expected"]) == (63, 64)
@@ -134,7 +128,7 @@ def test_refusals_name_what_is_wrong(plain):
     assert_problem(wrong, 415, "unsupported_media_type")
 
 
-def test_overflow_is_said_in_json_and_carried_in_binary(client):
+def test_overflow_is_an_error_in_json_and_infinity_in_binary(client):
     client.post("/v1/sets", json={"name": "s"})
     weights = {"lora_A": [[3e38]], "lora_B": [[3e38]], "alpha": 1.0}
     client.put("/v1/sets/s/adapters/m", json=weights)
@@ -144,7 +138,7 @@ def test_overflow_is_said_in_json_and_carried_in_binary(client):
     assert np.isinf(got).all()
 
 
-def test_many_modules_each_with_its_inputs(plain, rng):
+def test_many_modules_with_their_own_inputs(plain, rng):
     inputs = {
         Q_PROJ: rng.standard_normal((3, 64)).astype(np.float32),
         DOWN: rng.standard_normal((2, 160)).astype(np.float32),
@@ -173,7 +167,7 @@ def test_one_input_for_several_modules(plain, rng):
     assert plain.post(path, json={"inputs": x.tolist()}).json()["outputs"].keys() == got.keys()
 
 
-def test_many_modules_refusals(plain):
+def test_many_modules_errors(plain):
     path = "/v1/sets/plain/apply"
     one = [[1.0] * 64]
     assert_problem(plain.post(path, json={"inputs": one}), 422, "invalid_request")

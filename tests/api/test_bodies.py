@@ -51,7 +51,7 @@ WITH_BODIES |= {
 
 @pytest.mark.parametrize("name", WITH_BODIES)
 @pytest.mark.parametrize("chunked", [False, True], ids=["Content-Length", "chunked"])
-def test_compressed_bodies_are_not_taken(service, name, chunked):
+def test_compressed_bodies_are_refused(service, name, chunked):
     client, store = service
     method, path, media, body = WITH_BODIES[name]
 
@@ -144,7 +144,7 @@ MERGES = {
     ],
     ids=["a byte more", "a number more", "twice", "a byte less", "a number less"],
 )
-def test_merges_of_bodies_of_another_length(service, name, change, declared, chunked):
+def test_merges_of_bodies_of_a_different_length(service, name, change, declared, chunked):
     client, _ = service
     path, media, good = MERGES[name]
     headers = {"Content-Type": media}

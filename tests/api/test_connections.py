@@ -57,7 +57,7 @@ def head(method, path, media, length):
 
 
 def rest_of(connection):
-    """All that comes until the connection ends; None where it stays open."""
+    """All that comes until the connection ends; None if it stays open."""
     answer = b""
     try:
         while part := connection.recv(1 << 20):
@@ -122,7 +122,7 @@ def test_bodies_that_stop_are_refused_and_their_connections_end(service):
             answer = b""
             with contextlib.suppress(ConnectionResetError):
                 answer = connection.recv(1 << 16)
-            if answer:  # a stream that is broken off has no status left to give
+            if answer:  # an aborted stream has no status left to give
                 assert answer.startswith(b"HTTP/1.1 408 "), (name, answer)
                 told = json.loads(answer.partition(b"\r\n\r\n")[2])
                 assert "error" in told if "infer" in name else told["code"] == "stalled"
@@ -230,7 +230,7 @@ def test_clients_that_read_slowly_get_their_one_answer(service):
 
 
 def test_clients_that_send_slowly_are_served(service):
-    """A body in drops, each sooner than the stall time, all later."""
+    """A body in small pieces: each arrives before the stall timeout, all of them after it."""
     client, _ = service
     body = json.dumps({"inputs": [0] * D_IN}).encode()
     with contextlib.ExitStack() as stack:

@@ -140,7 +140,7 @@ def test_head_is_the_whole_file_whatever_range_is_asked_for(service, name, asked
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_range_of_another_content_is_not_given(service, name):
+def test_a_range_of_different_content_is_not_given(service, name):
     """If-Range compares strongly (RFC 9110, section 13.1.5)."""
     etag = service.head(FILES[name]).headers["etag"]
     others = {service.head(path).headers["etag"] for path in FILES.values()} - {etag}

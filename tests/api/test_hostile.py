@@ -31,7 +31,7 @@ def small(client, store):
     yield client, snapshot(store)
 
 
-def test_the_corpus_is_there():
+def test_the_corpus_is_not_empty():
     assert len(CASES) >= 40
     assert len({case["id"] for case in CASES}) == len(CASES)
 
@@ -97,7 +97,7 @@ def test_json_corpus(small, store, body, status, code):
     assert snapshot(store) == before
 
 
-def test_numbers_of_every_json_kind_are_taken(small):
+def test_every_kind_of_json_number_is_accepted(small):
     client, _ = small
     for text in ("[1,2]", "[-0,1e-400]", "[18446744073709551615,-9223372036854775808]", "[1,2.5]"):
         answer = client.post(
@@ -118,7 +118,7 @@ VALID = safetensors.encode({"inputs": np.ones((3, 2), np.float32)})
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-def test_mutated_bodies_never_break_anything(small, store, data):
+def test_mutated_bodies_never_cause_500(small, store, data):
     client, before = small
     body = bytearray(VALID)
     for _ in range(data.draw(st.integers(1, 4))):

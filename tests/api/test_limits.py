@@ -46,7 +46,7 @@ def refused(answer, path, status, code):
         assert_problem(answer, status, code)
 
 
-# Bodies that are as long as they are told to be: route -> (method, path, media type, limit, body).
+# Bodies of any given length: route -> (method, path, media type, limit, body).
 
 BOUNDARY = "multipart/form-data; boundary=cut"
 

@@ -49,7 +49,7 @@ def test_every_module_equals_what_peft_merged(client, adapter):
 
 @pytest.fixture
 def wide(client, rng):
-    """A set with one module 96 x 20,000 whose merge takes several blocks."""
+    """A set with one module of 96 x 20,000, whose merge has several blocks."""
     client.post("/v1/sets", json={"name": "s"})
     tensors = {
         "lora_A": rng.standard_normal((3, 20_000)).astype(np.float32),
@@ -91,7 +91,7 @@ def test_all_dtypes_are_the_sum_rounded_once(wide, rng, dtype, unmerge):
     assert again.content[-weight.nbytes :] == answer.content
 
 
-def test_refusals_come_before_the_first_byte(wide):
+def test_errors_come_before_the_first_byte(wide):
     client, _ = wide
     path = "/v1/sets/s/adapters/m/merge"
     size = 96 * 20_000 * 4
@@ -122,7 +122,7 @@ def test_refusals_come_before_the_first_byte(wide):
     assert_problem(client.post(path, json={"weight": [[1.0]]}), 422, "invalid_request")
 
 
-def test_a_short_body_breaks_the_stream_off(wide):
+def test_a_short_body_aborts_the_stream(wide):
     client, _ = wide
     chunks = iter([bytes(1 << 20)] * 3)
     with pytest.raises(httpx.RemoteProtocolError):
@@ -142,7 +142,7 @@ def open_files():
 
 
 def test_a_client_that_sends_everything_first(settings, rng):
-    """48 MB are far over what sockets and memory hold: they go to disk and come back right."""
+    """48 MB exceed the buffers of sockets and memory: they are buffered on disk, unchanged."""
     d_out, d_in = 3000, 4000
     with serving(create_app(settings)) as url, httpx.Client(base_url=url) as client:
         client.post("/v1/sets", json={"name": "s", "config": {"rank": 1}})
@@ -162,7 +162,7 @@ def test_a_client_that_sends_everything_first(settings, rng):
             assert answer == weight.tobytes(), "B is zero, so W comes back"
 
 
-def test_a_client_that_takes_nothing_is_broken_off(settings):
+def test_a_client_that_stops_reading_is_disconnected(settings):
     tight = settings.model_copy(update={"max_spill_bytes": 1 << 20, "stall_seconds": 0.3})
     app = create_app(tight)
     with serving(app) as url, httpx.Client(base_url=url) as client:
@@ -186,7 +186,7 @@ def test_a_client_that_takes_nothing_is_broken_off(settings):
 
 
 @pytest.mark.parametrize("sent", [0, 100, 3 << 20])
-def test_a_client_that_goes_away_leaves_nothing_behind(wide, app, sent):
+def test_a_client_that_disconnects_leaves_nothing_behind(wide, app, sent):
     client, _ = wide
     client.get("/healthz")
     gc.collect()

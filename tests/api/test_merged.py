@@ -38,7 +38,7 @@ def test_bases(based, tmp_path):
 
 
 @pytest.mark.parametrize("adapter", ["plain", "attention-only", "rslora-patterns", "dora"])
-def test_whole_files_are_what_peft_merged_rounded_once(based, adapter):
+def test_whole_files_equal_pefts_merge_rounded_once(based, adapter):
     upload(based, adapter, TINY / adapter)
     golden = safetensors.numpy.load_file(TINY / adapter / "merged_f32.safetensors")
     files = based.get(f"{PATH}/{adapter}").json()["files"]
@@ -65,14 +65,14 @@ def test_whole_files_are_what_peft_merged_rounded_once(based, adapter):
                 assert got.tobytes() == base[name].tobytes(), name
                 continue
             exact = golden[name]
-            # Rounded once: equal to golden's rounding but for sums that lie on the edge.
+            # Rounded once: equal to golden's rounding except for sums halfway between two values.
             same = got.view(np.uint16) == exact.astype(ml_dtypes.bfloat16).view(np.uint16)
             assert same.mean() > 0.995, name
             assert (np.abs(got.astype(np.float32) - exact) <= np.abs(exact) * 2.0**-8 + 1e-7).all()
     assert seen == set(golden)
 
 
-def test_any_range_is_the_same_slice_of_the_whole(based):
+def test_any_range_is_a_slice_of_the_whole_file(based):
     upload(based, "plain", TINY / "plain")
     path = f"{PATH}/plain/model-00002-of-00003.safetensors"
     whole = based.get(path).content
@@ -274,7 +274,7 @@ def test_replaced_and_embedded_tensors(based, tmp_path, rng):
     assert np.abs(got["model.embed_tokens.weight"] - exact).max() < 0.02
 
 
-def test_a_change_of_the_set_changes_the_tag_but_not_a_running_download(based):
+def test_a_changed_set_has_a_new_etag_but_downloads_in_flight_continue(based):
     upload(based, "plain", TINY / "plain")
     path = f"{PATH}/plain/model-00001-of-00003.safetensors"
     before = based.get(path)
@@ -288,7 +288,7 @@ def test_a_change_of_the_set_changes_the_tag_but_not_a_running_download(based):
     assert stale.status_code == 200
 
 
-def test_a_base_that_is_overwritten_breaks_a_download_off(tmp_path):
+def test_an_overwritten_base_aborts_a_download(tmp_path):
     from bonsai_lora.checkpoints.bases import BaseFolder
     from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
     from bonsai_lora.core.config import LoraConfig
@@ -306,7 +306,7 @@ def test_a_base_that_is_overwritten_breaks_a_download_off(tmp_path):
     content = path.read_bytes()
     replaced = path.with_suffix(".new")
     replaced.write_bytes(content[:-4] + b"\0\0\0\0")
-    replaced.rename(path)  # another inode: what runs goes on with what it has
+    replaced.rename(path)  # a new inode: downloads in flight keep the old file
     assert b"".join(bytes(piece()) for piece in file.pieces(0, file.size_bytes)) == content
     after = MergedModel(folder.get("b"), [Ingredient(made, '"e"')])
     assert after.digest != before.digest
@@ -323,7 +323,7 @@ def test_a_base_that_is_overwritten_breaks_a_download_off(tmp_path):
         next(pieces)()
 
 
-def test_readers_beyond_the_limit_are_told_to_wait(settings, tmp_path):
+def test_downloads_beyond_the_limit_get_503(settings, tmp_path):
     tensors = {"q_proj.weight": np.ones((4000, 2000), np.float32)}
     write_base(tmp_path / "bases" / "b", tensors)
     known = settings.model_copy(update={"bases": str(tmp_path / "bases"), "max_concurrency": 1})

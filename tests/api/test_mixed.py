@@ -108,7 +108,7 @@ def test_a_mixed_batch_equals_row_by_row_applies(several, sets):
     assert np.abs(as_binary - expected).max() <= 4e-6 * size
 
 
-def test_the_order_of_rows_is_the_callers(several, rng):
+def test_rows_keep_their_order(several, rng):
     x = rng.standard_normal((4, 64)).astype(np.float32)
     sets = ["small", "large", None, "third"]
     whole = decoded(mixed_binary(several, sets, x))["outputs"]
@@ -117,7 +117,7 @@ def test_the_order_of_rows_is_the_callers(several, rng):
         assert np.array_equal(turned["outputs"], whole[list(order)])
 
 
-def test_metadata_of_the_binary_answer_and_a_quoted_module(several, rng):
+def test_metadata_of_binary_responses_and_a_quoted_module(several, rng):
     x = rng.standard_normal((2, 64)).astype(np.float32)
     answer = mixed_binary(several, ["small", None], x, module=json.dumps(Q_PROJ))
     tensors, metadata = safetensors.decode(answer.content)
@@ -133,7 +133,7 @@ def test_a_row_may_be_one_weighted_set(several, rng):
     assert np.array_equal(one, decoded(mixed_binary(several, [[weighted]], x))["outputs"])
 
 
-def test_no_weight_and_scale_make_an_infinity_of_a_zero(several):
+def test_weights_and_scales_never_turn_zero_into_infinity(several):
     sets = [{"set": "small", "weight": 1e6}, None]
     outputs = decoded(mixed_binary(several, sets, np.zeros((2, 64), np.float32), scale=1e6))[
         "outputs"
@@ -148,7 +148,7 @@ def test_one_vector(several):
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.5, 0.25])
-def test_scale_weighs_everything_that_is_added(several, rng, scale):
+def test_scale_multiplies_the_whole_delta(several, rng, scale):
     x = rng.standard_normal((3, 64)).astype(np.float32)
     alone, scaled = deltas(several, x), deltas(several, x, scale)
     for name in NAMES:
@@ -163,7 +163,7 @@ def test_scale_weighs_everything_that_is_added(several, rng, scale):
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1, -2.7])
-def test_a_row_is_the_same_to_the_bit_by_every_route(several, rng, scale):
+def test_a_row_is_bit_identical_by_every_route(several, rng, scale):
     x = rng.standard_normal((3, 64)).astype(np.float32)
     alone = deltas(several, x, scale)
     got = decoded(mixed_binary(several, ["large", "small", "large"], x, scale=scale))["outputs"]
@@ -174,13 +174,13 @@ def test_a_row_is_the_same_to_the_bit_by_every_route(several, rng, scale):
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf", "1e7", "x", ""])
-def test_scales_that_are_refused(several, scale):
+def test_invalid_scales(several, scale):
     body = {"inputs": [0.0] * 64}
     answer = several.post(f"/v1/sets/small/adapters/{Q_PROJ}/apply?scale={scale}", json=body)
     assert "scale" in assert_problem(answer, 422, "invalid_request")["detail"]
 
 
-def test_further_sets_on_the_many_module_form(several, rng):
+def test_stacked_sets_with_many_modules(several, rng):
     x = rng.standard_normal((3, 64)).astype(np.float32)
     alone = deltas(several, x)
     sets = [{"set": "small", "weight": 0.5}, "third"]
@@ -230,13 +230,13 @@ def test_further_sets_on_the_many_module_form(several, rng):
         (None, 422, "invalid_request"),
     ],
 )
-def test_sets_that_are_refused(several, sets, status, code):
+def test_invalid_sets(several, sets, status, code):
     x = np.zeros((2, 64), np.float32)
     assert_problem(mixed(several, sets, x), status, code)
     assert_problem(mixed_binary(several, sets, x), status, code)
 
 
-def test_weights_that_are_no_numbers_of_json(several):
+def test_nan_and_infinite_weights(several):
     for weight in ("NaN", "1e400", "1" + "0" * 400):
         body = (
             f'{{"module":"{Q_PROJ}","sets":[[{{"set":"small","weight":{weight}}}]],"inputs":[[0]]}}'
@@ -247,7 +247,7 @@ def test_weights_that_are_no_numbers_of_json(several):
         assert_problem(answer, 422, "invalid_request")
 
 
-def test_other_refusals(several):
+def test_other_errors(several):
     x = np.zeros((1, 64), np.float32)
     answer = several.post("/v1/apply", json={"sets": ["small"], "inputs": x.tolist()})
     assert_problem(answer, 422, "invalid_request")
@@ -265,7 +265,7 @@ def test_other_refusals(several):
     assert "sets for the same model" in assert_problem(answer, 422, "shape_mismatch")["detail"]
 
 
-def test_dora_rows_beside_others(based, rng):
+def test_dora_rows_in_a_mixed_batch(based, rng):
     upload(based, "dora", TINY / "dora")
     upload(based, "plain", TINY / "plain")
     golden = read_tensors(TINY / "dora" / "golden.safetensors")
@@ -289,7 +289,7 @@ def test_dora_rows_beside_others(based, rng):
         assert_problem(answer, 422, "unsupported_adapter")
 
 
-def test_a_module_that_takes_nothing(client):
+def test_a_module_of_width_zero(client):
     client.post("/v1/sets", json={"name": "z"})
     client.put("/v1/sets/z/adapters/m", json={"d_in": 0, "d_out": 3})
     body = {"module": "m", "sets": ["z"], "inputs": [[]]}
@@ -302,7 +302,7 @@ def test_an_unknown_query_parameter_is_named(several):
     assert "'scael'" in assert_problem(answer, 422, "invalid_request")["detail"]
 
 
-def test_an_empty_batch_gives_no_rows(several):
+def test_an_empty_mixed_batch(several):
     empty = mixed_binary(several, [], np.zeros((0, 64), np.float32))
     assert len(decoded(empty)["outputs"]) == 0
     one = mixed_binary(several, [None], np.zeros((1, 64), np.float32))

@@ -59,7 +59,7 @@ def test_an_upload_does_not_replace_it(newer, store):
     assert snapshot(store) == before
 
 
-def test_listings_leave_it_out_and_say_so(newer):
+def test_listings_leave_it_out_and_readiness_reports_it(newer):
     assert [one["name"] for one in newer.get("/v1/sets").json()["sets"]] == ["plain"]
     assert newer.get("/v1/stats").json()["set_count"] == 1
     assert newer.get("/readyz").json() == {
@@ -102,7 +102,7 @@ def test_its_file_counts_against_the_memory_budget(settings, tmp_path, rng):
         assert answer.status_code == 201
 
 
-def test_unknown_keys_live_as_long_as_the_set(client, store):
+def test_unknown_keys_survive_changes(client, store):
     upload(client, "plain", TINY / "plain").raise_for_status()
     path = store.root / "sets" / "plain.safetensors"
     change_record(path, with_keys(later={"a": [1]}))

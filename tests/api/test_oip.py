@@ -47,7 +47,7 @@ def names(*some):
 
 
 def exact(client, module, x):
-    """What the native path gives for the same vectors."""
+    """The outputs of /v1 for the same vectors."""
     body = {"inputs": x.astype(np.float32).tolist()}
     answer = client.post(f"/v1/sets/plain/adapters/{module}/apply", json=body)
     return np.array(answer.json()["outputs"], np.float32)
@@ -104,7 +104,7 @@ def test_a_set_is_a_model(server):
 
 @pytest.mark.parametrize("sent", [True, False])
 @pytest.mark.parametrize("wanted", [True, False, None])
-def test_infer_is_the_native_apply(loaded, golden, sent, wanted):
+def test_infer_agrees_with_apply(loaded, golden, sent, wanted):
     client, server = loaded
     modules = [Q_PROJ, DOWN]
     inputs = [tensor(one, golden[f"{one}.x"], binary=sent) for one in modules]
@@ -137,7 +137,7 @@ def test_binary_datatypes(loaded, golden, datatype, dtype):
     assert np.array_equal(got, exact(client, Q_PROJ, x))
 
 
-def test_x_feeds_what_is_asked_for(loaded, golden):
+def test_x_feeds_the_requested_outputs(loaded, golden):
     client, server = loaded
     x = golden[f"{Q_PROJ}.x"]
     outputs = [triton.InferRequestedOutput(one) for one in (UP, V_PROJ)]
@@ -172,7 +172,7 @@ def test_compression(loaded, golden, sent, given):
     assert result.get_response()["outputs"][0]["parameters"] == {"binary_data_size": 5 * 128 * 4}
 
 
-def test_compressed_answers_say_so(loaded, golden):
+def test_compressed_responses_have_content_encoding(loaded, golden):
     client, _ = loaded
     body = {"inputs": [{"name": Q_PROJ, "shape": [64], "datatype": "FP32", "data": [0.5] * 64}]}
     post = "/v2/models/plain/infer"
@@ -225,7 +225,7 @@ def test_reserved_parameters_change_nothing(loaded, golden):
     assert np.array_equal(result.as_numpy(Q_PROJ), exact(client, Q_PROJ, x))
 
 
-def test_load_makes_what_the_first_apply_would(app, loaded):
+def test_load_prepares_what_the_first_apply_would(app, loaded):
     _, server = loaded
     stored = app.state.context.store.read("plain")
     adapters = stored.lora_set.registry.adapters.values()
@@ -308,7 +308,7 @@ def test_repository(loaded, golden):
     refused(lambda: server.load_model("plain", config="{}"), 501, "PUT /v1/sets")
 
 
-def test_statistics_are_true(loaded, golden):
+def test_statistics_add_up(loaded, golden):
     _, server = loaded
     before = server.get_inference_statistics("plain")["model_stats"][0]
     assert before["inference_count"] == before["execution_count"] == before["last_inference"] == 0
@@ -332,7 +332,7 @@ def test_statistics_are_true(loaded, golden):
     assert everything["plain"]["inference_stats"] == times
 
 
-def test_statistics_begin_anew_with_a_new_content(loaded, golden):
+def test_statistics_restart_when_a_set_changes(loaded, golden):
     client, server = loaded
     inputs = [tensor(Q_PROJ, golden[f"{Q_PROJ}.x"])]
     server.infer("plain", inputs)
@@ -343,7 +343,7 @@ def test_statistics_begin_anew_with_a_new_content(loaded, golden):
     assert server.get_inference_statistics("plain")["model_stats"][0]["execution_count"] == 1
 
 
-def test_refusals_in_tritons_words(server, golden):
+def test_error_texts_are_close_to_tritons(server, golden):
     x = golden[f"{Q_PROJ}.x"]
     good = [tensor(Q_PROJ, x)]
     refused(lambda: server.infer("nobody", good), 404, "Request for unknown model: 'nobody'")
@@ -383,7 +383,7 @@ def test_refusals_in_tritons_words(server, golden):
     refused(server.get_cuda_shared_memory_status, 404, "there is no resource")
 
 
-def test_inputs_that_feed_nothing(loaded, golden):
+def test_inputs_that_feed_no_output(loaded, golden):
     client, server = loaded
     x = golden[f"{Q_PROJ}.x"]
     asked = [triton.InferRequestedOutput(Q_PROJ)]
@@ -617,7 +617,7 @@ def test_many_members_and_many_names_cost_nothing(loaded):
     error_of(answer, 400, "more than 3 elements")
 
 
-def test_half_surrogates_are_refused_as_orjson_does(loaded):
+def test_lone_surrogates_are_refused(loaded):
     client, _ = loaded
     for text in (
         '{"id": "\\ud800", "inputs": []}',
@@ -626,7 +626,7 @@ def test_half_surrogates_are_refused_as_orjson_does(loaded):
         error_of(client.post("/v2/models/mixed/infer", content=text), 400, "JSON")
 
 
-def test_counts_that_come_late_do_not_erase_newer_ones(tmp_path):
+def test_late_counts_do_not_erase_newer_ones(tmp_path):
     from bonsai_lora.storage.counts import CountFile, Counts
 
     counts = CountFile(tmp_path)

@@ -1,4 +1,4 @@
-"""The fast lane, the framework behind the guard, and another ASGI server give the same answers."""
+"""The fast lane, FastAPI with the guarded protocol, and a plain ASGI server respond the same."""
 
 import contextlib
 import itertools
@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from conftest import TINY, assert_problem, serving, upload
+from conftest import TINY, assert_problem, connect, read_answer, serving, upload
 from test_apply import Q_PROJ
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -35,7 +35,7 @@ INFER = "/v2/models/plain/infer"
 
 @pytest.fixture
 def clients(settings):
-    """One application behind the fast lane, behind the guard alone, and behind another protocol."""
+    """One application served by the fast lane, by the guarded protocol, and by h11."""
     app = create_app(settings)
     with contextlib.ExitStack() as stack:
         made = []
@@ -69,7 +69,7 @@ def infer_json(x, name=Q_PROJ, **fields):
 
 
 def corpus():
-    """Requests of every kind to the routes that the fast lane takes: path, body, headers."""
+    """Requests of every kind to the routes of the fast lane: path, body, headers."""
     x = batch()
     text = json.dumps({"inputs": x.tolist()})
     nan = x.copy()
@@ -144,7 +144,7 @@ def seen(answer):
     return answer.status_code, headers, content
 
 
-def test_every_kind_of_request_has_one_answer(clients):
+def test_every_kind_of_request_has_the_same_response(clients):
     statuses = set()
     for path, body, headers in corpus():
         first, *others = (seen(one.post(path, content=body, headers=headers)) for one in clients)
@@ -154,7 +154,7 @@ def test_every_kind_of_request_has_one_answer(clients):
     assert statuses == {200, 400, 404, 406, 415, 422}
 
 
-def test_random_requests_have_one_answer(clients):
+def test_random_requests_have_the_same_response(clients):
     """Bytes, paths and headers of good requests, changed at random."""
     numbers = random.Random(7)
     requests = list(corpus())
@@ -176,11 +176,6 @@ def test_random_requests_have_one_answer(clients):
         assert answers[0] == answers[1], (path, bytes(body), headers)
 
 
-def connect(client):
-    url = client.base_url
-    return socket.create_connection((url.host, url.port), timeout=20)
-
-
 def raw(path, body, headers=BINARY, method="POST"):
     body = body if isinstance(body, bytes) else body.encode()
     lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
@@ -188,23 +183,8 @@ def raw(path, body, headers=BINARY, method="POST"):
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def read_answer(connection, rest=b""):
-    """Status, body, and what already came of the next answer."""
-    while b"\r\n\r\n" not in rest:
-        part = connection.recv(1 << 16)
-        assert part, rest
-        rest += part
-    head, _, rest = rest.partition(b"\r\n\r\n")
-    length = int(head.lower().split(b"\r\ncontent-length:")[1].split(b"\r\n")[0])
-    while len(rest) < length:
-        part = connection.recv(1 << 16)
-        assert part
-        rest += part
-    return int(head.split()[1]), rest[:length], rest[length:]
-
-
 def exchange(client, sent, count, pieces):
-    """The answers to raw bytes that come in `pieces`."""
+    """The responses to raw bytes sent in `pieces`."""
     with connect(client) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -230,9 +210,11 @@ def exchange(client, sent, count, pieces):
 
 
 @pytest.mark.parametrize(
-    "pieces", [[1 << 30], itertools.repeat(7), itertools.cycle([1, 1000, 63, 4096])], ids=str
+    "pieces",
+    [[1 << 30], itertools.repeat(7), itertools.cycle([1, 1000, 63, 4096])],
+    ids=["whole", "by seven bytes", "irregular"],
 )
-def test_requests_behind_each_other_in_pieces_of_any_size(clients, pieces):
+def test_pipelined_requests_in_pieces_of_any_size(clients, pieces):
     """Some refused, some to other routes: the answers keep their order."""
     asked = [one for one in corpus() if len(one[1]) < 3000]
     random.Random(1).shuffle(asked)
@@ -249,7 +231,7 @@ def test_requests_behind_each_other_in_pieces_of_any_size(clients, pieces):
 
 
 def test_hundreds_of_requests_at_once(clients):
-    """They take turns with others, and come back in their order."""
+    """They take turns with other connections, and the responses keep their order."""
     bodies = [body_of(batch(seed=seed)) for seed in range(3)]
     right = [clients[1].post(ONE, content=body, headers=BINARY).content for body in bodies]
     order = [number % 3 for number in range(400)]
@@ -258,7 +240,7 @@ def test_hundreds_of_requests_at_once(clients):
     assert found == [(200, right[one]) for one in order]
 
 
-def test_what_no_parser_takes_ends_the_connection_after_the_answers_before_it(clients):
+def test_an_unreadable_request_closes_the_connection_after_earlier_responses(clients):
     one = raw(ONE, body_of(batch()))
     for client in clients[:2]:
         with connect(client) as connection:
@@ -269,7 +251,7 @@ def test_what_no_parser_takes_ends_the_connection_after_the_answers_before_it(cl
             assert connection.recv(10) == b""
 
 
-def test_a_client_that_goes_away_amid_many_requests(clients, capfd):
+def test_a_client_that_disconnects_amid_many_requests(clients, capfd):
     one = raw(ONE, body_of(batch()))
     for _ in range(20):
         with connect(clients[0]) as connection:
@@ -279,7 +261,7 @@ def test_a_client_that_goes_away_amid_many_requests(clients, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_requests_are_counted_alike_and_have_ids(clients):
+def test_requests_are_counted_and_have_ids(clients):
     for client in clients[:2]:
         client.post(ONE, content=body_of(batch()), headers=BINARY)
         answer = client.post(
@@ -300,7 +282,7 @@ def test_requests_are_counted_alike_and_have_ids(clients):
     assert counts["inference_stats"]["compute_infer"]["ns"] > 0
 
 
-def test_a_changed_set_is_seen_at_once(clients):
+def test_a_changed_set_is_visible_immediately(clients):
     for version, folder in enumerate(("rslora-patterns", "plain"), 2):
         upload(clients[0], "plain", TINY / folder)
         for client in clients:
@@ -313,13 +295,13 @@ def test_a_changed_set_is_seen_at_once(clients):
 
 @pytest.mark.parametrize("served", [0, 1], ids=["fast lane", "framework"])
 class TestHeads:
-    """Limits of a request head, whoever parses it."""
+    """Limits of a request head, with each parser."""
 
     def lines(self, count, size=10):
         return {f"X-{number}": "v" * size for number in range(count)}
 
     @pytest.mark.parametrize("path", [ONE, "/healthz"])
-    def test_lines(self, clients, served, path):
+    def test_limit_of_header_lines(self, clients, served, path):
         body = body_of(batch())
         most = MAX_HEAD_LINES - 3  # Host, Content-Length, Content-Type
         for count, wanted in ((most, {200, 405}), (most + 1, {431})):
@@ -333,13 +315,13 @@ class TestHeads:
                     assert problem["limit_lines"] == MAX_HEAD_LINES
                     assert connection.recv(10) == b""
 
-    def test_bytes(self, clients, served):
+    def test_limit_of_head_bytes(self, clients, served):
         for size, wanted in ((MAX_HEAD_BYTES - 300, 200), (MAX_HEAD_BYTES, 431)):
             with connect(clients[served]) as connection:
                 connection.sendall(raw(ONE, body_of(batch()), BINARY | {"X-Long": "v" * size}))
                 assert read_answer(connection)[0] == wanted
 
-    def test_a_line_that_never_ends_is_not_kept(self, clients, served):
+    def test_an_endless_header_line_is_not_buffered(self, clients, served):
         with connect(clients[served]) as connection:
             connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: ")
             with contextlib.suppress(OSError):  # the server may close before all is sent
@@ -349,7 +331,7 @@ class TestHeads:
                 pytest.fail("6.5 MB of one header line were taken")
         assert clients[served].get("/healthz").status_code == 200
 
-    def test_a_head_behind_a_body_has_limits_of_its_own(self, clients, served):
+    def test_each_head_on_a_connection_has_its_own_limits(self, clients, served):
         body = body_of(batch(800))
         with connect(clients[served]) as connection:
             connection.sendall(
@@ -359,9 +341,7 @@ class TestHeads:
             connection.sendall(b"\r\nHost: x\r\n\r\n")
             assert read_answer(connection)[0] == 200
 
-    def test_one_too_large_does_not_come_before_the_answer_to_an_earlier_request(
-        self, clients, served
-    ):
+    def test_431_follows_the_responses_to_earlier_requests(self, clients, served):
         body = body_of(batch(3000))
         with connect(clients[served]) as connection:
             large = raw("/healthz", b"", {"X-Long": "v" * 100_000}, "GET")
@@ -369,7 +349,7 @@ class TestHeads:
             assert read_answer(connection)[0] == 200
 
 
-def test_a_short_body_that_does_not_come(settings):
+def test_a_short_body_that_never_arrives(settings):
     app = create_app(settings.model_copy(update={"stall_seconds": 0.3}))
     for http in (None, GuardedProtocol, H11Protocol):
         with serving(app, http=http) as url, httpx.Client(base_url=url) as client:
@@ -381,7 +361,7 @@ def test_a_short_body_that_does_not_come(settings):
                 assert connection.recv(10) == b""
 
 
-def test_a_client_that_reads_nothing_is_disconnected(settings):
+def test_a_client_that_does_not_read_is_disconnected(settings):
     app = create_app(settings.model_copy(update={"stall_seconds": 0.5}))
     body = body_of(batch(20_000))
     for http in (None, GuardedProtocol):
@@ -400,8 +380,8 @@ def test_a_client_that_reads_nothing_is_disconnected(settings):
                 assert got < 20_000 * 128 * 4
 
 
-def test_a_refused_body_is_passed_over(clients):
-    """Its bytes are not taken for the next request."""
+def test_the_body_of_a_refused_request_is_skipped(clients):
+    """Its bytes are not parsed as the next request."""
     for client in clients[:2]:
         with connect(client) as connection:
             refused = b"POST /v1/" * (1 << 15)
@@ -411,8 +391,8 @@ def test_a_refused_body_is_passed_over(clients):
             assert read_answer(connection)[0] == 200
 
 
-def test_a_refusal_of_a_client_that_waits_to_send_ends_the_connection(clients):
-    """Nobody knows whether the body will come."""
+def test_an_error_instead_of_100_continue_closes_the_connection(clients):
+    """The client may or may not send the body."""
     with connect(clients[0]) as connection:
         size = 1 << 17
         head = raw(ONE.replace(Q_PROJ, "nothing"), bytes(size), {"Expect": "100-continue"})[:-size]
@@ -422,7 +402,7 @@ def test_a_refusal_of_a_client_that_waits_to_send_ends_the_connection(clients):
 
 
 @pytest.mark.parametrize(("rank", "width"), [(0, 4), (1, 1)])
-def test_factors_without_numbers_hide_nothing_that_is_not_finite(clients, rank, width):
+def test_empty_factors_do_not_hide_non_finite_inputs(clients, rank, width):
     """An A with no numbers, or the one number 0."""
     client = clients[0]
     client.post("/v1/sets", json={"name": "s"})

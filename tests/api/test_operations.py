@@ -22,7 +22,7 @@ def test_health_and_readiness(client):
     assert client.get("/openapi.json").json()["info"]["title"] == "Bonsai LoRA"
 
 
-def test_metrics_count(client):
+def test_metrics_count_requests(client):
     upload(client, "plain", TINY / "plain")
     path = "/v1/sets/plain/adapters/model.layers.0.self_attn.q_proj"
     client.post(f"{path}/apply", json={"inputs": [[0.0] * 64] * 3})
@@ -62,17 +62,17 @@ def test_hot_routes_have_ids_too(client):
     assert client.post(path, json={"inputs": [0.5] * 64}).headers["x-request-id"] != "abc-123"
 
 
-def test_the_frameworks_refusals_have_our_shape(client):
+def test_the_frameworks_errors_are_problems(client):
     assert_problem(client.get("/nothing"), 404, "not_found")
     answer = client.post("/v1/sets/x")
     assert_problem(answer, 405, "method_not_allowed")
-    assert answer.headers["allow"] == "DELETE, GET, PATCH, PUT"
+    assert answer.headers["allow"] == "DELETE, GET, HEAD, PATCH, PUT"
     answer = client.post("/healthz")
     assert_problem(answer, 405, "method_not_allowed")
     assert_problem(client.get("/v1/sets?limit=x"), 422, "invalid_request")
 
 
-def test_an_unknown_error_shows_no_internals(app, client, monkeypatch):
+def test_an_unexpected_error_shows_no_internals(app, client, monkeypatch):
     def fail(_name):
         raise RuntimeError("secret")
 
@@ -82,7 +82,7 @@ def test_an_unknown_error_shows_no_internals(app, client, monkeypatch):
     assert "secret" not in answer.text
 
 
-def test_overload_is_refused_at_once(settings):
+def test_overload_is_refused_immediately(settings):
     tight = settings.model_copy(update={"max_concurrency": 1})
     with serving(create_app(tight)) as url, httpx.Client(base_url=url, timeout=30) as client:
         client.post("/v1/sets", json={"name": "s"})
@@ -114,7 +114,7 @@ def test_overload_is_refused_at_once(settings):
         assert client.post(path, json={"inputs": [1, 2]}).status_code == 200
 
 
-def test_metrics_say_what_runs(app, client):
+def test_metrics_report_versions_and_work(app, client):
     text = client.get("/metrics").text
     kernels = "off" if backend.running() is None else "on"
     info = f'{{fast_lane="on",kernels="{kernels}",version="{app.version}"}}'

@@ -1,4 +1,4 @@
-"""What a browser shows comes from the service alone, and is what was vendored."""
+"""The documentation page loads files of this service only, and they are the vendored ones."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def test_vendored_files_are_those_of_the_manifest():
             assert hashlib.sha256(content).hexdigest() == expected, name
 
 
-def test_the_root_leads_to_the_page(client):
+def test_the_root_redirects_to_the_page(client):
     assert client.get("/").headers["location"] == "docs"
     assert client.get("/", follow_redirects=True).url.path == "/docs"
     assert client.head("/").status_code == 307

@@ -33,13 +33,13 @@ def test_ranges(header, expected):
 
 
 @pytest.mark.parametrize("header", ["bytes=10-", "bytes=10-20", "bytes=-0", "bytes=11-,12-"])
-def test_nothing_left(header):
+def test_ranges_beyond_the_end(header):
     with pytest.raises(RangeNotSatisfiableError):
         parse_ranges(header, 10)
 
 
 @given(st.text(alphabet="bytes=0123456789-, ", max_size=40), st.integers(0, 50))
-def test_any_header_gives_ranges_inside_the_file(header, size):
+def test_any_header_gives_ranges_within_the_file(header, size):
     try:
         found = parse_ranges(header, size)
     except RangeNotSatisfiableError:

@@ -116,7 +116,7 @@ def test_input_and_output_may_be_the_same_bytes(local):
         assert np.array_equal(got, exact(client, Q_PROJ, x))
 
 
-def test_sizes_and_places_that_are_refused(local):
+def test_invalid_sizes_and_offsets_are_refused(local):
     _, server = local
     x = np.ones((1, 64), np.float32)
     with memory(1024) as (handle, key):
@@ -222,7 +222,7 @@ def test_overlapping_outputs_are_refused(local):
         "//x",
     ],
 )
-def test_keys_that_are_refused(local, key):
+def test_invalid_keys_are_refused(local, key):
     client, _ = local
     body = {"key": key, "offset": 0, "byte_size": 4}
     answer = client.post("/v2/systemsharedmemory/region/r/register", json=body)
@@ -253,7 +253,7 @@ def test_files_that_are_no_shared_memory(local, tmp_path, kind):
             path.unlink(missing_ok=True)
 
 
-def test_a_region_that_shrinks_is_an_error_and_no_crash(local):
+def test_a_region_that_shrinks_is_an_error_not_a_crash(local):
     _, server = local
     x = np.ones((1, 64), np.float32)
     path = SHARED_MEMORY / f"bonsai-test-{secrets.token_hex(8)}"
@@ -275,7 +275,7 @@ def test_a_region_that_shrinks_is_an_error_and_no_crash(local):
     server.unregister_system_shared_memory("r")
 
 
-def test_another_worker_opens_only_what_was_registered(tmp_path):
+def test_a_replaced_file_is_not_opened_by_other_workers(tmp_path):
     one, other = SharedRegions(tmp_path), SharedRegions(tmp_path)
     from bonsai_lora.errors import InvalidRequestError, RegionNotFoundError
     from bonsai_lora.wire.oip import Placement
@@ -310,7 +310,7 @@ def test_shared_memory_only_on_the_loopback(host):
         assert Settings(host=allowed, shared_memory=True).shared_memory
 
 
-def test_descriptors_are_given_back(local):
+def test_descriptors_are_closed(local):
     client, server = local
     before = len(os.listdir("/proc/self/fd"))
     x = np.ones((1, 64), np.float32)

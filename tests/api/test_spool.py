@@ -17,7 +17,7 @@ from bonsai_lora.errors import MalformedBodyError, StalledError
     st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_blocks_come_out_as_they_went_in(sizes, disk, lazy, data):
+def test_blocks_keep_their_order(sizes, disk, lazy, data):
     blocks = [bytes([index % 251]) * size for index, size in enumerate(sizes)]
     naps = data.draw(st.lists(st.integers(0, 2), min_size=len(sizes), max_size=len(sizes)))
     memory, spool.MEMORY_BYTES = spool.MEMORY_BYTES, 4000

@@ -69,7 +69,7 @@ def test_dora_merges_as_peft_does(based):
     assert_problem(refused, 422, "unsupported_adapter")
 
 
-def test_dora_without_what_it_needs(client, based):
+def test_dora_without_base_or_base_outputs(client, based):
     x = [[0.5] * 64]
     path = f"/v1/sets/dora/adapters/{MODULE}/apply"
     upload(client, "dora", TINY / "dora")
@@ -177,7 +177,7 @@ def test_replaced_parameters_are_kept_and_exported(client, rng, store):
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_the_replaced_bias_of_a_module_goes_with_it(client, rng, bias):
+def test_a_module_with_a_replaced_bias(client, rng, bias):
     other = "model.layers.1.self_attn.q_proj"
     tensors = peft_tensors(rng) | peft_tensors(rng, other)
     vectors = {f"base_model.model.{one}.bias": np.ones(5, np.float32) for one in (MODULE, other)}
@@ -203,7 +203,7 @@ def test_ignored_tensors_are_left_out(client, rng):
 
 
 def test_an_upload_is_written_once_and_its_header_fits(client, store, rng):
-    """The data stays where it arrived; only the header before it is written."""
+    """The data stays in its file; only the header before it is written."""
     many = {}
     for layer in range(300):
         many |= peft_tensors(rng, module=f"model.layers.{layer}.self_attn.q_proj")

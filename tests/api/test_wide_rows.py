@@ -1,4 +1,4 @@
-"""Rows so wide that a sum in float32 shows: DoRA's norms, by every way in which they are asked for.
+"""Rows so wide that float32 sums would lose digits: DoRA's norms, by every route that needs them.
 
 A row of n equal numbers v has the norm sqrt(n) |v|. Adding the constant v² to a growing float32
 rounds the same way for a whole binade, so a float32 sum of a million terms is off by more than
@@ -45,7 +45,7 @@ def service(tmp_path_factory):
         yield client, weights, exact
 
 
-def test_applied(service):
+def test_apply_to_wide_rows(service):
     client, _, ratio = service
     tensors = {"inputs": np.zeros(WIDTH, np.float32), "base_outputs": np.ones(2, np.float32)}
     path = f"/v1/sets/s/adapters/{MODULE}/apply"
@@ -55,7 +55,7 @@ def test_applied(service):
     assert (np.abs(added - (ratio - 1)) <= TOLERANCE * (ratio + 1)).all()
 
 
-def test_merged_file(service):
+def test_a_merged_file_with_wide_rows(service):
     client, weights, ratio = service
     answer = client.get("/v1/bases/base/merged/s/model.safetensors")
     merged = safetensors.decode(answer.content)[0][f"{MODULE}.weight"].astype(np.float64)
@@ -63,7 +63,7 @@ def test_merged_file(service):
     assert (np.abs(merged - exact) <= TOLERANCE * exact).all()
 
 
-def test_merged_weights(service):
+def test_merged_weights_with_wide_rows(service):
     client, weights, ratio = service
     body = safetensors.encode({"weights": weights})
     answer = client.post(f"/v1/sets/s/adapters/{MODULE}/merge", content=body, headers=BINARY)

@@ -57,6 +57,27 @@ def test_a_wrong_width_is_refused_not_truncated(shape):
     assert caught.value.values["got"] == list(shape)
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((64, 4), (3, 1)),  # the kernel would read 63 numbers after each row of B
+        ((2, 4), (2, 3)),
+        ((2, 4), (3,)),
+        ((2,), (3, 2)),
+        ((2, 4), (3, 2, 2)),
+        ((2, 4), (3, 2), (1,)),
+        ((2, 4), (3, 2), (4,)),
+        ((2, 4), (3, 2), None, (2,)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(shapes):
+    a_matrix, b_matrix, *vectors = (
+        one if one is None else np.ones(one, np.float32) for one in shapes
+    )
+    with pytest.raises(ShapeMismatchError, match="expected"):
+        LoraAdapter(LoraConfig(), a_matrix, b_matrix, 1.0, *vectors)
+
+
 def test_rank_zero_changes_nothing():
     adapter = LoraAdapter.new(5, 3, LoraConfig(rank=0))
     assert (adapter.d_in, adapter.d_out, adapter.scaling) == (5, 3, 0.0)

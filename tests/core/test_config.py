@@ -39,11 +39,23 @@ def test_alpha_is_kept_as_float32_and_prints_short():
 
 
 @pytest.mark.parametrize(
-    "values", [{"rank": -1}, {"alpha": float("nan")}, {"alpha": 1e39}, {"dropout": 1.0}]
+    ("field", "value"),
+    [
+        ("rank", -1),
+        ("alpha", float("nan")),
+        ("alpha", 1e39),
+        ("alpha", 10**400),
+        ("dropout", 1.0),
+        ("dropout", -0.1),
+        ("dropout", float("nan")),
+        ("target_modules", "q_proj"),
+    ],
 )
-def test_wrong_values_are_refused(values):
-    with pytest.raises(InvalidRequestError):
-        LoraConfig(**values)
+def test_wrong_values_are_refused(field, value):
+    with pytest.raises(InvalidRequestError) as caught:
+        LoraConfig(**{field: value})
+    assert caught.value.detail.startswith(f"{field} is {value!r}; expected ")
+    assert caught.value.values == {"field": field}
 
 
 def test_targets():

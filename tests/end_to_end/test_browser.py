@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def browse(url, folder):
-    """The page at `url` once its scripts have run, its console lines, and what it asked for."""
+    """The page at `url` after its scripts have run, its console lines, and its requests."""
     requests = folder / "requests.json"
     own = [f"--user-data-dir={folder / 'profile'}", f"--log-net-log={requests}"]
     done = subprocess.run(
@@ -54,7 +54,7 @@ def test_the_page_shows_every_operation(client, tmp_path):
     assert asked == {f"{url}/openapi.json", *(f"{url}/page/{name}" for name in files)}
 
 
-def test_an_open_operation_breaks_no_rule_of_the_policy(client, tmp_path):
+def test_an_open_operation_violates_no_policy(client, tmp_path):
     dom, console, _ = browse(f"{client.base_url}/docs#/apply/apply_adapter", tmp_path)
     assert "Try it out" in dom
     assert "shape_mismatch" in dom

@@ -10,19 +10,12 @@ import sys
 import httpx
 import numpy as np
 import pytest
-from conftest import TINY, read_tensors, serving
+from conftest import TINY, read_tensors
+from scripted import Answer, scripted
 
-from bonsai_lora.api.app import create_app
 from bonsai_lora.cli.main import main
-from bonsai_lora.cli.pull import STATE_FOLDER, Progress
-
-
-@pytest.fixture
-def service(settings, tmp_path):
-    shutil.copytree(TINY / "base", tmp_path / "bases" / "tiny-qwen3")
-    known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
-    with serving(create_app(known)) as url:
-        yield url
+from bonsai_lora.cli.progress import ProgressLine
+from bonsai_lora.client.download import STATE_FOLDER
 
 
 @pytest.fixture
@@ -72,7 +65,7 @@ def test_apply_from_a_file_and_from_standard_input(run, tmp_path, monkeypatch):
     assert (code, "shape_mismatch" in err) == (1, True)
 
 
-def test_the_service_says_where_a_number_is_none(run, monkeypatch):
+def test_errors_name_the_index_of_a_non_number(run, monkeypatch):
     run("push", "plain", TINY / "plain")
     for number in ("NaN", "1e999"):
         monkeypatch.setattr(sys, "stdin", io.StringIO(f"[[1, {number}]]"))
@@ -81,14 +74,14 @@ def test_the_service_says_where_a_number_is_none(run, monkeypatch):
         assert "inputs[0][1] is" in err
 
 
-def test_what_is_no_url(capsys):
+def test_invalid_urls(capsys):
     for url in ("foo", "ftp://localhost", "http://a:b"):
         assert main(["ls", "--url", url]) == 2
-        assert "is no URL" in capsys.readouterr().err
+        assert "is not a valid URL" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
-def test_nobody_reads_what_is_printed(service, more):
+def test_closed_standard_output(service, more):
     reading, writing = os.pipe()
     os.close(reading)
     words = [sys.executable, "-m", "bonsai_lora.cli.main", "ls", "--url", service, *more]
@@ -137,7 +130,7 @@ def test_pull_a_merged_model(run, service, tmp_path):
     assert not list((target / STATE_FOLDER).glob("*.partial"))
 
 
-def test_pull_an_adapter_and_what_does_not_exist(run, tmp_path):
+def test_pull_an_adapter_and_missing_models(run, tmp_path):
     run("push", "plain", TINY / "plain")
     assert run("pull", "adapters/plain", "-o", tmp_path / "a")[0] == 0
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["r"] == 8
@@ -150,7 +143,7 @@ def test_pull_an_adapter_and_what_does_not_exist(run, tmp_path):
 @pytest.mark.parametrize(
     "words", [("show", ".."), ("stats", "."), ("rm", ""), ("pull", "../..", "-o", "x")]
 )
-def test_names_that_are_none(run, words):
+def test_invalid_names(run, words):
     code, _, err = run(*words)
     assert code == 2
     assert err.startswith("bonsai-lora: ")
@@ -166,6 +159,40 @@ def test_odd_file_names(run, settings, tmp_path):
     assert (tmp_path / "o" / "a%41.txt").read_text() == "a%41.txt"
 
 
+def test_the_address_and_the_token_of_the_environment(service, capsys, monkeypatch):
+    monkeypatch.setenv("BONSAI_LORA_URL", service)
+    assert main(["ls", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    assert main(["ls", "--url", "http://127.0.0.1:9"]) == 3  # a flag beats the variable
+    with scripted([Answer(200, b'{"sets": [], "next_cursor": null}')]) as server:
+        monkeypatch.setenv("BONSAI_LORA_URL", server.url)
+        monkeypatch.setenv("BONSAI_LORA_TOKEN", "bl_secret")
+        assert main(["ls", "--header", "X-Team: search", "--header", "X-Empty:"]) == 0
+    (head,) = server.heads
+    assert b"authorization: bearer bl_secret" in head.lower()
+    assert b"X-Team: search" in head
+    assert b"X-Empty: \r\n" in head
+
+
+@pytest.mark.parametrize("text", ["X-Team", "X Team: a", ": a", "X-Team: a\r\nX-More: b", "X: é"])
+def test_headers_that_are_malformed(text, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["ls", "--header", text])
+    assert exit_.value.code == 2
+    assert "is not a header, such as 'X-Team: search'" in capsys.readouterr().err
+
+
+def test_a_service_of_a_different_kind(capsys):
+    with scripted([Answer(200, b"<html>"), Answer(200, b"{}"), Answer(502, b"<html>")]) as server:
+        for code, text in (
+            (3, "cannot be decoded"),
+            (3, "KeyError"),
+            (1, "answered 502 Bad Gateway"),
+        ):
+            assert main(["ls", "--url", server.url]) == code
+            assert text in capsys.readouterr().err
+
+
 def test_no_service(capsys):
     assert main(["ls", "--url", "http://127.0.0.1:9"]) == 3
     assert "no service at http://127.0.0.1:9" in capsys.readouterr().err
@@ -175,8 +202,8 @@ def test_progress_shows_rate_and_time_left(monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
-    with Progress(2_000_000) as progress:
-        progress.add(1_000_000)
-        progress.add(1_000_000)
+    with ProgressLine() as line:
+        line.update(1_000_000, 2_000_000)
+        line.update(2_000_000, 2_000_000)
     assert "100% 2/2 MB" in screen.getvalue()
     assert "s left" in screen.getvalue()

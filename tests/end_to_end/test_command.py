@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
+from bonsai_lora.cli import serve
 from bonsai_lora.cli.main import main
 from bonsai_lora.formats import safetensors
 from bonsai_lora.settings import Settings
@@ -25,7 +27,7 @@ COMMAND = str(Path(sys.executable).parent / "bonsai-lora")
 
 @contextlib.contextmanager
 def running(*flags, port="0", command=(COMMAND,), **variables):
-    """Run `bonsai-lora serve` on a free port; give where it says it serves, and its process."""
+    """Run `bonsai-lora serve` on a free port; yield the address from its log and its process."""
     process = subprocess.Popen(
         [*command, "serve", *([] if port is None else ["--port", port]), *flags],
         stderr=subprocess.PIPE,
@@ -55,7 +57,7 @@ def running(*flags, port="0", command=(COMMAND,), **variables):
         process.stderr.close()
 
 
-def test_sigterm_finishes_what_runs_and_exits_0(tmp_path):
+def test_sigterm_finishes_requests_in_flight_and_exits_0(tmp_path):
     with running("--store", str(tmp_path)) as (url, process):
         httpx.post(f"{url}/v1/sets", json={"name": "s"})
         httpx.put(f"{url}/v1/sets/s/adapters/m", json={"d_in": 2, "d_out": 2})
@@ -86,6 +88,24 @@ def test_sigterm_finishes_what_runs_and_exits_0(tmp_path):
         assert process.wait(timeout=20) == 0
 
 
+def test_variables_that_are_not_settings_are_named(monkeypatch):
+    for name in ("BONSAI_LORA_PROT", "BONSAI_LORA_PORT", "BONSAI_LORA_URL", "BONSAI_LORA_TOKEN"):
+        monkeypatch.setenv(name, "8000")
+    warnings = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    log = logging.getLogger("bonsai_lora")
+    log.addHandler(handler)
+    try:
+        serve._warn_of_unknown_variables()
+    finally:
+        log.removeHandler(handler)
+    named = " ".join(warnings)
+    assert "BONSAI_LORA_PROT is not a setting" in named
+    for known in ("BONSAI_LORA_PORT", "BONSAI_LORA_URL", "BONSAI_LORA_TOKEN"):
+        assert known not in named
+
+
 def test_a_restart_keeps_everything(tmp_path):
     with running(BONSAI_LORA_STORE=str(tmp_path)) as (url, process):
         created = httpx.post(f"{url}/v1/sets", json={"name": "s", "model": "qwen3-0.6b"})
@@ -97,7 +117,7 @@ def test_a_restart_keeps_everything(tmp_path):
         assert again.json() == created.json()
 
 
-def test_a_flag_beats_the_variable_and_memory_goes_with_the_process(tmp_path):
+def test_flags_take_precedence_and_memory_stores_are_deleted(tmp_path):
     with running("--store", "memory:", BONSAI_LORA_STORE=str(tmp_path / "x")) as (url, process):
         assert httpx.post(f"{url}/v1/sets", json={"name": "s"}).status_code == 201
         assert not (tmp_path / "x").exists()
@@ -113,12 +133,30 @@ def test_a_flag_beats_the_variable_and_memory_goes_with_the_process(tmp_path):
         (["--max-rows", "0"], "max_rows"),
         (["--log-format", "xml"], "log_format"),
         (["--store", "/proc/nothing", "--port", "0"], "store"),
+        (["--store", "", "--port", "0"], "store"),  # would be the working folder
         (["--kernels", "fast"], "kernels"),
     ],
 )
 def test_wrong_settings_are_named(flags, word, capsys):
     assert main(["serve", *flags]) == 2
     assert word in capsys.readouterr().err.replace("-", "_")
+
+
+def test_an_empty_variable_counts_as_not_set(monkeypatch):
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"BONSAI_LORA_{name.upper()}", "")
+    empty = Settings()
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"BONSAI_LORA_{name.upper()}")
+    assert empty == Settings()
+
+
+def test_a_folder_of_bases_that_does_not_exist_is_logged(tmp_path):
+    # A store that cannot be opened ends the command right after the checks of the settings.
+    flags = ["--bases", str(tmp_path / "bases"), "--store", "/proc/nothing", "--port", "0"]
+    done = subprocess.run([COMMAND, "serve", *flags], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"the folder of bases {tmp_path / 'bases'} does not exist" in done.stderr
 
 
 def test_help_names_every_setting(capsys):
@@ -165,7 +203,7 @@ def test_shared_memory_is_a_switch_for_the_loopback_only(tmp_path, capsys):
 
 
 def test_sigterm_in_the_middle_of_a_long_body(tmp_path):
-    """The request is finished, and the connection takes no other."""
+    """The request is completed, and the connection accepts no other."""
     with running("--store", str(tmp_path)) as (url, process):
         httpx.post(f"{url}/v1/sets", json={"name": "s"})
         httpx.put(f"{url}/v1/sets/s/adapters/m", json={"d_in": 256, "d_out": 2})
@@ -189,7 +227,7 @@ def test_sigterm_in_the_middle_of_a_long_body(tmp_path):
         assert process.wait(timeout=10) == 0
 
 
-def test_it_serves_where_calls_of_linux_are_missing(tmp_path):
+def test_it_serves_without_linux_system_calls(tmp_path):
     """As on macOS: no affinity, no mincore, mallopt or prctl, and no limit on files to raise."""
     code = (
         "import ctypes, os, resource, sys\n"

@@ -16,7 +16,7 @@ from bonsai_lora.formats import safetensors
 MODULE = "model.layers.0.self_attn.q_proj"
 WIDTH = 4_000_000
 SIZE = 2 * 4 * WIDTH
-COPIES = 2 * SIZE  # what A would take as float32; the allocator keeps some MiB of bodies
+COPIES = 2 * SIZE  # the size of A as float32; the allocator keeps some MiB of bodies
 
 
 def private_bytes(pid):
@@ -31,7 +31,7 @@ def taken_since(before, pid):
     return min(private_bytes(pid) - before for _ in range(10) if not time.sleep(0.05))
 
 
-def test_memory_comes_back(tmp_path, rng):
+def test_memory_is_released(tmp_path, rng):
     tensors = {
         key: value.astype(ml_dtypes.bfloat16)
         for key, value in peft_tensors(rng, rank=4, d_in=WIDTH, d_out=8).items()

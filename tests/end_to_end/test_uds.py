@@ -53,7 +53,7 @@ def serve(path, store, *flags):
 
 
 def put_random(client, rng, rank, d_in, d_out):
-    """Make the set `s` with a module `m`; give its matrices."""
+    """Create the set `s` with a module `m`; return its matrices."""
     client.post("/v1/sets", json={"name": "s"}).raise_for_status()
     a = rng.standard_normal((rank, d_in)).astype(np.float32)
     b = rng.standard_normal((d_out, rank)).astype(np.float32)
@@ -64,7 +64,7 @@ def put_random(client, rng, rank, d_in, d_out):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_only_the_socket_is_served_and_it_goes_at_the_end(path, tmp_path, rng, workers):
+def test_only_the_socket_is_served_and_it_is_removed_on_exit(path, tmp_path, rng, workers):
     with serve(path, tmp_path / "s", "--workers", str(workers)) as (address, process):
         assert address == f"unix:{path}"
         status = path.lstat()
@@ -104,7 +104,7 @@ def listening_ports(pid):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_port_is_served_too_where_it_is_given(path, tmp_path, workers):
+def test_a_port_is_served_too_if_given(path, tmp_path, workers):
     flags = ["--uds", str(path), "--workers", str(workers), "--store", str(tmp_path / "s")]
     with running(*flags, port=None, BONSAI_LORA_PORT="0") as (address, process):
         url, _, rest = address.partition(" and ")
@@ -122,7 +122,7 @@ def test_the_socket_of_a_killed_service_is_replaced(path, tmp_path, workers):
         process.wait(timeout=20)
     assert stat.S_ISSOCK(path.lstat().st_mode)
     old = path.lstat().st_ino
-    # An inode number may be given anew at once, so the old file is kept by a second name.
+    # An inode number may be reused immediately, so a second link keeps the old file.
     os.link(path, path.with_name("old"))
     with serve(path, tmp_path / "s"), over(path) as client:
         assert path.lstat().st_ino != old
@@ -130,18 +130,18 @@ def test_the_socket_of_a_killed_service_is_replaced(path, tmp_path, workers):
     assert not path.exists()
 
 
-def test_a_socket_that_answers_is_not_taken_away(path, tmp_path, capsys):
+def test_a_socket_in_use_is_not_replaced(path, tmp_path, capsys):
     with serve(path, tmp_path / "s"):
         inode = path.lstat().st_ino
         assert main(["serve", "--uds", str(path), "--store", str(tmp_path / "t")]) == 2
-        assert "another process answers on it; see --uds" in capsys.readouterr().err
+        assert "another process is listening on it; choose" in capsys.readouterr().err
         assert path.lstat().st_ino == inode
         with over(path) as client:
             assert client.get("/healthz").status_code == 200
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "pipe"])
-def test_what_is_no_socket_is_left_alone(path, tmp_path, capsys, kind):
+def test_other_files_are_not_replaced(path, tmp_path, capsys, kind):
     target = tmp_path / "target"
     {
         "file": lambda: path.write_text("mine"),
@@ -152,19 +152,19 @@ def test_what_is_no_socket_is_left_alone(path, tmp_path, capsys, kind):
     before = path.lstat()
     assert main(["serve", "--uds", str(path), "--store", str(tmp_path / "s")]) == 2
     said = capsys.readouterr().err
-    assert f"cannot listen on the Unix socket {path}: a file that is not a socket is there" in said
+    assert f"cannot listen on the Unix socket {path}: the path is not a socket" in said
     assert path.lstat() == before
     assert not target.exists()
 
 
-def test_paths_that_cannot_be(tmp_path, capsys):
+def test_invalid_paths(tmp_path, capsys):
     for uds in (tmp_path / "none" / "x.sock", tmp_path / ("x" * 120), tmp_path):
         assert main(["serve", "--uds", str(uds), "--store", str(tmp_path / "s")]) == 2
         assert f"cannot listen on the Unix socket {uds}: " in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
 
 
-def test_of_many_that_start_at_once_over_a_stale_socket_one_serves(path):
+def test_one_of_many_that_start_together_over_a_stale_socket_serves(path):
     stale = socket.socket(socket.AF_UNIX)
     stale.bind(str(path))
     stale.close()
@@ -204,7 +204,7 @@ def test_of_many_that_start_at_once_over_a_stale_socket_one_serves(path):
     assert not path.exists()
 
 
-def test_nobody_else_can_connect_at_any_moment(path):
+def test_other_users_can_never_connect(path):
     """The mode is 0660 before anyone can connect, whatever the umask was."""
     before = os.umask(0)
     seen = []
@@ -229,7 +229,7 @@ def test_nobody_else_can_connect_at_any_moment(path):
     assert set(seen) == {0o660}
 
 
-def test_another_services_socket_is_not_removed_at_the_end(path):
+def test_another_services_socket_is_not_removed_on_exit(path):
     with listening(Settings(uds=path)):
         path.unlink()
         other = socket.socket(socket.AF_UNIX)
@@ -242,7 +242,7 @@ def test_a_port_in_use_leaves_no_socket_behind(path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with (
-            pytest.raises(ListenError, match=r"see --port"),
+            pytest.raises(ListenError, match=r"with --host and --port"),
             listening(Settings(uds=path, port=port)),
         ):
             pytest.fail("the port was taken")

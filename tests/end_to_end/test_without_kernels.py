@@ -1,4 +1,4 @@
-"""Without machine code (switched off, forbidden, or taken out) the answers are the same."""
+"""Without machine code (switched off, forbidden, or not installed) the answers are the same."""
 
 import contextlib
 import os

@@ -39,11 +39,11 @@ def wait_until_ready(url):
 
 
 def fresh(url, path, method="GET", **options):
-    """A request on a connection of its own, so that any worker may take it."""
+    """A request on its own connection, so that any worker may serve it."""
     return httpx.request(method, url + path, timeout=30, **options)
 
 
-def test_every_worker_sees_every_change_at_once(workers):
+def test_every_worker_sees_changes_immediately(workers):
     for round_ in range(5):
         assert fresh(workers, "/v1/sets", "POST", json={"name": "a"}).status_code == 201
         for version in range(2, 12):
@@ -59,7 +59,7 @@ def test_every_worker_sees_every_change_at_once(workers):
             assert fresh(workers, "/v1/sets/a").status_code == 404
 
 
-def test_writers_are_serialised_across_workers(workers):
+def test_writers_are_serialized_across_workers(workers):
     fresh(workers, "/v1/sets", "POST", json={"name": "w"})
     codes = []
 
@@ -102,7 +102,7 @@ def test_if_match_holds_across_workers(workers):
     assert sorted(codes) == [201] + [412] * 8
 
 
-def test_any_worker_tells_the_metrics_of_all(workers):
+def test_each_worker_reports_the_metrics_of_all(workers):
     for _ in range(30):
         fresh(workers, "/v1/estimate?d_in=1&d_out=1&rank=1&budget_bytes=1")
     seen = set()
@@ -148,7 +148,7 @@ def test_kill_9_at_any_moment_loses_nothing_acknowledged(tmp_path, round_):
         acknowledged = int(([first, *process.stdout.readlines()])[-1])
     store = SetStore(tmp_path)
     stored = store.read("s")
-    # What was acknowledged is there; one more may have been written but not said.
+    # Acknowledged writes are there; one more may have been written but not acknowledged.
     assert stored.record.version in (acknowledged, acknowledged + 1)
     assert stored.record.config.alpha == stored.record.version
     assert stored.lora_set.registry.get("up_proj").rank == stored.record.version % 7 + 1
@@ -157,7 +157,7 @@ def test_kill_9_at_any_moment_loses_nothing_acknowledged(tmp_path, round_):
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["s.safetensors"]
 
 
-def test_workers_end_with_their_supervisor(tmp_path):
+def test_workers_exit_with_their_supervisor(tmp_path):
     with running("--workers", "2", "--store", str(tmp_path)) as (url, process):
         wait_until_ready(url)
         process.kill()
@@ -228,7 +228,7 @@ def fill(store, **limits):
 
 
 def test_a_full_disk_changes_nothing(tmp_path):
-    """A tmpfs of one megabyte is filled; where mounting is not allowed, a limit on file sizes."""
+    """Fill a tmpfs of one megabyte, or reach a limit of file sizes if mounting is not allowed."""
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)],
         capture_output=True,
@@ -256,7 +256,7 @@ def test_a_read_only_folder(tmp_path):
 
 
 def test_a_read_only_store_serves_and_refuses_changes(tmp_path):
-    """A bind mount made read-only under a running service; skipped where mounting is not allowed."""
+    """Remount the store read-only under a running service; skipped if mounting is not allowed."""
     store = tmp_path / "store"
     SetStore(store)
     bound = subprocess.run(

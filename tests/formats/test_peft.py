@@ -55,7 +55,7 @@ def test_ignored_fields_change_nothing(rng, name):
         assert other.warnings == []
 
 
-def test_unknown_fields_are_passed_over_with_a_warning(rng):
+def test_unknown_fields_are_ignored_with_a_warning(rng):
     assert "from_the_future" in decode(rng, from_the_future=1).warnings[0]
 
 

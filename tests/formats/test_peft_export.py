@@ -88,7 +88,7 @@ def test_any_ranks_and_scalings_come_back(drawn):
 
 @pytest.mark.parametrize("rank", range(1, 12))
 @pytest.mark.parametrize("alpha", [1.0, 8.0, 0.3, 16.0])
-def test_what_all_modules_share_is_said_once(rank, alpha):
+def test_what_all_modules_share_is_written_once(rank, alpha):
     """An upload's scaling is kept in the shortest form of its float32, not in its binary one."""
     config = decode_config(
         json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": alpha}).encode()
@@ -99,3 +99,47 @@ def test_what_all_modules_share_is_said_once(rank, alpha):
     assert written["alpha_pattern"] == written["rank_pattern"] == {}
     assert (written["r"], written["lora_alpha"]) == (rank, alpha)
     assert set(found.values()) == {(rank, own)}
+
+
+def test_every_field_of_what_is_written():
+    """For peft to load it as it is, and for people to read it."""
+    modules = {
+        "model.layers.0.self_attn.q_proj": (2, 8.0, 4.0),
+        "model.layers.0.mlp.up_proj": (3, 8.0, 8.0 / 3),
+        "model.layers.1.mlp.up_proj": (2, 5.0, 2.5),
+    }
+    _, written = meant(modules)
+    assert written == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "base",
+        "inference_mode": True,
+        "r": 2,
+        "lora_alpha": 8.0,
+        "lora_dropout": 0.0,
+        "target_modules": ["q_proj", "up_proj"],
+        "rank_pattern": {"model.layers.0.mlp.up_proj": 3},
+        "alpha_pattern": {"model.layers.1.mlp.up_proj": 5.0},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def test_a_set_without_modules_or_rank_or_base():
+    empty = BonsaiLoraSet.new(LoraConfig(0, 3.0, target_modules=("k_proj",)), "", "s")
+    written = encode_config(empty, None)
+    assert written["r"] == 1  # peft takes no less
+    assert written["base_model_name_or_path"] is None
+    assert written["target_modules"] == ["k_proj"]
+    assert written["rank_pattern"] == written["alpha_pattern"] == {}
+
+
+def test_an_uploaded_configuration_is_written_as_it_came():
+    original = {"peft_type": "LORA", "r": 2, "from_the_future": [1]}
+    written = encode_config(made({"q_proj": (2, 8.0, 4.0)}), original)
+    assert written == original
+    assert written is not original

@@ -7,7 +7,7 @@ import pytest
 from conftest import peft_config
 
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
-from bonsai_lora.formats.peft import decode_adapter
+from bonsai_lora.formats.peft import decode_adapter, set_tensors
 from bonsai_lora.formats.peft_config import decode_config
 
 R, D_IN, D_OUT = 4, 6, 5
@@ -41,9 +41,90 @@ def made(kind, a_shape=(R, D_IN), b_shape=(D_OUT, R), vector_shape=(D_OUT,)):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shapes_that_agree(kind):
-    (adapter,) = decode(*made(kind)).values()
+def test_tensors_that_agree_come_back_under_their_names(kind):
+    config, tensors = made(kind)
+    (adapter,) = decode(config, tensors).values()
     assert (adapter.rank, adapter.d_in, adapter.d_out) == (R, D_IN, D_OUT)
+    named = {f"base_model.model.{name}": one for name, one in tensors.items()}
+    lora_set = decode_adapter(decode_config(json.dumps(config).encode()), named, "s").lora_set
+    back = set_tensors(lora_set)
+    assert back.keys() == named.keys()
+    assert all(back[name] is one for name, one in named.items())
+
+
+def test_tensors_of_several_modules_come_back():
+    named = {}
+    for module in ("a.q_proj", "b.q_proj", "c.q_proj"):
+        for half, shape in (("A", (R, D_IN)), ("B", (D_OUT, R))):
+            named[f"base_model.model.{module}.lora_{half}.weight"] = np.ones(shape, np.float32)
+    named["base_model.model.lm_head.weight"] = np.ones((3, 3), np.float32)
+    named["base_model.model.norm.weight"] = np.ones(3, np.float32)
+    config = peft_config(r=R, modules_to_save=["lm_head", "norm"])
+    found = decode_adapter(decode_config(json.dumps(config).encode()), named, "s")
+    back = set_tensors(found.lora_set)
+    assert back.keys() == named.keys()
+    assert all(back[name] is one for name, one in named.items())
+
+
+@pytest.mark.parametrize(("value", "count"), [(True, 1), (False, 0), (None, 0)])
+def test_fan_in_fan_out_is_a_warning(value, count):
+    config, tensors = made("plain")
+    config["fan_in_fan_out"] = value
+    named = {f"base_model.model.{one}": array for one, array in tensors.items()}
+    found = decode_adapter(decode_config(json.dumps(config).encode()), named, "s")
+    assert sum("fan_in_fan_out" in one for one in found.warnings) == count
+
+
+COPY = np.ones((10, 6), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "found"),
+    [
+        # A copy of an embedding is ignored if it is adapted, or says that it lies under LoRA.
+        ("model.embed_tokens.weight", {}, "lost"),
+        ("model.embed_tokens.base_layer.weight", {}, "ignored"),
+        ("lm_head.base_layer.weight", {}, "ignored"),
+        ("model.other.base_layer.weight", {}, "lost"),
+        ("model.embed_tokens.base_layer.bias", {}, "lost"),
+        ("model.embed_tokens.weight", {"modules_to_save": ["embed_tokens"]}, "kept"),
+        ("model.other.weight", {"modules_to_save": ["other"]}, "kept"),
+        ("model.other.inner.weight", {"modules_to_save": ["other"]}, "kept"),
+        ("model.other.weight", {"modules_to_save": ["the"]}, "lost"),
+        ("model.other.weight", {"modules_to_save": ["ther"]}, "kept"),  # as peft: it ends so
+        ("model.other.weight", {"modules_to_save": ["model.other"]}, "kept"),
+        ("model.q_proj.bias", {"bias": "all"}, "kept"),
+        ("model.q_proj.bias", {"bias": "lora_only"}, "kept"),
+        ("model.q_proj.bias", {"bias": "none"}, "lost"),
+        ("model.q_proj.bias", {}, "lost"),
+        ("model.norm.bias", {"bias": "all"}, "kept"),
+        ("model.norm.bias", {"bias": "lora_only"}, "lost"),
+        ("model.q_proj.weight", {"bias": "all"}, "lost"),
+    ],
+)
+def test_tensors_beside_the_factors(name, changes, found):
+    config, tensors = made("plain")
+    config |= changes
+    named = {f"base_model.model.{one}": array for one, array in {**tensors, name: COPY}.items()}
+    checked = decode_config(json.dumps(config).encode())
+    if found == "lost":
+        with pytest.raises(UnsupportedAdapterError, match="would be lost"):
+            decode_adapter(checked, named, "s")
+        return
+    adapter = decode_adapter(checked, named, "s")
+    key = f"base_model.model.{name}"
+    assert adapter.ignored_keys == ([key] if found == "ignored" else [])
+    assert bool(adapter.lora_set.replacements) == (found == "kept")
+    assert (set_tensors(adapter.lora_set).keys() == named.keys()) == (found == "kept")
+
+
+def test_a_copy_of_an_adapted_embedding_is_ignored():
+    config, tensors = made("embedding")
+    named = {f"base_model.model.{one}": array for one, array in tensors.items()}
+    named[f"base_model.model.{EMBEDDING}.weight"] = COPY
+    adapter = decode_adapter(decode_config(json.dumps(config).encode()), named, "s")
+    assert adapter.ignored_keys == [f"base_model.model.{EMBEDDING}.weight"]
+    assert len(adapter.warnings) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -67,7 +148,7 @@ def test_shapes_that_agree(kind):
     ],
     ids=str,
 )
-def test_factors_of_another_rank_or_shape(kind, shapes):
+def test_factors_of_a_different_rank_or_shape(kind, shapes):
     with pytest.raises(InvalidAdapterError, match=r"rank|not matrices|empty"):
         decode(*made(kind, **shapes))
 
@@ -76,7 +157,7 @@ def test_factors_of_another_rank_or_shape(kind, shapes):
 @pytest.mark.parametrize(
     "shape", [(), (1,), (D_OUT - 1,), (D_OUT + 1,), (1, D_OUT), (D_OUT, 1), (D_IN,)], ids=str
 )
-def test_vectors_of_another_shape(kind, shape):
+def test_vectors_of_a_different_shape(kind, shape):
     with pytest.raises(InvalidAdapterError, match="shape"):
         decode(*made(kind, vector_shape=shape))
 

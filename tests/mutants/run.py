@@ -3,8 +3,8 @@
     python tests/mutants/run.py            all of known.toml
     python tests/mutants/run.py WORD…      those with a word in their name
 
-A mistake is text of the code and what stands there instead. The text must occur exactly once under
-app/, in whatever file, so that code may move; where it does not, the mistake must be written anew.
+A mistake is text of the code and its replacement. The text must occur exactly once under
+app/, in whatever file, so that code may move; if it does not, write the mistake again.
 Exit status 1: a mistake that no test saw, or that could not be made.
 """
 

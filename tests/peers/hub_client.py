@@ -38,7 +38,7 @@ info = api.model_info(f"{base}/{adapter}")
 files = list_repo_files(f"{base}/{adapter}")
 folder = snapshot_download(f"{base}/{adapter}", revision=info.sha, cache_dir=cache)
 
-# A download that was broken off: the hub's cache has a piece of the file, under the file's tag.
+# An aborted download: the Hub's cache has a part of the file, under the file's tag.
 weights = next(name for name in files if name.endswith(".safetensors"))
 about = get_hf_file_metadata(hf_hub_url(f"{base}/{adapter}", weights))
 whole = (Path(folder) / weights).read_bytes()

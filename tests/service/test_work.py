@@ -20,7 +20,7 @@ from bonsai_lora.wire.media import Form
 
 
 def order_of(nanoseconds):
-    """Three pieces of work that become ready together, and what else the loop does meanwhile."""
+    """Three pieces of work that become ready together, and the event loop's other callbacks."""
     seen = []
 
     async def look():
@@ -37,11 +37,11 @@ def order_of(nanoseconds):
     return seen
 
 
-def test_small_work_is_done_at_once():
+def test_short_work_runs_immediately():
     assert order_of(INLINE_NANOSECONDS)[:3] == ["work"] * 3
 
 
-def test_larger_work_takes_turns():
+def test_longer_work_takes_turns():
     seen = order_of(INLINE_NANOSECONDS + 1)
     assert seen.count("work") == 3
     places = [place for place, what in enumerate(seen) if what == "work"]
@@ -52,7 +52,7 @@ def test_larger_work_takes_turns():
     ("has_spare_cores", "most"),
     [(False, LOOP_NANOSECONDS), (True, LOOP_NANOSECONDS_WITH_SPARE_CORES)],
 )
-def test_the_largest_goes_to_a_thread(has_spare_cores, most):
+def test_the_longest_work_runs_in_a_thread(has_spare_cores, most):
     async def main(nanoseconds):
         pool = WorkPool(1, 1, has_spare_cores=has_spare_cores)
         return await pool.run(threading.get_ident, nanoseconds)
@@ -61,7 +61,7 @@ def test_the_largest_goes_to_a_thread(has_spare_cores, most):
     assert asyncio.run(main(most + 1)) != threading.get_ident()
 
 
-def test_a_turn_that_nobody_waits_for_any_more_holds_nobody_up():
+def test_a_cancelled_turn_does_not_block_the_next():
     async def main():
         pool = WorkPool(2, 1, has_spare_cores=False)
         first = asyncio.create_task(pool.run(lambda: 1, INLINE_NANOSECONDS + 1))
@@ -73,7 +73,7 @@ def test_a_turn_that_nobody_waits_for_any_more_holds_nobody_up():
     asyncio.run(main())
 
 
-def test_places_are_limited_and_given_back():
+def test_admissions_are_limited_and_released():
     pool = WorkPool(1, 1, has_spare_cores=False)
     with pool.admit():
         assert pool.in_progress == 1

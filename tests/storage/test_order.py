@@ -143,7 +143,7 @@ def put_upload(client):
 
 
 def put_many(client):
-    """An upload whose header does not fit before its data, so that it is written anew."""
+    """An upload whose header does not fit before its data, so that it is written twice."""
     config = peft_config(auto_mapping={"filler": "x" * 200_000})
     return upload_parts(client, "s", config, peft_tensors(np.random.default_rng(2)))
 

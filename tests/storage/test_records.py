@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from conftest import DATA
 
@@ -43,7 +44,7 @@ def with_keys(**keys):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A store with the set `s`; give the folder of its files."""
+    """Create a store with the set `s`; return the folder of its files."""
     store = SetStore(tmp_path)
     made = BonsaiLoraSet.new(LoraConfig(rank=2), "base", "s").add_mlp_adapters(8, 16)
     with store.lock("s"):
@@ -61,7 +62,7 @@ def rewrite(store, name):
 
 
 @pytest.mark.parametrize(("name", "modules", "rank"), [("made", 2, 2), ("uploaded", 1, 4)])
-def test_a_file_of_the_first_release_opens_and_stays_as_it_is(tmp_path, name, modules, rank):
+def test_a_file_of_the_first_release_opens_unchanged(tmp_path, name, modules, rank):
     store = SetStore(tmp_path)
     shutil.copy(OLD / f"{name}.safetensors", tmp_path / "sets")
     path = tmp_path / "sets" / f"{name}.safetensors"
@@ -107,7 +108,7 @@ def test_unknown_keys_are_kept_when_a_set_is_rewritten(folder):
 
 
 @pytest.mark.parametrize("read", ["read", "read_record"])
-def test_a_newer_format_is_left_where_it_is(folder, read):
+def test_a_file_in_a_newer_format_is_left_in_place(folder, read):
     path = folder / "s.safetensors"
     # Nothing else of a newer file is understood: not its record's name, its dtypes or its size.
     change_record(path, lambda _: {"format": 2, "names": ["s"], "since": 7})
@@ -125,7 +126,7 @@ def test_a_newer_format_is_left_where_it_is(folder, read):
     assert not (folder.parent / "bad").exists()
 
 
-def test_a_newer_file_that_goes_or_is_replaced_is_forgotten(folder):
+def test_a_newer_file_that_is_deleted_or_replaced_is_forgotten(folder):
     path = folder / "s.safetensors"
     good = path.read_bytes()
     change_record(path, with_keys(format=2))
@@ -162,16 +163,85 @@ def test_a_newer_file_that_goes_or_is_replaced_is_forgotten(folder):
         (with_keys(format="2"), "format '2'"),
         (with_keys(format=True), "format True"),
         (lambda record: {**record, "uid": [record.pop("uid")]}, "whose uid is ["),
+        (with_keys(uid="a\r\nX-Other: 1"), "whose uid is 'a"),
+        (with_keys(uid="\u2603"), "whose uid is"),
+        (with_keys(uid="a" * 65), "whose uid is"),
+        (with_keys(origin="elsewhere"), "whose origin is 'elsewhere'"),
+        (with_keys(base_model_name="\ud800"), "whose base_model_name is"),
+        (with_keys(version=2**53), "whose version is"),
+        (with_keys(total_trainable_params=10**400), "whose total_trainable_params is"),
+        (
+            with_keys(config={"rank": 8, "alpha": 8, "dropout": 0, "target_modules": ["\udfff"]}),
+            "text",
+        ),
         (lambda _: [1], "has no record of a set"),
         (lambda _: None, "has no record of a set"),
         (lambda _: {}, "whose name is None"),
     ],
 )
-def test_a_record_of_wrong_types_is_bad(folder, change, reason):
+def test_a_record_with_wrong_types_is_bad(folder, change, reason):
     change_record(folder / "s.safetensors", change)
     store = SetStore(folder.parent)
     assert store.records() == []
     assert list(store.bad_files()) == ["s"]
     assert reason in store.bad_files()["s"]
     assert store.newer_files() == {}
+    assert list(folder.iterdir()) == []
+
+
+def ones(*shape, dtype=np.float32):
+    return np.ones(shape, dtype)
+
+
+A, B = "base_model.model.m.lora_A.weight", "base_model.model.m.lora_B.weight"
+BIAS, MAGNITUDE = B.replace("weight", "bias"), "base_model.model.m.lora_magnitude_vector"
+GOOD = {A: ones(2, 3), B: ones(5, 2)}
+
+
+def write_file(folder, tensors, metadata):
+    """Write a file of set `s` with the record of the present one."""
+    path = folder / "s.safetensors"
+    record = record_of(path)
+    record["data_bytes"] = sum(one.nbytes for one in tensors.values())
+    known = {"bonsai_lora": json.dumps(record), "bonsai_lora_modules": '{"m": [8, 4, "linear"]}'}
+    path.write_bytes(safetensors.encode(tensors, known | metadata))
+    return SetStore(folder.parent)
+
+
+def test_a_file_written_by_hand_opens(folder):
+    adapter = write_file(folder, GOOD, {}).read("s").lora_set.registry.adapters["m"]
+    assert (adapter.rank, adapter.d_in, adapter.d_out, adapter.scaling) == (2, 3, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata"),
+    [
+        # Shapes that are no adapter: code that trusts them reads memory that is not theirs.
+        ({A: ones(2, 3), B: ones(5, 1)}, {}),
+        ({A: ones(1, 3), B: ones(5, 2)}, {}),
+        ({A: ones(6), B: ones(5, 2)}, {}),
+        ({A: ones(2, 3, 1), B: ones(5, 2)}, {}),
+        ({A: ones(2, 3), B: ones(5)}, {}),
+        ({A: ones(2, 3), B: ones()}, {}),
+        (GOOD | {BIAS: ones(4)}, {}),
+        (GOOD | {MAGNITUDE: ones(1)}, {}),
+        (GOOD, {"bonsai_lora_modules": '{"m": [8, "4", "linear"]}'}),
+        (GOOD, {"bonsai_lora_modules": '{"m": ["8", 4, "linear"]}'}),
+        (GOOD, {"bonsai_lora_modules": '{"m": [8, NaN, "linear"]}'}),
+        (GOOD, {"bonsai_lora_modules": '{"m": [8, 1e999, "linear"]}'}),
+        (GOOD, {"bonsai_lora_modules": '{"m": [8, 1%s, "linear"]}' % ("0" * 400)}),
+        (GOOD, {"bonsai_lora_modules": '{"m": [8, 4, "other"]}'}),
+        (GOOD, {"bonsai_lora_modules": '{"m": [8, 4, ["linear"]]}'}),
+        (GOOD, {"bonsai_lora_modules": '{"m": [8, 4]}'}),
+        (GOOD, {"bonsai_lora_modules": '[["m", [8, 4, "linear"]]]'}),
+        (GOOD, {"bonsai_lora_modules": "[" * 100_000}),
+        (GOOD, {"adapter_config": "[1]"}),
+        (GOOD, {"adapter_config": "5"}),
+    ],
+)
+def test_a_file_whose_parts_do_not_fit_together_is_moved_aside(folder, tensors, metadata):
+    store = write_file(folder, tensors, metadata)
+    with pytest.raises(SetNotFoundError):
+        store.read("s")
+    assert list(store.bad_files()) == ["s"]
     assert list(folder.iterdir()) == []

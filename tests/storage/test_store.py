@@ -28,7 +28,7 @@ def opened(tmp_path):
     return SetStore(tmp_path)
 
 
-def test_a_set_comes_back_as_it_was(opened, tmp_path):
+def test_a_set_round_trips(opened, tmp_path):
     written = write(opened, some_set())
     for store in (opened, SetStore(tmp_path)):
         stored = store.read("s")
@@ -49,7 +49,7 @@ def test_arrays_are_read_only_views_of_the_file(opened):
         adapter.a_matrix[0, 0] = 1
 
 
-def test_another_store_over_the_folder_sees_every_change_at_once(opened, tmp_path):
+def test_another_store_on_the_folder_sees_changes_immediately(opened, tmp_path):
     other = SetStore(tmp_path)
     first = write(opened, some_set())
     assert other.read("s").record.version == 1
@@ -65,7 +65,7 @@ def test_another_store_over_the_folder_sees_every_change_at_once(opened, tmp_pat
             store.read_record("s")
 
 
-def test_a_reader_keeps_the_version_it_took(opened):
+def test_a_reader_keeps_its_version(opened):
     old = write(opened, some_set())
     before = bytes(old.file)
     write(opened, some_set(rank=5), old.record)
@@ -83,7 +83,7 @@ def test_names_never_leave_the_folder(opened):
             opened.delete(name)
 
 
-def test_a_set_written_while_a_bad_file_is_set_aside_stays(tmp_path):
+def test_a_set_written_while_a_bad_file_is_moved_aside_is_kept(tmp_path):
     """A reader that found a bad file must not move what a writer has just put there."""
     for round_ in range(150):
         name = f"s{round_}"
@@ -123,7 +123,7 @@ def test_odd_entries_do_not_stop_the_rest(opened, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "noise"])
-def test_a_bad_file_is_set_aside_and_the_rest_is_served(opened, tmp_path, damage):
+def test_a_bad_file_is_moved_aside_and_the_rest_is_served(opened, tmp_path, damage):
     write(opened, some_set("good"))
     write(opened, some_set("bad"))
     path = tmp_path / "sets" / "bad.safetensors"
@@ -145,7 +145,7 @@ def test_a_bad_file_is_set_aside_and_the_rest_is_served(opened, tmp_path, damage
     assert store.read("bad").record.version == 1
 
 
-def test_leftovers_of_dead_processes_go_but_not_those_in_use(opened, tmp_path):
+def test_leftovers_are_removed_but_not_files_in_use(opened, tmp_path):
     (tmp_path / "tmp" / "left-by-the-dead").write_bytes(b"x")
     os.utime(tmp_path / "tmp" / "left-by-the-dead", (1, 1))
     with opened.new_file() as file:
@@ -177,7 +177,7 @@ def test_writers_of_one_name_take_turns(tmp_path):
     assert sorted(versions) == list(range(2, 42))
 
 
-def test_zeros_take_no_room_on_the_disk(opened, tmp_path):
+def test_zeros_take_no_disk_space(opened, tmp_path):
     lora_set = BonsaiLoraSet.new(LoraConfig(rank=8), "base", "s").add_adapters({"m": (64, 500_000)})
     write(opened, lora_set)
     status = (tmp_path / "sets" / "s.safetensors").stat()
@@ -186,7 +186,7 @@ def test_zeros_take_no_room_on_the_disk(opened, tmp_path):
     assert not opened.read("s").lora_set.registry.get("m").b_matrix.any()
 
 
-def test_a_store_that_cannot_be_written_says_so(opened, monkeypatch):
+def test_a_read_only_store_is_an_error(opened, monkeypatch):
     def refuse(*_args, **_options):
         raise OSError(30, "Read-only file system")
 
@@ -198,7 +198,7 @@ def test_a_store_that_cannot_be_written_says_so(opened, monkeypatch):
     assert opened.read("s").record.version == 1
 
 
-def test_only_so_many_sets_stay_open(tmp_path):
+def test_the_number_of_open_sets_is_limited(tmp_path):
     store = SetStore(tmp_path, max_open=2)
     for name in "abcd":
         write(store, some_set(name))

@@ -1,4 +1,4 @@
-"""JSON whose lists became arrays is what the ordinary reader makes of it, or goes to that one."""
+"""JSON parsed with arrays equals JSON parsed with lists."""
 
 import json as standard
 
@@ -11,7 +11,7 @@ from bonsai_lora.core import backend
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.wire import json
 
-PAD = " " * 1100  # longer than what is read the ordinary way
+PAD = " " * 1100  # longer than texts that are parsed into lists
 
 number = st.one_of(
     st.integers(-(2**53), 2**53),
@@ -79,7 +79,7 @@ def test_both_readers_agree(inputs):
         "[1, 2]",
         '{"inputs": [01]}',
         '{"sets": [1, 2], "inputs": [3]}',
-        # In strings, and where a backslash stands before.
+        # In strings, and after a backslash.
         '{"inputs": "[1, 2]", "data": "x[3]y"}',
         '{"inputs": "\\\\[1, 2]"}',
         '{"inputs": "\\[1, 2]"}',
@@ -92,7 +92,7 @@ def test_both_readers_agree(inputs):
         '{"inputs": ' + 900 * '{"a":' + "[1]" + 900 * "}" + "}",
     ],
 )
-def test_what_is_uncommon(text):
+def test_unusual_json(text):
     body = (text + PAD).encode()
 
     def read(reader):
@@ -119,7 +119,7 @@ def test_numbers_become_arrays():
     assert read["id"] == [""]
 
 
-def test_what_stands_for_an_array_is_not_known_before():
+def test_placeholders_cannot_be_forged():
     other = b'{"inputs": {"%b": 0}, "data": [1]}' % (b"0" * len(json._PLACEHOLDER))
     read = json.decode_with_arrays(other + PAD.encode())
     assert read["inputs"] == {"0" * len(json._PLACEHOLDER): 0}
@@ -157,7 +157,7 @@ def test_arrays_are_written_in_place():
     ],
 )
 @pytest.mark.parametrize("pad", ["", PAD])
-def test_refusals_say_where(inputs, words, pad):
+def test_errors_name_the_index(inputs, words, pad):
     body = (f'{{"inputs": {inputs}}}' + pad).encode()
     with pytest.raises(BonsaiLoraError) as refused:
         read = json.decode_with_arrays(body)

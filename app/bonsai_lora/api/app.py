@@ -15,14 +15,16 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from fastapi import FastAPI
-from starlette.routing import Route
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute, Route
 
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.errors import install_error_handlers
 from bonsai_lora.api.metrics import Metrics
 from bonsai_lora.api.middleware import ObserveMiddleware, Observer
 from bonsai_lora.api.openapi import install_openapi
+from bonsai_lora.api.query import refuse_unknown_query
 from bonsai_lora.api.routes import (
     adapters,
     apply,
@@ -88,15 +90,19 @@ _ROUTERS = [
     )
 ]
 
+_STRICT_ROUTERS = [one.router for one in (sets, adapters, merge, bases_routes, stats)]
+"""Routers that refuse unknown query parameters. Apply parses its own; clients of the Hub and of the
+Open Inference Protocol send additional ones."""
+
 _log = logging.getLogger("bonsai_lora")
 
 
 def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     """Return the application for the store that `settings` names.
 
-    Chooses what computes, and compiles what applies need, so the first one is as fast as the
-    second. `shared` is a folder that all workers of the service share while it runs; by default a
-    temporary folder that is deleted with the application.
+    Chooses the backend and compiles its kernels, so that the first apply is as fast as the second.
+    `shared` is a folder that all workers of the service share while it runs; by default a temporary
+    folder that is deleted with the application.
     """
     choose_backend(settings)
     store = open_store(settings)
@@ -116,10 +122,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     app.state.fast_lane = None
     metrics = Metrics(partial(store_stats, store), partial(_describe, app))
     app.state.context = _make_context(settings, store, shared, metrics)
-    for router in _ROUTERS:
-        app.include_router(router)
-    own = [route for route in app.routes if isinstance(route, Route)]
-    app.state.routes = [*own, *(route for router in _ROUTERS for route in router.routes)]
+    app.state.routes = _include_routers(app)
     install_error_handlers(app, app.state.routes)
     install_openapi(app)
     app.state.observer = Observer(metrics)
@@ -134,11 +137,39 @@ def create_default_app() -> FastAPI:
     return create_app(Settings())
 
 
+def _include_routers(app: FastAPI) -> list[BaseRoute]:
+    """Add all routes to `app`, and return them."""
+    routes: list[BaseRoute] = [route for route in app.routes if isinstance(route, Route)]
+    for router in _ROUTERS:
+        strict = [Depends(refuse_unknown_query)] if router in _STRICT_ROUTERS else None
+        for one in (router, _heads_of(router)):
+            app.include_router(one, dependencies=strict)
+            routes += one.routes
+    return routes
+
+
+def _heads_of(router: APIRouter) -> APIRouter:
+    """Return a HEAD for each GET that has none: the server drops the body of its response."""
+    heads = APIRouter()
+    routes = [route for route in router.routes if isinstance(route, APIRoute)]
+    taken = {route.path for route in routes if "HEAD" in (route.methods or ())}
+    for route in routes:
+        if "GET" in (route.methods or ()) and route.path not in taken:
+            heads.add_api_route(
+                route.path,
+                route.endpoint,
+                methods=["HEAD"],
+                response_model=route.response_model,
+                include_in_schema=False,
+            )
+    return heads
+
+
 def choose_backend(settings: Settings) -> None:
-    """Choose between kernels and NumPy for this process; log why where kernels cannot run."""
+    """Choose between kernels and NumPy for this process; log the reason if kernels cannot run."""
     reason = backend.choose(settings.kernels)
     if reason and settings.kernels == "auto":
-        _log.warning("computing in NumPy, with the same answers but slower: %s", reason)
+        _log.warning("computing in NumPy, which is slower, with the same results: %s", reason)
     backend.prepare()
 
 

@@ -5,8 +5,6 @@ from typing import TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive
 
 from bonsai_lora.api.errors import validation_problem
 from bonsai_lora.errors import (
@@ -25,24 +23,19 @@ async def read_body(request: Request, limit: int) -> bytes:
     declared = content_length(request)
     if declared is not None:
         check_length(declared, limit)
-    return await read_all(request.receive, limit)
+    return await read_all(request, limit)
 
 
-async def read_all(receive: Receive, limit: int) -> bytes:
-    """Return the body read from `receive`; raises BodyTooLargeError, ClientDisconnect."""
+async def read_all(request: Request, limit: int) -> bytes:
+    """Return the body as received; raises BodyTooLargeError, ClientDisconnect."""
     parts: list[bytes] = []
     received = 0
-    while True:
-        message = await receive()
-        if message["type"] != "http.request":
-            raise ClientDisconnect
-        part = message["body"]
-        if part:
-            received += len(part)
-            check_length(received, limit)
+    async for part in request.stream():
+        received += len(part)
+        check_length(received, limit)
+        if part:  # the last one is empty; a single one is not copied
             parts.append(part)
-        if not message.get("more_body"):
-            return parts[0] if len(parts) == 1 else b"".join(parts)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 _LENGTH_DIGITS = 18
@@ -74,12 +67,12 @@ def body_form(request: Request, accepted: Collection[Form]) -> Form:
 
     Raises UnsupportedMediaTypeError for a form not in `accepted`, or a compressed body.
     """
-    check_uncoded(request)
+    check_not_compressed(request)
     return parse_content_type(request.headers.get("content-type"), accepted)
 
 
-def check_uncoded(request: Request) -> None:
-    """Raise UnsupportedMediaTypeError where a line of Content-Encoding names a compression."""
+def check_not_compressed(request: Request) -> None:
+    """Raise UnsupportedMediaTypeError if the body is compressed."""
     lines = request.headers.getlist("content-encoding")
     check_coding(", ".join(lines) if lines else None)
 

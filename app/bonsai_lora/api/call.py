@@ -48,15 +48,15 @@ class Call(ABC):
 class RequestCall(Call):
     """A call made through FastAPI, under any ASGI server."""
 
-    __slots__ = ("_receive",)
+    __slots__ = ("_request",)
 
     def __init__(self, context: Context, request: Request) -> None:
         scope = request.scope
         super().__init__(context, join_headers(scope["headers"]), scope["query_string"])
-        self._receive = request.receive
+        self._request = request
 
     async def _read(self, limit: int) -> Buffer:
-        return await read_all(self._receive, limit)
+        return await read_all(self._request, limit)
 
 
 async def get_call(request: Request) -> Call:
@@ -91,7 +91,9 @@ class BufferResponse(Response):
 def join_headers(lines: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
     """Return headers by name; repeated ones are joined with commas (RFC 9110, section 5.3)."""
     headers = dict(lines)
-    if len(headers) != len(lines):
-        for name in headers:
-            headers[name] = b", ".join(value for one, value in lines if one == name)
-    return headers
+    if len(headers) == len(lines):
+        return headers
+    values: dict[bytes, list[bytes]] = {}
+    for name, value in lines:
+        values.setdefault(name, []).append(value)
+    return {name: b", ".join(found) for name, found in values.items()}

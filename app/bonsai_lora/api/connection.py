@@ -5,8 +5,10 @@ read their responses. `bonsai-lora serve` always uses this protocol; the fast la
 """
 
 import asyncio
+import math
 from collections.abc import Sequence
 
+import httptools
 import structlog
 from starlette.responses import Response
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -29,7 +31,8 @@ class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with limits, so that no client holds memory or a connection forever.
 
     A head must be complete within `stall_seconds` and fit in MAX_HEAD_BYTES and MAX_HEAD_LINES
-    (431 otherwise). A client that reads none of its response for `stall_seconds` is disconnected.
+    (431 otherwise). A client that reads none of its response for `stall_seconds` is disconnected,
+    even after the connection has been closed on this side.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -39,27 +42,57 @@ class GuardedProtocol(HttpToolsProtocol):
         self._is_in_head = False
         self._head_bytes = 0
         self._head_lines = 0
+        self._partial_bytes = 0
+        """Bytes of a header line that is not complete."""
+        self._plain_head = b""
+        """A head to be parsed again."""
         self._head_timer: asyncio.TimerHandle | None = None
         self._read_timer: asyncio.TimerHandle | None = None
         self._start_head_timer()
+        self._unread_bytes = math.inf
+        """Bytes that the client had not read at the last check; infinite if none had to be."""
+        self._check_reading()
 
     def data_received(self, data: bytes) -> None:
         """Parse `data`, within the limits of a request head."""
-        was_in_head = self._is_in_head
-        super().data_received(data)
-        if not self._is_in_head or self.transport.is_closing():
+        was_in_head, counted = self._is_in_head, self._head_bytes
+        self._unset_keepalive_if_required()
+        self._parse(data)
+        if self.transport.is_closing():
             return
-        # The parser reports a line only when it is complete, so count the raw bytes too.
-        self._head_bytes += len(data) if was_in_head else 0
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self.send_400_response("")
-        elif self._head_timer is None:
+        if self._is_in_head:
+            # The parser reports a line only when it is complete, so count the raw bytes too.
+            if was_in_head and counted == self._head_bytes:
+                self._partial_bytes += len(data)
+            if self._is_too_large:
+                self.send_400_response("")
+                return
+        elif self.cycle is not None:
+            if not self.cycle.response_complete:
+                return
+            self.stop_head_timer()  # the rest of a refused body: it must go on, and may be long
+        # In a head, after one, or in empty lines before it.
+        if self._head_timer is None:
             self._start_head_timer()
+
+    def _parse(self, data: bytes) -> None:
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as upgrade:
+                data, self._plain_head = self._plain_head + data[upgrade.args[0] :], b""
+            except httptools.HttpParserError:
+                message = "Invalid HTTP request received."
+                self.logger.warning(message)
+                self.send_400_response(message)
+                return
+            else:
+                return
 
     def on_message_begin(self) -> None:
         """Reset the counters of the request head."""
         self._is_in_head = True
-        self._head_bytes = self._head_lines = 0
+        self._head_bytes = self._head_lines = self._partial_bytes = 0
         super().on_message_begin()
 
     def on_url(self, url: bytes) -> None:
@@ -68,31 +101,48 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header line."""
+        """Count a header line; ignore a trailer, which no intermediary has checked as a header."""
         self._head_lines += 1
         self._count(len(name) + len(value))
-        super().on_header(name, value)
+        if self._is_in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Stop the timeout for the request head."""
         self._is_in_head = False
         self.stop_head_timer()
-        super().on_headers_complete()
+        if self.parser.should_upgrade():
+            self._plain_head = self._head_without_upgrade()
+        else:
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """Note that the request is complete."""
+        if not self._plain_head:
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Reject an unreadable request and close, once earlier requests have their responses."""
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.keep_alive = False
-            self.flow.pause_reading()
-        elif self._is_too_large:
+        cycle = self.cycle
+        if cycle is not None and not cycle.response_complete:
+            if not cycle.more_body or self.pipeline:
+                cycle.keep_alive = False
+                self.flow.pause_reading()
+                return
+            cycle.disconnected = True  # its own body is unreadable, and will not be complete
+            cycle.message_event.set()
+            if cycle.response_started:
+                self.transport.close()
+                return
+        if self._is_too_large:
             self._refuse_head()
         else:
             super().send_400_response(msg)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection for the answer to a whole request; close it otherwise.
+        """Keep the connection for the response to a complete request; close it otherwise.
 
-        A client may end its side when it has sent all (RFC 9112, section 9.6).
+        A client may close its side after sending its last request (RFC 9112, section 9.6).
         """
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body or self._is_in_head:
@@ -100,20 +150,15 @@ class GuardedProtocol(HttpToolsProtocol):
         cycle.keep_alive = False
         return True
 
-    def pause_writing(self) -> None:
-        """Start checking that the client reads its response."""
-        super().pause_writing()
-        if self._read_timer is None:
-            self._check_reading(self.transport.get_write_buffer_size() + 1)
-
     def resume_writing(self) -> None:
-        """Stop checking that the client reads."""
+        """Note that the client reads."""
         super().resume_writing()
-        self._stop_read_timer()
+        self._unread_bytes = math.inf
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop all timers, including uvicorn's keep-alive timer, which it leaves running."""
-        self._stop_read_timer()
+        if self._read_timer is not None:
+            self._read_timer.cancel()
         self.stop_head_timer()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
@@ -146,12 +191,26 @@ class GuardedProtocol(HttpToolsProtocol):
 
     @property
     def _is_too_large(self) -> bool:
-        return self._head_bytes > MAX_HEAD_BYTES or self._head_lines > MAX_HEAD_LINES
+        head_bytes = self._head_bytes + self._partial_bytes
+        return head_bytes > MAX_HEAD_BYTES or self._head_lines > MAX_HEAD_LINES
 
     def _count(self, size: int) -> None:
         self._head_bytes += size
+        self._partial_bytes = 0
         if self._is_too_large:
             raise ValueError("the parser reports this as an invalid request")
+
+    def _head_without_upgrade(self) -> bytes:
+        """Return the head without its header Upgrade, which a server may ignore.
+
+        The parser takes what follows such a head for another protocol, even the request's body
+        (RFC 9110, section 7.8).
+        """
+        method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+        if method == b"CONNECT":
+            raise ValueError("the parser reports this as an invalid request")
+        lines = [b"%b: %b" % line for line in self.headers if line[0] != b"upgrade"]
+        return b"\r\n".join((b"%b %b HTTP/%b" % (method, self.url, version), *lines, b"", b""))
 
     def _refuse_head(self) -> None:
         request_id = request_id_of(None)
@@ -181,16 +240,13 @@ class GuardedProtocol(HttpToolsProtocol):
         else:  # a pipelined head: the response in flight continues
             self._start_head_timer()
 
-    def _check_reading(self, before: int) -> None:
-        """Disconnect a client that read nothing since `before` bytes were waiting."""
+    def _check_reading(self) -> None:
+        """Disconnect a client that has read nothing since the last check, though it should."""
         waiting = self.transport.get_write_buffer_size()
-        if waiting >= before:
+        is_due = self.flow.write_paused or (waiting > 0 and self.transport.is_closing())
+        if is_due and waiting >= self._unread_bytes:
             _log.warning("disconnected: the client stopped reading", waiting_bytes=waiting)
             self.transport.abort()
             return
-        self._read_timer = self.loop.call_later(self.stall_seconds, self._check_reading, waiting)
-
-    def _stop_read_timer(self) -> None:
-        if self._read_timer is not None:
-            self._read_timer.cancel()
-            self._read_timer = None
+        self._unread_bytes = waiting if is_due else math.inf
+        self._read_timer = self.loop.call_later(self.stall_seconds, self._check_reading)

@@ -1,6 +1,7 @@
 """Turn errors into responses: one table of status codes, one shape (RFC 9457)."""
 
 import json
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -54,10 +55,23 @@ def problem_response(
     error: BonsaiLoraError, scope: Scope, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Return the response for a refused request."""
-    if is_oip(scope["path"]):
-        return _oip_response(error, scope, headers)
+    scope["problem"] = error  # for the log
     status = status_of(type(error))
-    body = {
+    if is_oip(scope["path"]):
+        status = status if status in _OIP_STATUSES else HTTPStatus.BAD_REQUEST
+        media_type, body = "application/json", _oip_body(error)
+    else:
+        media_type, body = PROBLEM_TYPE, _problem_body(error, status, scope)
+    more = dict(headers or {})
+    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+        more["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    # Unlike orjson, the standard library writes huge integers and lone surrogates, which may occur.
+    content = json.dumps(_shortened(body), separators=(",", ":"), default=str)
+    return Response(content, int(status), more, media_type=media_type)
+
+
+def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> dict[str, Any]:
+    return {
         "type": f"urn:bonsai-lora:problem:{error.code}",
         "title": error.title,
         "status": int(status),
@@ -67,13 +81,14 @@ def problem_response(
         "request_id": scope.get("request_id"),
         **error.values,
     }
-    scope["problem"] = error  # for the log
-    more = dict(headers or {})
-    if status is HTTPStatus.SERVICE_UNAVAILABLE:
-        more["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    # Unlike orjson, the standard library writes huge integers and lone surrogates, which may occur.
-    content = json.dumps(_shortened(body), separators=(",", ":"), default=str)
-    return Response(content, int(status), more, media_type=PROBLEM_TYPE)
+
+
+class HubError(errors.RouteNotFoundError):
+    """A 404 with the X-Error-Code that Hub clients read."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
 
 
 def failure_response(scope: Scope) -> Response:
@@ -104,21 +119,10 @@ _OIP_STATUSES = frozenset(
 """Statuses that Triton uses; every other error is a 400."""
 
 
-def _oip_response(
-    error: BonsaiLoraError, scope: Scope, headers: Mapping[str, str] | None
-) -> Response:
-    scope["problem"] = error  # for the log
-    status = status_of(type(error))
-    if status not in _OIP_STATUSES:
-        status = HTTPStatus.BAD_REQUEST
-    text = error.detail
+def _oip_body(error: BonsaiLoraError) -> dict[str, str]:
     if isinstance(error, errors.SetNotFoundError):
-        text = f"Request for unknown model: '{error.values['set'][:200]}' is not found"
-    more = dict(headers or {})
-    if status is HTTPStatus.SERVICE_UNAVAILABLE:
-        more["Retry-After"] = str(RETRY_AFTER_SECONDS)
-    content = json.dumps({"error": text[:2000]}, separators=(",", ":"))
-    return Response(content, int(status), more, media_type="application/json")
+        return {"error": f"Request for unknown model: '{error.values['set'][:200]}' is not found"}
+    return {"error": error.detail}
 
 
 def _shortened(value: Any) -> Any:
@@ -145,6 +149,9 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         headers = {}
         if isinstance(error, errors.RangeNotSatisfiableError):
             headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
+        if isinstance(error, HubError):
+            headers["X-Error-Code"] = error.kind
+            headers["X-Error-Message"] = error.detail.encode("ascii", "replace").decode()
         return problem_response(error, request.scope, headers)
 
     @app.exception_handler(Exception)
@@ -160,13 +167,13 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         path, method = request.url.path, request.method
         if error.status_code == HTTPStatus.NOT_FOUND:
             problem: BonsaiLoraError = errors.RouteNotFoundError(
-                f"there is no resource at {path!r}; /docs lists all paths"
+                f"there is no resource at {path!r}; see /docs for all paths"
             )
             return problem_response(problem, request.scope)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = _allowed_methods(routes, request.scope)
             problem = errors.MethodNotAllowedError(
-                f"{method} is not allowed at {path!r}; use {' or '.join(allowed)}",
+                f"{method} is not allowed at {path!r}; use one of {', '.join(allowed)}",
                 got=method,
                 expected=allowed,
             )
@@ -182,7 +189,8 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 def validation_problem(found: Any) -> BonsaiLoraError:
     """Return the error for pydantic's list of errors."""
     if found[0]["type"] == "json_invalid":
-        return errors.MalformedJsonError(f"the body is not JSON: {found[0]['msg']}")
+        reason = found[0]["msg"].removeprefix("Invalid JSON: ")
+        return errors.MalformedJsonError(f"the body is not JSON: {reason}; send JSON")
     reasons = [(_field(one), _reason(one)) for one in found[:16]]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return errors.InvalidRequestError(
@@ -201,8 +209,8 @@ def _reason(error: Any) -> str:
         return "is missing; add it"
     if error["type"] == "extra_forbidden":
         return "is unknown; remove it"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    return f"is invalid: {message}; got {reprlib.repr(error.get('input'))}"
+    remedy = re.sub(r"^\w+ should ", "it should ", error["msg"])
+    return f"is {reprlib.repr(error.get('input'))}; {remedy}"
 
 
 def _allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:

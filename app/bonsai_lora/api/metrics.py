@@ -89,7 +89,9 @@ class _StoreCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         about = self._describe()
         info = GaugeMetricFamily(
-            "bonsai_lora_info", "What this service is made of; always 1.", labels=list(about)
+            "bonsai_lora_info",
+            "Version and configuration of this service; always 1.",
+            labels=list(about),
         )
         info.add_metric(list(about.values()), 1)
         yield info

@@ -126,7 +126,7 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"].append((REQUEST_ID, self._request_id.encode()))
-            if self._is_stalled:  # the rest of the body may never come
+            if self._is_stalled:  # the rest of the body may never arrive
                 message["headers"].append((b"connection", b"close"))
         elif message.get("more_body"):
             await self._with_timeout(self._send(message), "read")

@@ -4,20 +4,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from bonsai_lora.service.models import Tensor
+from bonsai_lora.api.schemas import InfoModel
 
 
-class TensorMetadata(BaseModel):
+class TensorMetadata(InfoModel):
     """An input or output of a model."""
 
     name: str
     datatype: str
     shape: list[int] = Field(description="-1 stands for any size")
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> "TensorMetadata":
-        """Return the metadata of `tensor`."""
-        return cls(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
 
 
 class ServerMetadata(BaseModel):
@@ -157,7 +152,7 @@ class RegisterRequest(LenientModel):
     byte_size: Annotated[int, Field(gt=0, lt=2**62)]
 
 
-class RegionInfo(BaseModel):
+class RegionInfo(InfoModel):
     """A registered shared-memory region."""
 
     name: str

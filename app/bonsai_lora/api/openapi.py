@@ -85,19 +85,18 @@ def problems(*kinds: type[BonsaiLoraError]) -> Responses:
     }
 
 
-def json_body(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the `openapi_extra` of a route whose body is the JSON of `model`."""
-    return _request_body({Form.JSON.value: {"schema": _ref(model)}})
-
-
-def tensor_body(
-    model: type[BaseModel], *forms: Form, example: dict[str, Any] | None = None
+def request_body(
+    model: type[BaseModel],
+    *forms: Form,
+    example: dict[str, Any] | None = None,
+    required: bool = True,
 ) -> dict[str, Any]:
-    """Return the `openapi_extra` of a route whose body is the JSON of `model`, or binary."""
+    """Return the `openapi_extra` of a route whose body is the JSON of `model`, or in `forms`."""
     content: dict[str, Any] = {Form.JSON.value: {"schema": _ref(model)}}
     if example is not None:
         content[Form.JSON.value]["example"] = example
-    return _request_body(content | {form.value: {"schema": _BINARY} for form in forms})
+    content |= {form.value: {"schema": _BINARY} for form in forms}
+    return {"requestBody": {"required": required, "content": content}}
 
 
 def tensor_responses(model: type[BaseModel], *forms: Form) -> Responses:
@@ -114,46 +113,9 @@ def oip_errors(*statuses: int) -> Responses:
     return {status: {"description": word, "content": content} for status, word in words.items()}
 
 
-def infer_body() -> dict[str, Any]:
-    """Return the `openapi_extra` of infer: JSON, or JSON followed by binary data."""
-    example = {
-        "inputs": [
-            {"name": "q_proj", "shape": [1, 4], "datatype": "FP32", "data": [0.5, -1.0, 2.0, 0.25]}
-        ]
-    }
-    content: dict[str, Any] = {
-        Form.JSON.value: {"schema": _ref(oip_schemas.InferRequest), "example": example},
-        Form.RAW.value: {"schema": _BINARY},
-    }
-    return _request_body(content)
-
-
-def infer_responses() -> Responses:
-    """Return the `responses` of infer."""
-    return tensor_responses(oip_schemas.InferResponse, Form.RAW)
-
-
 def empty_responses() -> Responses:
     """Return the `responses` of a route whose response has no body."""
     return {200: {"description": "done; the response has no body", "content": {}}}
-
-
-def optional_body(model: type[BaseModel], *, required: bool = False) -> dict[str, Any]:
-    """Return the `openapi_extra` of a route that reads JSON, whatever its Content-Type."""
-    return _request_body({Form.JSON.value: {"schema": _ref(model)}}, required=required)
-
-
-def version_parameter() -> dict[str, Any]:
-    """Return the `openapi_extra` for {version}, which is not in the route's signature."""
-    schema = {"type": "string"}
-    about = {"name": "version", "in": "path", "required": True, "schema": schema}
-    return {"parameters": [{**about, "description": "version that the set must have"}]}
-
-
-def text_responses() -> Responses:
-    """Return the `responses` of a route that returns plain text."""
-    content = {"text/plain": {"schema": {"type": "string"}}}
-    return {200: {"description": "plain text", "content": content}}
 
 
 def file_responses(media_type: str) -> Responses:
@@ -231,10 +193,6 @@ def _referenced(definitions: dict[str, Any], document: Any) -> set[str]:
         found |= new
         places = [definitions[name] for name in new]
     return found
-
-
-def _request_body(content: dict[str, Any], *, required: bool = True) -> dict[str, Any]:
-    return {"requestBody": {"required": required, "content": content}}
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 
 from bonsai_lora.api.body import check_coding
 from bonsai_lora.api.call import Call
+from bonsai_lora.api.query import check_known
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError
 from bonsai_lora.wire.compress import parse_content_encoding, response_coding
 from bonsai_lora.wire.media import (
@@ -102,13 +103,8 @@ def _read(
 def _query(text: bytes, known: Sequence[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, value in parse_qsl(text.decode("latin-1"), keep_blank_values=True):
-        if name not in known:
-            raise InvalidRequestError(
-                f"unknown query parameter {name[:100]!r}; expected one of {', '.join(known)}",
-                got=name[:100],
-                expected=list(known),
-            )
         found.setdefault(name, []).append(value)
+    check_known(found, known)
     return found
 
 

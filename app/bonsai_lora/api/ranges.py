@@ -63,7 +63,7 @@ def _respond(request: Request, file: RangedFile, headers: Mapping[str, str] | No
     common = {"ETag": file.etag, "Accept-Ranges": "bytes", **(headers or {})}
     if not_modified(request, file.etag):
         return Response(status_code=304, headers=common)
-    ranges = _asked_ranges(request, file)
+    ranges = _requested_ranges(request, file)
     if ranges is None:
         return _stream(request, file, (0, file.size_bytes), 200, common)
     if len(ranges) == 1:
@@ -99,7 +99,7 @@ def parse_ranges(header: str, size: int) -> list[Range] | None:
             ranges.append((start, stop))
     if not ranges:
         raise RangeNotSatisfiableError(
-            f"the range {header[:100]!r} is beyond the end of the file; request some of its "
+            f"the range {header[:100]!r} is beyond the end of the file; request a range within its "
             f"{size} bytes",
             got=header[:100],
             size_bytes=size,
@@ -109,7 +109,7 @@ def parse_ranges(header: str, size: int) -> list[Range] | None:
     return ranges
 
 
-def _asked_ranges(request: Request, file: RangedFile) -> list[Range] | None:
+def _requested_ranges(request: Request, file: RangedFile) -> list[Range] | None:
     header = request.headers.get("range")
     if_range = request.headers.get("if-range")
     if request.method != "GET" or header is None or if_range not in (None, file.etag):

@@ -1,16 +1,16 @@
 """The JSON of the HTTP API as pydantic models; their docstrings appear in OpenAPI."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, FiniteFloat
 
 from bonsai_lora.core import shapes
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.config import LoraConfig, shortest_float32
+from bonsai_lora.core.spectrum import delta_norm, effective_rank
 from bonsai_lora.formats.names import SET_NAME_PATTERN
 from bonsai_lora.service.sets import Imported
-from bonsai_lora.service.stats import ModuleStats
-from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.setfile import StoredSet
 
 Size = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Names = Annotated[list[Annotated[str, Field(max_length=256)]], Field(max_length=1024), FailFast()]
@@ -40,18 +40,19 @@ class Config(RequestModel):
         return LoraConfig(self.rank, self.alpha, self.dropout, tuple(self.target_modules))
 
 
-class ConfigInfo(BaseModel):
+class InfoModel(BaseModel):
+    """May be read from the attributes of a core or service object with `model_validate`."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+
+class ConfigInfo(InfoModel):
     """Hyperparameters of a set; an uploaded set may exceed the bounds of `Config`."""
 
     rank: int
     alpha: float
     dropout: float
     target_modules: list[str]
-
-    @classmethod
-    def of(cls, config: LoraConfig) -> "ConfigInfo":
-        """Return the schema of a core configuration."""
-        return cls(**config.to_dict())
 
 
 class Attention(RequestModel):
@@ -132,7 +133,9 @@ class ModuleInfo(BaseModel):
     scaling: float
     param_count: int
     memory_bytes: int = Field(description="both matrices as float32")
-    experts: int | None = Field(None, description="how many, where it is for fused experts")
+    experts: int | None = Field(
+        None, description="number of fused experts; null for an ordinary module"
+    )
 
     @classmethod
     def of(cls, name: str, adapter: LoraAdapter) -> "ModuleInfo":
@@ -150,7 +153,7 @@ class ModuleInfo(BaseModel):
         )
 
 
-class SetSummary(BaseModel):
+class SetSummary(InfoModel):
     """A set without its modules."""
 
     name: str
@@ -163,21 +166,6 @@ class SetSummary(BaseModel):
     total_trainable_params: int
     total_memory_bytes: int
 
-    @staticmethod
-    def fields_of(record: SetRecord) -> dict[str, Any]:
-        """Return the fields taken from a record."""
-        return {
-            "name": record.name,
-            "base_model_name": record.base_model_name,
-            "version": record.version,
-            "created_at": record.created_at,
-            "updated_at": record.updated_at,
-            "origin": record.origin,
-            "adapter_count": record.adapter_count,
-            "total_trainable_params": record.total_trainable_params,
-            "total_memory_bytes": record.total_memory_bytes,
-        }
-
 
 class SetInfo(SetSummary):
     """A set with its modules, without its weights."""
@@ -185,15 +173,15 @@ class SetInfo(SetSummary):
     config: ConfigInfo
     modules: list[ModuleInfo]
 
-    @staticmethod
-    def fields_of_set(stored: StoredSet) -> dict[str, Any]:
-        """Return the fields taken from a stored set."""
+    @classmethod
+    def of(cls, stored: StoredSet) -> "SetInfo":
+        """Return the schema of a set."""
         adapters = stored.lora_set.registry.adapters.items()
-        return {
-            **SetSummary.fields_of(stored.record),
-            "config": ConfigInfo.of(stored.record.config),
-            "modules": [ModuleInfo.of(name, adapter) for name, adapter in adapters],
-        }
+        return cls(
+            **SetSummary.model_validate(stored.record).model_dump(),
+            config=ConfigInfo.model_validate(stored.record.config),
+            modules=[ModuleInfo.of(name, adapter) for name, adapter in adapters],
+        )
 
 
 class SetPage(BaseModel):
@@ -234,8 +222,8 @@ class ImportReport(SetSummary):
             for name, one in stored.lora_set.registry.adapters.items()
         ]
         return cls(
-            **SetSummary.fields_of(stored.record),
-            config=ConfigInfo.of(stored.record.config),
+            **SetSummary.model_validate(stored.record).model_dump(),
+            config=ConfigInfo.model_validate(stored.record.config),
             modules=modules,
             ignored_keys=imported.ignored_keys,
             warnings=imported.warnings,
@@ -262,16 +250,16 @@ class ModuleStatsInfo(BaseModel):
     )
 
     @classmethod
-    def of(cls, stats: ModuleStats) -> "ModuleStatsInfo":
-        """Return the schema of a module's statistics."""
+    def of(cls, name: str, adapter: LoraAdapter) -> "ModuleStatsInfo":
+        """Compute the statistics of an adapter."""
         return cls(
-            name=stats.name,
-            param_count=stats.adapter.param_count(),
-            memory_bytes=stats.adapter.memory_bytes(),
-            rank=stats.adapter.rank,
-            scaling=shortest_float32(stats.adapter.scaling),
-            delta_norm=stats.delta_norm,
-            effective_rank=stats.effective_rank,
+            name=name,
+            param_count=adapter.param_count(),
+            memory_bytes=adapter.memory_bytes(),
+            rank=adapter.rank,
+            scaling=shortest_float32(adapter.scaling),
+            delta_norm=delta_norm(adapter),
+            effective_rank=effective_rank(adapter),
         )
 
 

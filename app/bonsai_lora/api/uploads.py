@@ -7,7 +7,7 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from bonsai_lora.api.body import check_length, check_uncoded, content_length
+from bonsai_lora.api.body import check_length, check_not_compressed, content_length
 from bonsai_lora.errors import MalformedMultipartError, UnsupportedMediaTypeError
 from bonsai_lora.formats.foreign import check_config_start, check_start
 from bonsai_lora.storage.upload import Upload
@@ -22,6 +22,7 @@ _FILE_NAMES = {
 }
 """Parts that are named after the file that they hold."""
 
+_REMEDY = f"send the two files {CONFIG_PART} and {MODEL_PART}"
 _CONFIG_BYTES = 1 << 20
 _WRITE_BYTES = 1 << 20
 _START_BYTES = 1 << 12
@@ -34,7 +35,7 @@ async def receive_adapter(request: Request, upload: Upload, limit: int) -> bytes
     Raises UnsupportedMediaTypeError, BodyTooLargeError, the errors of `Upload.write`, and
     MalformedMultipartError for a missing, duplicate or unknown part.
     """
-    check_uncoded(request)
+    check_not_compressed(request)
     declared = content_length(request)
     if declared is not None:
         check_length(declared, limit)
@@ -52,16 +53,14 @@ async def receive_adapter(request: Request, upload: Upload, limit: int) -> bytes
         parser.finalize()
     except FormParserError as error:
         raise MalformedMultipartError(
-            f"the body is not multipart/form-data: {error}; send the two files {CONFIG_PART} and "
-            f"{MODEL_PART}"
+            f"the body is not multipart/form-data: {error}; {_REMEDY}"
         ) from None
     await _flush(form, upload)
     missing = {CONFIG_PART, MODEL_PART} - form.seen
     if missing or not form.ended:
         what = f"part {min(missing)!r}" if missing else "closing boundary"
         raise MalformedMultipartError(
-            f"the form has no {what}; send two files: adapter_config.json as {CONFIG_PART} and "
-            f"adapter_model.safetensors as {MODEL_PART}",
+            f"the form has no {what}; {_REMEDY}",
             expected=[CONFIG_PART, MODEL_PART],
             got=sorted(form.seen),
         )
@@ -134,8 +133,7 @@ class _AdapterForm:
         if self._name not in (CONFIG_PART, MODEL_PART) or self._name in self.seen:
             problem = "is given twice" if self._name in self.seen else "is unknown"
             raise MalformedMultipartError(
-                f"the part {self._name[:100]!r} {problem}; send two files: adapter_config.json as "
-                f"{CONFIG_PART} and adapter_model.safetensors as {MODEL_PART}",
+                f"the part {self._name[:100]!r} {problem}; {_REMEDY}",
                 got=self._name[:100],
                 expected=[CONFIG_PART, MODEL_PART],
             )

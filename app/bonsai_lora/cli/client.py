@@ -1,17 +1,21 @@
-"""The client commands, which use only the HTTP API of a running service."""
+"""The client commands: a thin layer over `bonsai_lora.client`."""
 
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import httpx
 
-from bonsai_lora.cli.pull import pull
+from bonsai_lora.cli.progress import ProgressLine
+from bonsai_lora.client.blocking import Client
+from bonsai_lora.client.call import Call, decode_json, path_of
+from bonsai_lora.client.connection import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE, url_of
+from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_set_name
 
 EXIT_REFUSED = 1
@@ -26,15 +30,12 @@ EXIT_INTERRUPTED = 130
 EXIT_CLOSED = 141
 """The reader of standard output has closed it, as `| head` does."""
 
-_URL = "http://127.0.0.1:8000"
+_HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\t]*)")
+"""A header field (RFC 9110 section 5.1)."""
 
 
-class CommandError(Exception):
-    """An expected failure, reported in one line; `code` is the exit code."""
-
-    def __init__(self, text: str, code: int) -> None:
-        super().__init__(text)
-        self.code = code
+class UsageError(ValueError):
+    """The arguments are wrong; the message says what to give instead."""
 
 
 def add_commands(commands: Any) -> None:
@@ -64,32 +65,53 @@ def add_commands(commands: Any) -> None:
 
 
 def _add(commands: Any, name: str, run: Callable[..., Any], text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=text,
+        epilog=f"{TOKEN_VARIABLE}, if set, is sent as `Authorization: Bearer TOKEN`.",
+    )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--url", default=_URL, help=f"URL of the service ({_URL})")
+    where.add_argument("--url", help=f"URL of the service ({URL_VARIABLE}, or {DEFAULT_URL})")
     where.add_argument("--uds", metavar="PATH", help="Unix socket of the service")
+    parser.add_argument(
+        "--header",
+        action="append",
+        default=[],
+        type=_header,
+        metavar="'NAME: VALUE'",
+        help="send a header with each request; repeatable",
+    )
     parser.add_argument("--json", action="store_true", help="print the response as JSON")
     parser.set_defaults(run=_guarded(run))
     return parser
 
 
-def _guarded(run: Callable[[httpx.Client, argparse.Namespace], Any]) -> Callable[..., int]:
+def _header(text: str) -> tuple[str, str]:
+    match = _HEADER.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a header, such as 'X-Team: search'")
+    return match[1], match[2]
+
+
+def _guarded(run: Callable[[Client, argparse.Namespace], Any]) -> Callable[..., int]:
     """Wrap a command so that it reports errors in one line and returns an exit code."""
 
     def guarded(arguments: argparse.Namespace) -> int:
+        address = f"unix:{arguments.uds}" if arguments.uds else url_of(arguments.url)
         try:
-            with _connected(arguments) as client:
-                response = run(client, arguments)
-            if arguments.json and response is not None:
-                print(json.dumps(response, indent=1))
+            headers = dict(arguments.header)
+            with Client(arguments.url, uds=arguments.uds, headers=headers) as client:
+                answer = run(client, arguments)
+            if arguments.json and answer is not None:
+                print(json.dumps(answer, indent=1))
             sys.stdout.flush()
         except BrokenPipeError:
             # Discard remaining output; otherwise Python reports an error when it flushes at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_CLOSED
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - unexpected ones are raised
-            where = f"unix:{arguments.uds}" if arguments.uds else arguments.url
-            code, text = _describe_failure(error, where)
+            code, text = _describe_failure(error, address)
             print(f"bonsai-lora: {text}", file=sys.stderr)
             return code
         return 0
@@ -97,63 +119,30 @@ def _guarded(run: Callable[[httpx.Client, argparse.Namespace], Any]) -> Callable
     return guarded
 
 
-def _connected(arguments: argparse.Namespace) -> httpx.Client:
-    """Return an HTTP client for the service at --url or --uds."""
-    timeout = httpx.Timeout(60, read=600)
-    if arguments.uds is None:
-        return httpx.Client(base_url=arguments.url, timeout=timeout)
-    transport = httpx.HTTPTransport(uds=arguments.uds)
-    return httpx.Client(base_url="http://localhost", timeout=timeout, transport=transport)
-
-
-def _describe_failure(error: BaseException, url: str) -> tuple[int, str]:
+def _describe_failure(error: BaseException, address: str) -> tuple[int, str]:
     """Return the exit code and the message for a failure; raises `error` if it is unexpected."""
     match error:
-        case CommandError():
-            return error.code, str(error)
+        case BonsaiLoraError():
+            return EXIT_REFUSED, f"{error.detail} [{error.code}]"
         case KeyboardInterrupt():
             return EXIT_INTERRUPTED, "interrupted"
-        case KeyError() | TypeError():
+        case KeyError() | TypeError() | httpx.DecodingError():
             return (
                 EXIT_UNREACHABLE,
-                f"{url} did not respond like this service: {error!r}; check --url",
+                f"{address} did not respond like this service: {error!r}; check --url",
             )
         case httpx.UnsupportedProtocol() | httpx.InvalidURL():
-            return EXIT_USAGE, f"{url!r} is not a valid URL; expected one such as {_URL}"
+            return EXIT_USAGE, f"{address!r} is not a valid URL; expected one such as {DEFAULT_URL}"
         case httpx.TransportError():
-            return EXIT_UNREACHABLE, f"no service at {url}: {error}"
+            return EXIT_UNREACHABLE, f"no service at {address}: {error}"
         case OSError() | ValueError():
             return EXIT_USAGE, str(error)
     raise error
 
 
-def request_json(client: httpx.Client, method: str, path: str, **options: Any) -> Any:
-    """Return the JSON of the response, None if it is empty; raises CommandError for an error."""
-    response = client.request(method, path, **options)
-    if response.is_error:
-        raise CommandError(error_text(response), EXIT_REFUSED)
-    return response.json() if response.content else None
-
-
-def error_text(response: httpx.Response) -> str:
-    """Return the service's error text and code."""
-    try:
-        problem = response.json()
-        return f"{problem['detail']} [{problem['code']}]"
-    except (ValueError, KeyError, TypeError):
-        return f"the service responded with status {response.status_code}"
-
-
-def list_sets(client: httpx.Client, arguments: argparse.Namespace) -> Any:
+def list_sets(client: Client, arguments: argparse.Namespace) -> Any:
     """Print a line per set."""
-    sets: list[Any] = []
-    cursor = None
-    while True:
-        page = request_json(client, "GET", "/v1/sets", params={"cursor": cursor} if cursor else {})
-        sets += page["sets"]
-        cursor = page["next_cursor"]
-        if cursor is None:
-            break
+    sets = list(client.list_sets())
     if not arguments.json:
         _table(
             ["NAME", "BASE", "VERSION", "ORIGIN", "ADAPTERS", "PARAMETERS"],
@@ -166,62 +155,44 @@ def list_sets(client: httpx.Client, arguments: argparse.Namespace) -> Any:
     return sets
 
 
-def show_set(client: httpx.Client, arguments: argparse.Namespace) -> Any:
+def show_set(client: Client, arguments: argparse.Namespace) -> Any:
     """Print a set."""
-    info = request_json(client, "GET", _set_path(arguments.name))
+    info: dict[str, Any] = {**client.get_set(_set_name(arguments.name))}
     if not arguments.json:
-        for key in (
-            "name",
-            "base_model_name",
-            "version",
-            "origin",
-            "updated_at",
-            "total_trainable_params",
-        ):
+        fields = ("name", "base_model_name", "version", "origin", "updated_at")
+        for key in (*fields, "total_trainable_params"):
             print(f"{key}: {info[key]}")
-        fields = ("name", "d_in", "d_out", "rank", "alpha", "scaling")
-        _table(
-            [one.upper() for one in fields], [[one[f] for f in fields] for one in info["modules"]]
-        )
+        _print_rows(("name", "d_in", "d_out", "rank", "alpha", "scaling"), info["modules"])
     return info
 
 
-def show_stats(client: httpx.Client, arguments: argparse.Namespace) -> Any:
+def show_stats(client: Client, arguments: argparse.Namespace) -> Any:
     """Print the statistics of a set or of the store."""
-    path = "/v1/stats" if arguments.name is None else f"{_set_path(arguments.name)}/stats"
-    stats = request_json(client, "GET", path)
+    name = arguments.name
+    stats: dict[str, Any] = {
+        **(client.get_stats() if name is None else client.get_set_stats(_set_name(name)))
+    }
     if not arguments.json:
         for key, value in stats.items():
             if not isinstance(value, list):
                 print(f"{key}: {value}")
-        fields = ("name", "rank", "param_count", "delta_norm", "effective_rank")
-        if arguments.name is not None:
-            _table(
-                [one.upper() for one in fields],
-                [[one[f] for f in fields] for one in stats["modules"]],
-            )
+        if name is not None:
+            fields = ("name", "rank", "param_count", "delta_norm", "effective_rank")
+            _print_rows(fields, stats["modules"])
     return stats
 
 
-def remove_set(client: httpx.Client, arguments: argparse.Namespace) -> Any:
+def remove_set(client: Client, arguments: argparse.Namespace) -> Any:
     """Delete a set."""
-    return request_json(client, "DELETE", _set_path(arguments.name))
+    return client.delete_set(_set_name(arguments.name))
 
 
-def push_set(client: httpx.Client, arguments: argparse.Namespace) -> Any:
+def push_set(client: Client, arguments: argparse.Namespace) -> Any:
     """Upload a PEFT folder; print the new version and warnings."""
-    names = {"adapter_config": "adapter_config.json", "adapter_model": "adapter_model.safetensors"}
-    for file in names.values():
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
         if not (arguments.folder / file).is_file():
-            raise CommandError(
-                f"{arguments.folder} has no {file}; give a folder saved by PEFT", EXIT_USAGE
-            )
-    with (
-        (arguments.folder / names["adapter_config"]).open("rb") as config,
-        (arguments.folder / names["adapter_model"]).open("rb") as model,
-    ):
-        files = {"adapter_config": config, "adapter_model": model}
-        report = request_json(client, "PUT", _set_path(arguments.name), files=files)
+            raise UsageError(f"{arguments.folder} has no {file}; give a folder saved by PEFT")
+    report = client.upload_set(_set_name(arguments.name), arguments.folder)
     if not arguments.json:
         print(f"{report['name']}: version {report['version']}, {report['adapter_count']} adapters")
         for text in report["warnings"]:
@@ -229,52 +200,54 @@ def push_set(client: httpx.Client, arguments: argparse.Namespace) -> Any:
     return report
 
 
-def apply_set(client: httpx.Client, arguments: argparse.Namespace) -> Any:
+def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
     """Print the outputs of a module's adapter for a JSON list of vectors."""
     is_file = arguments.file not in (None, "-")
     text = Path(arguments.file).read_text("utf-8") if is_file else sys.stdin.read()
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise CommandError(
-            f"the vectors are not JSON: {error}; expected a list of lists of numbers", EXIT_USAGE
+        raise UsageError(
+            f"the vectors are not JSON: {error}; expected a list of lists of numbers"
         ) from None
-    path = f"{_set_path(arguments.name)}/adapters/{quote(arguments.module, safe='')}/apply"
     body = value if isinstance(value, dict) else {"inputs": value}
-    # json.dumps writes NaN, which httpx's own encoder refuses; the service reports its index.
-    headers = {"Content-Type": "application/json"}
-    response = request_json(client, "POST", path, content=json.dumps(body), headers=headers)
+    # Sent as JSON, not as an array: the service then reports a NaN by its index in the file.
+    call: Call[Any] = Call(
+        method="POST",
+        path="/v1"
+        + path_of("sets", _set_name(arguments.name), "adapters", arguments.module, "apply"),
+        headers={"Content-Type": "application/json"},
+        content=json.dumps(body).encode(),
+        decode=decode_json,
+        is_pure=True,
+    )
+    answer = client.send(call)
     if not arguments.json:
-        print(json.dumps(response["outputs"]))
-    return response
+        print(json.dumps(answer["outputs"]))
+    return answer
 
 
-def pull_model(client: httpx.Client, arguments: argparse.Namespace) -> Any:
+def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
     """Download the files of BASE/SET or adapters/SET."""
     owner, slash, name = arguments.model.partition("/")
     if not slash or not is_set_name(name) or (owner != "adapters" and not is_set_name(owner)):
-        raise CommandError(
-            f"{arguments.model!r} does not name a model; expected BASE/SET or adapters/SET",
-            EXIT_USAGE,
+        raise UsageError(
+            f"{arguments.model!r} does not name a model; expected BASE/SET or adapters/SET"
         )
-    repo = f"{owner}/{name}"
-    info = client.get(f"/api/models/{repo}")
-    if info.is_error:
-        raise CommandError(error_text(info), EXIT_REFUSED)
-    files = request_json(client, "GET", f"/api/models/{repo}/tree/{info.json()['sha']}")
-    try:
-        pull(client, repo, info.json()["sha"], files, arguments.output, arguments.jobs)
-    except httpx.HTTPStatusError as error:
-        raise CommandError(error_text(error.response), EXIT_REFUSED) from None
-    return {"folder": str(arguments.output), "commit": info.json()["sha"], "files": files}
+    with ProgressLine() as line:
+        return client.pull(
+            arguments.model, arguments.output, jobs=arguments.jobs, on_progress=line.update
+        )
 
 
-def _set_path(name: str) -> str:
+def _set_name(name: str) -> str:
     if not is_set_name(name):
-        raise CommandError(
-            f"{name!r} is not a valid set name; it must match {SET_NAME_PATTERN}", EXIT_USAGE
-        )
-    return f"/v1/sets/{name}"
+        raise UsageError(f"{name!r} is not a valid set name; it must match {SET_NAME_PATTERN}")
+    return name
+
+
+def _print_rows(fields: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    _table([name.upper() for name in fields], [[row[name] for name in fields] for row in rows])
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> None:

@@ -24,6 +24,7 @@ from uvicorn.supervisors import Multiprocess
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
+from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
 from bonsai_lora.settings import Settings
 from bonsai_lora.storage.store import SetStore
 
@@ -43,8 +44,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     for name, field in Settings.model_fields.items():
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
-        default = "" if field.default_factory or field.default is None else f" ({field.default})"
-        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        is_switch = field.annotation is bool
+        has_default = not (is_switch or field.default_factory or field.default is None)
+        default = f" (default: {field.default})" if has_default else ""
+        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if is_switch else {}
         parser.add_argument(
             _flag(name),
             dest=name,
@@ -71,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     configure_logging(settings.log_level, settings.log_format)
     _warn_of_unknown_variables()
+    if settings.bases and not Path(settings.bases).is_dir():
+        _log.warning("the folder of bases %s does not exist; check --bases", settings.bases)
     _raise_file_limit()
     try:
         with (
@@ -189,6 +194,7 @@ def _raise_file_limit() -> None:
 
 def _warn_of_unknown_variables() -> None:
     known = {f"BONSAI_LORA_{name.upper()}" for name in Settings.model_fields}
+    known |= {URL_VARIABLE, TOKEN_VARIABLE}  # read by the client
     for name in sorted(os.environ):
         if name.startswith("BONSAI_LORA_") and name not in known:
             _log.warning("%s is not a setting; see bonsai-lora serve --help", name)

@@ -10,7 +10,7 @@ from bonsai_lora.core import backend
 from bonsai_lora.core.cast import FLOAT32, Array, Floats, to_float32
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.kaiming import kaiming_uniform
-from bonsai_lora.core.merge import merge_rows, workers
+from bonsai_lora.core.merge import merge_rows
 from bonsai_lora.errors import ShapeMismatchError
 
 LayerKind = Literal["linear", "embedding", "conv1d"]
@@ -21,8 +21,8 @@ LayerKind = Literal["linear", "embedding", "conv1d"]
 class LoraAdapter:
     """A (r, d_in) and B (d_out, r) with the factor in `delta W = scaling * B @ A`; immutable.
 
-    The arrays are kept in the dtype they came in (float32, float16 or bfloat16), often views of
-    a file; arithmetic is float32.
+    The arrays keep their dtype (float32, float16 or bfloat16) and are often views of a file;
+    arithmetic is float32. Raises ShapeMismatchError if the shapes do not fit together.
     """
 
     config: LoraConfig
@@ -40,6 +40,18 @@ class LoraAdapter:
     experts: int | None = None
     """E for the fused experts of an MoE layer: A is (E * rank, d_in), expert e's rows together, and
     B (d_out, rank * E), with column q * E + e for expert e (as peft 0.21 lays them out)."""
+
+    def __post_init__(self) -> None:
+        """Check the shapes: the kernels read as much memory as they say."""
+        check_factors(self.a_matrix, self.b_matrix)
+        for name, vector in (("bias", self.bias), ("magnitude", self.magnitude)):
+            if vector is not None and vector.shape != (self.d_out,):
+                raise ShapeMismatchError(
+                    f"the {name} has shape {list(vector.shape)}; expected [{self.d_out}], as "
+                    "lora_B has it",
+                    got=list(vector.shape),
+                    expected=[self.d_out],
+                )
 
     @classmethod
     def new(cls, d_in: int, d_out: int, config: LoraConfig) -> "LoraAdapter":
@@ -81,20 +93,20 @@ class LoraAdapter:
         return backend.make_apply(self.a_matrix, self.b_matrix)
 
     def make_ready(self) -> None:
-        """Do what else the first apply would."""
-        self._product  # noqa: B018 - kept from now on
+        """Prepare the product, which otherwise the first apply does."""
+        self._product  # noqa: B018 - the property caches it
 
     @property
     def is_ready(self) -> bool:
-        """Whether this was applied before or made ready: the first apply may read a file."""
+        """Whether the product is prepared; if not, the first apply may read a file."""
         return "_product" in self.__dict__
 
     def factors_of(self, rows: slice, columns: slice) -> tuple[Array, Floats]:
-        """Return A[:, columns] as it is, and B[rows] as float32."""
+        """Return A[:, columns] as stored, and B[rows] as float32."""
         return self.a_matrix[:, columns], to_float32(self.b_matrix[rows])
 
     def stored_factors_of(self, rows: slice, columns: slice) -> tuple[Array, Floats]:
-        """Return the right and the left factor of this block of the delta as the base stores it."""
+        """Return the right and left factors of a block of the delta, in the layout of the base."""
         if self.layer == "linear":
             return self.factors_of(rows, columns)
         # (B A)^T = A^T B^T
@@ -105,7 +117,7 @@ class LoraAdapter:
 
         One vector (d_in,) gives (d_out,). `weight` is for all rows, or one per row (n,). Costs
         2 n r (d_in + d_out) operations. DoRA needs `apply_dora` instead, fused experts one of
-        `each_expert`. Raises ShapeMismatchError for another width.
+        `each_expert`. Raises ShapeMismatchError for a different width.
         """
         assert self.experts is None, "the expert of each row decides; see each_expert"
         if x.ndim not in (1, 2) or x.shape[-1] != self.d_in:
@@ -139,8 +151,8 @@ class LoraAdapter:
     def apply_dora(self, x: Floats, base_outputs: Floats, row_norms: Floats) -> Floats:
         """Return what a DoRA layer adds to `base_outputs` = W x (without bias), same shape.
 
-        (m/norm - 1) * W x + (m/norm) * scaling * B A x, with `row_norms` (d_out,) of
-        W + scaling * B @ A (peft 0.21, tuners/lora/dora.py).
+        That is (m / norm - 1) * W x + (m / norm) * scaling * B A x, where `row_norms` (d_out,) are
+        those of W + scaling * B @ A (peft 0.21, tuners/lora/dora.py).
         """
         assert self.magnitude is not None
         ratio = to_float32(self.magnitude) / row_norms
@@ -156,11 +168,11 @@ class LoraAdapter:
         """Return the size of all parameters as float32, in bytes."""
         return 4 * self.param_count()
 
-    def merge_into_weights(self, weights: Array, *, threads: int = 1) -> None:
-        """Add scaling * B @ A to `weights` (d_out, d_in) in place, with so many threads.
+    def merge_into_weights(self, weights: Array) -> None:
+        """Add scaling * B @ A to `weights` (d_out, d_in) in place.
 
-        `weights` is float32, float16 or bfloat16 and C-contiguous; the sum is made in float32 and
-        rounded once, to nearest even. Raises ShapeMismatchError for another shape.
+        `weights` is float32, float16 or bfloat16 and C-contiguous; the sum is computed in float32
+        and rounded once, to nearest even. Raises ShapeMismatchError for a different shape.
         """
         if weights.shape != (self.d_out, self.d_in):
             raise ShapeMismatchError(
@@ -172,15 +184,16 @@ class LoraAdapter:
         assert self.magnitude is None, "bonsai_lora.service.merge knows DoRA"
         if not weights.flags.c_contiguous or not weights.flags.writeable:
             raise ValueError("expected weights that are C-contiguous and may be written")
+        factors = self.factors_of(slice(None), slice(None))
+        merge_rows(weights, *factors, self.scaling, out=weights)
 
-        def merge(first: int, last: int) -> None:
-            rows = slice(first, last)
-            factors = self.factors_of(rows, slice(None))
-            merge_rows(weights[rows], *factors, self.scaling, out=weights[rows])
 
-        if threads == 1:
-            merge(0, self.d_out)
-            return
-        cuts = [self.d_out * part // threads for part in range(threads + 1)]
-        for _ in workers(threads).map(merge, cuts[:-1], cuts[1:]):
-            pass
+def check_factors(a_matrix: Array, b_matrix: Array) -> None:
+    """Raise ShapeMismatchError unless A is (r, d_in) and B is (d_out, r)."""
+    if a_matrix.ndim != 2 or b_matrix.ndim != 2 or a_matrix.shape[0] != b_matrix.shape[1]:
+        raise ShapeMismatchError(
+            f"lora_A has shape {list(a_matrix.shape)} and lora_B {list(b_matrix.shape)}; "
+            "expected (r, d_in) and (d_out, r) with the same r",
+            got=[list(a_matrix.shape), list(b_matrix.shape)],
+            expected=[["r", "d_in"], ["d_out", "r"]],
+        )

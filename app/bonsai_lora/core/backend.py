@@ -1,8 +1,8 @@
-"""Which code computes: the kernels where they can run, else the definition.
+"""Choose what computes: the kernels if they can run, otherwise the definition in NumPy.
 
-Chosen once per process, when the first number is computed or by `choose`. The functions below are
-those of `definition`, which says what they do. What a kernel does not take (float64, a layout that
-it cannot read) the definition computes, to the same bits.
+The choice is made once per process, by `choose` or when the first number is computed. The
+functions below are those of `definition`, which documents them. If a kernel does not support an
+input (float64, a memory layout that it cannot read), the definition computes it, to the same bits.
 """
 
 import threading
@@ -27,10 +27,10 @@ _chosen: "tuple[ArrayKernels | None, str] | None" = None
 
 
 def choose(setting: Setting = "auto") -> str:
-    """Choose for this process; return "" where the kernels run, else why they do not.
+    """Choose for this process; return "" if the kernels run, otherwise why they do not.
 
-    Raises RuntimeError where the other was chosen before: answers may not change their last bits
-    while a process lives.
+    Raises RuntimeError if `setting` is "off" but the kernels are in use: the last bits of an answer
+    must not change while a process lives.
     """
     global _chosen  # noqa: PLW0603 - a process has one backend
     with _lock:
@@ -43,7 +43,7 @@ def choose(setting: Setting = "auto") -> str:
 
 
 def running() -> "ArrayKernels | None":
-    """Return the kernels of this process, None where the definition computes."""
+    """Return the kernels of this process, or None if the definition computes."""
     if _chosen is None:
         choose()
     assert _chosen is not None
@@ -51,9 +51,9 @@ def running() -> "ArrayKernels | None":
 
 
 def prepare() -> None:
-    """Compile what applies need, of all dtypes and in JSON: about 0.7 s of CPU in all.
+    """Compile what applies need, for all dtypes and JSON, which takes about 0.7 s of CPU.
 
-    Merges are compiled when they are first used.
+    Merges are compiled on first use.
     """
     kernels = running()
     if kernels is not None:
@@ -82,10 +82,10 @@ def cast(array: Array, out: Array) -> None:
 
 
 def find_lists(text: bytes | memoryview, least: int) -> list[NumberList]:
-    """Return lists of at least so many numbers in JSON text, in order, which need not be all.
+    """Return lists of at least `least` numbers in JSON text, in order; some may be left out.
 
-    One may stand in a string: what is around them is not looked at. Numbers beyond float32 become
-    infinite.
+    The text around a list is not parsed, so a list may turn out to be part of a string. Numbers
+    beyond float32 become infinite.
     """
     kernels = running()
     if kernels is None:
@@ -101,7 +101,7 @@ def list_of(array: Floats) -> memoryview:
 
 
 def _find(setting: Setting) -> "tuple[ArrayKernels | None, str]":
-    """Return the kernels, or None and why."""
+    """Return the kernels and "", or None and the reason."""
     if setting == "off":
         return None, "switched off"
     try:

@@ -10,7 +10,7 @@ from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import FLOAT32, Floats
 
 Rows = slice | npt.NDArray[np.intp]
-"""Which rows of a batch: a slice where they lie together, else their numbers in order."""
+"""Rows of a batch: a slice if they are consecutive, otherwise their numbers in ascending order."""
 
 
 Integers = npt.NDArray[np.int64]
@@ -18,12 +18,12 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Segment:
-    """The rows of a batch that one adapter takes part in, each with its weight."""
+    """The rows of a batch that one adapter applies to, and their weights."""
 
     adapter: LoraAdapter
     rows: Rows
     weights: float | Floats
-    """One for all rows or one per row (n,): what the adapter adds is multiplied by it."""
+    """Factor on what the adapter adds: one for all rows, or one per row (n,)."""
     base_outputs: Floats | None = None
     """W x of the whole batch (rows, d_out), for DoRA."""
     row_norms: Floats | None = None
@@ -57,7 +57,7 @@ def expert_segments(
 
 
 def rows_of(numbers: Sequence[int]) -> Rows:
-    """Return ascending row numbers as a slice where they follow each other."""
+    """Return ascending row numbers, as a slice if they are consecutive."""
     if numbers[-1] - numbers[0] + 1 == len(numbers):
         return slice(numbers[0], numbers[-1] + 1)
     return np.array(numbers, np.intp)
@@ -67,8 +67,8 @@ def apply_segments(x: Floats, segments: Sequence[Segment], d_out: int) -> Floats
     """Return the sum of what all segments add for their rows, (n, d_in) -> (n, d_out) float32.
 
     A row in no segment gets zeros; one in several gets their sum, in the order of `segments`.
-    One pair of products per segment, nothing padded: the cost is that of reading each adapter once
-    and of `2 rows r (d_in + d_out)` operations each (as BGMV/SGMV of Punica, Chen et al. 2023).
+    Each segment costs one read of its adapter and `2 rows r (d_in + d_out)` operations; nothing is
+    padded (as in BGMV and SGMV of Punica, Chen et al. 2023).
     """
     outputs = np.zeros((len(x), d_out), FLOAT32)
     written = np.zeros(len(x), np.bool_)

@@ -20,7 +20,7 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 def to_float32(array: Array, out: Floats | None = None) -> Floats:
     """Return `array` (any float dtype) as C-contiguous float32, in `out` if given.
 
-    Without `out`, an aligned contiguous float32 array is returned as it is. Doubles beyond
+    Without `out`, an aligned contiguous float32 array is returned without a copy. Doubles beyond
     float32 become infinite.
     """
     if array.dtype == FLOAT32 and out is None:
@@ -49,9 +49,10 @@ def all_finite(array: Array) -> bool:
     if array.size == 0:
         return True
     if array.dtype == FLOAT32:
+        # The sum of squares takes one pass, and is finite only if all numbers are.
         if array.flags.c_contiguous and math.isfinite(np.vdot(array, array)):
-            return True  # one pass over the memory; what is not finite stays so in a sum of squares
-        # Nor is that sum where it overflows. NaN survives both of these.
+            return True
+        # It may also have overflowed. NaN propagates through minimum and maximum.
         least, most = np.minimum.reduce(array, axis=None), np.maximum.reduce(array, axis=None)
         return math.isfinite(least) and math.isfinite(most)
     exponent = np.uint16(0x7C00 if array.dtype == FLOAT16 else 0x7F80)

@@ -26,10 +26,10 @@ def shortest_float32(value: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """What an adapter is made from; the defaults are the reference's.
+    """The hyper-parameters of an adapter; the defaults are the reference's.
 
-    Raises InvalidRequestError for a negative rank, a non-finite alpha (as float32), or a
-    dropout outside [0, 1).
+    Raises InvalidRequestError for a negative rank, an alpha that is not finite in float32, a
+    dropout outside [0, 1), or one string as target_modules.
     """
 
     rank: int = 8
@@ -43,15 +43,18 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges and round alpha and dropout to float32."""
+        alpha, dropout = shortest_float32(self.alpha), shortest_float32(self.dropout)
         if self.rank < 0:
-            raise InvalidRequestError(f"rank must be 0 or more, got {self.rank}", rank=self.rank)
-        object.__setattr__(self, "alpha", shortest_float32(self.alpha))
-        object.__setattr__(self, "dropout", shortest_float32(self.dropout))
+            raise _invalid("rank", self.rank, "0 or more")
+        if not np.isfinite(alpha):
+            raise _invalid("alpha", self.alpha, "a number that is finite in float32")
+        if not 0.0 <= dropout < 1.0:
+            raise _invalid("dropout", self.dropout, "a number from 0 to less than 1")
+        if isinstance(self.target_modules, str):  # a sequence too, of its letters
+            raise _invalid("target_modules", self.target_modules, "a sequence of names")
+        object.__setattr__(self, "alpha", alpha)
+        object.__setattr__(self, "dropout", dropout)
         object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        if not np.isfinite(self.alpha):
-            raise InvalidRequestError(f"alpha must be a finite float32, got {self.alpha}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise InvalidRequestError(f"dropout must be in [0, 1), got {self.dropout}")
 
     @property
     def scaling(self) -> float:
@@ -79,3 +82,7 @@ class LoraConfig:
     def from_dict(cls, value: Mapping[str, Any]) -> "LoraConfig":
         """Return the configuration that `to_dict` wrote."""
         return cls(value["rank"], value["alpha"], value["dropout"], tuple(value["target_modules"]))
+
+
+def _invalid(field: str, value: object, expected: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field} is {value!r}; expected {expected}", field=field)

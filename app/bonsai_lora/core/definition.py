@@ -1,7 +1,7 @@
-"""What is computed, in NumPy: five functions that define every number this package makes.
+"""The definition of every number that this package computes: five functions in NumPy.
 
-`kernels` computes the same, faster: merges, casts and numbers in JSON equal these functions to the
-bit, applies within 1e-6 of |x| * |delta W|. `backend` chooses between the two.
+`kernels` computes the same, faster: merges, casts and numbers in JSON are equal to the bit, applies
+agree within 1e-6 of |x| * |delta W|. `backend` chooses between the two.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float32]
 
 
 _BLOCK_VALUES = 1 << 16
-"""Of a merge that are computed together: they stay in the cache, and take no memory."""
+"""Values of a merge that are computed at a time, so that intermediate results stay in the cache."""
 
 
 class NumberList(NamedTuple):
@@ -31,8 +31,8 @@ def apply(a_matrix: Array, b_matrix: Array, x: Array, factors: Floats) -> Floats
     """Return factor * (x A^T) B^T, (n, d_in) -> (n, d_out) (Hu et al. 2021, equation 3).
 
     A is (r, d_in), B (d_out, r), of any float dtype; `factors` is (1,) or one per row (n,).
-    Row by row, so that a row's outputs never depend on its batch. 16-bit matrices are widened anew
-    for each call: float32 copies of them would take twice an adapter's memory.
+    Rows are computed one by one, so that a row's outputs never depend on its batch. 16-bit matrices
+    are widened in each call: keeping float32 copies would triple an adapter's memory.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         a, b, x = (np.require(one, np.float32, ["C", "A"]) for one in (a_matrix, b_matrix, x))
@@ -46,10 +46,10 @@ def apply(a_matrix: Array, b_matrix: Array, x: Array, factors: Floats) -> Floats
 def merge(base: Array, left: Floats, right: Array, factor: float, out: Array) -> None:
     """Write base + factor * left @ right to `out`, which may be `base`: (n, r) and (r, m).
 
-    A loop over the rank, each operation rounded once, without BLAS and fused multiply-adds: so no
-    number depends on the block that is merged, on the CPU or on a library. The sum is float32 (for
-    a float64 base float64), rounded to `out` once, to nearest even. NaNs are written as `cast`
-    does. Raises ValueError where the shapes do not fit.
+    This is a loop over the rank that rounds after each operation, without BLAS or fused
+    multiply-adds, so that no number depends on the block that is merged, the CPU or a library. The
+    sum is float32 (float64 for a float64 base) and is rounded to `out` once, to nearest even. NaNs
+    are written as by `cast`. Raises ValueError if the shapes do not fit.
     """
     if base.shape != (left.shape[0], right.shape[1]):
         raise ValueError(f"a product of {left.shape} and {right.shape} is not {base.shape}")
@@ -68,9 +68,9 @@ def merge(base: Array, left: Floats, right: Array, factor: float, out: Array) ->
 
 
 def cast(array: Array, out: Array) -> None:
-    """Write `array` to `out`, of one shape, rounded to nearest even; beyond its range is infinity.
+    """Write `array` to `out` of the same shape, rounded to nearest even, or infinite on overflow.
 
-    Every NaN is written as the same one, positive and quiet: CPUs make different ones.
+    All NaNs are written as one, positive and quiet, because CPUs produce different ones.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(out, array, casting="same_kind")
@@ -78,10 +78,10 @@ def cast(array: Array, out: Array) -> None:
 
 
 def find_lists(text: bytes | memoryview, least: int) -> list[NumberList]:  # noqa: ARG001
-    """Return the lists of at least so many numbers in JSON text that are read ahead of the rest.
+    """Return the lists of at least `least` numbers that are parsed ahead of the rest of JSON text.
 
-    None are: orjson reads them with the rest, each number as a float64, which is rounded to
-    float32. The kernel finds and reads them first, and gives the same numbers.
+    That is none: orjson parses them with the rest, each number as a float64, which is rounded to
+    float32 later. The kernel parses them first, to the same numbers.
     """
     return []
 
@@ -90,7 +90,7 @@ def list_of(array: Floats) -> memoryview:
     """Return a float32 array (n,) or (rows, n), all finite, as a JSON list.
 
     Each number is the shortest decimal that reads back as the same float32. Raises ValueError for
-    another dtype or more dimensions.
+    any other dtype or number of dimensions.
     """
     if array.dtype != np.float32 or array.ndim not in (1, 2):
         raise ValueError(f"expected float32 (n,) or (rows, n); got {array.dtype} {array.shape}")

@@ -62,7 +62,7 @@ class BonsaiLoraSet:
         )
 
     def with_registry(self, registry: LoraRegistry) -> "BonsaiLoraSet":
-        """Return the set with another registry."""
+        """Return the set with `registry` in place of its own."""
         return replace(self, registry=registry)
 
     def total_trainable_params(self) -> int:
@@ -76,5 +76,5 @@ class BonsaiLoraSet:
         return 4 * self.total_trainable_params()
 
     def efficiency_ratio(self, base_param_count: int) -> float:
-        """Return LoRA parameters over base parameters; 0.0 where the count is 0."""
+        """Return LoRA parameters over base parameters; 0.0 if the count is 0."""
         return self.total_trainable_params() / base_param_count if base_param_count else 0.0

@@ -1,8 +1,6 @@
 """W + scaling * B @ A, as a whole or in blocks."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -11,19 +9,19 @@ from bonsai_lora.core import backend
 from bonsai_lora.core.cast import FLOAT32, Array, Floats, round_to, to_float32
 
 BLOCK_VALUES = 1 << 19
-"""Values of W in a block that goes from one thread to another: 2 MiB of float32, measured by
-benchmarks/merged.py. Smaller blocks cost more hand-overs."""
+"""Values of W in a block that one thread hands to another: 2 MiB of float32, chosen with
+benchmarks/merged.py. Smaller blocks mean more hand-overs."""
 
 Block = tuple[slice, slice]
-"""Rows and columns of W that lie together in memory: whole rows, or a piece of one row."""
+"""Rows and columns of W that are contiguous in memory: whole rows, or a part of one row."""
 
 
 def blocks(
     d_out: int, d_in: int, *, most: int = BLOCK_VALUES, whole_rows: bool = False
 ) -> Iterator[Block]:
-    """Yield the blocks of W (d_out, d_in) in the order of memory, each of at most so many values.
+    """Yield the blocks of W (d_out, d_in) in memory order, each with at most `most` values.
 
-    With `whole_rows` a block is never less than a row, however long that is.
+    With `whole_rows`, a block is at least one row, however long.
     """
     if d_in == 0:
         return
@@ -48,13 +46,13 @@ def merge_rows(
 ) -> None:
     """Write rows + scaling * left @ right to `out` (n, m), which may be `rows` itself.
 
-    The factors are B (n, r) and A (r, m), as `LoraAdapter.stored_factors_of` has them. With
-    `magnitude` (n,), of DoRA, each row of the sum is scaled to that norm; the rows must be whole
-    then. Norms are summed in float64.
+    The factors are B (n, r) and A (r, m), as `LoraAdapter.stored_factors_of` returns them. With
+    DoRA's `magnitude` (n,), each row of the sum is scaled to that norm, which needs whole rows.
+    Norms are summed in float64.
 
-    `rows` and `out` have one dtype; the sum is float32 (float64 for float64 rows), in the order of
-    the reference and of PEFT (B @ A, times scaling, plus W), and rounded once to nearest even. Sums
-    beyond float32 are infinite, as in torch. No number depends on the block that it is merged in.
+    `rows` and `out` have the same dtype. The sum is float32 (float64 for float64 rows), in the
+    order of the reference and of PEFT (B @ A, times scaling, plus W), and is rounded once, to
+    nearest even. Sums beyond float32 are infinite, as in torch. No number depends on its block.
     """
     if magnitude is None:
         backend.merge(rows, left, right, scaling, out)
@@ -68,14 +66,8 @@ def merge_rows(
 
 
 def row_squares(block: Floats) -> npt.NDArray[np.float64]:
-    """Return the sum of the squares of each row (n,), which does not depend on the other rows."""
-    # Squares are whole arrays: a sum that also casts is cut at the edges of NumPy's buffer.
+    """Return the sum of the squares of each row (n,), independent of the other rows."""
+    # Square first: a sum that also casts is split at the edges of NumPy's buffer.
     squares: npt.NDArray[np.float64] = np.square(block, dtype=np.float64)
     sums: npt.NDArray[np.float64] = squares.sum(axis=1)
     return sums
-
-
-@lru_cache(maxsize=4)
-def workers(threads: int) -> ThreadPoolExecutor:
-    """Return so many threads, which stay."""
-    return ThreadPoolExecutor(threads, "merge")

@@ -25,7 +25,7 @@ class LoraRegistry:
         return LoraRegistry(self.config, MappingProxyType({**self.adapters, **adapters}))
 
     def remove(self, module_name: str) -> "LoraRegistry":
-        """Return a registry without that module; the same if it has none."""
+        """Return a registry without that module, which need not be in it."""
         rest = {name: one for name, one in self.adapters.items() if name != module_name}
         return LoraRegistry(self.config, MappingProxyType(rest))
 
@@ -34,7 +34,7 @@ class LoraRegistry:
         return self.adapters.get(module_name)
 
     def apply_adapter(self, module_name: str, x: Floats) -> Floats | None:
-        """Return what that module's adapter adds for `x`, or None where there is no adapter."""
+        """Return what that module's adapter adds for `x`, or None without an adapter."""
         adapter = self.adapters.get(module_name)
         return None if adapter is None else adapter.apply(x)
 
@@ -62,7 +62,7 @@ class LoraRegistry:
     def estimate_adapters_for_budget(d_in: int, d_out: int, rank: int, budget_bytes: int) -> int:
         """Return how many adapters of these dimensions fit into `budget_bytes`.
 
-        0 where one alone does not fit, and where an adapter has no size.
+        0 if not even one fits, or if an adapter has no parameters.
         """
         bytes_per_adapter = adapter_bytes(d_in, d_out, rank)
         return budget_bytes // bytes_per_adapter if bytes_per_adapter else 0

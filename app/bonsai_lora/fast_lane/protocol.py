@@ -162,7 +162,7 @@ class LaneProtocol(GuardedProtocol):
         return rest
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection for the response to a whole request; close it otherwise."""
+        """Keep the connection for the response to a complete request; close it otherwise."""
         self.flush()
         call = self._call
         if call is None:

@@ -22,7 +22,7 @@ _CACHED_HEADS = 1024
 """Parsed heads to cache: requests with the same shape from one client have the same head. A decode
 step of a model of 36 layers has 144 different ones."""
 _CACHED_HEAD_BYTES = 1 << 10
-"""Longest head to cache, which bounds the memory they hold."""
+"""Longest head to cache, which bounds the memory of the cache."""
 
 
 class LaneRoute:

@@ -76,7 +76,8 @@ def header_length(prefix: bytes | memoryview, limit: int = MAX_HEADER_BYTES) -> 
         raise _malformed(f"it starts with {start!r}, which is not the length of a header")
     if length > limit:
         raise HeaderTooLargeError(
-            f"the safetensors header is {length} bytes long; expected at most {limit}",
+            f"the safetensors header has {length} bytes, but the limit is {limit}; use fewer or "
+            "shorter names",
             got_bytes=length,
             limit_bytes=limit,
         )
@@ -256,7 +257,9 @@ def as_bytes(array: Array) -> memoryview:
 
 
 def _malformed(reason: str) -> MalformedSafetensorsError:
-    return MalformedSafetensorsError(f"not a valid safetensors file: {reason}")
+    return MalformedSafetensorsError(
+        f"not a valid safetensors file: {reason}; save or copy the file again"
+    )
 
 
 def _parse_object(text: bytes) -> dict[str, Any]:

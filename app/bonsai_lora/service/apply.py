@@ -39,7 +39,7 @@ Inputs = Mapping[str, Floats]
 _MOST_JSON_BYTES = 1 << 21
 """Longer JSON may take a second to parse, if it is invalid or unusual."""
 _IN_NUMPY = 5
-"""How many times as long an apply takes without the kernels."""
+"""Factor on the cost of an apply without the kernels."""
 _JSON_BYTES = 10
 """Approximate length of a number and its comma."""
 

@@ -236,20 +236,22 @@ def _outputs_of(model: Model, request: InferRequest) -> Sequence[InferOutput]:
     Raises InvalidRequestError for inputs and outputs that the model does not have, and for inputs
     that feed no output.
     """
-    asked = request.outputs
-    if asked is None:
-        asked = [InferOutput(name, request.is_binary) for name in _default_outputs(model, request)]
-    if not asked:
+    requested = request.outputs
+    if requested is None:
+        requested = [
+            InferOutput(name, request.is_binary) for name in _default_outputs(model, request)
+        ]
+    if not requested:
         raise InvalidRequestError(_no_outputs(model, request))
-    names = {one.name for one in asked}
-    if len(names) != len(asked):
+    names = {one.name for one in requested}
+    if len(names) != len(requested):
         raise InvalidRequestError(
             "'outputs' names an output twice; name each once", field="outputs"
         )
     if model.stored is not None:
         _check_known(model, request.inputs, names)
     _check_all_feed(request, names, aside={SETS} if model.stored is None else set())
-    return asked
+    return requested
 
 
 def _check_known(model: Model, inputs: Iterable[str], outputs: Iterable[str]) -> None:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from bonsai_lora.core.registry import adapter_bytes
-from bonsai_lora.core.shapes import Shapes
 from bonsai_lora.errors import (
     AnswerTooLargeError,
     BodyTooLargeError,
@@ -81,8 +79,3 @@ class Limits:
                 held_bytes=held,
                 budget_bytes=self.memory_budget_bytes,
             )
-
-
-def shapes_bytes(shapes: Shapes, rank: int) -> int:
-    """Return the float32 size in bytes of adapters of these shapes."""
-    return sum(adapter_bytes(d_in, d_out, rank) for d_in, d_out in shapes.values())

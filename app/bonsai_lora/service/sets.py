@@ -1,12 +1,13 @@
 """Create, import, change, list, export and delete sets."""
 
 import bisect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.adapter import LoraAdapter, check_factors
 from bonsai_lora.core.cast import Array, all_finite
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
@@ -20,14 +21,13 @@ from bonsai_lora.errors import (
     NewerFormatError,
     SetExistsError,
     SetNotFoundError,
-    ShapeMismatchError,
     UnsupportedAdapterError,
 )
 from bonsai_lora.formats import mlx, peft
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import check_module_name, check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig, parse_config
-from bonsai_lora.service.limits import Limits, shapes_bytes
+from bonsai_lora.service.limits import Limits
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.upload import ReceivedUpload, Upload
@@ -75,7 +75,8 @@ def create_set(
     with store.lock(name):
         _refuse_existing(store, name)
         # Check before drawing the random matrices, which takes memory and time.
-        limits.check_budget(store, name, shapes_bytes(kept, config.rank))
+        needed = sum(adapter_bytes(*shape, config.rank) for shape in kept.values())
+        limits.check_budget(store, name, needed)
         lora_set = BonsaiLoraSet.new(config, base_model_name, name).add_adapters(kept)
         return _write(store, limits, lora_set, origin="initialized", previous=None)
 
@@ -252,9 +253,10 @@ def delete_adapter(
         )
 
 
-def export_config(stored: StoredSet) -> dict[str, Any]:
+def export_config(stored: StoredSet) -> bytes:
     """Return the set's adapter_config.json."""
-    return peft.encode_config(stored.lora_set, stored.adapter_config)
+    config = peft.encode_config(stored.lora_set, stored.adapter_config)
+    return f"{json.dumps(config, indent=2)}\n".encode()
 
 
 def _write(
@@ -341,13 +343,7 @@ def _check_factors(tensors: Mapping[str, Array]) -> tuple[Array, Array]:
             raise InvalidAdapterError(
                 f"{name} has NaN or infinity; expected finite numbers", field=name
             )
-    if a_matrix.ndim != 2 or b_matrix.ndim != 2 or a_matrix.shape[0] != b_matrix.shape[1]:
-        raise ShapeMismatchError(
-            f"lora_A has shape {list(a_matrix.shape)} and lora_B {list(b_matrix.shape)}; "
-            "expected (r, d_in) and (d_out, r) with the same r",
-            got=[list(a_matrix.shape), list(b_matrix.shape)],
-            expected=[["r", "d_in"], ["d_out", "r"]],
-        )
+    check_factors(a_matrix, b_matrix)
     return a_matrix, b_matrix
 
 

@@ -1,24 +1,12 @@
-"""Statistics of adapters and of the store."""
+"""Statistics of the store."""
 
 from dataclasses import dataclass
 
-from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.core.spectrum import delta_norm, effective_rank
 from bonsai_lora.storage.setfile import SetRecord
 from bonsai_lora.storage.store import SetStore
 
 LARGEST_SETS = 100
 """Most sets that the store's statistics list."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleStats:
-    """One module's adapter with the norm and effective rank of its delta."""
-
-    name: str
-    adapter: LoraAdapter
-    delta_norm: float
-    effective_rank: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +21,6 @@ class StoreStats:
     total_memory_bytes: int
     resident_bytes: int
     largest: list[SetRecord]
-
-
-def module_stats(name: str, adapter: LoraAdapter) -> ModuleStats:
-    """Return the statistics of one module."""
-    return ModuleStats(name, adapter, delta_norm(adapter), effective_rank(adapter))
 
 
 def store_stats(store: SetStore) -> StoreStats:

@@ -161,7 +161,11 @@ class SharedRegions:
         while done < len(buffer):
             count = os.preadv(file.descriptor, [buffer[done:]], start + done)
             if count == 0:
-                raise _too_short(placed.region)
+                raise InvalidRequestError(
+                    f"shared memory region '{placed.region}' became shorter while it was read; "
+                    "keep its size until the response arrives",
+                    region=placed.region,
+                )
             done += count
         return buffer
 
@@ -306,12 +310,4 @@ def _not_found(name: str) -> RegionNotFoundError:
     return RegionNotFoundError(
         f"Unable to find shared memory region: '{name[:200]}'; register it first",
         region=name[:200],
-    )
-
-
-def _too_short(name: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"shared memory region '{name}' became shorter while it was read; keep its size until the "
-        "response arrives",
-        region=name,
     )

@@ -6,13 +6,16 @@ first entry of the header, so that listing sets reads only a few kilobytes of ea
 
 import json
 import os
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
-from bonsai_lora.core.adapter import LoraAdapter
+import numpy as np
+
+from bonsai_lora.core.adapter import LayerKind, LoraAdapter
 from bonsai_lora.core.cast import Array
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
@@ -42,6 +45,9 @@ _RECORD_KEY = "bonsai_lora"
 _MODULES_KEY = "bonsai_lora_modules"
 _CONFIG_KEY = "adapter_config"
 _PEEK_BYTES = 1 << 14
+_MOST_FLOAT32 = float(np.finfo(np.float32).max)
+_INTEGER_END = 1 << 53
+"""Integers below it are the same in every reader of JSON."""
 _RECORD_TYPES: Mapping[str, tuple[type, ...]] = {
     "name": (str,),
     "uid": (str,),
@@ -56,6 +62,10 @@ _RECORD_TYPES: Mapping[str, tuple[type, ...]] = {
     "data_bytes": (int,),
 }
 """Fields of a record and their types in JSON."""
+_PATTERNS = {
+    "uid": re.compile(r"[A-Za-z0-9._-]{1,64}"),  # stands in ETags
+    "origin": re.compile("initialized|peft|gguf|mixed"),
+}
 _CONFIG_TYPES: Mapping[str, tuple[type, ...]] = {
     "rank": (int,),
     "alpha": (int, float),
@@ -206,13 +216,11 @@ def open_set_file(path: Path) -> StoredSet:
         mapped = map_file(file)
     header = safetensors.decode_header(mapped)
     _check_size(path, header.total_bytes, len(mapped))
-    config = header.metadata.get(_CONFIG_KEY)
-    return StoredSet(
-        record,
-        _open_set(mapped, header, record),
-        None if config is None else json.loads(config),
-        mapped,
-    )
+    text = header.metadata.get(_CONFIG_KEY)
+    config = None if text is None else json.loads(text)
+    if not isinstance(config, dict | None):
+        raise MalformedSafetensorsError(f"{path.name} has an {_CONFIG_KEY} that is not an object")
+    return StoredSet(record, _open_set(mapped, header, record), config, mapped)
 
 
 def _read_record(path: Path, file: BinaryIO) -> SetRecord:
@@ -241,6 +249,11 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
     adapters = {}
     for module, (alpha, scaling, layer, *more) in json.loads(header.metadata[_MODULES_KEY]).items():
         experts = more[0] if more else None
+        if not (_is_finite(alpha) and _is_finite(scaling) and layer in get_args(LayerKind)):
+            raise MalformedSafetensorsError(
+                f"module {module!r} has {reprlib.repr([alpha, scaling, layer])}; expected alpha, "
+                "scaling and the kind of layer"
+            )
         parts = modules[module]
         embedding = "embedding_" if layer == "embedding" else ""
         a_matrix = safetensors.view(mapped, header, parts[f"{embedding}A"])
@@ -281,7 +294,7 @@ def _decode_record(path: Path, metadata: Any) -> SetRecord:
 
 def _decode_config(path: Path, fields: Mapping[str, Any]) -> LoraConfig:
     _check_types(path, fields, _CONFIG_TYPES)
-    if not all(type(one) is str for one in fields["target_modules"]):
+    if not all(type(one) is str and _is_unicode(one) for one in fields["target_modules"]):
         raise MalformedSafetensorsError(f"{path.name} has target_modules that are not all text")
     try:
         return LoraConfig.from_dict(fields)
@@ -296,10 +309,29 @@ def _check_types(
 ) -> None:
     for name, kinds in types.items():
         value = fields.get(name)
-        if type(value) not in kinds or (type(value) is int and value < 0):
+        if type(value) not in kinds or not _is_usable(name, value):
             raise MalformedSafetensorsError(
                 f"{path.name} has a record whose {name} is {reprlib.repr(value)}"
             )
+
+
+def _is_usable(name: str, value: Any) -> bool:
+    """Return whether a value of the right type can be answered with."""
+    if isinstance(value, int):
+        return 0 <= value < _INTEGER_END
+    if not isinstance(value, str):
+        return True
+    pattern = _PATTERNS.get(name)
+    return _is_unicode(value) if pattern is None else pattern.fullmatch(value) is not None
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether `text` is without lone surrogates, which UTF-8 does not have."""
+    return not any("\ud800" <= one <= "\udfff" for one in text)
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and bool(abs(value) <= _MOST_FLOAT32)
 
 
 def _check_size(path: Path, expected: int, got: int) -> None:

@@ -17,6 +17,7 @@ import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -133,17 +134,13 @@ class SetStore:
         self._remember(name, identity, opened)
         return opened
 
-    @contextlib.contextmanager
-    def lock(self, name: str) -> Iterator[None]:
+    def lock(self, name: str) -> AbstractContextManager[None]:
         """Hold the lock to change `name`, across threads and processes."""
-        with self._locked(self._stripe(name)):
-            yield
+        return self._locked(self._stripe(name))
 
-    @contextlib.contextmanager
-    def lock_all(self) -> Iterator[None]:
+    def lock_all(self) -> AbstractContextManager[None]:
         """Hold the lock to change the total of all sets; acquire it inside `lock`, if both."""
-        with self._locked("all"):
-            yield
+        return self._locked("all")
 
     @staticmethod
     def _stripe(name: str) -> str:
@@ -215,12 +212,11 @@ class SetStore:
         """Delete a set durably; raises SetNotFoundError. Call with `lock` held."""
         if not is_set_name(name):
             raise SetNotFoundError(name)
-        with _storage_errors():
+        with _storage_errors(), _synced(self._sets):
             try:
                 self._path(name).unlink()
             except FileNotFoundError:
                 raise SetNotFoundError(name) from None
-            _sync_folder(self._sets)
         self.forget(name)
 
     def open_sets(self) -> list[StoredSet]:
@@ -230,20 +226,13 @@ class SetStore:
     def _commit(self, file: BinaryIO, name: str) -> None:
         """Rename a temporary file to the file of `name`, durably."""
         # Open the folder first: running out of descriptors must not fail a completed write.
-        folder = os.open(self._sets, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            self._commit_into(folder, file, name)
-        finally:
-            os.close(folder)
-
-    def _commit_into(self, folder: int, file: BinaryIO, name: str) -> None:
-        file.flush()
-        # The kernel's timestamps are milliseconds apart; identities need nanoseconds.
-        now = time.time_ns()
-        os.utime(file.fileno(), ns=(now, now))
-        os.fsync(file.fileno())
-        Path(file.name).rename(self._path(name))
-        os.fsync(folder)
+        with _synced(self._sets):
+            file.flush()
+            # The kernel's timestamps are milliseconds apart; identities need nanoseconds.
+            now = time.time_ns()
+            os.utime(file.fileno(), ns=(now, now))
+            os.fsync(file.fileno())
+            Path(file.name).rename(self._path(name))
 
     def _path(self, name: str) -> Path:
         return self._sets / f"{name}{_SUFFIX}"
@@ -351,9 +340,12 @@ class SetStore:
                     path.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
+@contextlib.contextmanager
+def _synced(folder: Path) -> Iterator[None]:
+    """Make changes in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        yield
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

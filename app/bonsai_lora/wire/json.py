@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property
 from secrets import token_hex
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orjson
@@ -73,7 +73,7 @@ def decode_with_arrays(body: Buffer, what: str = "the body", hint: str = "") -> 
     Tensors are lists of numbers, one or two deep and not ragged, in the fields of _TENSOR_KEYS.
     Some may remain lists; `decode_tensor` accepts both and validates them.
     """
-    text, arrays = extract_lists(body)
+    text, arrays = _extract_lists(body)
     if arrays:
         try:
             return _with_arrays(orjson.loads(text), arrays)
@@ -82,26 +82,19 @@ def decode_with_arrays(body: Buffer, what: str = "the body", hint: str = "") -> 
     return decode(body, what, hint)
 
 
-class ExtractedLists(NamedTuple):
-    """JSON text with placeholders, and the arrays that they stand for.
+def _extract_lists(body: Buffer) -> tuple[bytes, list[Floats]]:
+    """Replace long lists of numbers in JSON text by placeholders, and parse them into arrays.
 
     If a list was inside a string, the text is not valid JSON: the placeholder's quotes end the
     string.
     """
-
-    text: bytes
-    arrays: Sequence[Floats]
-
-
-def extract_lists(body: Buffer) -> ExtractedLists:
-    """Replace long lists of numbers in JSON text by placeholders, and parse them into arrays."""
     lists = find_lists(body, _LEAST_NUMBERS) if len(body) > _SHORT_BYTES else []
     parts: list[Buffer] = []
     at = 0
     for number, one in enumerate(lists):
         parts += (body[at : one.start], b'{"%b":%d}' % (_PLACEHOLDER.encode(), number))
         at = one.end
-    return ExtractedLists(b"".join([*parts, body[at:]]), [one.numbers for one in lists])
+    return b"".join([*parts, body[at:]]), [one.numbers for one in lists]
 
 
 def _with_arrays(value: Any, arrays: Sequence[Floats], *, is_tensor: bool = False) -> Any:

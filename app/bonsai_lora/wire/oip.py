@@ -141,15 +141,15 @@ def _decode_text(body: memoryview | bytes) -> InferRequest:
         inputs[decoded.name] = decoded
     parameters = _parameters(fields, "the request")
     is_binary = _flag(parameters, "binary_data_output", default=False)
-    asked = fields.get("outputs")
-    if asked and not is_list_of(dict, asked):
+    requested = fields.get("outputs")
+    if requested and not is_list_of(dict, requested):
         raise InvalidRequestError(
             "'outputs' is invalid; expected a list of objects", field="outputs"
         )
     return InferRequest(
         _string(fields.get("id") or "", "id"),
         inputs,
-        [_decode_output(one, default=is_binary) for one in asked] if asked else None,
+        [_decode_output(one, default=is_binary) for one in requested] if requested else None,
         is_binary,
         decode_weight(parameters.get("scale", 1.0), "parameters.scale"),
         text,

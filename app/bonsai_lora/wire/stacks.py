@@ -1,11 +1,10 @@
 """Stacks: the sets that apply to a row, with their weights."""
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from bonsai_lora.core.cast import Floats, count_rows
-from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError
+from bonsai_lora.errors import InvalidRequestError
 from bonsai_lora.wire import json
 
 SETS = "sets"
@@ -25,19 +24,6 @@ def sets_of_metadata(metadata: Mapping[str, str]) -> Any:
     text = metadata.get(SETS)
     where = f'the metadata {SETS!r} (such as ["my-adapter", null])'
     return None if text is None else json.decode(text.encode(), where)
-
-
-def check_rows(sets: Sequence[Any], inputs: Floats) -> None:
-    """Raise ShapeMismatchError unless there is one entry per row of `inputs`."""
-    rows = count_rows(inputs)
-    if len(sets) != rows:
-        raise ShapeMismatchError(
-            f"'sets' has {len(sets)} entries, but 'inputs' has {rows} rows; send one entry per row "
-            "(null for no adapter)",
-            field=SETS,
-            got=len(sets),
-            expected=rows,
-        )
 
 
 def decode_row(value: Any, where: str) -> Stack:

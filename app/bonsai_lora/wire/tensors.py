@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from bonsai_lora.core.batch import Integers
-from bonsai_lora.core.cast import Floats, all_finite
-from bonsai_lora.errors import InvalidRequestError, NonFiniteOutputError
+from bonsai_lora.core.cast import Floats, all_finite, count_rows
+from bonsai_lora.errors import InvalidRequestError, NonFiniteOutputError, ShapeMismatchError
 from bonsai_lora.wire import binary, json
 from bonsai_lora.wire.binary import EXPERTS
 from bonsai_lora.wire.buffers import Buffer
@@ -18,7 +18,6 @@ from bonsai_lora.wire.media import Form
 from bonsai_lora.wire.stacks import (
     SETS,
     Stack,
-    check_rows,
     decode_row,
     decode_stack,
     sets_of_metadata,
@@ -142,7 +141,15 @@ def decode_mixed(form: Form, body: Buffer, max_header_bytes: int) -> MixedBatch:
             'of a set, null, or a list of {"set": name, "weight": number}',
             field=SETS,
         )
-    check_rows(sets, tensors[INPUTS])
+    rows = count_rows(tensors[INPUTS])
+    if len(sets) != rows:
+        raise ShapeMismatchError(
+            f"{SETS!r} has {len(sets)} entries, but {INPUTS!r} has {rows} rows; send one entry per "
+            "row (null for no adapter)",
+            field=SETS,
+            got=len(sets),
+            expected=rows,
+        )
     stacks = [decode_row(one, f"{SETS}[{row}]") for row, one in enumerate(sets)]
     return MixedBatch(module, stacks, tensors[INPUTS], tensors.get(BASE_OUTPUTS), experts)
 

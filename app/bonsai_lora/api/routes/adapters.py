@@ -1,8 +1,9 @@
 """The adapters of a set."""
 
 import reprlib
+from collections.abc import Mapping
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
@@ -17,7 +18,7 @@ from bonsai_lora.api.openapi import (
     TENSOR_ERRORS,
     extra_response,
     problems,
-    tensor_body,
+    request_body,
 )
 from bonsai_lora.core.cast import Array
 from bonsai_lora.formats import safetensors
@@ -31,7 +32,7 @@ router = APIRouter(tags=["adapters"])
 _PUT_FIELDS = frozenset({"d_in", "d_out", "config", "lora_A", "lora_B", "alpha"})
 _NEW_FIELDS = frozenset({"d_in", "d_out", "config"})
 
-_PUT_BODY = tensor_body(schemas.NewAdapter, Form.BINARY)
+_PUT_BODY = request_body(schemas.NewAdapter, Form.BINARY)
 _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
     "anyOf": [
         {"$ref": "#/components/schemas/NewAdapter"},
@@ -110,42 +111,43 @@ async def put_adapter(
         limit = limits.max_json_bytes if form is Form.JSON else limits.max_body_bytes
         body = await read_body(request, limit)
         check = precondition(request)
-        put = _put_binary if form is Form.BINARY else _put_json
-        stored, created = await context.pool.run(
-            partial(put, context, name, module, body, alpha, check)
-        )
+        put = partial(_put, context, name, module, form, body, alpha, check)
+        stored, created = await context.pool.run(put)
     response.status_code = 201 if created else 200
     response.headers["ETag"] = stored.record.etag
     return schemas.ModuleInfo.of(module, sets.get_adapter(stored, module))
 
 
-def _put_binary(
+def _put(
     context: Context,
     name: str,
     module: str,
+    form: Form,
     body: bytes,
     alpha: float | None,
     check: sets.Precondition,
 ) -> tuple[StoredSet, bool]:
-    tensors, _ = safetensors.decode(body, limit=context.limits.max_header_bytes)
-    return sets.put_weights(context.store, context.limits, name, module, tensors, alpha, check)
+    store, limits = context.store, context.limits
+    tensors: Mapping[str, Array]
+    if form is Form.BINARY:
+        tensors, _ = safetensors.decode(body, limit=limits.max_header_bytes)
+    else:
+        value = json.decode_object(body, _PUT_FIELDS)
+        if not value.keys() & {"lora_A", "lora_B"}:
+            new = parse_model(body, schemas.NewAdapter)
+            config = new.config.to_core() if new.config else None
+            return sets.put_new_adapter(
+                store, limits, name, module, new.d_in, new.d_out, config, check
+            )
+        own_alpha = _alpha_of(value)
+        alpha = alpha if own_alpha is None else own_alpha
+        text = json.Text(body)
+        tensors = {key: json.decode_tensor(one, key, text) for key, one in value.items()}
+    return sets.put_weights(store, limits, name, module, tensors, alpha, check)
 
 
-def _put_json(
-    context: Context,
-    name: str,
-    module: str,
-    body: bytes,
-    alpha: float | None,
-    check: sets.Precondition,
-) -> tuple[StoredSet, bool]:
-    value = json.decode_object(body, _PUT_FIELDS)
-    if not value.keys() & {"lora_A", "lora_B"}:
-        new = parse_model(body, schemas.NewAdapter)
-        config = new.config.to_core() if new.config else None
-        return sets.put_new_adapter(
-            context.store, context.limits, name, module, new.d_in, new.d_out, config, check
-        )
+def _alpha_of(value: dict[str, Any]) -> float | None:
+    """Remove `alpha` from the weights of an adapter and return it."""
     mixed = sorted(value.keys() & _NEW_FIELDS)
     if mixed:
         raise errors.InvalidRequestError(
@@ -153,17 +155,12 @@ def _put_json(
             "one or the other",
             field=mixed[0],
         )
-    own_alpha = value.pop("alpha", None)
-    if own_alpha is not None and type(own_alpha) not in (int, float):
+    alpha: float | None = value.pop("alpha", None)
+    if alpha is not None and type(alpha) not in (int, float):
         raise errors.InvalidRequestError(
-            f"alpha is {reprlib.repr(own_alpha)}; expected a number", field="alpha"
+            f"alpha is {reprlib.repr(alpha)}; expected a number", field="alpha"
         )
-    text = json.Text(body)
-    tensors: dict[str, Array] = {
-        key: json.decode_tensor(matrix, key, text) for key, matrix in value.items()
-    }
-    chosen = alpha if own_alpha is None else own_alpha
-    return sets.put_weights(context.store, context.limits, name, module, tensors, chosen, check)
+    return alpha
 
 
 @router.delete(

@@ -11,7 +11,7 @@ from bonsai_lora.api import tensor_schemas
 from bonsai_lora.api.call import BufferResponse, Call
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import CallDep, ModuleName, SetName
-from bonsai_lora.api.openapi import APPLY_ERRORS, problems, tensor_body, tensor_responses
+from bonsai_lora.api.openapi import APPLY_ERRORS, problems, request_body, tensor_responses
 from bonsai_lora.api.options import (
     APPLY_MANY_OPTIONS,
     APPLY_OPTIONS,
@@ -51,7 +51,7 @@ ResponseFields = dict[str, Any]
     operation_id="apply_adapter",
     summary="Apply one adapter to a batch of vectors",
     response_class=Response,
-    openapi_extra=tensor_body(
+    openapi_extra=request_body(
         tensor_schemas.ApplyRequest, Form.BINARY, example={"inputs": [[0.5, -1.0, 2.0, 0.25]]}
     )
     | {"parameters": parameters(APPLY_OPTIONS)},
@@ -83,7 +83,7 @@ async def apply_one(call: CallDep, name: SetName, module: ModuleName) -> BufferR
     operation_id="apply_many",
     summary="Apply many adapters of a set in one request",
     response_class=Response,
-    openapi_extra=tensor_body(
+    openapi_extra=request_body(
         tensor_schemas.ApplyManyRequest,
         Form.BINARY,
         example={"inputs": {"q_proj": [[0.5, -1.0, 2.0, 0.25]], "k_proj": [[1.0, 0.0, 0.0, 1.0]]}},
@@ -117,7 +117,7 @@ async def apply_many(call: CallDep, name: SetName) -> BufferResponse:
     operation_id="apply_mixed",
     summary="Apply a different set to each row of a batch",
     response_class=Response,
-    openapi_extra=tensor_body(
+    openapi_extra=request_body(
         tensor_schemas.ApplyMixedRequest,
         Form.BINARY,
         example={

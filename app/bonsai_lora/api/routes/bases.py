@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
@@ -28,10 +28,26 @@ Match = Annotated[
     str | None,
     Query(
         max_length=256,
-        description="start of the tensors' names that paths mean which could mean several",
+        description="prefix of the tensor names that ambiguous module paths mean",
         examples=["model.language_model."],
     ),
 ]
+
+
+async def _merged_model(
+    context: ContextDep,
+    base: BaseName,
+    name: SetName,
+    scale: Scale = 1.0,
+    others: Others = None,
+    weights: Weights = None,
+    match: Match = None,
+) -> MergedModel:
+    sets = weighted_sets(name, scale, others or [], weights or [])
+    return await context.pool.run(lambda: context.models.get(base, sets, match))
+
+
+Merged = Annotated[MergedModel, Depends(_merged_model)]
 
 _MERGE_ERRORS = (
     errors.BaseNotFoundError,
@@ -84,17 +100,8 @@ async def get_base(context: ContextDep, base: BaseName) -> schemas.BaseInfo:
     responses=problems(*_MERGE_ERRORS),
 )
 @router.head("/v1/bases/{base}/merged/{set}", include_in_schema=False)
-async def list_merged_files(
-    context: ContextDep,
-    base: BaseName,
-    name: SetName,
-    scale: Scale = 1.0,
-    others: Others = None,
-    weights: Weights = None,
-    match: Match = None,
-) -> schemas.MergedFiles:
+async def list_merged_files(model: Merged) -> schemas.MergedFiles:
     """Returns names, sizes and ETags. Nothing is computed."""
-    model = await _model(context, base, name, scale, others, weights, match)
     return schemas.MergedFiles(files=[schemas.MergedFileInfo(**one) for one in merge_info(model)])
 
 
@@ -110,38 +117,19 @@ async def list_merged_files(
 async def get_merged_file(
     request: Request,
     context: ContextDep,
-    base: BaseName,
-    name: SetName,
+    model: Merged,
     filename: Annotated[
         str, Path(description="name of a listed file", examples=["model.safetensors"])
     ],
-    scale: Scale = 1.0,
-    others: Others = None,
-    weights: Weights = None,
-    match: Match = None,
 ) -> Response:
     """The header, sizes and offsets are those of the base's file. Each byte range is computed when
     it is requested, in float32, and rounded once, to nearest even.
     """
-    model = await _model(context, base, name, scale, others, weights, match)
     file = model.file(filename)
     if file is None:
         raise errors.FileNotInModelError(filename, model.files())
     streamed = StreamedFile(file, context.executor, context.settings.threads)
     return file_response(request, streamed, context.pool)
-
-
-async def _model(
-    context: ContextDep,
-    base: str,
-    name: str,
-    scale: float,
-    others: list[str] | None,
-    weights: list[float] | None,
-    match: str | None,
-) -> MergedModel:
-    sets = weighted_sets(name, scale, others or [], weights or [])
-    return await context.pool.run(lambda: context.models.get(base, sets, match))
 
 
 def _info(context: ContextDep, name: str) -> schemas.BaseInfo:

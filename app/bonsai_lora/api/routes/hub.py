@@ -14,11 +14,12 @@ from fastapi import APIRouter, Query, Request, Response
 from bonsai_lora import errors
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
-from bonsai_lora.api.errors import problem_response
+from bonsai_lora.api.errors import HubError
 from bonsai_lora.api.merged_file import StreamedFile
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
 from bonsai_lora.service import sets
 from bonsai_lora.service.merged import weighted_sets
+from bonsai_lora.storage.setfile import SetRecord
 
 router = APIRouter(include_in_schema=False)
 
@@ -31,9 +32,7 @@ class _Repo:
 
     id: str
     commit: str
-    version: str
-    updated_at: str
-    created_at: str
+    record: SetRecord
     files: Mapping[str, RangedFile]
 
     def info(self) -> dict[str, Any]:
@@ -44,8 +43,8 @@ class _Repo:
             "modelId": self.id,
             "author": self.id.partition("/")[0],
             "sha": self.commit,
-            "lastModified": self.updated_at,
-            "createdAt": self.created_at,
+            "lastModified": self.record.updated_at,
+            "createdAt": self.record.created_at,
             "private": False,
             "gated": False,
             "disabled": False,
@@ -56,28 +55,17 @@ class _Repo:
         }
 
 
-class _HubError(Exception):
-    """A 404 with the X-Error-Code that Hub clients read."""
-
-    def __init__(self, code: str, detail: str) -> None:
-        super().__init__(detail)
-        self.code = code
-
-
 @router.get("/{owner}/{name}/resolve/{revision}/{path:path}")
 @router.head("/{owner}/{name}/resolve/{revision}/{path:path}")
 async def resolve(
     request: Request, context: ContextDep, owner: str, name: str, revision: str, path: str
 ) -> Response:
     """Return one file of a repository."""
-    try:
-        repo = await _repo(context, owner, name, revision)
-    except _HubError as error:
-        return _not_found(request, error)
+    repo = await _repo(context, owner, name, revision)
     file = repo.files.get(path)
     if file is None:
         detail = f"{repo.id} has no file {path!r}; it has {', '.join(list(repo.files)[:16])}"
-        return _not_found(request, _HubError("EntryNotFound", detail))
+        raise HubError("EntryNotFound", detail)
     return file_response(request, file, context.pool, {"X-Repo-Commit": repo.commit})
 
 
@@ -97,7 +85,7 @@ async def list_models(
                 continue
             try:
                 found.append((await _repo(context, owner, name, "main")).info())
-            except (_HubError, errors.NewerFormatError):
+            except (HubError, errors.NewerFormatError):
                 continue
             if len(found) == min(limit, 1000):
                 return found
@@ -107,25 +95,17 @@ async def list_models(
 @router.get("/api/models/{owner}/{name}")
 @router.get("/api/models/{owner}/{name}/revision/{revision}")
 async def model_info(
-    request: Request, context: ContextDep, owner: str, name: str, revision: str = "main"
+    context: ContextDep, owner: str, name: str, revision: str = "main"
 ) -> Response:
     """Return a repository's metadata and file names."""
-    try:
-        repo = await _repo(context, owner, name, revision)
-    except _HubError as error:
-        return _not_found(request, error)
+    repo = await _repo(context, owner, name, revision)
     return _json(repo.info())
 
 
 @router.get("/api/models/{owner}/{name}/tree/{revision}")
-async def tree(
-    request: Request, context: ContextDep, owner: str, name: str, revision: str
-) -> Response:
+async def tree(context: ContextDep, owner: str, name: str, revision: str) -> Response:
     """Return a repository's files with their sizes."""
-    try:
-        repo = await _repo(context, owner, name, revision)
-    except _HubError as error:
-        return _not_found(request, error)
+    repo = await _repo(context, owner, name, revision)
     return _json(
         [
             {"type": "file", "oid": file.etag.strip('"'), "size": file.size_bytes, "path": path}
@@ -140,11 +120,12 @@ async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo
     try:
         repo = await context.pool.run(lambda: make(context, owner, name))
     except (errors.NotFoundError, errors.InvalidError) as error:
-        raise _HubError("RepoNotFound", error.detail) from None
-    if revision not in ("main", repo.version, repo.commit):
-        raise _HubError(
+        raise HubError("RepoNotFound", error.detail) from None
+    version = str(repo.record.version)
+    if revision not in ("main", version, repo.commit):
+        raise HubError(
             "RevisionNotFound",
-            f"{repo.id} has no revision {revision[:80]!r}; use main or its version {repo.version}",
+            f"{repo.id} has no revision {revision[:80]!r}; use main or its version {version}",
         )
     return repo
 
@@ -152,14 +133,13 @@ async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo
 def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
     stored = context.store.read(name)
     record = stored.record
-    config = json.dumps(sets.export_config(stored), indent=2) + "\n"
+    config = sets.export_config(stored)
     files: dict[str, RangedFile] = {
-        "adapter_config.json": _bytes_file(config.encode(), record.etag, "config"),
+        "adapter_config.json": _bytes_file(config, record.etag, "config"),
         "adapter_model.safetensors": _bytes_file(stored.file, record.etag, "model"),
     }
     commit = hashlib.sha256(record.etag.encode()).hexdigest()[:40]
-    version = str(record.version)
-    return _Repo(f"{owner}/{name}", commit, version, record.updated_at, record.created_at, files)
+    return _Repo(f"{owner}/{name}", commit, record, files)
 
 
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
@@ -172,25 +152,13 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
         file = model.file(path)
         assert file is not None
         files[path] = StreamedFile(file, context.executor, context.settings.threads)
-    version = str(record.version)
-    return _Repo(
-        f"{owner}/{name}", model.digest, version, record.updated_at, record.created_at, files
-    )
+    return _Repo(f"{owner}/{name}", model.digest, record, files)
 
 
 def _bytes_file(content: bytes | memoryview, etag: str, part: str) -> BytesFile:
     # Hub clients name cached files by ETag, which must be unique per file: 40 hex digits.
     digest = hashlib.sha256(f"{etag}/{part}".encode()).hexdigest()[:40]
     return BytesFile(memoryview(content), f'"{digest}"', "application/octet-stream")
-
-
-def _not_found(request: Request, error: _HubError) -> Response:
-    refusal = errors.RouteNotFoundError(str(error))
-    headers = {
-        "X-Error-Code": error.code,
-        "X-Error-Message": str(error).encode("ascii", "replace").decode(),
-    }
-    return problem_response(refusal, request.scope, headers)
 
 
 def _json(value: Any) -> Response:

@@ -1,8 +1,9 @@
 """Merge one adapter into streamed weights."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.responses import Response as StarletteResponse
@@ -14,12 +15,12 @@ from bonsai_lora.api.body import BodyReader, body_form, content_length, read_bod
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, ModuleName, SetName
 from bonsai_lora.api.merge_stream import MergeStream
-from bonsai_lora.api.openapi import TENSOR_ERRORS, problems, tensor_body, tensor_responses
+from bonsai_lora.api.openapi import TENSOR_ERRORS, problems, request_body, tensor_responses
 from bonsai_lora.api.spool import Spool
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service.apply import check_no_replaced_bias
-from bonsai_lora.service.merge import MERGE_DTYPES, WeightMerge, merge_of_header, stored_adapter
+from bonsai_lora.service.merge import WeightMerge, merge_of_header, stored_adapter
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire import json
 from bonsai_lora.wire.media import Form, negotiate_form
@@ -36,7 +37,7 @@ _SMALL_HEADER_BYTES = 1 << 13
     operation_id="merge_weights",
     summary="Merge an adapter into weights",
     response_class=Response,
-    openapi_extra=tensor_body(tensor_schemas.MergeRequest, Form.BINARY, Form.RAW),
+    openapi_extra=request_body(tensor_schemas.MergeRequest, Form.BINARY, Form.RAW),
     responses=tensor_responses(tensor_schemas.MergeAnswer, Form.BINARY, Form.RAW)
     | problems(
         *TENSOR_ERRORS,
@@ -52,7 +53,8 @@ async def merge_weights(
     name: SetName,
     module: ModuleName,
     dtype: Annotated[
-        str | None, Query(description="F32, F16 or BF16; required for application/octet-stream")
+        Literal["F32", "F16", "BF16"] | None,
+        Query(description="required for application/octet-stream"),
     ] = None,
     unmerge: Annotated[bool, Query(description="subtract the delta instead of adding it")] = False,
 ) -> StarletteResponse:
@@ -64,17 +66,11 @@ async def merge_weights(
     check_no_replaced_bias(stored, module)
     form = body_form(request, _FORMS)
     negotiate_form(request.headers.get("accept"), form, (form,))
-    if dtype is not None and dtype not in MERGE_DTYPES:
-        raise errors.InvalidRequestError(
-            f"dtype {dtype!r} cannot be merged; expected one of {', '.join(MERGE_DTYPES)}",
-            got=dtype,
-            expected=list(MERGE_DTYPES),
-        )
     if form is Form.JSON:
         return await _merge_json(
             request, context, stored, module, WeightMerge(adapter, "F32", unmerge)
         )
-    return _StreamedMerge(request, context, adapter, form, dtype, unmerge=unmerge)
+    return _StreamedMerge(request, context, adapter, form, dtype, unmerge)
 
 
 async def _merge_json(
@@ -97,72 +93,64 @@ async def _merge_json(
     return Response(content, media_type=Form.JSON.value)
 
 
+@dataclass(eq=False)
 class _StreamedMerge(StarletteResponse):
     """Validates the header of the weights, then streams."""
 
-    def __init__(
-        self,
-        request: Request,
-        context: Context,
-        adapter: LoraAdapter,
-        form: Form,
-        dtype: str | None,
-        *,
-        unmerge: bool,
-    ) -> None:
-        self.background = None  # FastAPI reads this attribute
-        self._request = request
-        self._context = context
-        self._adapter = adapter
-        self._form = form
-        self._dtype = dtype
-        self._unmerge = unmerge
+    request: Request
+    context: Context
+    adapter: LoraAdapter
+    form: Form
+    dtype: str | None
+    unmerge: bool
+    background: None = None
+    """FastAPI reads this attribute."""
 
     async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
-        settings = self._context.settings
-        with self._context.pool.admit():
-            reader = BodyReader(self._request)
+        settings = self.context.settings
+        with self.context.pool.admit():
+            reader = BodyReader(self.request)
             merge, prefix = await self._begin(reader)
             self._check_declared(merge, len(prefix) + merge.total_bytes)
             stream = MergeStream(
                 merge,
                 reader,
                 prefix,
-                self._form.value,
-                pool=self._context.pool,
+                self.form.value,
+                pool=self.context.pool,
                 spool=Spool(
-                    settings.max_spill_bytes, settings.stall_seconds, self._context.store.temporary
+                    settings.max_spill_bytes, settings.stall_seconds, self.context.store.temporary
                 ),
-                on_bytes=self._context.metrics.bytes_merged.inc,
+                on_bytes=self.context.metrics.bytes_merged.inc,
             )
             await stream.run(send)
 
     async def _begin(self, reader: BodyReader) -> tuple[WeightMerge, bytes]:
         """Return the merge, and the prefix of the body that is returned unchanged."""
-        if self._form is Form.RAW:
-            if self._dtype is None:
+        if self.form is Form.RAW:
+            if self.dtype is None:
                 raise errors.InvalidRequestError(
                     "the dtype of the raw weights is missing; add ?dtype=F32, F16 or BF16",
                     field="dtype",
                 )
-            return WeightMerge(self._adapter, self._dtype, self._unmerge), b""
-        limit = self._context.limits.max_header_bytes
+            return WeightMerge(self.adapter, self.dtype, self.unmerge), b""
+        limit = self.context.limits.max_header_bytes
         prefix = bytes(await reader.read_exactly(8))
         prefix += await reader.read_exactly(safetensors.header_length(prefix, limit))
         decode = partial(safetensors.decode_header, prefix)
         is_short = len(prefix) < _SMALL_HEADER_BYTES
-        header = await self._context.pool.run(decode, 0 if is_short else math.inf)
-        merge = merge_of_header(self._adapter, header, unmerge=self._unmerge)
-        if self._dtype not in (None, merge.dtype):
+        header = await self.context.pool.run(decode, 0 if is_short else math.inf)
+        merge = merge_of_header(self.adapter, header, unmerge=self.unmerge)
+        if self.dtype not in (None, merge.dtype):
             raise errors.InvalidRequestError(
-                f"dtype is {self._dtype!r}, but the tensor 'weights' is {merge.dtype}; omit the "
+                f"dtype is {self.dtype!r}, but the tensor 'weights' is {merge.dtype}; omit the "
                 "parameter",
                 field="dtype",
             )
         return merge, prefix
 
     def _check_declared(self, merge: WeightMerge, expected: int) -> None:
-        declared = content_length(self._request)
+        declared = content_length(self.request)
         if declared is not None and declared != expected:
             raise errors.ShapeMismatchError(
                 f"the body has {declared} bytes, but weights of shape {list(merge.shape)} have "

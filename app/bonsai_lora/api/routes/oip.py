@@ -22,11 +22,9 @@ from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import CallDep, ContextDep
 from bonsai_lora.api.openapi import (
     empty_responses,
-    infer_body,
-    infer_responses,
     oip_errors,
-    optional_body,
-    version_parameter,
+    request_body,
+    tensor_responses,
 )
 from bonsai_lora.api.options import (
     HEADER_LENGTH,
@@ -68,14 +66,34 @@ ModelPath = Annotated[
 ]
 
 
-VersionPath = Annotated[str, Path(description="version that the set must have")]
+_VERSION_DESCRIPTION = "version that the set must have"
+VersionPath = Annotated[str, Path(description=_VERSION_DESCRIPTION)]
+_VERSION_PARAMETER = {
+    "name": "version",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string"},
+    "description": _VERSION_DESCRIPTION,
+}
+"""For routes that have {version} in their path, but not in their signature."""
+
+_INFER_EXTRA = request_body(
+    oip_schemas.InferRequest,
+    Form.RAW,
+    example={
+        "inputs": [
+            {"name": "q_proj", "shape": [1, 4], "datatype": "FP32", "data": [0.5, -1.0, 2.0, 0.25]}
+        ]
+    },
+) | {"parameters": parameters(INFER_OPTIONS)}
+_INFER_RESPONSES = tensor_responses(oip_schemas.InferResponse, Form.RAW) | oip_errors(400, 404, 503)
 
 
 def _find(request: Request, context: ContextDep, model: ModelPath) -> Model:
     return find_model(context.store, model, request.path_params.get("version"))
 
 
-FoundModel = Annotated[Model, Depends(_find)]
+ModelDep = Annotated[Model, Depends(_find)]
 
 
 def _of_model(ending: str, what: str, summary: str) -> Callable[[Endpoint], Endpoint]:
@@ -93,7 +111,7 @@ def _of_model(ending: str, what: str, summary: str) -> Callable[[Endpoint], Endp
             f"{_VERSION}{ending}",
             operation_id=f"get_model_version{what}",
             summary=f"{summary} (one version)",
-            openapi_extra=version_parameter(),
+            openapi_extra={"parameters": [_VERSION_PARAMETER]},
             responses=responses,
         )(endpoint)
 
@@ -136,7 +154,7 @@ async def get_all_statistics(context: ContextDep) -> oip_schemas.ModelStatistics
 
 
 @_of_model("", "", "Show a model's metadata")
-async def get_model(model: FoundModel) -> oip_schemas.ModelMetadata:
+async def get_model(model: ModelDep) -> oip_schemas.ModelMetadata:
     """A model's inputs and outputs are named after its modules. The input `x` feeds every
     requested output that has no input of its own.
     """
@@ -144,27 +162,27 @@ async def get_model(model: FoundModel) -> oip_schemas.ModelMetadata:
         name=model.name,
         versions=[model.version],
         platform=models.PLATFORM,
-        inputs=[oip_schemas.TensorMetadata.of(one) for one in models.inputs_of(model)],
-        outputs=[oip_schemas.TensorMetadata.of(one) for one in models.outputs_of(model)],
+        inputs=[oip_schemas.TensorMetadata.model_validate(one) for one in models.inputs_of(model)],
+        outputs=[
+            oip_schemas.TensorMetadata.model_validate(one) for one in models.outputs_of(model)
+        ],
     )
 
 
 @_of_model("/ready", "_ready", "Is the model ready?")
-async def get_model_ready(model: FoundModel) -> oip_schemas.ModelReady:
+async def get_model_ready(model: ModelDep) -> oip_schemas.ModelReady:
     """Every set that exists is ready."""
     return oip_schemas.ModelReady(name=model.name)
 
 
 @_of_model("/config", "_config", "Show a model's configuration")
-async def get_model_config(model: FoundModel) -> oip_schemas.ModelConfig:
+async def get_model_config(model: ModelDep) -> oip_schemas.ModelConfig:
     """Uses the fields of Triton's model configuration."""
     return oip_schemas.ModelConfig(**models.config_of(model))
 
 
 @_of_model("/stats", "_statistics", "Show a model's statistics")
-async def get_model_statistics(
-    context: ContextDep, model: FoundModel
-) -> oip_schemas.ModelStatistics:
+async def get_model_statistics(context: ContextDep, model: ModelDep) -> oip_schemas.ModelStatistics:
     """Totals over all workers since the service started or the set last changed; durations in
     nanoseconds.
     """
@@ -178,8 +196,8 @@ async def get_model_statistics(
     operation_id="infer",
     summary="Run inference: apply a set to the inputs",
     response_class=Response,
-    openapi_extra=infer_body() | {"parameters": parameters(INFER_OPTIONS)},
-    responses=infer_responses() | oip_errors(400, 404, 503),
+    openapi_extra=_INFER_EXTRA,
+    responses=_INFER_RESPONSES,
 )
 async def infer(call: CallDep, model: ModelPath) -> BufferResponse:
     """An input with the name of a module feeds that module and yields an output with that name.
@@ -196,8 +214,8 @@ async def infer(call: CallDep, model: ModelPath) -> BufferResponse:
     operation_id="infer_version",
     summary="Run inference on one version of a set",
     response_class=Response,
-    openapi_extra=infer_body() | {"parameters": parameters(INFER_OPTIONS)},
-    responses=infer_responses() | oip_errors(400, 404, 503),
+    openapi_extra=_INFER_EXTRA,
+    responses=_INFER_RESPONSES,
 )
 async def infer_version(call: CallDep, model: ModelPath, version: VersionPath) -> BufferResponse:
     """Like inference without a version, but 404 if the set has a different version now."""
@@ -234,7 +252,7 @@ async def _infer(call: Call, model: Model) -> BufferResponse:
     "/repository/index",
     operation_id="get_repository_index",
     summary="List all models",
-    openapi_extra=optional_body(oip_schemas.IndexRequest),
+    openapi_extra=request_body(oip_schemas.IndexRequest, required=False),
     responses=oip_errors(400, 503),
 )
 async def get_index(request: Request, context: ContextDep) -> list[oip_schemas.IndexEntry]:
@@ -249,16 +267,17 @@ async def get_index(request: Request, context: ContextDep) -> list[oip_schemas.I
     operation_id="load_model",
     summary="Load a set into memory",
     response_class=Response,
-    openapi_extra=optional_body(oip_schemas.RepositoryRequest),
+    openapi_extra=request_body(oip_schemas.RepositoryRequest, required=False),
     responses=empty_responses() | oip_errors(400, 404, 501, 503),
 )
-async def load_model(request: Request, context: ContextDep, model: FoundModel) -> Response:
+async def load_model(request: Request, context: ContextDep, model: ModelDep) -> Response:
     """Loads the set before its first request. Sets are created and changed under /v1/sets."""
-    asked = await _read_optional(request, oip_schemas.RepositoryRequest)
-    if asked.parameters:
+    requested = await _read_optional(request, oip_schemas.RepositoryRequest)
+    if requested.parameters:
+        names = ", ".join(sorted(requested.parameters))[:200]
         raise UnsupportedFeatureError(
-            f"load does not support the parameters {', '.join(sorted(asked.parameters))[:200]}; "
-            "upload an adapter with PUT /v1/sets/{set}"
+            f"load does not support the parameters {names}; upload an adapter with "
+            "PUT /v1/sets/{set}"
         )
     if model.stored is not None:
         with context.pool.admit():
@@ -271,10 +290,10 @@ async def load_model(request: Request, context: ContextDep, model: FoundModel) -
     operation_id="unload_model",
     summary="Release a set's memory",
     response_class=Response,
-    openapi_extra=optional_body(oip_schemas.RepositoryRequest),
+    openapi_extra=request_body(oip_schemas.RepositoryRequest, required=False),
     responses=empty_responses() | oip_errors(400, 404, 503),
 )
-async def unload_model(request: Request, context: ContextDep, model: FoundModel) -> Response:
+async def unload_model(request: Request, context: ContextDep, model: ModelDep) -> Response:
     """The set is kept, and is opened again on its next use."""
     await _read_optional(request, oip_schemas.RepositoryRequest)
     context.store.forget(model.name)
@@ -295,24 +314,26 @@ async def _run(
             return raw_request(model, memoryview(plain))
         return decode_request(memoryview(plain), header_length)
 
-    asked = None
+    requested = None
     if coding is None and text_length <= INLINE_BYTES:
-        asked = _timed(decode, counts)
+        requested = _timed(decode, counts)
     queued = time.perf_counter_ns()
 
     def work() -> tuple[list[Buffer], int | None]:
         counts.queue_ns = time.perf_counter_ns() - queued
-        return context.inference.infer(model, asked or _timed(decode, counts), counts)
+        return context.inference.infer(model, requested or _timed(decode, counts), counts)
 
-    return await context.pool.run(work, cost_of_inference(model, asked) if asked else math.inf)
+    return await context.pool.run(
+        work, cost_of_inference(model, requested) if requested else math.inf
+    )
 
 
 def _timed(decode: Callable[[], InferRequest], counts: Counts) -> InferRequest:
     """Return the result of `decode`; add its duration to `counts`."""
     started = time.perf_counter_ns()
-    asked = decode()
+    requested = decode()
     counts.input_ns += time.perf_counter_ns() - started
-    return asked
+    return requested
 
 
 def _now_ms() -> int:

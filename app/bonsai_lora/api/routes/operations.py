@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
 from bonsai_lora.api.deps import ContextDep
-from bonsai_lora.api.openapi import problems, text_responses
+from bonsai_lora.api.openapi import problems
 
 router = APIRouter(tags=["operations"])
 
@@ -39,7 +39,13 @@ async def get_readiness(context: ContextDep) -> schemas.Readiness:
     operation_id="get_metrics",
     summary="Prometheus metrics",
     response_class=Response,
-    responses=text_responses() | problems(),
+    responses=problems()
+    | {
+        200: {
+            "description": "plain text",
+            "content": {"text/plain": {"schema": {"type": "string"}}},
+        }
+    },
 )
 async def get_metrics(context: ContextDep) -> Response:
     """Requests and latency by route, rows applied, bytes merged, and the size of the store."""

@@ -1,6 +1,5 @@
 """Create, list, show, upload and delete sets, and download them as PEFT files."""
 
-import json
 from functools import partial
 from typing import Annotated
 
@@ -11,15 +10,14 @@ from bonsai_lora import errors
 from bonsai_lora.api import schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.conditions import not_modified, precondition
-from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
     extra_response,
     file_responses,
-    json_body,
     problems,
+    request_body,
 )
 from bonsai_lora.api.ranges import BytesFile, file_response
 from bonsai_lora.api.uploads import receive_adapter
@@ -66,7 +64,7 @@ _UPLOAD_BODY = {
     summary="Create a set of newly initialized adapters",
     status_code=201,
     response_model=schemas.SetInfo,
-    openapi_extra=json_body(schemas.CreateSet),
+    openapi_extra=request_body(schemas.CreateSet),
     responses=problems(
         *BODY_ERRORS,
         *STORE_ERRORS,
@@ -94,7 +92,7 @@ async def create_set(request: Request, response: Response, context: ContextDep) 
         stored = await context.pool.run(make)
     response.headers["Location"] = f"/v1/sets/{wanted.name}"
     response.headers["ETag"] = stored.record.etag
-    return schemas.SetInfo(**schemas.SetInfo.fields_of_set(stored))
+    return schemas.SetInfo.of(stored)
 
 
 @router.get(
@@ -122,7 +120,7 @@ async def list_sets(
         sets.list_sets, context.store, limit=limit, cursor=cursor, base_model_name=base_model_name
     )
     records, next_cursor = await anyio.to_thread.run_sync(page)
-    summaries = [schemas.SetSummary(**schemas.SetSummary.fields_of(one)) for one in records]
+    summaries = [schemas.SetSummary.model_validate(one) for one in records]
     return schemas.SetPage(sets=summaries, next_cursor=next_cursor)
 
 
@@ -143,7 +141,7 @@ async def get_set(
     if not_modified(request, etag):
         return Response(status_code=304, headers={"ETag": etag})
     response.headers["ETag"] = etag
-    return schemas.SetInfo(**schemas.SetInfo.fields_of_set(stored))
+    return schemas.SetInfo.of(stored)
 
 
 @router.put(
@@ -214,7 +212,7 @@ async def upload_set(
     operation_id="change_set",
     summary="Change the name of a set's base model",
     response_model=schemas.SetInfo,
-    openapi_extra=json_body(schemas.PatchSet),
+    openapi_extra=request_body(schemas.PatchSet),
     responses=problems(
         *BODY_ERRORS,
         *STORE_ERRORS,
@@ -238,7 +236,7 @@ async def change_set(
         )
         stored = await context.pool.run(change)
     response.headers["ETag"] = stored.record.etag
-    return schemas.SetInfo(**schemas.SetInfo.fields_of_set(stored))
+    return schemas.SetInfo.of(stored)
 
 
 @router.delete(
@@ -256,19 +254,6 @@ async def delete_set(request: Request, context: ContextDep, name: SetName) -> No
     await context.pool.run(remove)
 
 
-def _config_file(context: Context, name: str) -> BytesFile:
-    stored = context.store.read(name)
-    text = json.dumps(sets.export_config(stored), indent=2) + "\n"
-    # The ETag must differ per file: Hub clients name cached files by it.
-    etag = f'{stored.record.etag[:-1]}-config"'
-    return BytesFile(memoryview(text.encode()), etag, Form.JSON.value)
-
-
-def _model_file(context: Context, name: str) -> BytesFile:
-    stored = context.store.read(name)
-    return BytesFile(stored.file, stored.record.etag, Form.BINARY.value)
-
-
 _FILE_ERRORS = (errors.SetNotFoundError, errors.RangeNotSatisfiableError, errors.BusyError)
 
 
@@ -282,7 +267,11 @@ _FILE_ERRORS = (errors.SetNotFoundError, errors.RangeNotSatisfiableError, errors
 @router.head("/v1/sets/{set}/adapter_config.json", include_in_schema=False)
 async def get_adapter_config(request: Request, context: ContextDep, name: SetName) -> Response:
     """Put it in a folder with `adapter_model.safetensors`, and `peft` loads the folder."""
-    return file_response(request, _config_file(context, name), context.pool)
+    stored = context.store.read(name)
+    # The ETag must differ per file: Hub clients name cached files by it.
+    etag = f'{stored.record.etag[:-1]}-config"'
+    file = BytesFile(memoryview(sets.export_config(stored)), etag, Form.JSON.value)
+    return file_response(request, file, context.pool)
 
 
 @router.get(
@@ -295,7 +284,9 @@ async def get_adapter_config(request: Request, context: ContextDep, name: SetNam
 @router.head("/v1/sets/{set}/adapter_model.safetensors", include_in_schema=False)
 async def get_adapter_model(request: Request, context: ContextDep, name: SetName) -> Response:
     """Uploaded tensors keep their dtype and are returned bit for bit."""
-    return file_response(request, _model_file(context, name), context.pool)
+    stored = context.store.read(name)
+    file = BytesFile(stored.file, stored.record.etag, Form.BINARY.value)
+    return file_response(request, file, context.pool)
 
 
 def _wanted_shapes(wanted: schemas.CreateSet) -> tuple[Shapes, str]:

@@ -7,8 +7,7 @@ from fastapi import APIRouter, Path, Request, Response
 from bonsai_lora.api import oip_schemas
 from bonsai_lora.api.body import parse_model, read_body
 from bonsai_lora.api.deps import ContextDep
-from bonsai_lora.api.openapi import empty_responses, oip_errors, optional_body
-from bonsai_lora.storage.regions import Region
+from bonsai_lora.api.openapi import empty_responses, oip_errors, request_body
 
 router = APIRouter(prefix="/v2/systemsharedmemory", tags=["open inference protocol"])
 
@@ -25,7 +24,7 @@ RegionPath = Annotated[str, Path(description="name of a shared-memory region")]
 )
 async def get_shared_memory(context: ContextDep) -> list[oip_schemas.RegionInfo]:
     """Available if the service was started with `--shared-memory`."""
-    return [_region_info(one) for one in context.inference.regions.list()]
+    return [oip_schemas.RegionInfo.model_validate(one) for one in context.inference.regions.list()]
 
 
 @router.get(
@@ -38,7 +37,7 @@ async def get_shared_memory_region(
     context: ContextDep, region: RegionPath
 ) -> list[oip_schemas.RegionInfo]:
     """Returns a list with one entry, as Triton does."""
-    return [_region_info(context.inference.regions.get(region))]
+    return [oip_schemas.RegionInfo.model_validate(context.inference.regions.get(region))]
 
 
 @router.post(
@@ -46,13 +45,13 @@ async def get_shared_memory_region(
     operation_id="register_shared_memory",
     summary="Register a shared-memory region",
     response_class=Response,
-    openapi_extra=optional_body(oip_schemas.RegisterRequest, required=True),
+    openapi_extra=request_body(oip_schemas.RegisterRequest),
     responses=empty_responses() | oip_errors(400, 501),
 )
 async def register(request: Request, context: ContextDep, region: RegionPath) -> Response:
     """The shared memory must exist. The service never deletes it."""
-    asked = parse_model(await read_body(request, _REGISTER_BYTES), oip_schemas.RegisterRequest)
-    context.inference.regions.register(region, asked.key, asked.offset, asked.byte_size)
+    requested = parse_model(await read_body(request, _REGISTER_BYTES), oip_schemas.RegisterRequest)
+    context.inference.regions.register(region, requested.key, requested.offset, requested.byte_size)
     return Response()
 
 
@@ -81,9 +80,3 @@ async def unregister_all(context: ContextDep) -> Response:
     for one in context.inference.regions.list():
         context.inference.regions.unregister(one.name)
     return Response()
-
-
-def _region_info(region: Region) -> oip_schemas.RegionInfo:
-    return oip_schemas.RegionInfo(
-        name=region.name, key=region.key, offset=region.offset, byte_size=region.byte_size
-    )

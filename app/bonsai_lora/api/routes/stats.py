@@ -12,11 +12,13 @@ from bonsai_lora.api import schemas
 from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.openapi import problems
 from bonsai_lora.core.registry import LoraRegistry, adapter_bytes
-from bonsai_lora.service.stats import module_stats, store_stats
+from bonsai_lora.service.stats import store_stats
 
 router = APIRouter(tags=["statistics"])
 
-Count = Annotated[int, Query(ge=0, le=2**63 - 1)]
+Width = Annotated[int, Query(ge=0, le=2**63 - 1, description="width of the module")]
+Rank = Annotated[int, Query(ge=0, le=2**63 - 1, description="rank of the adapters")]
+Budget = Annotated[int, Query(ge=0, le=2**63 - 1, description="memory for all adapters, in bytes")]
 
 
 @router.get(
@@ -39,9 +41,9 @@ async def get_set_stats(
     with context.pool.admit():
         # One module at a time, so that other work can run in between.
         adapters = stored.lora_set.registry.adapters
-        found = [
-            await context.pool.run(partial(module_stats, module, one))
-            for module, one in adapters.items()
+        modules = [
+            await context.pool.run(partial(schemas.ModuleStatsInfo.of, *item))
+            for item in adapters.items()
         ]
     ratio = None if base_param_count is None else stored.lora_set.efficiency_ratio(base_param_count)
     record = stored.record
@@ -51,7 +53,7 @@ async def get_set_stats(
         total_memory_bytes=record.total_memory_bytes,
         base_param_count=base_param_count,
         efficiency_ratio=ratio,
-        modules=[schemas.ModuleStatsInfo.of(one) for one in found],
+        modules=modules,
     )
 
 
@@ -72,7 +74,7 @@ async def get_stats(context: ContextDep) -> schemas.StoreStatsInfo:
         memory_budget_bytes=context.limits.memory_budget_bytes,
         resident_bytes=stats.resident_bytes,
         uptime_seconds=monotonic() - context.started,
-        sets=[schemas.SetSummary(**schemas.SetSummary.fields_of(one)) for one in stats.largest],
+        sets=[schemas.SetSummary.model_validate(one) for one in stats.largest],
     )
 
 
@@ -82,7 +84,7 @@ async def get_stats(context: ContextDep) -> schemas.StoreStatsInfo:
     summary="Estimate how many adapters fit in a budget",
     responses=problems(errors.InvalidRequestError),
 )
-async def estimate(d_in: Count, d_out: Count, rank: Count, budget_bytes: Count) -> schemas.Estimate:
+async def estimate(d_in: Width, d_out: Width, rank: Rank, budget_bytes: Budget) -> schemas.Estimate:
     """Returns 0 if not even one adapter fits, or if adapters have no parameters."""
     return schemas.Estimate(
         adapters=LoraRegistry.estimate_adapters_for_budget(d_in, d_out, rank, budget_bytes),

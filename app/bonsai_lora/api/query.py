@@ -1,0 +1,29 @@
+"""Refuse unknown query parameters, since a misspelled one would be ignored silently."""
+
+from collections.abc import Iterable, Sequence
+
+from fastapi import Request
+from fastapi.routing import APIRoute
+
+from bonsai_lora.errors import InvalidRequestError
+
+
+async def refuse_unknown_query(request: Request) -> None:
+    """Raise InvalidRequestError for the first query parameter that is unknown to the route."""
+    if not request.scope["query_string"]:
+        return
+    route: APIRoute = request.scope["route"]
+    known = [one.alias for one in route.dependant.query_params]
+    check_known(request.query_params.keys(), known)
+
+
+def check_known(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise InvalidRequestError for the first name in `given` that is not in `known`."""
+    for name in given:
+        if name not in known:
+            expected = f"expected one of {', '.join(known)}" if known else "remove it"
+            raise InvalidRequestError(
+                f"unknown query parameter {name[:100]!r}; {expected}",
+                got=name[:100],
+                expected=list(known),
+            )

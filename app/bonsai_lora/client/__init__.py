@@ -1,0 +1,1 @@
+"""The client library: the HTTP contract as Python calls."""

@@ -1,0 +1,167 @@
+"""A call of the HTTP contract as a value: what to send, and how to decode the answer.
+
+Nothing here does I/O. `calls` makes these values; `Client` and `AsyncClient` send them.
+"""
+
+import functools
+import inspect
+import json
+import os
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Generic, TypeVar
+from urllib.parse import quote
+
+import httpx
+
+from bonsai_lora.errors import BonsaiLoraError, InvalidNameError
+
+T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+Part = bytes | os.PathLike[str] | BinaryIO
+"""A file of an upload: its bytes, where it is, or the open file."""
+
+Query = Sequence[tuple[str, str]]
+
+BLOCK_BYTES = 1 << 20
+"""Most bytes of a stream in memory at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call(Generic[T]):
+    """One request, and the function that decodes its answer."""
+
+    method: str
+    path: str
+    decode: Callable[[httpx.Response], T]
+    """Makes the result of an answer whose body has been read."""
+    query: Query = ()
+    headers: Mapping[str, str] = field(default_factory=dict)
+    content: bytes | Iterable[bytes] | AsyncIterable[bytes] | None = None
+    parts: Mapping[str, Part] | None = None
+    """The files of a multipart form, instead of `content`."""
+    is_pure: bool = False
+    """It changes nothing, so it may be sent again whatever happened to the first attempt."""
+    is_one_shot: bool = False
+    """Its body can be read only once."""
+
+
+@contextmanager
+def opened(call: Call[Any]) -> Iterator[dict[str, Any]]:
+    """Give the arguments of `httpx.Client.build_request`; files are open inside the block.
+
+    Raises OSError if a file cannot be opened.
+    """
+    with ExitStack() as stack:
+        options: dict[str, Any] = {
+            "method": call.method,
+            "url": call.path,
+            "headers": {"Accept-Encoding": "identity", **call.headers},
+        }
+        if call.query:
+            options["params"] = list(call.query)
+        if call.parts is not None:
+            options["files"] = {
+                name: stack.enter_context(open(part, "rb"))  # noqa: PTH123 - any PathLike
+                if isinstance(part, os.PathLike)
+                else part
+                for name, part in call.parts.items()
+            }
+        elif call.content is not None:
+            options["content"] = call.content
+        yield options
+
+
+def path_of(*segments: str) -> str:
+    """Return the path of `segments`, each quoted.
+
+    Raises InvalidNameError for an empty segment and for `.` and `..`, which would name a
+    different resource.
+    """
+    for segment in segments:
+        if segment in ("", ".", ".."):
+            raise InvalidNameError(
+                f"{segment!r} is not a name; expected letters, digits, '.', '_' or '-'", got=segment
+            )
+    return "".join(f"/{quote(segment, safe='')}" for segment in segments)
+
+
+def query_of(**values: object) -> list[tuple[str, str]]:
+    """Return query parameters, without those that are None; booleans as `true` and `false`."""
+    return [
+        (name, str(value).lower() if isinstance(value, bool) else str(value))
+        for name, value in values.items()
+        if value is not None
+    ]
+
+
+def header_lines(**values: str | None) -> dict[str, str]:
+    """Return headers, without those that are None: `if_match` is `If-Match`."""
+    return {
+        name.replace("_", "-").title(): value for name, value in values.items() if value is not None
+    }
+
+
+def json_body(value: Any) -> dict[str, Any]:
+    """Return the fields of a call that sends `value` as JSON."""
+    return {
+        "content": json.dumps(value).encode(),
+        "headers": {"Content-Type": "application/json"},
+    }
+
+
+def decoded(call: Call[T], answer: httpx.Response) -> T:
+    """Return the result of a call; raises httpx.DecodingError if it has a different form."""
+    try:
+        return call.decode(answer)
+    except (BonsaiLoraError, ValueError, KeyError, TypeError) as error:
+        raise httpx.DecodingError(
+            f"the answer to {call.method} {answer.request.url} cannot be decoded: {error!r}",
+            request=answer.request,
+        ) from error
+
+
+def decode_json(answer: httpx.Response) -> Any:
+    """Return the JSON value of an answer."""
+    return answer.json()
+
+
+def decode_tagged(answer: httpx.Response) -> Any:
+    """Return the JSON object of an answer with its ETag added as `etag`."""
+    return {**decode_json(answer), "etag": answer.headers.get("etag", "")}
+
+
+def decode_nothing(_answer: httpx.Response) -> None:
+    """Return None: the status has said everything."""
+
+
+def decode_text(answer: httpx.Response) -> str:
+    """Return the text of an answer."""
+    return answer.text
+
+
+def decode_bytes(answer: httpx.Response) -> bytes:
+    """Return the body of an answer."""
+    return answer.content
+
+
+def blocks_of(source: BinaryIO | Iterable[bytes]) -> Iterable[bytes]:
+    """Return the blocks of a file opened in binary mode; other iterables as they are."""
+    if hasattr(source, "read"):
+        return iter(functools.partial(source.read, BLOCK_BYTES), b"")
+    return source
+
+
+def described(method: Function, make: Callable[..., Any]) -> Function:
+    """Return `method` with the name, docstring and parameters of the function `make`."""
+    signature = inspect.signature(make)
+    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    result: Any = method
+    result.__name__, result.__doc__ = make.__name__, make.__doc__
+    result.__signature__ = signature.replace(
+        parameters=[self, *signature.parameters.values()],
+        return_annotation=inspect.Signature.empty,
+    )
+    return method

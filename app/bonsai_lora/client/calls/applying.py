@@ -1,0 +1,100 @@
+"""Applying adapters to vectors."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from bonsai_lora.client.answers import Applied, AppliedMany, Dtype, Row, Weights
+from bonsai_lora.client.call import Call, path_of, query_of
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+def apply(
+    set_name: str,
+    module: str,
+    inputs: "npt.ArrayLike",
+    *,
+    sets: Weights | None = None,
+    base_outputs: "npt.ArrayLike | None" = None,
+    scale: float = 1.0,
+    dtype: Dtype = "F32",
+) -> Call[Applied]:
+    """Return scaling · B·A·x for each row x of `inputs`, (rows, d_in) or (d_in,).
+
+    `sets` adds what further sets add, each times its weight; naming `set_name` there weighs it too.
+    `base_outputs` is W·x without bias, for DoRA modules only. `scale` is a factor on everything
+    that is added. Raises ShapeMismatchError, NonFiniteInputError with the position.
+    """
+    from bonsai_lora.client import tensors  # noqa: PLC0415 - loads NumPy
+
+    given = {"inputs": inputs}
+    if base_outputs is not None:
+        given["base_outputs"] = base_outputs
+    return Call(
+        method="POST",
+        path="/v1" + path_of("sets", set_name, "adapters", module, "apply"),
+        query=query_of(scale=scale, dtype=dtype),
+        decode=tensors.decode_applied,
+        is_pure=True,
+        **tensors.binary_body(given, tensors.stack_of(sets)),
+    )
+
+
+def apply_many(
+    set_name: str,
+    inputs: "Mapping[str, npt.ArrayLike] | npt.ArrayLike",
+    *,
+    modules: Sequence[str] = (),
+    sets: Weights | None = None,
+    base_outputs: "Mapping[str, npt.ArrayLike] | None" = None,
+    scale: float = 1.0,
+    dtype: Dtype = "F32",
+) -> Call[AppliedMany]:
+    """Return what several modules of one version of a set add, in one request.
+
+    `inputs` is a mapping from module to vectors, or vectors that each of `modules` gets. Otherwise
+    the same as `apply`.
+    """
+    from bonsai_lora.client import tensors  # noqa: PLC0415 - loads NumPy
+
+    given = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
+    for module, value in (base_outputs or {}).items():
+        given[f"{module}.base_outputs"] = value
+    return Call(
+        method="POST",
+        path="/v1" + path_of("sets", set_name, "apply"),
+        query=[*query_of(scale=scale, dtype=dtype), *(("module", one) for one in modules)],
+        decode=tensors.decode_applied_many,
+        is_pure=True,
+        **tensors.binary_body(given, tensors.stack_of(sets)),
+    )
+
+
+def apply_mixed(
+    module: str,
+    sets: Sequence[Row],
+    inputs: "npt.ArrayLike",
+    *,
+    base_outputs: "npt.ArrayLike | None" = None,
+    scale: float = 1.0,
+    dtype: Dtype = "F32",
+) -> Call[Applied]:
+    """Return what one module adds to each row of a batch whose rows go through different sets.
+
+    `sets` has an entry per row: a set's name, None for no set (the row's delta is zero), or a
+    mapping from sets to weights. Otherwise the same as `apply`.
+    """
+    from bonsai_lora.client import tensors  # noqa: PLC0415 - loads NumPy
+
+    given = {"inputs": inputs}
+    if base_outputs is not None:
+        given["base_outputs"] = base_outputs
+    return Call(
+        method="POST",
+        path="/v1/apply",
+        query=query_of(scale=scale, dtype=dtype),
+        decode=tensors.decode_applied,
+        is_pure=True,
+        **tensors.binary_body(given, {"module": module, "sets": tensors.rows_of(sets)}),
+    )

@@ -1,0 +1,104 @@
+"""Bases and merged files."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from bonsai_lora.client.answers import BaseInfo, BaseList, MergedFile, PulledFile, Weights
+from bonsai_lora.client.call import (
+    Call,
+    Query,
+    decode_bytes,
+    decode_json,
+    path_of,
+    query_of,
+)
+
+
+def list_bases() -> Call[BaseList]:
+    """Return the base checkpoints, and why other folders are none."""
+    return Call(method="GET", path="/v1/bases", decode=decode_json, is_pure=True)
+
+
+def get_base(name: str) -> Call[BaseInfo]:
+    """Return a base checkpoint; raises BaseNotFoundError, InvalidBaseError."""
+    return Call(method="GET", path="/v1" + path_of("bases", name), decode=decode_json, is_pure=True)
+
+
+def list_merged_files(
+    base: str, set_name: str, *, scale: float = 1.0, sets: Weights | None = None
+) -> Call[list[MergedFile]]:
+    """Return the files of a merged model with their sizes and ETags; nothing is computed.
+
+    `scale` weighs the set's deltas, and `sets` merges further sets in, each with its weight.
+    """
+
+    def decode(answer: httpx.Response) -> list[MergedFile]:
+        files: list[MergedFile] = decode_json(answer)["files"]
+        return files
+
+    return Call(
+        method="GET",
+        path="/v1" + path_of("bases", base, "merged", set_name),
+        query=_mix(scale, sets),
+        decode=decode,
+        is_pure=True,
+    )
+
+
+def get_merged_file(
+    base: str,
+    set_name: str,
+    filename: str,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    scale: float = 1.0,
+    sets: Weights | None = None,
+) -> Call[bytes]:
+    """Return a file of a merged model, or its bytes from `start` to `stop` (exclusive).
+
+    Only these bytes are computed. Raises FileNotInModelError, RangeNotSatisfiableError.
+    """
+    return Call(
+        method="GET",
+        path="/v1" + path_of("bases", base, "merged", set_name, *filename.split("/")),
+        query=_mix(scale, sets),
+        headers=_range(start, stop),
+        decode=decode_bytes,
+        is_pure=True,
+    )
+
+
+def get_repository(model: str) -> Call[dict[str, Any]]:
+    """Return what the Hugging Face hub's protocol says of BASE/SET or adapters/SET."""
+    path = "/api/models" + path_of(*model.split("/"))
+    return Call(method="GET", path=path, decode=decode_json, is_pure=True)
+
+
+def list_repository(model: str, commit: str) -> Call[list[PulledFile]]:
+    """Return the files of BASE/SET or adapters/SET at a commit."""
+    path = "/api/models" + path_of(*model.split("/"), "tree", commit)
+    return Call(method="GET", path=path, decode=decode_json, is_pure=True)
+
+
+def resolve(model: str, commit: str, filename: str, *, start: int, tag: str) -> Call[bytes]:
+    """Return the rest of a file at a commit, from `start` if it still has this tag, else all."""
+    headers = {**_range(start, None), "If-Range": f'"{tag}"'} if start else {}
+    path = path_of(*model.split("/"), "resolve", commit, *filename.split("/"))
+    return Call(method="GET", path=path, headers=headers, decode=decode_bytes, is_pure=True)
+
+
+def _mix(scale: float, sets: Weights | None) -> Query:
+    names: Sequence[tuple[str, str]] = [("set", name) for name in sets or {}]
+    weights = [("weight", str(weight)) for weight in (sets or {}).values()]
+    return [*query_of(scale=None if scale == 1.0 else scale), *names, *weights]
+
+
+def _range(start: int, stop: int | None) -> dict[str, str]:
+    if start < 0 or (stop is not None and stop <= start):
+        raise ValueError(f"there are no bytes from {start} to {stop}")
+    if start == 0 and stop is None:
+        return {}
+    return {"Range": f"bytes={start}-" if stop is None else f"bytes={start}-{stop - 1}"}

@@ -1,0 +1,170 @@
+"""Sets: create, list, show, upload, delete, export."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bonsai_lora.client.answers import Attention, Config, ImportReport, Mlp, SetInfo, SetPage
+from bonsai_lora.client.call import (
+    Call,
+    Part,
+    decode_bytes,
+    decode_json,
+    decode_nothing,
+    decode_tagged,
+    header_lines,
+    json_body,
+    path_of,
+    query_of,
+)
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from bonsai_lora.client.answers import Array
+
+_CONFIG_FILE = "adapter_config.json"
+_MODEL_FILE = "adapter_model.safetensors"
+
+
+def create_set(
+    name: str,
+    *,
+    base_model_name: str | None = None,
+    config: Config | None = None,
+    model: str | None = None,
+    attention: Attention | None = None,
+    mlp: Mlp | None = None,
+    num_layers: int | None = None,
+) -> Call[SetInfo]:
+    """Create a set with newly initialized adapters, or an empty one.
+
+    `model` is a known model such as `qwen3-8b` and stands for `attention`, `mlp` and `num_layers`.
+    Raises SetExistsError if there is a set of this name.
+    """
+    fields = {
+        "name": name,
+        "base_model_name": base_model_name,
+        "config": config,
+        "model": model,
+        "attention": attention,
+        "mlp": mlp,
+        "num_layers": num_layers,
+    }
+    body = {key: value for key, value in fields.items() if value is not None}
+    return Call(method="POST", path="/v1/sets", decode=decode_tagged, **json_body(body))
+
+
+def list_page(
+    *, limit: int | None = None, cursor: str | None = None, base_model_name: str | None = None
+) -> Call[SetPage]:
+    """Return one page of the sets by name; `list_sets` goes through all pages."""
+    return Call(
+        method="GET",
+        path="/v1/sets",
+        query=query_of(limit=limit, cursor=cursor, base_model_name=base_model_name),
+        decode=decode_json,
+        is_pure=True,
+    )
+
+
+def get_set(name: str) -> Call[SetInfo]:
+    """Return everything about a set but its weights; raises SetNotFoundError."""
+    return Call(
+        method="GET", path="/v1" + path_of("sets", name), decode=decode_tagged, is_pure=True
+    )
+
+
+def upload_set(
+    name: str,
+    folder: str | os.PathLike[str],
+    *,
+    if_match: str | None = None,
+    if_none_match: str | None = None,
+) -> Call[ImportReport]:
+    """Upload a PEFT adapter folder; creates the set or replaces it, in one step.
+
+    `if_match` replaces only the version with this ETag; `if_none_match="*"` only creates. Raises
+    FileNotFoundError if a file is missing, PreconditionFailedError, InvalidAdapterError and
+    UnsupportedAdapterError; the last two say what is wrong with the adapter.
+    """
+    files: dict[str, Part] = {
+        "adapter_config": Path(folder) / _CONFIG_FILE,
+        "adapter_model": Path(folder) / _MODEL_FILE,
+    }
+    return upload_files(name, files, if_match=if_match, if_none_match=if_none_match)
+
+
+def upload_files(
+    name: str,
+    files: Mapping[str, Part],
+    *,
+    if_match: str | None = None,
+    if_none_match: str | None = None,
+) -> Call[ImportReport]:
+    """Upload an adapter whose files are `adapter_config` and `adapter_model`.
+
+    Each is bytes, a path, or a file opened in binary mode. Otherwise the same as `upload_set`.
+    """
+    is_one_shot = not all(isinstance(part, bytes | os.PathLike) for part in files.values())
+    return Call(
+        method="PUT",
+        path="/v1" + path_of("sets", name),
+        headers=header_lines(if_match=if_match, if_none_match=if_none_match),
+        parts=files,
+        decode=decode_tagged,
+        is_one_shot=is_one_shot,
+    )
+
+
+def upload_tensors(
+    name: str,
+    config: Mapping[str, Any],
+    tensors: "Mapping[str, npt.ArrayLike]",
+    *,
+    if_match: str | None = None,
+    if_none_match: str | None = None,
+) -> Call[ImportReport]:
+    """Upload an adapter from memory: PEFT's configuration, and arrays under PEFT's key names.
+
+    Otherwise the same as `upload_set`.
+    """
+    from bonsai_lora.client.tensors import adapter_file  # noqa: PLC0415 - loads NumPy
+
+    files: dict[str, Part] = {
+        "adapter_config": json.dumps(config).encode(),
+        "adapter_model": adapter_file(tensors),
+    }
+    return upload_files(name, files, if_match=if_match, if_none_match=if_none_match)
+
+
+def delete_set(name: str, *, if_match: str | None = None) -> Call[None]:
+    """Delete a set; raises SetNotFoundError, and PreconditionFailedError for other ETags."""
+    return Call(
+        method="DELETE",
+        path="/v1" + path_of("sets", name),
+        headers=header_lines(if_match=if_match),
+        decode=decode_nothing,
+    )
+
+
+def get_adapter_config(name: str) -> Call[dict[str, Any]]:
+    """Return the adapter_config.json of a set as PEFT reads it; raises SetNotFoundError."""
+    path = "/v1" + path_of("sets", name, _CONFIG_FILE)
+    return Call(method="GET", path=path, decode=decode_json, is_pure=True)
+
+
+def get_adapter_tensors(name: str) -> "Call[dict[str, Array]]":
+    """Return the weights of a set under PEFT's key names, in their dtypes."""
+    from bonsai_lora.client.tensors import decode_tensors  # noqa: PLC0415 - loads NumPy
+
+    path = "/v1" + path_of("sets", name, _MODEL_FILE)
+    return Call(method="GET", path=path, decode=decode_tensors, is_pure=True)
+
+
+def get_adapter_model(name: str) -> Call[bytes]:
+    """Return the adapter_model.safetensors of a set, as it would be in a PEFT folder."""
+    path = "/v1" + path_of("sets", name, _MODEL_FILE)
+    return Call(method="GET", path=path, decode=decode_bytes, is_pure=True)

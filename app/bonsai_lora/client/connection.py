@@ -1,0 +1,44 @@
+"""Where the service is and what every request carries: the same for both clients."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+URL_VARIABLE = "BONSAI_LORA_URL"
+TOKEN_VARIABLE = "BONSAI_LORA_TOKEN"  # noqa: S105 - the name of the variable
+
+TIMEOUT = httpx.Timeout(60, read=600)
+"""Seconds; a large merge may take minutes before its answer begins."""
+
+LIMITS = httpx.Limits(max_connections=100, max_keepalive_connections=20, keepalive_expiry=4)
+"""Idle connections are closed before the service does it, after five seconds: a write that meets
+the closing of its connection could not be repeated."""
+
+RETRIES = 2
+
+
+def url_of(url: str | None) -> str:
+    """Return `url`, by default that of BONSAI_LORA_URL, else that of a service on this machine."""
+    return url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
+
+
+def options_of(
+    url: str | None,
+    uds: str | os.PathLike[str] | None,
+    token: str | None,
+    headers: Mapping[str, str] | None,
+    timeout: float | httpx.Timeout,
+) -> dict[str, Any]:
+    """Return the arguments of `httpx.Client`, but for the transport of a Unix socket.
+
+    Raises ValueError if both `url` and `uds` are given, httpx.InvalidURL.
+    """
+    if url is not None and uds is not None:
+        raise ValueError("url and uds are both given; a service has one address")
+    token = os.environ.get(TOKEN_VARIABLE) if token is None else token
+    lines = {**({"Authorization": f"Bearer {token}"} if token else {}), **(headers or {})}
+    base_url = url_of(url) if uds is None else "http://localhost"
+    return {"base_url": base_url, "headers": lines, "timeout": timeout, "limits": LIMITS}

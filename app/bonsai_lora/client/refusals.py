@@ -1,0 +1,73 @@
+"""From a refusal on the wire to the error that it stands for."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import httpx
+
+from bonsai_lora import errors
+from bonsai_lora.errors import BonsaiLoraError
+
+_BY_STATUS: Mapping[int, type[BonsaiLoraError]] = {
+    400: errors.MalformedBodyError,
+    404: errors.NotFoundError,
+    405: errors.MethodNotAllowedError,
+    406: errors.NotAcceptableError,
+    408: errors.StalledError,
+    412: errors.PreconditionFailedError,
+    413: errors.TooLargeError,
+    415: errors.UnsupportedMediaTypeError,
+    416: errors.RangeNotSatisfiableError,
+    422: errors.InvalidError,
+    431: errors.HeadTooLargeError,
+    500: errors.InternalError,
+    501: errors.UnsupportedFeatureError,
+    503: errors.BusyError,
+}
+"""Class of an error whose code this release does not know; BonsaiLoraError for other statuses."""
+
+_STANDARD = frozenset({"type", "title", "detail", "instance", "code"})
+"""Members of a problem (RFC 9457) that are not values."""
+
+
+def _family(kind: type[BonsaiLoraError]) -> Iterator[type[BonsaiLoraError]]:
+    """Give the class and its descendants, a class before its ancestors."""
+    for child in kind.__subclasses__():
+        yield from _family(child)
+    yield kind
+
+
+# An ancestor comes later and wins if it shares its code with a descendant.
+_BY_CODE = {kind.code: kind for kind in _family(BonsaiLoraError)}
+
+
+def refusal_of(answer: httpx.Response) -> BonsaiLoraError:
+    """Return the error of an answer that is not a success; its body must have been read.
+
+    The class follows from `code`, from the status for an unknown code. `values` has the values of
+    the problem, `status` and, where given, `request_id`.
+    """
+    try:
+        body = answer.json()
+    except ValueError:
+        body = None
+    status = answer.status_code
+    if isinstance(body, dict) and isinstance(body.get("code"), str):
+        kind = _BY_CODE.get(body["code"]) or _BY_STATUS.get(status, BonsaiLoraError)
+        values = {name: value for name, value in body.items() if name not in _STANDARD}
+        return _made(kind, body["code"], str(body.get("detail")), {"status": status, **values})
+    kind = _BY_STATUS.get(status, BonsaiLoraError)
+    if isinstance(body, dict) and isinstance(body.get("error"), str):  # Open Inference Protocol
+        kind = errors.InvalidError if status == httpx.codes.BAD_REQUEST else kind
+        return _made(kind, kind.code, body["error"], {"status": status})
+    phrase = f"the service answered {status} {answer.reason_phrase}".rstrip()
+    return _made(kind, f"http_{status}", phrase, {"status": status})
+
+
+def _made(
+    kind: type[BonsaiLoraError], code: str, detail: str, values: dict[str, Any]
+) -> BonsaiLoraError:
+    error = kind.__new__(kind)  # constructors word the detail, which the service has done
+    BonsaiLoraError.__init__(error, detail)
+    error.code, error.values = code, values
+    return error

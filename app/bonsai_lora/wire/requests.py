@@ -1,0 +1,143 @@
+"""The caller's side of `tensors` and `oip`: arrays to request bodies, answers to arrays."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bonsai_lora.core.cast import BFLOAT16, FLOAT16, FLOAT32, Array
+from bonsai_lora.errors import InvalidRequestError, RaggedInputError
+from bonsai_lora.formats import safetensors
+from bonsai_lora.wire.oip_tensors import BYTES, DATATYPES
+from bonsai_lora.wire.stacks import SETS
+
+_KEPT = (FLOAT32, FLOAT16, BFLOAT16)
+_DATATYPE_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+
+
+def to_floats(value: npt.ArrayLike, name: str) -> Array:
+    """Return `value` as float32, float16 or bfloat16; other numbers are rounded to float32.
+
+    Numbers beyond float32 become infinite, which the service refuses with their position. Raises
+    InvalidRequestError for anything but numbers, RaggedInputError for rows of different lengths.
+    """
+    try:
+        array: Array = np.asarray(value)
+    except ValueError:
+        raise RaggedInputError(
+            f"{name!r} has rows of different lengths; send rows of equal length", field=name
+        ) from None
+    if array.dtype in _KEPT:
+        return array
+    if array.dtype.kind not in "fiu":
+        raise InvalidRequestError(
+            f"{name!r} is an array of {array.dtype}; expected numbers", field=name
+        )
+    with np.errstate(over="ignore"):
+        return array.astype(FLOAT32)
+
+
+def encode_tensors(
+    tensors: Mapping[str, npt.ArrayLike], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Return a safetensors body of `tensors`; raises as `to_floats`."""
+    floats = {name: to_floats(value, name) for name, value in tensors.items()}
+    return safetensors.encode(floats, metadata)
+
+
+def decode_tensors(body: bytes) -> tuple[dict[str, Array], Mapping[str, str]]:
+    """Return copies of the tensors of a safetensors body in their dtypes, and its metadata."""
+    arrays, metadata = safetensors.decode(body)
+    return {name: array.copy() for name, array in arrays.items()}, metadata
+
+
+def encode_weights(value: npt.ArrayLike) -> list[bytes | memoryview]:
+    """Return a safetensors body with the tensor `weights` in its own dtype, in parts.
+
+    A contiguous array is not copied. Raises InvalidRequestError unless it is float32, float16 or
+    bfloat16.
+    """
+    array = np.ascontiguousarray(value)
+    if array.dtype not in _KEPT:
+        raise InvalidRequestError(
+            f"the weights are {array.dtype}, which would be rounded; convert them to float32, "
+            "float16 or bfloat16 first",
+            field="weights",
+        )
+    return safetensors.encode_parts({"weights": array})
+
+
+def encode_stack(weights: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return the JSON value of sets with their weights."""
+    return [{"set": name, "weight": weight} for name, weight in weights.items()]
+
+
+def encode_row(row: str | Mapping[str, float] | None) -> Any:
+    """Return the JSON value of what one row of a mixed batch goes through."""
+    return encode_stack(row) if isinstance(row, Mapping) else row
+
+
+def encode_inference(
+    inputs: Mapping[str, npt.ArrayLike],
+    outputs: Sequence[str] | None,
+    rows: Sequence[str | Mapping[str, float] | None] | None,
+    scale: float,
+    request_id: str,
+) -> tuple[bytes, int]:
+    """Return the body of an inference with binary tensors, and the length of its JSON.
+
+    `rows` says what each row of the model `mixed` goes through. Raises as `to_floats`.
+    """
+    arrays = {name: to_floats(value, name) for name, value in inputs.items()}
+    described = [
+        {
+            "name": name,
+            "datatype": _DATATYPE_NAMES[array.dtype],
+            "shape": list(array.shape),
+            "parameters": {"binary_data_size": array.nbytes},
+        }
+        for name, array in arrays.items()
+    ]
+    if rows is not None:
+        texts = [_text_of(row) for row in rows]
+        described.append({"name": SETS, "datatype": BYTES, "shape": [len(texts)], "data": texts})
+    request: dict[str, Any] = {
+        "inputs": described,
+        "parameters": {"binary_data_output": True, "scale": scale},
+    }
+    if outputs is not None:
+        request["outputs"] = [{"name": name} for name in outputs]
+    if request_id:
+        request["id"] = request_id
+    text = json.dumps(request).encode()
+    return b"".join([text, *map(safetensors.as_bytes, arrays.values())]), len(text)
+
+
+class Inference(NamedTuple):
+    """What a response of the Open Inference Protocol says."""
+
+    fields: Mapping[str, Any]
+    outputs: dict[str, Array]
+
+
+def decode_inference(body: bytes, header_length: int) -> Inference:
+    """Return the response in `body`, whose first `header_length` bytes are JSON.
+
+    Raises ValueError, KeyError or TypeError if it does not describe the binary data that follow.
+    """
+    fields = json.loads(body[:header_length])
+    outputs, start = {}, header_length
+    for one in fields["outputs"]:
+        dtype = DATATYPES[one["datatype"]]
+        size = one["parameters"]["binary_data_size"]
+        flat = np.frombuffer(body, dtype, size // dtype.itemsize, start)
+        outputs[one["name"]] = flat.reshape(one["shape"]).copy()
+        start += size
+    return Inference(fields, outputs)
+
+
+def _text_of(row: str | Mapping[str, float] | None) -> str:
+    """Return an element of the BYTES tensor `sets`."""
+    return row or "" if not isinstance(row, Mapping) else json.dumps(encode_stack(row))
