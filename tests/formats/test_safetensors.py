@@ -92,7 +92,7 @@ def test_tensors_may_be_listed_out_of_order():
 
 
 def test_message_names_the_tensor():
-    with pytest.raises(MalformedSafetensorsError, match=r"'inputs'.*begins at 4"):
+    with pytest.raises(MalformedSafetensorsError, match=r"'inputs'.*starts at 4"):
         ours.decode(body_of(next(case for case in CASES if case["id"] == "S24")))
 
 

@@ -40,7 +40,7 @@ class Observer:
         route = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if route != "none" else "any"
         self._metrics.count_request(method, route, status, seconds)
-        changed = scope["method"] in ("PUT", "DELETE") or status == 201
+        changed = scope["method"] in ("PUT", "PATCH", "DELETE") or status == 201
         worth = changed or status >= 400 or seconds > SLOW_SECONDS or not status
         if not worth and not self._logs_all:
             return

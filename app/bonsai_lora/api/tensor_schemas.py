@@ -37,6 +37,11 @@ Versions = Annotated[
     dict[str, int] | None, Field(description="version used of each set, if `sets` was given")
 ]
 
+Experts = Annotated[
+    list[int] | None,
+    Field(description="number of the expert of each row, from 0; for fused experts only"),
+]
+
 
 class ApplyRequest(RequestModel):
     """Vectors for one module."""
@@ -46,6 +51,7 @@ class ApplyRequest(RequestModel):
         None, description="W·x without bias, for DoRA modules only: (rows, d_out) or (d_out,)"
     )
     sets: Stacked = None
+    experts: Experts = None
 
 
 class ApplyAnswer(BaseModel):
@@ -66,6 +72,7 @@ class ApplyManyRequest(RequestModel):
     base_outputs: dict[str, Vectors] | None = Field(
         None, description="W·x without bias, for DoRA modules only"
     )
+    experts: Experts = None
 
 
 class ApplyManyAnswer(BaseModel):
@@ -88,6 +95,7 @@ class ApplyMixedRequest(RequestModel):
     base_outputs: Vectors | None = Field(
         None, description="W·x without bias, for DoRA sets only: (rows, d_out) or (d_out,)"
     )
+    experts: Experts = None
 
 
 class ApplyMixedAnswer(BaseModel):
