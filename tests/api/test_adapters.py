@@ -95,7 +95,7 @@ def test_wrong_adapters_change_nothing(empty, store, body, status, code):
     assert snapshot(store) == before
 
 
-@pytest.mark.parametrize("name", ["a..b", ".a", "a.", "a-b", "x" * 257, "a b"])
+@pytest.mark.parametrize("name", ["a..b", ".a", "a.", "x" * 257, "a b"])
 def test_wrong_module_names(empty, name):
     answer = empty.put(f"/v1/sets/s/adapters/{name}", json={"d_in": 1, "d_out": 1})
     assert_problem(answer, 422, "invalid_name")

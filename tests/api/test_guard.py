@@ -9,11 +9,13 @@ import httpx
 import numpy as np
 import pytest
 from conftest import TINY, serving, upload
-from test_one_way import BINARY, JSON, ONE, batch, body_of, connect, raw, read_answer
+from test_apply import Q_PROJ
+from test_one_way import BINARY, JSON, MANY, ONE, batch, body_of, connect, raw, read_answer
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.api.call import join_headers
 from bonsai_lora.api.connection import MAX_HEAD_BYTES, GuardedProtocol
+from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.formats import safetensors
 
 STALL = 0.4
@@ -147,6 +149,36 @@ def test_trailers_are_no_headers(guarded):
         assert read_answer(connection)[0] == 200
 
 
+@pytest.mark.parametrize("space", [b"", b" ", b"\t "])
+def test_white_space_behind_a_header_is_not_part_of_it(guarded, space):
+    lines = {"Content-Type": "application/vnd.safetensors", "X-Request-Id": "mine"}
+    sent = raw(ONE, body_of(batch()), lines).replace(b": mine", b": mine" + space)
+    for framing in (b"Content-Length: 896", b"Content-Length: 896\r\nConnection: close"):
+        with connect(guarded) as connection:
+            connection.sendall(sent.replace(b"Content-Length: 896", framing))
+            head = connection.recv(1 << 16, socket.MSG_PEEK)
+            assert read_answer(connection)[0] == 200
+            assert b"\r\nx-request-id: mine\r\n" in head
+
+
+@pytest.mark.parametrize("size", [4, 500])
+@pytest.mark.parametrize("cut", [-10, 60])
+def test_whole_requests_before_one_that_never_comes_are_answered(guarded, capfd, size, cut):
+    """The client ends its side in the third, while the second is computed in a thread."""
+    body = json.dumps({"inputs": {Q_PROJ: batch(size).tolist()}}).encode()
+    begun = raw("/v1/sets", b'{"name": "never"}', JSON)[:cut]
+    with connect(guarded) as connection:
+        connection.sendall(HEALTH + chunked(MANY, body) + HEALTH + begun)
+        connection.shutdown(socket.SHUT_WR)
+        rest = b""
+        for _ in range(3):
+            status, _, rest = read_answer(connection, rest)
+            assert status == 200
+        assert rest == b""
+        assert ends(connection)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("path", [ONE, "/v1/sets"])
 def test_trailers_have_the_limits_of_heads(guarded, path):
     many = b"X-Long: %b\r\n" % (b"v" * 1000) * (2 * MAX_HEAD_BYTES // 1000)
@@ -197,6 +229,21 @@ def test_a_closed_connection_does_not_wait_for_its_reader(settings, http, ending
                 while part := connection.recv(1 << 16):
                     got += len(part)
             assert 0 < got < 60_000
+
+
+@pytest.mark.parametrize("path", ["/v1/sets/a{}/apply", "/v1/nowhere{}"])
+def test_a_path_cannot_write_lines_of_the_log(guarded, path, capfd):
+    configure_logging("info", "console")
+    try:
+        for code in ("%0a", "%0d", "%1b[31m", "%e2%80%a8", "%c2%85"):
+            guarded.post(path.format(f"{code}forged"))
+    finally:
+        configure_logging("warning", "console")
+    written = capfd.readouterr().err
+    lines = [one for one in written.splitlines() if "[httpx]" not in one]
+    assert len(lines) == 5
+    assert all(one.count("[bonsai_lora.requests]") == 1 for one in lines)
+    assert "\x1b" not in written
 
 
 def test_repeated_headers_are_joined_in_one_pass():

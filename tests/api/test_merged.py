@@ -203,7 +203,7 @@ def test_refusals(based, rng, tmp_path):
     assert_problem(based.get(f"{PATH}/nothing"), 404, "set_not_found")
     upload(based, "plain", TINY / "plain")
     assert_problem(based.get(f"{PATH}/plain/nothing.json"), 404, "file_not_found")
-    assert_problem(based.get(f"{PATH}/plain/..%2fconfig.json"), 404, "not_found")
+    assert_problem(based.get(f"{PATH}/plain/..%2fconfig.json"), 404, "file_not_found")
     tensors = {"model.embed_tokens.weight": np.ones((10, 6), np.float32)}
     write_base(tmp_path / "bases" / "tied", tensors, tie_word_embeddings=True)
     embedding = {
@@ -371,3 +371,59 @@ def test_the_hub_protocol(based):
     listed = based.get("/api/models", params={"author": "tiny-qwen3"}).json()
     assert [one["id"] for one in listed] == ["tiny-qwen3/plain"]
     assert based.get("/api/agent-harnesses").status_code == 404
+
+
+def test_merge_and_apply_mean_the_same_tensor(based, tmp_path, rng):
+    """DoRA's norms come from the tensor that a merge changes; `match` chooses it for both."""
+    leaf = "layers.0.self_attn.q_proj"
+    weights = {
+        f"{prefix}.{leaf}.weight": rng.standard_normal((5, 6)).astype(np.float32)
+        for prefix in ("model", "mtp", "model.language_model")
+    }
+    write_base(tmp_path / "bases" / "b", weights)
+    magnitude = np.abs(rng.standard_normal(5)).astype(np.float32)
+    tensors = peft_tensors(rng, leaf) | {
+        f"base_model.model.{leaf}.lora_magnitude_vector": magnitude
+    }
+    config = peft_config(use_dora=True, base_model_name_or_path="org/b")
+    upload_parts(based, "d", config, tensors)
+    x = rng.standard_normal((2, 6)).astype(np.float32)
+    path = f"/v1/sets/d/adapters/{leaf}/apply"
+    for url, body in (
+        ("/v1/bases/b/merged/d", None),
+        (path, {"inputs": [[0.0] * 6], "base_outputs": [[0.0] * 5]}),
+    ):
+        refused = based.get(url) if body is None else based.post(url, json=body)
+        problem = assert_problem(refused, 422, "invalid_request")
+        assert set(problem["candidates"]) == {
+            f"model.{leaf}.weight",
+            f"model.language_model.{leaf}.weight",
+        }
+    for prefix in ("mtp", "model.language_model"):
+        params = {"match": f"{prefix}."}
+        content = based.get("/v1/bases/b/merged/d/model.safetensors", params=params).content
+        merged = ours.decode(content)[0]
+        changed = [name for name in weights if (merged[name] != weights[name]).any()]
+        assert changed == [f"{prefix}.{leaf}.weight"]
+        base_outputs = x @ weights[changed[0]].T
+        body = {"inputs": x.tolist(), "base_outputs": base_outputs.tolist()}
+        got = np.array(based.post(path, json=body, params=params).json()["outputs"])
+        expected = x.astype(np.float64) @ merged[changed[0]].T.astype(np.float64)
+        assert reference.relative_error(got + base_outputs, expected) < 1e-6
+    nothing = based.get("/v1/bases/b/merged/d", params={"match": "visual."})
+    assert_problem(nothing, 422, "invalid_request")
+
+
+def test_files_in_subfolders_are_files_of_the_model(based, tmp_path, rng):
+    write_base(tmp_path / "bases" / "b", {"m.weight": np.ones((5, 6), np.float32)})
+    templates = tmp_path / "bases" / "b" / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tools.jinja").write_text("{{ tools }}")
+    (tmp_path / "bases" / "b" / "model.fp16.safetensors").write_bytes(b"stray")
+    upload_parts(based, "s", peft_config(target_modules=["m"]), peft_tensors(rng, "m"))
+    info = based.get("/v1/bases/b").json()
+    assert info["ignored_files"] == ["model.fp16.safetensors"]
+    names = [one["name"] for one in based.get("/v1/bases/b/merged/s").json()["files"]]
+    assert names == ["additional_chat_templates/tools.jinja", "config.json", "model.safetensors"]
+    for url in (f"/v1/bases/b/merged/s/{names[0]}", f"/b/s/resolve/main/{names[0]}"):
+        assert based.get(url).text == "{{ tools }}"

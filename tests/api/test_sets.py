@@ -3,6 +3,7 @@ import threading
 
 import numpy as np
 import pytest
+import reference
 import safetensors.numpy
 from conftest import (
     TINY,
@@ -47,6 +48,7 @@ def test_create_returns_location_etag_and_info(client, store):
         "scaling": 4.0,
         "param_count": 2 * (64 + 128),
         "memory_bytes": 8 * (64 + 128),
+        "experts": None,
     }
     again = client.get("/v1/sets/my-adapter")
     assert again.json() == info
@@ -262,7 +264,8 @@ def test_wrong_tensors_are_refused(client, store, rng):
     cases = [
         ({}, "invalid_adapter"),
         ({key_a: good[key_a]}, "invalid_adapter"),
-        ({**good, "base_model.model.lm_head.weight": other}, "unsupported_adapter"),
+        (dict.fromkeys(good, np.zeros((0, 8), np.float32)), "invalid_adapter"),
+        ({**good, "base_model.model.lm_head.scale": other}, "unsupported_adapter"),
         ({**good, key_a: good[key_a][:3]}, "invalid_adapter"),
         ({**good, key_b: np.full((5, 4), np.nan, np.float32)}, "invalid_adapter"),
         ({**good, key_a: good[key_a][None]}, "invalid_adapter"),
@@ -315,7 +318,7 @@ def test_uploads_that_are_not_multipart(client):
         "adapter_model": b"\x80\x02pickle" + b"x" * 9,
     }
     answer = client.put("/v1/sets/s", files=files)
-    assert_problem(answer, 400, "malformed_safetensors")
+    assert "safe_serialization=True" in assert_problem(answer, 422, "unsupported_adapter")["detail"]
     assert_problem(client.put("/v1/sets/v2", files=files), 422, "invalid_name")
 
 
@@ -346,3 +349,97 @@ def test_an_upload_may_name_thousands_of_target_modules(client, rng):
     config = peft_config(target_modules=["q_proj", *(f"m{number}" for number in range(2000))])
     assert upload_parts(client, "many", config, peft_tensors(rng)).status_code == 201
     assert len(client.get("/v1/sets/many").json()["config"]["target_modules"]) == 2001
+
+
+def test_a_path_where_a_file_was_meant(client, store, rng):
+    """curl without the @."""
+    good = {
+        "adapter_config": json.dumps(peft_config()),
+        "adapter_model": safetensors.numpy.save(peft_tensors(rng)),
+    }
+    for part, path in (
+        ("adapter_config", "out/adapter_config.json"),
+        ("adapter_model", "./adapter_model.safetensors"),
+    ):
+        answer = client.put("/v1/sets/s", files={**good, part: path})
+        assert "@" in assert_problem(answer, 400, "malformed_multipart")["detail"]
+        one = {key: value for key, value in good.items() if key != part}
+        assert (
+            part
+            in assert_problem(client.put("/v1/sets/s", files=one), 400, "malformed_multipart")[
+                "detail"
+            ]
+        )
+    assert snapshot(store) == {}
+
+
+def test_parts_may_be_named_after_the_files(client, rng):
+    files = {
+        "adapter_config.json": json.dumps(peft_config()),
+        "adapter_model.safetensors": safetensors.numpy.save(peft_tensors(rng)),
+    }
+    assert client.put("/v1/sets/s", files=files).status_code == 201
+
+
+def test_the_base_is_named_by_the_upload_the_query_or_later(client, rng):
+    """The export says the same, whoever said it last."""
+    config = peft_config(base_model_name_or_path="/home/me/model")
+
+    def name_of(answer):
+        exported = client.get("/v1/sets/s/adapter_config.json").json()
+        assert exported["base_model_name_or_path"] == answer.json()["base_model_name"]
+        assert exported["target_modules"] == ["q_proj"]
+        return answer.json()["base_model_name"]
+
+    assert name_of(upload_parts(client, "s", config, peft_tensors(rng))) == "/home/me/model"
+    named = upload_parts(client, "s", config, peft_tensors(rng), params={"base_model_name": "a/b"})
+    assert name_of(named) == "a/b"
+    changed = client.patch(
+        "/v1/sets/s", json={"base_model_name": "c"}, headers={"If-Match": named.headers["etag"]}
+    )
+    assert name_of(changed) == "c"
+    assert changed.json()["version"] == 3
+    assert changed.headers["etag"] == client.get("/v1/sets/s").headers["etag"]
+    assert changed.json()["origin"] == "peft"
+    old = client.patch(
+        "/v1/sets/s", json={"base_model_name": "d"}, headers={"If-Match": named.headers["etag"]}
+    )
+    assert_problem(old, 412, "precondition_failed")
+    assert_problem(client.patch("/v1/sets/s", json={"name": "t"}), 422, "invalid_request")
+    missing = client.patch("/v1/sets/t", json={"base_model_name": "d"})
+    assert_problem(missing, 404, "set_not_found")
+    assert client.get("/v1/sets/s").json()["version"] == 3
+
+
+def test_a_created_set_s_base_can_be_named(client):
+    client.post("/v1/sets", json=FULL)
+    assert client.patch("/v1/sets/my-adapter", json={"base_model_name": "x"}).status_code == 200
+    config = client.get("/v1/sets/my-adapter/adapter_config.json").json()
+    assert config["base_model_name_or_path"] == "x"
+
+
+def test_an_mlx_adapter_is_taken_and_exported_as_peft(client, rng):
+    module = "model.layers.0.self_attn.q_proj"
+    lora_a = rng.standard_normal((6, 4)).astype(np.float32)
+    lora_b = rng.standard_normal((4, 5)).astype(np.float32)
+    config = {
+        "fine_tune_type": "lora",
+        "model": "mlx-community/Qwen3-8B-4bit",
+        "num_layers": 8,
+        "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0},
+    }
+    tensors = {f"{module}.lora_a": lora_a, f"{module}.lora_b": lora_b}
+    report = upload_parts(client, "m", config, tensors).json()
+    assert report["origin"] == "mlx"
+    assert report["base_model_name"] == "mlx-community/Qwen3-8B-4bit"
+    x = rng.standard_normal((3, 6)).astype(np.float32)
+    answer = client.post(f"/v1/sets/m/adapters/{module}/apply", json={"inputs": x.tolist()})
+    expected = 20.0 * (x.astype(np.float64) @ lora_a @ lora_b)
+    assert reference.relative_error(np.array(answer.json()["outputs"]), expected) < 1e-6
+    exported = safetensors.numpy.load(client.get("/v1/sets/m/adapter_model.safetensors").content)
+    prefix = f"base_model.model.{module}"
+    assert exported[f"{prefix}.lora_A.weight"].tobytes() == lora_a.T.tobytes()
+    assert exported[f"{prefix}.lora_B.weight"].tobytes() == lora_b.T.tobytes()
+    again = client.get("/v1/sets/m/adapter_config.json").json()
+    assert (again["peft_type"], again["r"], again["lora_alpha"]) == ("LORA", 4, 80.0)
+    assert upload_parts(client, "p", again, exported).json()["modules"] == report["modules"]

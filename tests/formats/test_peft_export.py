@@ -31,8 +31,13 @@ def meant(modules, **config):
     written = encode_config(made(modules, **config), None)
     read = decode_config(json.dumps(written).encode())
     assert all(read.targets(name) for name in modules)
-    found = {name: read.rank_and_scaling(name) for name in modules}
-    return {name: (rank, scaling) for name, (rank, _, scaling) in found.items()}, written
+    said = read.scalings(modules)
+    return {name: (one.rank.value, scaling(one)) for name, one in said.items()}, written
+
+
+def scaling(said):
+    rank = said.rank.value
+    return said.of("any", rank)[1]
 
 
 @pytest.mark.parametrize(
@@ -49,6 +54,7 @@ def meant(modules, **config):
         ["b.a.x", "b.a_x", "a-x", "a.x"],
         ["layers.1.x", "layers.11.x", "layers.1_x"],
         ["x-1", "x"],
+        [".".join("x" * n) + "x" * (170 - 2 * n) for n in range(1, 80)] + ["y"],
     ],
     ids=" ".join,
 )
@@ -87,11 +93,12 @@ def test_what_all_modules_share_is_written_once(rank, alpha):
     config = decode_config(
         json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": alpha}).encode()
     )
-    shared = config.rank_and_scaling("q_proj")
+    own = scaling(config.scalings(["q_proj"])["q_proj"])
+    shared = (rank, alpha, own)
     found, written = meant({"q_proj": shared, "v_proj": shared}, rank=rank, alpha=alpha)
     assert written["alpha_pattern"] == written["rank_pattern"] == {}
     assert (written["r"], written["lora_alpha"]) == (rank, alpha)
-    assert set(found.values()) == {(rank, shared[2])}
+    assert set(found.values()) == {(rank, own)}
 
 
 def test_every_field_of_what_is_written():

@@ -92,5 +92,69 @@ def test_tensors_may_be_listed_out_of_order():
 
 
 def test_message_names_the_tensor():
-    with pytest.raises(MalformedSafetensorsError, match=r"'inputs'.*begins at 4"):
+    with pytest.raises(MalformedSafetensorsError, match=r"'inputs'.*starts at 4"):
         ours.decode(body_of(next(case for case in CASES if case["id"] == "S24")))
+
+
+def header(text, data=b""):
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def test_views_of_writable_memory_are_read_only():
+    raw = bytearray(ours.encode({"x": np.ones((2, 3), np.float32)}))
+    for view in (raw, memoryview(raw), np.frombuffer(raw, np.uint8).data):
+        assert not ours.decode(view)[0]["x"].flags.writeable
+
+
+def test_headers_have_no_blanks_between_and_no_escapes_within():
+    """Many tensors, for which the header is made in one piece, and few."""
+    for count in (1, 8, 9, 30):
+        names = [f"ä{number}" for number in range(count)]
+        raw = ours.encode_header(dict.fromkeys(names, ("F32", (0,))))
+        text = raw[8:].rstrip(b" ").decode()
+        assert text.startswith("{")
+        expected = {name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}
+        assert text == json.dumps(expected, separators=(",", ":"), ensure_ascii=False)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9])
+@pytest.mark.parametrize("length", [0, 1023, 1024, 1025])
+def test_metadata_of_any_size_comes_back(count, length):
+    metadata = {f"key{number}": "x" * (length // max(count, 1)) for number in range(count)}
+    raw = ours.encode({"x": np.ones(2, np.float32)}, metadata)
+    assert ours.decode_header(raw).metadata == metadata
+    again = ours.encode({"x": np.ones(2, np.float32)}, {**metadata, "more": "other"})
+    assert ours.decode_header(again).metadata == {**metadata, "more": "other"}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_bytes_are_row_major_whatever_lies_in_memory(dtype):
+    array = np.arange(12).reshape(3, 4).astype(dtype)
+    for one in (array, array.T, array[:, ::2], array[1:2], array[:0], array.reshape(2, 2, 3)):
+        made = ours.as_bytes(one)
+        assert made.format == "B"
+        assert made.nbytes == len(made) == one.nbytes
+        assert bytes(made) == one.tobytes()
+    assert np.shares_memory(ours.as_bytes(array), array)
+
+
+@pytest.mark.parametrize(("size", "is_taken"), [(2**63 - 1, True), (2**63, False)])
+def test_the_largest_size(size, is_taken):
+    text = b'{"x":{"dtype":"F32","shape":[0,%d],"data_offsets":[0,0]}}' % size
+    if is_taken:
+        assert ours.decode_header(header(text)).tensors["x"].shape == (0, size)
+    else:
+        with pytest.raises(MalformedSafetensorsError):
+            ours.decode_header(header(text))
+
+
+@pytest.mark.parametrize(
+    ("start", "words"), [(3, "overlaps the one before"), (5, "leaves a gap before")]
+)
+def test_tensors_that_do_not_follow_each_other(start, words):
+    entry = '"{}":{{"dtype":"U8","shape":[{}],"data_offsets":[{},{}]}}'
+    text = "{" + entry.format("a", 4, 0, 4) + "," + entry.format("b", 2, start, start + 2) + "}"
+    with pytest.raises(
+        MalformedSafetensorsError, match=f"'b' begins at {start}, not 4: it {words}"
+    ):
+        ours.decode_header(header(text.encode(), bytes(8)))

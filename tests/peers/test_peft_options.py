@@ -12,7 +12,7 @@ from test_peft_model import load_base, logits
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.formats import safetensors
-from bonsai_lora.formats.peft_config import FIELDS
+from bonsai_lora.formats.peft_fields import FIELDS
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 

@@ -7,11 +7,17 @@ read their responses. `bonsai-lora serve` always uses this protocol; the fast la
 import asyncio
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import httptools
 import structlog
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from bonsai_lora.api.call import JOINED_BYTES, HeaderLines
 from bonsai_lora.api.errors import problem_response
@@ -39,6 +45,8 @@ class GuardedProtocol(HttpToolsProtocol):
         """Start the timeout for the first request head."""
         super().connection_made(transport)
         self.stall_seconds: float = self.app.state.context.settings.stall_seconds
+        self._running: Any = None  # a RequestResponseCycle
+        """The request whose response is in progress, or was last."""
         self._is_in_head = False
         self._head_bytes = 0
         self._head_lines = 0
@@ -105,7 +113,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_lines += 1
         self._count(len(name) + len(value))
         if self._is_in_head:
-            super().on_header(name, value)
+            super().on_header(name, value.strip(b" \t"))
 
     def on_headers_complete(self) -> None:
         """Stop the timeout for the request head."""
@@ -140,12 +148,15 @@ class GuardedProtocol(HttpToolsProtocol):
             super().send_400_response(msg)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep the connection for the response to a complete request; close it otherwise.
+        """Keep the connection for the responses to complete requests; close it otherwise.
 
         A client may close its side after sending its last request (RFC 9112, section 9.6).
         """
+        if self.pipeline and self.cycle.more_body:  # it will never be whole
+            self.pipeline.popleft()
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._running
         cycle = self.cycle
-        if cycle is None or cycle.response_complete or cycle.more_body or self._is_in_head:
+        if cycle is None or cycle.response_complete or cycle.more_body:
             return False
         cycle.keep_alive = False
         return True
@@ -157,6 +168,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop all timers, including uvicorn's keep-alive timer, which it leaves running."""
+        if self._running is not None:  # uvicorn tells only the last of pipelined requests
+            self._running.disconnected = True
+            self._running.message_event.set()
         if self._read_timer is not None:
             self._read_timer.cancel()
         self.stop_head_timer()
@@ -199,6 +213,10 @@ class GuardedProtocol(HttpToolsProtocol):
         self._partial_bytes = 0
         if self._is_too_large:
             raise ValueError("the parser reports this as an invalid request")
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _head_without_upgrade(self) -> bytes:
         """Return the head without its header Upgrade, which a server may ignore.

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 from prometheus_client import (
     CollectorRegistry,
@@ -76,18 +77,16 @@ class Metrics:
         return generate_latest(registry) + generate_latest(self._store_registry)
 
 
+@dataclass(frozen=True, eq=False)
 class _StoreCollector(Collector):
-    def __init__(
-        self, store_stats: Callable[[], StoreStats], describe: Callable[[], dict[str, str]]
-    ) -> None:
-        self._store_stats = store_stats
-        self._describe = describe
+    store_stats: Callable[[], StoreStats]
+    info: Callable[[], dict[str, str]]
 
     def describe(self) -> Iterable[Metric]:
         return []
 
     def collect(self) -> Iterable[Metric]:
-        about = self._describe()
+        about = self.info()
         info = GaugeMetricFamily(
             "bonsai_lora_info",
             "Version and configuration of this service; always 1.",
@@ -95,7 +94,7 @@ class _StoreCollector(Collector):
         )
         info.add_metric(list(about.values()), 1)
         yield info
-        stats = self._store_stats()
+        stats = self.store_stats()
         yield GaugeMetricFamily("bonsai_lora_sets", "Sets in the store.", stats.set_count)
         yield GaugeMetricFamily(
             "bonsai_lora_newer_files",

@@ -40,14 +40,14 @@ class Observer:
         route = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if route != "none" else "any"
         self._metrics.count_request(method, route, status, seconds)
-        changed = scope["method"] in ("PUT", "DELETE") or status == 201
+        changed = scope["method"] in ("PUT", "PATCH", "DELETE") or status == 201
         worth = changed or status >= 400 or seconds > SLOW_SECONDS or not status
         if not worth and not self._logs_all:
             return
         problem = scope.get("problem")
         about = {} if problem is None else {"code": problem.code, "detail": problem.detail[:300]}
         (_log.info if worth else _log.debug)(
-            f"{status} {scope['method']} {scope['path'][:300]}",
+            f"{status} {scope['method']} {_printable(scope['path'][:300])}",
             **about,
             ms=round(seconds * 1000, 2),
             request_id=scope["request_id"],
@@ -56,12 +56,14 @@ class Observer:
     @staticmethod
     def note_disconnect(scope: Mapping[str, Any]) -> None:
         """Log that the client disconnected."""
-        _log.info("client disconnected", path=scope["path"], request_id=scope["request_id"])
+        path = _printable(scope["path"])
+        _log.info("client disconnected", path=path, request_id=scope["request_id"])
 
     @staticmethod
     def note_failure(scope: Mapping[str, Any]) -> None:
         """Log an unexpected exception with its traceback."""
-        _log.exception("unexpected error", path=scope["path"], request_id=scope["request_id"])
+        path = _printable(scope["path"])
+        _log.exception("unexpected error", path=path, request_id=scope["request_id"])
 
 
 class ObserveMiddleware:
@@ -151,6 +153,13 @@ class _Exchange:
                 f"the client {verb} nothing for {self._stall:g} s; retry on a faster connection, "
                 "or raise stall_seconds"
             ) from None
+
+
+def _printable(text: str) -> str:
+    """Return `text` with line ends and other control characters escaped: a path can hold any."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def request_id_of(given: bytes | None) -> str:

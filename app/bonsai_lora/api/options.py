@@ -118,6 +118,7 @@ class ApplyOptions:
     """Form of the response body."""
     dtype: str
     scale: float
+    match: str | None
     modules: Sequence[str]
 
     @classmethod
@@ -127,7 +128,14 @@ class ApplyOptions:
         request_form = parse_content_type(values["Content-Type"], _FORMS)
         response_form = negotiate_form(values["Accept"], request_form, _FORMS)
         dtype = check_response_dtype(values["dtype"], response_form)
-        return cls(request_form, response_form, dtype, values["scale"], values.get("module", []))
+        return cls(
+            request_form,
+            response_form,
+            dtype,
+            values["scale"],
+            values["match"],
+            values.get("module", []),
+        )
 
 
 _FORMS = (Form.JSON, Form.BINARY)
@@ -170,6 +178,13 @@ APPLY_OPTIONS: Options = (
         _scale,
         "factor applied to the whole delta",
         {"type": "number", "minimum": -MAX_SCALE, "maximum": MAX_SCALE, "default": 1.0},
+    ),
+    Option(
+        "match",
+        "query",
+        _last,
+        "prefix of the base tensors to use for DoRA modules found more than once in the base",
+        {"type": "string"},
     ),
     *_MEDIA,
 )

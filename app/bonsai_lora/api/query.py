@@ -1,6 +1,6 @@
 """Refuse unknown query parameters, since a misspelled one would be ignored silently."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from fastapi import Request
 from fastapi.dependencies.models import Dependant
@@ -14,15 +14,13 @@ async def refuse_unknown_query(request: Request) -> None:
     if not request.scope["query_string"]:
         return
     route: APIRoute = request.scope["route"]
-    known = list(_names(route.dependant))
-    check_known(request.query_params.keys(), known)
+    check_known(request.query_params.keys(), _known(route.dependant))
 
 
-def _names(dependant: Dependant) -> Iterator[str]:
-    """Yield the query parameters of a route's function and of everything that it depends on."""
-    yield from (one.alias for one in dependant.query_params)
-    for one in dependant.dependencies:
-        yield from _names(one)
+def _known(dependant: Dependant) -> list[str]:
+    """Return the query parameters of a route and of its dependencies."""
+    inner = [name for one in dependant.dependencies for name in _known(one)]
+    return [one.alias for one in dependant.query_params] + inner
 
 
 def check_known(given: Iterable[str], known: Sequence[str]) -> None:

@@ -133,6 +133,9 @@ class ModuleInfo(BaseModel):
     scaling: float
     param_count: int
     memory_bytes: int = Field(description="both matrices as float32")
+    experts: int | None = Field(
+        None, description="number of fused experts; null for an ordinary module"
+    )
 
     @classmethod
     def of(cls, name: str, adapter: LoraAdapter) -> "ModuleInfo":
@@ -146,6 +149,7 @@ class ModuleInfo(BaseModel):
             scaling=shortest_float32(adapter.scaling),
             param_count=adapter.param_count(),
             memory_bytes=adapter.memory_bytes(),
+            experts=adapter.experts,
         )
 
 
@@ -157,7 +161,7 @@ class SetSummary(InfoModel):
     version: int = Field(description="1 at creation, incremented by each change")
     created_at: str = Field(description="RFC 3339, UTC")
     updated_at: str
-    origin: Literal["initialized", "peft", "gguf", "mixed"]
+    origin: Literal["initialized", "peft", "mlx", "gguf", "mixed"]
     adapter_count: int
     total_trainable_params: int
     total_memory_bytes: int
@@ -193,6 +197,12 @@ class ImportedModule(ModuleInfo):
     """One imported adapter."""
 
     delta_norm: float = Field(description="Frobenius norm of scaling * B @ A")
+
+
+class PatchSet(RequestModel):
+    """What can be changed of a set without its weights."""
+
+    base_model_name: str = Field(max_length=1024, description="the model that the set is for")
 
 
 class ImportReport(SetSummary):
@@ -300,6 +310,9 @@ class BaseInfo(BaseModel):
     files: list[BaseFile]
     dtypes: dict[str, int] = Field(description="number of parameters by dtype")
     parameter_count: int
+    ignored_files: list[str] = Field(
+        description="files and folders beside them that are no part of the model"
+    )
 
 
 class BaseList(BaseModel):

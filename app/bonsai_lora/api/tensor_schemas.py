@@ -33,6 +33,14 @@ Stack = Annotated[list[WeightedSet | str], Field(max_length=MAX_STACK)]
 Stacked = Annotated[
     Stack | None, Field(description="additional sets whose weighted deltas are added")
 ]
+Versions = Annotated[
+    dict[str, int] | None, Field(description="version used of each set, if `sets` was given")
+]
+
+Experts = Annotated[
+    list[int] | None,
+    Field(description="number of the expert of each row, from 0; for fused experts only"),
+]
 
 
 class ApplyRequest(RequestModel):
@@ -43,6 +51,7 @@ class ApplyRequest(RequestModel):
         None, description="W·x without bias, for DoRA modules only: (rows, d_out) or (d_out,)"
     )
     sets: Stacked = None
+    experts: Experts = None
 
 
 class ApplyAnswer(BaseModel):
@@ -51,9 +60,7 @@ class ApplyAnswer(BaseModel):
     set: str
     module: str
     version: int
-    versions: dict[str, int] | None = Field(
-        None, description="version used of each set, if `sets` was given"
-    )
+    versions: Versions = None
     outputs: Vectors
 
 
@@ -65,6 +72,7 @@ class ApplyManyRequest(RequestModel):
     base_outputs: dict[str, Vectors] | None = Field(
         None, description="W·x without bias, for DoRA modules only"
     )
+    experts: Experts = None
 
 
 class ApplyManyAnswer(BaseModel):
@@ -72,9 +80,7 @@ class ApplyManyAnswer(BaseModel):
 
     set: str
     version: int
-    versions: dict[str, int] | None = Field(
-        None, description="version used of each set, if `sets` was given"
-    )
+    versions: Versions = None
     outputs: dict[str, Vectors]
 
 
@@ -89,6 +95,7 @@ class ApplyMixedRequest(RequestModel):
     base_outputs: Vectors | None = Field(
         None, description="W·x without bias, for DoRA sets only: (rows, d_out) or (d_out,)"
     )
+    experts: Experts = None
 
 
 class ApplyMixedAnswer(BaseModel):

@@ -9,14 +9,24 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from bonsai_lora.api.body import check_length, check_not_compressed, content_length
 from bonsai_lora.errors import MalformedMultipartError, UnsupportedMediaTypeError
+from bonsai_lora.formats.foreign import check_config_start, check_start
 from bonsai_lora.storage.upload import Upload
 
 CONFIG_PART = "adapter_config"
 MODEL_PART = "adapter_model"
+_FILE_NAMES = {
+    "adapter_config.json": CONFIG_PART,
+    "adapter_model.safetensors": MODEL_PART,
+    "adapter_model.bin": MODEL_PART,  # so that its content can be named
+    "adapters.safetensors": MODEL_PART,
+}
+"""Parts that are named after the file that they hold."""
 
 _REMEDY = f"send the two files {CONFIG_PART} and {MODEL_PART}"
 _CONFIG_BYTES = 1 << 20
 _WRITE_BYTES = 1 << 20
+_START_BYTES = 1 << 12
+"""How much of a file is looked at to say what it is."""
 
 
 async def receive_adapter(request: Request, upload: Upload, limit: int) -> bytes:
@@ -54,6 +64,7 @@ async def receive_adapter(request: Request, upload: Upload, limit: int) -> bytes
             expected=[CONFIG_PART, MODEL_PART],
             got=sorted(form.seen),
         )
+    check_config_start(bytes(form.config[:_START_BYTES]))
     return bytes(form.config)
 
 
@@ -73,6 +84,8 @@ def _boundary(request: Request) -> bytes:
 async def _flush(form: "_AdapterForm", upload: Upload) -> None:
     model, form.model = form.model, bytearray()
     if model:
+        if not upload.received:
+            check_start(bytes(model[:_START_BYTES]))
         await anyio.to_thread.run_sync(upload.write, model)
 
 
@@ -111,7 +124,8 @@ class _AdapterForm:
     def _on_header_end(self) -> None:
         if self._header_name.lower() == b"content-disposition":
             _, options = parse_options_header(bytes(self._header_value))
-            self._name = options.get(b"name", b"").decode("utf-8", "replace")
+            name = options.get(b"name", b"").decode("utf-8", "replace")
+            self._name = _FILE_NAMES.get(name, name)
         self._header_name.clear()
         self._header_value.clear()
 

@@ -1,4 +1,4 @@
-"""Base checkpoints: folders of safetensors files, read-only, found by their name."""
+"""Base checkpoints: read-only folders of safetensors files, looked up by name."""
 
 import hashlib
 import json
@@ -13,29 +13,27 @@ from typing import Any
 
 import numpy as np
 
+from bonsai_lora.checkpoints.folder import INDEX_FILE, FolderFiles, read_folder
+from bonsai_lora.checkpoints.paths import TensorPaths, prefixes_of
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, Floats, to_float32
 from bonsai_lora.core.merge import blocks, merge_rows, row_squares
 from bonsai_lora.errors import BaseNotFoundError, BonsaiLoraError, InvalidBaseError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.mapped import map_file
-from bonsai_lora.formats.names import is_set_name
-
-INDEX_FILE = "model.safetensors.index.json"
+from bonsai_lora.formats.names import base_names, is_set_name
 
 Identity = tuple[int, int, int]
-"""Inode, time of change in nanoseconds, length."""
+"""Inode, modification time in nanoseconds, length in bytes."""
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 1 << 12
-"""So many pieces of each file, of so many bytes, are in a base's digest."""
-
-_OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"})
+"""A base's digest covers this many pieces of each file, each of this many bytes."""
 
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """An opened base: all its files mapped, the headers of the safetensors among them checked."""
+    """An opened base: all files are memory-mapped, all safetensors headers checked."""
 
     name: str
     folder: Path
@@ -44,46 +42,49 @@ class Base:
     weight_map: Mapping[str, str]
     """Tensor name -> file name."""
     identities: Mapping[str, Identity]
-    """File name -> identity when it was mapped."""
+    """File name -> identity of the mapped file."""
     digest: str
-    """Stands for the content: names, sizes, times, headers and samples of all files."""
+    """Identifies the content: names, sizes, times, headers and samples of all files."""
+    ignored: Sequence[str] = ()
+    """Files and folders beside them that are not part of the model."""
 
     def info(self, name: str) -> safetensors.TensorInfo | None:
-        """Return dtype, shape and place of a tensor, None where there is none."""
+        """Return the dtype, shape and byte range of a tensor; None if it does not exist."""
         file = self.weight_map.get(name)
         return None if file is None else self.headers[file].tensors[name]
 
     def tensor(self, name: str) -> Array | None:
-        """Return a tensor as a read-only view of its file, None where there is none."""
+        """Return a tensor as a read-only view of its file; None if it does not exist."""
         file = self.weight_map.get(name)
         if file is None:
             return None
         return safetensors.view(self.files[file], self.headers[file], name)
 
-    def weights_of(self, module: str) -> Sequence[str]:
-        """Return the names of the weights of a module: by its full path, or by its last parts."""
-        exact = f"{module}.weight"
-        return (exact,) if exact in self.weight_map else self._by_ending.get(f".{exact}", ())
+    @cached_property
+    def paths(self) -> TensorPaths:
+        """The tensor names, searchable by the module paths of adapters."""
+        return TensorPaths(self.name, self.weight_map.keys(), prefixes_of(self.model_type))
 
     @cached_property
-    def _by_ending(self) -> Mapping[str, Sequence[str]]:
-        found: dict[str, list[str]] = {}
-        for name in self.weight_map:
-            for place, letter in enumerate(name):
-                if letter == ".":
-                    found.setdefault(name[place:], []).append(name)
-        return found
+    def model_type(self) -> str:
+        """`model_type` of config.json; empty if unknown."""
+        value = self._config.get("model_type")
+        return value if isinstance(value, str) else ""
 
     @cached_property
     def is_tied(self) -> bool:
-        """Whether the head is the embedding: config.json says so, or there is no head."""
+        """Whether the head shares the embedding, by config.json or because there is no head."""
+        return bool(
+            self._config.get("tie_word_embeddings", "lm_head.weight" not in self.weight_map)
+        )
+
+    @cached_property
+    def _config(self) -> Mapping[str, Any]:
         try:
             config = json.loads(bytes(self.files["config.json"]))
         except (KeyError, ValueError, RecursionError):
-            config = None
-        if not isinstance(config, dict):
-            config = {}
-        return bool(config.get("tie_word_embeddings", "lm_head.weight" not in self.weight_map))
+            return {}
+        return config if isinstance(config, dict) else {}
 
     @cached_property
     def parameters(self) -> Mapping[str, int]:
@@ -96,14 +97,14 @@ class Base:
 
 
 class BaseFolder:
-    """The folder of bases; each folder in it that holds safetensors is one, named by it."""
+    """The folder of bases; each subfolder with safetensors files is a base with its name."""
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
         self._open: dict[str, tuple[object, Base]] = {}
 
     def names(self) -> list[str]:
-        """Return the names of all bases, sorted; a new folder is there at once."""
+        """Return the sorted names of all bases; new folders appear immediately."""
         if self._root is None or not self._root.is_dir():
             return []
         return sorted(
@@ -113,9 +114,9 @@ class BaseFolder:
         )
 
     def get(self, name: str) -> Base:
-        """Return the base `name`, opened; its files' identities are compared at each call.
+        """Return the base `name`, opened again if the identity of a file has changed.
 
-        Raises BaseNotFoundError, or InvalidBaseError where its files are no checkpoint.
+        Raises BaseNotFoundError, or InvalidBaseError if its files are not a checkpoint.
         """
         if self._root is None or not is_set_name(name):
             raise BaseNotFoundError(name)
@@ -123,20 +124,18 @@ class BaseFolder:
         if not _has_weights(folder):
             self._open.pop(name, None)
             raise BaseNotFoundError(name)
-        files = _served_files(folder)
-        identity = {path.name: identity_of(path.stat()) for path in files}
+        found = read_folder(folder)
+        identity = {file: identity_of(path.stat()) for file, path in found.files.items()}
         known = self._open.get(name)
         if known is not None and known[0] == identity:
             return known[1]
-        base = _open(name, folder, files)
+        base = _open(name, folder, found)
         self._open[name] = (identity, base)
         return base
 
     def find(self, base_model_name: str) -> Base | None:
-        """Return the base that a set names: by its whole name, or the last part of its path."""
-        for name in dict.fromkeys(
-            (base_model_name, base_model_name.rstrip("/").rpartition("/")[2])
-        ):
+        """Return the base named by `base_model_name` or a part of that path; None if none is."""
+        for name in base_names(base_model_name):
             try:
                 return self.get(name)
             except BaseNotFoundError:
@@ -145,15 +144,15 @@ class BaseFolder:
 
 
 def identity_of(status: os.stat_result) -> Identity:
-    """Return what tells two contents of a file apart."""
+    """Return what changes when the file's content changes."""
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def row_norms(weight: Array, adapter: LoraAdapter) -> Floats:
     """Return the norms (d_out,) of the rows of W + scaling * B @ A, summed in float64.
 
-    `weight` is (d_out, d_in), or (d_in, d_out) where the adapter's layer stores it so. The norm
-    is DoRA's denominator (Liu et al. 2024, equation 5; peft 0.21, tuners/lora/dora.py).
+    `weight` is (d_out, d_in), or (d_in, d_out) for embeddings and Conv1D. The norm is the
+    denominator of DoRA (Liu et al. 2024, equation 5; peft 0.21, tuners/lora/dora.py).
     """
     if adapter.layer != "linear":
         weight = weight.T
@@ -170,58 +169,51 @@ def _has_weights(folder: Path) -> bool:
     return folder.is_dir() and any(path.is_file() for path in folder.glob("*.safetensors"))
 
 
-def _served_files(folder: Path) -> list[Path]:
-    """Return the files of a base, sorted; where there is an index, only weights that it names."""
-    files = [path for path in sorted(folder.iterdir()) if _is_served(path)]
-    try:
-        index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        named = set(index.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return files
-    return [path for path in files if path.suffix != ".safetensors" or path.name in named]
-
-
-def _is_served(path: Path) -> bool:
-    """Whether a file is part of the base: not hidden, and no weights in a form we do not merge."""
-    try:
-        path.name.encode()
-    except UnicodeEncodeError:  # no request can name it
-        return False
-    return path.is_file() and not path.name.startswith(".") and path.suffix not in _OTHER_WEIGHTS
-
-
-def _open(name: str, folder: Path, files: list[Path]) -> Base:
+def _open(name: str, folder: Path, found: FolderFiles) -> Base:
+    if not found.weights:
+        raise InvalidBaseError(
+            f"base {name!r} has no usable weights; ignored were "
+            f"{', '.join(found.ignored[:8])}. Links out of the folder are not followed; copy or "
+            "mount the files",
+            base=name,
+        )
     mapped: dict[str, memoryview] = {}
-    headers: dict[str, safetensors.Header] = {}
-    weight_map: dict[str, str] = {}
     identities: dict[str, Identity] = {}
     digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            raw = mapped[path.name] = map_file(file)
-        identities[path.name] = identity_of(status)
-        digest.update(f"{path.name}\n{status.st_size}\n{status.st_mtime_ns}\n".encode())
-        # Images and archives that are built reproducibly give every file of every build one time.
+    for file, path in found.files.items():
+        with path.open("rb") as opened:
+            status = os.fstat(opened.fileno())
+            raw = mapped[file] = map_file(opened)
+        identities[file] = identity_of(status)
+        digest.update(f"{file}\n{status.st_size}\n{status.st_mtime_ns}\n".encode())
+        # Reproducible image and archive builds give every file of every build the same time.
         for start in range(0, len(raw), max(_SAMPLE_BYTES, len(raw) // _SAMPLES)):
             digest.update(raw[start : start + _SAMPLE_BYTES])
-        if path.suffix != ".safetensors":
-            continue
-        try:
-            header = headers[path.name] = safetensors.decode_header(raw)
-            safetensors.check_total(header, len(raw))
-        except BonsaiLoraError as error:
-            raise InvalidBaseError(
-                f"{path.name} of base {name!r}: {error.detail}", base=name
-            ) from None
-        digest.update(raw[: header.data_start])
+    headers: dict[str, safetensors.Header] = {}
+    weight_map: dict[str, str] = {}
+    for file in sorted(found.weights):
+        header = headers[file] = _header_of(name, file, mapped[file])
+        digest.update(mapped[file][: header.data_start])
         for tensor in header.tensors:
-            if weight_map.setdefault(tensor, path.name) != path.name:
+            if weight_map.setdefault(tensor, file) != file:
                 raise InvalidBaseError(
-                    f"base {name!r} has tensor {tensor!r} in two files", base=name
+                    f"base {name!r} has tensor {tensor!r} in two files, {weight_map[tensor]} and "
+                    f"{file}; keep model.safetensors or add an index",
+                    base=name,
                 )
     _check_index(name, mapped, weight_map)
-    return Base(name, folder, mapped, headers, weight_map, identities, digest.hexdigest())
+    return Base(
+        name, folder, mapped, headers, weight_map, identities, digest.hexdigest(), found.ignored
+    )
+
+
+def _header_of(name: str, file: str, raw: memoryview) -> safetensors.Header:
+    try:
+        header = safetensors.decode_header(raw)
+        safetensors.check_total(header, len(raw))
+    except BonsaiLoraError as error:
+        raise InvalidBaseError(f"{file} of base {name!r}: {error.detail}", base=name) from None
+    return header
 
 
 def _check_index(name: str, files: dict[str, memoryview], weight_map: dict[str, str]) -> None:
@@ -231,10 +223,13 @@ def _check_index(name: str, files: dict[str, memoryview], weight_map: dict[str, 
         listed: Any = json.loads(bytes(files[INDEX_FILE]))["weight_map"]
         wrong = [tensor for tensor, file in listed.items() if weight_map.get(tensor) != file]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise InvalidBaseError(f"{INDEX_FILE} of base {name!r} cannot be read", base=name) from None
+        raise InvalidBaseError(
+            f"{INDEX_FILE} of base {name!r} is not a valid index; download it again or remove it",
+            base=name,
+        ) from None
     if wrong:
         raise InvalidBaseError(
-            f"{INDEX_FILE} of base {name!r} names tensors that are not where it says: "
-            + ", ".join(wrong[:8]),
+            f"{INDEX_FILE} of base {name!r} lists tensors that are not in the named files: "
+            f"{', '.join(wrong[:8])}; download the missing files or remove the index",
             base=name,
         )

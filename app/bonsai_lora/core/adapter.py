@@ -1,6 +1,6 @@
 """One LoRA adapter: the two thin matrices beside one weight matrix (Hu et al. 2021)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -13,8 +13,8 @@ from bonsai_lora.core.kaiming import kaiming_uniform
 from bonsai_lora.core.merge import merge_rows
 from bonsai_lora.errors import ShapeMismatchError
 
-LayerKind = Literal["linear", "embedding"]
-"""linear: the base weight is (d_out, d_in); embedding: it is stored (d_in, d_out)."""
+LayerKind = Literal["linear", "embedding", "conv1d"]
+"""linear: the base weight is (d_out, d_in); embedding, conv1d: it is stored (d_in, d_out)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +37,9 @@ class LoraAdapter:
     magnitude: Array | None = None
     """m of DoRA (Liu et al. 2024), shape (d_out,): W' = m / |W + scaling B A|, row by row."""
     layer: LayerKind = "linear"
+    experts: int | None = None
+    """E for the fused experts of an MoE layer: A is (E * rank, d_in), expert e's rows together, and
+    B (d_out, rank * E), with column q * E + e for expert e (as peft 0.21 lays them out)."""
 
     def __post_init__(self) -> None:
         """Check the shapes: the kernels read as much memory as they say."""
@@ -60,8 +63,8 @@ class LoraAdapter:
 
     @cached_property
     def rank(self) -> int:
-        """r, as the matrices have it."""
-        return int(self.a_matrix.shape[0])
+        """r, as the matrices have it; of each expert."""
+        return int(self.a_matrix.shape[0]) // (self.experts or 1)
 
     @cached_property
     def d_in(self) -> int:
@@ -72,6 +75,18 @@ class LoraAdapter:
     def d_out(self) -> int:
         """Width of the outputs."""
         return int(self.b_matrix.shape[0])
+
+    @cached_property
+    def each_expert(self) -> "tuple[LoraAdapter, ...]":
+        """One adapter per expert, as views; the adapter itself if it has no experts."""
+        if self.experts is None:
+            return (self,)
+        rows = self.a_matrix.reshape(self.experts, self.rank, self.d_in)
+        columns = self.b_matrix.reshape(self.d_out, self.rank, self.experts)
+        return tuple(
+            replace(self, a_matrix=rows[one], b_matrix=columns[:, :, one], experts=None)
+            for one in range(self.experts)
+        )
 
     @cached_property
     def _product(self) -> backend.Apply:
@@ -101,9 +116,10 @@ class LoraAdapter:
         """Return weight * scaling * ((x A^T) B^T + bias) as float32, (n, d_in) -> (n, d_out).
 
         One vector (d_in,) gives (d_out,). `weight` is for all rows, or one per row (n,). Costs
-        2 n r (d_in + d_out) operations. DoRA needs `apply_dora` instead. Raises ShapeMismatchError
-        for a different width.
+        2 n r (d_in + d_out) operations. DoRA needs `apply_dora` instead, fused experts one of
+        `each_expert`. Raises ShapeMismatchError for a different width.
         """
+        assert self.experts is None, "the expert of each row decides; see each_expert"
         if x.ndim not in (1, 2) or x.shape[-1] != self.d_in:
             raise ShapeMismatchError(
                 f"the input has width {x.shape[-1] if x.ndim else 0}, "
@@ -143,9 +159,10 @@ class LoraAdapter:
         return (ratio - 1) * base_outputs + ratio * self.apply(x)
 
     def param_count(self) -> int:
-        """Return r * (d_in + d_out), plus d_out for each of bias and magnitude."""
+        """Return r * (d_in + d_out) per expert, plus d_out for each of bias and magnitude."""
         vectors = sum(one is not None for one in (self.bias, self.magnitude))
-        return self.rank * (self.d_in + self.d_out) + vectors * self.d_out
+        per_expert = self.rank * (self.d_in + self.d_out)
+        return per_expert * (self.experts or 1) + vectors * self.d_out
 
     def memory_bytes(self) -> int:
         """Return the size of all parameters as float32, in bytes."""

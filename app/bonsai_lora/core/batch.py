@@ -13,6 +13,9 @@ Rows = slice | npt.NDArray[np.intp]
 """Rows of a batch: a slice if they are consecutive, otherwise their numbers in ascending order."""
 
 
+Integers = npt.NDArray[np.int64]
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Segment:
     """The rows of a batch that one adapter applies to, and their weights."""
@@ -31,6 +34,26 @@ class Segment:
         if self.base_outputs is None or self.row_norms is None:
             return self.adapter.apply(x[self.rows], self.weights)
         return self.adapter.apply_dora(x[self.rows], self.base_outputs[self.rows], self.row_norms)
+
+
+def expert_segments(
+    adapter: LoraAdapter, rows: Rows, weights: float | Floats, experts: Integers
+) -> list[Segment]:
+    """Split `rows` into one segment per expert in use.
+
+    `experts` (n,) is the number of the expert, 0 to E - 1, of each row of the whole batch.
+    """
+    numbers = np.arange(len(experts))[rows]
+    order = np.argsort(experts[numbers], kind="stable")
+    used, starts = np.unique(experts[numbers][order], return_index=True)
+    return [
+        Segment(
+            adapter.each_expert[expert],
+            numbers[part],
+            weights[part] if isinstance(weights, np.ndarray) else weights,
+        )
+        for expert, part in zip(used, np.split(order, starts[1:]), strict=True)
+    ]
 
 
 def rows_of(numbers: Sequence[int]) -> Rows:

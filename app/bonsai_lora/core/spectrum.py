@@ -17,6 +17,8 @@ _known: WeakKeyDictionary[LoraAdapter, Values] = WeakKeyDictionary()
 def singular_values(adapter: LoraAdapter) -> Values:
     """Return the r singular values of scaling * B @ A, largest first, as float64.
 
+    Of fused experts all of them: those of the block-diagonal matrix of their deltas.
+
     B = Q R and A^T = P S give B @ A = Q (R S^T) P^T, so they are those of the r x r matrix R S^T.
     Unlike eigenvalues of Gram matrices, nothing is squared, so small values keep their digits.
     Costs O(r^2 (d_in + d_out)) once; an adapter's values are remembered as long as it lives.
@@ -28,15 +30,15 @@ def singular_values(adapter: LoraAdapter) -> Values:
 
 
 def _compute(adapter: LoraAdapter) -> Values:
-    if adapter.rank == 0 or adapter.d_in == 0 or adapter.d_out == 0:
-        return np.zeros(adapter.rank)
+    values = np.zeros(len(adapter.a_matrix))
+    if 0 in (adapter.rank, adapter.d_in, adapter.d_out):
+        return values
     a_matrix, b_matrix = _doubles(adapter)
     right: Values = np.linalg.qr(b_matrix, mode="r")  # type: ignore[assignment]  # of NumPy's stubs
-    left: Values = np.linalg.qr(a_matrix.T, mode="r")  # type: ignore[assignment]
-    core = right @ left.T  # (r, r)
-    values = np.zeros(adapter.rank)
-    found = np.linalg.svd(core, compute_uv=False)
-    values[: len(found)] = abs(adapter.scaling) * found
+    left: Values = np.linalg.qr(a_matrix.swapaxes(-1, -2), mode="r")  # type: ignore[assignment]
+    core = right @ left.swapaxes(-1, -2)  # (…, r, r)
+    found = np.linalg.svd(core, compute_uv=False).reshape(-1)
+    values[: len(found)] = abs(adapter.scaling) * np.sort(found)[::-1]
     return values
 
 
@@ -47,21 +49,27 @@ def delta_norm(adapter: LoraAdapter) -> float:
     cancels, so that digits are lost, the singular values give it.
     """
     a_matrix, b_matrix = _doubles(adapter)
-    gram_a, gram_b = a_matrix @ a_matrix.T, b_matrix.T @ b_matrix  # (r, r)
+    gram_a = a_matrix @ a_matrix.swapaxes(-1, -2)  # (…, r, r)
+    gram_b = b_matrix.swapaxes(-1, -2) @ b_matrix
     square = float(np.sum(gram_a * gram_b))
-    if square <= _CANCELLED * float(np.trace(gram_a) * np.trace(gram_b)):
+    traces = np.trace(gram_a, axis1=-2, axis2=-1) * np.trace(gram_b, axis1=-2, axis2=-1)
+    if square <= _CANCELLED * float(np.sum(traces)):
         return float(np.linalg.norm(singular_values(adapter)))
     return abs(adapter.scaling) * float(np.sqrt(square))
 
 
 def _doubles(adapter: LoraAdapter) -> tuple[Values, Values]:
-    """Return A and B as float64."""
-    a_matrix, b_matrix = adapter.a_matrix, adapter.b_matrix
-    return to_float32(a_matrix).astype(np.float64), to_float32(b_matrix).astype(np.float64)
+    """Return A (r, d_in) and B (d_out, r) as float64; of fused experts one each."""
+    a_matrix = to_float32(adapter.a_matrix).astype(np.float64)
+    b_matrix = to_float32(adapter.b_matrix).astype(np.float64)
+    if adapter.experts is None:
+        return a_matrix, b_matrix
+    columns = b_matrix.reshape(adapter.d_out, adapter.rank, adapter.experts)
+    return a_matrix.reshape(adapter.experts, adapter.rank, -1), columns.transpose(2, 0, 1)
 
 
 def effective_rank(adapter: LoraAdapter) -> float:
-    """Return exp of the entropy of the normalised singular values; 0.0 where the delta is zero.
+    """Return exp of the entropy of the normalized singular values; 0.0 where the delta is zero.
 
     Roy and Vetterli 2007, "The effective rank", equation 4: between 1 and r otherwise.
     """

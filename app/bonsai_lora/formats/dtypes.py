@@ -1,4 +1,4 @@
-"""Element types of safetensors files."""
+"""Dtypes of safetensors files."""
 
 import numpy as np
 
@@ -13,9 +13,9 @@ ELEMENT_BITS = {
     "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-"""Bits per element of every dtype that the format names (safetensors 0.8, src/tensor.rs)."""
+"""Bits per element of every dtype in the format (safetensors 0.8, src/tensor.rs)."""
 
 FLOAT_DTYPES = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16, "F64": FLOAT64}
-"""The dtypes that are computed with here."""
+"""The dtypes that this package computes with."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}

@@ -1,4 +1,4 @@
-"""Files as memory."""
+"""Memory-mapped files."""
 
 import mmap
 import os
@@ -6,9 +6,9 @@ from typing import BinaryIO
 
 
 def map_file(file: BinaryIO) -> memoryview:
-    """Return the whole of an open file as read-only memory; empty for an empty file.
+    """Return an open file as a read-only memory map; empty for an empty file.
 
-    The view stays good when the file is closed, replaced or removed, but not when it is cut.
+    The view stays valid if the file is closed, replaced or removed, but not if it is truncated.
     """
     if os.fstat(file.fileno()).st_size == 0:
         return memoryview(b"")

@@ -5,20 +5,21 @@ import re
 from bonsai_lora.errors import InvalidNameError
 
 SET_NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
-MODULE_NAME_PATTERN = r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$"
+MODULE_NAME_PATTERN = r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$"
 MODULE_NAME_LENGTH = 256
 RESERVED_NAMES = frozenset({"adapters", "api", "mixed", "v1", "v2"})
 
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _SET_NAME = re.compile(SET_NAME_PATTERN.removesuffix("$") + r"\Z")
 _MODULE_NAME = re.compile(MODULE_NAME_PATTERN.removesuffix("$") + r"\Z")
 
 
 def check_set_name(name: str) -> str:
-    """Return `name`; raises InvalidNameError where no set or base may be called so."""
+    """Return `name`; raises InvalidNameError if sets and bases may not have this name."""
     if name in RESERVED_NAMES:
         raise InvalidNameError(
-            f"the name {name!r} is reserved; choose one that is none of "
-            + ", ".join(sorted(RESERVED_NAMES)),
+            f"the name {name!r} is reserved, as are "
+            f"{', '.join(sorted(RESERVED_NAMES - {name}))}; choose a different name",
             got=name,
         )
     if not is_set_name(name):
@@ -37,12 +38,29 @@ def is_set_name(name: str) -> bool:
 
 
 def check_module_name(name: str) -> str:
-    """Return `name`; raises InvalidNameError unless it is a dotted identifier."""
+    """Return `name`; raises InvalidNameError unless it is parts joined by dots."""
     if len(name) > MODULE_NAME_LENGTH or not _MODULE_NAME.match(name):
         raise InvalidNameError(
-            f"{name[:120]!r} cannot name a module; expected dotted identifiers of at most "
-            f"{MODULE_NAME_LENGTH} characters, such as model.layers.0.self_attn.q_proj",
+            f"{name[:120]!r} cannot name a module; expected letters, digits, '_' and '-' in parts "
+            f"joined by dots, at most {MODULE_NAME_LENGTH} characters, such as "
+            "model.layers.0.self_attn.q_proj",
             got=name[:120],
             expected=MODULE_NAME_PATTERN,
         )
     return name
+
+
+def base_names(base_model_name: str) -> list[str]:
+    """Return the names under which a base called `base_model_name` may be registered.
+
+    These are the whole name, then parts of it as a path of any system: the last part, the
+    repository of a hub cache's snapshot, the run of a training checkpoint.
+    """
+    parts = [part for part in re.split(r"[/\\]", base_model_name) if part not in ("", ".")]
+    names = [base_model_name, *parts[-1:]]
+    for place, part in enumerate(parts):
+        if part.startswith("models--"):
+            names.append(part.rpartition("--")[2])
+        if place and _CHECKPOINT.fullmatch(part):
+            names.append(parts[place - 1])
+    return list(dict.fromkeys(names))

@@ -3,7 +3,6 @@
 Names and shapes: peft 0.21.2, src/peft/tuners/lora/layer.py and src/peft/utils/save_and_load.py.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,85 +15,102 @@ from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
-from bonsai_lora.formats.names import check_module_name
-from bonsai_lora.formats.peft_config import EMBEDDING_LAYERS, PeftConfig, endings, unknown_fields
-
-PREFIX = "base_model.model."
-
-_LORA_KEY = re.compile(
-    r"(?P<module>.+)\."
-    r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?P<ending>\.weight|\.bias)?"
+from bonsai_lora.formats.experts import ExpertLayout
+from bonsai_lora.formats.foreign import check_keys
+from bonsai_lora.formats.fused import decode_experts, in_one_layout, rank_of
+from bonsai_lora.formats.peft_config import PeftConfig, Scaling, endings, unknown_fields
+from bonsai_lora.formats.peft_keys import (
+    TOKEN_ROWS,
+    Keys,
+    Parts,
+    group_keys,
+    parameter_names,
+    sort_uploaded,
+    tensor_name,
 )
-_WRAPPED = re.compile(r"\.(?:base_layer|modules_to_save(?:\.[^.]+)?)(?=\.(?:weight|bias)$)")
-
-Parts = dict[str, str]
-"""Part of an adapter (A, B, bias, embedding_A, embedding_B, magnitude) -> tensor name."""
+from bonsai_lora.formats.peft_patterns import keys_of
 
 
 @dataclass(frozen=True, slots=True)
 class PeftAdapter:
-    """What an upload holds, checked, and what was passed over on purpose."""
+    """A checked upload, and what was deliberately ignored."""
 
     lora_set: BonsaiLoraSet
+    config: Mapping[str, Any]
+    """The adapter_config.json of the set."""
     names: Mapping[str, str]
     """Tensor name in the upload -> name in the set's file; those missing were ignored."""
+    is_as_it_came: bool
+    """Whether the set has exactly the tensors of the upload, unchanged."""
     ignored_keys: list[str]
     warnings: list[str]
 
 
-def decode_adapter(config: PeftConfig, tensors: Mapping[str, Array], name: str) -> PeftAdapter:
-    """Return the set `name` that peft would make of `config` and `tensors` (views are kept).
+def decode_adapter(
+    config: PeftConfig,
+    tensors: Mapping[str, Array],
+    name: str,
+    expert_layout: ExpertLayout | None = None,
+) -> PeftAdapter:
+    """Return the set `name` that peft would load from `config` and `tensors` (views are kept).
 
-    Raises UnsupportedAdapterError for tensors that would be applied wrongly or lost,
-    InvalidAdapterError where configuration and tensors contradict each other. Reads every tensor
-    once, to refuse NaN and infinity.
+    `expert_layout` overrides the configured column order of B for fused experts. Reads every tensor
+    once to refuse NaN and infinity. Raises UnsupportedAdapterError for tensors that would be
+    applied wrongly or lost, InvalidAdapterError if configuration and tensors contradict each other.
     """
-    modules, others = group_keys(tensors)
-    if not modules:
-        raise InvalidAdapterError("the adapter has no LoRA tensors: it would change nothing")
-    _check_targets(config, modules)
-    adapters = {
-        module: _decode_module(config, module, parts, tensors) for module, parts in modules.items()
-    }
-    replacements, ignored = _replacements(config, others, modules)
-    for key in [
-        *replacements.values(),
-        *(key for parts in modules.values() for key in parts.values()),
-    ]:
+    check_keys(tensors)
+    check_not_empty(tensors)
+    keys = sort_uploaded(tensors)
+    if not keys.modules and not any(one.endswith(TOKEN_ROWS) for one in keys.parameters):
+        raise InvalidAdapterError(
+            "the file has no LoRA tensors (lora_A, lora_B), so it is not an adapter; send "
+            "adapter_model.safetensors as PEFT saved it, not a full model"
+        )
+    parameters = config.options.parameters_of(keys.modules)
+    _check_targets(config, keys.modules.keys() - parameters.keys())
+    replaced, ignored = _replacements(config, keys)
+    _check_token_rows(config, {one: tensors[key] for one, key in replaced.items()})
+    canonical = _canonical_names(keys, replaced)
+    for key in canonical:
         _check_values(key, tensors[key])
+    scalings = config.scalings(parameters.get(module, module) for module in keys.modules)
+    adapters = {
+        module: decode_experts(config, scalings[parameters[module]], module, parts, tensors)
+        if module in parameters
+        else _decode_module(config, scalings[module], module, parts, tensors)
+        for module, parts in keys.modules.items()
+    }
+    fused = in_one_layout(config.raw, parameters, adapters, expert_layout)
     lora_set = BonsaiLoraSet(
-        LoraRegistry(config.lora).add_all(adapters),
+        LoraRegistry(config.lora).add_all({**adapters, **fused.adapters}),
         config.base_model_name,
         name,
-        {parameter: tensors[key] for parameter, key in replacements.items()},
+        {parameter: tensors[key] for parameter, key in replaced.items()},
     )
+    warnings = [*_warnings(config, keys, replaced), *fused.warnings]
+    as_it_came = not (ignored or fused.adapters)
+    return PeftAdapter(lora_set, fused.config, canonical, as_it_came, ignored, warnings)
+
+
+def _canonical_names(keys: Keys, replaced: Mapping[str, str]) -> dict[str, str]:
+    """Return the name in the set's file of each tensor in use; raises unless it is unique."""
+    names = parameter_names(replaced, keys.modules)
     canonical = {
         key: tensor_name(module, part)
-        for module, parts in modules.items()
+        for module, parts in keys.modules.items()
         for part, key in parts.items()
-    } | {key: PREFIX + parameter for parameter, key in replacements.items()}
+    } | {key: names[parameter] for parameter, key in replaced.items()}
     again = group_keys(canonical.values())
-    if again[0].keys() != modules.keys() or again[1].keys() != replacements.keys():
-        raise InvalidAdapterError("the tensors have names that would mean others when read again")
-    return PeftAdapter(lora_set, canonical, ignored, _warnings(config, modules, ignored))
-
-
-def tensor_name(module: str, part: str) -> str:
-    """Return the name that peft gives a part of a module's adapter."""
-    endings = {
-        "A": "lora_A.weight",
-        "B": "lora_B.weight",
-        "bias": "lora_B.bias",
-        "embedding_A": "lora_embedding_A",
-        "embedding_B": "lora_embedding_B",
-        "magnitude": "lora_magnitude_vector",
-    }
-    return f"{PREFIX}{module}.{endings[part]}"
+    if again[0].keys() != keys.modules.keys() or again[1].keys() != replaced.keys():
+        raise InvalidAdapterError(
+            "the tensor names are ambiguous: they would be read differently after an export; save "
+            "the adapter again with peft"
+        )
+    return canonical
 
 
 def set_tensors(lora_set: BonsaiLoraSet) -> dict[str, Array]:
-    """Return all tensors of a set under peft's names."""
+    """Return all tensors of a set by peft's names."""
     tensors: dict[str, Array] = {}
     for module, adapter in lora_set.registry.adapters.items():
         embedding = "embedding_" if adapter.layer == "embedding" else ""
@@ -107,44 +123,14 @@ def set_tensors(lora_set: BonsaiLoraSet) -> dict[str, Array]:
         tensors |= {
             tensor_name(module, part): one for part, one in parts.items() if one is not None
         }
-    return tensors | {PREFIX + name: one for name, one in lora_set.replacements.items()}
-
-
-def group_keys(keys: Iterable[str]) -> tuple[dict[str, Parts], dict[str, str]]:
-    """Return the adapters' tensor names by module and part, and the other tensors by parameter.
-
-    The prefix `base_model.model.` or `base_model.` and an adapter's name inside the key may be
-    there or not. Raises InvalidAdapterError where two keys mean one tensor.
-    """
-    modules: dict[str, Parts] = {}
-    others: dict[str, str] = {}
-    adapters: set[str | None] = set()
-    for key in keys:
-        path = re.sub(r"^base_model\.(model\.)?", "", key)
-        match = _LORA_KEY.fullmatch(path)
-        part = None if match is None else _part(match["part"], match["ending"])
-        place: dict[str, str]
-        if match is None or part is None:
-            name, place = _WRAPPED.sub("", path), others
-        else:
-            name, place = part, modules.setdefault(check_module_name(match["module"]), {})
-            if part != "magnitude":  # whose name some versions of peft left in
-                adapters.add(match["adapter"])
-        if name in place:
-            raise InvalidAdapterError(
-                f"{key!r} and {place[name]!r} are the same tensor", keys=[key, place[name]]
-            )
-        place[name] = key
-    if len(adapters) > 1:
-        names = sorted(str(one) for one in adapters)
-        raise InvalidAdapterError(f"the keys name several adapters: {', '.join(names[:8])}")
-    return modules, others
+    names = parameter_names(lora_set.replacements, lora_set.registry.adapters)
+    return tensors | {names[name]: one for name, one in lora_set.replacements.items()}
 
 
 def encode_config(lora_set: BonsaiLoraSet, original: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the adapter_config.json of a set: the uploaded one, or one that says the same.
+    """Return the adapter_config.json of a set: the uploaded one, or an equivalent one.
 
-    Scalings that are not alpha / r (rsLoRA) are written as the alpha that gives them.
+    A scaling that is not alpha / r (rsLoRA) is written as the alpha that yields it.
     """
     if original is not None:
         return dict(original)
@@ -152,6 +138,7 @@ def encode_config(lora_set: BonsaiLoraSet, original: Mapping[str, Any] | None) -
     adapters = lora_set.registry.adapters
     alphas = {name: _exported_alpha(one) for name, one in adapters.items()}
     modules = sorted({name.rpartition(".")[2] for name in adapters}) or list(config.target_modules)
+    keys = keys_of(adapters)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -162,14 +149,10 @@ def encode_config(lora_set: BonsaiLoraSet, original: Mapping[str, Any] | None) -
         "lora_dropout": config.dropout,
         "target_modules": modules,
         "rank_pattern": {
-            _pattern_key(name, adapters): one.rank
-            for name, one in adapters.items()
-            if one.rank != config.rank
+            keys[name]: one.rank for name, one in adapters.items() if one.rank != config.rank
         },
         "alpha_pattern": {
-            _pattern_key(name, adapters): alpha
-            for name, alpha in alphas.items()
-            if alpha != config.alpha
+            keys[name]: alpha for name, alpha in alphas.items() if alpha != config.alpha
         },
         "bias": "none",
         "fan_in_fan_out": False,
@@ -181,57 +164,38 @@ def encode_config(lora_set: BonsaiLoraSet, original: Mapping[str, Any] | None) -
 
 
 def _exported_alpha(adapter: LoraAdapter) -> float:
-    # As it is read again: divided in float64, and the quotient rounded to float32.
+    # As on import: divided in float64, and the quotient rounded to float32.
     if np.float32(adapter.config.alpha / (adapter.rank or 1)) == np.float32(adapter.scaling):
         return adapter.config.alpha
     return adapter.scaling * adapter.rank
-
-
-def _pattern_key(module: str, modules: Iterable[str]) -> str:
-    """Return the pattern for one module: its path, anchored where that would match another's."""
-    pattern = re.compile(rf"(.*\.)?({module})$")
-    if any(pattern.match(other) for other in modules if other != module):
-        return f"^{re.escape(module)}"
-    return module
-
-
-def _part(part: str, ending: str | None) -> str | None:
-    """Return which part of an adapter a key is; None where its ending does not belong to it."""
-    if part == "lora_A":
-        return "A" if ending == ".weight" else None
-    if part == "lora_B":
-        return {".weight": "B", ".bias": "bias"}.get(ending or "")
-    if part == "lora_magnitude_vector":
-        return "magnitude" if ending != ".bias" else None
-    return part.removeprefix("lora_") if ending is None else None
 
 
 def _check_targets(config: PeftConfig, modules: Iterable[str]) -> None:
     stray = [module for module in modules if not config.targets(module)]
     if stray:
         raise InvalidAdapterError(
-            f"{len(stray)} modules have tensors, but the configuration (target_modules, "
-            "exclude_modules, layers_to_transform) does not name them, so peft would not load "
-            f"them: {', '.join(stray[:8])}",
+            f"{len(stray)} module(s) have tensors but are not selected by target_modules, "
+            "exclude_modules and layers_to_transform, so peft would not load them: "
+            f"{', '.join(stray[:8])}; correct the configuration",
             modules=stray[:64],
         )
 
 
 def _decode_module(
-    config: PeftConfig, module: str, parts: Parts, tensors: Mapping[str, Array]
+    config: PeftConfig, says: Scaling, module: str, parts: Parts, tensors: Mapping[str, Array]
 ) -> LoraAdapter:
     layer = _layer_kind(module, parts)
     if layer == "embedding" and config.raw.get("lora_bias"):
         raise UnsupportedAdapterError(
-            f"module {module!r} is an embedding, for which peft has no lora_bias",
+            f"module {module!r} is an embedding, for which peft has no lora_bias; set it to false",
             module=module,
             field="lora_bias",
         )
     embedding = "embedding_" if layer == "embedding" else ""
     a_matrix = tensors[parts[f"{embedding}A"]]
     b_matrix = tensors[parts[f"{embedding}B"]]
-    rank, alpha, scaling = config.rank_and_scaling(module)
-    _check_factors(module, a_matrix, b_matrix, rank)
+    rank = rank_of(module, a_matrix, b_matrix)
+    alpha, scaling = says.of(module, rank)
     vectors = {}
     for part, flag in (("bias", "lora_bias"), ("magnitude", "use_dora")):
         vectors[part] = _vector(config, module, part, flag, parts, tensors, len(b_matrix))
@@ -254,24 +218,6 @@ def _layer_kind(module: str, parts: Parts) -> LayerKind:
     return "linear"
 
 
-def _check_factors(module: str, a_matrix: Array, b_matrix: Array, rank: int) -> None:
-    got = [list(a_matrix.shape), list(b_matrix.shape)]
-    if a_matrix.ndim != 2 or b_matrix.ndim != 2:
-        raise InvalidAdapterError(
-            f"module {module!r}: A and B have shapes {got[0]} and {got[1]}, not matrices",
-            module=module,
-            got=got,
-        )
-    if a_matrix.shape[0] != rank or b_matrix.shape[1] != rank:
-        raise InvalidAdapterError(
-            f"module {module!r}: A {got[0]} has rank {a_matrix.shape[0]} and B {got[1]} has rank "
-            f"{b_matrix.shape[1]}, but the configuration says {rank}",
-            module=module,
-            got=got,
-            expected=rank,
-        )
-
-
 def _vector(
     config: PeftConfig,
     module: str,
@@ -281,12 +227,12 @@ def _vector(
     tensors: Mapping[str, Array],
     d_out: int,
 ) -> Array | None:
-    """Return the vector (d_out,) that goes with `flag`; both must be there, or neither."""
+    """Return the vector (d_out,) that `flag` requires; raises if only one of the two is given."""
     wanted = bool(config.raw.get(flag))
     if wanted != (part in parts):
         have, say = ("no", "set") if wanted else ("a", "not set")
         raise InvalidAdapterError(
-            f"module {module!r} has {have} {part} vector, but {flag} is {say}",
+            f"module {module!r} has {have} {part} vector, but {flag} is {say}; correct {flag}",
             module=module,
             field=flag,
         )
@@ -303,68 +249,104 @@ def _vector(
     return vector
 
 
-def _replacements(
-    config: PeftConfig, others: Mapping[str, str], modules: Iterable[str]
-) -> tuple[dict[str, str], list[str]]:
-    """Return the replaced parameters (name -> tensor name), and the keys to ignore."""
-    adapted = set(modules)
+def _replacements(config: PeftConfig, keys: Keys) -> tuple[dict[str, str], list[str]]:
+    """Return the replaced parameters (name -> tensor name), and the keys to ignore.
+
+    peft loads every tensor that is named like a parameter of its model, so the resized embeddings
+    that it saves automatically replace those of the base.
+    """
     replaced: dict[str, str] = {}
-    ignored, unknown = [], []
-    for parameter, key in others.items():
+    unknown = []
+    for parameter, key in keys.parameters.items():
         module, _, kind = parameter.rpartition(".")
-        if _is_saved(module, config.modules_to_save) or _is_replaced_bias(
-            config, parameter, adapted
+        is_bias = kind == "bias" and config.replaces_bias(is_adapted=module in keys.modules)
+        if (
+            is_bias
+            or parameter.endswith(TOKEN_ROWS)
+            or config.is_saved(module)
+            or _is_loaded(key, parameter, keys)
         ):
             replaced[parameter] = key
-        elif (
-            kind == "weight"
-            and module.rpartition(".")[2] in EMBEDDING_LAYERS
-            and (module in adapted or ".base_layer." in key)
-        ):
-            ignored.append(key)
         else:
             unknown.append(key)
     if unknown:
         raise UnsupportedAdapterError(
-            f"{len(unknown)} tensors are neither LoRA weights nor named by modules_to_save or "
-            f"bias, and would be lost: {', '.join(unknown[:8])}",
+            f"{len(unknown)} tensor(s) would be lost, since they are neither LoRA weights nor "
+            "parameters that peft would load (a module's weight, or what modules_to_save or bias "
+            f"names): {', '.join(unknown[:8])}; remove them, or save the adapter again with peft",
             keys=unknown[:64],
         )
-    return replaced, ignored
+    return replaced, keys.originals
 
 
-def _is_replaced_bias(config: PeftConfig, parameter: str, adapted: set[str]) -> bool:
+def _check_token_rows(config: PeftConfig, replaced: Mapping[str, Array]) -> None:
+    """Raise InvalidAdapterError if rows and trainable_token_indices contradict each other."""
+    modules = [one.removesuffix(TOKEN_ROWS) for one in replaced if one.endswith(TOKEN_ROWS)]
+    if config.options.token_indices and not modules:
+        raise InvalidAdapterError(
+            "trainable_token_indices is set, but the file has no trainable_tokens_delta; save the "
+            "adapter again",
+            field="trainable_token_indices",
+        )
+    for module in modules:
+        rows = replaced[module + TOKEN_ROWS]
+        count = len(config.options.rows_of(module))
+        if rows.ndim != 2 or len(rows) != count:
+            raise InvalidAdapterError(
+                f"the token rows of {module!r} have shape {list(rows.shape)}, but "
+                f"trainable_token_indices lists {count} rows; correct trainable_token_indices",
+                module=module,
+                got=list(rows.shape),
+            )
+
+
+def _is_loaded(key: str, parameter: str, keys: Keys) -> bool:
+    """Return whether a key is that of a weight in peft's wrapped model, or of its bias."""
     module, _, kind = parameter.rpartition(".")
-    bias = config.raw.get("bias", "none")
-    return kind == "bias" and (bias == "all" or (bias == "lora_only" and module in adapted))
+    if (module in keys.modules) != (".base_layer." in key and ".token_adapter." not in key):
+        return False
+    return kind == "weight" or (kind == "bias" and f"{module}.weight" in keys.parameters)
 
 
-def _is_saved(module: str, names: list[str]) -> bool:
-    """Whether `module` or one around it ends with a name in modules_to_save, as peft asks."""
-    parts = module.split(".")
-    around = [".".join(parts[:stop]) for stop in range(1, len(parts) + 1)]
-    return any(path.endswith(name) for path in around for name in names)
+def check_not_empty(tensors: Mapping[str, Array]) -> None:
+    """Raise InvalidAdapterError, with the names, if tensors have no elements."""
+    empty = [f"{key} {list(one.shape)}" for key, one in tensors.items() if one.size == 0]
+    if empty:
+        raise InvalidAdapterError(
+            f"{len(empty)} of {len(tensors)} tensors are empty: {', '.join(empty[:4])}. DeepSpeed "
+            "ZeRO-3 and FSDP leave such placeholders if the shards are not gathered before saving; "
+            "gather them (stage3_gather_16bit_weights_on_model_save, or "
+            "accelerator.get_state_dict) and save the adapter again",
+            keys=empty[:64],
+        )
 
 
 def _check_values(key: str, tensor: Array) -> None:
     if tensor.dtype.itemsize == 8:
         raise UnsupportedAdapterError(f"tensor {key!r} is F64; expected F32, F16 or BF16", key=key)
     if not all_finite(tensor):
-        raise InvalidAdapterError(f"tensor {key!r} holds NaN or infinity", key=key)
+        raise InvalidAdapterError(
+            f"tensor {key!r} has NaN or infinity; check the training run", key=key
+        )
 
 
-def _warnings(config: PeftConfig, modules: Iterable[str], ignored: list[str]) -> list[str]:
+def _warnings(config: PeftConfig, keys: Keys, replaced: Mapping[str, str]) -> list[str]:
     found = unknown_fields(config)
     names = config.raw.get("target_modules")
     if isinstance(names, list):
-        present = {ending for module in modules for ending in endings(module)}
+        present = {ending for module in keys.modules for ending in endings(module)}
         absent = sorted(set(names) - present - set(config.modules_to_save))
         found += [f"target_modules names {name!r}, which has no tensors" for name in absent[:64]]
-    if ignored:
+    loaded = [one for one in replaced if _is_loaded(replaced[one], one, keys)]
+    unasked = [one for one in loaded if not config.is_saved(one.rpartition(".")[0])]
+    if unasked:
         found.append(
-            "copies of base embeddings were ignored; where the vocabulary was resized, name the "
-            "layer in modules_to_save"
+            f"{len(unasked)} parameter(s) of the base are replaced, as when peft loads this file "
+            f"(it saves them after the vocabulary was resized): {', '.join(unasked[:8])}"
         )
-    if config.raw.get("fan_in_fan_out"):
-        found.append("fan_in_fan_out is taken as false, as peft does for linear layers")
+    if keys.wrappers:
+        found.append(
+            "names of model wrappers were removed from the keys: "
+            + ", ".join(sorted(keys.wrappers))
+        )
     return found

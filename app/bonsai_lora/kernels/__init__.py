@@ -1,5 +1,5 @@
-"""The five functions of `core/definition.py` as machine code; docs/kernels.md is the way in.
+"""The five functions of `core/definition.py` as machine code; start with docs/kernels.md.
 
-The modules write functions in LLVM's language; `library` compiles each when it is first used, for
-the dtypes that it is used with; `arrays` calls them with NumPy arrays.
+The modules generate LLVM IR; `library` compiles each function on first use, for the dtypes in use;
+`arrays` calls the functions with NumPy arrays.
 """

@@ -1,4 +1,4 @@
-"""factor * (x A^T) B^T, in one call: the down-projection to scratch, then the outer products."""
+"""factor * (x A^T) B^T in one call: the down-projection to scratch, then the outer products."""
 
 from llvmlite import ir
 
@@ -13,7 +13,7 @@ ARGUMENTS = "pnnnpnnnpnnpnpp"
 
 
 def scratch_bytes(n: int, r: int, panel: int) -> int:
-    """Return the bytes that an apply needs, from the start of a cache line on."""
+    """Return the scratch bytes of an apply, aligned to a cache line."""
     hidden = -(-4 * n * r // 64) * 64  # x A^T, in whole cache lines
     return hidden + max(down.scratch_bytes(n, r), outer.scratch_bytes(r, panel))
 

@@ -1,7 +1,7 @@
-"""The kernels on NumPy arrays: the functions of `core/definition.py`, where they take the input.
+"""Call the kernels with NumPy arrays: the functions of `core/definition.py` for supported input.
 
-Each function returns None or False for what it does not take: another dtype, float16 on a CPU that
-cannot convert it, rows that do not lie in one piece. The definition computes that.
+Each function returns None or False for unsupported input: a different dtype, float16 on a CPU that
+cannot convert it, rows that are not contiguous. The definition computes these.
 """
 
 import ctypes
@@ -29,9 +29,9 @@ _KINDS: dict[np.dtype[Any], Kind] = {
 }
 
 _APPLY_PANEL_VALUES = 1 << 13
-"""Of B, transposed before the rows of a batch go over it: what fits in the first-level cache."""
+"""Values of B that are transposed at a time for all rows; they fit in the L1 cache."""
 _MERGE_PANEL_VALUES = 1 << 16
-"""Of A, for merges: in the second-level cache, so that W is gone through in long stretches."""
+"""Values of A per panel of a merge; they fit in the L2 cache, so that W is read in long runs."""
 _LEAST_COLUMNS = 128
 _LINE = 64
 
@@ -98,14 +98,14 @@ class ArrayKernels:
         return True
 
     def find_lists(self, text: bytes | memoryview, least: int) -> list[tuple[int, int, Floats]]:
-        """Return start, end and numbers of lists of at least so many numbers in JSON text.
+        """Return start, end and numbers of the lists of at least `least` numbers in JSON text.
 
-        A list is left out where one of its numbers has digits that make 2^64 or so, is whole and
-        from 2^53 on, or its last digit stands for less than 1e-300 or more than 1e38.
+        A list is skipped if it has a number whose digits reach about 2^64, an integer from 2^53 on,
+        or a number whose last digit is worth less than 1e-300 or more than 1e38.
         """
         find = self._library.get("find")
         characters = np.frombuffer(text, np.uint8)
-        # A number takes two characters at least.
+        # A number and its comma take at least two characters.
         room = np.empty(len(characters) // 2, np.float32)
         found = np.empty(FOUND, np.int64)
         arguments = address_of(characters), len(characters)
@@ -134,7 +134,7 @@ class ArrayKernels:
 
 
 class Apply:
-    """factor * (x A^T) B^T for one A and B, read in place from their file."""
+    """factor * (x A^T) B^T for one A and B, read in place from the mapped file."""
 
     def __init__(self, function: Call, a_matrix: Array, b_matrix: Array) -> None:
         self.matrices = a_matrix, b_matrix
@@ -160,9 +160,9 @@ class Apply:
 
 
 def address_of(array: Array) -> int:
-    """Return where an array's first number is."""
-    # NumPy's public C structure begins with it (PyArrayObject_fields in numpy/ndarraytypes.h).
-    # __array_interface__ says the same and takes 0.9 µs for it, this 0.2.
+    """Return the address of an array's first element."""
+    # The first field of NumPy's public struct (PyArrayObject_fields in numpy/ndarraytypes.h).
+    # __array_interface__ takes 0.9 µs for the same, this 0.2 µs.
     return ctypes.c_void_p.from_address(id(array) + object.__basicsize__).value or 0
 
 
@@ -172,21 +172,21 @@ def _has_whole_rows(matrix: Array) -> bool:
 
 
 def _with_whole_rows(matrix: Array) -> Array:
-    """Return `matrix`, or a copy if its rows are not contiguous."""
+    """Return the matrix itself, or a copy if its rows are not contiguous."""
     if _has_whole_rows(matrix):
         return matrix
-    if matrix.strides[0] == 0:  # rows that are all one, as in a new adapter, stay one
+    if matrix.strides[0] == 0:  # broadcast rows, as in a new adapter, stay broadcast
         return np.broadcast_to(np.ascontiguousarray(matrix[:1]), matrix.shape)
     return np.ascontiguousarray(matrix)
 
 
 def _panel(rank: int, values: int) -> int:
-    """Return the columns of a panel of about so many values."""
+    """Return the number of columns of a panel of about `values` values."""
     fitting = values // max(1, rank)
     return max(_LEAST_COLUMNS, fitting - fitting % _LEAST_COLUMNS)
 
 
 def _scratch(size: int) -> tuple[int, Array]:
-    """Return the address of so many bytes, at the start of a cache line, and what holds them."""
+    """Return the address of `size` bytes, aligned to a cache line, and the array that owns them."""
     room = np.empty(size + _LINE, np.uint8)
     return -(-address_of(room) // _LINE) * _LINE, room

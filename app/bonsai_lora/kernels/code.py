@@ -1,7 +1,8 @@
-"""A function that is being written: the few instructions of LLVM that the kernels need.
+"""Generate LLVM functions with the few instructions that the kernels need.
 
-Python runs once and writes the function; what it writes runs later, for each call. So a Python
-`if` or `for` chooses or repeats instructions, and `loop`, `forever`, `builder.if_then` branch.
+Python runs once, to generate the function; the generated code runs at each call. So a Python `if`
+or `for` selects or repeats instructions, while `loop`, `forever` and `builder.if_then` generate
+branches.
 """
 
 import contextlib
@@ -18,21 +19,21 @@ POINTER, NOTHING = ir.PointerType(), ir.VoidType()
 _TYPES = {"p": POINTER, "n": I64, "": NOTHING}
 
 Value = Any
-"""A value of the function that is being written; llvmlite has no type for it."""
+"""A value in a generated function; llvmlite has no type for it."""
 Type = Any
 
 
 class Loop(NamedTuple):
-    """A loop that is being written: its counter, and the values that one pass hands to the next."""
+    """A generated loop: its counter, and the values carried from one iteration to the next."""
 
     counter: Value
     values: list[Value]
 
 
 class Code:
-    """A function that is being written. Offsets and strides are in bytes, counts are i64.
+    """A generated function. Offsets and strides are in bytes, counts are i64.
 
-    Its arguments and result are letters: "p" is a pointer, "n" an i64, "" nothing.
+    Argument and result types are letters: "p" for a pointer, "n" for an i64, "" for none.
     """
 
     def __init__(self, module: ir.Module, name: str, arguments: str, result: str = "") -> None:
@@ -43,7 +44,7 @@ class Code:
         self.builder = ir.IRBuilder(self.function.append_basic_block())
 
     def start(self, name: str, arguments: str, result: str = "") -> "Code":
-        """Return another function of the same module, which this one may call."""
+        """Return a new function of the same module, which this one may call."""
         code = Code(self.module, name, arguments, result)
         code.function.linkage = "internal"
         return code
@@ -65,7 +66,7 @@ class Code:
         return self.builder.select(self.builder.icmp_signed("<", one, other), one, other)
 
     def round_down(self, count: Value, multiple: int) -> Value:
-        """Return the largest multiple that is not above a count."""
+        """Return a count rounded down to a multiple."""
         return self.builder.sub(count, self.builder.srem(count, self.const(multiple)))
 
     def at(self, pointer: Value, *offsets: Value) -> Value:
@@ -96,18 +97,18 @@ class Code:
         return self.shuffle(first, first, [0] * lanes)
 
     def shuffle(self, one: Value, other: Value, places: Sequence[int]) -> Value:
-        """Return the lanes that `places` selects from two vectors, the second's counted on."""
+        """Return the lanes that `places` selects from the concatenation of two vectors."""
         mask = ir.Constant(vector(I32, len(places)), list(places))
         return self.builder.shuffle_vector(one, other, mask)
 
     def multiply_add(self, one: Value, other: Value, total: Value) -> Value:
-        """Return one * other + total, fused (rounded once) where the CPU can."""
+        """Return one * other + total, fused (rounded once) if the CPU supports it."""
         kind = total.type
         name = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
         return self.call_c(f"llvm.fmuladd.{name}", kind, [one, other, total])
 
     def prefetch(self, pointer: Value) -> None:
-        """Prefetch a cache line; an address outside the process's memory does no harm."""
+        """Prefetch a cache line; invalid addresses are harmless."""
         hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]
         self.call_c("llvm.prefetch.p0", NOTHING, [pointer, *hints])
 
@@ -128,7 +129,7 @@ class Code:
     ) -> Iterator[Loop]:
         """Write a counted loop: `with` its body, which may replace the loop's `values`.
 
-        They start as given; after the loop they are those of its last pass.
+        They start as given; after the loop they are those of the last iteration.
         """
         builder = self.builder
         before = builder.block
@@ -174,7 +175,7 @@ class Code:
     ) -> None:
         """Write body(first, size) over start to stop, with the largest size that still fits.
 
-        `sizes` fall to 1.
+        `sizes` are descending and end with 1.
         """
         for size in sizes:
             end = self.add(start, self.round_down(self.builder.sub(stop, start), size))

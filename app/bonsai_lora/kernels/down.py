@@ -1,4 +1,4 @@
-"""The down-projection x A^T, (n, k) and (r, k) -> (n, r): dot products of rows, in place.
+"""The down-projection x A^T, (n, k) and (r, k) -> (n, r): dot products of rows, read in place.
 
 out = np.zeros((n, r), np.float32)
 for first in range(0, k, DEPTH):
@@ -16,27 +16,27 @@ from bonsai_lora.kernels.target import Target
 DEPTH = 1024
 """Numbers of a row that are multiplied at a time, so that both sides stay in the cache."""
 MANY_ROWS = 24
-"""From so many rows on, each stretch of A is packed: widened and aligned once for all of them."""
+"""Minimum rows for which each stretch of A is packed: widened and aligned once for all rows."""
 PACKED_ROW = 4 * DEPTH + 64
-"""Bytes; not a power of two, so that rows do not fall into the same sets of the cache."""
+"""In bytes; not a power of two, so that rows do not share the same cache sets."""
 ARGUMENTS = "pnnpnnnpnp"
 """x, n, x_row, a, r, a_row, k, out, out_row, scratch (`scratch_bytes`)."""
 
 
 def scratch_bytes(n: int, r: int) -> int:
-    """Return the bytes that `Down` needs, from the start of a cache line on."""
+    """Return the scratch bytes of `Down`, aligned to a cache line."""
     return PACKED_ROW * r if n >= MANY_ROWS else 0
 
 
 class Down:
-    """Writes x A^T: tiles of sums over a stretch of the rows, then the next stretch."""
+    """Generates x A^T: tiles of sums over one stretch of the rows after another."""
 
     def __init__(self, target: Target, a_kind: Kind) -> None:
         self.target = target
         self.a_kind = a_kind
 
     def write(self, code: Code) -> None:
-        """Write the function."""
+        """Generate the function."""
         self.code = code
         self.x, n, self.x_row, a, self.r, a_row, k, self.out, self.out_row, scratch = code.arguments
         none, packed_row = code.const(0), code.const(PACKED_ROW)
@@ -66,7 +66,7 @@ class Down:
         code.builder.ret_void()
 
     def _rest(self, n: Value, first: Value, last: Value, a: Value, a_row: Value) -> None:
-        """Add the products of each row's last numbers, less than a vector."""
+        """Add the products of the remainder of each row, less than a vector."""
         code, none = self.code, self.code.const(0)
         with code.loop(none, n, 1) as i, code.loop(none, self.r, 1) as j:
             x_row = code.at(self.x, code.times(i.counter, self.x_row))
@@ -93,7 +93,7 @@ class Down:
         widths = sorted({self.target.vectors_of(height), 1}, reverse=True)
 
         def tile(j: Value, width: int) -> None:
-            # Each tile prefetches a row of the next rows of x: too far for the CPU to guess.
+            # Each tile prefetches one of the next rows of x: too far ahead for the CPU to predict.
             line = code.minimum(code.builder.sdiv(j, code.const(width)), code.const(height - 1))
             ahead = code.times(code.add(i, code.const(height), line), self.x_row)
             a_rows = code.rows(place, j, stride, width)

@@ -1,4 +1,4 @@
-"""Formulas of integers, written with Python's operators."""
+"""Integer formulas, written with Python's operators."""
 
 from collections.abc import Callable, Sequence
 from typing import Union
@@ -20,7 +20,7 @@ def _method(instruction: str, *first: str) -> Callable[["Term", Operand], "Term"
 
 
 class Term:
-    """An integer that the function computes, or a vector of them; plain numbers may join it.
+    """An integer computed by the function, or a vector of them; can be combined with plain numbers.
 
     `<`, `<=`, `>` and `>=` compare signed numbers; `>>` shifts in zeros.
     """
@@ -46,7 +46,7 @@ class Term:
     is_below = _method("icmp_unsigned", "<")
 
     def of(self, value: Value) -> "Term":
-        """Return another value of the same function."""
+        """Wrap a different value of the same function."""
         return Term(self.code, value)
 
     def __neg__(self) -> "Term":
@@ -56,7 +56,7 @@ class Term:
         return self.of(self.code.builder.not_(self.value))
 
     def select(self, one: "Term", other: Operand) -> "Term":
-        """Return one where this is true, and the other where it is false."""
+        """Return one value if this is true, and the other if it is false."""
         return self.of(self.code.builder.select(self.value, *one.alike(other)))
 
     def to(self, kind: Type, *, is_signed: bool = False) -> "Term":
@@ -74,11 +74,11 @@ class Term:
         return self.of(self.code.builder.bitcast(self.value, kind))
 
     def trailing_zeros(self) -> "Term":
-        """Return how many low bits are 0: all, where it is 0."""
+        """Return the number of trailing zero bits; all bits for 0."""
         return self.of(self.code.builder.cttz(self.value, ir.Constant(ir.IntType(1), 0)))
 
     def leading_zeros(self) -> "Term":
-        """Return how many high bits are 0: all, where it is 0."""
+        """Return the number of leading zero bits; all bits for 0."""
         return self.of(self.code.builder.ctlz(self.value, ir.Constant(ir.IntType(1), 0)))
 
     def times(self, factor: Operand) -> "Term":

@@ -1,4 +1,4 @@
-"""The kernels as functions, each compiled when it is first asked for."""
+"""The kernels as callable functions, each compiled on first use."""
 
 import ctypes
 import threading
@@ -20,15 +20,15 @@ _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "": None}
 
 
 class Kernel(NamedTuple):
-    """How a function is written."""
+    """How to generate a function."""
 
     write: Callable[..., None]
-    """Called with the `Code`, the target and kinds of numbers."""
+    """Called with the `Code`, the target and the kinds of numbers."""
     arguments: str
     result: str = ""
     level: int = 0
-    """How much LLVM optimises: 0 for loops that are written out as they are to be (2 would take
-    three times as long and gain nothing), 2 where there are variables and branches."""
+    """LLVM's optimization level: 0 for loops that are generated in their final form (2 would take
+    three times as long for no gain), 2 for code with variables and branches."""
 
 
 KERNELS = {
@@ -45,7 +45,7 @@ KERNELS = {
         level=2,
     ),
 }
-"""Beside each, what its kinds of numbers are of."""
+"""The comments say which numbers the kinds are of."""
 
 
 class Library:
@@ -57,7 +57,7 @@ class Library:
         self._lock = threading.Lock()
 
     def get(self, name: str, *kinds: Kind) -> Call:
-        """Return a function of KERNELS; threads that ask while it is compiled wait for it."""
+        """Return a function of KERNELS; other threads wait while it is compiled."""
         function = self._made.get((name, *kinds))
         if function is None:
             with self._lock:
@@ -77,7 +77,7 @@ class Library:
 
 
 def machine_code(text: str, target: Target, level: int) -> Any:
-    """Return an engine that holds the functions of a module in memory, as long as it lives."""
+    """Return an engine that keeps the functions of a module in memory during its lifetime."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     module = llvm.parse_assembly(text)
@@ -90,5 +90,5 @@ def machine_code(text: str, target: Target, level: int) -> Any:
         passes.getModulePassManager().run(module, passes)
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    engine.remove_module(module)  # only its machine code is needed from here on
+    engine.remove_module(module)  # only the machine code is needed from that point on
     return engine

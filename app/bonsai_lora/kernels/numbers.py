@@ -30,7 +30,7 @@ def load_float32(code: Code, place: Value, kind: Kind, lanes: int) -> Value:
 
 
 def store_rounded(code: Code, value: Value, place: Value, kind: Kind) -> None:
-    """Store float32 numbers, rounded to nearest even; every NaN as the same one."""
+    """Store float32 numbers, rounded to nearest even; every NaN as the same NaN."""
     builder, lanes = code.builder, getattr(value.type, "count", 1)
     nan = code.broadcast(ir.Constant(FLOAT, float("nan")), lanes)
     value = builder.select(builder.fcmp_unordered("uno", value, value), nan, value)
@@ -39,7 +39,7 @@ def store_rounded(code: Code, value: Value, place: Value, kind: Kind) -> None:
     elif kind == "f16":
         code.store(builder.fptrunc(value, vector(HALF, lanes)), place)
     else:
-        # The upper half, after what rounds the lower: half a unit, less 1 where the unit is even.
+        # The upper half, after adding half a unit, minus 1 if the unit is even.
         one, half, shift = (
             code.broadcast(ir.Constant(I32, number), lanes) for number in (1, 0x7FFF, 16)
         )

@@ -14,7 +14,7 @@ from bonsai_lora.kernels.target import Target
 HEIGHTS = (6, 2, 1)
 """Rows of a tile: 6 take 4 vectors (2 where registers are few), 1 takes 8."""
 _MERGE_HEIGHTS = (4, 1)
-"""Where a base is read and written too: fewer rows that lie apart."""
+"""With a base, which is also read and written: fewer rows with distant addresses."""
 _MOST_LANES, _SIDE = 16, 4
 ARGUMENTS = "pnnnpnnnnppnpnpn"
 """h, n, h_row, h_step, right, r, right_row, m, panel, scratch (`scratch_bytes`), factors,
@@ -23,12 +23,12 @@ which has no base."""
 
 
 def scratch_bytes(r: int, panel: int) -> int:
-    """Return the bytes that a panel needs, from the start of a cache line on."""
+    """Return the scratch bytes of a panel, aligned to a cache line."""
     return 4 * r * (panel + _MOST_LANES)
 
 
 class Outer:
-    """Writes sums of outer products, a panel of columns after the other, widened to scratch."""
+    """Generates sums of outer products, one panel of columns after another, widened to scratch."""
 
     def __init__(self, target: Target, right_kind: Kind, base_kind: Kind | None) -> None:
         self.target = target
@@ -43,7 +43,7 @@ class Outer:
         )
         self.scratch, self.factors, self.factor_step, *places = code.arguments[9:]
         self.out, self.out_row, self.base, self.base_row = places
-        # A vector more, so that the rows of a wide panel do not fall into the same cache sets.
+        # One more vector, so that the rows of a wide panel do not share the same cache sets.
         self.scratch_row = code.times(code.add(panel, code.const(self.target.lanes)), 4)
         heights = HEIGHTS if self.base_kind is None else _MERGE_HEIGHTS
         with code.loop(code.const(0), m, panel) as loop:
@@ -120,7 +120,7 @@ class Outer:
             convert(code, self.target.lanes, source, (target, "f32"), length)
 
     def _transpose(self, first: Value, last: Value) -> None:
-        """Write rows of B (m, r) to scratch as columns: in squares, and the rest one by one."""
+        """Write rows of B (m, r) to scratch as columns: in square blocks, the rest one by one."""
         code, lanes, none = self.code, self.target.lanes, self.code.const(0)
         end = code.add(first, code.round_down(code.builder.sub(last, first), lanes))
         whole = code.round_down(self.r, _SIDE)
@@ -165,7 +165,7 @@ class Outer:
             code.store(value, self._scratch_at(j, code.add(k, code.const(t)), first))
 
     def _scratch_at(self, j: Value, k: Value, first: Value) -> Value:
-        """Return the address of R[k, j] in a panel that begins with column `first`."""
+        """Return the address of R[k, j] in a panel that starts at column `first`."""
         code = self.code
         offset = code.times(code.builder.sub(j, first), 4)
         return code.at(self.scratch, code.times(k, self.scratch_row), offset)

@@ -1,10 +1,10 @@
-"""Powers of ten, as the leading bits of each."""
+"""A table of the leading bits of powers of ten."""
 
 from bonsai_lora.kernels.code import I64, Code
 from bonsai_lora.kernels.formula import Term, table
 
 LEAST, MOST = -300, 45
-"""Of the table. To write float32 takes -31 to 45; numbers that are read, with 19 digits, more."""
+"""Range of the table. Writing float32 needs -31 to 45; reading numbers of 19 digits needs more."""
 BYTES = 16  # of each power in the table
 
 

@@ -1,4 +1,4 @@
-"""Lists of numbers in JSON text, read into float32.
+"""Read lists of numbers in JSON text as float32.
 
 A number becomes a float64 first, as with every reader of JSON, and then a float32. Up to 2^53 its
 digits and a power of ten are float64 numbers themselves, so one division rounds right (William
@@ -26,14 +26,14 @@ or more than 1e38, and integers from 2^53 on, which NumPy would round to float32
 """
 FOUND = 4
 ROW = "nnnnn"
-"""text, end, at, out, columns: reads a list from behind its `[`. Returns where it ends, or 0."""
+"""text, end, at, out, columns: reads a list that starts after its `[`. Returns its end, or 0."""
 
 _WINDOW = 32
 """Characters that are loaded together."""
 _BEFORE, _AFTER = 24, 40
 """Characters around the start of a number that may be loaded: 24 that end a fraction, and the
 window, or 8 from any place in it, after a sign."""
-_EXACT_POWERS = 22  # 10^22 is the last that is a float64
+_EXACT_POWERS = 22  # 10^22 is the largest exact float64
 _MOST_POWER = 38  # one digit at the next is beyond float32
 _DIGITS = 0x0F0F0F0F0F0F0F0F  # what is left of eight characters, where they are digits
 _BIT, _I128, _DOUBLE = ir.IntType(1), ir.IntType(128), ir.DoubleType()
@@ -91,7 +91,7 @@ class Row:
         return character_at(self.at.now, self.end)
 
     def _read_fast(self) -> None:
-        """Read a number up to its exponent, if it is all in the window, and move after it.
+        """Read a number up to its exponent, if it is all in the window, and move past it.
 
         Otherwise `is_read` is false, and `at` where it was.
         """
@@ -99,7 +99,7 @@ class Row:
         characters = at.load(vector(BYTE, _WINDOW))
         stops = _bits(characters.equals(ord(",")) | characters.equals(ord("]")))
         others = ~_bits((characters - ord("0")).is_below(10))
-        # Where the next number begins does not have to wait for what this one is.
+        # The start of the next number does not depend on the value of this one.
         stop = at + stops.trailing_zeros().to(I64)
         is_negative = at.load(BYTE).equals(ord("-"))
         start = at + is_negative.to(I64)
@@ -157,7 +157,7 @@ class Row:
         self.is_read.now = (joined >> 64).equals(0)
 
     def _read_slowly(self) -> None:
-        """Read any number up to its exponent, a character at a time, and move after it."""
+        """Read any number up to its exponent, a character at a time, and move past it."""
         builder, none = self.code.builder, integer(self.code, 0)
         self.digits.now, self.power.now = none, none
         self.is_integer.now, self.is_long.now = self._flag(1), self._flag(0)
@@ -175,7 +175,7 @@ class Row:
             self.power.now = start - self.at.now
 
     def _read_exponent(self) -> None:
-        """Read an exponent, at its `e`, and move after it."""
+        """Read an exponent, at its `e`, and move past it."""
         self.is_integer.now = self._flag(0)
         self.at.now = self.at.now + 1
         sign = self._next()
@@ -318,7 +318,7 @@ def skip_space(at: Variable, end: Term) -> None:
 
 
 def _seek(at: Variable, end: Term) -> None:
-    """Move to the next `[`; if no `[` follows, return 0."""
+    """Move to the next `[`; return 0 if there is no other."""
     code, start = end.code, at.now
     bracket = ir.Constant(I32, ord("["))
     found = code.call_c("memchr", I64, [start.value, bracket, (end - start).value])

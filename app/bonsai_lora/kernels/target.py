@@ -1,4 +1,4 @@
-"""The CPU that code is made for."""
+"""The CPU that code is generated for."""
 
 import ctypes
 import mmap
@@ -13,14 +13,14 @@ MACHINE = platform.machine().lower()
 
 
 class Target(NamedTuple):
-    """What code is made for."""
+    """A CPU, described by what the generators need."""
 
     cpu: str
     features: str
     lanes: int
     """float32 numbers in a vector register."""
     sums: int
-    """Registers that a product may sum in: three quarters of all."""
+    """Registers available for the sums of a product: three quarters of all."""
     has_half: bool
     """Whether the CPU converts float16."""
 
@@ -34,7 +34,7 @@ class Target(NamedTuple):
 
 @lru_cache(maxsize=1)
 def host() -> Target:
-    """Return this machine."""
+    """Return the target for this machine."""
     features = llvm.get_host_cpu_features()
     cpu, names = llvm.get_host_cpu_name(), features.flatten()
     if MACHINE not in ("x86_64", "amd64"):
@@ -47,7 +47,7 @@ def host() -> Target:
 
 
 def may_run_new_code() -> bool:
-    """Return whether memory that was written may be executed: a hardened system can forbid it."""
+    """Return whether written memory may be executed; hardened systems can forbid it."""
     if os.name != "posix":
         return True
     with mmap.mmap(-1, mmap.PAGESIZE) as page:

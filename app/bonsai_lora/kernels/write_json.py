@@ -3,7 +3,7 @@
 The digits are found as in Raffaele Giulietti's "The Schubfach way to render doubles" (2021), for a
 vector of numbers at a time; where several decimals are as short, the one next to the number is
 taken. Then each is laid out by itself. (A float64 that is read from the shortest decimal and then
-rounded is the same number again, but for one: 7.038531e-26 becomes its neighbour.)
+rounded is the same number again, with one exception: 7.038531e-26 becomes its neighbor.)
 """
 
 from llvmlite import ir
@@ -14,7 +14,7 @@ from bonsai_lora.kernels.powers import BYTES, powers_from
 from bonsai_lora.kernels.target import Target
 
 ARGUMENTS = "nnnn"
-"""x, rows, columns, out: writes a list for each row, with commas between; returns the bytes of it.
+"""x, rows, columns, out: writes a list for each row, with commas between; returns its length.
 x is float32 (rows, columns) without gaps, all finite; `out` has room for `text_bytes`."""
 
 BLOCK = 16
@@ -32,7 +32,7 @@ def text_bytes(rows: int, columns: int) -> int:
 
 
 class Rows:
-    """Writes the function."""
+    """Generates the function."""
 
     def __init__(self, code: Code, target: Target) -> None:
         self.code = code

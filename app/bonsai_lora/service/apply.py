@@ -11,7 +11,14 @@ import numpy as np
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core import backend
 from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.core.batch import Rows, Segment, apply_segments, rows_of
+from bonsai_lora.core.batch import (
+    Integers,
+    Rows,
+    Segment,
+    apply_segments,
+    expert_segments,
+    rows_of,
+)
 from bonsai_lora.core.cast import Floats, count_rows
 from bonsai_lora.errors import (
     DoraNeedsBaseError,
@@ -20,6 +27,7 @@ from bonsai_lora.errors import (
     UnsupportedAdapterError,
 )
 from bonsai_lora.service.dora import norms_of
+from bonsai_lora.service.experts import check_experts
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.storage.setfile import StoredSet
@@ -106,28 +114,42 @@ class Applier:
     bases: BaseFolder
 
     def apply(
-        self, set_segments: Sequence[SetSegment], inputs: Inputs, base_outputs: Inputs
+        self,
+        set_segments: Sequence[SetSegment],
+        inputs: Inputs,
+        base_outputs: Inputs,
+        experts: Integers | None = None,
+        match: str | None = None,
     ) -> dict[str, Floats]:
         """Return the summed deltas of `set_segments` by module, for inputs (d_in,) or (rows, d_in).
 
-        `base_outputs` are W x without bias, for DoRA modules only. Everything is checked before
-        anything is computed. Raises InvalidRequestError if `inputs` is empty, AdapterNotFoundError,
-        ShapeMismatchError, TooManyRowsError, AnswerTooLargeError, DoraNeedsBaseError, and
-        UnsupportedAdapterError for a module whose bias is replaced, or a DoRA module that is
-        weighted or stacked.
+        `base_outputs` are W x without bias, for DoRA modules only, whose norms come from the base
+        tensors that `match` is the prefix of; `experts` (rows,) is the number of the expert of each
+        row, for fused modules only. Everything is checked before anything is computed. Raises
+        InvalidRequestError if `inputs` is empty, the errors of `check_experts` and `norms_of`,
+        AdapterNotFoundError, ShapeMismatchError, TooManyRowsError, AnswerTooLargeError,
+        DoraNeedsBaseError, and UnsupportedAdapterError for a module whose bias is replaced, or a
+        DoRA module that is weighted or stacked.
         """
         if not inputs:
             raise InvalidRequestError("the request has no inputs; send vectors for a module")
         adapters = {
             module: _adapters_of(module, set_segments, batch) for module, batch in inputs.items()
         }
-        self.limits.check_rows(max(count_rows(one) for one in inputs.values()))
-        values = sum(
-            count_rows(inputs[module]) * some[0].d_out for module, some in adapters.items()
-        )
-        self.limits.check_answer(values)
+        rows = {module: count_rows(batch) for module, batch in inputs.items()}
+        check_experts(adapters, rows, experts)
+        self.limits.check_rows(max(rows.values()))
+        self.limits.check_answer(sum(rows[one] * some[0].d_out for one, some in adapters.items()))
         planned = {
-            module: self._plan(module, set_segments, some, inputs[module], base_outputs.get(module))
+            module: self._plan(
+                module,
+                set_segments,
+                some,
+                inputs[module],
+                base_outputs.get(module),
+                experts,
+                match,
+            )
             for module, some in adapters.items()
         }
         return {module: compute() for module, compute in planned.items()}
@@ -139,29 +161,49 @@ class Applier:
         adapters: Sequence[LoraAdapter],
         x: Floats,
         base_outputs: Floats | None,
+        experts: Integers | None,
+        match: str | None,
     ) -> Callable[[], Floats]:
         """Check one module's inputs and return its computation, which raises nothing."""
         is_dora = any(one.magnitude is not None for one in adapters)
-        if len(set_segments) == 1 and set_segments[0].rows is None and not is_dora:
+        is_fused = any(one.experts is not None for one in adapters)
+        if len(set_segments) == 1 and set_segments[0].rows is None and not (is_dora or is_fused):
             return partial(adapters[0].apply, x, set_segments[0].weights)
         d_out = adapters[0].d_out
         if is_dora:
             _check_dora(module, set_segments, adapters, count_rows(x))
             base_outputs = _check_base_outputs(module, base_outputs, (*x.shape[:-1], d_out))
         segments = [
-            Segment(adapter, one.index, one.weights)
-            if adapter.magnitude is None or base_outputs is None
-            else Segment(
-                adapter,
-                one.index,
-                one.weights,
-                base_outputs.reshape(count_rows(x), d_out),
-                norms_of(one.stored, module, adapter, self.bases),
-            )
+            segment
             for one, adapter in zip(set_segments, adapters, strict=True)
+            for segment in self._segments(
+                module,
+                one,
+                adapter,
+                None if base_outputs is None else base_outputs.reshape(count_rows(x), d_out),
+                experts,
+                match,
+            )
         ]
         batch = x.reshape(count_rows(x), x.shape[-1])
         return lambda: apply_segments(batch, segments, d_out).reshape(*x.shape[:-1], d_out)
+
+    def _segments(
+        self,
+        module: str,
+        one: SetSegment,
+        adapter: LoraAdapter,
+        base_outputs: Floats | None,
+        experts: Integers | None,
+        match: str | None,
+    ) -> list[Segment]:
+        """Return the segments of one set: one per expert in use if the module is fused."""
+        if adapter.experts is not None and experts is not None:
+            return expert_segments(adapter, one.index, one.weights, experts)
+        if adapter.magnitude is None or base_outputs is None:
+            return [Segment(adapter, one.index, one.weights)]
+        norms = norms_of(one.stored, module, adapter, self.bases, match)
+        return [Segment(adapter, one.index, one.weights, base_outputs, norms)]
 
 
 def _adapters_of(module: str, set_segments: Sequence[SetSegment], x: Floats) -> list[LoraAdapter]:

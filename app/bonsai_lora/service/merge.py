@@ -5,12 +5,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bonsai_lora.checkpoints.orientation import is_conv1d_name, transposed
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, Floats, to_float32
 from bonsai_lora.core.merge import Block, blocks, merge_rows
 from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError, UnsupportedAdapterError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
+from bonsai_lora.formats.peft_options import BaseOptions
+from bonsai_lora.service.sets import get_adapter
+from bonsai_lora.storage.setfile import StoredSet
 
 MERGE_DTYPES = ("F32", "F16", "BF16")
 
@@ -19,9 +23,9 @@ MERGE_DTYPES = ("F32", "F16", "BF16")
 class WeightMerge:
     """Computes W + scaling * B @ A for weights of one dtype.
 
-    W has the layout of the base: (d_out, d_in), or (d_in, d_out) for embeddings. Raises
-    InvalidRequestError for a dtype other than F32, F16, BF16, and UnsupportedAdapterError for an
-    adapter that cannot be merged into weights alone.
+    W has the layout of the base: (d_out, d_in), or (d_in, d_out) for embeddings and Conv1D.
+    Raises InvalidRequestError for a dtype other than F32, F16, BF16, and UnsupportedAdapterError
+    for an adapter that cannot be merged into weights alone.
     """
 
     adapter: LoraAdapter
@@ -37,6 +41,12 @@ class WeightMerge:
                 got=self.dtype,
                 expected=list(MERGE_DTYPES),
             )
+        if self.adapter.experts is not None:
+            raise UnsupportedAdapterError(
+                f"the module has {self.adapter.experts} fused experts, each with weights of its "
+                "own; merge a base checkpoint, which holds them all",
+                field="target_parameters",
+            )
         if self.adapter.bias is not None:
             raise UnsupportedAdapterError(
                 "the adapter has a bias (lora_bias), which weights alone cannot hold; use a merged "
@@ -47,7 +57,7 @@ class WeightMerge:
             what, remedy = (
                 ("unmerged", "keep the original weights")
                 if self.unmerge
-                else ("merged into an embedding", "apply the set instead")
+                else ("merged into transposed weights", "apply the set instead")
             )
             raise UnsupportedAdapterError(
                 f"DoRA scales whole rows of the sum, so it cannot be {what}; {remedy}",
@@ -120,6 +130,18 @@ class WeightMerge:
             if self.adapter.magnitude is None
             else to_float32(self.adapter.magnitude[rows]),
         )
+
+
+def stored_adapter(stored: StoredSet, module: str) -> LoraAdapter:
+    """Return the adapter of `module` as its base stores the weight; raises AdapterNotFoundError.
+
+    Of a set with fan_in_fan_out, layers that Conv1D models name so are (d_in, d_out).
+    """
+    adapter = get_adapter(stored, module)
+    options = BaseOptions.of(stored.adapter_config)
+    if options.is_transposed and adapter.layer == "linear" and is_conv1d_name(module):
+        return transposed(adapter)
+    return adapter
 
 
 def merge_of_header(

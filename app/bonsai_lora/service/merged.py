@@ -7,6 +7,7 @@ from collections import OrderedDict
 from bonsai_lora.checkpoints.bases import Base, BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
 from bonsai_lora.errors import BaseNotFoundError, InvalidRequestError
+from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.store import SetStore
 
@@ -23,13 +24,15 @@ class MergedModels:
         self._bases = bases
         self._store = store
         self._known: OrderedDict[
-            tuple[str, tuple[tuple[str, float], ...]], tuple[Base, list[StoredSet], MergedModel]
+            tuple[str, tuple[tuple[str, float], ...], str | None],
+            tuple[Base, list[StoredSet], MergedModel],
         ] = OrderedDict()
 
-    def get(self, base_name: str, sets: WeightedSets) -> MergedModel:
+    def get(self, base_name: str, sets: WeightedSets, match: str | None = None) -> MergedModel:
         """Return `base_name` with `sets` merged in, all at their current versions.
 
-        Raises BaseNotFoundError, SetNotFoundError, and the errors of MergedModel.
+        `match` is the prefix of the tensor names that ambiguous paths mean. Raises
+        BaseNotFoundError, SetNotFoundError, and the errors of MergedModel.
         """
         try:
             base = self._bases.get(base_name)
@@ -37,7 +40,7 @@ class MergedModels:
             self._forget(base_name)
             raise
         stored = [self._store.read(name) for name, _ in sets]
-        key = (base_name, tuple(sets))
+        key = (base_name, tuple(sets), match)
         known = self._known.get(key)
         if known is not None and known[0] is base and known[1] == stored:
             with contextlib.suppress(KeyError):  # another thread may evict it meanwhile
@@ -46,9 +49,12 @@ class MergedModels:
         model = MergedModel(
             base,
             [
-                Ingredient(one.lora_set, one.record.etag, weight)
+                Ingredient(
+                    one.lora_set, one.record.etag, weight, BaseOptions.of(one.adapter_config)
+                )
                 for one, (_, weight) in zip(stored, sets, strict=True)
             ],
+            match,
         )
         self._known[key] = (base, stored, model)
         while len(self._known) > _REMEMBERED:

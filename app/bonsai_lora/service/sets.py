@@ -23,9 +23,10 @@ from bonsai_lora.errors import (
     SetNotFoundError,
     UnsupportedAdapterError,
 )
-from bonsai_lora.formats import peft
+from bonsai_lora.formats import mlx, peft
+from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import check_module_name, check_set_name
-from bonsai_lora.formats.peft_config import decode_config
+from bonsai_lora.formats.peft_config import PeftConfig, parse_config
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.store import SetStore
@@ -33,6 +34,9 @@ from bonsai_lora.storage.upload import ReceivedUpload, Upload
 
 Precondition = Callable[[SetRecord | None], None]
 """Called with the current record (None: no such set); raises PreconditionFailedError."""
+
+
+_BASE_FIELD = "base_model_name_or_path"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +81,34 @@ def create_set(
         return _write(store, limits, lora_set, origin="initialized", previous=None)
 
 
-def import_peft(
+def import_adapter(
     store: SetStore,
     limits: Limits,
     name: str,
     raw_config: bytes,
     upload: Upload,
     precondition: Precondition,
+    *,
+    base_model_name: str | None = None,
+    expert_layout: ExpertLayout | None = None,
 ) -> Imported:
-    """Create or replace a set from a PEFT adapter: its configuration and its safetensors file.
+    """Create or replace a set from a PEFT or MLX adapter: its configuration and safetensors file.
 
-    Raises the errors of `peft.decode_adapter`, `Upload.finish` and `precondition`,
-    InvalidNameError, RankTooLargeError and MemoryBudgetError, and then changes nothing.
+    `base_model_name` replaces the name in the configuration; `expert_layout` overrides the column
+    order of B for fused experts. Raises the errors of `peft.decode_adapter`, `mlx.decode_mlx`,
+    `Upload.finish` and `precondition`, InvalidNameError, RankTooLargeError and MemoryBudgetError,
+    and then changes nothing.
     """
     check_set_name(name)
-    config = decode_config(raw_config)
+    raw = parse_config(raw_config)
     received = upload.finish()
-    adapter = peft.decode_adapter(config, received.tensors, name)
+    tensors: Mapping[str, Array] = received.tensors
+    is_mlx = mlx.is_mlx(raw, tensors)
+    if is_mlx:
+        raw, tensors = mlx.decode_mlx(raw, tensors)
+    if base_model_name is not None:
+        raw = {**raw, _BASE_FIELD: base_model_name}
+    adapter = peft.decode_adapter(PeftConfig(raw), tensors, name, expert_layout)
     for one in adapter.lora_set.registry.adapters.values():
         limits.check_rank(one.rank)
     with store.lock(name):
@@ -103,13 +118,31 @@ def import_peft(
             store,
             limits,
             adapter.lora_set,
-            origin="peft",
+            origin="mlx" if is_mlx else "peft",
             previous=previous,
-            adapter_config=config.raw,
-            received=None if adapter.ignored_keys else (received, adapter.names),
+            adapter_config=adapter.config,
+            received=(received, adapter.names) if adapter.is_as_it_came and not is_mlx else None,
         )
     norms = {module: delta_norm(one) for module, one in stored.lora_set.registry.adapters.items()}
     return Imported(stored, previous is None, adapter.ignored_keys, adapter.warnings, norms)
+
+
+def name_base(
+    store: SetStore, limits: Limits, name: str, base_model_name: str, precondition: Precondition
+) -> StoredSet:
+    """Change the name of the model that a set is for; raises SetNotFoundError."""
+    with store.lock(name):
+        present = store.read(name)
+        precondition(present.record)
+        raw = present.adapter_config
+        return _write(
+            store,
+            limits,
+            replace(present.lora_set, base_model_name=base_model_name),
+            origin=present.record.origin,
+            previous=present.record,
+            adapter_config=None if raw is None else {**raw, _BASE_FIELD: base_model_name},
+        )
 
 
 def list_sets(
@@ -254,7 +287,10 @@ def _refuse_beside_variants(present: StoredSet) -> None:
     lora_set = present.lora_set
     adapters = lora_set.registry.adapters.values()
     if lora_set.replacements or any(
-        one.bias is not None or one.magnitude is not None or one.layer != "linear"
+        one.bias is not None
+        or one.magnitude is not None
+        or one.layer != "linear"
+        or one.experts is not None
         for one in adapters
     ):
         raise UnsupportedAdapterError(

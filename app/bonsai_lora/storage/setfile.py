@@ -28,7 +28,8 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.mapped import map_file
-from bonsai_lora.formats.peft import group_keys, set_tensors
+from bonsai_lora.formats.peft import set_tensors
+from bonsai_lora.formats.peft_keys import group_keys
 from bonsai_lora.storage.residency import resident_bytes
 from bonsai_lora.storage.upload import ReceivedUpload
 
@@ -86,7 +87,7 @@ class SetRecord:
     """RFC 3339, UTC."""
     updated_at: str
     origin: str
-    """initialized, peft, gguf or mixed."""
+    """initialized, peft, mlx, gguf or mixed."""
     base_model_name: str
     config: LoraConfig
     adapter_count: int
@@ -175,7 +176,12 @@ class NewSet:
 
     def _metadata(self) -> dict[str, str]:
         modules = {
-            name: [one.config.alpha, one.scaling, one.layer]
+            name: [
+                one.config.alpha,
+                one.scaling,
+                one.layer,
+                *([one.experts] if one.experts else []),
+            ]
             for name, one in self.lora_set.registry.adapters.items()
         }
         metadata = {
@@ -241,7 +247,8 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
 
     modules, others = group_keys(header.tensors)
     adapters = {}
-    for module, (alpha, scaling, layer) in json.loads(header.metadata[_MODULES_KEY]).items():
+    for module, (alpha, scaling, layer, *more) in json.loads(header.metadata[_MODULES_KEY]).items():
+        experts = more[0] if more else None
         if not (_is_finite(alpha) and _is_finite(scaling) and layer in get_args(LayerKind)):
             raise MalformedSafetensorsError(
                 f"module {module!r} has {reprlib.repr([alpha, scaling, layer])}; expected alpha, "
@@ -251,9 +258,9 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
         embedding = "embedding_" if layer == "embedding" else ""
         a_matrix = safetensors.view(mapped, header, parts[f"{embedding}A"])
         b_matrix = safetensors.view(mapped, header, parts[f"{embedding}B"])
-        own = replace(record.config, rank=len(a_matrix), alpha=alpha)
+        own = replace(record.config, rank=len(a_matrix) // (experts or 1), alpha=alpha)
         vectors = tensor(parts.get("bias")), tensor(parts.get("magnitude"))
-        adapters[module] = LoraAdapter(own, a_matrix, b_matrix, scaling, *vectors, layer)
+        adapters[module] = LoraAdapter(own, a_matrix, b_matrix, scaling, *vectors, layer, experts)
     return BonsaiLoraSet(
         LoraRegistry(record.config).add_all(adapters),
         record.base_model_name,

@@ -72,8 +72,8 @@ class Upload:
         header = safetensors.decode_header(bytes(self._head), limit=self._limit)
         safetensors.check_total(header, self.received)
         moved = replace(header, data_start=self._data_start)
-        if moved.total_bytes == moved.data_start:  # nothing was written, so there is nothing to map
-            return ReceivedUpload(self._file, moved, {})
-        mapped = map_file(self._file)
+        has_data = header.total_bytes > header.data_start
+        # Tensors without elements leave nothing to map: they are views of the room for the header.
+        mapped = map_file(self._file) if has_data else memoryview(bytes(moved.data_start))
         tensors = {name: safetensors.view(mapped, moved, name) for name in moved.tensors}
         return ReceivedUpload(self._file, moved, tensors)

@@ -4,11 +4,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from bonsai_lora.core.batch import Integers
 from bonsai_lora.core.cast import Array, Floats, round_to, to_float32
 from bonsai_lora.errors import ShapeMismatchError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
 from bonsai_lora.wire.finite import check_finite
+
+EXPERTS = "experts"
+"""Tensor or field with the number of the expert of each row."""
 
 
 def decode_tensors(
@@ -22,6 +26,35 @@ def decode_tensors(
     """
     arrays, metadata = safetensors.decode(body, limit=max_header_bytes)
     return {name: _checked(array, name) for name, array in arrays.items()}, dict(metadata)
+
+
+def decode_batch(
+    body: bytes | memoryview, max_header_bytes: int
+) -> tuple[dict[str, Floats], dict[str, str], Integers | None]:
+    """Return tensors and metadata as `decode_tensors` does, and the tensor `experts` (rows,).
+
+    That is I32 or I64; a float tensor named `experts` is decoded like any other. Raises the errors
+    of `decode_tensors`, and ShapeMismatchError if `experts` has a different number of dimensions.
+    """
+    header = safetensors.decode_header(body, limit=max_header_bytes)
+    info = header.tensors.get(EXPERTS)
+    if info is None or info.dtype not in safetensors.INTEGERS:
+        return *decode_tensors(body, max_header_bytes), None
+    safetensors.check_total(header, len(body))
+    if len(info.shape) != 1:
+        raise ShapeMismatchError(
+            f"tensor {EXPERTS!r} has shape {list(info.shape)}; expected (rows,)",
+            field=EXPERTS,
+            got=list(info.shape),
+            expected=["rows"],
+        )
+    numbers = safetensors.integers(body, header, EXPERTS)
+    tensors = {
+        name: _checked(safetensors.view(body, header, name), name)
+        for name in header.tensors
+        if name != EXPERTS
+    }
+    return tensors, dict(header.metadata), numbers
 
 
 def _checked(array: Array, name: str) -> Floats:

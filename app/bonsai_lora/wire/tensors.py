@@ -2,13 +2,17 @@
 
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from json import dumps
 from typing import Any
 
+import numpy as np
+
+from bonsai_lora.core.batch import Integers
 from bonsai_lora.core.cast import Floats, all_finite, count_rows
 from bonsai_lora.errors import InvalidRequestError, NonFiniteOutputError, ShapeMismatchError
 from bonsai_lora.wire import binary, json
+from bonsai_lora.wire.binary import EXPERTS
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.media import Form
 from bonsai_lora.wire.stacks import (
@@ -39,6 +43,8 @@ class Batches:
     """W x by module, if sent."""
     stack: Stack = ()
     """Additional sets for all rows."""
+    experts: Integers | None = None
+    """Number of the expert of each row, if sent: (rows,)."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -49,6 +55,8 @@ class MixedBatch:
     stacks: list[Stack]
     inputs: Floats
     base_outputs: Floats | None
+    experts: Integers | None = None
+    """Number of the expert of each row, if sent: (rows,)."""
 
 
 def decode_one(form: Form, body: Buffer, max_header_bytes: int, module: str) -> Batches:
@@ -60,17 +68,16 @@ def decode_one(form: Form, body: Buffer, max_header_bytes: int, module: str) -> 
     """
     if form is Form.JSON:
         text = json.Text(body)
-        fields = _fields(text, _TENSORS | {SETS})
-        sets = fields.pop(SETS, None)
+        fields = _fields(text, _TENSORS | {SETS, EXPERTS})
+        sets, experts = fields.pop(SETS, None), _integers(fields.pop(EXPERTS, None))
         found = _arrays(fields, text)
     else:
-        found, metadata = binary.decode_tensors(body, max_header_bytes)
+        found, metadata, experts = binary.decode_batch(body, max_header_bytes)
         sets = sets_of_metadata(metadata)
         _check_names(found)
     shared = found.get(BASE_OUTPUTS)
-    return Batches(
-        {module: found[INPUTS]}, {} if shared is None else {module: shared}, _stack(sets)
-    )
+    base_outputs = {} if shared is None else {module: shared}
+    return Batches({module: found[INPUTS]}, base_outputs, _stack(sets), experts)
 
 
 def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: Sequence[str]) -> Batches:
@@ -80,14 +87,14 @@ def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: Sequen
     `<module>.base_outputs` is W x of a DoRA module. Raises the errors of `decode_one`.
     """
     if form is not Form.JSON:
-        tensors, metadata = binary.decode_tensors(body, max_header_bytes)
-        stack = _stack(sets_of_metadata(metadata))
-        return _shared(tensors, modules, stack) if modules else _split(tensors, stack)
+        tensors, metadata, experts = binary.decode_batch(body, max_header_bytes)
+        batches = _shared(tensors, modules) if modules else _split(tensors)
+        return replace(batches, stack=_stack(sets_of_metadata(metadata)), experts=experts)
     text = json.Text(body)
-    fields = _fields(text, _TENSORS | {SETS})
-    stack = _stack(fields.pop(SETS, None))
+    fields = _fields(text, _TENSORS | {SETS, EXPERTS})
+    stack, experts = _stack(fields.pop(SETS, None)), _integers(fields.pop(EXPERTS, None))
     if modules:
-        return _shared(_arrays(fields, text), modules, stack)
+        return replace(_shared(_arrays(fields, text), modules), stack=stack, experts=experts)
     for name, value in fields.items():
         if not isinstance(value, dict):
             raise InvalidRequestError(
@@ -102,7 +109,7 @@ def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: Sequen
         }
         for name, value in fields.items()
     }
-    return Batches(decoded[INPUTS], decoded.get(BASE_OUTPUTS, {}), stack)
+    return Batches(decoded[INPUTS], decoded.get(BASE_OUTPUTS, {}), stack, experts)
 
 
 def decode_mixed(form: Form, body: Buffer, max_header_bytes: int) -> MixedBatch:
@@ -114,11 +121,12 @@ def decode_mixed(form: Form, body: Buffer, max_header_bytes: int) -> MixedBatch:
     """
     if form is Form.JSON:
         text = json.Text(body)
-        fields = _fields(text, _TENSORS | {MODULE, SETS})
+        fields = _fields(text, _TENSORS | {MODULE, SETS, EXPERTS})
         module, sets = fields.pop(MODULE, None), fields.pop(SETS, None)
+        experts = _integers(fields.pop(EXPERTS, None))
         tensors = _arrays(fields, text)
     else:
-        tensors, metadata = binary.decode_tensors(body, max_header_bytes)
+        tensors, metadata, experts = binary.decode_batch(body, max_header_bytes)
         _check_names(tensors)
         module, sets = metadata.get(MODULE), sets_of_metadata(metadata)
         if module is not None and module.startswith('"'):
@@ -143,7 +151,7 @@ def decode_mixed(form: Form, body: Buffer, max_header_bytes: int) -> MixedBatch:
             expected=rows,
         )
     stacks = [decode_row(one, f"{SETS}[{row}]") for row, one in enumerate(sets)]
-    return MixedBatch(module, stacks, tensors[INPUTS], tensors.get(BASE_OUTPUTS))
+    return MixedBatch(module, stacks, tensors[INPUTS], tensors.get(BASE_OUTPUTS), experts)
 
 
 def _shown(value: Any) -> str:
@@ -158,7 +166,27 @@ def _arrays(fields: Mapping[str, Any], text: json.Text) -> dict[str, Floats]:
     return {name: json.decode_tensor(one, name, text) for name, one in fields.items()}
 
 
-def _shared(tensors: Mapping[str, Floats], modules: Sequence[str], stack: Stack) -> Batches:
+def _integers(value: Any) -> Integers | None:
+    """Return the JSON field `experts`; raises InvalidRequestError unless it is a list of ints."""
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(type(one) is int for one in value):
+        raise InvalidRequestError(
+            f"{EXPERTS!r} is {reprlib.repr(value)}; expected a list with the number of an expert "
+            "per row",
+            field=EXPERTS,
+        )
+    try:
+        return np.array(value, np.int64)
+    except OverflowError:
+        raise InvalidRequestError(
+            f"{EXPERTS!r} is {reprlib.repr(value)}, with numbers beyond 64 bits; send the numbers "
+            "of experts",
+            field=EXPERTS,
+        ) from None
+
+
+def _shared(tensors: Mapping[str, Floats], modules: Sequence[str]) -> Batches:
     """Return the shared batch for each of `modules`; W x differs by module and is refused."""
     if tensors.keys() != {INPUTS}:
         _check_names(tensors)
@@ -166,14 +194,14 @@ def _shared(tensors: Mapping[str, Floats], modules: Sequence[str], stack: Stack)
             f"{BASE_OUTPUTS!r} cannot be shared by several modules; send one per module",
             field=BASE_OUTPUTS,
         )
-    return Batches(dict.fromkeys(modules, tensors[INPUTS]), {}, stack)
+    return Batches(dict.fromkeys(modules, tensors[INPUTS]), {})
 
 
-def _split(tensors: Mapping[str, Floats], stack: Stack) -> Batches:
+def _split(tensors: Mapping[str, Floats]) -> Batches:
     base_outputs = {name: one for name, one in tensors.items() if name.endswith(BASE_ENDING)}
     inputs = {name: one for name, one in tensors.items() if name not in base_outputs}
     return Batches(
-        inputs, {name.removesuffix(BASE_ENDING): one for name, one in base_outputs.items()}, stack
+        inputs, {name.removesuffix(BASE_ENDING): one for name, one in base_outputs.items()}
     )
 
 

@@ -61,7 +61,8 @@ async def apply_one(call: CallDep, name: SetName, module: ModuleName) -> BufferR
     """Returns scaling · B·A·x for each row x, to be added to the base layer's output. A binary
     request is a safetensors body with the tensor `inputs`; the response has the tensor `outputs`.
     `sets` adds the deltas of more sets, each with a weight (in binary: as JSON in the metadata).
-    Include the path's own set to give it a weight too.
+    Include the path's own set to give it a weight too. For fused experts, `experts` (in binary: an
+    I32 or I64 tensor) is the number of the expert of each row.
     """
     context = call.context
     stored = context.store.read(name)
@@ -71,7 +72,7 @@ async def apply_one(call: CallDep, name: SetName, module: ModuleName) -> BufferR
     def compute(body: Buffer) -> Sequence[Buffer]:
         batches = decode_one(options.request_form, body, context.limits.max_header_bytes, module)
         fields: ResponseFields = {"set": name, "module": module, "version": stored.record.version}
-        outputs = _stacked(context, stored, batches, options.scale, fields)
+        outputs = _stacked(context, stored, batches, options, fields)
         return encode_outputs(options.response_form, outputs[module], fields, options.dtype)
 
     return await _answer(call, options, compute, adapter)
@@ -105,7 +106,7 @@ async def apply_many(call: CallDep, name: SetName) -> BufferResponse:
         limit = context.limits.max_header_bytes
         batches = decode_many(options.request_form, body, limit, options.modules)
         fields: ResponseFields = {"set": name, "version": stored.record.version}
-        outputs = _stacked(context, stored, batches, options.scale, fields)
+        outputs = _stacked(context, stored, batches, options, fields)
         return encode_outputs(options.response_form, outputs, fields, options.dtype)
 
     return await _answer(call, options, compute, None)
@@ -147,7 +148,9 @@ async def apply_mixed(call: CallDep) -> BufferResponse:
                 response_form, inputs[module][:, :0], {"module": module, "versions": {}}, dtype
             )
         set_segments = group_by_set(batch.stacks, options.scale, context.store.read)
-        outputs = context.applier.apply(set_segments, inputs, base_outputs)
+        outputs = context.applier.apply(
+            set_segments, inputs, base_outputs, batch.experts, options.match
+        )
         context.metrics.rows_applied.inc(total_rows(inputs))
         fields = {"module": module, "versions": versions_of(set_segments)}
         return encode_outputs(response_form, outputs[module], fields, dtype)
@@ -156,11 +159,17 @@ async def apply_mixed(call: CallDep) -> BufferResponse:
 
 
 def _stacked(
-    context: Context, stored: StoredSet, batches: Batches, scale: float, fields: ResponseFields
+    context: Context,
+    stored: StoredSet,
+    batches: Batches,
+    options: ApplyOptions,
+    fields: ResponseFields,
 ) -> dict[str, Floats]:
     """Return the summed deltas of the set and those stacked on it; add `versions` to `fields`."""
-    set_segments = stack_on(stored, batches.stack, scale, context.store.read)
-    outputs = context.applier.apply(set_segments, batches.inputs, batches.base_outputs)
+    set_segments = stack_on(stored, batches.stack, options.scale, context.store.read)
+    outputs = context.applier.apply(
+        set_segments, batches.inputs, batches.base_outputs, batches.experts, options.match
+    )
     context.metrics.rows_applied.inc(total_rows(batches.inputs))
     if batches.stack:
         fields["versions"] = versions_of(set_segments)

@@ -24,6 +24,14 @@ Others = Annotated[
 Weights = Annotated[
     list[float] | None, Query(alias="weight", max_length=32, description="their weights, in order")
 ]
+Match = Annotated[
+    str | None,
+    Query(
+        max_length=256,
+        description="prefix of the tensor names that ambiguous module paths mean",
+        examples=["model.language_model."],
+    ),
+]
 
 
 async def _merged_model(
@@ -33,9 +41,10 @@ async def _merged_model(
     scale: Scale = 1.0,
     others: Others = None,
     weights: Weights = None,
+    match: Match = None,
 ) -> MergedModel:
     sets = weighted_sets(name, scale, others or [], weights or [])
-    return await context.pool.run(lambda: context.models.get(base, sets))
+    return await context.pool.run(lambda: context.models.get(base, sets, match))
 
 
 Merged = Annotated[MergedModel, Depends(_merged_model)]
@@ -97,14 +106,14 @@ async def list_merged_files(model: Merged) -> schemas.MergedFiles:
 
 
 @router.get(
-    "/v1/bases/{base}/merged/{set}/{filename}",
+    "/v1/bases/{base}/merged/{set}/{filename:path}",
     operation_id="get_merged_file",
     summary="Download a file of a merged model",
     response_class=Response,
     responses=file_responses("application/octet-stream")
     | problems(*_MERGE_ERRORS, errors.FileNotInModelError, errors.RangeNotSatisfiableError),
 )
-@router.head("/v1/bases/{base}/merged/{set}/{filename}", include_in_schema=False)
+@router.head("/v1/bases/{base}/merged/{set}/{filename:path}", include_in_schema=False)
 async def get_merged_file(
     request: Request,
     context: ContextDep,
@@ -133,4 +142,5 @@ def _info(context: ContextDep, name: str) -> schemas.BaseInfo:
         files=files,
         dtypes=dict(base.parameters),
         parameter_count=sum(base.parameters.values()),
+        ignored_files=list(base.ignored),
     )

@@ -20,8 +20,7 @@ from bonsai_lora.api.spool import Spool
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service.apply import check_no_replaced_bias
-from bonsai_lora.service.merge import WeightMerge, merge_of_header
-from bonsai_lora.service.sets import get_adapter
+from bonsai_lora.service.merge import WeightMerge, merge_of_header, stored_adapter
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire import json
 from bonsai_lora.wire.media import Form, negotiate_form
@@ -63,7 +62,7 @@ async def merge_weights(
     constant memory. The sum is computed in float32 and rounded once, to nearest even.
     """
     stored = context.store.read(name)
-    adapter = get_adapter(stored, module)
+    adapter = stored_adapter(stored, module)
     check_no_replaced_bias(stored, module)
     form = body_form(request, _FORMS)
     negotiate_form(request.headers.get("accept"), form, (form,))

@@ -20,8 +20,9 @@ from bonsai_lora.api.openapi import (
     request_body,
 )
 from bonsai_lora.api.ranges import BytesFile, file_response
-from bonsai_lora.api.uploads import receive_adapter
+from bonsai_lora.api.uploads import CONFIG_PART, MODEL_PART, receive_adapter
 from bonsai_lora.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, layered
+from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import SET_NAME_PATTERN, check_set_name
 from bonsai_lora.service import sets
 from bonsai_lora.storage.upload import Upload
@@ -29,6 +30,10 @@ from bonsai_lora.wire.media import Form
 
 router = APIRouter(tags=["sets"])
 
+_FILE_OF_PART = {
+    CONFIG_PART: "adapter_config.json",
+    MODEL_PART: "adapter_model.safetensors, or adapters.safetensors",
+}
 _UPLOAD_BODY = {
     "requestBody": {
         "required": True,
@@ -37,18 +42,10 @@ _UPLOAD_BODY = {
                 "schema": {
                     "type": "object",
                     "title": "AdapterUpload",
-                    "required": ["adapter_config", "adapter_model"],
+                    "required": list(_FILE_OF_PART),
                     "properties": {
-                        "adapter_config": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "adapter_config.json",
-                        },
-                        "adapter_model": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "adapter_model.safetensors",
-                        },
+                        part: {"type": "string", "format": "binary", "description": file}
+                        for part, file in _FILE_OF_PART.items()
                     },
                 }
             }
@@ -146,7 +143,7 @@ async def get_set(
 @router.put(
     "/v1/sets/{set}",
     operation_id="upload_set",
-    summary="Upload a PEFT adapter as a set",
+    summary="Upload a PEFT or MLX adapter as a set",
     response_model=schemas.ImportReport,
     openapi_extra=_UPLOAD_BODY,
     responses=extra_response(201, "created: no set had this name", schemas.ImportReport)
@@ -167,23 +164,36 @@ async def get_set(
     ),
 )
 async def upload_set(
-    request: Request, response: Response, context: ContextDep, name: SetName
+    request: Request,
+    response: Response,
+    context: ContextDep,
+    name: SetName,
+    base_model_name: Annotated[
+        str | None,
+        Query(max_length=1024, description="replaces the base model name in the upload"),
+    ] = None,
+    expert_b_layout: Annotated[
+        ExpertLayout | None,
+        Query(description="column order of B for fused experts; PEFT writes rank_major"),
+    ] = None,
 ) -> schemas.ImportReport:
     """Creates or replaces the set atomically. An adapter that cannot be applied exactly is refused
-    with the reason.
+    with the reason. The parts may also be named after the files they contain.
     """
     check_set_name(name)
     with context.pool.admit(), context.store.new_file() as file:
         upload = Upload(file, context.limits.max_header_bytes)
         config = await receive_adapter(request, upload, context.limits.max_upload_bytes)
         make = partial(
-            sets.import_peft,
+            sets.import_adapter,
             context.store,
             context.limits,
             name,
             config,
             upload,
             precondition(request),
+            base_model_name=base_model_name,
+            expert_layout=expert_b_layout,
         )
         imported = await context.pool.run(make)
     response.status_code = 201 if imported.created else 200
@@ -191,6 +201,38 @@ async def upload_set(
     if imported.created:
         response.headers["Location"] = f"/v1/sets/{name}"
     return schemas.ImportReport.of(imported)
+
+
+@router.patch(
+    "/v1/sets/{set}",
+    operation_id="change_set",
+    summary="Change the name of a set's base model",
+    response_model=schemas.SetInfo,
+    openapi_extra=request_body(schemas.PatchSet),
+    responses=problems(
+        *BODY_ERRORS,
+        *STORE_ERRORS,
+        errors.SetNotFoundError,
+        errors.PreconditionFailedError,
+    ),
+)
+async def change_set(
+    request: Request, response: Response, context: ContextDep, name: SetName
+) -> schemas.SetInfo:
+    """The weights stay; the set gets its next version, and its exported configuration the name."""
+    with context.pool.admit():
+        wanted = await read_model(request, schemas.PatchSet)
+        change = partial(
+            sets.name_base,
+            context.store,
+            context.limits,
+            name,
+            wanted.base_model_name,
+            precondition(request),
+        )
+        stored = await context.pool.run(change)
+    response.headers["ETag"] = stored.record.etag
+    return schemas.SetInfo.of(stored)
 
 
 @router.delete(

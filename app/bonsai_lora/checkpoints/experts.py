@@ -1,0 +1,68 @@
+"""Find the base tensors that fused experts change: one per expert, or one for all.
+
+Checkpoints store experts separately (`experts.7.gate_proj.weight`), or stacked in one tensor as the
+model class does (transformers 5, Qwen3MoeExperts and others).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from bonsai_lora.checkpoints.bases import Base
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.errors import ShapeMismatchError
+
+_SPLIT = {"gate_up_proj": ("gate_proj", "up_proj")}
+"""Fused parameters -> the separate tensors of an expert, in the order of their outputs."""
+_OLD_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+"""Mixtral's names, under `block_sparse_moe`."""
+
+
+def expert_weights(
+    base: Base, parameter: str, adapter: LoraAdapter, match: str | None
+) -> Iterator[tuple[str, LoraAdapter]]:
+    """Yield the name of each tensor of `base` that holds part of `parameter`, and its adapter.
+
+    Yields nothing if the base has no such tensor. Raises InvalidRequestError for ambiguous names,
+    and ShapeMismatchError if the base has a different number of experts.
+    """
+    stacked = base.paths.find_one(parameter, match)
+    if stacked is not None:
+        yield stacked, adapter
+        return
+    core, _, leaf = parameter.rpartition(".")
+    names = _SPLIT.get(leaf, (leaf,))
+    if _find(base, core, 0, names[0], match) is None:
+        return
+    for number, expert in enumerate(adapter.each_expert):
+        for name, part in zip(names, _parts(expert, len(names)), strict=True):
+            found = _find(base, core, number, name, match)
+            if found is None:
+                raise _another_count(base, core, adapter, f"has no expert {number}")
+            yield found, part
+    if _find(base, core, adapter.experts or 1, names[0], match) is not None:
+        raise _another_count(base, core, adapter, f"has an expert {adapter.experts or 1}")
+
+
+def _another_count(base: Base, core: str, adapter: LoraAdapter, what: str) -> ShapeMismatchError:
+    return ShapeMismatchError(
+        f"the set is for {adapter.experts or 1} experts in {core!r}, but base {base.name!r} "
+        f"{what}; merge it into the model that it was trained on",
+        module=core,
+        base=base.name,
+    )
+
+
+def _find(base: Base, core: str, number: int, name: str, match: str | None) -> str | None:
+    old = core.replace("mlp.experts", "block_sparse_moe.experts")
+    return base.paths.find_one(f"{core}.{number}.{name}.weight", match) or base.paths.find_one(
+        f"{old}.{number}.{_OLD_NAMES.get(name, name)}.weight", match
+    )
+
+
+def _parts(adapter: LoraAdapter, count: int) -> Sequence[LoraAdapter]:
+    """Split the outputs into `count` equal parts; return the adapter of each."""
+    rows = adapter.d_out // count
+    return [
+        replace(adapter, b_matrix=adapter.b_matrix[place * rows : (place + 1) * rows])
+        for place in range(count)
+    ]

@@ -1,0 +1,141 @@
+"""One tensor of a merged model, computed block by block."""
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bonsai_lora.checkpoints.bases import row_norms
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.cast import Array, round_to, to_float32
+from bonsai_lora.core.merge import Block, blocks, merge_rows
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TokenRows:
+    """Replaced rows of an embedding (trainable_token_indices)."""
+
+    numbers: np.ndarray[tuple[int], np.dtype[np.intp]]
+    """Row numbers, (n,)."""
+    values: Array
+    """New values, (n, width)."""
+
+
+@dataclass(eq=False, slots=True)
+class Touched:
+    """The changes to one tensor of the base."""
+
+    deltas: list[tuple[LoraAdapter, float]] = field(default_factory=list)
+    """Adapters in the orientation of the base, and their weights."""
+    biases: list[tuple[LoraAdapter, float]] = field(default_factory=list)
+    replacement: Array | None = None
+    rows: TokenRows | None = None
+
+    def is_plain(self) -> bool:
+        """Return whether the only change is one added delta."""
+        return (
+            len(self.deltas) == 1
+            and self.deltas[0][0].magnitude is None
+            and self.deltas[0][0].experts is None
+            and not self.biases
+            and self.replacement is None
+            and self.rows is None
+        )
+
+
+class MergedTensor:
+    """A changed tensor, computed from the base values block by block."""
+
+    def __init__(self, base: Array, touched: Touched) -> None:
+        is_stacked = any(one.experts is not None for one, _ in touched.deltas)
+        rows = math.prod(base.shape[:-1]) if base.ndim == 2 or is_stacked else 1
+        self._base = base.reshape(rows, -1)
+        self._touched = touched
+        self._dtype = np.float64 if base.dtype == np.float64 else np.float32
+        self._ratio: Array | None = None
+        self._lock = threading.Lock()
+
+    def blocks(self) -> Iterator[tuple[Block, int]]:
+        """Yield the fixed blocks in memory order, and their lengths in bytes."""
+        rows, columns = self._base.shape
+        for block in blocks(rows, columns):
+            size = (block[0].stop - block[0].start) * (block[1].stop - block[1].start)
+            yield block, size * self._base.dtype.itemsize
+
+    def compute(self, block: Block) -> Array:
+        """Return the merged values of a block, rounded once to the dtype of the base."""
+        out = np.empty(self._base[block].shape, self._base.dtype)
+        deltas = self._touched.deltas
+        if self._touched.is_plain() and self._dtype is np.float32:
+            only, weight = deltas[0]
+            merge_rows(
+                self._base[block], *only.stored_factors_of(*block), _scaled(only, weight), out=out
+            )
+            return out
+        total = self._start(block)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for adapter, weight in deltas:
+                self._add(total, adapter, weight, block)
+            for adapter, weight in self._touched.biases:
+                assert adapter.bias is not None
+                bias: Array = np.asarray(adapter.bias, self._dtype)
+                total += bias[block[1]] * _scaled(adapter, weight)
+        if self._dtype is np.float64:
+            return total
+        round_to(total, out)
+        return out
+
+    def _start(self, block: Block) -> Array:
+        replacement = self._touched.replacement
+        source = self._base if replacement is None else replacement.reshape(self._base.shape)
+        total: Array = np.empty(source[block].shape, self._dtype)
+        if self._dtype is np.float64:
+            total[...] = source[block]
+        else:
+            to_float32(np.ascontiguousarray(source[block]), out=total)
+        if self._touched.rows is not None:
+            _put_rows(total, self._touched.rows, block)
+        return total
+
+    def _add(self, total: Array, adapter: LoraAdapter, weight: float, block: Block) -> None:
+        rows, columns = block
+        if adapter.experts is not None:
+            height = len(self._base) // adapter.experts
+            for number in range(rows.start // height, -(-rows.stop // height)):
+                first, last = (
+                    max(rows.start, number * height),
+                    min(rows.stop, (number + 1) * height),
+                )
+                part = total[first - rows.start : last - rows.start]
+                inside = slice(first - number * height, last - number * height)
+                self._add(part, adapter.each_expert[number], weight, (inside, columns))
+            return
+        right, left = adapter.stored_factors_of(rows, columns)
+        scaling = _scaled(adapter, weight)
+        merge_rows(total, right, left, scaling, out=total)
+        if adapter.magnitude is not None:
+            ratio = self._dora_ratio(adapter).astype(self._dtype)
+            total *= ratio[rows, None] if adapter.layer == "linear" else ratio[None, columns]
+
+    def _dora_ratio(self, adapter: LoraAdapter) -> Array:
+        """Return m / norm (d_out,), computed from whole rows once per tensor."""
+        with self._lock:
+            if self._ratio is None:
+                assert adapter.magnitude is not None
+                source = self._touched.replacement
+                norms = row_norms(self._base if source is None else source, adapter)
+                self._ratio = to_float32(adapter.magnitude) / norms
+            return self._ratio
+
+
+def _scaled(adapter: LoraAdapter, weight: float) -> float:
+    return adapter.scaling if weight == 1.0 else adapter.scaling * weight
+
+
+def _put_rows(total: Array, rows: TokenRows, block: Block) -> None:
+    """Write the values of `rows` that are in `block` to `total`."""
+    here = (rows.numbers >= block[0].start) & (rows.numbers < block[0].stop)
+    values = np.ascontiguousarray(rows.values[here][:, block[1]])
+    total[rows.numbers[here] - block[0].start] = values.astype(total.dtype)

@@ -1,0 +1,78 @@
+"""Tied embeddings: one tensor of the base that is two modules in peft."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from bonsai_lora.checkpoints.bases import Base
+from bonsai_lora.core.cast import Array
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.errors import UnsupportedAdapterError
+from bonsai_lora.formats.peft_keys import TOKEN_ROWS
+from bonsai_lora.formats.peft_options import BaseOptions
+
+_HEADS = frozenset({"lm_head", "embed_out"})
+_EMBEDDINGS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "shared"})
+_ENDS = (TOKEN_ROWS, ".weight", ".bias")
+
+
+def tied_replacements(
+    base: Base, lora_set: BonsaiLoraSet, options: BaseOptions
+) -> Mapping[str, Array]:
+    """Return the replaced parameters of a set, without the head if the base ties it.
+
+    A tied base has no tensor for its head. A replaced head that equals the replaced embedding adds
+    nothing: peft saves both after the vocabulary was resized. Raises UnsupportedAdapterError if
+    head and embedding would differ, since one tensor cannot hold both.
+    """
+    replacements = lora_set.replacements
+    if not base.is_tied or any(_last(_module(name)) in _HEADS for name in base.weight_map):
+        return replacements
+    adapted = [name for name in lora_set.registry.adapters if _last(name) in _HEADS | _EMBEDDINGS]
+    heads = {_ending(name): name for name in replacements if _last(_module(name)) in _HEADS}
+    embeddings = {
+        _ending(name): name for name in replacements if _last(_module(name)) in _EMBEDDINGS
+    }
+    own = [name for name in embeddings.values() if options.is_saved(_module(name))]
+    if adapted or (own and not heads):
+        raise _differs(base, [*adapted, *own])
+    for ending, head in heads.items():
+        other = embeddings.get(ending)
+        if other is None or not _is_equal(head, other, replacements, options):
+            raise _differs(base, [head, *([other] if other else [])])
+    return {name: one for name, one in replacements.items() if name not in heads.values()}
+
+
+def _is_equal(
+    head: str, embedding: str, replacements: Mapping[str, Array], options: BaseOptions
+) -> bool:
+    if head.endswith(TOKEN_ROWS) and list(options.rows_of(_module(head))) != list(
+        options.rows_of(_module(embedding))
+    ):
+        return False
+    return np.array_equal(replacements[head], replacements[embedding])
+
+
+def _module(parameter: str) -> str:
+    for ending in _ENDS:
+        if parameter.endswith(ending):
+            return parameter.removesuffix(ending)
+    return parameter
+
+
+def _ending(parameter: str) -> str:
+    return parameter.removeprefix(_module(parameter))
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _differs(base: Base, names: list[str]) -> UnsupportedAdapterError:
+    return UnsupportedAdapterError(
+        f"base {base.name!r} ties its head to its embedding, but the set changes "
+        f"{', '.join(sorted(names))} so that the two would differ; untie the base first (save it "
+        "with tie_word_embeddings false and a separate head)",
+        modules=sorted(names),
+        base=base.name,
+    )

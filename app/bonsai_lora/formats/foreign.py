@@ -1,0 +1,115 @@
+"""Recognize common mistaken uploads by their first bytes or tensor names."""
+
+import re
+from collections.abc import Iterable
+
+from bonsai_lora.errors import MalformedMultipartError, UnsupportedAdapterError
+
+_TWO_FILES = "send adapter_config.json and adapter_model.safetensors"
+_SAVE_AGAIN = (
+    "save the adapter again with save_pretrained(folder, safe_serialization=True) and send "
+    "adapter_model.safetensors"
+)
+_CONVERT = "convert it to PEFT's names first:"
+_PATH = re.compile(rb"[\x20-\x7e\x80-\xff]{1,1024}")
+
+_ZIP = rb"PK\x03\x04"
+_STARTS = tuple(
+    (re.compile(start, re.DOTALL | re.IGNORECASE), what, advice)
+    for start, what, advice in (
+        (rb"GGUF", "is a GGUF file", _TWO_FILES),
+        (
+            rb"version https://git-lfs",
+            "is a Git LFS pointer, not the file itself",
+            "run `git lfs pull` and send the downloaded file",
+        ),
+        # The first zip entry that torch.save writes.
+        (
+            _ZIP + rb".{26}[\x20-\x7e]*(?:data\.pkl|\.format_version|byteorder|/version)",
+            "is a PyTorch pickle (.bin), which is never loaded",
+            _SAVE_AGAIN,
+        ),
+        (rb"\x80[\x02-\x05]", "is a pickle (.bin), which is never loaded", _SAVE_AGAIN),
+        (_ZIP, "is a zip archive", f"unpack it and {_TWO_FILES}"),
+        (rb"\x1f\x8b", "is a gzip archive", f"unpack it and {_TWO_FILES}"),
+        (rb".{257}ustar", "is a tar archive", f"unpack it and {_TWO_FILES}"),
+        (rb"7z\xbc\xaf", "is a 7z archive", f"unpack it and {_TWO_FILES}"),
+        (rb"\x89HDF", "is an HDF5 file", _TWO_FILES),
+        (
+            rb"\s*<(?:!doctype html|html|\?xml)",
+            "is a web page",
+            "download the file itself (…/resolve/main/…, not …/blob/main/…)",
+        ),
+        (rb"\s*\{", "is JSON", "send adapter_config.json as the part adapter_config"),
+    )
+)
+
+_KEYS = (
+    (
+        re.compile(r"lora_(?:down|up)\.weight$|^lora_(?:unet|te\d?|transformer)_"),
+        "are those of a kohya LoRA (lora_down, lora_up)",
+        f"{_CONVERT} lora_down is lora_A, lora_up is lora_B, alpha belongs in adapter_config.json",
+    ),
+    (
+        re.compile(r"(?:_lora|\.lora|lora_linear_layer)\.(?:down|up)\.weight$"),
+        "are those of an old diffusers LoRA (lora.down, lora.up)",
+        f"{_CONVERT} lora.down is lora_A, lora.up is lora_B",
+    ),
+    (
+        re.compile(r"\.lora_[ab]\.weight$"),
+        "are those of torchtune (lora_a.weight)",
+        "save the adapter in PEFT's format: torchtune's Hugging Face checkpointer does",
+    ),
+    (
+        re.compile(r"\.lora_[ab]$"),
+        "are those of MLX (lora_a, lora_b), but the configuration is PEFT's",
+        "send the adapter_config.json that mlx_lm saved beside them",
+    ),
+    (re.compile(r"\.hada_w[12]"), "are those of LoHa", "only LoRA can be served: train one"),
+    (re.compile(r"\.lokr_w[12]"), "are those of LoKr", "only LoRA can be served: train one"),
+    (re.compile(r"\.ia3_l(?:$|\.)"), "are those of IA3", "only LoRA can be served: train one"),
+    (re.compile(r"\.(?:oft_[rR]|boft_[rsRS])"), "are those of OFT", "only LoRA can be served"),
+    (re.compile(r"\.vera_lambda_"), "are those of VeRA", "only LoRA can be served: train one"),
+    (re.compile(r"\.lora_E(?:$|\.)"), "are those of AdaLoRA", "only LoRA can be served"),
+    (re.compile(r"^prompt_embeddings$"), "are those of prompt tuning", "only LoRA can be served"),
+)
+_ANY_KEY = re.compile("|".join(pattern.pattern for pattern, _, _ in _KEYS))
+"""Matches the keys of all these formats at once, since large adapters have many keys."""
+
+
+def check_start(start: bytes) -> None:
+    """Raise if an upload that should be safetensors starts like a different known format.
+
+    Raises UnsupportedAdapterError naming the format, MalformedMultipartError if a path was sent.
+    """
+    if start[8:9] == b"{":
+        return
+    for pattern, what, advice in _STARTS:
+        if pattern.match(start):
+            raise UnsupportedAdapterError(f"adapter_model {what}; {advice}")
+    if _PATH.fullmatch(start) and (b"." in start or b"/" in start):
+        path = start[:200].decode("utf-8", "replace")
+        raise MalformedMultipartError(
+            f"adapter_model is the text {path!r}, not a file; with curl, put @ before the path: "
+            "-F adapter_model=@adapter_model.safetensors"
+        )
+
+
+def check_config_start(start: bytes) -> None:
+    """Raise MalformedMultipartError if a path was sent instead of adapter_config.json."""
+    text = start.strip()
+    if text.endswith(b".json") and not text.startswith((b"{", b"\xef\xbb\xbf")):
+        raise MalformedMultipartError(
+            f"adapter_config is the text {text[:200].decode('utf-8', 'replace')!r}, not a file; "
+            "with curl, put @ before the path: -F adapter_config=@adapter_config.json"
+        )
+
+
+def check_keys(keys: Iterable[str]) -> None:
+    """Raise UnsupportedAdapterError if the tensor names are those of a different format."""
+    for key in filter(_ANY_KEY.search, keys):
+        for pattern, what, advice in _KEYS:
+            if pattern.search(key):
+                raise UnsupportedAdapterError(
+                    f"tensor names such as {key[:200]!r} {what}; {advice}", key=key[:200]
+                )
