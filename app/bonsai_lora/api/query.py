@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from fastapi import Request
+from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
 from bonsai_lora.errors import InvalidRequestError
@@ -13,8 +14,13 @@ async def refuse_unknown_query(request: Request) -> None:
     if not request.scope["query_string"]:
         return
     route: APIRoute = request.scope["route"]
-    known = [one.alias for one in route.dependant.query_params]
-    check_known(request.query_params.keys(), known)
+    check_known(request.query_params.keys(), _names(route.dependant))
+
+
+def _names(dependant: Dependant) -> list[str]:
+    """Return the query parameters of a route and of the functions that it depends on."""
+    own = [one.alias for one in dependant.query_params]
+    return own + [name for one in dependant.dependencies for name in _names(one)]
 
 
 def check_known(given: Iterable[str], known: Sequence[str]) -> None:
