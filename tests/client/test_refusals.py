@@ -14,8 +14,9 @@ from bonsai_lora.client.refusals import refusal_of
 
 def kinds(kind=errors.BonsaiLoraError):
     for child in kind.__subclasses__():
-        yield child
-        yield from kinds(child)
+        if child.__module__ == errors.__name__:
+            yield child
+            yield from kinds(child)
 
 
 def answer_to(error, path="/v1/x"):
