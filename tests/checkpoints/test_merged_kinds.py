@@ -147,7 +147,7 @@ def test_a_head_that_would_differ_is_refused(base, rng):
             merged(found, replaced(rng, **replacements), saved=saved)
 
 
-def test_a_base_of_the_old_vocabulary_is_told_how_to_grow(base, rng):
+def test_a_base_of_the_old_vocabulary_must_grow_first(base, rng):
     found = tied_base(base, rng)
     with pytest.raises(ShapeMismatchError, match=r"resize_token_embeddings\(7\)"):
         merged(found, replaced(rng, **{"model.embed_tokens.weight": normal(rng, 7, 3)}))
@@ -178,7 +178,7 @@ def test_token_rows_that_tie_and_that_do_not(base, rng):
         merged(found, replaced(rng, **both), token_indices={"embed_tokens": [2], "lm_head": [3]})
 
 
-def test_a_head_of_another_name_is_no_tie(base, rng):
+def test_a_head_with_a_different_name_is_not_tied(base, rng):
     """GPT-NeoX keeps its head as embed_out, and its configuration may not say that it is untied."""
     embedding, head = normal(rng, 5, 3), normal(rng, 5, 3)
     tensors = {"gpt_neox.embed_in.weight": normal(rng, 5, 3), "embed_out.weight": normal(rng, 5, 3),

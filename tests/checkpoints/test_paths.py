@@ -36,7 +36,7 @@ def paths(*names, model_type="qwen3"):
             f"model.language_model.{LEAF}",
             f"language_model.model.{LEAF}",
         ),
-        # An unknown prefix, where nothing else ends so.
+        # An unknown prefix; no other name has this end.
         ([f"thinker.{LEAF}"], LEAF, f"thinker.{LEAF}"),
         (["layers.10.q.weight", "model.layers.1.q.weight"], "layers.1.q.weight", "model.layers.1.q.weight"),
     ],

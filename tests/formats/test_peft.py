@@ -282,7 +282,7 @@ def test_of_three_copies_the_plain_one_counts(rng):
         "base_model.model._fsdp_wrapped_module.{}",
     ],
 )
-def test_names_of_wrappers_are_taken_out(rng, wrapper):
+def test_names_of_wrappers_are_removed(rng, wrapper):
     tensors = {
         wrapper.format(key.removeprefix("base_model.model.")): value
         for key, value in peft_tensors(rng).items()

@@ -81,7 +81,7 @@ COPY = np.ones((10, 6), np.float32)
 @pytest.mark.parametrize(
     ("name", "changes", "found"),
     [
-        # A copy of an embedding is ignored if it is adapted, or says that it lies under LoRA.
+        # A copy of an embedding is ignored if it is adapted, or is the weight of a LoRA layer.
         ("model.embed_tokens.weight", {}, "lost"),
         ("model.embed_tokens.base_layer.weight", {}, "ignored"),
         ("lm_head.base_layer.weight", {}, "ignored"),

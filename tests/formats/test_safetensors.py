@@ -65,7 +65,7 @@ def test_what_we_refuse_the_package_refuses_too(case):
     with pytest.raises(BonsaiLoraError) as caught:
         ours.decode(body, limit=1 << 24)
     assert caught.value.code == case["code"]
-    # Where we are stricter than the package: it lets doubled keys, further fields and leading spaces pass.
+    # Where we are stricter than the package: it lets duplicate keys, further fields and leading spaces pass.
     if case["id"] not in {"S07", "S12", "S13", "S30", "S43", "S44"}:
         with pytest.raises(Exception):  # noqa: B017 - it has several
             safetensors.numpy.load(body)

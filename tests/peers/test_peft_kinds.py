@@ -131,7 +131,7 @@ def gpt2():
     )
 
 
-def test_a_resized_vocabulary_of_another_architecture(service, tmp_path):
+def test_a_resized_vocabulary_of_a_different_architecture(service, tmp_path):
     """GPT-2 calls its embedding wte, and ties its head to it."""
     from transformers import GPT2LMHeadModel
 
