@@ -66,31 +66,22 @@ def test_tensors_of_several_modules_come_back():
     assert all(back[name] is one for name, one in named.items())
 
 
-@pytest.mark.parametrize(("value", "count"), [(True, 1), (False, 0), (None, 0)])
-def test_fan_in_fan_out_is_a_warning(value, count):
-    config, tensors = made("plain")
-    config["fan_in_fan_out"] = value
-    named = {f"base_model.model.{one}": array for one, array in tensors.items()}
-    found = decode_adapter(decode_config(json.dumps(config).encode()), named, "s")
-    assert sum("fan_in_fan_out" in one for one in found.warnings) == count
-
-
 COPY = np.ones((10, 6), np.float32)
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "found"),
     [
-        # A copy of an embedding is ignored if it is adapted, or is the weight of a LoRA layer.
-        ("model.embed_tokens.weight", {}, "lost"),
-        ("model.embed_tokens.base_layer.weight", {}, "ignored"),
-        ("lm_head.base_layer.weight", {}, "ignored"),
+        # peft saves the weights of a resized vocabulary, in a wrapper only if they are adapted.
+        ("model.embed_tokens.weight", {}, "kept"),
+        ("model.embed_tokens.base_layer.weight", {}, "lost"),
+        ("lm_head.base_layer.weight", {}, "lost"),
         ("model.other.base_layer.weight", {}, "lost"),
         ("model.embed_tokens.base_layer.bias", {}, "lost"),
         ("model.embed_tokens.weight", {"modules_to_save": ["embed_tokens"]}, "kept"),
         ("model.other.weight", {"modules_to_save": ["other"]}, "kept"),
         ("model.other.inner.weight", {"modules_to_save": ["other"]}, "kept"),
-        ("model.other.weight", {"modules_to_save": ["the"]}, "lost"),
+        ("model.other.weight", {"modules_to_save": ["the"]}, "kept"),
         ("model.other.weight", {"modules_to_save": ["ther"]}, "kept"),  # as peft: it ends so
         ("model.other.weight", {"modules_to_save": ["model.other"]}, "kept"),
         ("model.q_proj.bias", {"bias": "all"}, "kept"),
@@ -112,19 +103,20 @@ def test_tensors_beside_the_factors(name, changes, found):
             decode_adapter(checked, named, "s")
         return
     adapter = decode_adapter(checked, named, "s")
-    key = f"base_model.model.{name}"
-    assert adapter.ignored_keys == ([key] if found == "ignored" else [])
-    assert bool(adapter.lora_set.replacements) == (found == "kept")
-    assert (set_tensors(adapter.lora_set).keys() == named.keys()) == (found == "kept")
+    assert adapter.ignored_keys == []
+    assert list(adapter.lora_set.replacements) == [name]
+    # The bias of an adapted layer is inside peft's wrapper, where peft looks for it.
+    wrapped = {one.replace("q_proj.bias", "q_proj.base_layer.bias") for one in named}
+    assert set_tensors(adapter.lora_set).keys() == wrapped
 
 
-def test_a_copy_of_an_adapted_embedding_is_ignored():
+def test_a_weight_beside_its_adapted_layer_is_refused():
+    """peft saves it as the layer's base_layer.weight, and would ignore it here."""
     config, tensors = made("embedding")
     named = {f"base_model.model.{one}": array for one, array in tensors.items()}
     named[f"base_model.model.{EMBEDDING}.weight"] = COPY
-    adapter = decode_adapter(decode_config(json.dumps(config).encode()), named, "s")
-    assert adapter.ignored_keys == [f"base_model.model.{EMBEDDING}.weight"]
-    assert len(adapter.warnings) == 1
+    with pytest.raises(UnsupportedAdapterError, match="would be lost"):
+        decode_adapter(decode_config(json.dumps(config).encode()), named, "s")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -149,12 +149,12 @@ def test_the_largest_size(size, is_taken):
 
 
 @pytest.mark.parametrize(
-    ("start", "words"), [(3, "overlaps the one before"), (5, "leaves a gap before")]
+    ("start", "words"), [(3, "overlaps the previous one"), (5, "leaves a gap")]
 )
 def test_tensors_that_do_not_follow_each_other(start, words):
     entry = '"{}":{{"dtype":"U8","shape":[{}],"data_offsets":[{},{}]}}'
     text = "{" + entry.format("a", 4, 0, 4) + "," + entry.format("b", 2, start, start + 2) + "}"
     with pytest.raises(
-        MalformedSafetensorsError, match=f"'b' begins at {start}, not 4: it {words}"
+        MalformedSafetensorsError, match=f"'b' starts at {start}, not 4: it {words}"
     ):
         ours.decode_header(header(text.encode(), bytes(8)))

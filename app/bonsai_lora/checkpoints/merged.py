@@ -252,7 +252,7 @@ class MergedFile:
         if identity[0] == self._identity[0] and identity != self._identity:
             raise BaseChangedError(
                 f"{self.name} of base {self._model.base.name!r} was overwritten "
-                "while it was read; replace files by renaming, and request it again"
+                "while it was read; request it again, and replace files by renaming"
             )
 
 

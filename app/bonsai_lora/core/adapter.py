@@ -11,7 +11,7 @@ from bonsai_lora.core.cast import FLOAT32, Array, Floats, to_float32
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.kaiming import kaiming_uniform
 from bonsai_lora.core.merge import merge_rows
-from bonsai_lora.errors import ShapeMismatchError
+from bonsai_lora.errors import ShapeMismatchError, UnsupportedAdapterError
 
 LayerKind = Literal["linear", "embedding", "conv1d"]
 """linear: the base weight is (d_out, d_in); embedding, conv1d: it is stored (d_in, d_out)."""
@@ -116,10 +116,20 @@ class LoraAdapter:
         """Return weight * scaling * ((x A^T) B^T + bias) as float32, (n, d_in) -> (n, d_out).
 
         One vector (d_in,) gives (d_out,). `weight` is for all rows, or one per row (n,). Costs
-        2 n r (d_in + d_out) operations. DoRA needs `apply_dora` instead, fused experts one of
-        `each_expert`. Raises ShapeMismatchError for a different width.
+        2 n r (d_in + d_out) operations. Raises ShapeMismatchError for a different width, and
+        UnsupportedAdapterError for DoRA, which needs `apply_dora`, and for fused experts, which are
+        applied one by one (`each_expert`).
         """
-        assert self.experts is None, "the expert of each row decides; see each_expert"
+        if self.magnitude is not None or self.experts is not None:
+            kind, remedy = (
+                ("DoRA", "apply_dora")
+                if self.magnitude is not None
+                else ("for fused experts", "one of each_expert")
+            )
+            raise UnsupportedAdapterError(f"this adapter is {kind}; use {remedy}")
+        return self._apply(x, weight)
+
+    def _apply(self, x: Floats, weight: float | Floats = 1.0) -> Floats:
         if x.ndim not in (1, 2) or x.shape[-1] != self.d_in:
             raise ShapeMismatchError(
                 f"the input has width {x.shape[-1] if x.ndim else 0}, "
@@ -156,7 +166,7 @@ class LoraAdapter:
         """
         assert self.magnitude is not None
         ratio = to_float32(self.magnitude) / row_norms
-        return (ratio - 1) * base_outputs + ratio * self.apply(x)
+        return (ratio - 1) * base_outputs + ratio * self._apply(x)
 
     def param_count(self) -> int:
         """Return r * (d_in + d_out) per expert, plus d_out for each of bias and magnitude."""
@@ -172,7 +182,8 @@ class LoraAdapter:
         """Add scaling * B @ A to `weights` (d_out, d_in) in place.
 
         `weights` is float32, float16 or bfloat16 and C-contiguous; the sum is computed in float32
-        and rounded once, to nearest even. Raises ShapeMismatchError for a different shape.
+        and rounded once, to nearest even. Raises ShapeMismatchError for a different shape,
+        UnsupportedAdapterError for DoRA and fused experts.
         """
         if weights.shape != (self.d_out, self.d_in):
             raise ShapeMismatchError(
@@ -181,7 +192,11 @@ class LoraAdapter:
                 got=list(weights.shape),
                 expected=[self.d_out, self.d_in],
             )
-        assert self.magnitude is None, "bonsai_lora.service.merge knows DoRA"
+        if self.magnitude is not None or self.experts is not None:
+            raise UnsupportedAdapterError(
+                "DoRA and fused experts cannot be added to weights in place; merge the set into a "
+                "base checkpoint"
+            )
         if not weights.flags.c_contiguous or not weights.flags.writeable:
             raise ValueError("expected weights that are C-contiguous and may be written")
         factors = self.factors_of(slice(None), slice(None))

@@ -64,7 +64,7 @@ _RECORD_TYPES: Mapping[str, tuple[type, ...]] = {
 """Fields of a record and their types in JSON."""
 _PATTERNS = {
     "uid": re.compile(r"[A-Za-z0-9._-]{1,64}"),  # stands in ETags
-    "origin": re.compile("initialized|peft|gguf|mixed"),
+    "origin": re.compile("initialized|peft|gguf|mlx|mixed|combined|extracted"),
 }
 _CONFIG_TYPES: Mapping[str, tuple[type, ...]] = {
     "rank": (int,),
@@ -249,16 +249,22 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
     adapters = {}
     for module, (alpha, scaling, layer, *more) in json.loads(header.metadata[_MODULES_KEY]).items():
         experts = more[0] if more else None
-        if not (_is_finite(alpha) and _is_finite(scaling) and layer in get_args(LayerKind)):
+        is_valid = _is_finite(alpha) and _is_finite(scaling) and layer in get_args(LayerKind)
+        if not is_valid or not (experts is None or (type(experts) is int and experts > 0)):
             raise MalformedSafetensorsError(
-                f"module {module!r} has {reprlib.repr([alpha, scaling, layer])}; expected alpha, "
-                "scaling and the kind of layer"
+                f"module {module!r} has {reprlib.repr([alpha, scaling, layer, *more])}; expected "
+                "alpha, scaling, the kind of layer and a number of experts, if it has any"
             )
         parts = modules[module]
         embedding = "embedding_" if layer == "embedding" else ""
         a_matrix = safetensors.view(mapped, header, parts[f"{embedding}A"])
         b_matrix = safetensors.view(mapped, header, parts[f"{embedding}B"])
-        own = replace(record.config, rank=len(a_matrix) // (experts or 1), alpha=alpha)
+        rank, rest = divmod(len(a_matrix), experts or 1)
+        if rest:
+            raise MalformedSafetensorsError(
+                f"module {module!r} has {experts} experts, but {len(a_matrix)} rows in A"
+            )
+        own = replace(record.config, rank=rank, alpha=alpha)
         vectors = tensor(parts.get("bias")), tensor(parts.get("magnitude"))
         adapters[module] = LoraAdapter(own, a_matrix, b_matrix, scaling, *vectors, layer, experts)
     return BonsaiLoraSet(
