@@ -2,11 +2,12 @@
 
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 import reference
-from conftest import TINY, read_tensors
+from conftest import DATA, TINY, read_tensors
 from ml_dtypes import bfloat16
 
 from bonsai_lora import Client, errors
@@ -94,6 +95,47 @@ def test_a_peft_folder_goes_in_and_comes_out(client, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == model
     with pytest.raises(FileNotFoundError):
         client.upload_set("x", tmp_path)
+
+
+def test_a_base_model_is_named_on_upload_and_later(client):
+    report = client.upload_set("named", TINY / "plain", base_model_name="mine")
+    assert report["base_model_name"] == "mine"
+    changed = client.change_set("named", base_model_name="other", if_match=report["etag"])
+    assert (changed["base_model_name"], changed["version"]) == ("other", 2)
+    with pytest.raises(errors.PreconditionFailedError):
+        client.change_set("named", base_model_name="x", if_match=report["etag"])
+
+
+def test_an_mlx_folder_goes_in(client, tmp_path):
+    shutil.copytree(DATA / "mlx" / "lora", tmp_path / "mlx")
+    assert client.upload_set("mlx", tmp_path / "mlx")["origin"] == "mlx"
+
+
+def test_experts_are_chosen_row_by_row(client, rng):
+    a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((6, 4), (5, 6)))
+    module = "model.layers.0.mlp.experts.gate_up_proj"
+    config = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "target_parameters": ["mlp.experts.gate_up_proj"],
+        "target_modules": [],
+        "peft_version": "0.21.2",
+    }
+    path = "base_model.model.model.layers.0.mlp.experts"
+    tensors = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
+    report = client.upload_tensors("moe", config, tensors, expert_b_layout="grouped_by_expert")
+    (info,) = report["modules"]
+    assert info["experts"] == 3, module
+    x = rng.standard_normal((3, info["d_in"])).astype(np.float32)
+    together = client.apply("moe", info["name"], x, experts=[2, 0, 1]).outputs
+    for row, expert in enumerate((2, 0, 1)):
+        alone = client.apply("moe", info["name"], x[row : row + 1], experts=[expert]).outputs
+        assert np.array_equal(alone[0], together[row])
+    with pytest.raises(errors.InvalidRequestError):
+        client.apply("moe", info["name"], x, experts=[2, 0, 3])
+    with pytest.raises(errors.InvalidRequestError, match="expected integers"):
+        client.apply("moe", info["name"], x, experts=[0.5, 0, 1])
 
 
 def test_an_upload_from_files_bytes_and_arrays(client):

@@ -27,6 +27,7 @@ CALLS = [
     sets.upload_set("s", "folder"),
     sets.upload_files("s", {"adapter_config": b"", "adapter_model": b""}),
     sets.upload_tensors("s", {}, {}),
+    sets.change_set("s", base_model_name="b"),
     sets.delete_set("s"),
     sets.get_adapter_config("s"),
     sets.get_adapter_model("s"),
@@ -178,7 +179,7 @@ def test_names_are_quoted():
 def test_only_what_changes_nothing_is_pure():
     changing = {operation_of(call) for call in CALLS if not call.is_pure}
     assert changing == {
-        *("create_set", "upload_set", "delete_set", "put_adapter", "delete_adapter"),
+        *("create_set", "upload_set", "change_set", "delete_set", "put_adapter", "delete_adapter"),
         *("register_shared_memory", "unregister_shared_memory", "unregister_shared_memory_region"),
     }
     assert all(isinstance(call, Call) for call in CALLS)

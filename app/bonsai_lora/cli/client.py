@@ -47,13 +47,14 @@ def add_commands(commands: Any) -> None:
     stats.add_argument("name", nargs="?")
     remove = _add(commands, "rm", remove_set, "delete a set")
     remove.add_argument("name")
-    push = _add(commands, "push", push_set, "upload a PEFT adapter folder as a set")
+    push = _add(commands, "push", push_set, "upload a PEFT or MLX adapter folder as a set")
     push.add_argument("name")
     push.add_argument(
         "folder",
         type=Path,
-        help="folder with adapter_config.json and adapter_model.safetensors",
+        help="folder with adapter_config.json and adapter_model.safetensors, or as mlx_lm saves it",
     )
+    push.add_argument("--base-model-name", help="replaces the name in the adapter's configuration")
     apply = _add(commands, "apply", apply_set, "apply a module's adapter to vectors given as JSON")
     apply.add_argument("name")
     apply.add_argument("module")
@@ -188,11 +189,18 @@ def remove_set(client: Client, arguments: argparse.Namespace) -> Any:
 
 
 def push_set(client: Client, arguments: argparse.Namespace) -> Any:
-    """Upload a PEFT folder; print the new version and warnings."""
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (arguments.folder / file).is_file():
-            raise UsageError(f"{arguments.folder} has no {file}; give a folder saved by PEFT")
-    report = client.upload_set(_set_name(arguments.name), arguments.folder)
+    """Upload a PEFT or MLX folder; print the new version and warnings."""
+    try:
+        report = client.upload_set(
+            _set_name(arguments.name),
+            arguments.folder,
+            base_model_name=arguments.base_model_name,
+        )
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise UsageError(
+            f"{arguments.folder} has no {missing}; give a folder saved by PEFT or mlx_lm"
+        ) from None
     if not arguments.json:
         print(f"{report['name']}: version {report['version']}, {report['adapter_count']} adapters")
         for text in report["warnings"]:

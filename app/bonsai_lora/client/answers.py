@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 Dtype = Literal["F32", "F16", "BF16"]
 
+ExpertLayout = Literal["rank_major", "grouped_by_expert"]
+"""The order of B's columns for fused experts."""
+
 Weights = Mapping[str, float]
 """Names of sets and their weights."""
 
@@ -57,6 +60,7 @@ class ModuleInfo(TypedDict):
     scaling: float
     param_count: int
     memory_bytes: int
+    experts: int | None
 
 
 class SetSummary(TypedDict):
@@ -159,6 +163,7 @@ class BaseInfo(TypedDict):
 
     name: str
     files: list[BaseFile]
+    ignored_files: list[str]
     dtypes: dict[str, int]
     parameter_count: int
 

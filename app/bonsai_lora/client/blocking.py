@@ -192,6 +192,7 @@ class Client:
     upload_set = _method(sets.upload_set)
     upload_files = _method(sets.upload_files)
     upload_tensors = _method(sets.upload_tensors)
+    change_set = _method(sets.change_set)
     delete_set = _method(sets.delete_set)
     get_adapter_config = _method(sets.get_adapter_config)
     get_adapter_tensors = _method(sets.get_adapter_tensors)

@@ -19,3 +19,4 @@ FLOAT_DTYPES = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16, "F64": FLOAT64
 """The dtypes that this package computes with."""
 
 DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+DTYPE_NAMES[np.dtype(np.int64)] = "I64"

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, FLOAT32, Array
 from bonsai_lora.errors import InvalidRequestError, RaggedInputError
 from bonsai_lora.formats import safetensors
+from bonsai_lora.wire.binary import EXPERTS
 from bonsai_lora.wire.oip_tensors import BYTES, DATATYPES
 from bonsai_lora.wire.stacks import SETS
 
@@ -42,9 +43,22 @@ def to_floats(value: npt.ArrayLike, name: str) -> Array:
 def encode_tensors(
     tensors: Mapping[str, npt.ArrayLike], metadata: Mapping[str, str] | None = None
 ) -> bytes:
-    """Return a safetensors body of `tensors`; raises as `to_floats`."""
-    floats = {name: to_floats(value, name) for name, value in tensors.items()}
-    return safetensors.encode(floats, metadata)
+    """Return a safetensors body of `tensors`, `experts` as int64; raises as `to_floats`."""
+    arrays = {
+        name: to_integers(value, name) if name == EXPERTS else to_floats(value, name)
+        for name, value in tensors.items()
+    }
+    return safetensors.encode(arrays, metadata)
+
+
+def to_integers(value: npt.ArrayLike, name: str) -> Array:
+    """Return `value` as int64; raises InvalidRequestError for anything but integers."""
+    array: Array = np.asarray(value)
+    if array.dtype.kind not in "iu":
+        raise InvalidRequestError(
+            f"{name!r} is an array of {array.dtype}; expected integers", field=name
+        )
+    return array.astype(np.int64)
 
 
 def decode_tensors(body: bytes) -> tuple[dict[str, Array], Mapping[str, str]]:

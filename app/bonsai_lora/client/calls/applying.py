@@ -17,24 +17,30 @@ def apply(
     *,
     sets: Weights | None = None,
     base_outputs: "npt.ArrayLike | None" = None,
+    experts: "npt.ArrayLike | None" = None,
     scale: float = 1.0,
     dtype: Dtype = "F32",
+    match: str | None = None,
 ) -> Call[Applied]:
     """Return scaling · B·A·x for each row x of `inputs`, (rows, d_in) or (d_in,).
 
     `sets` adds what further sets add, each times its weight; naming `set_name` there weighs it too.
-    `base_outputs` is W·x without bias, for DoRA modules only. `scale` is a factor on everything
-    that is added. Raises ShapeMismatchError, NonFiniteInputError with the position.
+    `base_outputs` is W·x without bias, for DoRA modules only; `match` is the start of the base's
+    tensor names that are meant, if a module path fits several. `experts` is the number of each
+    row's expert, for fused experts only. `scale` is a factor on everything that is
+    added. Raises ShapeMismatchError, NonFiniteInputError with the position.
     """
     from bonsai_lora.client import tensors  # noqa: PLC0415 - loads NumPy
 
     given = {"inputs": inputs}
     if base_outputs is not None:
         given["base_outputs"] = base_outputs
+    if experts is not None:
+        given[tensors.EXPERTS] = experts
     return Call(
         method="POST",
         path="/v1" + path_of("sets", set_name, "adapters", module, "apply"),
-        query=query_of(scale=scale, dtype=dtype),
+        query=query_of(scale=scale, dtype=dtype, match=match),
         decode=tensors.decode_applied,
         is_pure=True,
         **tensors.binary_body(given, tensors.stack_of(sets)),
@@ -48,8 +54,10 @@ def apply_many(
     modules: Sequence[str] = (),
     sets: Weights | None = None,
     base_outputs: "Mapping[str, npt.ArrayLike] | None" = None,
+    experts: "npt.ArrayLike | None" = None,
     scale: float = 1.0,
     dtype: Dtype = "F32",
+    match: str | None = None,
 ) -> Call[AppliedMany]:
     """Return what several modules of one version of a set add, in one request.
 
@@ -61,10 +69,15 @@ def apply_many(
     given = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
     for module, value in (base_outputs or {}).items():
         given[f"{module}.base_outputs"] = value
+    if experts is not None:
+        given[tensors.EXPERTS] = experts
     return Call(
         method="POST",
         path="/v1" + path_of("sets", set_name, "apply"),
-        query=[*query_of(scale=scale, dtype=dtype), *(("module", one) for one in modules)],
+        query=[
+            *query_of(scale=scale, dtype=dtype, match=match),
+            *(("module", one) for one in modules),
+        ],
         decode=tensors.decode_applied_many,
         is_pure=True,
         **tensors.binary_body(given, tensors.stack_of(sets)),
@@ -77,8 +90,10 @@ def apply_mixed(
     inputs: "npt.ArrayLike",
     *,
     base_outputs: "npt.ArrayLike | None" = None,
+    experts: "npt.ArrayLike | None" = None,
     scale: float = 1.0,
     dtype: Dtype = "F32",
+    match: str | None = None,
 ) -> Call[Applied]:
     """Return what one module adds to each row of a batch whose rows go through different sets.
 
@@ -90,10 +105,12 @@ def apply_mixed(
     given = {"inputs": inputs}
     if base_outputs is not None:
         given["base_outputs"] = base_outputs
+    if experts is not None:
+        given[tensors.EXPERTS] = experts
     return Call(
         method="POST",
         path="/v1/apply",
-        query=query_of(scale=scale, dtype=dtype),
+        query=query_of(scale=scale, dtype=dtype, match=match),
         decode=tensors.decode_applied,
         is_pure=True,
         **tensors.binary_body(given, {"module": module, "sets": tensors.rows_of(sets)}),

@@ -27,11 +27,17 @@ def get_base(name: str) -> Call[BaseInfo]:
 
 
 def list_merged_files(
-    base: str, set_name: str, *, scale: float = 1.0, sets: Weights | None = None
+    base: str,
+    set_name: str,
+    *,
+    scale: float = 1.0,
+    sets: Weights | None = None,
+    match: str | None = None,
 ) -> Call[list[MergedFile]]:
     """Return the files of a merged model with their sizes and ETags; nothing is computed.
 
     `scale` weighs the set's deltas, and `sets` merges further sets in, each with its weight.
+    `match` is the start of the tensors' names that are meant, if a module path fits several.
     """
 
     def decode(answer: httpx.Response) -> list[MergedFile]:
@@ -41,7 +47,7 @@ def list_merged_files(
     return Call(
         method="GET",
         path="/v1" + path_of("bases", base, "merged", set_name),
-        query=_mix(scale, sets),
+        query=_mix(scale, sets, match),
         decode=decode,
         is_pure=True,
     )
@@ -56,6 +62,7 @@ def get_merged_file(
     stop: int | None = None,
     scale: float = 1.0,
     sets: Weights | None = None,
+    match: str | None = None,
 ) -> Call[bytes]:
     """Return a file of a merged model, or its bytes from `start` to `stop` (exclusive).
 
@@ -64,7 +71,7 @@ def get_merged_file(
     return Call(
         method="GET",
         path="/v1" + path_of("bases", base, "merged", set_name, *filename.split("/")),
-        query=_mix(scale, sets),
+        query=_mix(scale, sets, match),
         headers=_range(start, stop),
         decode=decode_bytes,
         is_pure=True,
@@ -90,10 +97,10 @@ def resolve(model: str, commit: str, filename: str, *, start: int, tag: str) -> 
     return Call(method="GET", path=path, headers=headers, decode=decode_bytes, is_pure=True)
 
 
-def _mix(scale: float, sets: Weights | None) -> Query:
+def _mix(scale: float, sets: Weights | None, match: str | None) -> Query:
     names: Sequence[tuple[str, str]] = [("set", name) for name in sets or {}]
     weights = [("weight", str(weight)) for weight in (sets or {}).values()]
-    return [*query_of(scale=None if scale == 1.0 else scale), *names, *weights]
+    return [*query_of(scale=None if scale == 1.0 else scale, match=match), *names, *weights]
 
 
 def _range(start: int, stop: int | None) -> dict[str, str]:

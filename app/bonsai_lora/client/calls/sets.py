@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bonsai_lora.client.answers import Attention, Config, ImportReport, Mlp, SetInfo, SetPage
+from bonsai_lora.client.answers import (
+    Attention,
+    Config,
+    ExpertLayout,
+    ImportReport,
+    Mlp,
+    SetInfo,
+    SetPage,
+)
 from bonsai_lora.client.call import (
     Call,
     Part,
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
 
 _CONFIG_FILE = "adapter_config.json"
 _MODEL_FILE = "adapter_model.safetensors"
+_MLX_FILE = "adapters.safetensors"
 
 
 def create_set(
@@ -81,26 +90,45 @@ def upload_set(
     name: str,
     folder: str | os.PathLike[str],
     *,
+    base_model_name: str | None = None,
+    expert_b_layout: ExpertLayout | None = None,
     if_match: str | None = None,
     if_none_match: str | None = None,
 ) -> Call[ImportReport]:
-    """Upload a PEFT adapter folder; creates the set or replaces it, in one step.
+    """Upload a PEFT or MLX adapter folder; creates the set or replaces it, in one step.
 
-    `if_match` replaces only the version with this ETag; `if_none_match="*"` only creates. Raises
+    `base_model_name` replaces the name in the adapter's configuration; `expert_b_layout` says how
+    the columns of B are ordered in fused experts, if the file does not decide it. `if_match`
+    replaces only the version with this ETag; `if_none_match="*"` only creates. Raises
     FileNotFoundError if a file is missing, PreconditionFailedError, InvalidAdapterError and
     UnsupportedAdapterError; the last two say what is wrong with the adapter.
     """
     files: dict[str, Part] = {
         "adapter_config": Path(folder) / _CONFIG_FILE,
-        "adapter_model": Path(folder) / _MODEL_FILE,
+        "adapter_model": _model_file(Path(folder)),
     }
-    return upload_files(name, files, if_match=if_match, if_none_match=if_none_match)
+    return upload_files(
+        name,
+        files,
+        base_model_name=base_model_name,
+        expert_b_layout=expert_b_layout,
+        if_match=if_match,
+        if_none_match=if_none_match,
+    )
+
+
+def _model_file(folder: Path) -> Path:
+    """Return the weights in a folder: PEFT's, or MLX's if only these are there."""
+    model, mlx = folder / _MODEL_FILE, folder / _MLX_FILE
+    return mlx if mlx.is_file() and not model.is_file() else model
 
 
 def upload_files(
     name: str,
     files: Mapping[str, Part],
     *,
+    base_model_name: str | None = None,
+    expert_b_layout: ExpertLayout | None = None,
     if_match: str | None = None,
     if_none_match: str | None = None,
 ) -> Call[ImportReport]:
@@ -112,6 +140,7 @@ def upload_files(
     return Call(
         method="PUT",
         path="/v1" + path_of("sets", name),
+        query=query_of(base_model_name=base_model_name, expert_b_layout=expert_b_layout),
         headers=header_lines(if_match=if_match, if_none_match=if_none_match),
         parts=files,
         decode=decode_tagged,
@@ -124,6 +153,8 @@ def upload_tensors(
     config: Mapping[str, Any],
     tensors: "Mapping[str, npt.ArrayLike]",
     *,
+    base_model_name: str | None = None,
+    expert_b_layout: ExpertLayout | None = None,
     if_match: str | None = None,
     if_none_match: str | None = None,
 ) -> Call[ImportReport]:
@@ -137,7 +168,24 @@ def upload_tensors(
         "adapter_config": json.dumps(config).encode(),
         "adapter_model": adapter_file(tensors),
     }
-    return upload_files(name, files, if_match=if_match, if_none_match=if_none_match)
+    return upload_files(
+        name,
+        files,
+        base_model_name=base_model_name,
+        expert_b_layout=expert_b_layout,
+        if_match=if_match,
+        if_none_match=if_none_match,
+    )
+
+
+def change_set(name: str, *, base_model_name: str, if_match: str | None = None) -> Call[SetInfo]:
+    """Change the name of a set's base model, which makes its next version; the weights stay.
+
+    Raises SetNotFoundError, and PreconditionFailedError for other ETags.
+    """
+    body = json_body({"base_model_name": base_model_name})
+    body["headers"] |= header_lines(if_match=if_match)
+    return Call(method="PATCH", path="/v1" + path_of("sets", name), decode=decode_tagged, **body)
 
 
 def delete_set(name: str, *, if_match: str | None = None) -> Call[None]:
