@@ -1,5 +1,7 @@
 """Every route: its HEAD, and what it does with a query parameter that it does not have."""
 
+from urllib.parse import urlencode
+
 import pytest
 from conftest import TINY, assert_problem, upload
 from fastapi.routing import APIRoute
@@ -75,3 +77,37 @@ def test_every_get_has_its_head(app, based):
             ), path
         checked += 1
     assert checked > 30
+
+
+NO_NUMBERS = ["1_0", "\u0661", " 1", "0x1", "1e", "nan", "inf", "1e999", "", "1,5", "--1"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "name"),
+    [
+        ("POST", "/v1/sets/plain/adapters/model.layers.0.self_attn.q_proj/apply", "scale"),
+        ("GET", "/v1/sets", "limit"),
+        ("GET", "/v1/sets/plain/stats", "base_param_count"),
+        ("GET", "/v1/estimate?d_in=1&d_out=1&rank=1", "budget_bytes"),
+        ("GET", "/v1/bases/tiny-qwen3/merged/plain", "scale"),
+        ("GET", "/v1/bases/tiny-qwen3/merged/plain?set=other", "weight"),
+        ("PUT", "/v1/sets/plain/adapters/q_proj", "alpha"),
+    ],
+)
+def test_only_decimal_numbers_are_numbers(based, method, path, name):
+    upload(based, "plain", TINY / "plain")
+    path += "&" if "?" in path else "?"
+    for text in NO_NUMBERS:
+        answer = based.request(method, path + urlencode({name: text}), json={})
+        problem = assert_problem(answer, 422, "invalid_request")
+        assert name in problem["detail"], text
+
+
+def test_decimal_numbers_are_numbers(client):
+    upload(client, "plain", TINY / "plain")
+    path = "/v1/sets/plain/adapters/model.layers.0.self_attn.q_proj/apply"
+    inputs = {"inputs": [0.5] * 64}
+    once = client.post(path, json=inputs).json()["outputs"]
+    for text in ("2", "+2", "2.", "0.2e1", "20E-1"):
+        twice = client.post(f"{path}?{urlencode({'scale': text})}", json=inputs).json()["outputs"]
+        assert twice == pytest.approx([2 * one for one in once], rel=1e-6), text

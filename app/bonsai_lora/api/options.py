@@ -13,7 +13,7 @@ from urllib.parse import parse_qsl
 
 from bonsai_lora.api.body import check_coding
 from bonsai_lora.api.call import Call
-from bonsai_lora.api.query import check_known
+from bonsai_lora.api.query import check_known, plain_number
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError
 from bonsai_lora.wire.compress import parse_content_encoding, response_coding
 from bonsai_lora.wire.media import (
@@ -148,7 +148,7 @@ def _last(values: list[str]) -> str | None:
 def _scale(values: list[str]) -> float:
     text = values[-1] if values else "1"
     try:
-        scale = float(text)
+        scale = float(plain_number(text))
     except ValueError:
         scale = float("nan")
     if not abs(scale) <= MAX_SCALE:

@@ -1,12 +1,34 @@
 """Refuse unknown query parameters, since a misspelled one would be ignored silently."""
 
+import re
 from collections.abc import Iterable, Sequence
+from typing import Annotated
 
 from fastapi import Request
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
+from pydantic import BeforeValidator, Field
 
 from bonsai_lora.errors import InvalidRequestError
+
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\Z")
+
+
+def plain_number(text: str) -> str:
+    """Return `text`; raises ValueError unless it is a decimal number.
+
+    Python reads more, such as 1_0 and the digits of other scripts, which clients send by mistake.
+    """
+    if _NUMBER.match(text) is None:
+        raise ValueError("expected a decimal number")
+    return text
+
+
+DECIMAL = BeforeValidator(plain_number)
+FiniteNumber = Annotated[float, Field(allow_inf_nan=False), DECIMAL]
+"""A float in a query."""
+Count = Annotated[int, Field(ge=0, le=2**63 - 1), DECIMAL]
+"""A size in a query."""
 
 
 async def refuse_unknown_query(request: Request) -> None:

@@ -20,6 +20,7 @@ from bonsai_lora.api.openapi import (
     problems,
     request_body,
 )
+from bonsai_lora.api.query import FiniteNumber
 from bonsai_lora.core.cast import Array
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service import sets
@@ -97,8 +98,8 @@ async def put_adapter(
     name: SetName,
     module: ModuleName,
     alpha: Annotated[
-        float | None,
-        Query(allow_inf_nan=False, description="alpha of a binary body; default: the set's"),
+        FiniteNumber | None,
+        Query(description="alpha of a binary body; default: the set's"),
     ] = None,
 ) -> schemas.ModuleInfo:
     """Send `d_in` and `d_out` to initialize the adapter (A uniform, B zero), or `lora_A` and

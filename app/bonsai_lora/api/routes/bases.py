@@ -10,6 +10,7 @@ from bonsai_lora.api import schemas
 from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.merged_file import StreamedFile
 from bonsai_lora.api.openapi import file_responses, problems
+from bonsai_lora.api.query import FiniteNumber
 from bonsai_lora.api.ranges import file_response
 from bonsai_lora.checkpoints.merged import MergedModel, merge_info
 from bonsai_lora.service.merged import weighted_sets
@@ -17,12 +18,13 @@ from bonsai_lora.service.merged import weighted_sets
 router = APIRouter(tags=["merged checkpoints"])
 
 BaseName = Annotated[str, Path(description="name of a base checkpoint", examples=["tiny-qwen3"])]
-Scale = Annotated[float, Query(allow_inf_nan=False, description="weight of the set's delta")]
+Scale = Annotated[FiniteNumber, Query(description="weight of the set's delta")]
 Others = Annotated[
     list[str] | None, Query(alias="set", max_length=32, description="additional sets to merge")
 ]
 Weights = Annotated[
-    list[float] | None, Query(alias="weight", max_length=32, description="their weights, in order")
+    list[FiniteNumber] | None,
+    Query(alias="weight", max_length=32, description="their weights, in order"),
 ]
 Match = Annotated[
     str | None,

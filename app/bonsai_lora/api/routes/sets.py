@@ -19,6 +19,7 @@ from bonsai_lora.api.openapi import (
     problems,
     request_body,
 )
+from bonsai_lora.api.query import DECIMAL
 from bonsai_lora.api.ranges import BytesFile, file_response
 from bonsai_lora.api.uploads import CONFIG_PART, MODEL_PART, receive_adapter
 from bonsai_lora.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, layered
@@ -99,7 +100,7 @@ async def create_set(request: Request, response: Response, context: ContextDep) 
 )
 async def list_sets(
     context: ContextDep,
-    limit: Annotated[int, Query(ge=1, le=1000, description="most sets per page")] = 100,
+    limit: Annotated[int, Query(ge=1, le=1000, description="most sets per page"), DECIMAL] = 100,
     cursor: Annotated[
         str | None,
         Query(

@@ -11,14 +11,15 @@ from bonsai_lora import errors
 from bonsai_lora.api import schemas
 from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.openapi import problems
+from bonsai_lora.api.query import Count
 from bonsai_lora.core.registry import LoraRegistry, adapter_bytes
 from bonsai_lora.service.stats import store_stats
 
 router = APIRouter(tags=["statistics"])
 
-Width = Annotated[int, Query(ge=0, le=2**63 - 1, description="width of the module")]
-Rank = Annotated[int, Query(ge=0, le=2**63 - 1, description="rank of the adapters")]
-Budget = Annotated[int, Query(ge=0, le=2**63 - 1, description="memory for all adapters, in bytes")]
+Width = Annotated[Count, Query(description="width of the module")]
+Rank = Annotated[Count, Query(description="rank of the adapters")]
+Budget = Annotated[Count, Query(description="memory for all adapters, in bytes")]
 
 
 @router.get(
@@ -31,7 +32,7 @@ async def get_set_stats(
     context: ContextDep,
     name: SetName,
     base_param_count: Annotated[
-        int | None, Query(ge=0, le=2**63 - 1, description="parameters of the base model")
+        Count | None, Query(description="parameters of the base model")
     ] = None,
 ) -> schemas.SetStats:
     """Returns parameter counts, and the norm and effective rank of each delta, computed from r x r
