@@ -98,7 +98,7 @@ def test_a_second_create_is_refused(client, store):
         ({"name": ".."}, 422, "invalid_name"),
         ({"name": "x" * 97}, 422, "invalid_name"),
         ({"name": "ok\n"}, 422, "invalid_name"),
-        ({"name": "v1"}, 422, "invalid_name"),
+        ({"name": "stats"}, 422, "invalid_name"),
         ({"name": "mixed"}, 422, "invalid_name"),
         ({"name": 7}, 422, "invalid_request"),
         ({"nam": "x"}, 422, "invalid_request"),
@@ -143,7 +143,7 @@ def test_list_pages_and_filters(client):
 
 def test_unknown_sets_and_modules(client):
     client.post("/v1/sets", json=FULL)
-    for path in ("nothing", "nothing/stats", "nothing/adapters", "v1"):
+    for path in ("nothing", "nothing/stats", "nothing/adapters", "stats"):
         assert_problem(client.get(f"/v1/sets/{path}"), 404, "set_not_found")
     body = assert_problem(client.get("/v1/sets/my-adapter/adapters/x"), 404, "module_not_found")
     assert "model.layers.0.self_attn.q_proj" in body["detail"]
@@ -319,7 +319,7 @@ def test_uploads_that_are_not_multipart(client):
     }
     answer = client.put("/v1/sets/s", files=files)
     assert "safe_serialization=True" in assert_problem(answer, 422, "unsupported_adapter")["detail"]
-    assert_problem(client.put("/v1/sets/v2", files=files), 422, "invalid_name")
+    assert_problem(client.put("/v1/sets/bases", files=files), 422, "invalid_name")
 
 
 def test_concurrent_creates_of_one_name_make_one_set(client):

@@ -5,7 +5,7 @@ import string
 import pytest
 
 from bonsai_lora.errors import InvalidNameError
-from bonsai_lora.formats.names import check_module_name, check_set_name, is_set_name
+from bonsai_lora.formats.names import check_module_name, check_set_name, is_base_name, is_set_name
 
 
 @pytest.mark.parametrize(
@@ -27,11 +27,12 @@ def test_what_is_not_a_name_of_a_set(name):
         check_set_name(name)
 
 
-@pytest.mark.parametrize("name", ["adapters", "api", "mixed", "v1", "v2"])
+@pytest.mark.parametrize("name", ["adapters", "api", "bases", "mixed", "stats"])
 def test_reserved_names(name):
     with pytest.raises(InvalidNameError, match="reserved"):
         check_set_name(name)
-    assert not is_set_name(name)
+    assert is_set_name(name)  # one that an older release stored is served
+    assert not is_base_name(name)
 
 
 @pytest.mark.parametrize("letter", [chr(code) for code in range(128)], ids=ascii)
@@ -57,3 +58,16 @@ def test_names_of_modules(name):
 def test_what_is_not_a_name_of_a_module(name):
     with pytest.raises(InvalidNameError):
         check_module_name(name)
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "docs", "page", "stat", "x.mixed"])
+def test_names_that_only_bases_must_not_have(name):
+    assert check_set_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name", ["adapters", "api", "bases", "docs", "mixed", "page", "stats", "v1", "v2", ".", "a/b"]
+)
+def test_names_of_bases(name):
+    assert not is_base_name(name)
+    assert is_base_name(f"{name.strip('./')}x".replace("/", "-"))

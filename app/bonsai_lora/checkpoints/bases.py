@@ -21,7 +21,7 @@ from bonsai_lora.core.merge import blocks, merge_rows, row_squares
 from bonsai_lora.errors import BaseNotFoundError, BonsaiLoraError, InvalidBaseError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.mapped import map_file
-from bonsai_lora.formats.names import base_names, is_set_name
+from bonsai_lora.formats.names import base_names, is_base_name
 
 Identity = tuple[int, int, int]
 """Inode, modification time in nanoseconds, length in bytes."""
@@ -110,7 +110,7 @@ class BaseFolder:
         return sorted(
             entry.name
             for entry in os.scandir(self._root)
-            if entry.is_dir() and is_set_name(entry.name) and _has_weights(Path(entry.path))
+            if entry.is_dir() and is_base_name(entry.name) and _has_weights(Path(entry.path))
         )
 
     def get(self, name: str) -> Base:
@@ -118,7 +118,7 @@ class BaseFolder:
 
         Raises BaseNotFoundError, or InvalidBaseError if its files are not a checkpoint.
         """
-        if self._root is None or not is_set_name(name):
+        if self._root is None or not is_base_name(name):
             raise BaseNotFoundError(name)
         folder = self._root / name
         if not _has_weights(folder):

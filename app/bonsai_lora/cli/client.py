@@ -16,7 +16,7 @@ from bonsai_lora.client.blocking import Client
 from bonsai_lora.client.call import Call, decode_json, path_of
 from bonsai_lora.client.connection import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE, url_of
 from bonsai_lora.errors import BonsaiLoraError
-from bonsai_lora.formats.names import SET_NAME_PATTERN, is_set_name
+from bonsai_lora.formats.names import SET_NAME_PATTERN, is_base_name, is_set_name
 
 EXIT_REFUSED = 1
 """The service returned an error."""
@@ -238,7 +238,7 @@ def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
 def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
     """Download the files of BASE/SET or adapters/SET."""
     owner, slash, name = arguments.model.partition("/")
-    if not slash or not is_set_name(name) or (owner != "adapters" and not is_set_name(owner)):
+    if not slash or not is_set_name(name) or (owner != "adapters" and not is_base_name(owner)):
         raise UsageError(
             f"{arguments.model!r} does not name a model; expected BASE/SET or adapters/SET"
         )

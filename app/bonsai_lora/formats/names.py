@@ -7,7 +7,9 @@ from bonsai_lora.errors import InvalidNameError
 SET_NAME_PATTERN = "^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"
 MODULE_NAME_PATTERN = r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$"
 MODULE_NAME_LENGTH = 256
-RESERVED_NAMES = frozenset({"adapters", "api", "mixed", "v1", "v2"})
+RESERVED_SET_NAMES = frozenset({"adapters", "api", "bases", "mixed", "stats"})
+RESERVED_BASE_NAMES = RESERVED_SET_NAMES | {"docs", "page", "v1", "v2"}
+"""Bases are the first part of a path, beside the routes of the service."""
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _SET_NAME = re.compile(SET_NAME_PATTERN.removesuffix("$") + r"\Z")
@@ -15,11 +17,11 @@ _MODULE_NAME = re.compile(MODULE_NAME_PATTERN.removesuffix("$") + r"\Z")
 
 
 def check_set_name(name: str) -> str:
-    """Return `name`; raises InvalidNameError if sets and bases may not have this name."""
-    if name in RESERVED_NAMES:
+    """Return `name`; raises InvalidNameError if a new set may not have it."""
+    if name in RESERVED_SET_NAMES:
         raise InvalidNameError(
             f"the name {name!r} is reserved, as are "
-            f"{', '.join(sorted(RESERVED_NAMES - {name}))}; choose a different name",
+            f"{', '.join(sorted(RESERVED_SET_NAMES - {name}))}; choose a different name",
             got=name,
         )
     if not is_set_name(name):
@@ -33,8 +35,13 @@ def check_set_name(name: str) -> str:
 
 
 def is_set_name(name: str) -> bool:
-    """Return whether a set can have this name."""
-    return _SET_NAME.match(name) is not None and name not in RESERVED_NAMES
+    """Return whether a stored set can have this name; older releases reserved fewer."""
+    return _SET_NAME.match(name) is not None
+
+
+def is_base_name(name: str) -> bool:
+    """Return whether a base can have this name."""
+    return is_set_name(name) and name not in RESERVED_BASE_NAMES
 
 
 def check_module_name(name: str) -> str:
