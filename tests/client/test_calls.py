@@ -111,9 +111,10 @@ def test_an_mlx_folder_goes_in(client, tmp_path):
     assert client.upload_set("mlx", tmp_path / "mlx")["origin"] == "mlx"
 
 
-def test_experts_are_chosen_row_by_row(client, rng):
+@pytest.fixture
+def fused(client, rng):
+    """What a set `moe` says of its one module, which has three experts of rank 2."""
     a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((6, 4), (5, 6)))
-    module = "model.layers.0.mlp.experts.gate_up_proj"
     config = {
         "peft_type": "LORA",
         "r": 2,
@@ -126,16 +127,44 @@ def test_experts_are_chosen_row_by_row(client, rng):
     tensors = {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
     report = client.upload_tensors("moe", config, tensors, expert_b_layout="grouped_by_expert")
     (info,) = report["modules"]
-    assert info["experts"] == 3, module
-    x = rng.standard_normal((3, info["d_in"])).astype(np.float32)
-    together = client.apply("moe", info["name"], x, experts=[2, 0, 1]).outputs
+    assert info["experts"] == 3
+    return info
+
+
+def test_experts_are_chosen_row_by_row(client, fused, rng):
+    module, x = fused["name"], rng.standard_normal((3, fused["d_in"])).astype(np.float32)
+    together = client.apply("moe", module, x, experts=[2, 0, 1]).outputs
     for row, expert in enumerate((2, 0, 1)):
-        alone = client.apply("moe", info["name"], x[row : row + 1], experts=[expert]).outputs
+        alone = client.apply("moe", module, x[row : row + 1], experts=[expert]).outputs
         assert np.array_equal(alone[0], together[row])
+    many = client.apply_many("moe", x, modules=[module], experts=[2, 0, 1]).outputs
+    assert np.array_equal(many[module], together)
+    mixed = client.apply_mixed(module, ["moe"] * 3, x, experts=np.array([2, 0, 1], np.uint8))
+    assert np.array_equal(mixed.outputs, together)
+    assert client.apply("moe", module, x[:0], experts=[]).outputs.shape == (0, fused["d_out"])
     with pytest.raises(errors.InvalidRequestError):
-        client.apply("moe", info["name"], x, experts=[2, 0, 3])
-    with pytest.raises(errors.InvalidRequestError, match="expected integers"):
-        client.apply("moe", info["name"], x, experts=[0.5, 0, 1])
+        client.apply("moe", module, x, experts=[2, 0, 3])
+    for wrong in ([0.5, 0, 1], np.array([2**64 - 1, 0, 1], np.uint64)):
+        with pytest.raises(errors.InvalidRequestError, match="expected integers"):
+            client.apply("moe", module, x, experts=wrong)
+
+
+def test_match_chooses_among_the_tensors_of_a_base(client):
+    client.upload_set("plain", TINY / "plain")
+    assert client.get_base("tiny-qwen3")["ignored_files"] == []
+    files, matched = (
+        {
+            one["name"]: one["size_bytes"]
+            for one in client.list_merged_files("tiny-qwen3", "plain", match=match)
+        }
+        for match in (None, "model.")
+    )
+    assert files == matched
+    with pytest.raises(errors.BonsaiLoraError, match=r"visual\."):
+        client.list_merged_files("tiny-qwen3", "plain", match="visual.")
+    x = np.ones((1, 64), np.float32)
+    matched = client.apply("plain", MODULE, x, match="model.").outputs
+    assert np.array_equal(matched, client.apply("plain", MODULE, x).outputs)
 
 
 def test_an_upload_from_files_bytes_and_arrays(client):

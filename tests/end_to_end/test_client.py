@@ -10,7 +10,7 @@ import sys
 import httpx
 import numpy as np
 import pytest
-from conftest import TINY, read_tensors
+from conftest import DATA, TINY, read_tensors
 from scripted import Answer, scripted
 
 from bonsai_lora.cli.main import main
@@ -207,3 +207,16 @@ def test_progress_shows_rate_and_time_left(monkeypatch):
         line.update(2_000_000, 2_000_000)
     assert "100% 2/2 MB" in screen.getvalue()
     assert "s left" in screen.getvalue()
+
+
+def test_push_an_mlx_folder(service, tmp_path, capsys):
+    folder = tmp_path / "mlx"
+    shutil.copytree(DATA / "mlx" / "lora", folder)
+    push = ["push", "--url", service, "m", str(folder)]
+    assert main([*push, "--base-model-name", "mine"]) == 0
+    with httpx.Client(base_url=service) as client:
+        info = client.get("/v1/sets/m").json()
+    assert (info["origin"], info["base_model_name"]) == ("mlx", "mine")
+    (folder / "adapters.safetensors").unlink()
+    assert main(push) == 2
+    assert "adapter_model.safetensors" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def expert_segments(
             numbers[part],
             weights[part] if isinstance(weights, np.ndarray) else weights,
         )
-        for expert, part in zip(used, np.split(order, starts[1:]), strict=True)
+        for expert, part in zip(used, np.split(order, starts)[1:], strict=True)
     ]
 
 

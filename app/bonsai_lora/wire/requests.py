@@ -52,11 +52,13 @@ def encode_tensors(
 
 
 def to_integers(value: npt.ArrayLike, name: str) -> Array:
-    """Return `value` as int64; raises InvalidRequestError for anything but integers."""
+    """Return `value` as int64; raises InvalidRequestError for anything but integers of that."""
     array: Array = np.asarray(value)
-    if array.dtype.kind not in "iu":
+    if array.size == 0:  # NumPy makes float64 of an empty list
+        return array.astype(np.int64)
+    if array.dtype.kind not in "iu" or array.max() > np.iinfo(np.int64).max:
         raise InvalidRequestError(
-            f"{name!r} is an array of {array.dtype}; expected integers", field=name
+            f"{name!r} is an array of {array.dtype}; expected integers below 2**63", field=name
         )
     return array.astype(np.int64)
 
