@@ -74,7 +74,7 @@ def make_app(store: str):
         b_matrix = rng.standard_normal((WIDTH, rank)).astype(np.float32)
         adapter = LoraAdapter(config, a_matrix, b_matrix, config.scaling)
         made = made.with_registry(made.registry.add(f"r{rank}", adapter))
-    sets = app.state.context.store
+    sets = app.state.store
     with sets.lock("bench"):
         return app, sets.write(made, origin="peft", now="2026-01-01T00:00:00Z", previous=None)
 
@@ -115,7 +115,7 @@ def stages(app, stored: StoredSet, rows: int, rank: int) -> dict[str, float]:
     x = vectors(rows)
     text = b"".join(json.encode({"inputs": x}))
     return {
-        "look-up of the set": microseconds(lambda: app.state.context.store.read("bench")),
+        "look-up of the set": microseconds(lambda: app.state.store.read("bench")),
         "x·Aᵀ·Bᵀ": microseconds(lambda: adapter.apply(x)),
         "count and observe": microseconds(
             lambda: app.state.context.metrics.count_request("POST", "/bench", 200, 1e-4)

@@ -104,7 +104,7 @@ def serving(app, http=None, **options):
 
 @pytest.fixture
 def store(app):
-    return app.state.context.store
+    return app.state.store
 
 
 @pytest.fixture

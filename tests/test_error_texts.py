@@ -265,9 +265,7 @@ def stalled(url):
     """Send half of a body, and wait."""
     address = url.removeprefix("http://").split(":")
     with socket.create_connection((address[0], int(address[1]))) as client:
-        head = (
-            f"POST {APPLY} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nConnection: close\r\n\r\n"
-        )
+        head = f"POST {APPLY} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nConnection: close\r\n\r\n"
         client.sendall(head.encode() + b'{"inputs"')
         answer = b"".join(iter(lambda: client.recv(65536), b""))
     body = json.loads(answer.partition(b"\r\n\r\n")[2])

@@ -1,16 +1,18 @@
 """The settings; no other module reads the environment."""
 
 import os
+import re
 import sys
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _PORT = 8000
+_ORIGIN = re.compile(r"https?://[^/?#\s*]+")
 
 
 def _machine_memory_bytes() -> int:
@@ -36,6 +38,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _split(value: Any) -> Any:
+    """Return the parts of a list given as text, separated by commas or spaces."""
+    return re.split(r"[,\s]+", value.strip(", \t")) if isinstance(value, str) and value else value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
 class Settings(BaseSettings):
@@ -72,6 +82,27 @@ class Settings(BaseSettings):
         False,
         description="let local clients of /v2 pass tensors in shared memory; requires a loopback "
         "address or a Unix socket",
+    )
+    keys_file: Path | None = Field(
+        None,
+        description="JSON file of the keys that callers need, written by bonsai-lora keys; it is "
+        "read again when it changes",
+    )
+    no_auth: bool = Field(
+        False,
+        description="serve everyone who can connect, without keys; needed on addresses that other "
+        "machines can reach",
+    )
+    allowed_hosts: Names = Field(
+        (),
+        description="host names to answer to without keys, besides localhost and IP addresses; * "
+        "for any",
+    )
+    cors_origins: Names = Field(
+        (), description="origins whose web pages may use the service, such as https://example.com"
+    )
+    trusted_proxies: Names = Field(
+        (), description="addresses or networks of proxies whose X-Forwarded headers are true"
     )
     memory_budget_bytes: int = Field(
         default_factory=_machine_memory_bytes,
@@ -147,6 +178,30 @@ class Settings(BaseSettings):
                 "listen on 127.0.0.1 or a Unix socket"
             )
         return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse what is no origin, above all the wildcard: any page could then write."""
+        for one in value:
+            if not _ORIGIN.fullmatch(one):
+                raise ValueError(
+                    f"{one!r} is not an origin; expected a scheme and a host, such as "
+                    "https://example.com"
+                )
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_proxies(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse what is neither an address nor a network."""
+        for one in value:
+            ip_network(one)
+        return value
+
+    def is_reachable(self) -> bool:
+        """Return whether other machines can connect to what `serve` listens on."""
+        return self.tcp_port() is not None and not is_loopback(self.host)
 
     def tcp_port(self) -> int | None:
         """Return the port to listen on; None to listen on the Unix socket only."""

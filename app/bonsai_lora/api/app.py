@@ -19,7 +19,9 @@ from fastapi import APIRouter, Depends, FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute, Route
 
-from bonsai_lora.api.context import Context
+from bonsai_lora.api.context import Context, get_context
+from bonsai_lora.api.door import Door
+from bonsai_lora.api.entrance import EntranceMiddleware
 from bonsai_lora.api.errors import install_error_handlers
 from bonsai_lora.api.metrics import Metrics
 from bonsai_lora.api.middleware import ObserveMiddleware, Observer
@@ -38,6 +40,7 @@ from bonsai_lora.api.routes import (
     stats,
 )
 from bonsai_lora.api.routes import bases as bases_routes
+from bonsai_lora.api.scopes import OPEN, scope_of
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core import backend
 from bonsai_lora.service.apply import Applier
@@ -45,6 +48,7 @@ from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
 from bonsai_lora.service.stats import store_stats
+from bonsai_lora.service.view import SetView
 from bonsai_lora.service.work import WorkPool
 from bonsai_lora.settings import Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile
@@ -120,11 +124,14 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         redoc_url=None,
     )
     app.state.fast_lane = None
-    metrics = Metrics(partial(store_stats, store), partial(_describe, app))
-    app.state.context = _make_context(settings, store, shared, metrics)
+    metrics = Metrics(partial(store_stats, SetView(store)), partial(_describe, app))
+    app.state.store = store
+    app.state.door = door = Door(settings, _make_context(settings, store, shared, metrics))
+    app.state.context = door.visitor.context(OPEN)
     app.state.routes = _include_routers(app)
     install_error_handlers(app, app.state.routes)
     install_openapi(app)
+    app.add_middleware(EntranceMiddleware, door=door)
     app.state.observer = Observer(metrics)
     app.add_middleware(
         ObserveMiddleware, observer=app.state.observer, stall_seconds=settings.stall_seconds
@@ -141,10 +148,14 @@ def _include_routers(app: FastAPI) -> list[BaseRoute]:
     """Add all routes to `app`, and return them."""
     routes: list[BaseRoute] = [route for route in app.routes if isinstance(route, Route)]
     for router in _ROUTERS:
-        strict = [Depends(refuse_unknown_query)] if router in _STRICT_ROUTERS else None
+        strict = [Depends(refuse_unknown_query)] if router in _STRICT_ROUTERS else []
         for one in (router, _heads_of(router)):
-            app.include_router(one, dependencies=strict)
+            # get_context checks the scope of the key; routes that use no context need it too.
+            app.include_router(one, dependencies=[Depends(get_context), *strict])
             routes += one.routes
+    for route in routes:
+        for method in getattr(route, "methods", None) or ():
+            scope_of(method, getattr(route, "path", ""))  # raises KeyError for a forgotten one
     return routes
 
 
@@ -174,13 +185,14 @@ def choose_backend(settings: Settings) -> None:
 
 
 def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Metrics) -> Context:
+    view = SetView(store)
     limits = limits_of(settings)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     applier = Applier(limits, bases)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
     return Context(
         settings,
-        store,
+        view,
         limits,
         WorkPool(
             settings.max_concurrency,
@@ -188,10 +200,10 @@ def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Me
             has_spare_cores=min(settings.threads, usable_cores()) > settings.workers,
         ),
         applier,
-        Inference(applier, store, regions),
+        Inference(applier, view, regions),
         CountFile(shared),
         bases,
-        MergedModels(bases, store),
+        MergedModels(bases),
         ThreadPoolExecutor(settings.threads, "merge"),
         metrics,
     )

@@ -1,22 +1,24 @@
 """The objects that routes share."""
 
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import cast
 
 from fastapi import Request
 
 from bonsai_lora.api.metrics import Metrics
+from bonsai_lora.api.scopes import scope_of
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.infer import Inference
+from bonsai_lora.service.keys import Key, Meter, Scope
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
+from bonsai_lora.service.view import SetView
 from bonsai_lora.service.work import WorkPool
 from bonsai_lora.settings import Settings
 from bonsai_lora.storage.counts import CountFile
-from bonsai_lora.storage.store import SetStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class Context:
     """The objects of one running application."""
 
     settings: Settings
-    store: SetStore
+    store: SetView
     limits: Limits
     pool: WorkPool
     applier: Applier
@@ -36,7 +38,16 @@ class Context:
     metrics: Metrics
     started: float = field(default_factory=monotonic)
 
+    def seen_by(self, key: Key, scope: Scope, meter: Meter) -> "Context":
+        """Return the context of a caller: the sets that it may use for `scope`, and its rates."""
+        store = self.store.seen_by(key, scope)
+        applier = replace(self.applier, meter=meter)
+        inference = replace(self.inference, applier=applier, store=store)
+        return replace(self, store=store, applier=applier, inference=inference)
+
 
 async def get_context(request: Request) -> Context:
-    """Return the context that `create_app` made."""
-    return cast("Context", request.app.state.context)
+    """Return the context of the caller, as far as the route may use it; raises ForbiddenError."""
+    scope = request.scope
+    need = scope_of(scope["method"], scope["route"].path)
+    return cast("Context", scope["caller"].context(need))

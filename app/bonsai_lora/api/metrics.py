@@ -56,6 +56,12 @@ class Metrics:
             registry=self._registry,
         )
 
+        self.keys_file_errors = Counter(
+            "bonsai_lora_keys_file_errors",
+            "Times that the keys file was changed to one that cannot be used.",
+            registry=self._registry,
+        )
+
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count a request and its latency."""
         key = (method, route, status)

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from bonsai_lora.api.call import Call, HeaderLines
 from bonsai_lora.api.coroutines import resume
+from bonsai_lora.api.door import Peer
 from bonsai_lora.api.errors import failure_response, problem_response
 from bonsai_lora.api.middleware import request_id_of
 from bonsai_lora.errors import BonsaiLoraError, StalledError
@@ -32,6 +33,7 @@ class Connection(Protocol):
 
     lane: FastLane
     loop: asyncio.AbstractEventLoop
+    peer: Peer
     tasks: set[asyncio.Task[None]]
     transport: asyncio.Transport
 
@@ -147,6 +149,9 @@ class LaneCall(Call):
     async def _answer(self) -> Response:
         """Return the response of the route's function, or an error response."""
         try:
+            caller = self._http.lane.door.admit(self._head.path, self.headers, self._http.peer)
+            self._scope["key"] = caller.key.id
+            self.context = caller.context(self._match.route.need)
             return await self._match.route.endpoint(self, *self._match.parameters)
         except BonsaiLoraError as error:
             if self.missing and self._head.expects:
@@ -158,7 +163,8 @@ class LaneCall(Call):
         if http.transport.is_closing():
             raise ClientDisconnect
         parts = getattr(answer, "parts", None) or (answer.body,)
-        lines = [*answer.raw_headers, (b"x-request-id", self._scope["request_id"].encode())]
+        lines = [*answer.raw_headers, *http.lane.more_headers]
+        lines.append((b"x-request-id", self._scope["request_id"].encode()))
         http.write_response(answer.status_code, lines, parts, keep_alive=self.keep_alive)
         self._status = answer.status_code
 

@@ -28,6 +28,7 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.service.dora import norms_of
 from bonsai_lora.service.experts import check_experts
+from bonsai_lora.service.keys import Meter
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.storage.setfile import StoredSet
@@ -112,6 +113,8 @@ class Applier:
 
     limits: Limits
     bases: BaseFolder
+    meter: Meter | None = None
+    """Counts the caller's rows."""
 
     def apply(
         self,
@@ -128,8 +131,8 @@ class Applier:
         row, for fused modules only. Everything is checked before anything is computed. Raises
         InvalidRequestError if `inputs` is empty, the errors of `check_experts` and `norms_of`,
         AdapterNotFoundError, ShapeMismatchError, TooManyRowsError, AnswerTooLargeError,
-        DoraNeedsBaseError, and UnsupportedAdapterError for a module whose bias is replaced, or a
-        DoRA module that is weighted or stacked.
+        DoraNeedsBaseError, RateLimitedError, and UnsupportedAdapterError for a module whose bias is
+        replaced, or a DoRA module that is weighted or stacked.
         """
         if not inputs:
             raise InvalidRequestError("the request has no inputs; send vectors for a module")
@@ -152,6 +155,8 @@ class Applier:
             )
             for module, some in adapters.items()
         }
+        if self.meter is not None:
+            self.meter.take_rows(sum(rows.values()))
         return {module: compute() for module, compute in planned.items()}
 
     def _plan(

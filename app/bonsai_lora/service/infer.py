@@ -16,9 +16,9 @@ from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.service.apply import Applier, Inputs, SetSegment, cost_of, group_by_set, total_rows
 from bonsai_lora.service.models import MIXED, SHARED_INPUT, Model
 from bonsai_lora.service.sets import get_adapter
+from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.storage.regions import SharedRegions, Span
-from bonsai_lora.storage.store import SetStore
 from bonsai_lora.wire import json
 from bonsai_lora.wire.media import Form
 from bonsai_lora.wire.oip import (
@@ -42,7 +42,7 @@ class Inference:
     """Runs inference requests."""
 
     applier: Applier
-    store: SetStore
+    store: SetView
     regions: SharedRegions
 
     def infer(self, model: Model, request: InferRequest, counts: Counts) -> Encoded:

@@ -109,6 +109,14 @@ class SetStore:
             self.forget(gone)
         return found
 
+    def held_bytes(self, besides: str) -> int:
+        """Return the size in bytes of all sets but one, as float32.
+
+        Sets that a newer release wrote count as much as their files.
+        """
+        held = sum(one.total_memory_bytes for one in self.records() if one.name != besides)
+        return held + sum(self.newer_files().values())
+
     def read_record(self, name: str) -> SetRecord:
         """Return the record of a set; raises SetNotFoundError, NewerFormatError."""
         identity = self._identity(name)

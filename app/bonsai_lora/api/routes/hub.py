@@ -144,7 +144,7 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
 
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
     record = context.store.read(name).record
-    model = context.models.get(owner, weighted_sets(name, 1.0, [], []))
+    model = context.models.get(context.store, owner, weighted_sets(name, 1.0, [], []))
     if model.etags != [record.etag]:  # changed between the two reads
         return _merged_repo(context, owner, name)
     files: dict[str, RangedFile] = {}

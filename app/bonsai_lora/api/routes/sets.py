@@ -24,7 +24,7 @@ from bonsai_lora.api.ranges import BytesFile, file_response
 from bonsai_lora.api.uploads import CONFIG_PART, MODEL_PART, receive_adapter
 from bonsai_lora.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, layered
 from bonsai_lora.formats.experts import ExpertLayout
-from bonsai_lora.formats.names import SET_NAME_PATTERN, check_set_name
+from bonsai_lora.formats.names import SET_NAME_PATTERN
 from bonsai_lora.service import sets
 from bonsai_lora.storage.upload import Upload
 from bonsai_lora.wire.media import Form
@@ -181,7 +181,7 @@ async def upload_set(
     """Creates or replaces the set atomically. An adapter that cannot be applied exactly is refused
     with the reason. The parts may also be named after the files they contain.
     """
-    check_set_name(name)
+    context.store.check_name(name)
     with context.pool.admit(), context.store.new_file() as file:
         upload = Upload(file, context.limits.max_header_bytes)
         config = await receive_adapter(request, upload, context.limits.max_upload_bytes)
