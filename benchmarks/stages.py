@@ -64,7 +64,7 @@ def microseconds(run: Callable[[], object]) -> float:
 
 def make_app(store: str):
     """Return the application with a set of random matrices, and that set."""
-    app = create_app(Settings(store=store))
+    app = create_app(Settings(store=store, no_auth=True))
     app.state.fast_lane = FastLane(app)
     rng = np.random.default_rng(0)
     made = BonsaiLoraSet.new(LoraConfig(), "", "bench")

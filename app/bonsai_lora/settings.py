@@ -12,6 +12,11 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _PORT = 8000
+UNGUARDED = (
+    "everyone who can connect could read, replace and delete every set; name a file of keys "
+    "(--keys-file, BONSAI_LORA_KEYS_FILE), or allow it (--no-auth, BONSAI_LORA_NO_AUTH=true)"
+)
+"""Why a service without keys does not start."""
 _ORIGIN = re.compile(r"https?://[^/?#\s*]+")
 
 

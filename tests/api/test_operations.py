@@ -16,6 +16,8 @@ def test_health_and_readiness(client):
         "status": "ready",
         "sets": 1,
         "bad_files": {},
+        "bad_file_count": 0,
+        "newer_file_count": 0,
         "newer_files": [],
     }
     assert client.get("/docs").status_code == 200

@@ -50,7 +50,7 @@ from bonsai_lora.service.merged import MergedModels
 from bonsai_lora.service.stats import store_stats
 from bonsai_lora.service.view import SetView
 from bonsai_lora.service.work import WorkPool
-from bonsai_lora.settings import Settings, usable_cores
+from bonsai_lora.settings import UNGUARDED, Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
@@ -106,8 +106,11 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
 
     Chooses the backend and compiles its kernels, so that the first apply is as fast as the second.
     `shared` is a folder that all workers of the service share while it runs; by default a temporary
-    folder that is deleted with the application.
+    folder that is deleted with the application. Raises ValueError if there are neither keys nor
+    `no_auth`, so that no server opens the door by accident, and KeysFileError.
     """
+    if settings.keys_file is None and not settings.no_auth:
+        raise ValueError(UNGUARDED)
     choose_backend(settings)
     store = open_store(settings)
     if shared is None:

@@ -2,6 +2,7 @@
 
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import monotonic
 from typing import cast
 
@@ -12,13 +13,14 @@ from bonsai_lora.api.scopes import scope_of
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.infer import Inference
-from bonsai_lora.service.keys import Key, Meter, Scope
+from bonsai_lora.service.keys import Key, Meter, Scope, missing_scope
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
 from bonsai_lora.service.view import SetView
 from bonsai_lora.service.work import WorkPool
 from bonsai_lora.settings import Settings
 from bonsai_lora.storage.counts import CountFile
+from bonsai_lora.storage.regions import SharedRegions
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,11 @@ class Context:
         """Return the context of a caller: the sets that it may use for `scope`, and its rates."""
         store = self.store.seen_by(key, scope)
         applier = replace(self.applier, meter=meter)
-        inference = replace(self.inference, applier=applier, store=store)
+        # Regions belong to nobody, so that only an administrator may compute in them.
+        regions = self.inference.regions
+        if regions.is_on and "admin" not in key.scopes:
+            regions = SharedRegions(None, partial(missing_scope, key, "admin"))
+        inference = replace(self.inference, applier=applier, store=store, regions=regions)
         return replace(self, store=store, applier=applier, inference=inference)
 
 

@@ -20,6 +20,7 @@ from bonsai_lora.errors import BonsaiLoraError
 
 PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
+_HUB_PATH = re.compile("/api/models|/[^/]+/[^/]+/resolve/")
 
 STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
@@ -67,23 +68,31 @@ def problem_response(
         media_type, body = "application/json", _oip_body(error)
     else:
         media_type, body = PROBLEM_TYPE, _problem_body(error, status, scope)
-    more = {**_headers_of(error, status), **(headers or {})}
+    more = {**_headers_of(error, status, scope), **(headers or {})}
     # Unlike orjson, the standard library writes huge integers and lone surrogates, which may occur.
     content = json.dumps(_shortened(body), separators=(",", ":"), default=str)
     return Response(content, int(status), more, media_type=media_type)
 
 
-def _headers_of(error: BonsaiLoraError, status: HTTPStatus) -> dict[str, str]:
+def _headers_of(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> dict[str, str]:
     """Return the headers that belong to an error."""
     if isinstance(error, errors.RangeNotSatisfiableError):
         return {"Content-Range": f"bytes */{error.values['size_bytes']}"}
+    if isinstance(error, HubError):
+        return _hub_headers(error.kind, error)
     if isinstance(error, errors.UnauthenticatedError):
-        return {"WWW-Authenticate": "Bearer"}
+        hub = _hub_headers("RepoNotFound", error) if _HUB_PATH.match(scope["path"]) else {}
+        return {"WWW-Authenticate": "Bearer", **hub}
     if isinstance(error, errors.RateLimitedError):
         return {"Retry-After": str(error.values["retry_seconds"])}
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
         return {"Retry-After": str(RETRY_AFTER_SECONDS)}
     return {}
+
+
+def _hub_headers(kind: str, error: BonsaiLoraError) -> dict[str, str]:
+    message = error.detail.encode("ascii", "replace").decode()
+    return {"X-Error-Code": kind, "X-Error-Message": message}
 
 
 def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> dict[str, Any]:
@@ -166,11 +175,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
     @app.exception_handler(BonsaiLoraError)
     def on_refusal(request: Request, error: BonsaiLoraError) -> Response:
-        headers = {}
-        if isinstance(error, HubError):
-            headers["X-Error-Code"] = error.kind
-            headers["X-Error-Message"] = error.detail.encode("ascii", "replace").decode()
-        return problem_response(error, request.scope, headers)
+        return problem_response(error, request.scope)
 
     @app.exception_handler(Exception)
     def on_fault(request: Request, _: Exception) -> Response:

@@ -22,10 +22,11 @@ from pydantic import ValidationError
 from uvicorn.supervisors import Multiprocess
 
 from bonsai_lora.api.connection import GuardedProtocol
+from bonsai_lora.api.keys_file import read_keys
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
-from bonsai_lora.settings import Settings
+from bonsai_lora.settings import UNGUARDED, Settings
 from bonsai_lora.storage.store import SetStore
 
 _log = logging.getLogger("bonsai_lora")
@@ -73,6 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
             _print_error(f"{_flag(name)} ({variable}): {one['msg']}; got {one['input']!r}")
         return 2
     configure_logging(settings.log_level, settings.log_format)
+    try:
+        settings = _guarded(settings)
+    except ValueError as error:
+        _print_error(str(error))
+        return 2
     _warn_of_unknown_variables()
     if settings.bases and not Path(settings.bases).is_dir():
         _log.warning("the folder of bases %s does not exist; check --bases", settings.bases)
@@ -88,6 +94,20 @@ def run(arguments: argparse.Namespace) -> int:
     except ListenError as error:
         _print_error(str(error))
         return 2
+
+
+def _guarded(settings: Settings) -> Settings:
+    """Return `settings` with `no_auth` where only this machine can connect.
+
+    Raises ValueError if other machines can, without keys or leave; KeysFileError for bad keys.
+    """
+    if settings.keys_file is not None:
+        read_keys(settings.keys_file)
+    elif not settings.no_auth and settings.is_reachable():
+        raise ValueError(f"other machines can reach {settings.host}, and {UNGUARDED}")
+    else:
+        return settings.model_copy(update={"no_auth": True})
+    return settings
 
 
 def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAPI:

@@ -80,15 +80,14 @@ def may(key: Key, scope: Scope, name: str) -> bool:
     return scope in key.scopes and key.owns(name)
 
 
-def check_scope(key: Key, scope: Scope) -> None:
-    """Raise ForbiddenError unless `key` has `scope`."""
-    if scope not in key.scopes:
-        raise ForbiddenError(
-            f"the key {key.id!r} lacks the scope {scope!r}, which this call needs; use a key that "
-            "has it",
-            key=key.id,
-            scope=scope,
-        )
+def missing_scope(key: Key, scope: Scope) -> ForbiddenError:
+    """Return the error of a call that needs a scope which `key` lacks."""
+    return ForbiddenError(
+        f"the key {key.id!r} lacks the scope {scope!r}, which this call needs; use a key that has "
+        "it",
+        key=key.id,
+        scope=scope,
+    )
 
 
 class KeyRing:

@@ -85,7 +85,7 @@ async def list_models(
                 continue
             try:
                 found.append((await _repo(context, owner, name, "main")).info())
-            except (HubError, errors.NewerFormatError):
+            except (HubError, errors.UnauthenticatedError, errors.NewerFormatError):
                 continue
             if len(found) == min(limit, 1000):
                 return found
@@ -120,7 +120,10 @@ async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo
     try:
         repo = await context.pool.run(lambda: make(context, owner, name))
     except (errors.NotFoundError, errors.InvalidError) as error:
-        raise HubError("RepoNotFound", error.detail) from None
+        if context.store.key.sees_all:
+            raise HubError("RepoNotFound", error.detail) from None
+        # As the Hub answers for what a token does not see, whether it exists or not.
+        raise errors.UnauthenticatedError(error.detail) from None
     version = str(repo.record.version)
     if revision not in ("main", version, repo.commit):
         raise HubError(

@@ -33,7 +33,7 @@ from bonsai_lora.api.options import (
     parameters,
     read_options,
 )
-from bonsai_lora.errors import BonsaiLoraError, UnsupportedFeatureError
+from bonsai_lora.errors import BonsaiLoraError, ForbiddenError, UnsupportedFeatureError
 from bonsai_lora.service import models
 from bonsai_lora.service.infer import cost_of_inference, raw_request
 from bonsai_lora.service.models import MIXED, MIXED_VERSION, Model, find_model
@@ -186,6 +186,10 @@ async def get_model_statistics(context: ContextDep, model: ModelDep) -> oip_sche
     """Totals over all workers since the service started or the set last changed; durations in
     nanoseconds.
     """
+    if model.stored is None and not context.store.key.sees_all:
+        raise ForbiddenError(
+            f"the statistics of model {MIXED!r} cover the sets of all keys; use a key for all names"
+        )
     return await anyio.to_thread.run_sync(
         _statistics, context, [(model.name, model.version, model.content)]
     )
@@ -348,7 +352,8 @@ async def _read_optional(request: Request, model: type[BaseModel]) -> Any:
 def _all_statistics(context: Context) -> oip_schemas.ModelStatistics:
     records = context.store.records()
     found = [(one.name, str(one.version), one.etag) for one in records]
-    return _statistics(context, [*found, (MIXED, MIXED_VERSION, MIXED)])
+    mixed = [(MIXED, MIXED_VERSION, MIXED)] if context.store.key.sees_all else []
+    return _statistics(context, [*found, *mixed])
 
 
 def _statistics(context: Context, found: list[tuple[str, str, str]]) -> oip_schemas.ModelStatistics:

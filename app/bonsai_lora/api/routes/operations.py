@@ -23,14 +23,22 @@ async def get_health() -> schemas.Health:
     "/readyz",
     operation_id="get_readiness",
     summary="Is the store readable?",
+    response_model_exclude_none=True,
     responses=problems(errors.BusyError),
 )
 async def get_readiness(context: ContextDep) -> schemas.Readiness:
-    """Also lists files that could not be read, and sets that a newer release wrote."""
+    """Also counts files that could not be read, and sets that a newer release wrote; names them if
+    the service needs no keys.
+    """
     store = context.store
-    records = await anyio.to_thread.run_sync(store.records)
+    totals = await anyio.to_thread.run_sync(store.totals)
+    has_names = store.key.sees_all
     return schemas.Readiness(
-        sets=len(records), bad_files=store.bad_files(), newer_files=list(store.newer_files())
+        sets=totals.sets,
+        bad_file_count=totals.bad_files,
+        newer_file_count=totals.newer_files,
+        bad_files=store.bad_files() if has_names else None,
+        newer_files=list(store.newer_files()) if has_names else None,
     )
 
 
