@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.routing import APIRoute
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route
 
 from bonsai_lora.api.context import Context, get_context
@@ -98,6 +99,21 @@ _STRICT_ROUTERS = [one.router for one in (sets, adapters, merge, bases_routes, s
 """Routers that refuse unknown query parameters. Apply parses its own; clients of the Hub and of the
 Open Inference Protocol send additional ones."""
 
+_CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+_EXPOSED_HEADERS = (
+    "Accept-Ranges",
+    "Content-Range",
+    "ETag",
+    "Inference-Header-Content-Length",
+    "Location",
+    "Retry-After",
+    "WWW-Authenticate",
+    "X-Error-Code",
+    "X-Repo-Commit",
+    "X-Request-Id",
+)
+"""Headers that a script of an allowed origin may read."""
+
 _log = logging.getLogger("bonsai_lora")
 
 
@@ -135,6 +151,14 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     install_error_handlers(app, app.state.routes)
     install_openapi(app)
     app.add_middleware(EntranceMiddleware, door=door)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=_CORS_METHODS,
+            allow_headers=["*"],
+            expose_headers=_EXPOSED_HEADERS,
+        )
     app.state.observer = Observer(metrics)
     app.add_middleware(
         ObserveMiddleware, observer=app.state.observer, stall_seconds=settings.stall_seconds
