@@ -19,6 +19,8 @@ UNGUARDED = (
 """Why a service without keys does not start."""
 _ORIGIN = re.compile(r"https?://[^/?#\s*]+")
 
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+
 
 def _machine_memory_bytes() -> int:
     """Return the physical memory in bytes, or the container's limit if that is lower."""
@@ -87,6 +89,17 @@ class Settings(BaseSettings):
         False,
         description="let local clients of /v2 pass tensors in shared memory; requires a loopback "
         "address or a Unix socket",
+    )
+    root_path: str = Field(
+        "",
+        description="path prefix, such as /lora, that a proxy in front removes; it is put into "
+        "Location headers and the OpenAPI document",
+    )
+    tls_cert: Path | None = Field(
+        None, description="certificate chain in PEM format, to serve HTTPS; requires --tls-key"
+    )
+    tls_key: Path | None = Field(
+        None, validate_default=True, description="private key of the certificate, in PEM format"
     )
     keys_file: Path | None = Field(
         None,
@@ -182,6 +195,25 @@ class Settings(BaseSettings):
                 f"the host {host!r} is not a loopback address, which shared memory requires; "
                 "listen on 127.0.0.1 or a Unix socket"
             )
+        return value
+
+    @field_validator("root_path")
+    @classmethod
+    def _check_root_path(cls, value: str) -> str:
+        """Refuse what cannot be put before a path."""
+        value = value.rstrip("/")
+        if value and not _ROOT_PATH.fullmatch(value):
+            raise ValueError("it is not the beginning of a path; expected such as /lora")
+        return value
+
+    @field_validator("tls_key")
+    @classmethod
+    def _check_tls(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        """Require both files of TLS or neither, and a port: a Unix socket needs none."""
+        if (value is None) != (info.data.get("tls_cert") is None):
+            raise ValueError("a certificate and its key belong together; give both or neither")
+        if value is not None and info.data.get("uds") is not None:
+            raise ValueError("TLS is for a port; leave it out with a Unix socket")
         return value
 
     @field_validator("cors_origins")

@@ -149,7 +149,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     app.state.context = door.visitor.context(OPEN)
     app.state.routes = _include_routers(app)
     install_error_handlers(app, app.state.routes)
-    install_openapi(app)
+    install_openapi(app, settings.root_path)
     app.add_middleware(EntranceMiddleware, door=door)
     if settings.cors_origins:
         app.add_middleware(

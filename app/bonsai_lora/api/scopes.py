@@ -90,7 +90,7 @@ SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
 }
 
 _NEEDS: Mapping[tuple[str, str], Need] = {
-    (method, path): need
+    (method, path.replace(":path", "")): need
     for need, methods in SCOPES.items()
     for method, paths in methods.items()
     for path in paths
@@ -103,7 +103,7 @@ _HEALTH_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health
 
 def scope_of(method: str, path: str) -> Need:
     """Return what the route at `path`, a template, needs; raises KeyError for an unknown one."""
-    return _NEEDS["GET" if method == "HEAD" else method, path]
+    return _NEEDS["GET" if method == "HEAD" else method, path.replace(":path", "")]
 
 
 def is_open(path: str) -> bool:

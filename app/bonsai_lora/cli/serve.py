@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 from functools import partial
@@ -99,8 +100,11 @@ def run(arguments: argparse.Namespace) -> int:
 def _guarded(settings: Settings) -> Settings:
     """Return `settings` with `no_auth` where only this machine can connect.
 
-    Raises ValueError if other machines can, without keys or leave; KeysFileError for bad keys.
+    Raises ValueError if other machines can, without keys or leave, for a certificate that cannot be
+    used, and for bad keys.
     """
+    if settings.tls_cert is not None:
+        _check_certificate(settings.tls_cert, settings.tls_key)
     if settings.keys_file is not None:
         read_keys(settings.keys_file)
     elif not settings.no_auth and settings.is_reachable():
@@ -108,6 +112,16 @@ def _guarded(settings: Settings) -> Settings:
     else:
         return settings.model_copy(update={"no_auth": True})
     return settings
+
+
+def _check_certificate(certificate: Path, key: Path | None) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
+    except OSError as error:  # an SSLError is one
+        raise ValueError(
+            f"the certificate {certificate} and the key {key} cannot be used: {error}; check "
+            "--tls-cert and --tls-key"
+        ) from error
 
 
 def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAPI:
@@ -159,7 +173,9 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: str) -
         server_header=False,
         http=connection_class(settings),
         ws="none",
-        proxy_headers=False,  # client addresses are not used
+        proxy_headers=False,  # api/door.py reads what trusted proxies say
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
     )
     server = uvicorn.Server(config)
     try:
@@ -175,7 +191,8 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: str) -
             "--store"
         )
         return 2
-    addresses = " and ".join(address_of(one) for one in listeners)
+    scheme = "http" if settings.tls_cert is None else "https"
+    addresses = " and ".join(address_of(one, scheme) for one in listeners)
     _log.info("serving on %s, sets in %s", addresses, Path(settings.store).resolve())
     if settings.workers == 1:
         server.run(sockets=listeners)

@@ -87,7 +87,7 @@ async def create_set(request: Request, response: Response, context: ContextDep) 
             shapes,
         )
         stored = await context.pool.run(make)
-    response.headers["Location"] = f"/v1/sets/{wanted.name}"
+    response.headers["Location"] = f"{context.settings.root_path}/v1/sets/{wanted.name}"
     response.headers["ETag"] = stored.record.etag
     return schemas.SetInfo.of(stored)
 
@@ -200,7 +200,7 @@ async def upload_set(
     response.status_code = 201 if imported.created else 200
     response.headers["ETag"] = imported.stored.record.etag
     if imported.created:
-        response.headers["Location"] = f"/v1/sets/{name}"
+        response.headers["Location"] = f"{context.settings.root_path}/v1/sets/{name}"
     return schemas.ImportReport.of(imported)
 
 
