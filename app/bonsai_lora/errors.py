@@ -72,7 +72,7 @@ class NameNotYoursError(ForbiddenError):
 
 
 class CrossSiteError(ForbiddenError):
-    """A web page of another site sent a request that may change something."""
+    """A web page of a different site sent a request that may change something."""
 
     code = "cross_site"
     title = "Cross-site request"

@@ -17,11 +17,13 @@ class KeysFileMaker:
         self.path = path
         self.entries = []
 
-    def add(self, scopes=TENANT_SCOPES, prefixes=("acme.",), **more):
-        number, token = new_token()
+    def add(self, scopes=TENANT_SCOPES, prefixes=("acme.",), number=None, **more):
+        fresh, token = new_token()
+        if number is not None:
+            token = token.replace(fresh, number)
         self.entries.append(
             {
-                "id": number,
+                "id": number or fresh,
                 "sha256": digest_of(token.encode()).hex(),
                 "scopes": list(scopes),
                 "prefixes": list(prefixes),

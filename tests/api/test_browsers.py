@@ -89,7 +89,7 @@ WRITES = [
 @pytest.mark.parametrize(
     "origin", ["https://evil.example", "null", "http://localhost:1", "https://app.example.evil", ""]
 )
-def test_a_write_from_another_site_is_refused(site, method, path, headers, body, origin):
+def test_a_write_from_a_different_site_is_refused(site, method, path, headers, body, origin):
     before = snapshot(site.app.state.store)
     answer = site.request(method, path, headers={"Origin": origin, **headers}, content=body)
     assert answer.status_code == 403, answer.text

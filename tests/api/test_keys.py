@@ -22,7 +22,7 @@ from bonsai_lora.storage.store import SetStore
 
 MODULE = "model.layers.0.self_attn.q_proj"
 OWN, FOREIGN, ABSENT = "acme.one", "umbra.one", "umbra.two"
-"""Names of the same length: one of the tenant's, one of another's, one that nobody has."""
+"""Names of the same length: one of the tenant's, one of somebody else's, one that nobody has."""
 ROW = [0.5] * 64
 
 

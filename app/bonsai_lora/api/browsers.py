@@ -1,4 +1,4 @@
-"""Refuse what a web page of another site makes a browser send.
+"""Refuse what a web page of a different site makes a browser send.
 
 A page can send some requests to any address (the fetch standard calls them CORS-safelisted), and
 with a host name that it lets resolve to this machine's address (DNS rebinding), it is of the same
@@ -35,8 +35,8 @@ def check_host(host: bytes, allowed: Collection[str]) -> None:
     if not _is_address(name):
         shown = host.decode("latin-1")[:200]
         raise MisdirectedRequestError(
-            f"the request is for the host {shown!r}, which this service does not answer to; call "
-            "it by its address, or add the name to --allowed-hosts",
+            f"the request is for the host {shown!r}, which this service does not answer to; use "
+            "its address, or add the name to --allowed-hosts",
             got=shown,
         )
 
@@ -63,7 +63,7 @@ def check_origin(
     host: bytes,
     origins: Collection[str],
 ) -> None:
-    """Raise an error for a write from a web page that could be of another site.
+    """Raise an error for a write from a web page that could be of a different site.
 
     `host` is the one that the page's browser called. Raises CrossSiteError for an Origin that is
     neither this host nor in `origins`, and
@@ -75,7 +75,7 @@ def check_origin(
     shown = origin.decode("latin-1")[:200]
     if shown not in origins and not _is_same(origin, host):
         raise CrossSiteError(
-            f"the request comes from a page of {shown!r}, which is another site; add it to "
+            f"the request comes from a page of {shown!r}, which is a different site; add it to "
             "--cors-origins if its pages may use this service",
             got=shown,
         )

@@ -99,7 +99,7 @@ class Door:
         return self.identify(headers)
 
     def check_site(self, method: str, path: str, headers: Headers, peer: Peer) -> None:
-        """Refuse what a web page of another site may have sent.
+        """Refuse what a web page of a different site may have sent.
 
         Raises MisdirectedRequestError, CrossSiteError, UnsupportedMediaTypeError.
         """

@@ -27,7 +27,7 @@ class Bucket:
         return None if rate is None else cls(rate * share)
 
     def take(self, amount: float) -> int:
-        """Take `amount` and return 0, or take nothing and return the whole seconds to wait."""
+        """Take `amount` and return 0; if it is not there, return the whole seconds to wait."""
         with self._lock:
             now = self._clock()
             self._held = min(self._most, self._held + (now - self._at) * self._rate)

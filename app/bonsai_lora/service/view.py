@@ -58,7 +58,7 @@ class SetView:
         if self._scope == "write":
             raise NameNotYoursError(
                 f"the key {self.key.id!r} may not write to {name[:100]!r}; use a name that starts "
-                f"with {' or '.join(map(repr, self.key.prefixes)) or 'a prefix of another key'}",
+                f"with {' or '.join(map(repr, self.key.prefixes)) or 'a prefix of a different key'}",
                 key=self.key.id,
                 set=name,
                 expected=list(self.key.prefixes),
@@ -126,7 +126,7 @@ class SetView:
         count, held = len(others) + 1, sum(one.total_memory_bytes for one in others)
         if quota.sets is not None and count > quota.sets:
             raise QuotaExceededError(
-                f"there are {len(others)} sets under the key's prefixes, and its quota is "
+                f"the key's prefixes have {len(others)} sets, and its quota is "
                 f"{quota.sets}; delete sets, or use another key",
                 got=count,
                 limit=quota.sets,
