@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import numpy as np
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from uvicorn.protocols.http.flow_control import FlowControl
 
-from bonsai_lora.api.call import Call, HeaderLines
+from bonsai_lora.api.call import LONG_BYTES, Call, HeaderLines
 from bonsai_lora.api.coroutines import resume
 from bonsai_lora.api.errors import failure_response, problem_response
 from bonsai_lora.api.middleware import request_id_of
@@ -19,8 +20,6 @@ from bonsai_lora.fast_lane.routes import FastLane, RouteMatch
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.wire.buffers import Buffer
 
-LONG_BYTES = 1 << 16
-"""Read size between requests; the rest of a longer body is read straight into its array."""
 _BATCH_SECONDS = 1e-4
 """A response that took longer than this to compute is not held back for batching."""
 _ALIGNMENT = 16
@@ -31,6 +30,7 @@ class Connection(Protocol):
     """The connection of a `LaneCall`: `LaneProtocol` in app/bonsai_lora/fast_lane/protocol.py."""
 
     lane: FastLane
+    flow: FlowControl
     loop: asyncio.AbstractEventLoop
     tasks: set[asyncio.Task[None]]
     transport: asyncio.Transport
@@ -142,6 +142,9 @@ class LaneCall(Call):
             if seconds > _BATCH_SECONDS:
                 self._http.flush()
             observer.observe(scope, self._status, seconds)
+            if self._http.flow.write_paused:
+                await self._http.flow.drain()
+            self.close()
             self._http.end_call(self)
 
     async def _answer(self) -> Response:

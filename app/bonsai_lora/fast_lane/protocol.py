@@ -5,8 +5,9 @@ from typing import Any, cast
 
 from starlette.requests import ClientDisconnect
 
+from bonsai_lora.api.call import LONG_BYTES
 from bonsai_lora.api.connection import GuardedProtocol
-from bonsai_lora.fast_lane.call import LONG_BYTES, LaneCall, stalled
+from bonsai_lora.fast_lane.call import LaneCall, stalled
 from bonsai_lora.fast_lane.routes import FastLane
 from bonsai_lora.service.work import INLINE_NANOSECONDS
 

@@ -11,6 +11,11 @@ from bonsai_lora.errors import DoraNeedsBaseError, ShapeMismatchError
 from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.storage.setfile import StoredSet
 
+
+class NormsMissingError(Exception):
+    """Norms are not known yet, and must be computed in the long lane."""
+
+
 _norms: WeakKeyDictionary[LoraAdapter, tuple[Base, str, Floats]] = WeakKeyDictionary()
 
 
@@ -20,8 +25,12 @@ def norms_of(
     adapter: LoraAdapter,
     bases: BaseFolder,
     match: str | None = None,
+    *,
+    may_compute: bool = True,
 ) -> Floats:
     """Return the row norms (d_out,) of W + scaling * B @ A, cached per adapter and base.
+
+    Raises NormsMissingError if they are not cached, unless `may_compute`.
 
     W is the tensor that a merge with the same `match` would change. Raises DoraNeedsBaseError if
     no base with the set's base_model_name has the module's weight, InvalidRequestError if the
@@ -39,6 +48,8 @@ def norms_of(
         )
     known = _norms.get(adapter)
     if known is None or known[:2] != (base, name):
+        if not may_compute:
+            raise NormsMissingError
         known = _norms[adapter] = (base, name, _norms_in(base, name, stored, module, match))
     return known[2]
 
