@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from http import HTTPStatus
 
 from fastapi import Request
 from starlette.responses import Response
@@ -18,6 +19,9 @@ JOINED_BYTES = 1 << 16
 LONG_BYTES = 1 << 16
 """Bodies up to this length take a place when they are complete, longer ones before they are read.
 Their memory, and that of responses up to this length, is bounded by the number of places."""
+
+_DROPPED_BYTES = 1 << 20
+"""Most bytes of a refused body that are read and dropped to keep the connection."""
 
 _COPIES = 2
 """A body takes its length, and its numbers up to as much again as float32."""
@@ -167,6 +171,15 @@ def _pieces(parts: Sequence[Buffer]) -> Iterator[memoryview]:
         view = memoryview(part)
         for start in range(0, len(view), _PIECE_BYTES):
             yield view[start : start + _PIECE_BYTES]
+
+
+def closes(status: int, missing: float) -> bool:
+    """Return whether a connection is closed after a refusal.
+
+    Reading the `missing` bytes of the body would cost more than a new connection, or is not worth
+    it in an overload.
+    """
+    return missing > (LONG_BYTES if status == HTTPStatus.SERVICE_UNAVAILABLE else _DROPPED_BYTES)
 
 
 def join_headers(lines: Sequence[tuple[bytes, bytes]]) -> dict[bytes, bytes]:

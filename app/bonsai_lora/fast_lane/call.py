@@ -10,11 +10,12 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from bonsai_lora.api.call import LONG_BYTES, Call, HeaderLines
+from bonsai_lora.api.call import LONG_BYTES, Call, HeaderLines, closes
 from bonsai_lora.api.coroutines import resume
 from bonsai_lora.api.errors import failure_response, problem_response
 from bonsai_lora.api.middleware import request_id_of
-from bonsai_lora.errors import BonsaiLoraError, StalledError
+from bonsai_lora.api.pace import Pace
+from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.fast_lane.head import RequestHead
 from bonsai_lora.fast_lane.routes import FastLane, RouteMatch
 from bonsai_lora.formats.safetensors import as_bytes
@@ -161,6 +162,8 @@ class LaneCall(Call):
         if http.transport.is_closing():
             raise ClientDisconnect
         parts = getattr(answer, "parts", None) or (answer.body,)
+        if self.missing and closes(answer.status_code, self.missing):
+            self.keep_alive = False
         lines = [*answer.raw_headers, (b"x-request-id", self._scope["request_id"].encode())]
         http.write_response(answer.status_code, lines, parts, keep_alive=self.keep_alive)
         self._status = answer.status_code
@@ -176,7 +179,7 @@ class LaneCall(Call):
         http = self._http
         if self._is_stalled:
             self.keep_alive = False
-            raise stalled(stall_seconds)
+            raise Pace(stall_seconds).too_slow()
         try:
             if self._head.expects and not self._body:
                 http.send_continue()
@@ -191,14 +194,6 @@ class LaneCall(Call):
         except BaseException:
             self.keep_alive = False  # the rest of the body would be parsed as a request
             raise
-
-
-def stalled(seconds: float) -> StalledError:
-    """Return the error for a client that stopped sending its body."""
-    return StalledError(
-        f"the client sent nothing for {seconds:g} s; retry on a faster connection, or raise "
-        "stall_seconds"
-    )
 
 
 async def _finish(coroutine: Coroutine[Any, Any, None], yielded: Any) -> None:
