@@ -34,6 +34,8 @@ MAX_HEAD_LINES = 100
 
 LINGER_SECONDS = 1.0
 """How long a connection stays open after a refusal while the client is still sending."""
+_PAUSE_SECONDS = 0.1
+"""How long nothing is read at first."""
 _LINGER_BYTES = 1 << 20
 """Most bytes to read and drop meanwhile."""
 
@@ -290,7 +292,9 @@ class GuardedProtocol(HttpToolsProtocol):
         """Close after a refusal, without a reset that could overtake it (RFC 9112, section 9.6).
 
         Closing while the client is sending would make its system discard the refusal. So stop
-        sending, and drop what arrives until the client closes, or for LINGER_SECONDS.
+        sending, and drop what arrives until the client closes, or for LINGER_SECONDS. Begin with a
+        pause: most clients close as soon as they have the refusal, and what they have sent by then
+        need not be read.
         """
         self.flush()
         self.stop_head_timer()
@@ -298,7 +302,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._linger_bytes = _LINGER_BYTES
         if self.transport.can_write_eof():
             self.transport.write_eof()
-        self.flow.resume_reading()
+        self.flow.pause_reading()
+        self.loop.call_later(_PAUSE_SECONDS, self.flow.resume_reading)
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def _drop(self, received: int) -> None:
