@@ -26,6 +26,13 @@ class BonsaiLoraError(Exception):
         self.values = values
 
 
+class TakesLongError(Exception):
+    """The work takes longer than where it runs allows; it has to begin again in the long lane.
+
+    Callers never see it.
+    """
+
+
 class MalformedBodyError(BonsaiLoraError):
     """The body cannot be parsed as its Content-Type declares."""
 

@@ -11,8 +11,8 @@ from fastapi import Request
 
 from bonsai_lora.api.metrics import Metrics
 from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.errors import TakesLongError
 from bonsai_lora.service.apply import Applier
-from bonsai_lora.service.dora import NormsMissingError
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.memory import WorkMemory
@@ -47,12 +47,12 @@ class Context:
     async def apply(self, work: Callable[[Applier], T], nanoseconds: float) -> T:
         """Return the result of `work`, an apply, from the short lane.
 
-        It begins again in the long lane if it needs norms of a base that are not known yet.
+        It begins again in the long lane if it turns out to take long.
         """
         try:
             return await self.short.run(partial(work, self.applier), nanoseconds)
-        except NormsMissingError:
-            patient = replace(self.applier, may_compute_norms=True)
+        except TakesLongError:
+            patient = replace(self.applier, may_take_long=True)
             return await self.long.run(partial(work, patient))
 
 

@@ -115,8 +115,8 @@ class Applier:
 
     limits: Limits
     bases: BaseFolder
-    may_compute_norms: bool = False
-    """Whether to compute norms that are not cached; it takes long, so only in the long lane."""
+    may_take_long: bool = False
+    """Whether norms that are not cached may be computed: only in the long lane."""
 
     def apply(
         self,
@@ -213,7 +213,7 @@ class Applier:
         if adapter.magnitude is None or base_outputs is None:
             return [Segment(adapter, one.index, one.weights)]
         norms = norms_of(
-            one.stored, module, adapter, self.bases, match, may_compute=self.may_compute_norms
+            one.stored, module, adapter, self.bases, match, may_take_long=self.may_take_long
         )
         return [Segment(adapter, one.index, one.weights, base_outputs, norms)]
 

@@ -70,7 +70,13 @@ async def apply_one(call: CallDep, name: SetName, module: ModuleName) -> BufferR
     options = read_options(call, APPLY_OPTIONS, ApplyOptions.of)
 
     def compute(body: Buffer, applier: Applier) -> Sequence[Buffer]:
-        batches = decode_one(options.request_form, body, context.limits.max_header_bytes, module)
+        batches = decode_one(
+            options.request_form,
+            body,
+            context.limits.max_header_bytes,
+            module,
+            may_take_long=applier.may_take_long,
+        )
         fields: ResponseFields = {"set": name, "module": module, "version": stored.record.version}
         outputs = _stacked(call, applier, stored, batches, options, fields)
         return encode_outputs(options.response_form, outputs[module], fields, options.dtype)
@@ -104,7 +110,13 @@ async def apply_many(call: CallDep, name: SetName) -> BufferResponse:
 
     def compute(body: Buffer, applier: Applier) -> Sequence[Buffer]:
         limit = context.limits.max_header_bytes
-        batches = decode_many(options.request_form, body, limit, options.modules)
+        batches = decode_many(
+            options.request_form,
+            body,
+            limit,
+            options.modules,
+            may_take_long=applier.may_take_long,
+        )
         fields: ResponseFields = {"set": name, "version": stored.record.version}
         outputs = _stacked(call, applier, stored, batches, options, fields)
         return encode_outputs(options.response_form, outputs, fields, options.dtype)
@@ -140,7 +152,12 @@ async def apply_mixed(call: CallDep) -> BufferResponse:
     response_form, dtype = options.response_form, options.dtype
 
     def compute(body: Buffer, applier: Applier) -> Sequence[Buffer]:
-        batch = decode_mixed(options.request_form, body, context.limits.max_header_bytes)
+        batch = decode_mixed(
+            options.request_form,
+            body,
+            context.limits.max_header_bytes,
+            may_take_long=applier.may_take_long,
+        )
         module, inputs = batch.module, {batch.module: batch.inputs}
         base_outputs = {} if batch.base_outputs is None else {module: batch.base_outputs}
         if not batch.stacks:  # without rows, no set determines the width of the outputs

@@ -308,7 +308,7 @@ async def _run(
     header_length, coding = options.header_length, options.request_coding
     text_length = len(body) if header_length is None else header_length
 
-    def decode() -> InferRequest:
+    def decode(*, may_take_long: bool) -> InferRequest:
         plain = body
         if coding:
             call.reserve(min(MOST_EXPANSION * len(body), limits.max_body_bytes))
@@ -316,16 +316,17 @@ async def _run(
         check_length(len(plain) if header_length is None else header_length, limits.max_json_bytes)
         if header_length == 0:
             return raw_request(model, memoryview(plain))
-        return decode_request(memoryview(plain), header_length)
+        return decode_request(memoryview(plain), header_length, may_take_long=may_take_long)
 
     requested = None
     if coding is None and text_length <= INLINE_BYTES:
-        requested = _timed(decode, counts)
+        requested = _timed(partial(decode, may_take_long=True), counts)
     queued = time.perf_counter_ns()
 
     def work(applier: Applier) -> tuple[list[Buffer], int | None]:
         counts.queue_ns = time.perf_counter_ns() - queued
-        request = requested or _timed(decode, counts)
+        decode_it = partial(decode, may_take_long=applier.may_take_long)
+        request = requested or _timed(decode_it, counts)
         # The outputs' form is known to `infer` only, so count those in JSON.
         reserve = call.reserve_outputs(Form.BINARY if request.is_binary else Form.JSON)
         return context.inference.infer(applier, model, request, counts, reserve)
