@@ -99,9 +99,10 @@ class Settings(BaseSettings):
         256 * _MIB, ge=1, description="most bytes of float32 outputs in one response"
     )
     max_spill_bytes: int = Field(
-        4 * _GIB,
+        16 * _GIB,
         ge=0,
-        description="most disk space to buffer one streamed merge whose client does not read yet",
+        description="most disk space per worker for uploads in progress, and for streamed merges "
+        "whose clients do not read yet",
     )
     work_memory_bytes: int = Field(
         default_factory=_work_memory_bytes,

@@ -40,10 +40,11 @@ from bonsai_lora.api.routes import (
 from bonsai_lora.api.routes import bases as bases_routes
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core import backend
+from bonsai_lora.errors import StoreFullError
 from bonsai_lora.service.apply import Applier
+from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.limits import Limits
-from bonsai_lora.service.memory import WorkMemory
 from bonsai_lora.service.merged import MergedModels
 from bonsai_lora.service.stats import store_stats
 from bonsai_lora.service.work import Lane, ShortLane
@@ -182,7 +183,8 @@ def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Me
         settings,
         store,
         limits,
-        WorkMemory(settings.work_memory_bytes),
+        Budget(settings.work_memory_bytes),
+        Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
         ShortLane(
             settings.max_concurrency,
             settings.threads,

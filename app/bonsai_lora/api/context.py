@@ -13,9 +13,9 @@ from bonsai_lora.api.metrics import Metrics
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.errors import TakesLongError
 from bonsai_lora.service.apply import Applier
+from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.limits import Limits
-from bonsai_lora.service.memory import WorkMemory
 from bonsai_lora.service.merged import MergedModels
 from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import Settings
@@ -32,7 +32,8 @@ class Context:
     settings: Settings
     store: SetStore
     limits: Limits
-    memory: WorkMemory
+    memory: Budget
+    spill: Budget
     short: ShortLane
     long: Lane
     applier: Applier

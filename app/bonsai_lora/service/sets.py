@@ -3,7 +3,6 @@
 import bisect
 import json
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -28,8 +27,8 @@ from bonsai_lora.formats import mlx, peft
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import check_module_name, check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig, parse_config
+from bonsai_lora.service.budget import Budget, Reservation
 from bonsai_lora.service.limits import Limits
-from bonsai_lora.service.memory import WorkMemory
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.upload import ReceivedUpload, Upload
@@ -55,7 +54,7 @@ class Imported:
 def create_set(
     store: SetStore,
     limits: Limits,
-    memory: WorkMemory,
+    memory: Budget,
     name: str,
     base_model_name: str,
     config: LoraConfig,
@@ -81,7 +80,8 @@ def create_set(
         _refuse_existing(store, name)
         needed = sum(adapter_bytes(*shape, config.rank) for shape in kept.values())
         limits.check_budget(store, name, needed)
-        with memory.reserved(needed):
+        with Reservation(memory) as reserved:
+            reserved.add(needed)
             lora_set = BonsaiLoraSet.new(config, base_model_name, name).add_adapters(kept)
             return _write(store, limits, lora_set, origin="initialized", previous=None)
 
@@ -190,7 +190,7 @@ def get_adapter(stored: StoredSet, module: str) -> LoraAdapter:
 def put_new_adapter(
     store: SetStore,
     limits: Limits,
-    memory: WorkMemory,
+    memory: Budget,
     name: str,
     module: str,
     d_in: int,
@@ -205,10 +205,10 @@ def put_new_adapter(
         limits.check_rank(own.rank)
         needed = adapter_bytes(d_in, d_out, own.rank)
         limits.check_budget(store, name, needed)
-        reserved.enter_context(memory.reserved(needed))
+        reserved.add(needed)
         return LoraAdapter.new(d_in, d_out, own)
 
-    with ExitStack() as reserved:
+    with Reservation(memory) as reserved:
         return _put_adapter(store, limits, name, module, make, precondition, initialized=True)
 
 

@@ -118,7 +118,7 @@ class _StreamedMerge(StarletteResponse):
                 self.form.value,
                 lane=self.context.long,
                 spool=Spool(
-                    settings.max_spill_bytes, settings.stall_seconds, self.context.store.temporary
+                    self.context.spill, settings.stall_seconds, self.context.store.temporary
                 ),
                 on_bytes=self.context.metrics.bytes_merged.inc,
             )

@@ -26,6 +26,7 @@ from bonsai_lora.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, la
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import SET_NAME_PATTERN, check_set_name
 from bonsai_lora.service import sets
+from bonsai_lora.service.budget import Reservation
 from bonsai_lora.storage.upload import Upload
 from bonsai_lora.wire.media import Form
 
@@ -185,9 +186,14 @@ async def upload_set(
     with the reason. The parts may also be named after the files they contain.
     """
     check_set_name(name)
-    with context.long.admit(), context.store.new_file() as file:
+    with (
+        context.long.admit(),
+        context.store.new_file() as file,
+        Reservation(context.spill) as reserved,
+    ):
         upload = Upload(file, context.limits.max_header_bytes)
-        config = await receive_adapter(request, upload, context.limits.max_upload_bytes)
+        limit = context.limits.max_upload_bytes
+        config = await receive_adapter(request, upload, limit, reserved.add)
         make = partial(
             sets.import_adapter,
             context.store,
