@@ -1,26 +1,31 @@
 """The objects that routes share."""
 
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import monotonic
-from typing import cast
+from typing import TypeVar, cast
 
 from fastapi import Request
 
 from bonsai_lora.api.metrics import Metrics
 from bonsai_lora.api.scopes import scope_of
 from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.errors import TakesLongError
 from bonsai_lora.service.apply import Applier
+from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.keys import Key, Meter, Scope, missing_scope
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
 from bonsai_lora.service.view import SetView
-from bonsai_lora.service.work import WorkPool
+from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import Settings
 from bonsai_lora.storage.counts import CountFile
 from bonsai_lora.storage.regions import SharedRegions
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,10 @@ class Context:
     settings: Settings
     store: SetView
     limits: Limits
-    pool: WorkPool
+    memory: Budget
+    spill: Budget
+    short: ShortLane
+    long: Lane
     applier: Applier
     inference: Inference
     counts: CountFile
@@ -43,13 +51,27 @@ class Context:
     def seen_by(self, key: Key, scope: Scope, meter: Meter) -> "Context":
         """Return the context of a caller: the sets that it may use for `scope`, and its rates."""
         store = self.store.seen_by(key, scope)
-        applier = replace(self.applier, meter=meter)
         # Regions belong to nobody, so that only an administrator may compute in them.
         regions = self.inference.regions
         if regions.is_on and "admin" not in key.scopes:
             regions = SharedRegions(None, partial(missing_scope, key, "admin"))
-        inference = replace(self.inference, applier=applier, store=store, regions=regions)
-        return replace(self, store=store, applier=applier, inference=inference)
+        return replace(
+            self,
+            store=store,
+            applier=replace(self.applier, meter=meter),
+            inference=replace(self.inference, store=store, regions=regions),
+        )
+
+    async def apply(self, work: Callable[[Applier], T], nanoseconds: float) -> T:
+        """Return the result of `work`, an apply, from the short lane.
+
+        It begins again in the long lane if it turns out to take long.
+        """
+        try:
+            return await self.short.run(partial(work, self.applier), nanoseconds)
+        except TakesLongError:
+            patient = replace(self.applier, may_take_long=True)
+            return await self.long.run(partial(work, patient))
 
 
 async def get_context(request: Request) -> Context:

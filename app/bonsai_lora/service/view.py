@@ -56,9 +56,10 @@ class SetView:
         if may(self.key, self._scope, name):
             return
         if self._scope == "write":
+            starts = " or ".join(map(repr, self.key.prefixes)) or "a prefix of a different key"
             raise NameNotYoursError(
                 f"the key {self.key.id!r} may not write to {name[:100]!r}; use a name that starts "
-                f"with {' or '.join(map(repr, self.key.prefixes)) or 'a prefix of a different key'}",
+                f"with {starts}",
                 key=self.key.id,
                 set=name,
                 expected=list(self.key.prefixes),
