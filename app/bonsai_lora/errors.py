@@ -96,9 +96,6 @@ class RateLimitedError(BonsaiLoraError):
 
     code = "rate_limited"
 
-    def __init__(self, detail: str, retry_seconds: int, **values: Any) -> None:
-        super().__init__(detail, retry_seconds=retry_seconds, **values)
-
 
 class QuotaExceededError(BonsaiLoraError):
     """The sets under the key's prefixes would exceed its quota."""

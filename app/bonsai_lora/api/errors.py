@@ -20,6 +20,8 @@ from bonsai_lora.errors import BonsaiLoraError
 
 PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
+_PASSING = (errors.BusyError, errors.BaseChangedError, errors.RateLimitedError)
+"""Errors that the same request need not meet again."""
 _HUB_PATH = re.compile("/api/models|/[^/]+/[^/]+/resolve/")
 
 STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
@@ -68,13 +70,13 @@ def problem_response(
         media_type, body = "application/json", _oip_body(error)
     else:
         media_type, body = PROBLEM_TYPE, _problem_body(error, status, scope)
-    more = {**_headers_of(error, status, scope), **(headers or {})}
+    more = {**_headers_of(error, scope), **(headers or {})}
     # Unlike orjson, the standard library writes huge integers and lone surrogates, which may occur.
     content = json.dumps(_shortened(body), separators=(",", ":"), default=str)
     return Response(content, int(status), more, media_type=media_type)
 
 
-def _headers_of(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> dict[str, str]:
+def _headers_of(error: BonsaiLoraError, scope: Scope) -> dict[str, str]:
     """Return the headers that belong to an error."""
     if isinstance(error, errors.RangeNotSatisfiableError):
         return {"Content-Range": f"bytes */{error.values['size_bytes']}"}
@@ -83,10 +85,8 @@ def _headers_of(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> dic
     if isinstance(error, errors.UnauthenticatedError):
         hub = _hub_headers("RepoNotFound", error) if _HUB_PATH.match(scope["path"]) else {}
         return {"WWW-Authenticate": "Bearer", **hub}
-    if isinstance(error, errors.RateLimitedError):
-        return {"Retry-After": str(error.values["retry_seconds"])}
-    if status is HTTPStatus.SERVICE_UNAVAILABLE:
-        return {"Retry-After": str(RETRY_AFTER_SECONDS)}
+    if isinstance(error, _PASSING):
+        return {"Retry-After": str(error.values.get("retry_seconds", RETRY_AFTER_SECONDS))}
     return {}
 
 

@@ -144,7 +144,7 @@ class Meter:
         if wait > 0:
             raise RateLimitedError(
                 f"the key {self._key.id!r} has used its {limit}; retry in {wait} s",
-                wait,
                 key=self._key.id,
                 limit=limit,
+                retry_seconds=wait,
             )
