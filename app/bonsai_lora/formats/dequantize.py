@@ -1,9 +1,9 @@
 """Values of GGUF's tensor types as float32, bit-equal to those of llama.cpp.
 
 Layouts and order of operations follow ggml/src/ggml-quants.c (release b11434) and, for PQ2_0 and
-PTQ1_0, PrismML's fork. Blocks are independent, so any run of whole blocks can be read alone. Work is
-done in pieces that stay in the cache: 1- and 2-bit types look up a whole byte in a table of float32
-rows, the others widen small integers, and each value is multiplied by its scale once.
+PTQ1_0, PrismML's fork. Blocks are independent, so any run of whole blocks can be read alone. Work
+is done in pieces that stay in the cache: 1- and 2-bit types look up a whole byte in a table of
+float32 rows, the others widen small integers, and each value is multiplied by its scale once.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,9 +34,9 @@ def dequantize(
 ) -> Floats:
     """Return the values (n,) of whole blocks, in `out` (n,), C-contiguous, if given.
 
-    Without `out`, the result may be a read-only view of `raw`. Raises UnsupportedGgufError for a type
-    without a decoder, ValueError if the lengths of `raw` and `out` do not fit. NaNs of F16 and BF16
-    become one quiet NaN.
+    Without `out`, the result may be a read-only view of `raw`. Raises UnsupportedGgufError for a
+    type without a decoder, ValueError if the lengths of `raw` and `out` do not fit. NaNs of F16 and
+    BF16 become one quiet NaN.
     """
     dtype = _FLOATS.get(kind.name)
     if dtype is not None:
@@ -112,9 +112,9 @@ _POWERS = np.array([1, 3, 9, 27, 81], np.uint8)
 def _trits(blocks: Bytes, out: Floats, spans: tuple[tuple[int, int, int], ...]) -> None:
     """Write ternary digits times the scale at the end of the block.
 
-    A span (start, width, digits) of bytes holds its digits one after the other: all first digits, then
-    all second ones. Digit n of byte b is (b * 3^n mod 256) * 3 // 256, that is, how many of 86 and 171
-    the first factor reaches.
+    A span (start, width, digits) of bytes holds its digits one after the other: all first digits,
+    then all second ones. Digit n of byte b is (b * 3^n mod 256) * 3 // 256, that is, how many of 86
+    and 171 the first factor reaches.
     """
     packed = np.ascontiguousarray(blocks[:, :-2])
     digits = np.empty((len(_POWERS), *packed.shape), np.int8)

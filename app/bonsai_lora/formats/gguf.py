@@ -1,8 +1,8 @@
 """The GGUF format, read: key-value pairs, then tensor descriptions, then aligned tensor data.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, with the limits of llama.cpp's reader
-(ggml/src/gguf.cpp, release b11434). Only the header is read, in pieces of 1 MiB, and arrays are
-skipped, so opening a model takes a constant amount of memory. Files are written by gguf_writer.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, with the limits of llama.cpp's
+reader (ggml/src/gguf.cpp, release b11434). Only the header is read, in pieces of 1 MiB, and arrays
+are skipped, so opening a model takes a constant amount of memory. Files are written by gguf_writer.
 """
 
 import math
@@ -65,8 +65,8 @@ def read_header(read: ReadAt, total_bytes: int, *, limit: int = MAX_HEADER_BYTES
     """Return the checked header of a file of `total_bytes`.
 
     Raises MalformedGgufError for a broken rule, HeaderTooLargeError over `limit` bytes,
-    UnsupportedGgufError for a tensor type without a known layout. Besides the header, some blocks of
-    type 42 are read if its layout is in doubt.
+    UnsupportedGgufError for a tensor type without a known layout. Besides the header, some blocks
+    of type 42 are read if its layout is in doubt.
     """
     cursor = Cursor(read, total_bytes, limit)
     version = _read_version(cursor)

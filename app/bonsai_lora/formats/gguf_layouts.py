@@ -1,9 +1,9 @@
 """Where the tensors of a GGUF file start, and which of three layouts type 42 has in it.
 
-llama.cpp requires each offset to be the padded sum of the sizes before it (ggml/src/gguf.cpp), so the
-offsets tell blocks of 64 from blocks of 128 elements. Whether the scale of a block of 128 comes first
-or last is seen from the blocks: a scale is finite, not negative and below 2, and quantizers of ternary
-models never produce code 3.
+llama.cpp requires each offset to be the padded sum of the sizes before it (ggml/src/gguf.cpp), so
+the offsets tell blocks of 64 from blocks of 128 elements. Whether the scale of a block of 128 comes
+first or last is seen from the blocks: a scale is finite, not negative and below 2, and quantizers
+of ternary models never produce code 3.
 """
 
 import math
@@ -75,8 +75,8 @@ def place(
     """Return the tensors, in file order.
 
     `scale_is_last` is a known sign of TQ2_0_G128; without it the contents decide. Raises
-    MalformedGgufError for offsets or sizes that do not fit the file, UnsupportedGgufError if blocks of
-    type 42 fit no known layout.
+    MalformedGgufError for offsets or sizes that do not fit the file, UnsupportedGgufError if blocks
+    of type 42 fit no known layout.
     """
     type_42 = _block_of_42(entries, data_bytes, alignment)
     placed = _placed(entries, data_start, type_42)
@@ -100,7 +100,7 @@ def _placed(
 
 
 def _block_of_42(entries: Sequence[Entry], data_bytes: int, alignment: int) -> TensorType:
-    """Return the type whose sizes give the offsets of all tensors and, best, the end of the file."""
+    """Return the type that gives the offsets of all tensors and, best, the end of the file."""
     if not any(one.type_id == AMBIGUOUS_ID for one in entries):
         _replay(entries, TYPES[AMBIGUOUS_ID], alignment, data_bytes)
         return TYPES[AMBIGUOUS_ID]
@@ -122,9 +122,7 @@ def _block_of_42(entries: Sequence[Entry], data_bytes: int, alignment: int) -> T
     return fitting[0]
 
 
-def _replay(
-    entries: Sequence[Entry], type_42: TensorType, alignment: int, data_bytes: int
-) -> int:
+def _replay(entries: Sequence[Entry], type_42: TensorType, alignment: int, data_bytes: int) -> int:
     """Return where the last tensor ends, counted from the start of the data."""
     expected = end = 0
     for one in entries:

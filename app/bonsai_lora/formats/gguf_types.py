@@ -1,7 +1,7 @@
 """The types of GGUF tensors: ids, elements and bytes of a block.
 
-Ids and sizes are those of llama.cpp (ggml/include/ggml.h and ggml/src/ggml-common.h, release b11434)
-and, from 142, of PrismML's fork. Ids that llama.cpp has removed are not listed.
+Ids and sizes are those of llama.cpp (ggml/include/ggml.h and ggml/src/ggml-common.h, release
+b11434) and, from 142, of PrismML's fork. Ids that llama.cpp has removed are not listed.
 """
 
 from dataclasses import dataclass
@@ -50,4 +50,4 @@ FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "Q4_K": 15, "Q6_K": 18, "BF16": 32, "TQ1_0": 36,
     "TQ2_0": 37, "Q1_0": 40, "Q2_0": 41, "PQ2_0": 141, "PTQ1_0": 143,
 }  # fmt: skip
-"""general.file_type of a file whose matrices have this type (include/llama.h). It is a hint only."""
+"""general.file_type of a file whose matrices have this type (include/llama.h), a hint only."""

@@ -1,11 +1,11 @@
 """The values of GGUF's key-value pairs: types, and a cursor that walks over them.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Arrays are skipped, not decoded: a
-tokenizer has hundreds of thousands of strings.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Arrays are skipped, not decoded:
+a tokenizer has hundreds of thousands of strings.
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -37,7 +37,7 @@ class ValueType(IntEnum):
     FLOAT64 = 12
 
 
-DTYPES = {
+DTYPES: Mapping[ValueType, np.dtype[Any]] = {
     ValueType.UINT8: np.dtype("u1"), ValueType.INT8: np.dtype("i1"),
     ValueType.UINT16: np.dtype("<u2"), ValueType.INT16: np.dtype("<i2"),
     ValueType.UINT32: np.dtype("<u4"), ValueType.INT32: np.dtype("<i4"),
@@ -84,7 +84,8 @@ def read_array(read: ReadAt, value: Value) -> npt.NDArray[Any] | list[str]:
         if len(raw) != value.count * dtype.itemsize:
             raise malformed(f"it ends after {start + len(raw)} bytes, inside an array")
         if dtype == np.bool_:  # any byte but 0 is true
-            return np.frombuffer(raw, np.uint8) != 0
+            flags: npt.NDArray[Any] = np.frombuffer(raw, np.uint8) != 0
+            return flags
         return np.frombuffer(raw, dtype)
     cursor = Cursor(read, value.stop, value.stop, start)
     return [cursor.text() for _ in range(value.count)]
@@ -93,7 +94,8 @@ def read_array(read: ReadAt, value: Value) -> npt.NDArray[Any] | list[str]:
 class Cursor:
     """Walks over the header of a file, of which one window is in memory.
 
-    Every method raises MalformedGgufError past the end of the file, HeaderTooLargeError past `limit`.
+    Every method raises MalformedGgufError past the end of the file, HeaderTooLargeError past
+    `limit`.
     """
 
     def __init__(self, read: ReadAt, total_bytes: int, limit: int, position: int = 0) -> None:

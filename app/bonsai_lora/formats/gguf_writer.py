@@ -1,7 +1,7 @@
 """The GGUF format, written: the header and the place of every tensor, before any data exists.
 
-The bytes depend on the arguments alone, so a file can be computed in pieces and in any order. See gguf
-for the format and its reader.
+The bytes depend on the arguments alone, so a file can be computed in pieces and in any order. See
+gguf for the format and its reader.
 """
 
 import math
@@ -56,11 +56,13 @@ class Plan:
 def plan(pairs: Mapping[str, Writable], tensors: Layout) -> Plan:
     """Return the plan of a file with these pairs and tensors, both in the given order.
 
-    `general.alignment` among the pairs is followed. Raises UnsupportedGgufError for a tensor that the
-    format cannot hold.
+    `general.alignment` among the pairs is followed. Raises UnsupportedGgufError for a tensor that
+    the format cannot hold.
     """
     alignment = _alignment(pairs.get(ALIGNMENT_KEY))
-    parts: list[bytes | memoryview] = [MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(pairs))]
+    parts: list[bytes | memoryview] = [
+        MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(pairs))
+    ]
     for key, value in pairs.items():
         parts += [_text(key), encode_value(value)]
     offset, offsets = 0, []
@@ -78,7 +80,9 @@ def plan(pairs: Mapping[str, Writable], tensors: Layout) -> Plan:
     return Plan(head.ljust(start, b"\0"), placed, start + offset)
 
 
-def encode(pairs: Mapping[str, Writable], tensors: Mapping[str, tuple[TensorType, Any, bytes]]) -> bytes:
+def encode(
+    pairs: Mapping[str, Writable], tensors: Mapping[str, tuple[TensorType, Any, bytes]]
+) -> bytes:
     """Return a whole file; `tensors` are type, shape and bytes by name."""
     made = plan(pairs, {name: (kind, shape) for name, (kind, shape, _) in tensors.items()})
     content = bytearray(made.total_bytes)
@@ -97,7 +101,10 @@ def encoded_value(read: ReadAt, value: Value) -> Encoded:
 
 
 def encode_value(value: Writable) -> bytes | memoryview:
-    """Return the bytes of a value, from its type on. Raises TypeError for a dtype without a type."""
+    """Return the bytes of a value, from its type on.
+
+    Raises TypeError for a dtype that is not a type of GGUF values.
+    """
     if isinstance(value, Encoded):
         return value.raw
     if isinstance(value, str):
@@ -106,7 +113,10 @@ def encode_value(value: Writable) -> bytes | memoryview:
         if value.ndim != 1:
             raise TypeError(f"an array of {value.ndim} dimensions cannot be a value of GGUF")
         dtype = value.dtype.newbyteorder("<")
-        return ARRAY_HEAD.pack(ValueType.ARRAY, _type_of(dtype), len(value)) + value.astype(dtype).tobytes()
+        return (
+            ARRAY_HEAD.pack(ValueType.ARRAY, _type_of(dtype), len(value))
+            + value.astype(dtype).tobytes()
+        )
     if isinstance(value, bool | np.generic):
         scalar = np.asarray(value)
         dtype = scalar.dtype.newbyteorder("<")

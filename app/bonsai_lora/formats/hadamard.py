@@ -1,9 +1,9 @@
 """Bonsai 2's folded weights: stored rows are not weights, but their Hadamard transforms.
 
-PrismML's fork of llama.cpp computes y = W_f · H (s ∘ x), with signs s for the input width, and H the
-normalized Sylvester-Hadamard matrix in blocks along the input (src/llama-model.cpp and
-src/llama-graph.cpp of PrismML-Eng/llama.cpp, the keys `prism.hadamard.*`). H is symmetric and its own
-inverse, so
+PrismML's fork of llama.cpp computes y = W_f · H (s ∘ x), with signs s for the input width, and H
+the normalized Sylvester-Hadamard matrix in blocks along the input (src/llama-model.cpp and
+src/llama-graph.cpp of PrismML-Eng/llama.cpp, the keys `prism.hadamard.*`). H is symmetric and its
+own inverse, so
 
     W = (W_f · H) ∘ s        the weights, of which an adapter's delta is a change
     A_f = (A ∘ s) · H        the factor that has the same effect beside W_f: B · A_f is folded B · A
@@ -51,22 +51,10 @@ class Folding:
     """Order of the Hadamard matrix, a power of two."""
     signs: Mapping[int, Floats]
     """Input width -> ±1, (width,). Empty if no signs are used."""
-    weights: frozenset[str]
+    weights: frozenset[str] = frozenset()
     """GGUF names of the folded tensors."""
-    is_grouped: bool
+    is_grouped: bool = False
     """Whether the columns of `ssm_out` are in Hugging Face's order of value heads already."""
-
-    @classmethod
-    def of(
-        cls,
-        block: int,
-        signs: Mapping[int, Floats],
-        weights: frozenset[str] = frozenset(),
-        *,
-        is_grouped: bool = False,
-    ) -> "Folding":
-        """Return a folding without a file."""
-        return cls(block, signs, weights, is_grouped)
 
     def unfold(self, rows: Floats) -> Floats:
         """Return the weights (n, width) of stored rows (n, width), float32.
@@ -82,7 +70,7 @@ class Folding:
 
     def _apply(self, rows: Array, *, signs_first: bool) -> Floats:
         width = rows.shape[1]
-        signs = self._signs_of(width)
+        signs = self.signs_of(width)
         out = np.empty(rows.shape, np.float32)
         step = max(1, _PIECE_VALUES // width)
         with np.errstate(over="ignore", invalid="ignore"):
@@ -96,7 +84,11 @@ class Folding:
                 out[start : start + step] = piece
         return out
 
-    def _signs_of(self, width: int) -> Floats | np.float32:
+    def signs_of(self, width: int) -> Floats | np.float32:
+        """Return the signs of an input width, (width,) or 1.
+
+        Raises UnsupportedGgufError for a width that the file does not describe.
+        """
         if width % self.block:
             raise _unsupported(f"rows of {width} values are not whole blocks of {self.block}")
         if not self.signs:
@@ -134,8 +126,8 @@ def _passes(blocks: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 def read_folding(header: Header, read: ReadAt) -> Folding | None:
     """Return how the weights of a file are folded; None if they are plain.
 
-    Raises UnsupportedGgufError for a version, transform, axis, sign mode or key that is unknown, and
-    for values that contradict each other: weights must not be changed without being unfolded.
+    Raises UnsupportedGgufError for a version, transform, axis, sign mode or key that is unknown,
+    and for values that contradict each other: weights must not be changed without being unfolded.
     """
     keys = [key for key in header.pairs if key.startswith(PREFIX)]
     if not keys:
@@ -148,12 +140,14 @@ def read_folding(header: Header, read: ReadAt) -> Folding | None:
     _expect(header, "axis", _AXIS)
     block = header.get(PREFIX + "block_size")
     if not isinstance(block, int) or block.bit_count() != 1 or not 1 <= block <= _MAX_BLOCK:
-        raise _unsupported(f"{PREFIX}block_size is {block!r}, not a power of two up to {_MAX_BLOCK}")
+        raise _unsupported(
+            f"{PREFIX}block_size is {block!r}, not a power of two up to {_MAX_BLOCK}"
+        )
     weights = {*_names(header, read, "weight_names"), *_names(header, read, "inverse_weight_names")}
     grouped = header.get(PREFIX + "gdn_v_grouped") is True
     folding = Folding(block, _read_signs(header, read), frozenset(weights), grouped)
     for name in weights & header.tensors.keys():
-        folding._signs_of(header.tensors[name].shape[-1])
+        folding.signs_of(header.tensors[name].shape[-1])
     return folding
 
 
@@ -180,7 +174,12 @@ def _read_signs(header: Header, read: ReadAt) -> dict[int, Floats]:
         return {}
     widths = [int(one) for one in _numbers(header, read, "sign_widths")]
     values = _numbers(header, read, "sign_values")
-    if not widths or sum(widths) != len(values) or min(widths) < 1 or len(set(widths)) < len(widths):
+    if (
+        not widths
+        or sum(widths) != len(values)
+        or min(widths) < 1
+        or len(set(widths)) < len(widths)
+    ):
         raise _unsupported(f"{PREFIX}sign_widths do not divide {len(values)} sign_values")
     if not np.isin(values, (1, -1)).all():
         raise _unsupported(f"{PREFIX}sign_values has numbers other than 1 and -1")
