@@ -69,7 +69,9 @@ def q8_0(b):
 
 def q4_0(b):
     d = half(b[:2])
-    return [F32((byte & 15) - 8) * d for byte in b[2:]] + [F32((byte >> 4) - 8) * d for byte in b[2:]]
+    return [F32((byte & 15) - 8) * d for byte in b[2:]] + [
+        F32((byte >> 4) - 8) * d for byte in b[2:]
+    ]
 
 
 def q4_k(b):

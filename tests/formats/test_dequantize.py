@@ -93,7 +93,9 @@ def test_values_are_written_where_the_caller_wants_them(rng):
             if name in FLOATS
             else gguf_files.random_blocks(name, 2, rng)
         )
-        out = np.full(2 * kind.block, 7, np.float32) if name in QUANTIZED else np.empty(1, np.float32)
+        out = (
+            np.full(2 * kind.block, 7, np.float32) if name in QUANTIZED else np.empty(1, np.float32)
+        )
         assert dequantize(kind, np.frombuffer(raw, np.uint8), out) is out
         assert np.array_equal(out, dequantize(kind, raw))
 
@@ -114,7 +116,9 @@ def test_scales_that_overflow_or_are_not_numbers_give_no_warning(name, rng):
 def test_a_type_without_a_decoder_is_refused():
     assert not can_dequantize(BY_NAME["IQ2_XS"])
     assert can_dequantize(BY_NAME["Q1_0"])
-    with pytest.raises(UnsupportedGgufError, match="type IQ2_XS cannot be dequantized; use one of F32"):
+    with pytest.raises(
+        UnsupportedGgufError, match="type IQ2_XS cannot be dequantized; use one of F32"
+    ):
         dequantize(BY_NAME["IQ2_XS"], bytes(74))
 
 
@@ -137,7 +141,9 @@ def test_q8_0_is_off_by_half_a_step_at_most(seed, blocks):
     assert len(raw) == 34 * blocks
     step = np.abs(values.reshape(-1, 32)).max(axis=1, initial=0) / 127
     error = np.abs(dequantize(BY_NAME["Q8_0"], raw) - values).reshape(-1, 32)
-    assert (error <= step[:, None] * 0.57).all()  # the scale is rounded to float16: 127 * 2^-11 more
+    assert (
+        error <= step[:, None] * 0.57
+    ).all()  # the scale is rounded to float16: 127 * 2^-11 more
 
 
 def test_q8_0_rounds_every_code_half_away_from_zero():

@@ -7,7 +7,7 @@ of ternary models never produce code 3.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,13 +78,27 @@ def place(
     MalformedGgufError for offsets or sizes that do not fit the file, UnsupportedGgufError if blocks
     of type 42 fit no known layout.
     """
-    type_42 = _block_of_42(entries, data_bytes, alignment)
-    placed = _placed(entries, data_start, type_42)
-    if type_42 is not Q2_0_G128:
-        return placed
-    if scale_is_last or _scales_are_last([*placed.values()], read):
-        return _placed(entries, data_start, TQ2_0_G128)
-    return placed
+    kinds = _fitting(entries, data_bytes, alignment)
+    if Q2_0_G128 in kinds:
+        kinds.append(TQ2_0_G128)
+        if scale_is_last:
+            return _placed(entries, data_start, TQ2_0_G128)
+    layouts = [_placed(entries, data_start, kind) for kind in kinds]
+    if len(kinds) == 1:
+        return layouts[0]
+    shares = [
+        _plausible_share(kind, layout.values(), read)
+        for kind, layout in zip(kinds, layouts, strict=True)
+    ]
+    if max(shares) < 0.5:
+        found = ", ".join(
+            f"{one.name} {share:.0%}" for one, share in zip(kinds, shares, strict=True)
+        )
+        raise UnsupportedGgufError(
+            f"type {AMBIGUOUS_ID} has blocks of no known layout; valid as {found}; use a file with "
+            "Q2_0 in blocks of 64"
+        )
+    return layouts[shares.index(max(shares))]
 
 
 def _placed(
@@ -99,27 +113,31 @@ def _placed(
     return found
 
 
-def _block_of_42(entries: Sequence[Entry], data_bytes: int, alignment: int) -> TensorType:
-    """Return the type that gives the offsets of all tensors and, best, the end of the file."""
+def _fitting(entries: Sequence[Entry], data_bytes: int, alignment: int) -> list[TensorType]:
+    """Return what type 42 may be by the offsets: Q2_0, Q2_0_G128, or both in tiny files.
+
+    Types whose sizes also give the end of the file are preferred.
+    """
+    q2_0 = TYPES[AMBIGUOUS_ID]
     if not any(one.type_id == AMBIGUOUS_ID for one in entries):
-        _replay(entries, TYPES[AMBIGUOUS_ID], alignment, data_bytes)
-        return TYPES[AMBIGUOUS_ID]
-    fitting: list[TensorType] = []
+        _replay(entries, q2_0, alignment, data_bytes)
+        return [q2_0]
+    loose: list[TensorType] = []
     faults: list[MalformedGgufError] = []
-    # Early versions of OxiBonsai did not pad.
-    for gap in dict.fromkeys((alignment, 1)):
-        for kind in (TYPES[AMBIGUOUS_ID], Q2_0_G128):
+    for gap in dict.fromkeys((alignment, 1)):  # early versions of OxiBonsai did not pad
+        exact: list[TensorType] = []
+        for kind in (q2_0, Q2_0_G128):
             try:
                 end = _replay(entries, kind, gap, data_bytes)
             except MalformedGgufError as fault:
                 faults.append(fault)
-                continue
-            if data_bytes <= padded(end, alignment):
-                return kind
-            fitting.append(kind)
-    if not fitting:
+            else:
+                (exact if data_bytes <= padded(end, alignment) else loose).append(kind)
+        if exact:
+            return exact
+    if not loose:
         raise faults[0]
-    return fitting[0]
+    return loose[:1]
 
 
 def _replay(entries: Sequence[Entry], type_42: TensorType, alignment: int, data_bytes: int) -> int:
@@ -147,29 +165,26 @@ def _replay(entries: Sequence[Entry], type_42: TensorType, alignment: int, data_
     return end
 
 
-def _scales_are_last(tensors: Sequence[TensorInfo], read: ReadAt) -> bool:
-    """Return whether blocks of 128 have their scale after the codes, by what the blocks hold."""
-    ambiguous = [one for one in tensors if one.type is Q2_0_G128 and one.stop > one.start]
-    step = max(1, len(ambiguous) // _SAMPLED_TENSORS)
-    first = last = total = 0
-    for one in ambiguous[::step][:_SAMPLED_TENSORS]:
-        size = min(one.stop - one.start, _SAMPLED_BLOCKS * one.type.size)
-        blocks = np.frombuffer(read(one.start, size), np.uint8).reshape(-1, one.type.size)
-        first += _count_plausible(blocks[:, :2], blocks[:, 2:])
-        last += _count_plausible(blocks[:, 32:], blocks[:, :32])
+def _plausible_share(kind: TensorType, tensors: Iterable[TensorInfo], read: ReadAt) -> float:
+    """Return which share of some blocks has a possible scale, and no code 3, as this type."""
+    found = [one for one in tensors if one.type is kind and one.stop > one.start]
+    step = max(1, len(found) // _SAMPLED_TENSORS)
+    plausible = total = 0
+    for one in found[::step][:_SAMPLED_TENSORS]:
+        size = min(one.stop - one.start, _SAMPLED_BLOCKS * kind.size)
+        raw = read(one.start, size)
+        if len(raw) != size:
+            raise malformed(f"it ends after {one.start + len(raw)} bytes, inside a tensor")
+        blocks = np.frombuffer(raw, np.uint8).reshape(-1, kind.size)
+        if kind is TQ2_0_G128:
+            blocks = np.roll(blocks, 2, axis=1)
+        plausible += _count_plausible(blocks[:, :2], blocks[:, 2:])
         total += len(blocks)
-    if max(first, last) * 2 < total:
-        raise UnsupportedGgufError(
-            f"type {AMBIGUOUS_ID} has blocks of 128 elements here, but {total - first} of "
-            f"{total} have no valid scale first and {total - last} none last; use a file with Q2_0 "
-            "in blocks of 64",
-        )
-    return last > first
+    return plausible / max(1, total)
 
 
 def _count_plausible(scales: npt.NDArray[np.uint8], codes: npt.NDArray[np.uint8]) -> int:
-    """Return how many blocks have a possible scale and only the codes 0, 1 and 2."""
     scale = np.ascontiguousarray(scales).view("<f2")[:, 0]
     is_scale = (scale >= 0) & (scale < _LARGEST_SCALE)  # NaN is neither
-    is_ternary = ~((codes & (codes >> 1) & 0x55).any(axis=1))
+    is_ternary = ~(codes & (codes >> 1) & 0x55).any(axis=1)
     return int(np.count_nonzero(is_scale & is_ternary))

@@ -139,7 +139,7 @@ def read_folding(header: Header, read: ReadAt) -> Folding | None:
     _expect(header, "transform", _TRANSFORM)
     _expect(header, "axis", _AXIS)
     block = header.get(PREFIX + "block_size")
-    if not isinstance(block, int) or block.bit_count() != 1 or not 1 <= block <= _MAX_BLOCK:
+    if type(block) is not int or block.bit_count() != 1 or not 1 <= block <= _MAX_BLOCK:
         raise _unsupported(
             f"{PREFIX}block_size is {block!r}, not a power of two up to {_MAX_BLOCK}"
         )
@@ -153,7 +153,7 @@ def read_folding(header: Header, read: ReadAt) -> Folding | None:
 
 def _expect(header: Header, key: str, *known: int | str) -> None:
     found = header.get(PREFIX + key)
-    if found not in known:
+    if found not in known or isinstance(found, bool):  # True is 1
         expected = " or ".join(map(str, known))
         raise _unsupported(f"{PREFIX}{key} is {str(found)[:100]!r}, not {expected}")
 
@@ -172,7 +172,7 @@ def _read_signs(header: Header, read: ReadAt) -> dict[int, Floats]:
     _expect(header, "sign_mode", "identity", "explicit")
     if header.get(PREFIX + "sign_mode") == "identity":
         return {}
-    widths = [int(one) for one in _numbers(header, read, "sign_widths")]
+    widths = _numbers(header, read, "sign_widths").tolist()
     values = _numbers(header, read, "sign_values")
     if (
         not widths
@@ -188,11 +188,11 @@ def _read_signs(header: Header, read: ReadAt) -> dict[int, Floats]:
     return dict(zip(widths, parts, strict=True))
 
 
-def _numbers(header: Header, read: ReadAt, key: str) -> npt.NDArray[Any]:
+def _numbers(header: Header, read: ReadAt, key: str) -> npt.NDArray[np.integer[Any]]:
     value = header.pairs.get(PREFIX + key)
     found = None if value is None or value.item is None else read_array(read, value)
-    if not isinstance(found, np.ndarray):
-        raise _unsupported(f"{PREFIX}{key} is not an array of numbers")
+    if not isinstance(found, np.ndarray) or not np.issubdtype(found.dtype, np.integer):
+        raise _unsupported(f"{PREFIX}{key} is not an array of integers")
     return found
 
 
