@@ -225,7 +225,7 @@ def g128(name, rng, rows=12):
 @pytest.mark.parametrize("name", ["Q2_0", "Q2_0_G128", "TQ2_0_G128"])
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("is_padded", [True, False])
-def test_the_layouts_of_type_42_are_told_apart(name, alone, is_padded, rng):
+def test_the_layouts_of_type_42_are_distinguished(name, alone, is_padded, rng):
     tensors = {
         "a": (name, (3, 4, 128), g128(name, rng)),
         "b": ("F32", (1,), bytes(4)),
@@ -251,7 +251,7 @@ def aligned_start(raw):
     return head + bytes(-start % 32) + raw[start:]
 
 
-def test_tiny_blocks_are_told_apart_by_contents(rng):
+def test_tiny_blocks_are_distinguished_by_contents(rng):
     for name in ("Q2_0", "Q2_0_G128", "TQ2_0_G128"):  # 68 and 72 bytes, both padded to 96
         values = gguf_files.ternary(256, rng)
         raw = gguf_files.file_of({}, {"a": (name, (2, 128), gguf_files.encode(name, values))})

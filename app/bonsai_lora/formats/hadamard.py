@@ -40,7 +40,7 @@ _KNOWN = frozenset(
 _PIECE_VALUES = 1 << 15
 """Values transformed at a time: 256 KiB of float64."""
 _SHORT = 32
-"""Passes over fewer neighbors are done on the transposed block, where NumPy's loops are longer."""
+"""Passes of shorter distance are made on the transposed block, where NumPy's loops are longer."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
