@@ -180,7 +180,7 @@ def _plausible_share(kind: TensorType, tensors: Iterable[TensorInfo], read: Read
             blocks = np.roll(blocks, 2, axis=1)
         plausible += _count_plausible(blocks[:, :2], blocks[:, 2:])
         total += len(blocks)
-    return plausible / max(1, total)
+    return plausible / total if total else 1.0
 
 
 def _count_plausible(scales: npt.NDArray[np.uint8], codes: npt.NDArray[np.uint8]) -> int:

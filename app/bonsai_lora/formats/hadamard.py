@@ -54,7 +54,8 @@ class Folding:
     weights: frozenset[str] = frozenset()
     """GGUF names of the folded tensors."""
     is_grouped: bool = False
-    """Whether the columns of `ssm_out` are in Hugging Face's order of value heads already."""
+    """Whether the columns of `ssm_out` are in Hugging Face's order of value heads already, so that
+    gguf_names.Change.V_COLUMNS does not apply."""
 
     def unfold(self, rows: Floats) -> Floats:
         """Return the weights (n, width) of stored rows (n, width), float32.
