@@ -1,6 +1,7 @@
 """GGUF's tensor types against worked examples, llama.cpp's own numbers, and slow decoders."""
 
 import json
+import math
 
 import gguf_files
 import numpy as np
@@ -9,8 +10,9 @@ from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bonsai_lora.errors import UnsupportedGgufError
-from bonsai_lora.formats.dequantize import can_dequantize, dequantize
+from bonsai_lora.errors import MalformedGgufError, UnsupportedGgufError
+from bonsai_lora.formats import gguf
+from bonsai_lora.formats.dequantize import can_dequantize, dequantize, read_rows
 from bonsai_lora.formats.gguf_types import BY_NAME
 from bonsai_lora.formats.quantize import quantize_q8_0
 
@@ -111,6 +113,26 @@ def test_scales_that_overflow_or_are_not_numbers_give_no_warning(name, rng):
     assert np.array_equal(
         dequantize(BY_NAME[name], bytes(raw)), gguf_files.decode(name, bytes(raw)), equal_nan=True
     )
+
+
+@pytest.mark.parametrize("shape", [(6, 256), (2, 3, 256), (256,)])
+@pytest.mark.parametrize("name", ["Q1_0", "TQ1_0", "F16"])
+def test_rows_of_a_tensor(name, shape, rng):
+    values = gguf_files.ternary(math.prod(shape), rng, block=256)
+    if name == "Q1_0":
+        values = np.where(values < 0, np.float32(-0.5), np.float32(0.5))
+    raw = gguf_files.file_of(
+        {}, {"other": ("F32", (3,), bytes(12)), "t": (name, shape, gguf_files.encode(name, values))}
+    )
+    read = gguf.reader_of(raw)
+    info = gguf.read_header(read, len(raw)).tensors["t"]
+    rows = values.reshape(-1, 256)
+    for start, stop in ((0, len(rows)), (0, 1), (len(rows) - 1, len(rows)), (1, 1)):
+        got = read_rows(read, info, start, stop)
+        assert got.shape == (stop - start, 256)
+        assert np.array_equal(got, rows[start:stop])
+    with pytest.raises(MalformedGgufError, match="inside a tensor"):
+        read_rows(gguf.reader_of(raw[: info.stop - 1]), info, 0, len(rows))
 
 
 def test_a_type_without_a_decoder_is_refused():

@@ -258,6 +258,13 @@ def test_tiny_blocks_are_distinguished_by_contents(rng):
         assert opened(raw).tensors["a"].type is BY_NAME[name]
 
 
+@pytest.mark.parametrize("name", ["Q2_0", "Q2_0_G128", "TQ2_0_G128"])
+def test_bytes_after_the_last_tensor_do_not_matter(name, rng):
+    tensors = {key: (name, (12, 128), g128(name, rng)) for key in "ab"}
+    header = opened(gguf_files.file_of({}, tensors) + bytes(1000))
+    assert header.tensors["a"].type is BY_NAME[name]
+
+
 def test_the_sign_of_oxibonsai_decides(rng):
     raw = g128("Q2_0_G128", rng)
     pairs = {"general.quantization_version": "TQ2_0_G128"}

@@ -151,6 +151,8 @@ def test_no_signs_are_needed():
         ({"sign_values": np.zeros(640, np.int32)}, "numbers other than 1 and -1"),
         ({"sign_values": np.ones(640, np.float32)}, "sign_values is not an array of integers"),
         ({"weight_names": "output.weight"}, "weight_names is not an array of strings"),
+        ({"sign_mode": "identity"}, "sign_mode is 'identity', but there are sign_values"),
+        ({"gdn_v_grouped": np.uint8(1)}, "gdn_v_grouped is not a boolean"),
         ({"rotation": np.uint32(1)}, "the key prism.hadamard.rotation is unknown"),
     ],
 )

@@ -15,7 +15,9 @@ import numpy.typing as npt
 
 from bonsai_lora.core.cast import Floats, to_float32
 from bonsai_lora.errors import UnsupportedGgufError
+from bonsai_lora.formats.gguf_layouts import TensorInfo
 from bonsai_lora.formats.gguf_types import TensorType
+from bonsai_lora.formats.gguf_values import ReadAt, malformed
 
 Bytes = npt.NDArray[np.uint8]
 Codes = npt.NDArray[np.int8]
@@ -56,6 +58,20 @@ def dequantize(
         for start in range(0, len(blocks), step):
             decode(blocks[start : start + step], rows[start : start + step])
     return values
+
+
+def read_rows(read: ReadAt, info: TensorInfo, start: int, stop: int) -> Floats:
+    """Return the rows [start, stop) of a tensor, (n, width), counted over all leading dimensions.
+
+    A vector is one row. Raises MalformedGgufError if the file has become shorter,
+    UnsupportedGgufError for a type without a decoder.
+    """
+    first = info.start + start * info.row_bytes
+    size = (stop - start) * info.row_bytes
+    raw = read(first, size)
+    if len(raw) != size:
+        raise malformed(f"it ends after {first + len(raw)} bytes, inside a tensor")
+    return dequantize(info.type, raw).reshape(stop - start, info.width)
 
 
 def _scale(raw: Bytes) -> Floats:

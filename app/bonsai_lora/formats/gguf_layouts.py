@@ -53,9 +53,14 @@ class TensorInfo:
     stop: int
 
     @property
+    def width(self) -> int:
+        """Elements of a row, the last dimension."""
+        return self.shape[-1] if self.shape else 1
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of a row, the last dimension."""
-        return self.type.bytes_of(self.shape[-1] if self.shape else 1)
+        """Bytes of a row."""
+        return self.type.bytes_of(self.width)
 
 
 def padded(size: int, alignment: int) -> int:
