@@ -12,6 +12,7 @@ import gguf_hostile
 import numpy as np
 import pytest
 
+from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.formats import gguf, gguf_names, gguf_writer
 from bonsai_lora.formats.dequantize import dequantize
 from bonsai_lora.formats.gguf_types import BY_NAME, TYPES
@@ -34,6 +35,8 @@ OUR_LIMITS = {
     "a tensor name that is not UTF-8",
 }
 """Files whose headers llama.cpp accepts."""
+OUR_REASONS = ("is not UTF-8", "bytes into the data", "its data starts at")
+"""Reasons for which it does not refuse a header."""
 
 
 class InitParams(ctypes.Structure):
@@ -59,6 +62,19 @@ def llama():
 @pytest.fixture(scope="module")
 def package():
     return pytest.importorskip("gguf")
+
+
+def opened(raw):
+    return gguf.read_header(gguf.reader_of(raw), len(raw))
+
+
+def refusal(raw):
+    """Why a file is refused; empty if it is read."""
+    try:
+        opened(raw)
+    except BonsaiLoraError as error:
+        return error.detail
+    return ""
 
 
 def quantized_by(llama, name, values):
@@ -118,13 +134,32 @@ def test_llamacpp_refuses_the_hostile_files(llama, name):
     assert not llama.gguf_init_from_buffer(raw, len(raw), InitParams(True, None))
 
 
+def test_what_llamacpp_refuses_is_refused(llama):
+    """Random changes of the header: the package is stricter in three ways, and never more lenient."""
+    rng = np.random.default_rng(5)
+    valid = gguf_hostile.VALID
+    size = opened(valid).data_start
+    agreed = 0
+    for _ in range(4000):
+        raw = bytearray(valid)
+        for place in rng.integers(0, size, rng.integers(1, 4)):
+            raw[place] = rng.choice([0, 1, 2, 128, 255, rng.integers(256)])
+        found = llama.gguf_init_from_buffer(bytes(raw), len(raw), InitParams(True, None))
+        reason = refusal(bytes(raw))
+        stricter = any(one in reason for one in OUR_REASONS)
+        assert bool(found) == (not reason) or stricter, reason
+        agreed += bool(found) and not reason
+        llama.gguf_free(found)
+    assert agreed > 400
+
+
 @pytest.mark.parametrize("alignment", [32, 64, 1, 4096])
 def test_llamacpp_reads_what_we_write(llama, alignment):
     pairs = {**gguf_hostile.PAIRS, "general.alignment": np.uint32(alignment)}
     raw = gguf_files.file_of(pairs, gguf_hostile.TENSORS)
     found = llama.gguf_init_from_buffer(raw, len(raw), InitParams(True, None))
     assert found
-    header = gguf.read_header(gguf.reader_of(raw), len(raw))
+    header = opened(raw)
     assert llama.gguf_get_data_offset(found) == header.data_start
     for number, info in enumerate(header.tensors.values()):
         offset = llama.gguf_get_tensor_offset(found, number)
