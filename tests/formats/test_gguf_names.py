@@ -78,6 +78,7 @@ def test_names_of_multimodal_models(prefix):
     [
         ("qwen3", "model.layers.7.mlp.gate.weight"),
         ("qwen3", "model.layers.x.mlp.up_proj.weight"),
+        ("qwen3", "model.layers.{}.mlp.up_proj.weight"),
         ("qwen3", "model.layers.7.8.mlp.up_proj.weight"),
         ("qwen3", "blk.7.attn_q.weight"),
         ("qwen3", ""),
@@ -92,7 +93,12 @@ def test_an_unknown_name(architecture, name):
 
 @pytest.mark.parametrize(
     ("architecture", "name"),
-    [("llama", "rope_freqs.weight"), ("gemma", "output.weight"), ("", "token_embd.weight")],
+    [
+        ("llama", "rope_freqs.weight"),
+        ("gemma", "output.weight"),
+        ("qwen3", "blk.{}.ffn_up.weight"),
+        ("", "token_embd.weight"),
+    ],
 )
 def test_a_name_that_checkpoints_lack(architecture, name):
     assert to_hugging_face(architecture, name) is None

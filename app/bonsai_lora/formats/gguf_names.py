@@ -170,7 +170,7 @@ ARCHITECTURES = frozenset(_MODULES)
 """Values of `general.architecture` whose names are known."""
 
 _PREFIX = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?")
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)(?:0|[1-9][0-9]{0,8})(?=\.)")
 
 
 def to_gguf(architecture: str, name: str) -> Counterpart | None:
@@ -181,10 +181,10 @@ def to_gguf(architecture: str, name: str) -> Counterpart | None:
     text = _PREFIX.sub("", name)
     if text != name and not text.startswith("lm_head."):
         text = f"model.{text}"
-    layer, *experts = [int(one) for one in _NUMBER.findall(text)] or [0]
-    known = _tables(architecture)[0].get(_NUMBER.sub("{}", text))
-    if known is None or len(experts) > 1:
+    known = _tables(architecture)[0].get(_template(text))
+    if known is None:
         return None
+    layer, *experts = [int(one) for one in _NUMBER.findall(text)] or [0]
     found, change = known
     return Counterpart(found.format(layer), change, experts[0] if experts else None)
 
@@ -196,7 +196,7 @@ def to_hugging_face(architecture: str, name: str, expert: int | None = None) -> 
     have tensors that checkpoints lack, such as rope_freqs.weight.
     """
     layer = next(iter(_NUMBER.findall(name)), "0")
-    known = _tables(architecture)[1].get(_NUMBER.sub("{}", name, count=1))
+    known = _tables(architecture)[1].get(_template(name))
     if known is None:
         return None
     found, change = known
@@ -207,7 +207,7 @@ def to_hugging_face(architecture: str, name: str, expert: int | None = None) -> 
 
 def is_stack(architecture: str, name: str) -> bool:
     """Return whether a tensor of a GGUF file is a stack of experts, (experts, rows, columns)."""
-    known = _tables(architecture)[1].get(_NUMBER.sub("{}", name, count=1))
+    known = _tables(architecture)[1].get(_template(name))
     return known is not None and _STACKED in known[0]
 
 
@@ -251,6 +251,11 @@ def _check_divides(count: int, size: int) -> None:
             f"{size} values are not divided by {count} parts of heads; use a file whose head "
             "counts fit its tensors"
         )
+
+
+def _template(name: str) -> str:
+    """Return a name with {} for each number."""
+    return _NUMBER.sub("{}", name) if "{" not in name else ""
 
 
 _Table = Mapping[str, tuple[str, Change]]
