@@ -78,6 +78,9 @@ def test_names_of_multimodal_models(prefix):
     [
         ("qwen3", "model.layers.7.mlp.gate.weight"),
         ("qwen3", "model.layers.x.mlp.up_proj.weight"),
+        ("qwen3", "model.layers.07.mlp.up_proj.weight"),
+        ("qwen3", f"model.layers.{'7' * 5000}.mlp.up_proj.weight"),
+        ("qwen3", "model.layers.\u0667.mlp.up_proj.weight"),
         ("qwen3", "model.layers.{}.mlp.up_proj.weight"),
         ("qwen3", "model.layers.7.8.mlp.up_proj.weight"),
         ("qwen3", "blk.7.attn_q.weight"),
@@ -97,6 +100,7 @@ def test_an_unknown_name(architecture, name):
         ("llama", "rope_freqs.weight"),
         ("gemma", "output.weight"),
         ("qwen3", "blk.{}.ffn_up.weight"),
+        ("qwen3", "blk.01.ffn_up.weight"),
         ("", "token_embd.weight"),
     ],
 )
