@@ -121,6 +121,27 @@ def test_invalid_requests_change_nothing(client, store, change, status, code):
     assert snapshot(store) == {}
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "sent", "status", "hint"),
+    [
+        ("POST", "/v1/sets", {"json": FULL | {"config": {"r": 8}}}, 422, "config.r is PEFT's name for 'rank'"),
+        ("POST", "/v1/sets", {"json": FULL | {"config": {"lora_alpha": 8}}}, 422, "PEFT's name for 'alpha'"),
+        ("PUT", "/v1/sets/s/adapters/q", {"json": {"d_in": 2, "d_out": 2, "config": {"r": 1}}}, 422, "'rank'"),
+        ("PUT", "/v1/sets/s/adapters/q", {"json": {}}, 422, "d_in and d_out"),
+        ("POST", "/v1/sets", {"files": {"adapter_config": b"{}"}}, 415, "PUT /v1/sets/{set}"),
+        ("PUT", "/v1/sets", {"files": {"adapter_config": b"{}"}}, 405, "PUT /v1/sets/{set}"),
+        ("DELETE", "/v1/sets", {}, 405, "DELETE /v1/sets/{set}"),
+    ],
+)  # fmt: skip
+def test_refusals_name_what_was_meant(client, store, method, path, sent, status, hint):
+    client.post("/v1/sets", json={"name": "s"})
+    before = snapshot(store)
+    answer = client.request(method, path, **sent)
+    assert answer.status_code == status
+    assert hint in answer.json()["detail"]
+    assert snapshot(store) == before
+
+
 def test_list_pages_and_filters(client):
     for name, base in [("c", "x"), ("a", "x"), ("b", "y"), ("d", "x")]:
         client.post("/v1/sets", json={"name": name, "base_model_name": base})
