@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -315,6 +318,35 @@ def test_a_slow_pattern_is_stopped(client, store, rng):
     answer = upload_parts(client, "s", config, tensors)
     assert answer.status_code in (201, 422)
     assert answer.elapsed.total_seconds() < 10
+
+
+@pytest.mark.parametrize(
+    ("pattern", "accepted"),
+    [("q_proj", True), ("(a*)*(b*)*(.*.*)*(.*)*x", True), ("x{5000000}", False), ("(?=q)q", False)],
+)
+def test_an_upload_gets_the_same_answer_under_load(client, rng, pattern, accepted):
+    config = peft_config(alpha_pattern={pattern: 3}, target_modules=["a" * 200])
+    tensors = peft_tensors(rng, module="model." + "a" * 200)
+
+    def answers(count):
+        for _ in range(count):
+            answer = upload_parts(client, "s", config, tensors)
+            body = answer.json()
+            for changing in ("version", "created_at", "updated_at", "request_id"):
+                body.pop(changing, None)
+            yield answer.is_success, body
+
+    [expected] = answers(1)
+    assert expected[0] == accepted, expected
+    busy = "import time\nend = time.monotonic() + 20\nwhile time.monotonic() < end: pass"
+    load = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(os.cpu_count() or 1)]
+    try:
+        assert list(answers(10)) == [expected] * 10
+        assert all(process.poll() is None for process in load)
+    finally:
+        for process in load:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize(
