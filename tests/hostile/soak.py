@@ -33,7 +33,7 @@ COMMAND = str(Path(sys.executable).parent / "bonsai-lora")
 BINARY = {"Content-Type": "application/vnd.safetensors"}
 WIDTH, RANK, USERS, CROWD = 256, 4, 3, 200
 BUSY = (429, 503, 507)
-KILL_SECONDS = 4.0
+KILL_SECONDS = 2.5
 
 
 class Service:
@@ -192,9 +192,10 @@ class Soak:
 
     def mutate(self, rng: random.Random, _number: int) -> None:
         """Send a request with random changes, and expect an answer without a server's fault."""
-        with contextlib.suppress(OSError), socket.create_connection(
-            ("127.0.0.1", self.service.port), timeout=10
-        ) as connection:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection(("127.0.0.1", self.service.port), timeout=10) as connection,
+        ):
             connection.sendall(mutated(rng))
             connection.shutdown(socket.SHUT_WR)
             answer = b""
