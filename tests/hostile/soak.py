@@ -37,7 +37,7 @@ KILL_SECONDS = 2.5
 
 
 class Service:
-    """The command that serves, restarted when it is told to."""
+    """The command that serves, restarted on demand."""
 
     def __init__(self, store: Path) -> None:
         self._store = store
