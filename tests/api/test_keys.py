@@ -163,6 +163,10 @@ DOORS = {
     "hub info": lambda c, n: c.get(f"/api/models/adapters/{n}"),
     "hub revision": lambda c, n: c.get(f"/api/models/tiny-qwen3/{n}/revision/main"),
     "hub tree": lambda c, n: c.get(f"/api/models/adapters/{n}/tree/main"),
+    "hub refs": lambda c, n: c.get(f"/api/models/adapters/{n}/refs"),
+    "hub commits": lambda c, n: c.get(f"/api/models/tiny-qwen3/{n}/commits/main"),
+    "hub paths": lambda c, n: c.post(f"/api/models/adapters/{n}/paths-info/main"),
+    "hub auth check": lambda c, n: c.get(f"/api/models/adapters/{n}/auth-check"),
     "model": lambda c, n: c.get(f"/v2/models/{n}"),
     "model version": lambda c, n: c.get(f"/v2/models/{n}/versions/1"),
     "model ready": lambda c, n: c.get(f"/v2/models/{n}/ready"),
@@ -371,6 +375,12 @@ def test_tritonclient_sends_it_as_a_header(world):
         tensor = triton.InferInput(MODULE, [1, 64], "FP32")
         tensor.set_data_from_numpy(np.full((1, 64), 0.5, np.float32))
         assert server.infer(OWN, [tensor], headers=headers).as_numpy(MODULE).shape == (1, 128)
+
+
+def test_a_hub_client_learns_which_key_it_has(world):
+    assert world.tenant.get("/api/whoami-v2").json()["name"] == world.keys["tenant"].split("_")[1]
+    refused = world.nobody.get("/api/whoami-v2")
+    assert (refused.status_code, refused.headers["X-Error-Code"]) == (401, "RepoNotFound")
 
 
 def test_answers_to_callers_with_keys_are_private(world):

@@ -57,9 +57,13 @@ SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
             _HUB,
             f"{_HUB}/revision/{{revision}}",
             f"{_HUB}/tree/{{revision}}",
+            f"{_HUB}/refs",
+            f"{_HUB}/commits/{{revision}}",
+            f"{_HUB}/auth-check",
+            "/api/whoami-v2",
             "/{owner}/{name}/resolve/{revision}/{path:path}",
         ),
-        "POST": ("/v2/repository/index",),
+        "POST": ("/v2/repository/index", f"{_HUB}/paths-info/{{revision}}"),
     },
     "apply": {
         "POST": (
