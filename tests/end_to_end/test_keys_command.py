@@ -44,7 +44,7 @@ def test_a_new_key_is_printed_once_and_kept_as_a_digest(capsys, path):
     assert (key.scopes, key.prefixes, key.name) == ({"read", "apply"}, ("acme.",), "ci")
     assert key.quota.sets == 3
     assert key.quota.bytes == 1000
-    assert key.limits.rows_per_second == 200
+    assert key.rates.rows_per_second == 200
     assert abs(key.expires_at - time.time() - 90 * 86400) < 60
     assert [one.name for one in path.parent.iterdir()] == ["keys.json"]
 

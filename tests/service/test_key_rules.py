@@ -11,8 +11,8 @@ from bonsai_lora.service.keys import (
     SCOPES,
     Key,
     KeyRing,
-    Limits,
     Meter,
+    Rates,
     digest_of,
     may,
     new_token,
@@ -102,7 +102,7 @@ def test_rates_below_one_still_let_one_through():
 
 
 def test_a_meter_counts_a_share_of_the_rates():
-    meter = Meter(key(limits=Limits(requests_per_second=4, rows_per_second=None)), share=0.5)
+    meter = Meter(key(rates=Rates(requests_per_second=4, rows_per_second=None)), share=0.5)
     meter.take_rows(10**9)
     meter.take_request()
     meter.take_request()

@@ -123,6 +123,8 @@ class Door:
             return self.visitor
         if self._keys.is_changed():
             self._by_header.clear()
+            kept = self._by_id.keys() & self._keys.ring.keys
+            self._by_id = {number: self._by_id[number] for number in kept}
         header = headers.get(b"authorization", b"")
         caller = self._by_header.get(header) or self._authenticate(header)
         if caller.key.expires_at <= time.time():
@@ -152,7 +154,7 @@ class Door:
 
     def _caller(self, key: Key, before: Caller | None = None) -> Caller:
         """Return the caller for `key`, which goes on with what it has used of the same rates."""
-        is_same = before is not None and before.key.limits == key.limits
+        is_same = before is not None and before.key.rates == key.rates
         meter = before.meter if before and is_same else Meter(key, self._share)
         return Caller(key, meter, self._base)
 

@@ -24,11 +24,10 @@ class EntranceMiddleware:
             return
         answer = _privately(send) if self._door.has_keys and not is_open(scope["path"]) else send
         try:
-            caller = scope["caller"] = self._admit(scope)
+            scope["caller"] = self._admit(scope)
         except BonsaiLoraError as error:
             await problem_response(error, scope)(scope, receive, answer)
             return
-        scope["key"] = caller.key.id
         await self._app(scope, receive, answer)
 
     def _admit(self, scope: Scope) -> Caller:

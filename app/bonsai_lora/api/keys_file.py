@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_set_name
-from bonsai_lora.service.keys import Key, KeyRing, Limits, Quota, Scope
+from bonsai_lora.service.keys import Key, KeyRing, Quota, Rates, Scope
 
 CHECK_SECONDS = 1.0
 """Shortest time between two looks at the file."""
@@ -80,7 +80,7 @@ class KeyEntry(_Model):
             tuple(self.prefixes),
             self.name,
             math.inf if self.expires_at is None else self.expires_at.timestamp(),
-            Limits(**self.limits.model_dump()),
+            Rates(**self.limits.model_dump()),
             Quota(**self.quota.model_dump()),
         )
 

@@ -50,6 +50,9 @@ class Observer:
             return
         problem = scope.get("problem")
         about = {} if problem is None else {"code": problem.code, "detail": problem.detail[:300]}
+        caller = scope.get("caller")
+        if caller is not None and caller.key.digest:  # neither anyone nor nobody
+            about["key"] = caller.key.id
         (_log.info if worth else _log.debug)(
             f"{status} {scope['method']} {_printable(scope['path'][:300])}",
             **about,

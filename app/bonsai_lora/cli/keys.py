@@ -146,7 +146,7 @@ def _write(path: Path, document: KeysDocument) -> None:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(f"{content}\n")
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)

@@ -47,9 +47,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for name, field in Settings.model_fields.items():
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
         is_switch = field.annotation is bool
-        has_default = not (is_switch or field.default_factory or field.default is None)
+        has_default = not (is_switch or field.default_factory or field.default in (None, "", ()))
         default = f" (default: {field.default})" if has_default else ""
         switch: dict[str, Any] = {"nargs": "?", "const": "true"} if is_switch else {}
+        if get_origin(field.annotation) is tuple:
+            switch = {"nargs": "+"}
         parser.add_argument(
             _flag(name),
             dest=name,
@@ -63,8 +65,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; return 0, or 2 if the service cannot start."""
-    given = {
-        name: value for name, value in vars(arguments).items() if name in Settings.model_fields
+    given: dict[str, Any] = {
+        name: ",".join(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name in Settings.model_fields
     }
     try:
         settings = Settings(**given)

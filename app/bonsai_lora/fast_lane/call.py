@@ -154,7 +154,7 @@ class LaneCall(Call):
         """Return the response of the route's function, or an error response."""
         try:
             caller = self._http.lane.door.admit(self._head.path, self.headers, self._http.peer)
-            self._scope["key"] = caller.key.id
+            self._scope["caller"] = caller
             self.context = caller.context(self._match.route.need)
             return await self._match.route.endpoint(self, *self._match.parameters)
         except BonsaiLoraError as error:

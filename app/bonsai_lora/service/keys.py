@@ -27,7 +27,7 @@ _TOKEN = re.compile(rb"bl_([a-z0-9]{8})_[A-Za-z0-9_-]{43}")
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class Rates:
     """Most requests and rows per second; None for any number."""
 
     requests_per_second: float | None = None
@@ -56,7 +56,7 @@ class Key:
     """What the key is for, in the operator's words."""
     expires_at: float = math.inf
     """Seconds since 1970."""
-    limits: Limits = field(default_factory=Limits)
+    rates: Rates = field(default_factory=Rates)
     quota: Quota = field(default_factory=Quota)
 
     @property
@@ -125,9 +125,9 @@ class Meter:
 
     def __init__(self, key: Key, share: float = 1.0) -> None:
         self._key = key
-        limits = key.limits
-        self._requests = Bucket.of(limits.requests_per_second, share)
-        self._rows = Bucket.of(limits.rows_per_second, share)
+        rates = key.rates
+        self._requests = Bucket.of(rates.requests_per_second, share)
+        self._rows = Bucket.of(rates.rows_per_second, share)
 
     def take_request(self) -> None:
         """Count a request; raises RateLimitedError if there are too many."""
