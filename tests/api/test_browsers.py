@@ -7,6 +7,7 @@ from keyring import KeysFileMaker
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.api.browsers import host_name
+from bonsai_lora.cli.main import main
 from bonsai_lora.settings import Settings
 
 PAGE = "https://app.example"
@@ -186,6 +187,12 @@ def test_origins_are_origins(monkeypatch):
     assert Settings().cors_origins == ("https://a.example", "http://b.example:81")
     with pytest.raises(ValueError, match="trusted_proxies"):
         Settings(trusted_proxies="proxy.example")
+
+
+def test_lists_are_given_as_words_or_with_commas(capfd, tmp_path):
+    bad = ["--cors-origins", "https://a.example,https://b.example", "evil"]
+    assert main(["serve", "--port", "0", "--store", str(tmp_path / "s"), *bad]) == 2
+    assert "'evil' is not an origin" in capfd.readouterr().err
 
 
 def test_the_name_of_a_host():

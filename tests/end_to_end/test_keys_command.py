@@ -3,11 +3,12 @@
 import json
 import re
 import stat
+import subprocess
 import time
 
 import httpx
 import pytest
-from test_command import own_logging, running
+from test_command import COMMAND, own_logging, running
 
 from bonsai_lora.api import keys_file
 from bonsai_lora.api.keys_file import KeysFileError, WatchedKeys, read_keys
@@ -152,6 +153,34 @@ def test_a_running_service_takes_new_keys_and_drops_removed_ones(capsys, path, t
         while (status(other), status(token)) != (200, 401):
             assert time.monotonic() < deadline
             time.sleep(0.1)
+
+
+@pytest.mark.parametrize("lane", ["auto", "off"])
+def test_the_log_has_the_id_of_the_key_and_not_the_key(capsys, path, tmp_path, lane):
+    token = new_key(capsys, path, "--scope", "read", "--scope", "apply")
+    log = tmp_path / "log"
+    flags = ["--store", str(tmp_path / "store"), "--keys-file", str(path), "--port", "0"]
+    flags += ["--log-format", "json", "--log-level", "debug", "--fast-lane", lane]
+    with log.open("wb") as out:
+        process = subprocess.Popen([COMMAND, "serve", *flags], stderr=out)
+        try:
+            while not (found := re.search(r"serving on (http://\S+),", log.read_text())):
+                assert process.poll() is None
+                time.sleep(0.05)
+            headers = {"Authorization": f"Bearer {token}"}
+            with httpx.Client(base_url=found[1], headers=headers, timeout=60) as client:
+                client.get("/v1/sets")
+                client.post("/v1/sets/s/adapters/m/apply", json={"inputs": [[1]]})
+                client.get("/v1/sets", headers={"Authorization": "Bearer x"})
+        finally:
+            process.terminate()
+            assert process.wait(30) == 0
+    lines = [json.loads(one) for one in log.read_text().splitlines()]
+    number = token.split("_")[1]
+    requests = [one for one in lines if "request_id" in one and "ms" in one]
+    assert [one.get("key") for one in requests] == [number, number, None]
+    assert token not in log.read_text()
+    assert token[12:] not in log.read_text()
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

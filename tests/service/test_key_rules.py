@@ -61,6 +61,8 @@ def test_a_key_is_found_by_its_whole_token_only():
     for wrong in (token[:-1], f"{token}x", token.upper(), f" {token}", f"{token}\n", number, ""):
         assert ring.find(wrong.encode()) is None
     assert ring.find(b"\xff" + token.encode()) is None
+    other = token[:-4] + ("AAAA" if token[-4:] != "AAAA" else "BBBB")
+    assert ring.find(other.encode()) is None
     assert len({new_token()[1] for _ in range(100)}) == 100
 
 
