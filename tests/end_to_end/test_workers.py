@@ -113,6 +113,36 @@ def test_each_worker_reports_the_metrics_of_all(workers):
     assert seen == {"30.0"}
 
 
+def test_each_worker_reports_the_process_figures_of_all(workers):
+    pattern = r'^process_resident_memory_bytes{pid="(\d+)"} ([\d.e+]+)$'
+    for _ in range(4):
+        found = re.findall(pattern, fresh(workers, "/metrics").text, re.MULTILINE)
+        assert len(found) == 3
+        assert all(float(size) > 2**20 for _, size in found)
+
+
+def test_load_of_a_killed_worker_is_no_longer_reported(tmp_path):
+    with running("--workers", "2", "--store", str(tmp_path)) as (url, _):
+        wait_until_ready(url)
+        pids = workers_of(url)
+        while len(pids) < 2:  # the second one may be starting
+            pids = workers_of(url)
+        os.kill(int(min(pids)), signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while min(pids) in (now := workers_of(url)) or len(now) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def workers_of(url):
+    """The process ids of the workers that `/metrics` knows."""
+    try:
+        text = fresh(url, "/metrics").text
+    except httpx.TransportError:  # a worker that is being killed
+        return set()
+    return set(re.findall(r'^process_open_fds{pid="(\d+)"}', text, re.MULTILINE))
+
+
 CHILD = """
 import sys
 from pathlib import Path

@@ -40,11 +40,13 @@ class Observer:
         route = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if route != "none" else "any"
         self._metrics.count_request(method, route, status, seconds)
+        problem = scope.get("problem")
+        if problem is not None:
+            self._metrics.count_refusal(problem.code)
         changed = scope["method"] in ("PUT", "PATCH", "DELETE") or status == 201
         worth = changed or status >= 400 or seconds > SLOW_SECONDS or not status
         if not worth and not self._logs_all:
             return
-        problem = scope.get("problem")
         about = {} if problem is None else {"code": problem.code, "detail": problem.detail[:300]}
         (_log.info if worth else _log.debug)(
             f"{status} {scope['method']} {_printable(scope['path'][:300])}",
