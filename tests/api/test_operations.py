@@ -27,9 +27,19 @@ def test_health_and_readiness(client):
         "sets": 1,
         "bad_files": {},
         "newer_files": [],
+        "store_writable": True,
+        "bases_readable": None,
     }
     assert client.get("/docs").status_code == 200
     assert client.get("/openapi.json").json()["info"]["title"] == "Bonsai LoRA"
+
+
+def test_readiness_reports_whether_the_bases_can_be_read(settings, tmp_path):
+    known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
+    with serving(create_app(known)) as url:
+        assert httpx.get(f"{url}/readyz").json()["bases_readable"] is False
+        (tmp_path / "bases").mkdir()
+        assert httpx.get(f"{url}/readyz").json()["bases_readable"] is True
 
 
 def test_metrics_count_requests(client):

@@ -355,6 +355,10 @@ class Readiness(BaseModel):
     newer_files: list[str] = Field(
         description="sets that a newer release wrote; their files are left untouched"
     )
+    store_writable: bool = Field(description="whether sets can be created, changed and deleted")
+    bases_readable: bool | None = Field(
+        description="whether the folder of bases exists; null if the service has no such folder"
+    )
 
 
 class Problem(BaseModel):
@@ -369,3 +373,6 @@ class Problem(BaseModel):
     instance: str = Field(description="path of the request")
     code: str = Field(description="stable, for programs")
     request_id: str | None = None
+    trace_id: str | None = Field(
+        None, description="trace id of the request's `traceparent`, if any"
+    )

@@ -9,7 +9,6 @@ from fastapi import APIRouter, Response
 
 from bonsai_lora.api import tensor_schemas
 from bonsai_lora.api.call import BufferResponse, Call
-from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import CallDep, ModuleName, SetName
 from bonsai_lora.api.openapi import APPLY_ERRORS, problems, request_body, tensor_responses
 from bonsai_lora.api.options import (
@@ -72,7 +71,7 @@ async def apply_one(call: CallDep, name: SetName, module: ModuleName) -> BufferR
     def compute(body: Buffer) -> Sequence[Buffer]:
         batches = decode_one(options.request_form, body, context.limits.max_header_bytes, module)
         fields: ResponseFields = {"set": name, "module": module, "version": stored.record.version}
-        outputs = _stacked(context, stored, batches, options, fields)
+        outputs = _stacked(call, stored, batches, options, fields)
         return encode_outputs(options.response_form, outputs[module], fields, options.dtype)
 
     return await _answer(call, options, compute, adapter)
@@ -106,7 +105,7 @@ async def apply_many(call: CallDep, name: SetName) -> BufferResponse:
         limit = context.limits.max_header_bytes
         batches = decode_many(options.request_form, body, limit, options.modules)
         fields: ResponseFields = {"set": name, "version": stored.record.version}
-        outputs = _stacked(context, stored, batches, options, fields)
+        outputs = _stacked(call, stored, batches, options, fields)
         return encode_outputs(options.response_form, outputs, fields, options.dtype)
 
     return await _answer(call, options, compute, None)
@@ -151,7 +150,7 @@ async def apply_mixed(call: CallDep) -> BufferResponse:
         outputs = context.applier.apply(
             set_segments, inputs, base_outputs, batch.experts, options.match
         )
-        context.metrics.rows_applied.inc(total_rows(inputs))
+        call.count_rows(total_rows(inputs))
         fields = {"module": module, "versions": versions_of(set_segments)}
         return encode_outputs(response_form, outputs[module], fields, dtype)
 
@@ -159,18 +158,19 @@ async def apply_mixed(call: CallDep) -> BufferResponse:
 
 
 def _stacked(
-    context: Context,
+    call: Call,
     stored: StoredSet,
     batches: Batches,
     options: ApplyOptions,
     fields: ResponseFields,
 ) -> dict[str, Floats]:
     """Return the summed deltas of the set and those stacked on it; add `versions` to `fields`."""
+    context = call.context
     set_segments = stack_on(stored, batches.stack, options.scale, context.store.read)
     outputs = context.applier.apply(
         set_segments, batches.inputs, batches.base_outputs, batches.experts, options.match
     )
-    context.metrics.rows_applied.inc(total_rows(batches.inputs))
+    call.count_rows(total_rows(batches.inputs))
     if batches.stack:
         fields["versions"] = versions_of(set_segments)
     return outputs
