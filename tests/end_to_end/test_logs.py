@@ -126,11 +126,11 @@ def log_nested_value():
     structlog.get_logger("bonsai_lora.test").warning("event", names=[{HOSTILE: HOSTILE}, Odd()])
 
 
-def log_message_of_another():
+def log_foreign_message():
     logging.getLogger("other").warning("a %s", HOSTILE)
 
 
-def log_logger_of_another():
+def log_foreign_logger():
     logging.getLogger(HOSTILE).warning("a")
 
 
@@ -141,7 +141,7 @@ def log_exception():
         structlog.get_logger("bonsai_lora.test").exception("failed")
 
 
-def log_exception_of_another():
+def log_foreign_exception():
     try:
         fail()
     except ValueError:
@@ -163,10 +163,10 @@ class Odd:
         log_event,
         log_value,
         log_nested_value,
-        log_message_of_another,
-        log_logger_of_another,
+        log_foreign_message,
+        log_foreign_logger,
         log_exception,
-        log_exception_of_another,
+        log_foreign_exception,
     ],
 )
 @pytest.mark.parametrize("form", ["console", "json"])

@@ -122,6 +122,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         version=version("bonsai-lora"),
         summary="The adapter server for Bonsai and Qwen3 models.",
         description=_DESCRIPTION,
+        license_info={"name": "Apache License 2.0", "identifier": "Apache-2.0"},
         openapi_tags=_TAGS,
         redirect_slashes=False,
         docs_url=None,  # routes/page.py
