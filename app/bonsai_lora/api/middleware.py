@@ -17,7 +17,7 @@ from bonsai_lora.api.coroutines import resume
 from bonsai_lora.api.errors import failure_response
 from bonsai_lora.api.metrics import Metrics
 from bonsai_lora.errors import BonsaiLoraError, StalledError
-from bonsai_lora.wire.text import printable
+from bonsai_lora.formats.text import printable
 
 T = TypeVar("T")
 

@@ -17,7 +17,7 @@ from bonsai_lora.client.call import Call, decode_json, path_of
 from bonsai_lora.client.connection import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE, url_of
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_base_name, is_set_name
-from bonsai_lora.wire.text import printable
+from bonsai_lora.formats.text import printable
 
 EXIT_REFUSED = 1
 """The service returned an error."""

@@ -7,7 +7,7 @@ from typing import TextIO
 
 import structlog
 
-from bonsai_lora.wire.text import printable
+from bonsai_lora.formats.text import printable
 
 _TRACEBACK = "exc_info"
 
