@@ -221,7 +221,7 @@ def produce(folder):
             texts[kind].append(text_of(client.request(method, path, **options), kind, path))
         for kind, answer in uploads(client):
             texts[kind].append(text_of(answer, kind, "/v1"))
-        with app.state.context.pool.admit(), app.state.context.pool.admit():
+        with app.state.context.short.admit(), app.state.context.short.admit():
             answer = client.post(APPLY, json={"inputs": [ROW]})
             texts[errors.BusyError].append(text_of(answer, errors.BusyError, APPLY))
         texts[errors.StalledError].append(stalled(url))

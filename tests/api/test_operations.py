@@ -105,12 +105,22 @@ def test_latencies_are_counted_from_50_microseconds_to_10_minutes(client):
 
 
 def test_metrics_of_the_process_and_its_load(app, client):
-    pool = app.state.context.pool
+    context = app.state.context
     pid = ("pid", str(os.getpid()))
-    with pool.admit(), pool.admit():
+    flight = "bonsai_lora_requests_in_flight"
+    context.memory.reserve(1 << 20)
+    with context.short.admit(), context.short.admit():
         found = samples(client)
-    assert found[("bonsai_lora_requests_in_flight", ("lane", "work"))] == 2
-    assert samples(client)[("bonsai_lora_requests_in_flight", ("lane", "work"))] == 0
+    context.memory.release(1 << 20)
+    assert found[(flight, ("lane", "short"))] == 2
+    assert found[(flight, ("lane", "long"))] == 0
+    assert found[("bonsai_lora_queued_work", ("lane", "long"))] == 0
+    assert found[("bonsai_lora_reserved_bytes", ("resource", "memory"))] == 1 << 20
+    total = context.memory.total_bytes
+    assert found[("bonsai_lora_budget_bytes", ("resource", "memory"))] == total
+    after = samples(client)
+    assert after[(flight, ("lane", "short"))] == 0
+    assert after[("bonsai_lora_reserved_bytes", ("resource", "memory"))] == 0
     rss = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     assert found[("process_resident_memory_bytes", pid)] == pytest.approx(rss, rel=0.2)
     assert found[("process_cpu_seconds_total", pid)] == pytest.approx(time.process_time(), rel=0.2)

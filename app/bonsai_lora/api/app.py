@@ -45,12 +45,14 @@ from bonsai_lora.api.routes import (
 from bonsai_lora.api.routes import bases as bases_routes
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core import backend
+from bonsai_lora.errors import StoreFullError
 from bonsai_lora.service.apply import Applier
+from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
 from bonsai_lora.service.stats import store_stats
-from bonsai_lora.service.work import WorkPool
+from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile, read_restarts
 from bonsai_lora.storage.regions import SharedRegions
@@ -205,19 +207,21 @@ def choose_backend(settings: Settings) -> None:
 def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Metrics) -> Context:
     limits = limits_of(settings)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
-    applier = Applier(limits, bases)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
     return Context(
         settings,
         store,
         limits,
-        WorkPool(
+        Budget(settings.work_memory_bytes),
+        Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
+        ShortLane(
             settings.max_concurrency,
             settings.threads,
             has_spare_cores=min(settings.threads, usable_cores()) > settings.workers,
         ),
-        applier,
-        Inference(applier, store, regions),
+        Lane("long", settings.max_concurrency, settings.threads),
+        Applier(limits, bases),
+        Inference(store, regions),
         CountFile(shared),
         bases,
         MergedModels(bases, store),
@@ -239,8 +243,15 @@ def _collect(app: FastAPI, shared: Path) -> Iterable[Metric]:
 
 def _read_load(app: FastAPI) -> Load:
     """Return what this process has to do at the moment."""
-    pool = app.state.context.pool
-    return Load({"work": pool.in_progress}, {})
+    context: Context = app.state.context
+    lanes = (context.short, context.long)
+    budgets = {"memory": context.memory, "spill": context.spill}
+    return Load(
+        {lane.name: lane.in_progress for lane in lanes},
+        {lane.name: lane.waiting for lane in lanes},
+        {name: budget.reserved_bytes for name, budget in budgets.items()},
+        {name: budget.total_bytes for name, budget in budgets.items()},
+    )
 
 
 def _describe(app: FastAPI) -> dict[str, str]:

@@ -37,6 +37,10 @@ class Load:
     """Admitted requests by lane."""
     queued: Mapping[str, int]
     """Pieces of work, by lane, that are in a thread or wait for one."""
+    reserved: Mapping[str, int]
+    """Bytes reserved for requests in flight, by resource: memory, or disk for spill files."""
+    budgets: Mapping[str, int]
+    """Most bytes that can be reserved, by resource."""
 
 
 class Metrics:
@@ -91,6 +95,13 @@ class Metrics:
             registry, "queued_work", "Work that is in a thread or waits for one.", ["lane"]
         )
 
+        self._reserved = _gauge(
+            registry, "reserved_bytes", "Bytes reserved for requests in flight.", ["resource"]
+        )
+        self._budgets = _gauge(
+            registry, "budget_bytes", "Most bytes that can be reserved.", ["resource"]
+        )
+
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count a request and its latency."""
         key = (method, route, status)
@@ -110,10 +121,14 @@ class Metrics:
     def publish_load(self) -> None:
         """Update this process's gauges, which other workers read."""
         load = self._read_load()
-        for lane, number in load.in_flight.items():
-            self._in_flight.labels(lane).set(number)
-        for lane, number in load.queued.items():
-            self._queued.labels(lane).set(number)
+        for gauge, figures in (
+            (self._in_flight, load.in_flight),
+            (self._queued, load.queued),
+            (self._reserved, load.reserved),
+            (self._budgets, load.budgets),
+        ):
+            for label, number in figures.items():
+                gauge.labels(label).set(number)
 
     def render(self) -> bytes:
         """Return the metrics in Prometheus's text format."""
