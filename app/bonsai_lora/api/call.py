@@ -101,7 +101,7 @@ class Call(ABC):
         self.reserve(_JSON_COPIES * size)
 
     def close(self) -> None:
-        """Give back the place and the memory, after the response has been written."""
+        """Free the place and release the memory, after the response has been written."""
         if self._has_place:
             self._has_place = False
             self.context.short.leave()
