@@ -13,6 +13,7 @@ from conftest import TINY, assert_problem, connect, read_answer, serving, upload
 from prometheus_client.parser import text_string_to_metric_families
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.api.call import LONG_BYTES
 from bonsai_lora.core import backend
 from bonsai_lora.storage.counts import count_restart
 
@@ -201,7 +202,9 @@ def test_overload_is_refused_immediately(settings):
         release = threading.Event()
 
         def slow_body():
-            yield b'{"inputs":'
+            yield (
+                b'{"inputs":' + b" " * LONG_BYTES
+            )  # what is longer takes a place before it is whole
             release.wait(20)
             yield b"[1,2]}"
 
