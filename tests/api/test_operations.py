@@ -13,7 +13,6 @@ from conftest import TINY, assert_problem, connect, read_answer, serving, upload
 from prometheus_client.parser import text_string_to_metric_families
 
 from bonsai_lora.api.app import create_app
-from bonsai_lora.api.call import LONG_BYTES
 from bonsai_lora.core import backend
 from bonsai_lora.storage.counts import count_restart
 
@@ -199,12 +198,11 @@ def test_overload_is_refused_immediately(settings):
         client.post("/v1/sets", json={"name": "s"})
         client.put("/v1/sets/s/adapters/m", json={"d_in": 2, "d_out": 2})
         path = "/v1/sets/s/adapters/m/apply"
+        client.post(path, json={"inputs": [1, 2]})  # later ones are over at once
         release = threading.Event()
 
         def slow_body():
-            yield (
-                b'{"inputs":' + b" " * LONG_BYTES
-            )  # what is longer takes a place before it is whole
+            yield b'{"inputs":' + b" " * (1 << 17)  # long: it has a place before it is complete
             release.wait(20)
             yield b"[1,2]}"
 
