@@ -8,8 +8,10 @@ import httpx
 import pytest
 from conftest import TINY, upload
 
+from bonsai_lora.cli.openapi import render
+
 ROOT = Path(__file__).parents[2]
-DOCUMENT = json.loads((ROOT / "openapi/openapi.json").read_text())
+DOCUMENT = json.loads(render())
 HEADERS = DOCUMENT["components"]["headers"]
 MODULE = "model.layers.0.self_attn.q_proj"
 SET = "/v1/sets/plain"
