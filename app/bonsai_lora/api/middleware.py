@@ -20,7 +20,7 @@ from bonsai_lora.api.coroutines import resume
 from bonsai_lora.api.errors import failure_response
 from bonsai_lora.api.metrics import Metrics
 from bonsai_lora.api.pace import Pace
-from bonsai_lora.errors import BonsaiLoraError
+from bonsai_lora.errors import BonsaiLoraError, BusyError
 from bonsai_lora.formats.text import printable
 
 T = TypeVar("T")
@@ -28,6 +28,8 @@ T = TypeVar("T")
 REQUEST_ID = b"x-request-id"
 TRACEPARENT = b"traceparent"
 SLOW_SECONDS = 1.0
+_BUSY_LINES_PER_SECOND = 10
+"""Log lines for `busy` refusals: writing one takes as long as the refusal itself."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
 _TRACEPARENT = re.compile(rb"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
@@ -40,6 +42,9 @@ class Observer:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._busy_second = 0
+        self._busy_lines = 0
+        self._left_out = 0
         self._logs_all = logging.getLogger("bonsai_lora.requests").isEnabledFor(logging.DEBUG)
 
     def observe(self, scope: Mapping[str, Any], status: int, seconds: float) -> None:
@@ -51,6 +56,8 @@ class Observer:
         if problem is not None:
             self._metrics.count_refusal(problem.code)
         changed = scope["method"] in ("PUT", "PATCH", "DELETE") or status == 201
+        if problem is not None and problem.code == BusyError.code and self._leaves_out():
+            return
         worth = changed or status >= 400 or seconds > SLOW_SECONDS or not status
         if worth or self._logs_all:
             about = (
@@ -59,6 +66,18 @@ class Observer:
             (_log.info if worth else _log.debug)(
                 "request", status=status, ms=round(seconds * 1000, 2), **about, **_fields(scope)
             )
+
+    def _leaves_out(self) -> bool:
+        """Return whether to log nothing about a busy refusal; say later how many were left out."""
+        second = int(perf_counter())
+        if second != self._busy_second:
+            if self._left_out:
+                _log.info("more requests were refused as busy", left_out=self._left_out)
+            self._busy_second, self._busy_lines, self._left_out = second, 0, 0
+        self._busy_lines += 1
+        is_over = self._busy_lines > _BUSY_LINES_PER_SECOND
+        self._left_out += is_over
+        return is_over
 
     @staticmethod
     def note_disconnect(scope: Mapping[str, Any]) -> None:
