@@ -247,7 +247,14 @@ def test_what_is_open_needs_no_key_and_has_no_names(world):
         assert world.nobody.get(path).status_code == 200
     assert world.nobody.get("/").status_code == 307
     assert world.nobody.get("/page/swagger-init.js").status_code == 200
-    ready = {"status": "ready", "sets": 2, "bad_file_count": 0, "newer_file_count": 0}
+    ready = {
+        "status": "ready",
+        "sets": 2,
+        "bad_file_count": 0,
+        "newer_file_count": 0,
+        "store_writable": True,
+        "bases_readable": True,
+    }
     assert world.nobody.get("/readyz").json() == ready
     assert world.tenant.get("/readyz").json() == ready
 

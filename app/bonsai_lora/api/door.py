@@ -42,6 +42,8 @@ class Caller:
         self.meter = meter
         self._base = base
         self._contexts: dict[Need, Context] = {}
+        self.log_id = key.id if key.digest else None
+        """Id of the key; None for anyone and nobody."""
 
     def context(self, need: Need) -> Context:
         """Return the context for a call that needs the scope `need`; raises ForbiddenError."""

@@ -24,10 +24,11 @@ class EntranceMiddleware:
             return
         answer = _privately(send) if self._door.has_keys and not is_open(scope["path"]) else send
         try:
-            scope["caller"] = self._admit(scope)
+            caller = scope["caller"] = self._admit(scope)
         except BonsaiLoraError as error:
             await problem_response(error, scope)(scope, receive, answer)
             return
+        scope["key"] = caller.log_id
         await self._app(scope, receive, answer)
 
     def _admit(self, scope: Scope) -> Caller:

@@ -96,6 +96,7 @@ def _hub_headers(kind: str, error: BonsaiLoraError) -> dict[str, str]:
 
 
 def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> dict[str, Any]:
+    trace_id = scope.get("trace_id")
     return {
         "type": f"urn:bonsai-lora:problem:{error.code}",
         "title": error.title,
@@ -104,6 +105,7 @@ def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> d
         "instance": scope["path"],
         "code": error.code,
         "request_id": scope.get("request_id"),
+        **({} if trace_id is None else {"trace_id": trace_id}),
         **error.values,
     }
 

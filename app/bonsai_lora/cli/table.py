@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from bonsai_lora.formats.text import printable
+
 
 def print_table(head: list[str], rows: list[list[Any]]) -> None:
     """Print rows below a head, in columns."""
@@ -14,4 +16,4 @@ def print_table(head: list[str], rows: list[list[Any]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))

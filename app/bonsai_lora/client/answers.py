@@ -198,6 +198,8 @@ class Readiness(TypedDict):
     newer_file_count: int
     bad_files: NotRequired[dict[str, str]]
     newer_files: NotRequired[list[str]]
+    store_writable: bool
+    bases_readable: bool | None
 
 
 class ServerMetadata(TypedDict):

@@ -105,6 +105,10 @@ class SetView:
         records = store.records()
         return Totals(len(records), len(store.bad_files()), len(store.newer_files()))
 
+    def is_writable(self) -> bool:
+        """Return whether the store can be changed, whoever asks."""
+        return self._store.is_writable()
+
     def held_bytes(self, besides: str) -> int:
         """Return the size of all sets but one, whoever asks: they share the memory budget."""
         return self._store.held_bytes(besides)

@@ -1,5 +1,8 @@
 """Health probes and metrics."""
 
+import os
+from typing import Any
+
 import anyio.to_thread
 from fastapi import APIRouter, Response
 
@@ -23,22 +26,27 @@ async def get_health() -> schemas.Health:
     "/readyz",
     operation_id="get_readiness",
     summary="Is the store readable?",
-    response_model_exclude_none=True,
+    response_model_exclude_unset=True,
     responses=problems(errors.BusyError),
 )
 async def get_readiness(context: ContextDep) -> schemas.Readiness:
-    """Also counts files that could not be read, and sets that a newer release wrote; names them if
-    the service needs no keys.
+    """Also reports what needs a person: files that could not be read, sets that a newer release
+    wrote, a read-only store, and a folder of bases that does not exist. Files are named only if the
+    service needs no keys.
     """
-    store = context.store
+    store, bases = context.store, context.settings.bases
     totals = await anyio.to_thread.run_sync(store.totals)
-    has_names = store.key.sees_all
+    names: dict[str, Any] = {}
+    if store.key.sees_all:
+        names = {"bad_files": store.bad_files(), "newer_files": list(store.newer_files())}
     return schemas.Readiness(
+        status="ready",
         sets=totals.sets,
         bad_file_count=totals.bad_files,
         newer_file_count=totals.newer_files,
-        bad_files=store.bad_files() if has_names else None,
-        newer_files=list(store.newer_files()) if has_names else None,
+        **names,
+        store_writable=store.is_writable(),
+        bases_readable=os.access(bases, os.R_OK | os.X_OK) if bases else None,
     )
 
 
