@@ -82,14 +82,12 @@ class NameNotYoursError(ForbiddenError):
     """A write to a name that starts with none of the key's prefixes."""
 
     code = "name_not_yours"
-    title = "Name not yours"
 
 
 class CrossSiteError(ForbiddenError):
     """A web page of a different site sent a request that may change something."""
 
     code = "cross_site"
-    title = "Cross-site request"
 
 
 class MisdirectedRequestError(BonsaiLoraError):

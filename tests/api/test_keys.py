@@ -360,6 +360,16 @@ def test_no_key_or_an_unknown_one_is_401(world, header):
         assert client.get("/v2/models/x", headers=headers).json().keys() == {"error"}
 
 
+def test_a_large_body_without_a_key_is_refused_at_its_head(world):
+    before = snapshot(world.app.state.store)
+    body = bytes(64 << 20)
+    for method, path in [("PUT", SET.format(OWN)), ("POST", ADAPTER.format(OWN) + "/apply")]:
+        with httpx.Client(base_url=world.url, timeout=60) as client:
+            answer = client.request(method, path, content=body)
+        assert_problem(answer, 401, "unauthenticated")
+    assert snapshot(world.app.state.store) == before
+
+
 def test_a_key_with_another_secret_is_unknown(world):
     token = world.keys["tenant"]
     other = token[:-2] + ("AA" if token[-2:] != "AA" else "BB")
