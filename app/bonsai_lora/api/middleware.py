@@ -92,7 +92,9 @@ class ObserveMiddleware:
             refusal = error.__cause__
             if exchange.status and isinstance(refusal, BonsaiLoraError):
                 reason, number = refusal.detail, scope["request_id"]
-                _log.warning("response aborted", reason=reason, request_id=number)
+                _log.warning(
+                    "response aborted", code=refusal.code, reason=reason, request_id=number
+                )
                 return
             self._observer.note_failure(scope)
             if not exchange.status:

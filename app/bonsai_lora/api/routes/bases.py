@@ -77,7 +77,7 @@ async def list_bases(context: ContextDep) -> schemas.BaseList:
     for name in context.bases.names():
         try:
             found.append(await context.pool.run(partial(_info, context, name)))
-        except errors.InvalidBaseError as error:
+        except (errors.InvalidBaseError, errors.BaseChangedError) as error:
             bad[name] = error.detail
         except errors.BaseNotFoundError:
             continue
@@ -137,7 +137,8 @@ async def get_merged_file(
 def _info(context: ContextDep, name: str) -> schemas.BaseInfo:
     base = context.bases.get(name)
     files = [
-        schemas.BaseFile(name=file, size_bytes=len(raw)) for file, raw in sorted(base.files.items())
+        schemas.BaseFile(name=file, size_bytes=opened.size_bytes)
+        for file, opened in sorted(base.files.items())
     ]
     return schemas.BaseInfo(
         name=name,
