@@ -105,7 +105,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     folder that is deleted with the application.
     """
     choose_backend(settings)
-    store = open_store(settings)
+    store = open_store(settings, shared)
     if shared is None:
         shared = _new_folder()
         _remove_with(store, shared)
@@ -206,11 +206,11 @@ def _describe(app: FastAPI) -> dict[str, str]:
     }
 
 
-def open_store(settings: Settings) -> SetStore:
+def open_store(settings: Settings, shared: Path | None = None) -> SetStore:
     """Return the store that `settings` names; a temporary one is deleted with the object."""
     folder = settings.store_folder()
     if folder is not None:
-        return SetStore(folder)
+        return SetStore(folder, shared=shared)
     temporary = _new_folder()
     store = SetStore(temporary)
     _remove_with(store, temporary)

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import os
 import re
 import secrets
 from collections.abc import Awaitable, Mapping
@@ -169,3 +170,12 @@ def request_id_of(given: bytes | None) -> str:
     if given is not None and _REQUEST_ID.match(given):
         return str(given, "ascii")
     return f"{next(_numbers):016x}"
+
+
+def _renumber() -> None:
+    """Start another sequence, in a worker that was forked."""
+    global _numbers  # noqa: PLW0603 - a process has one sequence
+    _numbers = itertools.count(secrets.randbits(60))
+
+
+os.register_at_fork(after_in_child=_renumber)

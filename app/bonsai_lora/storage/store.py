@@ -32,6 +32,7 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.formats.peft import set_tensors
+from bonsai_lora.storage.in_use import OpenNames, suspects
 from bonsai_lora.storage.setfile import (
     RECORD_FORMAT,
     NewSet,
@@ -67,10 +68,14 @@ class SetStore:
     """A folder of sets. Thread-safe.
 
     `root` is created if missing. Up to `max_open` sets stay memory-mapped, by default half of the
-    process's file descriptor limit, at most 1024. Raises OSError if the folder cannot be created.
+    process's file descriptor limit, at most 1024. `shared` is a folder of all workers of a service:
+    what one had open when it died is checked by the next. Raises OSError if the folder cannot be
+    created.
     """
 
-    def __init__(self, root: Path, *, max_open: int | None = None) -> None:
+    def __init__(
+        self, root: Path, *, max_open: int | None = None, shared: Path | None = None
+    ) -> None:
         self.root = root
         self._unreadable: dict[str, str] = {}
         self.temporary = root / "tmp"
@@ -84,6 +89,8 @@ class SetStore:
         self._open: OrderedDict[str, tuple[Identity, StoredSet]] = OrderedDict()
         self._records: dict[str, tuple[Identity, SetRecord]] = {}
         self._newer: dict[str, tuple[Identity, int]] = {}
+        self._suspects = set() if shared is None else suspects(shared)
+        self._names = None if shared is None else OpenNames(shared)
         for folder in (self._sets, self.temporary, self._locks):
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -130,6 +137,8 @@ class SetStore:
             with contextlib.suppress(KeyError):  # another thread may evict it meanwhile
                 self._open.move_to_end(name)
             return known[1]
+        if self._names is not None:
+            self._names.add(name, list(self._open))
         opened = self._checked(name, identity, open_set_file)
         self._remember(name, identity, opened)
         return opened
