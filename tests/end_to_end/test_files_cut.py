@@ -1,12 +1,14 @@
 """Files that other programs cut under a running service."""
 
 import os
+import signal
+import time
 
 import httpx
 import numpy as np
 import pytest
 from conftest import peft_config, peft_tensors, upload_parts
-from test_command import running
+from test_command import running, workers_of
 
 from bonsai_lora.formats import safetensors
 
@@ -39,3 +41,36 @@ def test_a_base_that_is_cut_ends_the_download_and_not_the_service(tmp_path, rng)
         os.truncate(path, whole)
         assert client.get(merged, headers={"Range": "bytes=0-99"}).status_code == 206
         assert process.poll() is None
+
+
+@pytest.mark.parametrize("is_restored", [False, True])
+def test_a_set_that_is_cut_costs_one_worker_and_is_not_served(tmp_path, rng, is_restored):
+    """Its pages are mapped: the worker that touches them dies, and the next one checks the set."""
+    flags = ("--store", str(tmp_path))
+    with running(*flags) as (url, process), httpx.Client(base_url=url, timeout=30) as client:
+        tensors = peft_tensors(rng, "q_proj", d_in=WIDTH, d_out=3_000_000)
+        assert upload_parts(client, "s", peft_config(), tensors).status_code == 201
+        small = peft_tensors(rng, "q_proj")
+        assert upload_parts(client, "other", peft_config(), small).status_code == 201
+        path = tmp_path / "sets" / "s.safetensors"
+        before, whole = workers_of(process), path.stat().st_size
+        with client.stream("GET", "/adapters/s/resolve/main/adapter_model.safetensors") as answer:
+            parts = answer.iter_raw()
+            next(parts)
+            os.truncate(path, 4096)
+            with pytest.raises(httpx.TransportError):
+                for _ in parts:
+                    pass
+        died = time.monotonic()
+        if is_restored:  # with zeros for what was cut
+            os.truncate(path, whole)
+        with httpx.Client(base_url=url, timeout=30) as again:
+            assert again.get("/v1/sets/other").status_code == 200
+            assert time.monotonic() - died < 2
+            assert workers_of(process) != before
+            assert again.get("/v1/sets/s/stats").json()["code"] == "set_not_found"
+            reason = again.get("/readyz").json()["bad_files"]["s"]
+            assert ("is damaged" if is_restored else "truncated") in reason
+            assert again.get("/v1/sets/other/stats").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0

@@ -50,6 +50,7 @@ from bonsai_lora.settings import Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
+from bonsai_lora.storage.verify import BackgroundCheck
 
 _DESCRIPTION = """\
 Stores named sets of LoRA adapters for Bonsai and Qwen3 models, applies them to batches of vectors
@@ -106,6 +107,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     """
     choose_backend(settings)
     store = open_store(settings, shared)
+    store.on_open = BackgroundCheck(store.verify).add
     if shared is None:
         shared = _new_folder()
         _remove_with(store, shared)

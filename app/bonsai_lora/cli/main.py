@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=version("bonsai-lora"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_serve(commands, is_chosen=words[:1] == ["serve"])
+    _add_verify(commands, is_chosen=words[:1] == ["verify"])
     client.add_commands(commands)
     chosen = parser.parse_args(words)
     code: int = chosen.run(chosen)
@@ -36,6 +37,15 @@ def _add_serve(commands: Any, *, is_chosen: bool) -> None:
         from bonsai_lora.cli import serve  # noqa: PLC0415 - the other commands start without it
 
         serve.add_flags(parser)
+
+
+def _add_verify(commands: Any, *, is_chosen: bool) -> None:
+    """Add `verify`; the store is imported only if the command is used."""
+    parser = commands.add_parser("verify", help="check the files of a store")
+    if is_chosen:
+        from bonsai_lora.cli import verify  # noqa: PLC0415 - the other commands start without it
+
+        verify.add_arguments(parser)
 
 
 if __name__ == "__main__":

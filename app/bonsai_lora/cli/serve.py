@@ -136,7 +136,8 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: str) -
     # prometheus_client keeps the workers' metrics here: each reports all of them, and they outlive
     # a worker that is replaced.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = temporary
-    values.ValueClass = values.get_value_class()  # it was imported before the variable was set
+    # It was imported before the variable was set.
+    values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
     from bonsai_lora.api.app import choose_backend  # noqa: PLC0415 - slow to import
 
     _keep_freed_memory()
