@@ -80,7 +80,7 @@ def header_of_bytes(content):
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
-def test_a_digest_of_another_version_counts_as_none(store):
+def test_a_digest_of_an_older_version_counts_as_none(store):
     """An earlier release keeps the key, and changes the tensors and the version."""
     change_record(path_of(store), lambda record: {**record, "version": record["version"] + 1})
     flip_last_bit(path_of(store))

@@ -1,5 +1,6 @@
 """Turn errors into responses: one table of status codes, one shape (RFC 9457)."""
 
+import errno
 import json
 import re
 import reprlib
@@ -101,6 +102,13 @@ def failure_response(scope: Scope) -> Response:
     )
 
 
+def too_many_files() -> errors.BusyError:
+    """Return the error for a system without free file descriptors."""
+    return errors.BusyError(
+        "too many files are open; retry in a second, or raise the limit of files"
+    )
+
+
 def is_oip(path: str) -> bool:
     """Return whether a path belongs to the Open Inference Protocol, whose errors differ."""
     return path == "/v2" or path.startswith("/v2/")
@@ -143,6 +151,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
     `routes` are all routes of `app`; they determine which methods a path allows.
     """
+    app.add_exception_handler(OSError, _on_system_error)
 
     @app.exception_handler(BonsaiLoraError)
     def on_refusal(request: Request, error: BonsaiLoraError) -> Response:
@@ -184,6 +193,12 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             ),
             request.scope,
         )
+
+
+def _on_system_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+        raise error
+    return problem_response(too_many_files(), request.scope)
 
 
 def validation_problem(found: Any) -> BonsaiLoraError:

@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Awaitable, Mapping
 from time import perf_counter
 from typing import Any, TypeVar, cast
+from urllib.parse import unquote
 
 import structlog
 from starlette.requests import ClientDisconnect
@@ -81,6 +82,7 @@ class ObserveMiddleware:
             await self._app(scope, receive, send)
             return
         started = perf_counter()
+        keep_encoded_slashes(scope)
         given = next((value for name, value in scope["headers"] if name == REQUEST_ID), None)
         scope["request_id"] = request_id_of(given)
         exchange = _Exchange(receive, send, scope["request_id"], self._stall)
@@ -156,6 +158,19 @@ class _Exchange:
                 f"the client {verb} nothing for {self._stall:g} s; retry on a faster connection, "
                 "or raise stall_seconds"
             ) from None
+
+
+def keep_encoded_slashes(scope: Scope) -> None:
+    """Leave each `%2F` in the path as it is: it is part of a name, and separates nothing."""
+    raw: bytes = scope.get("raw_path") or b""
+    if b"%2f" in raw.lower():
+        pieces = re.split("%2f", raw.decode("ascii"), flags=re.IGNORECASE)
+        scope["path"] = "%2F".join(map(unquote, pieces))
+
+
+def decode_slashes(name: str) -> str:
+    """Return the name of a file, which may have slashes, from a path parameter."""
+    return name.replace("%2F", "/")
 
 
 def _printable(text: str) -> str:

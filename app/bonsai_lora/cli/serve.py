@@ -21,6 +21,7 @@ from prometheus_client import values
 from pydantic import ValidationError
 
 from bonsai_lora.api.connection import GuardedProtocol
+from bonsai_lora.api.crowded import refusing_crowds
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.cli.supervisor import Supervisor
@@ -160,7 +161,7 @@ def _work(
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,
         server_header=False,
-        http=connection_class(settings),
+        http=refusing_crowds(connection_class(settings)),  # type: ignore[arg-type]
         ws="none",
         proxy_headers=False,  # client addresses are not used
     )

@@ -26,8 +26,8 @@ _BYTES_PER_SECOND = 100e6
 def verify_set_file(path: Path, on_piece: OnPiece | None = None) -> SetRecord:
     """Read the whole file of a set and return its record.
 
-    Raises the errors of `read_record`, and MalformedSafetensorsError if the data has another digest
-    than the record, or cannot be read.
+    Raises the errors of `read_record`, and MalformedSafetensorsError if the digest of the data is
+    not that of the record, or the data cannot be read.
     """
     with path.open("rb") as file:
         record = record_of(path, file)

@@ -9,6 +9,7 @@ from bonsai_lora import errors
 from bonsai_lora.api import schemas
 from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.merged_file import StreamedFile
+from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.openapi import file_responses, problems
 from bonsai_lora.api.query import FiniteNumber
 from bonsai_lora.api.ranges import file_response
@@ -127,6 +128,7 @@ async def get_merged_file(
     """The header, sizes and offsets are those of the base's file. Each byte range is computed when
     it is requested, in float32, and rounded once, to nearest even.
     """
+    filename = decode_slashes(filename)
     file = model.file(filename)
     if file is None:
         raise errors.FileNotInModelError(filename, model.files())

@@ -1,0 +1,42 @@
+"""Running out of file descriptors is a reason to retry, not a fault of the service."""
+
+import contextlib
+import os
+import resource
+
+import pytest
+from conftest import assert_problem
+
+
+@contextlib.contextmanager
+def no_descriptors():
+    """Let this process open no more files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(2)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/sets"),
+        ("GET", "/readyz"),
+        ("GET", "/v1/bases"),
+        ("GET", "/v1/bases/tiny-qwen3"),
+        ("POST", "/v1/sets"),
+        ("DELETE", "/v1/sets/made"),
+    ],
+)
+def test_a_request_that_needs_a_file_is_told_to_retry(based, method, path):
+    based.post("/v1/sets", json={"name": "made"}).raise_for_status()
+    body = {"name": "new"} if method == "POST" else None
+    with no_descriptors():
+        answer = based.request(method, path, json=body)
+    assert_problem(answer, 503, "busy")
+    assert answer.headers["retry-after"] == "1"
+    assert [one["name"] for one in based.get("/v1/sets").json()["sets"]] == ["made"]
