@@ -178,6 +178,18 @@ REQUESTS = [
         "/v1/sets",
         {"json": {"name": "n", "mlp": {"hidden_size": 9999, "intermediate_size": 9999}}},
     ),
+    (
+        errors.MemoryBudgetError,
+        "POST",
+        "/v1/sets",
+        {"json": {"name": "n", "mlp": {"hidden_size": 2000, "intermediate_size": 2000}}},
+    ),
+    (
+        errors.TooManyModulesError,
+        "POST",
+        "/v1/sets",
+        {"json": {"name": "n", "mlp": {"hidden_size": 4, "intermediate_size": 4}, "num_layers": 9}},
+    ),
     (errors.UnsupportedFeatureError, "GET", "/v2/systemsharedmemory/status", {}),
 ]
 
@@ -208,6 +220,8 @@ def produce(folder):
         max_answer_bytes=2048,
         max_rows=8,
         max_rank=64,
+        max_modules=16,
+        work_memory_bytes=300_000,
         max_concurrency=2,
         memory_budget_bytes=1_000_000,
         stall_seconds=0.3,
@@ -221,7 +235,7 @@ def produce(folder):
             texts[kind].append(text_of(client.request(method, path, **options), kind, path))
         for kind, answer in uploads(client):
             texts[kind].append(text_of(answer, kind, "/v1"))
-        with app.state.context.pool.admit(), app.state.context.pool.admit():
+        with app.state.context.short.admit(), app.state.context.short.admit():
             answer = client.post(APPLY, json={"inputs": [ROW]})
             texts[errors.BusyError].append(text_of(answer, errors.BusyError, APPLY))
         texts[errors.StalledError].append(stalled(url))

@@ -26,6 +26,13 @@ class BonsaiLoraError(Exception):
         self.values = values
 
 
+class TakesLongError(Exception):
+    """The work takes longer than where it runs allows; it has to begin again in the long lane.
+
+    Callers never see it.
+    """
+
+
 class MalformedBodyError(BonsaiLoraError):
     """The body cannot be parsed as its Content-Type declares."""
 
@@ -249,6 +256,12 @@ class RankTooLargeError(InvalidError):
     code = "rank_too_large"
 
 
+class TooManyModulesError(InvalidError):
+    """The set would have more modules than the limit of the settings."""
+
+    code = "too_many_modules"
+
+
 class DoraNeedsBaseError(InvalidError):
     """A DoRA module's outputs need the base checkpoint and W x, and one is missing."""
 
@@ -293,7 +306,7 @@ class BaseChangedError(BonsaiLoraError):
 
 
 class MemoryBudgetError(BonsaiLoraError):
-    """The set does not fit in the memory budget."""
+    """All sets together, or one request, would take more memory than allowed."""
 
     code = "memory_budget_exceeded"
     title = "Over the memory budget"

@@ -1,7 +1,13 @@
 """`%2F` in a path is part of a name, never a separator."""
 
+import os
+from pathlib import Path
+
+import httpx
 import pytest
-from conftest import TINY, assert_problem, read_tensors, upload
+from conftest import TINY, assert_problem, read_tensors, serving, upload
+
+from bonsai_lora.api.app import create_app
 
 MODULE = "model.layers.0.self_attn.q_proj"
 
@@ -44,3 +50,21 @@ def test_a_file_in_a_folder_of_a_base_may_be_named_so(based, tmp_path):
 def test_other_encoded_characters_are_decoded(plain):
     assert plain.get("/v1/sets/%70lain").status_code == 200
     assert_problem(plain.get("/v1/sets/pl%20ain%2Fx"), 404, "set_not_found")
+
+
+def test_a_region_may_have_a_slash_in_its_name(settings):
+    memory = Path(f"/dev/shm/bonsai-slash-{os.getpid()}")
+    memory.write_bytes(bytes(64))
+    known = settings.model_copy(update={"shared_memory": True})
+    try:
+        with serving(create_app(known)) as url, httpx.Client(base_url=url) as client:
+            path = "/v2/systemsharedmemory/region/a%2Fb"
+            given = {"key": memory.name, "offset": 0, "byte_size": 64}
+            assert client.post(f"{path}/register", json=given).status_code == 200
+            regions = client.get("/v2/systemsharedmemory/status").json()
+            assert [one["name"] for one in regions] == ["a/b"]
+            assert client.get(f"{path}/status").json()[0]["name"] == "a/b"
+            client.post(f"{path}/unregister")
+            assert client.get("/v2/systemsharedmemory/status").json() == []
+    finally:
+        memory.unlink()

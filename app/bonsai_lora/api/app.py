@@ -40,12 +40,14 @@ from bonsai_lora.api.routes import (
 from bonsai_lora.api.routes import bases as bases_routes
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core import backend
+from bonsai_lora.errors import StoreFullError
 from bonsai_lora.service.apply import Applier
+from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
 from bonsai_lora.service.stats import store_stats
-from bonsai_lora.service.work import WorkPool
+from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile
 from bonsai_lora.storage.regions import SharedRegions
@@ -178,19 +180,21 @@ def choose_backend(settings: Settings) -> None:
 def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Metrics) -> Context:
     limits = limits_of(settings)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
-    applier = Applier(limits, bases)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
     return Context(
         settings,
         store,
         limits,
-        WorkPool(
+        Budget(settings.work_memory_bytes),
+        Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
+        ShortLane(
             settings.max_concurrency,
             settings.threads,
             has_spare_cores=min(settings.threads, usable_cores()) > settings.workers,
         ),
-        applier,
-        Inference(applier, store, regions),
+        Lane("long", settings.max_concurrency, settings.threads),
+        Applier(limits, bases),
+        Inference(store, regions),
         CountFile(shared),
         bases,
         MergedModels(bases, store),

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import math
 import os
 import re
 import secrets
@@ -15,10 +16,13 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bonsai_lora.api.body import parse_length
+from bonsai_lora.api.call import closes
 from bonsai_lora.api.coroutines import resume
 from bonsai_lora.api.errors import failure_response
 from bonsai_lora.api.metrics import Metrics
-from bonsai_lora.errors import BonsaiLoraError, StalledError
+from bonsai_lora.api.pace import Pace
+from bonsai_lora.errors import BonsaiLoraError
 
 T = TypeVar("T")
 
@@ -85,7 +89,7 @@ class ObserveMiddleware:
         keep_encoded_slashes(scope)
         given = next((value for name, value in scope["headers"] if name == REQUEST_ID), None)
         scope["request_id"] = request_id_of(given)
-        exchange = _Exchange(receive, send, scope["request_id"], self._stall)
+        exchange = _Exchange(scope, receive, send, self._stall)
         try:
             await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
@@ -107,41 +111,47 @@ class ObserveMiddleware:
 
 
 class _Exchange:
-    """The ASGI channels of one request; raises StalledError if the client stalls."""
+    """The ASGI channels of one request; raises StalledError if the client sends too slowly."""
 
-    __slots__ = ("_ended", "_is_stalled", "_receive", "_request_id", "_send", "_stall", "status")
+    __slots__ = ("_missing", "_pace", "_receive", "_scope", "_send", "status")
 
-    def __init__(self, receive: Receive, send: Send, request_id: str, stall: float) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, stall_seconds: float) -> None:
+        self._scope = scope
         self._receive = receive
         self._send = send
-        self._request_id = request_id
-        self._stall = stall
-        self._ended = False
-        self._is_stalled = False
+        self._pace = Pace(stall_seconds)
+        self._missing: float | None = None
+        """Bytes of the body that are still to be received; None before it is read."""
         self.status = 0
 
     async def receive(self) -> Message:
-        """Return the next part of the body, which must arrive within the stall timeout."""
-        if self._ended:
+        """Return the next part of the body, which must arrive in time."""
+        if self._missing is None:
+            self._missing = _body_bytes(self._scope)
+        if self._missing == 0:
             return await self._receive()
-        message = await self._with_timeout(self._receive(), "sent")
-        self._ended = not message.get("more_body", False)
+        message = await self._in_time(self._receive())
+        received = len(message.get("body", b""))
+        self._pace.note(0, received)
+        self._missing = max(1, self._missing - received) if message.get("more_body") else 0
         return message
 
     async def send(self, message: Message) -> None:
-        """Send a part of the response; a client must keep reading a streamed one."""
+        """Send a part of the response; after a refusal, a long rest of the body is not read."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"].append((REQUEST_ID, self._request_id.encode()))
-            if self._is_stalled:  # the rest of the body may never arrive
+            message["headers"].append((REQUEST_ID, self._scope["request_id"].encode()))
+            if self.status >= 400 and self._is_last():
                 message["headers"].append((b"connection", b"close"))
-        elif message.get("more_body"):
-            await self._with_timeout(self._send(message), "read")
-            return
         await self._send(message)
 
-    async def _with_timeout(self, step: Awaitable[T], verb: str) -> T:
-        """Return the result of `step`; raises StalledError after the stall timeout."""
+    def _is_last(self) -> bool:
+        """Return whether the connection is closed after this refusal."""
+        missing = _body_bytes(self._scope) if self._missing is None else self._missing
+        return self._pace.left_seconds <= 0 or closes(self.status, missing)
+
+    async def _in_time(self, step: Awaitable[T]) -> T:
+        """Return the result of `step`; raises StalledError if the client has no time left."""
         # Most awaitables finish in their first step. Running that one by hand saves a timer and
         # three system calls per request.
         iterator = step.__await__()
@@ -149,15 +159,25 @@ class _Exchange:
             first = next(iterator)
         except StopIteration as done:
             return cast("T", done.value)
+        began = perf_counter()
         try:
-            async with asyncio.timeout(self._stall):
+            async with asyncio.timeout(self._pace.left_seconds):
                 return cast("T", await resume(iterator, first))
         except TimeoutError:
-            self._is_stalled = True
-            raise StalledError(
-                f"the client {verb} nothing for {self._stall:g} s; retry on a faster connection, "
-                "or raise stall_seconds"
-            ) from None
+            raise self._pace.too_slow() from None
+        finally:
+            self._pace.note(perf_counter() - began, 0)
+
+
+def _body_bytes(scope: Scope) -> float:
+    """Return the declared length of the body in bytes: infinite if it is chunked, 0 if none."""
+    length = 0.0
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            length = parse_length(value)
+        elif name == b"transfer-encoding":
+            return math.inf
+    return length
 
 
 def keep_encoded_slashes(scope: Scope) -> None:

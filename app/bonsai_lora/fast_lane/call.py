@@ -8,19 +8,19 @@ from typing import Any, Protocol
 import numpy as np
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from uvicorn.protocols.http.flow_control import FlowControl
 
-from bonsai_lora.api.call import Call, HeaderLines
+from bonsai_lora.api.call import LONG_BYTES, Call, HeaderLines, closes
 from bonsai_lora.api.coroutines import resume
 from bonsai_lora.api.errors import failure_response, problem_response
 from bonsai_lora.api.middleware import request_id_of
-from bonsai_lora.errors import BonsaiLoraError, StalledError
+from bonsai_lora.api.pace import Pace
+from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.fast_lane.head import RequestHead
 from bonsai_lora.fast_lane.routes import FastLane, RouteMatch
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.wire.buffers import Buffer
 
-LONG_BYTES = 1 << 16
-"""Read size between requests; the rest of a longer body is read straight into its array."""
 _BATCH_SECONDS = 1e-4
 """A response that took longer than this to compute is not held back for batching."""
 _ALIGNMENT = 16
@@ -31,6 +31,7 @@ class Connection(Protocol):
     """The connection of a `LaneCall`: `LaneProtocol` in app/bonsai_lora/fast_lane/protocol.py."""
 
     lane: FastLane
+    flow: FlowControl
     loop: asyncio.AbstractEventLoop
     tasks: set[asyncio.Task[None]]
     transport: asyncio.Transport
@@ -142,6 +143,9 @@ class LaneCall(Call):
             if seconds > _BATCH_SECONDS:
                 self._http.flush()
             observer.observe(scope, self._status, seconds)
+            if self._http.flow.write_paused:
+                await self._http.flow.drain()
+            self.close()
             self._http.end_call(self)
 
     async def _answer(self) -> Response:
@@ -158,6 +162,8 @@ class LaneCall(Call):
         if http.transport.is_closing():
             raise ClientDisconnect
         parts = getattr(answer, "parts", None) or (answer.body,)
+        if self.missing and closes(answer.status_code, self.missing):
+            self.keep_alive = False
         lines = [*answer.raw_headers, (b"x-request-id", self._scope["request_id"].encode())]
         http.write_response(answer.status_code, lines, parts, keep_alive=self.keep_alive)
         self._status = answer.status_code
@@ -173,7 +179,7 @@ class LaneCall(Call):
         http = self._http
         if self._is_stalled:
             self.keep_alive = False
-            raise stalled(stall_seconds)
+            raise Pace(stall_seconds).too_slow()
         try:
             if self._head.expects and not self._body:
                 http.send_continue()
@@ -188,14 +194,6 @@ class LaneCall(Call):
         except BaseException:
             self.keep_alive = False  # the rest of the body would be parsed as a request
             raise
-
-
-def stalled(seconds: float) -> StalledError:
-    """Return the error for a client that stopped sending its body."""
-    return StalledError(
-        f"the client sent nothing for {seconds:g} s; retry on a faster connection, or raise "
-        "stall_seconds"
-    )
 
 
 async def _finish(coroutine: Coroutine[Any, Any, None], yielded: Any) -> None:

@@ -88,6 +88,7 @@ async def get_adapter(
         errors.InvalidNameError,
         errors.InvalidAdapterError,
         errors.RankTooLargeError,
+        errors.TooManyModulesError,
         errors.PreconditionFailedError,
     ),
 )
@@ -107,13 +108,13 @@ async def put_adapter(
     """
     form = body_form(request, (Form.JSON, Form.BINARY))
     context.store.read_record(name)
-    with context.pool.admit():
+    with context.long.admit():
         limits = context.limits
         limit = limits.max_json_bytes if form is Form.JSON else limits.max_body_bytes
         body = await read_body(request, limit)
         check = precondition(request)
         put = partial(_put, context, name, module, form, body, alpha, check)
-        stored, created = await context.pool.run(put)
+        stored, created = await context.long.run(put)
     response.status_code = 201 if created else 200
     response.headers["ETag"] = stored.record.etag
     return schemas.ModuleInfo.of(module, sets.get_adapter(stored, module))
@@ -138,7 +139,7 @@ def _put(
             new = parse_model(body, schemas.NewAdapter)
             config = new.config.to_core() if new.config else None
             return sets.put_new_adapter(
-                store, limits, name, module, new.d_in, new.d_out, config, check
+                store, limits, context.memory, name, module, new.d_in, new.d_out, config, check
             )
         own_alpha = _alpha_of(value)
         alpha = alpha if own_alpha is None else own_alpha
@@ -181,6 +182,6 @@ async def delete_adapter(
 ) -> None:
     """Creates the next version of the set, without this module."""
     check = precondition(request)
-    await context.pool.run(
+    await context.long.run(
         partial(sets.delete_adapter, context.store, context.limits, name, module, check)
     )

@@ -47,7 +47,7 @@ async def _merged_model(
     match: Match = None,
 ) -> MergedModel:
     sets = weighted_sets(name, scale, others or [], weights or [])
-    return await context.pool.run(lambda: context.models.get(base, sets, match))
+    return await context.long.run(lambda: context.models.get(base, sets, match))
 
 
 Merged = Annotated[MergedModel, Depends(_merged_model)]
@@ -77,7 +77,7 @@ async def list_bases(context: ContextDep) -> schemas.BaseList:
     found, bad = [], {}
     for name in context.bases.names():
         try:
-            found.append(await context.pool.run(partial(_info, context, name)))
+            found.append(await context.long.run(partial(_info, context, name)))
         except (errors.InvalidBaseError, errors.BaseChangedError) as error:
             bad[name] = error.detail
         except errors.BaseNotFoundError:
@@ -93,7 +93,7 @@ async def list_bases(context: ContextDep) -> schemas.BaseList:
 )
 async def get_base(context: ContextDep, base: BaseName) -> schemas.BaseInfo:
     """Returns the checkpoint's files, dtypes and parameter counts."""
-    return await context.pool.run(partial(_info, context, base))
+    return await context.long.run(partial(_info, context, base))
 
 
 @router.get(
@@ -133,7 +133,7 @@ async def get_merged_file(
     if file is None:
         raise errors.FileNotInModelError(filename, model.files())
     streamed = StreamedFile(file, context.executor, context.settings.threads)
-    return file_response(request, streamed, context.pool)
+    return file_response(request, streamed, context.long)
 
 
 def _info(context: ContextDep, name: str) -> schemas.BaseInfo:

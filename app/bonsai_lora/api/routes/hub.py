@@ -68,7 +68,7 @@ async def resolve(
     if file is None:
         detail = f"{repo.id} has no file {path!r}; it has {', '.join(list(repo.files)[:16])}"
         raise HubError("EntryNotFound", detail)
-    return file_response(request, file, context.pool, {"X-Repo-Commit": repo.commit})
+    return file_response(request, file, context.long, {"X-Repo-Commit": repo.commit})
 
 
 @router.get("/api/models")
@@ -120,7 +120,7 @@ async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo
     """Return a repository at `revision`: main, the set's version, or the commit."""
     make = _adapter_repo if owner == ADAPTERS else _merged_repo
     try:
-        repo = await context.pool.run(lambda: make(context, owner, name))
+        repo = await context.long.run(lambda: make(context, owner, name))
     except (errors.NotFoundError, errors.InvalidError) as error:
         raise HubError("RepoNotFound", error.detail) from None
     version = str(repo.record.version)

@@ -26,6 +26,7 @@ from bonsai_lora.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, la
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import SET_NAME_PATTERN, check_set_name
 from bonsai_lora.service import sets
+from bonsai_lora.service.budget import Reservation
 from bonsai_lora.storage.upload import Upload
 from bonsai_lora.wire.media import Form
 
@@ -68,25 +69,27 @@ _UPLOAD_BODY = {
         errors.SetExistsError,
         errors.InvalidNameError,
         errors.RankTooLargeError,
+        errors.TooManyModulesError,
     ),
 )
 async def create_set(request: Request, response: Response, context: ContextDep) -> schemas.SetInfo:
     """Creates adapters with A uniform and B zero, so that they change nothing before training, or
     an empty set.
     """
-    with context.pool.admit():
+    with context.long.admit():
         wanted = await read_model(request, schemas.CreateSet)
         shapes, base_model_name = _wanted_shapes(wanted)
         make = partial(
             sets.create_set,
             context.store,
             context.limits,
+            context.memory,
             wanted.name,
             base_model_name,
             wanted.config.to_core(),
             shapes,
         )
-        stored = await context.pool.run(make)
+        stored = await context.long.run(make)
     response.headers["Location"] = f"/v1/sets/{wanted.name}"
     response.headers["ETag"] = stored.record.etag
     return schemas.SetInfo.of(stored)
@@ -160,6 +163,7 @@ async def get_set(
         errors.InvalidAdapterError,
         errors.UnsupportedAdapterError,
         errors.RankTooLargeError,
+        errors.TooManyModulesError,
         errors.BusyError,
         *STORE_ERRORS,
     ),
@@ -182,9 +186,14 @@ async def upload_set(
     with the reason. The parts may also be named after the files they contain.
     """
     check_set_name(name)
-    with context.pool.admit(), context.store.new_file() as file:
+    with (
+        context.long.admit(),
+        context.store.new_file() as file,
+        Reservation(context.spill) as reserved,
+    ):
         upload = Upload(file, context.limits.max_header_bytes)
-        config = await receive_adapter(request, upload, context.limits.max_upload_bytes)
+        limit = context.limits.max_upload_bytes
+        config = await receive_adapter(request, upload, limit, reserved.add)
         make = partial(
             sets.import_adapter,
             context.store,
@@ -196,7 +205,7 @@ async def upload_set(
             base_model_name=base_model_name,
             expert_layout=expert_b_layout,
         )
-        imported = await context.pool.run(make)
+        imported = await context.long.run(make)
     response.status_code = 201 if imported.created else 200
     response.headers["ETag"] = imported.stored.record.etag
     if imported.created:
@@ -221,7 +230,7 @@ async def change_set(
     request: Request, response: Response, context: ContextDep, name: SetName
 ) -> schemas.SetInfo:
     """The weights stay; the set gets its next version, and its exported configuration the name."""
-    with context.pool.admit():
+    with context.long.admit():
         wanted = await read_model(request, schemas.PatchSet)
         change = partial(
             sets.name_base,
@@ -231,7 +240,7 @@ async def change_set(
             wanted.base_model_name,
             precondition(request),
         )
-        stored = await context.pool.run(change)
+        stored = await context.long.run(change)
     response.headers["ETag"] = stored.record.etag
     return schemas.SetInfo.of(stored)
 
@@ -248,7 +257,7 @@ async def change_set(
 async def delete_set(request: Request, context: ContextDep, name: SetName) -> None:
     """Requests in flight finish with the set as it was when they started."""
     remove = partial(sets.delete_set, context.store, name, precondition(request))
-    await context.pool.run(remove)
+    await context.long.run(remove)
 
 
 _FILE_ERRORS = (errors.SetNotFoundError, errors.RangeNotSatisfiableError, errors.BusyError)
@@ -268,7 +277,7 @@ async def get_adapter_config(request: Request, context: ContextDep, name: SetNam
     # The ETag must differ per file: Hub clients name cached files by it.
     etag = f'{stored.record.etag[:-1]}-config"'
     file = BytesFile(memoryview(sets.export_config(stored)), etag, Form.JSON.value)
-    return file_response(request, file, context.pool)
+    return file_response(request, file, context.long)
 
 
 @router.get(
@@ -283,7 +292,7 @@ async def get_adapter_model(request: Request, context: ContextDep, name: SetName
     """Uploaded tensors keep their dtype and are returned bit for bit."""
     stored = context.store.read(name)
     file = BytesFile(stored.file, stored.record.etag, Form.BINARY.value)
-    return file_response(request, file, context.pool)
+    return file_response(request, file, context.long)
 
 
 def _wanted_shapes(wanted: schemas.CreateSet) -> tuple[Shapes, str]:
