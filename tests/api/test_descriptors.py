@@ -32,7 +32,7 @@ def no_descriptors():
         ("DELETE", "/v1/sets/made"),
     ],
 )
-def test_a_request_that_needs_a_file_is_told_to_retry(based, method, path):
+def test_a_request_that_needs_a_file_gets_503(based, method, path):
     based.post("/v1/sets", json={"name": "made"}).raise_for_status()
     body = {"name": "new"} if method == "POST" else None
     with no_descriptors():

@@ -163,7 +163,7 @@ def with_value(value):
                 **tensors,
                 UP_A.replace("lora_A.weight", "lora_magnitude_vector"): np.ones(3, np.float32),
             },
-            r"magnitude of shape \[3\]",
+            r"magnitude has shape \[3\]",
         ),
     ],
 )

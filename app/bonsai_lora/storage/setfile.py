@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, get_args
 import numpy as np
 
 from bonsai_lora.core.adapter import LayerKind, LoraAdapter
-from bonsai_lora.core.cast import Array
+from bonsai_lora.core.cast import Array, all_finite
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
@@ -31,7 +31,6 @@ from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.mapped import map_file
 from bonsai_lora.formats.peft import set_tensors
 from bonsai_lora.formats.peft_keys import group_keys
-from bonsai_lora.storage.checks import check_shapes, check_values
 from bonsai_lora.storage.residency import resident_bytes
 from bonsai_lora.storage.upload import ReceivedUpload
 
@@ -245,7 +244,7 @@ def open_set_file(path: Path) -> StoredSet:
         raise MalformedSafetensorsError(f"{path.name} has an {_CONFIG_KEY} that is not an object")
     stored = StoredSet(record, _open_set(mapped, header, record), config, mapped)
     if record.digest is None:  # perhaps not written by this program, which checks them first
-        check_values(stored.lora_set)
+        _check_values(stored.lora_set)
     return stored
 
 
@@ -287,7 +286,6 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
         a_matrix = safetensors.view(mapped, header, parts[f"{embedding}A"])
         b_matrix = safetensors.view(mapped, header, parts[f"{embedding}B"])
         vectors = tensor(parts.get("bias")), tensor(parts.get("magnitude"))
-        check_shapes(module, a_matrix, b_matrix, *vectors)
         rank, rest = divmod(len(a_matrix), experts or 1)
         if rest:
             raise MalformedSafetensorsError(
@@ -301,6 +299,15 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
         record.name,
         {name: safetensors.view(mapped, header, key) for name, key in others.items()},
     )
+
+
+def _check_values(lora_set: BonsaiLoraSet) -> None:
+    """Raise MalformedSafetensorsError for what an upload may not have: float64, NaN, infinity."""
+    for name, array in set_tensors(lora_set).items():
+        if array.dtype == np.float64:
+            raise MalformedSafetensorsError(f"{name} is F64; expected F32, F16 or BF16")
+        if not all_finite(array):
+            raise MalformedSafetensorsError(f"{name} has NaN or infinity; expected finite numbers")
 
 
 def _encode_record(record: SetRecord) -> str:
