@@ -109,6 +109,11 @@ def too_many_files() -> errors.BusyError:
     )
 
 
+def is_out_of_files(error: Exception) -> bool:
+    """Return whether `error` says that no file descriptor is left."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
 def is_oip(path: str) -> bool:
     """Return whether a path belongs to the Open Inference Protocol, whose errors differ."""
     return path == "/v2" or path.startswith("/v2/")
@@ -196,7 +201,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
 
 def _on_system_error(request: Request, error: Exception) -> Response:
-    if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+    if not is_out_of_files(error):
         raise error
     return problem_response(too_many_files(), request.scope)
 
