@@ -37,7 +37,9 @@ from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
-from bonsai_lora.formats import safetensors
+from bonsai_lora.formats import gguf, gguf_writer, safetensors
+from bonsai_lora.formats.dequantize import dequantize
+from bonsai_lora.formats.gguf_types import BY_NAME
 from bonsai_lora.settings import Settings
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.wire.media import Form
@@ -193,6 +195,17 @@ REQUESTS = [
     (errors.UnsupportedFeatureError, "GET", "/v2/systemsharedmemory/status", {}),
 ]
 
+GGUF = [
+    (errors.MalformedGgufError, gguf.read_header, gguf.reader_of(b"GGML"), 4),
+    (errors.UnsupportedGgufError, dequantize, BY_NAME["IQ2_XS"], bytes(74)),
+    (
+        errors.UnsupportedGgufError,
+        gguf_writer.plan,
+        {},
+        {"blk.0.attn_q.weight": (BY_NAME["Q8_0"], (8, 40))},
+    ),
+]
+
 
 def leaves():
     """The error classes that are raised, in the order of the module."""
@@ -249,6 +262,8 @@ def produce(folder):
     texts[errors.RegionNotFoundError].append(
         raised(errors.RegionNotFoundError, SharedRegions(folder / "regions").get, "other")
     )
+    for kind, *arguments in GGUF:
+        texts[kind].append(raised(kind, *arguments))
     texts[errors.BaseChangedError].append(base_changed(folder / "changed"))
     texts[errors.NewerFormatError].append(errors.NewerFormatError("plain", 2, 1).detail)
     failure = failure_response({"path": "/v1/sets", "request_id": "1"})

@@ -59,6 +59,13 @@ class MalformedSafetensorsError(MalformedBodyError):
     code = "malformed_safetensors"
 
 
+class MalformedGgufError(MalformedBodyError):
+    """The bytes violate the GGUF format, or a limit of llama.cpp."""
+
+    code = "malformed_gguf"
+    title = "Malformed GGUF"
+
+
 class NotFoundError(BonsaiLoraError):
     """The named resource does not exist."""
 
@@ -169,7 +176,7 @@ class BodyTooLargeError(TooLargeError):
 
 
 class HeaderTooLargeError(TooLargeError):
-    """A safetensors header is longer than the limit."""
+    """The header of a safetensors or GGUF file is longer than the limit."""
 
     code = "header_too_large"
     title = "Tensor header too large"
@@ -285,6 +292,13 @@ class UnsupportedAdapterError(InvalidError):
     """The adapter is of a kind that cannot be applied exactly."""
 
     code = "unsupported_adapter"
+
+
+class UnsupportedGgufError(InvalidError):
+    """A GGUF file has a type or a transformation that cannot be read or written exactly."""
+
+    code = "unsupported_gguf"
+    title = "Unsupported GGUF"
 
 
 class BusyError(BonsaiLoraError):

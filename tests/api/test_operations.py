@@ -88,10 +88,11 @@ def test_overload_is_refused_immediately(settings):
         client.post("/v1/sets", json={"name": "s"})
         client.put("/v1/sets/s/adapters/m", json={"d_in": 2, "d_out": 2})
         path = "/v1/sets/s/adapters/m/apply"
+        client.post(path, json={"inputs": [1, 2]})  # later ones are over at once
         release = threading.Event()
 
         def slow_body():
-            yield b'{"inputs":'
+            yield b'{"inputs":' + b" " * (1 << 17)  # long: it has a place before it is complete
             release.wait(20)
             yield b"[1,2]}"
 
