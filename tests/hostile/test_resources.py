@@ -109,7 +109,7 @@ def test_modules_of_a_set(settings, modules):
             assert_problem(answer, 422, "too_many_modules")
         large = {**new, "name": "large", "num_layers": 4}
         assert_problem(client.post("/v1/sets", json=large), 422, "too_many_modules")
-        # In place of another, a module is not one more.
+        # Replacing a module adds none.
         same = client.put(
             "/v1/sets/n/adapters/model.layers.0.mlp.up_proj", json={"d_in": 4, "d_out": 4}
         )

@@ -286,8 +286,10 @@ def check_no_replaced_bias(stored: StoredSet, module: str) -> None:
 def check_width(module: str, adapter: LoraAdapter, inputs: Floats) -> None:
     """Raise ShapeMismatchError unless the width of `inputs` is the adapter's d_in."""
     if inputs.shape[-1] != adapter.d_in:
+        why = ", as an empty list has no rows" if inputs.shape == (0,) else ""
         raise ShapeMismatchError(
-            f"the inputs for {module!r} have width {inputs.shape[-1]}; expected {adapter.d_in}",
+            f"the inputs for {module!r} have width {inputs.shape[-1]}{why}; expected "
+            f"{adapter.d_in}",
             module=module,
             got=inputs.shape[-1],
             expected=adapter.d_in,

@@ -135,6 +135,11 @@ def _put(
         tensors, _ = safetensors.decode(body, limit=limits.max_header_bytes)
     else:
         value = json.decode_object(body, _PUT_FIELDS)
+        if not value:
+            raise errors.InvalidRequestError(
+                "the body is an empty object; send d_in and d_out to initialize the adapter, or "
+                "lora_A and lora_B to set its weights"
+            )
         if not value.keys() & {"lora_A", "lora_B"}:
             new = parse_model(body, schemas.NewAdapter)
             config = new.config.to_core() if new.config else None

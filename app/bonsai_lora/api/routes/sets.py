@@ -76,6 +76,7 @@ async def create_set(request: Request, response: Response, context: ContextDep) 
     """Creates adapters with A uniform and B zero, so that they change nothing before training, or
     an empty set.
     """
+    _check_not_an_upload(request)
     with context.long.admit():
         wanted = await read_model(request, schemas.CreateSet)
         shapes, base_model_name = _wanted_shapes(wanted)
@@ -93,6 +94,18 @@ async def create_set(request: Request, response: Response, context: ContextDep) 
     response.headers["Location"] = f"/v1/sets/{wanted.name}"
     response.headers["ETag"] = stored.record.etag
     return schemas.SetInfo.of(stored)
+
+
+def _check_not_an_upload(request: Request) -> None:
+    """Raise UnsupportedMediaTypeError for a form, which is how adapters are uploaded."""
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media == "multipart/form-data":
+        raise errors.UnsupportedMediaTypeError(
+            "POST /v1/sets creates a set from JSON, but Content-Type is 'multipart/form-data'; "
+            "upload an adapter with PUT /v1/sets/{set}",
+            got=media,
+            expected=[Form.JSON.value],
+        )
 
 
 @router.get(
