@@ -1,8 +1,9 @@
 """Request and response of the routes that both FastAPI and the fast lane call."""
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, MutableMapping, Sequence
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import Request
 from starlette.responses import Response
@@ -42,12 +43,18 @@ class Call(ABC):
     that it needs is reserved.
     """
 
-    __slots__ = ("_has_place", "_reserved", "context", "headers", "query_string")
+    __slots__ = ("_has_place", "_reserved", "context", "headers", "query_string", "scope")
 
     def __init__(
-        self, context: Context, headers: Mapping[bytes, bytes], query_string: bytes
+        self,
+        context: Context,
+        scope: MutableMapping[str, Any],
+        headers: Mapping[bytes, bytes],
+        query_string: bytes,
     ) -> None:
         self.context = context
+        self.scope = scope
+        """What logs, metrics and error responses report of the request."""
         self.headers = headers
         """Values by lower-case name; repeated headers are joined into one list."""
         self.query_string = query_string
@@ -102,6 +109,11 @@ class Call(ABC):
             self.context.memory.release(self._reserved)
             self._reserved = 0
 
+    def count_rows(self, rows: int) -> None:
+        """Count and log that adapters were applied to `rows` vectors."""
+        self.context.metrics.rows_applied.inc(rows)
+        self.scope["rows"] = rows
+
     @abstractmethod
     async def _read(self, limit: int) -> Buffer: ...
 
@@ -113,7 +125,7 @@ class RequestCall(Call):
 
     def __init__(self, context: Context, request: Request) -> None:
         scope = request.scope
-        super().__init__(context, join_headers(scope["headers"]), scope["query_string"])
+        super().__init__(context, scope, join_headers(scope["headers"]), scope["query_string"])
         self._request = request
 
     async def _read(self, limit: int) -> Buffer:

@@ -275,7 +275,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _refuse_head(self) -> None:
         request_id = request_id_of(None)
-        scope = {"path": "*", "request_id": request_id}
+        scope = {"method": "any", "path": "*", "request_id": request_id}
         refusal: Response = problem_response(
             HeadTooLargeError(
                 f"the request head is longer than {MAX_HEAD_BYTES} bytes or {MAX_HEAD_LINES} "
@@ -286,7 +286,7 @@ class GuardedProtocol(HttpToolsProtocol):
             scope,
         )
         lines = [*refusal.raw_headers, (b"x-request-id", request_id.encode())]
-        _log.info("431 head too large", request_id=request_id)
+        self.app.state.observer.observe(scope, 431, 0.0)
         self.write_response(431, lines, (bytes(refusal.body),), keep_alive=False)
         self.linger()
 

@@ -72,6 +72,7 @@ def problem_response(
 
 
 def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> dict[str, Any]:
+    trace_id = scope.get("trace_id")
     return {
         "type": f"urn:bonsai-lora:problem:{error.code}",
         "title": error.title,
@@ -80,6 +81,7 @@ def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> d
         "instance": scope["path"],
         "code": error.code,
         "request_id": scope.get("request_id"),
+        **({} if trace_id is None else {"trace_id": trace_id}),
         **error.values,
     }
 

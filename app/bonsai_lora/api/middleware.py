@@ -22,14 +22,19 @@ from bonsai_lora.api.coroutines import resume
 from bonsai_lora.api.errors import failure_response
 from bonsai_lora.api.metrics import Metrics
 from bonsai_lora.api.pace import Pace
-from bonsai_lora.errors import BonsaiLoraError
+from bonsai_lora.errors import BonsaiLoraError, BusyError
+from bonsai_lora.formats.text import printable
 
 T = TypeVar("T")
 
 REQUEST_ID = b"x-request-id"
+TRACEPARENT = b"traceparent"
 SLOW_SECONDS = 1.0
+_BUSY_LINES_PER_SECOND = 10
+"""Log lines for `busy` refusals: writing one takes as long as the refusal itself."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
+_TRACEPARENT = re.compile(rb"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _numbers = itertools.count(secrets.randbits(60))
 _log = structlog.get_logger("bonsai_lora.requests")
 
@@ -39,6 +44,9 @@ class Observer:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._busy_second = 0
+        self._busy_lines = 0
+        self._left_out = 0
         self._logs_all = logging.getLogger("bonsai_lora.requests").isEnabledFor(logging.DEBUG)
 
     def observe(self, scope: Mapping[str, Any], status: int, seconds: float) -> None:
@@ -46,30 +54,59 @@ class Observer:
         route = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if route != "none" else "any"
         self._metrics.count_request(method, route, status, seconds)
-        changed = scope["method"] in ("PUT", "PATCH", "DELETE") or status == 201
-        worth = changed or status >= 400 or seconds > SLOW_SECONDS or not status
-        if not worth and not self._logs_all:
-            return
         problem = scope.get("problem")
-        about = {} if problem is None else {"code": problem.code, "detail": problem.detail[:300]}
-        (_log.info if worth else _log.debug)(
-            f"{status} {scope['method']} {_printable(scope['path'][:300])}",
-            **about,
-            ms=round(seconds * 1000, 2),
-            request_id=scope["request_id"],
-        )
+        if problem is not None:
+            self._metrics.count_refusal(problem.code)
+        changed = scope["method"] in ("PUT", "PATCH", "DELETE") or status == 201
+        if problem is not None and problem.code == BusyError.code and self._leaves_out():
+            return
+        worth = changed or status >= 400 or seconds > SLOW_SECONDS or not status
+        if worth or self._logs_all:
+            about = (
+                {} if problem is None else {"code": problem.code, "detail": problem.detail[:300]}
+            )
+            (_log.info if worth else _log.debug)(
+                "request", status=status, ms=round(seconds * 1000, 2), **about, **_fields(scope)
+            )
+
+    def _leaves_out(self) -> bool:
+        """Return whether to log nothing about a busy refusal; say later how many were left out."""
+        second = int(perf_counter())
+        if second != self._busy_second:
+            if self._left_out:
+                _log.info("more requests were refused as busy", left_out=self._left_out)
+            self._busy_second, self._busy_lines, self._left_out = second, 0, 0
+        self._busy_lines += 1
+        is_over = self._busy_lines > _BUSY_LINES_PER_SECOND
+        self._left_out += is_over
+        return is_over
 
     @staticmethod
     def note_disconnect(scope: Mapping[str, Any]) -> None:
         """Log that the client disconnected."""
-        path = _printable(scope["path"])
-        _log.info("client disconnected", path=path, request_id=scope["request_id"])
+        _log.info("client disconnected", **_fields(scope))
 
     @staticmethod
     def note_failure(scope: Mapping[str, Any]) -> None:
         """Log an unexpected exception with its traceback."""
-        path = _printable(scope["path"])
-        _log.exception("unexpected error", path=path, request_id=scope["request_id"])
+        _log.exception("unexpected error", **_fields(scope))
+
+
+def _fields(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a log line says about a request, without what the request does not have."""
+    path_params = scope.get("path_params", {})
+    name = path_params.get("set", path_params.get("model"))
+    fields = {
+        "method": scope["method"],
+        "path": printable(scope["path"][:300]),
+        "route": getattr(scope.get("route"), "path", None),
+        "set": None if name is None else printable(name[:300]),
+        "rows": scope.get("rows"),
+        "key": scope.get("key"),
+        "request_id": scope["request_id"],
+        "trace_id": scope.get("trace_id"),
+    }
+    return {field: value for field, value in fields.items() if value is not None}
 
 
 class ObserveMiddleware:
@@ -89,6 +126,8 @@ class ObserveMiddleware:
         keep_encoded_slashes(scope)
         given = next((value for name, value in scope["headers"] if name == REQUEST_ID), None)
         scope["request_id"] = request_id_of(given)
+        parents = [value for name, value in scope["headers"] if name == TRACEPARENT]
+        scope["trace_id"] = trace_id_of(b", ".join(parents))
         exchange = _Exchange(scope, receive, send, self._stall)
         try:
             await self._app(scope, exchange.receive, exchange.send)
@@ -98,9 +137,11 @@ class ObserveMiddleware:
             # An error after the response has started is the cause of Starlette's exception.
             refusal = error.__cause__
             if exchange.status and isinstance(refusal, BonsaiLoraError):
-                reason, number = refusal.detail, scope["request_id"]
                 _log.warning(
-                    "response aborted", code=refusal.code, reason=reason, request_id=number
+                    "response aborted",
+                    code=refusal.code,
+                    reason=refusal.detail,
+                    **_fields(scope),
                 )
                 return
             self._observer.note_failure(scope)
@@ -193,18 +234,20 @@ def decode_slashes(name: str) -> str:
     return name.replace("%2F", "/")
 
 
-def _printable(text: str) -> str:
-    """Return `text` with line ends and other control characters escaped: a path can hold any."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
-
-
 def request_id_of(given: bytes | None) -> str:
     """Return the client's X-Request-Id if it is a plain token, else a new id."""
     if given is not None and _REQUEST_ID.match(given):
         return str(given, "ascii")
     return f"{next(_numbers):016x}"
+
+
+def trace_id_of(parent: bytes) -> str | None:
+    """Return the trace id of a `traceparent` header, or None if it is not valid.
+
+    Source: W3C Trace Context, section 3.2; version 00.
+    """
+    found = _TRACEPARENT.fullmatch(parent)
+    return None if found is None else str(found[1], "ascii")
 
 
 def _renumber() -> None:

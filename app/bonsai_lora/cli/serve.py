@@ -27,6 +27,7 @@ from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.cli.supervisor import Supervisor
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
 from bonsai_lora.settings import Settings
+from bonsai_lora.storage.counts import count_restart
 from bonsai_lora.storage.in_use import suspect_sets_of
 from bonsai_lora.storage.store import SetStore
 
@@ -127,7 +128,8 @@ def connection_class(settings: Settings) -> Any:
 
 def _serve(settings: Settings, listeners: list[socket.socket], temporary: str) -> int:
     try:
-        SetStore(Path(settings.store))
+        if not SetStore(Path(settings.store)).is_writable():
+            _log.warning("the store %s is read-only; sets cannot be changed", settings.store)
     except OSError as error:
         _print_error(
             f"the store {settings.store!r} cannot be opened: {error}; choose another folder with "
@@ -147,7 +149,7 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: str) -
     _log.info("serving on %s, sets in %s", addresses, Path(settings.store).resolve())
     shared = Path(temporary)
     work = partial(_work, settings, listeners, shared, os.getpid())
-    return Supervisor(work, settings.workers, partial(_name_suspects, shared)).run()
+    return Supervisor(work, settings.workers, partial(_note_death, shared)).run()
 
 
 def _work(
@@ -168,8 +170,9 @@ def _work(
     uvicorn.Server(config).run(sockets=listeners)
 
 
-def _name_suspects(shared: Path, pid: int) -> None:
-    """Log the sets that a dead worker had open; they are checked before they are served again."""
+def _note_death(shared: Path, pid: int) -> None:
+    """Count a worker that died, and log its open sets; they are checked before their next use."""
+    count_restart(shared)
     names = suspect_sets_of(shared, pid)
     if names:
         _log.warning(

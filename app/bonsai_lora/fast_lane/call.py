@@ -68,25 +68,26 @@ class LaneCall(Call):
         "_http",
         "_is_stalled",
         "_match",
-        "_scope",
         "_status",
         "is_started",
         "keep_alive",
     )
 
     def __init__(self, http: Connection, head: RequestHead, match: RouteMatch) -> None:
-        super().__init__(http.lane.context, head.headers, head.query_string)
+        # The part of an ASGI scope that logging, metrics and error responses read.
+        scope = {
+            "method": "POST",
+            "path": head.path,
+            "request_id": request_id_of(head.request_id),
+            "trace_id": head.trace_id,
+            "route": match.route.scope_route,
+            "path_params": match.path_params,
+        }
+        super().__init__(http.lane.context, scope, head.headers, head.query_string)
         self._http = http
         self._head = head
         self._match = match
         self._body: Buffer = b""
-        # The part of an ASGI scope that logging, metrics and error responses read.
-        self._scope: dict[str, Any] = {
-            "method": "POST",
-            "path": head.path,
-            "request_id": request_id_of(head.request_id),
-            "route": match.route.scope_route,
-        }
         self._is_stalled = False
         self._status = 0
         self.is_started = False
@@ -134,7 +135,7 @@ class LaneCall(Call):
 
     async def _serve(self) -> None:
         started = perf_counter()
-        observer, scope = self._http.lane.observer, self._scope
+        observer, scope = self._http.lane.observer, self.scope
         try:
             self._write(await self._answer())
         except ClientDisconnect:
@@ -156,15 +157,15 @@ class LaneCall(Call):
     async def _answer(self) -> Response:
         """Return the response of the route's function, or an error response."""
         try:
-            return await self._match.route.endpoint(self, *self._match.parameters)
+            return await self._match.route.endpoint(self, *self._match.path_params.values())
         except BonsaiLoraError as error:
             if self.missing and self._head.expects:
                 self.keep_alive = False  # the client may or may not send the body
-            return problem_response(error, self._scope)
+            return problem_response(error, self.scope)
         except OSError as error:
             if not is_out_of_files(error):
                 raise
-            return problem_response(too_many_files(), self._scope)
+            return problem_response(too_many_files(), self.scope)
 
     def _write(self, answer: Response) -> None:
         http = self._http
@@ -173,7 +174,7 @@ class LaneCall(Call):
         parts = getattr(answer, "parts", None) or (answer.body,)
         if self.missing and closes(answer.status_code, self.missing):
             self.keep_alive = False
-        lines = [*answer.raw_headers, (b"x-request-id", self._scope["request_id"].encode())]
+        lines = [*answer.raw_headers, (b"x-request-id", self.scope["request_id"].encode())]
         http.write_response(answer.status_code, lines, parts, keep_alive=self.keep_alive)
         self._status = answer.status_code
 

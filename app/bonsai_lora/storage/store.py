@@ -51,14 +51,7 @@ from bonsai_lora.storage.verify import OnPiece, verify_set_file
 _SUFFIX = ".safetensors"
 _LOCKS = 64
 _LEFTOVER_SECONDS = 60
-_UNREADABLE = (
-    BonsaiLoraError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-)
+_UNREADABLE = (BonsaiLoraError, LookupError, ValueError, TypeError, AttributeError, RecursionError)
 """Exceptions that reading a foreign or damaged file may raise."""
 
 T = TypeVar("T")
@@ -97,6 +90,10 @@ class SetStore:
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
+
+    def is_writable(self) -> bool:
+        """Return whether this process may change sets."""
+        return all(os.access(one, os.W_OK) for one in (self._sets, self.temporary, self._locks))
 
     def list_names(self) -> list[str]:
         """Return the names of all sets, sorted."""

@@ -20,6 +20,7 @@ from bonsai_lora.api.openapi import (
     problems,
     request_body,
 )
+from bonsai_lora.api.openapi_headers import sends
 from bonsai_lora.api.query import FiniteNumber
 from bonsai_lora.core.cast import Array
 from bonsai_lora.formats import safetensors
@@ -46,7 +47,7 @@ _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
     "/v1/sets/{set}/adapters",
     operation_id="list_adapters",
     summary="List the adapters of a set",
-    responses=problems(errors.SetNotFoundError),
+    responses=sends(200, "ETag") | problems(errors.SetNotFoundError),
 )
 async def list_adapters(
     response: Response, context: ContextDep, name: SetName
@@ -62,7 +63,7 @@ async def list_adapters(
     "/v1/sets/{set}/adapters/{module}",
     operation_id="get_adapter",
     summary="Show one adapter of a set",
-    responses=problems(errors.SetNotFoundError, errors.AdapterNotFoundError),
+    responses=sends(200, "ETag") | problems(errors.SetNotFoundError, errors.AdapterNotFoundError),
 )
 async def get_adapter(
     response: Response, context: ContextDep, name: SetName, module: ModuleName
@@ -79,8 +80,9 @@ async def get_adapter(
     summary="Add or replace one adapter of a set",
     openapi_extra=_PUT_BODY,
     responses=extra_response(
-        201, "created: the set had no adapter for the module", schemas.ModuleInfo
+        201, "created: the set had no adapter for the module", schemas.ModuleInfo, "ETag"
     )
+    | sends(200, "ETag")
     | problems(
         *TENSOR_ERRORS,
         *STORE_ERRORS,

@@ -173,7 +173,7 @@ async def apply_mixed(call: CallDep) -> BufferResponse:
             options.match,
             reserve=call.reserve_outputs(response_form),
         )
-        context.metrics.rows_applied.inc(total_rows(inputs))
+        call.count_rows(total_rows(inputs))
         fields = {"module": module, "versions": versions_of(set_segments)}
         return encode_outputs(response_form, outputs[module], fields, dtype)
 
@@ -199,7 +199,7 @@ def _stacked(
         options.match,
         reserve=call.reserve_outputs(options.response_form),
     )
-    context.metrics.rows_applied.inc(total_rows(batches.inputs))
+    call.count_rows(total_rows(batches.inputs))
     if batches.stack:
         fields["versions"] = versions_of(set_segments)
     return outputs

@@ -239,7 +239,7 @@ async def _infer(call: Call, model: Model) -> BufferResponse:
     counts.success_count, counts.success_ns = 1, time.perf_counter_ns() - started
     counts.last_ms = _now_ms()
     context.counts.add(*model.count_key, counts)
-    context.metrics.rows_applied.inc(counts.vectors)
+    call.count_rows(counts.vectors)
     headers = [] if length is None else [(HEADER_LENGTH, b"%d" % length)]
     if options.response_coding is not None:
         work = partial(compress, b"".join(parts), options.response_coding)

@@ -19,6 +19,7 @@ from bonsai_lora.api.openapi import (
     problems,
     request_body,
 )
+from bonsai_lora.api.openapi_headers import sends
 from bonsai_lora.api.query import DECIMAL
 from bonsai_lora.api.ranges import BytesFile, file_response
 from bonsai_lora.api.uploads import CONFIG_PART, MODEL_PART, receive_adapter
@@ -63,7 +64,8 @@ _UPLOAD_BODY = {
     status_code=201,
     response_model=schemas.SetInfo,
     openapi_extra=request_body(schemas.CreateSet),
-    responses=problems(
+    responses=sends(201, "ETag", "Location")
+    | problems(
         *BODY_ERRORS,
         *STORE_ERRORS,
         errors.SetExistsError,
@@ -163,7 +165,10 @@ async def get_set(
     summary="Upload a PEFT or MLX adapter as a set",
     response_model=schemas.ImportReport,
     openapi_extra=_UPLOAD_BODY,
-    responses=extra_response(201, "created: no set had this name", schemas.ImportReport)
+    responses=extra_response(
+        201, "created: no set had this name", schemas.ImportReport, "ETag", "Location"
+    )
+    | sends(200, "ETag")
     | problems(
         errors.MalformedMultipartError,
         errors.MalformedSafetensorsError,
@@ -232,7 +237,8 @@ async def upload_set(
     summary="Change the name of a set's base model",
     response_model=schemas.SetInfo,
     openapi_extra=request_body(schemas.PatchSet),
-    responses=problems(
+    responses=sends(200, "ETag")
+    | problems(
         *BODY_ERRORS,
         *STORE_ERRORS,
         errors.SetNotFoundError,
