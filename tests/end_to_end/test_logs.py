@@ -13,7 +13,7 @@ import httpx
 import pytest
 import structlog
 from conftest import TINY, connect, read_answer, serving, upload
-from test_command import own_logging  # noqa: F401 - a fixture
+from test_command import own_logging, workers_of  # noqa: F401 - a fixture
 
 from bonsai_lora.api import middleware
 from bonsai_lora.api.app import create_app
