@@ -356,7 +356,7 @@ class StalledError(BonsaiLoraError):
 
 
 class BaseChangedError(BonsaiLoraError):
-    """A file of a base was overwritten while it was read."""
+    """A file of a base was overwritten or truncated while it was read."""
 
     code = "base_changed"
 

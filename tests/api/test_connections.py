@@ -9,7 +9,7 @@ import time
 import httpx
 import numpy as np
 import pytest
-from conftest import serving, snapshot
+from conftest import read_answer, serving, snapshot
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.formats import safetensors
@@ -284,3 +284,17 @@ def test_a_client_that_ends_its_side_in_its_body_is_disconnected(service, name):
         connection.settimeout(STALL / 2)
         assert rest_of(connection) == b""
     wait_until_idle(app)
+
+
+def test_a_long_body_that_waits_for_100_continue(client):
+    """As curl sends it, on a route that the framework serves."""
+    body = b'{"name": "waited"}'
+    head = (
+        b"POST /v1/sets HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"Expect: 100-continue\r\nContent-Length: %d\r\n\r\n" % len(body)
+    )
+    with connect(client) as connection:
+        connection.sendall(head)
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 100 ")
+        connection.sendall(body)
+        assert read_answer(connection)[0] == 201

@@ -68,6 +68,12 @@ def running(*flags, port="0", command=(COMMAND,), **variables):
         process.stderr.close()
 
 
+def workers_of(process):
+    """The process ids of the workers of a service."""
+    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in text.split()]
+
+
 def test_sigterm_finishes_requests_in_flight_and_exits_0(tmp_path):
     with running("--store", str(tmp_path)) as (url, process):
         httpx.post(f"{url}/v1/sets", json={"name": "s"})

@@ -62,6 +62,7 @@ from bonsai_lora.settings import UNGUARDED, Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile, read_restarts
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
+from bonsai_lora.storage.verify import BackgroundCheck
 
 _DESCRIPTION = """\
 Stores named sets of LoRA adapters for Bonsai and Qwen3 models, applies them to batches of vectors
@@ -137,7 +138,8 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     if settings.keys_file is None and not settings.no_auth:
         raise ValueError(UNGUARDED)
     choose_backend(settings)
-    store = open_store(settings)
+    store = open_store(settings, shared)
+    store.on_open = BackgroundCheck(store.verify).add
     if shared is None:
         shared = _new_folder()
         _remove_with(store, shared)
@@ -301,11 +303,11 @@ def _describe(app: FastAPI) -> dict[str, str]:
     }
 
 
-def open_store(settings: Settings) -> SetStore:
+def open_store(settings: Settings, shared: Path | None = None) -> SetStore:
     """Return the store that `settings` names; a temporary one is deleted with the object."""
     folder = settings.store_folder()
     if folder is not None:
-        return SetStore(folder)
+        return SetStore(folder, shared=shared)
     temporary = _new_folder()
     store = SetStore(temporary)
     _remove_with(store, temporary)

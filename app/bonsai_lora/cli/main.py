@@ -30,12 +30,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _add_local(commands: Any, chosen: list[str]) -> None:
-    """Add `serve` and `keys`; what they import is imported only if the command is used."""
+    """Add `serve`, `verify` and `keys`; what one imports is imported only if it is used."""
     parser = commands.add_parser("serve", help="serve the HTTP API")
     if chosen == ["serve"]:
         from bonsai_lora.cli import serve  # noqa: PLC0415 - the other commands start without it
 
         serve.add_flags(parser)
+    parser = commands.add_parser("verify", help="check the files of a store")
+    if chosen == ["verify"]:
+        from bonsai_lora.cli import verify  # noqa: PLC0415 - the same
+
+        verify.add_arguments(parser)
     parser = commands.add_parser("keys", help="make, list and remove the keys of a service")
     if chosen == ["keys"]:
         from bonsai_lora.cli import keys  # noqa: PLC0415 - the same

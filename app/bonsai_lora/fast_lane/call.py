@@ -13,7 +13,12 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from bonsai_lora.api.call import LONG_BYTES, Call, HeaderLines, closes
 from bonsai_lora.api.coroutines import resume
 from bonsai_lora.api.door import Peer
-from bonsai_lora.api.errors import failure_response, problem_response
+from bonsai_lora.api.errors import (
+    failure_response,
+    is_out_of_files,
+    problem_response,
+    too_many_files,
+)
 from bonsai_lora.api.middleware import request_id_of
 from bonsai_lora.api.pace import Pace
 from bonsai_lora.errors import BonsaiLoraError
@@ -162,6 +167,10 @@ class LaneCall(Call):
             if self.missing and self._head.expects:
                 self.keep_alive = False  # the client may or may not send the body
             return problem_response(error, self.scope)
+        except OSError as error:
+            if not is_out_of_files(error):
+                raise
+            return problem_response(too_many_files(), self.scope)
 
     def _write(self, answer: Response) -> None:
         http = self._http

@@ -54,6 +54,8 @@ def read_head(raw: bytes) -> RequestHead | None:
         return None
     url = httptools.parse_url(collected.url)
     path = url.path.decode("ascii")
+    if "%2F" in path.upper():  # left to the framework, which takes it for a part of a name
+        return None
     return RequestHead(
         unquote(path) if "%" in path else path,
         url.query or b"",

@@ -18,6 +18,7 @@ from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
 from bonsai_lora.api.errors import HubError
 from bonsai_lora.api.merged_file import StreamedFile
+from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
 from bonsai_lora.service import sets
 from bonsai_lora.service.keys import ANYONE
@@ -81,6 +82,7 @@ async def resolve(
 ) -> Response:
     """Return one file of a repository."""
     repo = await _repo(context, owner, name, revision)
+    path = decode_slashes(path)
     file = repo.files.get(path)
     if file is None:
         detail = f"{repo.id} has no file {path!r}; it has {', '.join(list(repo.files)[:16])}"
