@@ -51,9 +51,9 @@ class Model:
         return self.name, self.content, "" if self.stored is None else self.stored.record.updated_at
 
 
-def find_model(store: SetView, name: str, version: str | None) -> Model:
-    """Return the model named `name`; raises SetNotFoundError, VersionNotFoundError."""
-    model = Model(name, None if name == MIXED else store.read(name))
+def model_of(name: str, stored: StoredSet | None, version: str | None) -> Model:
+    """Return the model of a set, or the mixed one; raises VersionNotFoundError."""
+    model = Model(name, stored)
     if version is not None and version != model.version:
         raise VersionNotFoundError(
             f"Request for unknown model: '{name}' version {version[:20]} is not found; request "
