@@ -373,6 +373,30 @@ def test_the_hub_protocol(based):
     assert based.get("/api/agent-harnesses").status_code == 404
 
 
+def test_the_hub_shows_why_a_set_does_not_fit(based):
+    based.post("/v1/sets", json={"name": "wide", "config": {"rank": 1}})
+    module = "model.layers.0.self_attn.q_proj"
+    based.put(f"/v1/sets/wide/adapters/{module}", json={"d_in": 5, "d_out": 7})
+    reason = based.get(f"{PATH}/wide").json()
+    assert reason["code"] == "shape_mismatch"
+    path = "/tiny-qwen3/wide/resolve/main/config.json"
+    for refused in (path, "/api/models/tiny-qwen3/wide", "/api/models/tiny-qwen3/wide/tree/main"):
+        answer = based.get(refused)
+        assert_problem(answer, 403, "shape_mismatch")
+        assert "x-error-code" not in answer.headers
+        shown = f"{reason['detail']} (request {answer.headers['x-request-id']})"
+        assert answer.headers["x-error-message"] == shown
+    head = based.head(path)  # huggingface_hub shows the reason of a refused GET only
+    assert head.status_code == 200
+    assert len(head.headers["etag"]) == 42
+    assert len(head.headers["x-repo-commit"]) == 40
+    assert head.headers["content-length"] == str((TINY / "base" / "config.json").stat().st_size)
+    missing = based.head("/tiny-qwen3/wide/resolve/main/adapter_config.json")
+    assert missing.status_code == 404
+    assert missing.headers["x-error-code"] == "EntryNotFound"
+    assert based.get("/api/models", params={"author": "tiny-qwen3"}).json() == []
+
+
 def test_the_hub_describes_a_repository(based):
     upload(based, "plain", TINY / "plain")
     repo = "/api/models/tiny-qwen3/plain"

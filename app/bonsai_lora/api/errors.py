@@ -21,8 +21,25 @@ from bonsai_lora.errors import BonsaiLoraError
 PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
 
+class HubError(errors.RouteNotFoundError):
+    """A 404 with the X-Error-Code that Hub clients read."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+
+
+class HubRefusal(errors.InvalidError):
+    """A 403 in place of another refusal: the status whose reason huggingface_hub shows first."""
+
+    def __init__(self, error: errors.InvalidError) -> None:
+        super().__init__(error.detail, **error.values)
+        self.code = error.code
+
+
 STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
+    HubRefusal: HTTPStatus.FORBIDDEN,
     errors.NotFoundError: HTTPStatus.NOT_FOUND,
     errors.MethodNotAllowedError: HTTPStatus.METHOD_NOT_ALLOWED,
     errors.NotAcceptableError: HTTPStatus.NOT_ACCEPTABLE,
@@ -85,14 +102,6 @@ def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> d
     }
 
 
-class HubError(errors.RouteNotFoundError):
-    """A 404 with the X-Error-Code that Hub clients read."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(detail)
-        self.kind = kind
-
-
 def failure_response(scope: Scope) -> Response:
     """Return the response for an unexpected exception."""
     return problem_response(
@@ -153,7 +162,10 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
         if isinstance(error, HubError):
             headers["X-Error-Code"] = error.kind
-            headers["X-Error-Message"] = error.detail.encode("ascii", "replace").decode()
+        if isinstance(error, HubError | HubRefusal):
+            # With the request id, which the client would otherwise put before the message.
+            text = f"{error.detail} (request {request.scope['request_id']})"
+            headers["X-Error-Message"] = text.encode("ascii", "replace").decode()
         return problem_response(error, request.scope, headers)
 
     @app.exception_handler(Exception)

@@ -5,8 +5,9 @@ Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request wit
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any
 from urllib.parse import parse_qs
 
@@ -16,7 +17,7 @@ from bonsai_lora import errors
 from bonsai_lora.api.body import MODEL_BYTES, read_body
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
-from bonsai_lora.api.errors import HubError
+from bonsai_lora.api.errors import HubError, HubRefusal
 from bonsai_lora.api.merged_file import StreamedFile
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
 from bonsai_lora.service import sets
@@ -74,17 +75,45 @@ class _Repo:
 
 
 @router.get("/{owner}/{name}/resolve/{revision}/{path:path}")
-@router.head("/{owner}/{name}/resolve/{revision}/{path:path}")
 async def resolve(
     request: Request, context: ContextDep, owner: str, name: str, revision: str, path: str
 ) -> Response:
     """Return one file of a repository."""
-    repo = await _repo(context, owner, name, revision)
+    try:
+        repo = await _repo(context, owner, name, revision)
+    except HubRefusal:
+        if request.method != "HEAD":
+            raise
+        return _announce(context, owner, name, path)
     file = repo.files.get(path)
     if file is None:
-        detail = f"{repo.id} has no file {path!r}; it has {', '.join(list(repo.files)[:16])}"
-        raise HubError("EntryNotFound", detail)
+        raise _no_file(repo.id, path, repo.files)
     return file_response(request, file, context.long, {"X-Repo-Commit": repo.commit})
+
+
+def _announce(context: Context, owner: str, name: str, path: str) -> Response:
+    """Return the headers of a file that its GET refuses, as the set does not fit the base.
+
+    huggingface_hub asks with HEAD first. It hides the reason of a refused HEAD behind advice to
+    check the connection, but shows that of a refused GET.
+    """
+    base = context.bases.get(owner)
+    if path not in base.files:
+        raise _no_file(f"{owner}/{name}", path, base.files)
+    etag = context.store.read(name).record.etag
+    commit, tag = (
+        hashlib.sha256(f"{base.digest}/{etag}/{part}".encode()).hexdigest()[:40]
+        for part in ("", path)
+    )
+    size = str(len(base.files[path]))
+    return Response(
+        headers={"ETag": f'"{tag}"', "X-Repo-Commit": commit, "Content-Length": size}
+    )
+
+
+def _no_file(repo: str, path: str, files: Iterable[str]) -> HubError:
+    listed = ", ".join(islice(files, 16))
+    return HubError("EntryNotFound", f"{repo} has no file {path!r}; it has {listed}")
 
 
 @router.get("/api/models")
@@ -103,7 +132,7 @@ async def list_models(
                 continue
             try:
                 found.append((await _repo(context, owner, name, "main")).info())
-            except (HubError, errors.NewerFormatError):
+            except (HubError, HubRefusal, errors.NewerFormatError):
                 continue
             if len(found) == min(limit, 1000):
                 return found
@@ -174,8 +203,10 @@ async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo
     make = _adapter_repo if owner == ADAPTERS else _merged_repo
     try:
         repo = await context.long.run(lambda: make(context, owner, name))
-    except (errors.NotFoundError, errors.InvalidError) as error:
+    except errors.NotFoundError as error:
         raise HubError("RepoNotFound", error.detail) from None
+    except errors.InvalidError as error:
+        raise HubRefusal(error) from None
     version = str(repo.record.version)
     if revision not in ("main", version, repo.commit):
         raise HubError(
