@@ -72,7 +72,7 @@ def decode_one(
     if form is Form.JSON:
         text = json.Text(body)
         fields = _fields(text, _TENSORS | {SETS, EXPERTS}, may_take_long)
-        sets, experts = fields.pop(SETS, None), _integers(fields.pop(EXPERTS, None))
+        sets, experts = fields.pop(SETS, None), decode_experts(fields.pop(EXPERTS, None))
         found = _arrays(fields, text)
     else:
         found, metadata, experts = binary.decode_batch(body, max_header_bytes)
@@ -102,7 +102,7 @@ def decode_many(
         return replace(batches, stack=_stack(sets_of_metadata(metadata)), experts=experts)
     text = json.Text(body)
     fields = _fields(text, _TENSORS | {SETS, EXPERTS}, may_take_long)
-    stack, experts = _stack(fields.pop(SETS, None)), _integers(fields.pop(EXPERTS, None))
+    stack, experts = _stack(fields.pop(SETS, None)), decode_experts(fields.pop(EXPERTS, None))
     if modules:
         return replace(_shared(_arrays(fields, text), modules), stack=stack, experts=experts)
     for name, value in fields.items():
@@ -135,7 +135,7 @@ def decode_mixed(
         text = json.Text(body)
         fields = _fields(text, _TENSORS | {MODULE, SETS, EXPERTS}, may_take_long)
         module, sets = fields.pop(MODULE, None), fields.pop(SETS, None)
-        experts = _integers(fields.pop(EXPERTS, None))
+        experts = decode_experts(fields.pop(EXPERTS, None))
         tensors = _arrays(fields, text)
     else:
         tensors, metadata, experts = binary.decode_batch(body, max_header_bytes)
@@ -170,16 +170,8 @@ def _shown(value: Any) -> str:
     return "missing" if value is None else reprlib.repr(value)
 
 
-def _stack(sets: Any) -> Stack:
-    return () if sets is None else decode_stack(sets, SETS)
-
-
-def _arrays(fields: Mapping[str, Any], text: json.Text) -> dict[str, Floats]:
-    return {name: json.decode_tensor(one, name, text) for name, one in fields.items()}
-
-
-def _integers(value: Any) -> Integers | None:
-    """Return the JSON field `experts`; raises InvalidRequestError unless it is a list of ints."""
+def decode_experts(value: Any) -> Integers | None:
+    """Return the JSON list `experts`, or None; raises InvalidRequestError unless all are ints."""
     if value is None:
         return None
     if not isinstance(value, list) or not all(type(one) is int for one in value):
@@ -196,6 +188,14 @@ def _integers(value: Any) -> Integers | None:
             "of experts",
             field=EXPERTS,
         ) from None
+
+
+def _stack(sets: Any) -> Stack:
+    return () if sets is None else decode_stack(sets, SETS)
+
+
+def _arrays(fields: Mapping[str, Any], text: json.Text) -> dict[str, Floats]:
+    return {name: json.decode_tensor(one, name, text) for name, one in fields.items()}
 
 
 def _shared(tensors: Mapping[str, Floats], modules: Sequence[str]) -> Batches:
