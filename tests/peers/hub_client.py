@@ -17,8 +17,6 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -74,7 +72,6 @@ for name, call in {
         errors[name] = type(error).__name__
 refusals = {}
 for name, call in {
-    "info": lambda: api.model_info(f"{base}/wide"),
     "file": lambda: hf_hub_download(f"{base}/wide", "config.json", cache_dir=cache),
     "weights": lambda: hf_hub_download(f"{base}/wide", weights, cache_dir=cache),
     "snapshot": lambda: snapshot_download(f"{base}/wide", cache_dir=cache),
@@ -82,7 +79,7 @@ for name, call in {
 }.items():
     try:
         call()
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:
         refusals[name] = str(error)
 plain = AutoModelForCausalLM.from_pretrained(f"{base}/zero", dtype=torch.float32)
 wrapped = PeftModel.from_pretrained(plain, f"adapters/{adapter}")

@@ -21,6 +21,7 @@ from bonsai_lora.errors import BonsaiLoraError
 PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
 
+
 class HubError(errors.RouteNotFoundError):
     """A 404 with the X-Error-Code that Hub clients read."""
 
@@ -157,16 +158,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
     @app.exception_handler(BonsaiLoraError)
     def on_refusal(request: Request, error: BonsaiLoraError) -> Response:
-        headers = {}
-        if isinstance(error, errors.RangeNotSatisfiableError):
-            headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
-        if isinstance(error, HubError):
-            headers["X-Error-Code"] = error.kind
-        if isinstance(error, HubError | HubRefusal):
-            # With the request id, which the client would otherwise put before the message.
-            text = f"{error.detail} (request {request.scope['request_id']})"
-            headers["X-Error-Message"] = text.encode("ascii", "replace").decode()
-        return problem_response(error, request.scope, headers)
+        return problem_response(error, request.scope, _headers(error, request.scope))
 
     @app.exception_handler(Exception)
     def on_fault(request: Request, _: Exception) -> Response:
@@ -201,6 +193,20 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             ),
             request.scope,
         )
+
+
+def _headers(error: BonsaiLoraError, scope: Scope) -> dict[str, str]:
+    """Return the headers that belong to an error."""
+    headers = {}
+    if isinstance(error, errors.RangeNotSatisfiableError):
+        headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
+    if isinstance(error, HubError):
+        headers["X-Error-Code"] = error.kind
+    if isinstance(error, HubError | HubRefusal):
+        # With the request id, which huggingface_hub would otherwise put before the message.
+        text = f"{error.detail} (request {scope['request_id']})"
+        headers["X-Error-Message"] = text.encode("ascii", "replace").decode()
+    return headers
 
 
 def validation_problem(found: Any) -> BonsaiLoraError:

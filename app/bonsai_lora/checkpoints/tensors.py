@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bonsai_lora.checkpoints.bases import row_norms
+from bonsai_lora.core import backend
 from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.core.cast import Array, round_to, to_float32
+from bonsai_lora.core.cast import Array, to_float32
 from bonsai_lora.core.merge import Block, blocks, merge_rows
 
 
@@ -84,7 +85,7 @@ class MergedTensor:
                 total += bias[block[1]] * _scaled(adapter, weight)
         if self._dtype is np.float64:
             return total
-        round_to(total, out)
+        backend.cast(total, out)
         return out
 
     def _start(self, block: Block) -> Array:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from bonsai_lora.core import backend
 from bonsai_lora.core.batch import Integers
-from bonsai_lora.core.cast import Array, Floats, round_to, to_float32
+from bonsai_lora.core.cast import Array, Floats, to_float32
 from bonsai_lora.errors import ShapeMismatchError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
@@ -82,5 +83,5 @@ def encode_tensors(
         return safetensors.encode_parts(tensors, metadata)
     rounded = {name: np.empty(array.shape, target) for name, array in tensors.items()}
     for name, array in tensors.items():
-        round_to(np.ascontiguousarray(array), rounded[name])
+        backend.cast(np.ascontiguousarray(array), rounded[name])
     return safetensors.encode_parts(rounded, metadata)

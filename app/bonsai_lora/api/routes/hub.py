@@ -5,9 +5,8 @@ Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request wit
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Annotated, Any
 from urllib.parse import parse_qs
 
@@ -20,6 +19,7 @@ from bonsai_lora.api.deps import ContextDep
 from bonsai_lora.api.errors import HubError, HubRefusal
 from bonsai_lora.api.merged_file import StreamedFile
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
+from bonsai_lora.checkpoints.bases import Base
 from bonsai_lora.service import sets
 from bonsai_lora.service.merged import weighted_sets
 from bonsai_lora.storage.setfile import SetRecord
@@ -37,6 +37,13 @@ class _Repo:
     commit: str
     record: SetRecord
     files: Mapping[str, RangedFile]
+    refusal: HubRefusal | None = None
+    """Why the content of the files cannot be read: the set does not fit the base.
+
+    The files are described nevertheless. For a refused HEAD or description, huggingface_hub reports
+    a missing repository or a lost connection, or loads older files from its cache; for a refused
+    GET of a file, the reason.
+    """
 
     def entry(self, path: str) -> dict[str, Any]:
         """Return the Hub's description of one of the files."""
@@ -79,41 +86,14 @@ async def resolve(
     request: Request, context: ContextDep, owner: str, name: str, revision: str, path: str
 ) -> Response:
     """Return one file of a repository."""
-    try:
-        repo = await _repo(context, owner, name, revision)
-    except HubRefusal:
-        if request.method != "HEAD":
-            raise
-        return _announce(context, owner, name, path)
+    repo = await _repo(context, owner, name, revision)
     file = repo.files.get(path)
     if file is None:
-        raise _no_file(repo.id, path, repo.files)
+        detail = f"{repo.id} has no file {path!r}; it has {', '.join(list(repo.files)[:16])}"
+        raise HubError("EntryNotFound", detail)
+    if repo.refusal is not None and request.method == "GET":
+        raise repo.refusal
     return file_response(request, file, context.long, {"X-Repo-Commit": repo.commit})
-
-
-def _announce(context: Context, owner: str, name: str, path: str) -> Response:
-    """Return the headers of a file that its GET refuses, as the set does not fit the base.
-
-    huggingface_hub asks with HEAD first. It hides the reason of a refused HEAD behind advice to
-    check the connection, but shows that of a refused GET.
-    """
-    base = context.bases.get(owner)
-    if path not in base.files:
-        raise _no_file(f"{owner}/{name}", path, base.files)
-    etag = context.store.read(name).record.etag
-    commit, tag = (
-        hashlib.sha256(f"{base.digest}/{etag}/{part}".encode()).hexdigest()[:40]
-        for part in ("", path)
-    )
-    size = str(len(base.files[path]))
-    return Response(
-        headers={"ETag": f'"{tag}"', "X-Repo-Commit": commit, "Content-Length": size}
-    )
-
-
-def _no_file(repo: str, path: str, files: Iterable[str]) -> HubError:
-    listed = ", ".join(islice(files, 16))
-    return HubError("EntryNotFound", f"{repo} has no file {path!r}; it has {listed}")
 
 
 @router.get("/api/models")
@@ -131,9 +111,11 @@ async def list_models(
             if search and search.lower() not in f"{owner}/{name}".lower():
                 continue
             try:
-                found.append((await _repo(context, owner, name, "main")).info())
-            except (HubError, HubRefusal, errors.NewerFormatError):
+                repo = await _repo(context, owner, name, "main")
+            except (HubError, errors.NewerFormatError):
                 continue
+            if repo.refusal is None:
+                found.append(repo.info())
             if len(found) == min(limit, 1000):
                 return found
     return found
@@ -203,10 +185,8 @@ async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo
     make = _adapter_repo if owner == ADAPTERS else _merged_repo
     try:
         repo = await context.long.run(lambda: make(context, owner, name))
-    except errors.NotFoundError as error:
+    except (errors.NotFoundError, errors.InvalidError) as error:
         raise HubError("RepoNotFound", error.detail) from None
-    except errors.InvalidError as error:
-        raise HubRefusal(error) from None
     version = str(repo.record.version)
     if revision not in ("main", version, repo.commit):
         raise HubError(
@@ -230,7 +210,10 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
 
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
     record = context.store.read(name).record
-    model = context.models.get(owner, weighted_sets(name, 1.0, [], []))
+    try:
+        model = context.models.get(owner, weighted_sets(name, 1.0, [], []))
+    except errors.InvalidError as error:
+        return _refused_repo(context.bases.get(owner), record, HubRefusal(error))
     if model.etags != [record.etag]:  # changed between the two reads
         return _merged_repo(context, owner, name)
     files: dict[str, RangedFile] = {}
@@ -239,6 +222,14 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
         assert file is not None
         files[path] = StreamedFile(file, context.executor, context.settings.threads)
     return _Repo(f"{owner}/{name}", model.digest, record, files)
+
+
+def _refused_repo(base: Base, record: SetRecord, refusal: HubRefusal) -> _Repo:
+    """Return a repository of the base's names and sizes, under tags that no readable file has."""
+    key = f"{base.digest}/{record.etag}/refused"
+    files = {path: _bytes_file(content, key, path) for path, content in base.files.items()}
+    commit = hashlib.sha256(key.encode()).hexdigest()[:40]
+    return _Repo(f"{base.name}/{record.name}", commit, record, files, refusal)
 
 
 def _bytes_file(content: bytes | memoryview, etag: str, part: str) -> BytesFile:

@@ -289,7 +289,6 @@ _FILE_ERRORS = (errors.SetNotFoundError, errors.RangeNotSatisfiableError, errors
     response_class=Response,
     responses=file_responses(Form.JSON.value) | problems(*_FILE_ERRORS),
 )
-@router.head("/v1/sets/{set}/adapter_config.json", include_in_schema=False)
 async def get_adapter_config(request: Request, context: ContextDep, name: SetName) -> Response:
     """Put it in a folder with `adapter_model.safetensors`, and `peft` loads the folder."""
     stored = context.store.read(name)
@@ -306,7 +305,6 @@ async def get_adapter_config(request: Request, context: ContextDep, name: SetNam
     response_class=Response,
     responses=file_responses(Form.BINARY.value) | problems(*_FILE_ERRORS),
 )
-@router.head("/v1/sets/{set}/adapter_model.safetensors", include_in_schema=False)
 async def get_adapter_model(request: Request, context: ContextDep, name: SetName) -> Response:
     """Uploaded tensors keep their dtype and are returned bit for bit."""
     stored = context.store.read(name)
