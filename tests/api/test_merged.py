@@ -381,7 +381,7 @@ def test_the_hub_shows_why_a_set_does_not_fit(based):
     assert reason["code"] == "shape_mismatch"
     path = "/tiny-qwen3/wide/resolve/main/config.json"
     answer = based.get(path)
-    assert_problem(answer, 403, "shape_mismatch")
+    assert_problem(answer, 403, "unmergeable")
     assert "x-error-code" not in answer.headers
     shown = f"{reason['detail']} (request {answer.headers['x-request-id']})"
     assert answer.headers["x-error-message"] == shown

@@ -132,6 +132,14 @@ def test_invalid_requests_change_nothing(client, store, change, status, code):
         ("PUT", "/v1/sets/s/adapters/q", {"json": {"d_in": 2, "d_out": 2, "config": {"r": 1}}}, 422, "'rank'"),
         ("PUT", "/v1/sets/s/adapters/q", {"json": {}}, 422, "d_in and d_out"),
         ("POST", "/v1/sets", {"files": {"adapter_config": b"{}"}}, 415, "PUT /v1/sets/{set}"),
+        *(
+            ("POST", "/v1/sets", {"content": b"", "headers": {"Content-Type": media}}, 415, "PUT /v1/sets/{set}")
+            for media in (
+                "application/vnd.safetensors",
+                "application/octet-stream",
+                "application/x-www-form-urlencoded",
+            )
+        ),
         ("PUT", "/v1/sets", {"files": {"adapter_config": b"{}"}}, 405, "PUT /v1/sets/{set}"),
         ("DELETE", "/v1/sets", {}, 405, "DELETE /v1/sets/{set}"),
     ],

@@ -22,25 +22,9 @@ PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
 
 
-class HubError(errors.RouteNotFoundError):
-    """A 404 with the X-Error-Code that Hub clients read."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(detail)
-        self.kind = kind
-
-
-class HubRefusal(errors.InvalidError):
-    """A 403 in place of another refusal: the status whose reason huggingface_hub shows first."""
-
-    def __init__(self, error: errors.InvalidError) -> None:
-        super().__init__(error.detail, **error.values)
-        self.code = error.code
-
-
 STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
-    HubRefusal: HTTPStatus.FORBIDDEN,
+    errors.UnmergeableError: HTTPStatus.FORBIDDEN,
     errors.NotFoundError: HTTPStatus.NOT_FOUND,
     errors.MethodNotAllowedError: HTTPStatus.METHOD_NOT_ALLOWED,
     errors.NotAcceptableError: HTTPStatus.NOT_ACCEPTABLE,
@@ -101,6 +85,14 @@ def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> d
         **({} if trace_id is None else {"trace_id": trace_id}),
         **error.values,
     }
+
+
+class HubError(errors.RouteNotFoundError):
+    """A 404 with the X-Error-Code that Hub clients read."""
+
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
 
 
 def failure_response(scope: Scope) -> Response:
@@ -202,7 +194,7 @@ def _headers(error: BonsaiLoraError, scope: Scope) -> dict[str, str]:
         headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
     if isinstance(error, HubError):
         headers["X-Error-Code"] = error.kind
-    if isinstance(error, HubError | HubRefusal):
+    if isinstance(error, HubError | errors.UnmergeableError):
         # With the request id, which huggingface_hub would otherwise put before the message.
         text = f"{error.detail} (request {scope['request_id']})"
         headers["X-Error-Message"] = text.encode("ascii", "replace").decode()

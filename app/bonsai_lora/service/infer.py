@@ -12,7 +12,7 @@ import numpy as np
 
 from bonsai_lora.core.batch import Integers
 from bonsai_lora.core.cast import Array, Floats, count_rows
-from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError
+from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError, counted
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.service.apply import (
     Applier,
@@ -143,7 +143,8 @@ class Inference:
         for one in request.inputs.values():
             if one is not sets and one.rows != len(stacks):
                 raise ShapeMismatchError(
-                    f"input '{one.name}' has {one.rows} rows, but '{SETS}' has {len(stacks)}; send "
+                    f"input '{one.name}' has {counted(one.rows, 'row')}, but '{SETS}' has "
+                    f"{len(stacks)}; send "
                     "as many rows in each",
                     field=one.name,
                     got=one.rows,
@@ -325,7 +326,9 @@ def _default_outputs(model: Model, request: InferRequest) -> list[str]:
 
 def _list_modules(model: Model) -> str:
     names = list(model.adapters)
-    return f"{len(names)} modules: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+    return (
+        f"{counted(len(names), 'module')}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+    )
 
 
 def _no_outputs(model: Model, request: InferRequest) -> str:

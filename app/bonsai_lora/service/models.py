@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.errors import InvalidRequestError, VersionNotFoundError
+from bonsai_lora.errors import InvalidRequestError, VersionNotFoundError, counted
 from bonsai_lora.storage.counts import CountFile, Counts
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.store import SetStore
@@ -124,7 +124,8 @@ def raw_request(model: Model, body: memoryview) -> InferRequest:
     (width,) = widths
     if len(body) % (4 * width):
         raise InvalidRequestError(
-            f"raw input has {len(body)} bytes, which is not a whole number of rows; expected FP32 "
+            f"raw input has {counted(len(body), 'byte')}, which is not a whole number of rows; "
+            "expected FP32 "
             f"rows of width {width} ({4 * width} bytes each)"
         )
     name = next(iter(adapters)) if len(adapters) == 1 else SHARED_INPUT

@@ -25,6 +25,7 @@ from bonsai_lora.errors import (
     HeaderTooLargeError,
     MalformedSafetensorsError,
     NewerFormatError,
+    counted,
 )
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.mapped import map_file
@@ -262,7 +263,8 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
         rank, rest = divmod(len(a_matrix), experts or 1)
         if rest:
             raise MalformedSafetensorsError(
-                f"module {module!r} has {experts} experts, but {len(a_matrix)} rows in A"
+                f"module {module!r} has {counted(experts or 1, 'expert')}, but "
+                f"{counted(len(a_matrix), 'row')} in A"
             )
         own = replace(record.config, rank=rank, alpha=alpha)
         vectors = tensor(parts.get("bias")), tensor(parts.get("magnitude"))
@@ -343,5 +345,6 @@ def _is_finite(value: Any) -> bool:
 def _check_size(path: Path, expected: int, got: int) -> None:
     if expected != got:
         raise MalformedSafetensorsError(
-            f"{path.name} has {got} bytes, but its header describes {expected}: it is truncated"
+            f"{path.name} has {counted(got, 'byte')}, but its header describes {expected}: it "
+            "is truncated"
         )

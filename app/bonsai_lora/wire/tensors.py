@@ -10,7 +10,12 @@ import numpy as np
 
 from bonsai_lora.core.batch import Integers
 from bonsai_lora.core.cast import Floats, all_finite, count_rows
-from bonsai_lora.errors import InvalidRequestError, NonFiniteOutputError, ShapeMismatchError
+from bonsai_lora.errors import (
+    InvalidRequestError,
+    NonFiniteOutputError,
+    ShapeMismatchError,
+    counted,
+)
 from bonsai_lora.wire import binary, json
 from bonsai_lora.wire.binary import EXPERTS
 from bonsai_lora.wire.buffers import Buffer
@@ -153,11 +158,11 @@ def decode_mixed(
             'of a set, null, or a list of {"set": name, "weight": number}',
             field=SETS,
         )
-    rows = count_rows(tensors[INPUTS])
+    rows = count_rows(tensors[INPUTS]) if tensors[INPUTS].size else len(tensors[INPUTS])
     if len(sets) != rows:
         raise ShapeMismatchError(
-            f"{SETS!r} has {len(sets)} entries, but {INPUTS!r} has {rows} rows; send one entry per "
-            "row (null for no adapter)",
+            f"{SETS!r} is for {counted(len(sets), 'row')}, but {INPUTS!r} has "
+            f"{rows}; send one entry per row (null for no adapter)",
             field=SETS,
             got=len(sets),
             expected=rows,

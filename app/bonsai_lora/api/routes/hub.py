@@ -16,7 +16,7 @@ from bonsai_lora import errors
 from bonsai_lora.api.body import MODEL_BYTES, read_body
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
-from bonsai_lora.api.errors import HubError, HubRefusal
+from bonsai_lora.api.errors import HubError
 from bonsai_lora.api.merged_file import StreamedFile
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
 from bonsai_lora.checkpoints.bases import Base
@@ -37,7 +37,7 @@ class _Repo:
     commit: str
     record: SetRecord
     files: Mapping[str, RangedFile]
-    refusal: HubRefusal | None = None
+    refusal: errors.UnmergeableError | None = None
     """Why the content of the files cannot be read: the set does not fit the base.
 
     The files are described nevertheless. For a refused HEAD or description, huggingface_hub reports
@@ -213,7 +213,9 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
     try:
         model = context.models.get(owner, weighted_sets(name, 1.0, [], []))
     except errors.InvalidError as error:
-        return _refused_repo(context.bases.get(owner), record, HubRefusal(error))
+        return _refused_repo(
+            context.bases.get(owner), record, errors.UnmergeableError(error.detail, **error.values)
+        )
     if model.etags != [record.etag]:  # changed between the two reads
         return _merged_repo(context, owner, name)
     files: dict[str, RangedFile] = {}
@@ -224,7 +226,7 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
     return _Repo(f"{owner}/{name}", model.digest, record, files)
 
 
-def _refused_repo(base: Base, record: SetRecord, refusal: HubRefusal) -> _Repo:
+def _refused_repo(base: Base, record: SetRecord, refusal: errors.UnmergeableError) -> _Repo:
     """Return a repository of the base's names and sizes, under tags that no readable file has."""
     key = f"{base.digest}/{record.etag}/refused"
     files = {path: _bytes_file(content, key, path) for path, content in base.files.items()}

@@ -99,12 +99,12 @@ async def create_set(request: Request, response: Response, context: ContextDep) 
 
 
 def _check_not_an_upload(request: Request) -> None:
-    """Raise UnsupportedMediaTypeError for a form, which is how adapters are uploaded."""
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media == "multipart/form-data":
+    """Raise UnsupportedMediaTypeError for anything but JSON, as it is probably an adapter."""
+    media = request.headers.get("content-type", Form.JSON.value).partition(";")[0].strip().lower()
+    if media != Form.JSON.value:
         raise errors.UnsupportedMediaTypeError(
-            "POST /v1/sets creates a set from JSON, but Content-Type is 'multipart/form-data'; "
-            "upload an adapter with PUT /v1/sets/{set}",
+            f"POST /v1/sets creates a set from JSON, but Content-Type is {media[:100]!r}; send "
+            f"{Form.JSON.value}, or upload an adapter with PUT /v1/sets/{{set}}",
             got=media,
             expected=[Form.JSON.value],
         )
