@@ -158,7 +158,11 @@ def decode_mixed(
             'of a set, null, or a list of {"set": name, "weight": number}',
             field=SETS,
         )
-    rows = count_rows(tensors[INPUTS]) if tensors[INPUTS].size else len(tensors[INPUTS])
+    if tensors[INPUTS].shape == (0,):
+        raise ShapeMismatchError(
+            f"{INPUTS!r} is an empty list, which has no rows; send one vector per row", field=INPUTS
+        )
+    rows = count_rows(tensors[INPUTS])
     if len(sets) != rows:
         raise ShapeMismatchError(
             f"{SETS!r} is for {counted(len(sets), 'row')}, but {INPUTS!r} has "
