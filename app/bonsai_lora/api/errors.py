@@ -1,5 +1,6 @@
 """Turn errors into responses: one table of status codes, one shape (RFC 9457)."""
 
+import errno
 import json
 import re
 import reprlib
@@ -20,17 +21,24 @@ from bonsai_lora.errors import BonsaiLoraError
 
 PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
+_PASSING = (errors.BusyError, errors.BaseChangedError, errors.RateLimitedError)
+"""Errors that the same request need not meet again."""
+_HUB_PATH = re.compile("/api/|/[^/]+/[^/]+/resolve/")
 
 
 STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
     errors.UnmergeableError: HTTPStatus.FORBIDDEN,
+    errors.UnauthenticatedError: HTTPStatus.UNAUTHORIZED,
+    errors.ForbiddenError: HTTPStatus.FORBIDDEN,
     errors.NotFoundError: HTTPStatus.NOT_FOUND,
     errors.MethodNotAllowedError: HTTPStatus.METHOD_NOT_ALLOWED,
     errors.NotAcceptableError: HTTPStatus.NOT_ACCEPTABLE,
     errors.SetExistsError: HTTPStatus.CONFLICT,
     errors.PreconditionFailedError: HTTPStatus.PRECONDITION_FAILED,
     errors.TooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.MisdirectedRequestError: HTTPStatus.MISDIRECTED_REQUEST,
+    errors.RateLimitedError: HTTPStatus.TOO_MANY_REQUESTS,
     errors.HeadTooLargeError: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     errors.UnsupportedMediaTypeError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     errors.RangeNotSatisfiableError: HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
@@ -40,6 +48,7 @@ STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.BaseChangedError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StoreReadOnlyError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.NewerFormatError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.QuotaExceededError: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.MemoryBudgetError: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.StoreFullError: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.UnsupportedFeatureError: HTTPStatus.NOT_IMPLEMENTED,
@@ -64,12 +73,32 @@ def problem_response(
         media_type, body = "application/json", _oip_body(error)
     else:
         media_type, body = PROBLEM_TYPE, _problem_body(error, status, scope)
-    more = dict(headers or {})
-    if status is HTTPStatus.SERVICE_UNAVAILABLE:
-        more["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    more = {**_headers_of(error, scope), **(headers or {})}
     # Unlike orjson, the standard library writes huge integers and lone surrogates, which may occur.
     content = json.dumps(_shortened(body), separators=(",", ":"), default=str)
     return Response(content, int(status), more, media_type=media_type)
+
+
+def _headers_of(error: BonsaiLoraError, scope: Scope) -> dict[str, str]:
+    """Return the headers that belong to an error."""
+    if isinstance(error, errors.RangeNotSatisfiableError):
+        return {"Content-Range": f"bytes */{error.values['size_bytes']}"}
+    if isinstance(error, HubError):
+        return {"X-Error-Code": error.kind, **_hub_message(error, scope)}
+    if isinstance(error, errors.UnmergeableError):
+        return _hub_message(error, scope)
+    if isinstance(error, errors.UnauthenticatedError):
+        hub = {"X-Error-Code": "RepoNotFound", **_hub_message(error, scope)}
+        return {"WWW-Authenticate": "Bearer", **(hub if _HUB_PATH.match(scope["path"]) else {})}
+    if isinstance(error, _PASSING):
+        return {"Retry-After": str(error.values.get("retry_seconds", RETRY_AFTER_SECONDS))}
+    return {}
+
+
+def _hub_message(error: BonsaiLoraError, scope: Scope) -> dict[str, str]:
+    # With the request id, which huggingface_hub would otherwise put before the message.
+    text = f"{error.detail} (request {scope.get('request_id')})"
+    return {"X-Error-Message": text.encode("ascii", "replace").decode()}
 
 
 def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> dict[str, Any]:
@@ -105,6 +134,18 @@ def failure_response(scope: Scope) -> Response:
     )
 
 
+def too_many_files() -> errors.BusyError:
+    """Return the error for a system without free file descriptors."""
+    return errors.BusyError(
+        "too many files are open; retry in a second, or raise the limit of files"
+    )
+
+
+def is_out_of_files(error: Exception) -> bool:
+    """Return whether `error` says that no file descriptor is left."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
 def is_oip(path: str) -> bool:
     """Return whether a path belongs to the Open Inference Protocol, whose errors differ."""
     return path == "/v2" or path.startswith("/v2/")
@@ -112,15 +153,19 @@ def is_oip(path: str) -> bool:
 
 _OIP_STATUSES = frozenset(
     {
+        HTTPStatus.UNAUTHORIZED,
+        HTTPStatus.FORBIDDEN,
         HTTPStatus.NOT_FOUND,
         HTTPStatus.METHOD_NOT_ALLOWED,
         HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.MISDIRECTED_REQUEST,
+        HTTPStatus.TOO_MANY_REQUESTS,
         HTTPStatus.INTERNAL_SERVER_ERROR,
         HTTPStatus.NOT_IMPLEMENTED,
         HTTPStatus.SERVICE_UNAVAILABLE,
     }
 )
-"""Statuses that Triton uses; every other error is a 400."""
+"""Statuses that Triton uses, and those of keys; every other error is a 400."""
 
 
 def _oip_body(error: BonsaiLoraError) -> dict[str, str]:
@@ -147,10 +192,11 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
     `routes` are all routes of `app`; they determine which methods a path allows.
     """
+    app.add_exception_handler(OSError, _on_system_error)
 
     @app.exception_handler(BonsaiLoraError)
     def on_refusal(request: Request, error: BonsaiLoraError) -> Response:
-        return problem_response(error, request.scope, _headers(error, request.scope))
+        return problem_response(error, request.scope)
 
     @app.exception_handler(Exception)
     def on_fault(request: Request, _: Exception) -> Response:
@@ -187,18 +233,10 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         )
 
 
-def _headers(error: BonsaiLoraError, scope: Scope) -> dict[str, str]:
-    """Return the headers that belong to an error."""
-    headers = {}
-    if isinstance(error, errors.RangeNotSatisfiableError):
-        headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
-    if isinstance(error, HubError):
-        headers["X-Error-Code"] = error.kind
-    if isinstance(error, HubError | errors.UnmergeableError):
-        # With the request id, which huggingface_hub would otherwise put before the message.
-        text = f"{error.detail} (request {scope['request_id']})"
-        headers["X-Error-Message"] = text.encode("ascii", "replace").decode()
-    return headers
+def _on_system_error(request: Request, error: Exception) -> Response:
+    if not is_out_of_files(error):
+        raise error
+    return problem_response(too_many_files(), request.scope)
 
 
 def validation_problem(found: Any) -> BonsaiLoraError:

@@ -5,7 +5,7 @@ Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request wit
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import parse_qs
@@ -18,9 +18,11 @@ from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
 from bonsai_lora.api.errors import HubError
 from bonsai_lora.api.merged_file import StreamedFile
+from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
 from bonsai_lora.checkpoints.bases import Base
 from bonsai_lora.service import sets
+from bonsai_lora.service.keys import ANYONE
 from bonsai_lora.service.merged import weighted_sets
 from bonsai_lora.storage.setfile import SetRecord
 
@@ -87,6 +89,7 @@ async def resolve(
 ) -> Response:
     """Return one file of a repository."""
     repo = await _repo(context, owner, name, revision)
+    path = decode_slashes(path)
     file = repo.files.get(path)
     if file is None:
         detail = f"{repo.id} has no file {path!r}; it has {', '.join(list(repo.files)[:16])}"
@@ -112,7 +115,7 @@ async def list_models(
                 continue
             try:
                 repo = await _repo(context, owner, name, "main")
-            except (HubError, errors.NewerFormatError):
+            except (HubError, errors.UnauthenticatedError, errors.NewerFormatError):
                 continue
             if repo.refusal is None:
                 found.append(repo.info())
@@ -168,15 +171,16 @@ async def commits(context: ContextDep, owner: str, name: str, revision: str) -> 
 
 @router.get("/api/models/{owner}/{name}/auth-check")
 async def auth_check(context: ContextDep, owner: str, name: str) -> Response:
-    """Return 200 if the repository exists: whoever reaches the service may read it."""
+    """Return 200 if the repository exists for the caller, who may then read it."""
     await _repo(context, owner, name, "main")
     return _json({})
 
 
 @router.get("/api/whoami-v2")
-async def whoami() -> Response:
-    """Return an anonymous user: the service has no accounts and ignores the token."""
-    name = "anonymous"
+async def whoami(context: ContextDep) -> Response:
+    """Return the key as a user. Without keys, there are no accounts, and the token is ignored."""
+    key = context.store.key
+    name = "anonymous" if key is ANYONE else key.id
     return _json({"type": "user", "id": name, "name": name, "fullname": name, "orgs": []})
 
 
@@ -186,7 +190,10 @@ async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo
     try:
         repo = await context.long.run(lambda: make(context, owner, name))
     except (errors.NotFoundError, errors.InvalidError) as error:
-        raise HubError("RepoNotFound", error.detail) from None
+        if context.store.key.sees_all:
+            raise HubError("RepoNotFound", error.detail) from None
+        # As the Hub answers for what a token does not see, whether it exists or not.
+        raise errors.UnauthenticatedError(error.detail) from None
     version = str(repo.record.version)
     if revision not in ("main", version, repo.commit):
         raise HubError(
@@ -211,7 +218,7 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
     record = context.store.read(name).record
     try:
-        model = context.models.get(owner, weighted_sets(name, 1.0, [], []))
+        model = context.models.get(context.store, owner, weighted_sets(name, 1.0, [], []))
     except errors.InvalidError as error:
         return _refused_repo(
             context.bases.get(owner), record, errors.UnmergeableError(error.detail, **error.values)
@@ -226,18 +233,39 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
     return _Repo(f"{owner}/{name}", model.digest, record, files)
 
 
+@dataclass(slots=True)
+class _RefusedFile:
+    """A file whose size is known and whose content is refused."""
+
+    size_bytes: int
+    etag: str
+    refusal: errors.UnmergeableError
+    media_type: str = "application/octet-stream"
+
+    def read(self, start: int, stop: int) -> AsyncIterator[bytes | memoryview]:  # noqa: ARG002
+        """Raise UnmergeableError."""
+        raise self.refusal
+
+
 def _refused_repo(base: Base, record: SetRecord, refusal: errors.UnmergeableError) -> _Repo:
     """Return a repository of the base's names and sizes, under tags that no readable file has."""
     key = f"{base.digest}/{record.etag}/refused"
-    files = {path: _bytes_file(content, key, path) for path, content in base.files.items()}
+    files = {
+        path: _RefusedFile(file.size_bytes, _tag(key, path), refusal)
+        for path, file in base.files.items()
+    }
     commit = hashlib.sha256(key.encode()).hexdigest()[:40]
     return _Repo(f"{base.name}/{record.name}", commit, record, files, refusal)
 
 
 def _bytes_file(content: bytes | memoryview, etag: str, part: str) -> BytesFile:
+    return BytesFile(memoryview(content), _tag(etag, part), "application/octet-stream")
+
+
+def _tag(etag: str, part: str) -> str:
     # Hub clients name cached files by ETag, which must be unique per file: 40 hex digits.
     digest = hashlib.sha256(f"{etag}/{part}".encode()).hexdigest()[:40]
-    return BytesFile(memoryview(content), f'"{digest}"', "application/octet-stream")
+    return f'"{digest}"'
 
 
 def _json(value: Any) -> Response:
