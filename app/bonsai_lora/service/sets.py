@@ -1,6 +1,5 @@
 """Create, import, change, list, export and delete sets."""
 
-import bisect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from bonsai_lora.errors import (
     AdapterNotFoundError,
     InvalidAdapterError,
     InvalidRequestError,
-    NewerFormatError,
     SetExistsError,
     SetNotFoundError,
     UnsupportedAdapterError,
@@ -153,22 +151,11 @@ def name_base(
 
 
 def list_sets(
-    store: SetView, *, limit: int, cursor: str | None, base_model_name: str | None
+    store: SetView, *, limit: int, cursor: str | None, base_model_name: str | None, prefix: str
 ) -> tuple[list[SetRecord], str | None]:
     """Return up to `limit` records after `cursor`, sorted by name, and the next cursor."""
-    names = store.list_names()
-    start = bisect.bisect_right(names, cursor) if cursor else 0
-    found: list[SetRecord] = []
-    for name in names[start:]:
-        try:
-            record = store.read_record(name)
-        except (SetNotFoundError, NewerFormatError):
-            continue
-        if base_model_name is None or record.base_model_name == base_model_name:
-            if len(found) == limit:
-                return found, found[-1].name
-            found.append(record)
-    return found, None
+    found = store.page(prefix, after=cursor or "", base_model_name=base_model_name, limit=limit + 1)
+    return found[:limit], found[limit - 1].name if len(found) > limit else None
 
 
 def delete_set(store: SetView, name: str, precondition: Precondition) -> None:

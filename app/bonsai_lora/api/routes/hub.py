@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import parse_qs
 
+import anyio
 from fastapi import APIRouter, Query, Request, Response
 
 from bonsai_lora import errors
@@ -109,8 +110,9 @@ async def list_models(
     """Return the repositories of an author: the merged models of a base, or the adapters."""
     owners = [author] if author else [ADAPTERS, *context.bases.names()]
     found: list[dict[str, Any]] = []
+    records = await anyio.to_thread.run_sync(context.store.records)
     for owner in owners:
-        for name in context.store.list_names():
+        for name in (one.name for one in records):
             if search and search.lower() not in f"{owner}/{name}".lower():
                 continue
             try:

@@ -141,12 +141,20 @@ async def list_sets(
         ),
     ] = None,
     base_model_name: Annotated[str | None, Query(description="only sets for this model")] = None,
+    prefix: Annotated[
+        str, Query(max_length=96, description="only sets whose names begin with this")
+    ] = "",
 ) -> schemas.SetPage:
     """Sets are sorted by name. A set created between two pages appears if its name is still
     ahead.
     """
     page = partial(
-        sets.list_sets, context.store, limit=limit, cursor=cursor, base_model_name=base_model_name
+        sets.list_sets,
+        context.store,
+        limit=limit,
+        cursor=cursor,
+        base_model_name=base_model_name,
+        prefix=prefix,
     )
     records, next_cursor = await anyio.to_thread.run_sync(page)
     summaries = [schemas.SetSummary.model_validate(one) for one in records]
