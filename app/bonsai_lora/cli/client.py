@@ -42,7 +42,9 @@ class UsageError(ValueError):
 
 def add_commands(commands: Any) -> None:
     """Add the client commands with their arguments."""
-    _add(commands, "ls", list_sets, "list the sets")
+    listing = _add(commands, "ls", list_sets, "list the sets")
+    listing.add_argument("prefix", nargs="?", help="only sets whose names begin with this")
+    listing.add_argument("--base-model-name", help="only sets for this model")
     show = _add(commands, "show", show_set, "show a set and its modules")
     show.add_argument("name")
     stats = _add(commands, "stats", show_stats, "show statistics of a set or of the whole store")
@@ -145,7 +147,10 @@ def _describe_failure(error: BaseException, address: str) -> tuple[int, str]:
 
 def list_sets(client: Client, arguments: argparse.Namespace) -> Any:
     """Print a line per set."""
-    sets = list(client.list_sets())
+    found = client.list_sets(
+        prefix=arguments.prefix, base_model_name=arguments.base_model_name, page_size=1000
+    )
+    sets = list(found)
     if not arguments.json:
         print_table(
             ["NAME", "BASE", "VERSION", "ORIGIN", "ADAPTERS", "PARAMETERS"],

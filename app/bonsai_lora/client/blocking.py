@@ -119,12 +119,21 @@ class Client:
             time.sleep(retries.after_refusal(refusal_of(answer), answer))
 
     def list_sets(
-        self, *, base_model_name: str | None = None, page_size: int | None = None
+        self,
+        *,
+        base_model_name: str | None = None,
+        prefix: str | None = None,
+        page_size: int | None = None,
     ) -> Iterator[SetSummary]:
-        """Give the sets by name, those for `base_model_name` if given; pages are read as needed."""
+        """Give the sets by name, a page at a time.
+
+        Gives only those for `base_model_name`, and whose names begin with `prefix`, if given.
+        """
         cursor = None
         while True:
-            page = self.list_page(limit=page_size, cursor=cursor, base_model_name=base_model_name)
+            page = self.list_page(
+                limit=page_size, cursor=cursor, base_model_name=base_model_name, prefix=prefix
+            )
             yield from page["sets"]
             cursor = page["next_cursor"]
             if cursor is None:

@@ -49,11 +49,10 @@ WHERE NOT newer AND name > ? AND name >= ? AND name < ? ORDER BY name LIMIT ?
 """
 _PAGE_OF_BASE = _PAGE.replace("NOT newer", "NOT newer AND base = ?")
 _LARGEST = """
-SELECT name, record FROM sets
+SELECT name, record FROM sets INDEXED BY by_size
 WHERE NOT newer AND name >= ? AND name < ? ORDER BY held DESC, name LIMIT ?
 """
-_LARGEST_OF_START = _LARGEST.replace("BY held", "BY +held")
-"""The plus keeps SQLite from going through everybody's sets by size."""
+_LARGEST_OF_FEW = _LARGEST.replace("INDEXED BY by_size", "").replace("BY held", "BY +held")
 _ADD = """
 UPDATE sums SET sets = sets + ?, adapters = adapters + ?, params = params + ?, held = held + ?,
     newer = newer + ?, newer_held = newer_held + ?
@@ -219,7 +218,10 @@ class SetIndex:
         """Return up to `limit` records, the largest sets first."""
         found: list[SetRecord] = []
         for start in starts:
-            query = _LARGEST_OF_START if start else _LARGEST
+            # Either all rows of this start are sorted, or all sets are passed by size until `limit`
+            # are of it, which are about `total * limit / some`.
+            some, total = self.sums(start).sets, self.sums("").sets
+            query = _LARGEST if some * some > total * limit else _LARGEST_OF_FEW
             found += map(_record_of, self._ask(query, start, f"{start}{_END}", limit))
         return sorted(found, key=lambda one: (-one.total_memory_bytes, one.name))[:limit]
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 _LEFTOVER_SECONDS = 60
+_BACKUP_SECONDS = 86400
 
 
 def remove_leftovers(folder: Path) -> int:
@@ -19,6 +20,12 @@ def remove_leftovers(folder: Path) -> int:
                 path.unlink()
                 removed += 1
     return removed
+
+
+def old_folders(folder: Path) -> list[Path]:
+    """Return folders of backups that were begun more than a day ago, and did not finish."""
+    before = time.time() - _BACKUP_SECONDS
+    return [one for one in folder.glob("backup-*") if one.is_dir() and one.stat().st_mtime < before]
 
 
 def bad_files(folder: Path, days: float) -> list[Path]:

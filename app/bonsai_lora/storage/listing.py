@@ -32,8 +32,9 @@ _FOLDER = "index-1"
 """The number is that of the table's columns, so that releases with different ones do not meet."""
 _COMPARE_SECONDS = 30
 _BATCH = 256
+_SHORT_SECONDS = 0.05
 _REST = 10
-"""A folder that others keep changing is compared for a tenth of the time."""
+"""A large folder that others keep changing is compared for a tenth of the time."""
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 T = TypeVar("T")
@@ -91,13 +92,20 @@ class Listing:
 
     def compare(self, *, only_if_due: bool = False) -> None:
         """Compare the table with all files; `only_if_due`: unless a process did so lately."""
-
-        def compare(index: SetIndex) -> None:
+        with self._lock:
+            index = self.ask(lambda one: one)
             age = abs(time.time() - index.compared_at())
-            if not only_if_due or age > _COMPARE_SECONDS:
-                self._compare(index)
-
-        self.ask(compare)
+            if only_if_due and age < _COMPARE_SECONDS:
+                return
+            self._begin_comparison(index)
+        found = self._stamps()  # takes long, and others may use the table meanwhile
+        with self._lock:
+            if index is not self._index:
+                return  # replaced meanwhile, and compared then
+            try:
+                self._settle(index, found)
+            except sqlite3.Error as error:
+                self._give_up(error)
 
     def rebuild(self) -> None:
         """Make a new table from the files; running processes change to it at their next use."""
@@ -185,19 +193,27 @@ class Listing:
 
     def _compare(self, index: SetIndex) -> None:
         started = time.monotonic()
+        self._begin_comparison(index)
+        self._settle(index, self._stamps())
+        now = time.monotonic()
+        if now - started > _SHORT_SECONDS:
+            self._next_comparison = now + _REST * (now - started)
+
+    def _begin_comparison(self, index: SetIndex) -> None:
+        """Note that the table agrees: what changes from now on changes the folder's time again."""
         with index.transaction():
-            # Set first: whatever changes during the comparison changes the folder's time again.
             index.set_folder_time(self._touch_folder())
             index.set_compared_at(time.time())
+
+    def _settle(self, index: SetIndex, found: dict[str, str | None]) -> None:
+        """Make the rows of all sets those of their files, which had the stamps `found`."""
         known = index.stamps()
-        found = self._stamps()
-        differing = [name for name in known.keys() | found.keys() if not _agree(name, known, found)]
+        names = sorted(known.keys() | found.keys())
+        differing = [name for name in names if not _agree(name, known, found)]
         for begin in range(0, len(differing), _BATCH):
             with index.transaction():
                 for name in differing[begin : begin + _BATCH]:
                     self._compare_file(index, name)
-        now = time.monotonic()
-        self._next_comparison = now + _REST * (now - started)
 
     def _note(self, index: SetIndex, name: str) -> bool:
         """Make the row of a set that of its new file; return False if it could not be read.

@@ -12,6 +12,7 @@ import logging
 import os
 import resource
 import secrets
+import shutil
 import stat
 import time
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import (
     BonsaiLoraError,
     NewerFormatError,
+    SetExistsError,
     SetNotFoundError,
     StoreReadOnlyError,
 )
@@ -56,6 +58,7 @@ _QUICK_BYTES = 1 << 20
 """A file up to this length is opened in milliseconds, whatever is in it."""
 _QUICK_HEADER_BYTES = 1 << 16
 """A longer one is, with a header up to this length."""
+_PIECE_BYTES = 1 << 20
 _MOST_RECORDS = 1 << 12
 _UNREADABLE = (BonsaiLoraError, LookupError, ValueError, TypeError, AttributeError, RecursionError)
 """Exceptions that reading a foreign or damaged file may raise."""
@@ -263,12 +266,34 @@ class SetStore:
         """Delete a set durably; raises SetNotFoundError. Call with `lock` held."""
         if not is_set_name(name):
             raise SetNotFoundError(name)
-        with storage_errors(), synced(self._sets):
+        with storage_errors(), self.lock_all(), synced(self._sets):
             try:
                 self.listing.change(name, self._path(name).unlink)
             except FileNotFoundError:
                 raise SetNotFoundError(name) from None
         self.forget(name)
+
+    def add_file(self, path: Path) -> SetRecord | None:
+        """Add a set from a copy of its file, durably; return its record.
+
+        Returns None if this version of the set is there already. Raises SetExistsError if a
+        different one is, and the errors of `verify_set_file`, and then changes nothing.
+        """
+        record = verify_set_file(path)
+        with self.lock(record.name), self.lock_all():
+            with contextlib.suppress(SetNotFoundError):
+                present = self.read_record(record.name)
+                if present == record:
+                    return None
+                raise SetExistsError(
+                    f"a different set named {record.name!r} exists; delete it, or restore into an "
+                    "empty store",
+                    set=record.name,
+                )
+            with self.new_file() as file, path.open("rb") as source:
+                shutil.copyfileobj(source, file, _PIECE_BYTES)
+                self._commit(file, record.name)
+        return record
 
     def open_sets(self) -> list[StoredSet]:
         """Return the sets that this process has open; releases those that others have deleted."""
