@@ -11,15 +11,22 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from bonsai_lora.errors import BonsaiLoraError, NewerFormatError
+from bonsai_lora.errors import (
+    BonsaiLoraError,
+    NewerFormatError,
+    SetExistsError,
+    SetNotFoundError,
+)
+from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.storage.disk import synced
 from bonsai_lora.storage.listing import SUFFIX
 from bonsai_lora.storage.setfile import read_record
 from bonsai_lora.storage.store import SetStore
+from bonsai_lora.storage.verify import verify_set_file
 
 LISTING = "listing.json"
 OnSet = Callable[[int, int], None]
@@ -52,21 +59,45 @@ def restore(store: SetStore, source: Path, on_bytes: OnSet) -> Iterator[tuple[st
     `source` is not a backup.
     """
     entries = _read_listing(source / LISTING)
-    total, done = sum(one["bytes"] for one in entries), 0
-    for one in entries:
-        path = source / "sets" / f"{one['name']}{SUFFIX}"
-        try:
-            if path.stat().st_size != one["bytes"]:
-                yield one["name"], f"{path} is not of {one['bytes']} bytes"
-                continue
-            store.add_file(path)
-            yield one["name"], None
-        except FileNotFoundError:
-            yield one["name"], f"{path} is missing"
-        except BonsaiLoraError as error:
-            yield one["name"], error.detail
-        done += one["bytes"]
+    total, done = sum(size for _, size in entries), 0
+    for name, size in entries:
+        yield name, _problem_of(store, source / "sets" / f"{name}{SUFFIX}", size)
+        done += size
         on_bytes(done, total)
+
+
+def _problem_of(store: SetStore, path: Path, size: int) -> str | None:
+    """Add the set of one file; return what is wrong with it."""
+    try:
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes, but was written with {size}"
+        _add(store, path)
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except BonsaiLoraError as error:
+        return error.detail
+    return None
+
+
+def _add(store: SetStore, path: Path) -> None:
+    """Add a set from a copy of its file, unless this version of it is there already.
+
+    Raises SetExistsError if a different one is, and the errors of `verify_set_file`, and then
+    changes nothing.
+    """
+    record = verify_set_file(path)
+    with store.lock(record.name), store.lock_all():
+        with suppress(SetNotFoundError):
+            if store.read_record(record.name) == record:
+                return
+            raise SetExistsError(
+                f"a different set named {record.name!r} exists; delete it, or restore into an "
+                "empty store",
+                set=record.name,
+            )
+        with store.new_file() as file, path.open("rb") as source:
+            shutil.copyfileobj(source, file)
+            store.commit(file, record.name)
 
 
 @contextmanager
@@ -119,11 +150,13 @@ def _sync_folder(folder: Path) -> None:
         pass
 
 
-def _read_listing(path: Path) -> list[dict[str, Any]]:
+def _read_listing(path: Path) -> list[tuple[str, int]]:
+    """Return the name and the length in bytes of each file."""
     try:
         listing = json.loads(path.read_bytes())
-        if listing["format"] != 1:
-            raise ValueError(f"format {listing['format']}, not 1")
-        return [{"name": str(one["name"]), "bytes": int(one["bytes"])} for one in listing["sets"]]
-    except (ValueError, TypeError, LookupError) as error:
-        raise ValueError(f"{path} is not the listing of a backup: {error!r}") from None
+        found = [(str(one["name"]), int(one["bytes"])) for one in listing["sets"]]
+        if listing["format"] == 1 and all(is_set_name(name) for name, _ in found):
+            return found
+    except (ValueError, TypeError, LookupError):
+        pass
+    raise ValueError(f"{path} is not the listing of a backup; name a folder that `backup` wrote")

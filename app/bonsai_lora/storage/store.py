@@ -12,7 +12,6 @@ import logging
 import os
 import resource
 import secrets
-import shutil
 import stat
 import time
 from collections import OrderedDict
@@ -26,7 +25,6 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import (
     BonsaiLoraError,
     NewerFormatError,
-    SetExistsError,
     SetNotFoundError,
     StoreReadOnlyError,
 )
@@ -58,7 +56,6 @@ _QUICK_BYTES = 1 << 20
 """A file up to this length is opened in milliseconds, whatever is in it."""
 _QUICK_HEADER_BYTES = 1 << 16
 """A longer one is, with a header up to this length."""
-_PIECE_BYTES = 1 << 20
 _MOST_RECORDS = 1 << 12
 _UNREADABLE = (BonsaiLoraError, LookupError, ValueError, TypeError, AttributeError, RecursionError)
 """Exceptions that reading a foreign or damaged file may raise."""
@@ -241,11 +238,11 @@ class SetStore:
         new = NewSet(record, lora_set, adapter_config)
         with storage_errors():
             if received is not None and write_header(new, *received):
-                self._commit(received[0].file, record.name)
+                self.commit(received[0].file, record.name)
             else:
                 with self.new_file() as file:
                     write_set_file(file, new)
-                    self._commit(file, record.name)
+                    self.commit(file, record.name)
         return self._open_version(record.name, self._identity(record.name))
 
     @contextlib.contextmanager
@@ -273,28 +270,6 @@ class SetStore:
                 raise SetNotFoundError(name) from None
         self.forget(name)
 
-    def add_file(self, path: Path) -> SetRecord | None:
-        """Add a set from a copy of its file, durably; return its record.
-
-        Returns None if this version of the set is there already. Raises SetExistsError if a
-        different one is, and the errors of `verify_set_file`, and then changes nothing.
-        """
-        record = verify_set_file(path)
-        with self.lock(record.name), self.lock_all():
-            with contextlib.suppress(SetNotFoundError):
-                present = self.read_record(record.name)
-                if present == record:
-                    return None
-                raise SetExistsError(
-                    f"a different set named {record.name!r} exists; delete it, or restore into an "
-                    "empty store",
-                    set=record.name,
-                )
-            with self.new_file() as file, path.open("rb") as source:
-                shutil.copyfileobj(source, file, _PIECE_BYTES)
-                self._commit(file, record.name)
-        return record
-
     def open_sets(self) -> list[StoredSet]:
         """Return the sets that this process has open; releases those that others have deleted."""
         for name in list(self._open):
@@ -302,8 +277,8 @@ class SetStore:
                 self._identity(name)
         return [opened for _, opened in list(self._open.values())]
 
-    def _commit(self, file: BinaryIO, name: str) -> None:
-        """Rename a temporary file to the file of `name`, durably."""
+    def commit(self, file: BinaryIO, name: str) -> None:
+        """Rename a file of `new_file` to the file of `name`, durably. Call with `lock` held."""
         # Open the folder first: running out of descriptors must not fail a completed write.
         with synced(self._sets):
             file.flush()
