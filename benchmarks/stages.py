@@ -97,7 +97,7 @@ async def whole(app, request: bytes) -> float:
 
     async def answered() -> None:
         feed()
-        while app.state.context.pool.in_progress:  # noqa: ASYNC110 - the next step of the loop
+        while app.state.context.short.in_progress:  # noqa: ASYNC110 - the next step of the loop
             await asyncio.sleep(0)
 
     for _ in range(3):

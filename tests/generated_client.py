@@ -1,6 +1,8 @@
 """Run by test_documents: use the generated client in argv[1] against the service at argv[2]."""
 
+import importlib
 import io
+import pkgutil
 import sys
 
 import numpy as np
@@ -35,3 +37,9 @@ missing = get_set.sync("nothing", client=client)
 assert isinstance(missing, Problem), missing
 assert missing.code == "set_not_found", missing
 assert delete_set.sync_detailed("generated", client=client).status_code == 204
+
+package = importlib.import_module("bonsai_lora_client")
+found = [one.name for one in pkgutil.walk_packages(package.__path__, "bonsai_lora_client.")]
+assert len(found) > 100, found
+for name in found:
+    importlib.import_module(name)

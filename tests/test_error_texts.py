@@ -37,7 +37,9 @@ from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
-from bonsai_lora.formats import safetensors
+from bonsai_lora.formats import gguf, gguf_writer, safetensors
+from bonsai_lora.formats.dequantize import dequantize
+from bonsai_lora.formats.gguf_types import BY_NAME
 from bonsai_lora.settings import Settings
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.wire.media import Form
@@ -178,7 +180,30 @@ REQUESTS = [
         "/v1/sets",
         {"json": {"name": "n", "mlp": {"hidden_size": 9999, "intermediate_size": 9999}}},
     ),
+    (
+        errors.MemoryBudgetError,
+        "POST",
+        "/v1/sets",
+        {"json": {"name": "n", "mlp": {"hidden_size": 2000, "intermediate_size": 2000}}},
+    ),
+    (
+        errors.TooManyModulesError,
+        "POST",
+        "/v1/sets",
+        {"json": {"name": "n", "mlp": {"hidden_size": 4, "intermediate_size": 4}, "num_layers": 9}},
+    ),
     (errors.UnsupportedFeatureError, "GET", "/v2/systemsharedmemory/status", {}),
+]
+
+GGUF = [
+    (errors.MalformedGgufError, gguf.read_header, gguf.reader_of(b"GGML"), 4),
+    (errors.UnsupportedGgufError, dequantize, BY_NAME["IQ2_XS"], bytes(74)),
+    (
+        errors.UnsupportedGgufError,
+        gguf_writer.plan,
+        {},
+        {"blk.0.attn_q.weight": (BY_NAME["Q8_0"], (8, 40))},
+    ),
 ]
 
 
@@ -208,6 +233,8 @@ def produce(folder):
         max_answer_bytes=2048,
         max_rows=8,
         max_rank=64,
+        max_modules=16,
+        work_memory_bytes=300_000,
         max_concurrency=2,
         memory_budget_bytes=1_000_000,
         stall_seconds=0.3,
@@ -221,7 +248,7 @@ def produce(folder):
             texts[kind].append(text_of(client.request(method, path, **options), kind, path))
         for kind, answer in uploads(client):
             texts[kind].append(text_of(answer, kind, "/v1"))
-        with app.state.context.pool.admit(), app.state.context.pool.admit():
+        with app.state.context.short.admit(), app.state.context.short.admit():
             answer = client.post(APPLY, json={"inputs": [ROW]})
             texts[errors.BusyError].append(text_of(answer, errors.BusyError, APPLY))
         texts[errors.StalledError].append(stalled(url))
@@ -235,6 +262,8 @@ def produce(folder):
     texts[errors.RegionNotFoundError].append(
         raised(errors.RegionNotFoundError, SharedRegions(folder / "regions").get, "other")
     )
+    for kind, *arguments in GGUF:
+        texts[kind].append(raised(kind, *arguments))
     texts[errors.BaseChangedError].append(base_changed(folder / "changed"))
     texts[errors.NewerFormatError].append(errors.NewerFormatError("plain", 2, 1).detail)
     failure = failure_response({"path": "/v1/sets", "request_id": "1"})

@@ -26,6 +26,13 @@ class BonsaiLoraError(Exception):
         self.values = values
 
 
+class TakesLongError(Exception):
+    """The work takes longer than where it runs allows; it has to begin again in the long lane.
+
+    Callers never see it.
+    """
+
+
 class MalformedBodyError(BonsaiLoraError):
     """The body cannot be parsed as its Content-Type declares."""
 
@@ -50,6 +57,13 @@ class MalformedSafetensorsError(MalformedBodyError):
     """The bytes violate the safetensors format."""
 
     code = "malformed_safetensors"
+
+
+class MalformedGgufError(MalformedBodyError):
+    """The bytes violate the GGUF format, or a limit of llama.cpp."""
+
+    code = "malformed_gguf"
+    title = "Malformed GGUF"
 
 
 class NotFoundError(BonsaiLoraError):
@@ -162,7 +176,7 @@ class BodyTooLargeError(TooLargeError):
 
 
 class HeaderTooLargeError(TooLargeError):
-    """A safetensors header is longer than the limit."""
+    """The header of a safetensors or GGUF file is longer than the limit."""
 
     code = "header_too_large"
     title = "Tensor header too large"
@@ -249,6 +263,12 @@ class RankTooLargeError(InvalidError):
     code = "rank_too_large"
 
 
+class TooManyModulesError(InvalidError):
+    """The set would have more modules than the limit of the settings."""
+
+    code = "too_many_modules"
+
+
 class DoraNeedsBaseError(InvalidError):
     """A DoRA module's outputs need the base checkpoint and W x, and one is missing."""
 
@@ -274,6 +294,13 @@ class UnsupportedAdapterError(InvalidError):
     code = "unsupported_adapter"
 
 
+class UnsupportedGgufError(InvalidError):
+    """A GGUF file has a type or a transformation that cannot be read or written exactly."""
+
+    code = "unsupported_gguf"
+    title = "Unsupported GGUF"
+
+
 class BusyError(BonsaiLoraError):
     """Too many requests are in progress; this one was not started."""
 
@@ -293,7 +320,7 @@ class BaseChangedError(BonsaiLoraError):
 
 
 class MemoryBudgetError(BonsaiLoraError):
-    """The set does not fit in the memory budget."""
+    """All sets together, or one request, would take more memory than allowed."""
 
     code = "memory_budget_exceeded"
     title = "Over the memory budget"

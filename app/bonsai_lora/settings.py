@@ -4,7 +4,7 @@ import os
 import sys
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -19,6 +19,11 @@ def _machine_memory_bytes() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
     return min(physical, int(text)) if text.isdigit() else physical
+
+
+def _work_memory_bytes(fields: dict[str, Any]) -> int:
+    workers: int = fields.get("workers", 1)
+    return max(1, _machine_memory_bytes() // 2 // workers)
 
 
 def usable_cores() -> int:
@@ -94,17 +99,26 @@ class Settings(BaseSettings):
         256 * _MIB, ge=1, description="most bytes of float32 outputs in one response"
     )
     max_spill_bytes: int = Field(
-        4 * _GIB,
+        16 * _GIB,
         ge=0,
-        description="most disk space to buffer one streamed merge whose client does not read yet",
+        description="most disk space per worker for uploads in progress, and for streamed merges "
+        "whose clients do not read yet",
+    )
+    work_memory_bytes: int = Field(
+        default_factory=_work_memory_bytes,
+        ge=1,
+        description="most memory per worker for bodies, responses and new matrices at a time; "
+        "requests that would need more get 503, or 507 if they never fit (default: half of "
+        "the machine's memory, shared by the workers)",
     )
     max_rows: int = Field(65536, ge=1, description="most rows in a batch")
     max_rank: int = Field(1024, ge=1, description="highest rank of an adapter")
+    max_modules: int = Field(32768, ge=1, description="most modules of a set")
     max_concurrency: int = Field(
         64,
         ge=1,
-        description="most requests with bodies in progress per worker; more get 503 with "
-        "Retry-After",
+        description="most short requests (applies) and most long ones (uploads, merges, new sets, "
+        "downloads) in progress per worker; more get 503 with Retry-After",
     )
     kernels: Literal["auto", "off"] = Field(
         "auto",

@@ -113,6 +113,6 @@ def test_heads_changed_at_random_have_one_answer(settings, seed):
             first, second = (exchange(one, sent) for one in clients)
             assert first == second, sent
             statuses[first[:12]] = statuses.get(first[:12], 0) + 1
-        assert app.state.context.pool.in_progress == 0
+        assert app.state.context.long.in_progress == 0
     assert statuses[b"HTTP/1.1 200"] > CASES // 20
     assert statuses[b"HTTP/1.1 400"] > CASES // 20

@@ -174,3 +174,14 @@ def test_many_modules_errors(plain):
     assert_problem(plain.post(path, json={"inputs": {DOWN: one}}), 422, "shape_mismatch")
     body = plain.post(f"{path}?module={Q_PROJ}", json={"inputs": {Q_PROJ: one}})
     assert_problem(body, 422, "invalid_request")
+
+
+def test_an_empty_list_has_no_rows(plain):
+    name = plain.get("/v1/sets/plain").json()["modules"][0]["name"]
+    for path, inputs in (
+        (f"/v1/sets/plain/adapters/{name}/apply", []),
+        (f"/v1/sets/plain/apply?module={name}", []),
+        ("/v1/sets/plain/apply", {name: []}),
+    ):
+        problem = assert_problem(plain.post(path, json={"inputs": inputs}), 422, "shape_mismatch")
+        assert "no rows" in problem["detail"]

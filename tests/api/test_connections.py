@@ -71,7 +71,7 @@ def rest_of(connection):
 
 def wait_until_idle(app):
     deadline = time.monotonic() + 10
-    while app.state.context.pool.in_progress:
+    while app.state.context.short.in_progress:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

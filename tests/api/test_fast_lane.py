@@ -133,9 +133,9 @@ def test_admission_is_released(app, plain):
         with connect(plain) as connection:
             connection.sendall(head_of(len(body)) + body[:cut])
             time.sleep(0.05)
-            assert app.state.context.pool.in_progress == 1
+            assert app.state.context.short.in_progress == 1
     deadline = time.monotonic() + 10
-    while app.state.context.pool.in_progress:
+    while app.state.context.short.in_progress:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

@@ -178,7 +178,7 @@ def test_a_client_that_stops_reading_is_disconnected(settings):
             for _ in range(48):
                 connection.send(bytes(1_000_000))
         deadline = time.monotonic() + 10
-        while app.state.context.pool.in_progress:
+        while app.state.context.long.in_progress:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         connection.close()
@@ -202,11 +202,11 @@ def test_a_client_that_disconnects_leaves_nothing_behind(wide, app, sent):
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         gc.collect()
-        if open_files() <= files and app.state.context.pool.in_progress == 0:
+        if open_files() <= files and app.state.context.long.in_progress == 0:
             break
         time.sleep(0.05)
     assert open_files() <= files
-    assert app.state.context.pool.in_progress == 0
+    assert app.state.context.long.in_progress == 0
     assert threading.active_count() <= threads + 4  # anyio keeps idle workers
 
 

@@ -373,6 +373,29 @@ def test_the_hub_protocol(based):
     assert based.get("/api/agent-harnesses").status_code == 404
 
 
+def test_the_hub_describes_a_repository(based):
+    upload(based, "plain", TINY / "plain")
+    repo = "/api/models/tiny-qwen3/plain"
+    info = based.get(repo, params={"blobs": True}).json()
+    name = "model-00001-of-00003.safetensors"
+    head = based.head(f"/tiny-qwen3/plain/resolve/main/{name}").headers
+    size, oid = int(head["content-length"]), head["etag"].strip('"')
+    assert {"rfilename": name, "size": size, "blobId": oid} in info["siblings"]
+    [branch] = based.get(f"{repo}/refs").json()["branches"]
+    assert branch == {"name": "main", "ref": "refs/heads/main", "targetCommit": info["sha"]}
+    [commit] = based.get(f"{repo}/commits/main").json()
+    assert (commit["id"], commit["date"]) == (info["sha"], info["lastModified"])
+    found = based.post(f"{repo}/paths-info/main", data={"paths": [name, "no.txt"]})
+    assert found.json() == [{"type": "file", "oid": oid, "size": size, "path": name}]
+    assert based.get(f"{repo}/auth-check").status_code == 200
+    assert based.get("/api/whoami-v2").json()["orgs"] == []
+    for path in ("refs", "commits/main", "auth-check"):
+        missing = based.get(f"/api/models/tiny-qwen3/no/{path}")
+        assert missing.headers["x-error-code"] == "RepoNotFound"
+    old = based.post(f"{repo}/paths-info/7", data={"paths": name})
+    assert old.headers["x-error-code"] == "RevisionNotFound"
+
+
 def test_merge_and_apply_mean_the_same_tensor(based, tmp_path, rng):
     """DoRA's norms come from the tensor that a merge changes; `match` chooses it for both."""
     leaf = "layers.0.self_attn.q_proj"

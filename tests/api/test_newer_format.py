@@ -67,6 +67,8 @@ def test_listings_leave_it_out_and_readiness_reports_it(newer):
         "sets": 1,
         "bad_files": {},
         "newer_files": ["new"],
+        "store_writable": True,
+        "bases_readable": None,
     }
     metrics = newer.get("/metrics").text
     assert "\nbonsai_lora_newer_files 1.0\n" in metrics

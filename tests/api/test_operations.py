@@ -1,12 +1,22 @@
+import itertools
+import math
+import os
 import re
+import resource
 import threading
 import time
+from pathlib import Path
 
 import httpx
-from conftest import TINY, assert_problem, serving, upload
+import pytest
+from conftest import TINY, assert_problem, connect, read_answer, serving, upload
+from prometheus_client.parser import text_string_to_metric_families
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.core import backend
+from bonsai_lora.storage.counts import count_restart
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_health_and_readiness(client):
@@ -17,9 +27,19 @@ def test_health_and_readiness(client):
         "sets": 1,
         "bad_files": {},
         "newer_files": [],
+        "store_writable": True,
+        "bases_readable": None,
     }
     assert client.get("/docs").status_code == 200
     assert client.get("/openapi.json").json()["info"]["title"] == "Bonsai LoRA"
+
+
+def test_readiness_reports_whether_the_bases_can_be_read(settings, tmp_path):
+    known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
+    with serving(create_app(known)) as url:
+        assert httpx.get(f"{url}/readyz").json()["bases_readable"] is False
+        (tmp_path / "bases").mkdir()
+        assert httpx.get(f"{url}/readyz").json()["bases_readable"] is True
 
 
 def test_metrics_count_requests(client):
@@ -42,6 +62,96 @@ def test_metrics_count_requests(client):
     assert values["bonsai_lora_sets"] == "1.0"
     assert float(values["bonsai_lora_sets_bytes"]) == 83_968
     assert values['bonsai_lora_requests_total{method="any",route="none",status="404"}'] == "1.0"
+
+
+def samples(client):
+    """The samples of `/metrics` by name and labels; fails if a line is not of the format."""
+    families = text_string_to_metric_families(client.get("/metrics").text)
+    return {
+        (one.name, *sorted(one.labels.items())): one.value
+        for family in families
+        for one in family.samples
+    }
+
+
+def test_refusals_are_counted_by_code(client):
+    before = len(samples(client))
+    for _ in range(2):
+        client.get("/v1/sets/none")
+    client.get("/v1/sets?limit=x")
+    client.post("/v1/sets/none/apply", json={"inputs": [1]})
+    with connect(client) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000 + b"\r\n\r\n")
+        assert read_answer(connection)[0] == 431
+    time.sleep(0.05)
+    found = samples(client)
+    codes = {key[1][1]: value for key, value in found.items() if "refusals" in key[0]}
+    assert codes == {"set_not_found": 3, "invalid_request": 1, "head_too_large": 1}
+    assert len(found) > before
+
+
+def test_latencies_are_counted_from_50_microseconds_to_10_minutes(client):
+    client.get("/healthz")
+    time.sleep(0.05)
+    route = (("method", "GET"), ("route", "/healthz"))
+    name = "bonsai_lora_request_seconds_bucket"
+    found = samples(client)
+    bounds = sorted(
+        float(dict(key[1:])["le"]) for key in found if key[0] == name and route[1] in key
+    )
+    assert (bounds[0], bounds[-2], bounds[-1]) == (5e-5, 600, math.inf)
+    assert all(b <= 3 * a for a, b in itertools.pairwise(bounds[:-1]))
+    assert found[(name, ("le", "600.0"), *route)] == 1
+
+
+def test_metrics_of_the_process_and_its_load(app, client):
+    context = app.state.context
+    pid = ("pid", str(os.getpid()))
+    flight = "bonsai_lora_requests_in_flight"
+    context.memory.reserve(1 << 20)
+    with context.short.admit(), context.short.admit():
+        found = samples(client)
+    context.memory.release(1 << 20)
+    assert found[(flight, ("lane", "short"))] == 2
+    assert found[(flight, ("lane", "long"))] == 0
+    assert found[("bonsai_lora_queued_work", ("lane", "long"))] == 0
+    assert found[("bonsai_lora_reserved_bytes", ("resource", "memory"))] == 1 << 20
+    total = context.memory.total_bytes
+    assert found[("bonsai_lora_budget_bytes", ("resource", "memory"))] == total
+    after = samples(client)
+    assert after[(flight, ("lane", "short"))] == 0
+    assert after[("bonsai_lora_reserved_bytes", ("resource", "memory"))] == 0
+    rss = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    assert found[("process_resident_memory_bytes", pid)] == pytest.approx(rss, rel=0.2)
+    assert found[("process_cpu_seconds_total", pid)] == pytest.approx(time.process_time(), rel=0.2)
+    assert found[("process_open_fds", pid)] > 3
+    budget = app.state.context.limits.memory_budget_bytes
+    assert found[("bonsai_lora_sets_budget_bytes",)] == budget
+
+
+def test_every_metric_is_documented(client):
+    table = (
+        (ROOT / "docs/operations.md").read_text().partition("| metric |")[2].partition("\n\n")[0]
+    )
+    documented = set(re.findall(r"`((?:bonsai_lora|process)_\w+)`", table))
+    declared = re.findall(r"^# TYPE (\w+) ", client.get("/metrics").text, re.MULTILINE)
+    assert documented == set(declared)
+
+
+def test_restarts_and_bad_files_are_counted(settings, tmp_path):
+    (tmp_path / "shared").mkdir()
+    with (
+        serving(create_app(settings, tmp_path / "shared")) as url,
+        httpx.Client(base_url=url) as client,
+    ):
+        assert samples(client)[("bonsai_lora_worker_restarts_total",)] == 0
+        count_restart(tmp_path / "shared")
+        count_restart(tmp_path / "shared")
+        (tmp_path / "store" / "sets" / "broken.safetensors").write_bytes(b"no set")
+        found = samples(client)
+        assert found[("bonsai_lora_worker_restarts_total",)] == 2
+        assert found[("bonsai_lora_bad_files",)] == 1
+        assert found[("bonsai_lora_sets",)] == 0
 
 
 def test_request_ids(client):
@@ -88,10 +198,11 @@ def test_overload_is_refused_immediately(settings):
         client.post("/v1/sets", json={"name": "s"})
         client.put("/v1/sets/s/adapters/m", json={"d_in": 2, "d_out": 2})
         path = "/v1/sets/s/adapters/m/apply"
+        client.post(path, json={"inputs": [1, 2]})  # later ones are over at once
         release = threading.Event()
 
         def slow_body():
-            yield b'{"inputs":'
+            yield b'{"inputs":' + b" " * (1 << 17)  # long: it has a place before it is complete
             release.wait(20)
             yield b"[1,2]}"
 

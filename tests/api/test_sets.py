@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -119,6 +122,27 @@ def test_a_second_create_is_refused(client, store):
 def test_invalid_requests_change_nothing(client, store, change, status, code):
     assert_problem(client.post("/v1/sets", json=FULL | change), status, code)
     assert snapshot(store) == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "sent", "status", "hint"),
+    [
+        ("POST", "/v1/sets", {"json": FULL | {"config": {"r": 8}}}, 422, "config.r is PEFT's name for 'rank'"),
+        ("POST", "/v1/sets", {"json": FULL | {"config": {"lora_alpha": 8}}}, 422, "PEFT's name for 'alpha'"),
+        ("PUT", "/v1/sets/s/adapters/q", {"json": {"d_in": 2, "d_out": 2, "config": {"r": 1}}}, 422, "'rank'"),
+        ("PUT", "/v1/sets/s/adapters/q", {"json": {}}, 422, "d_in and d_out"),
+        ("POST", "/v1/sets", {"files": {"adapter_config": b"{}"}}, 415, "PUT /v1/sets/{set}"),
+        ("PUT", "/v1/sets", {"files": {"adapter_config": b"{}"}}, 405, "PUT /v1/sets/{set}"),
+        ("DELETE", "/v1/sets", {}, 405, "DELETE /v1/sets/{set}"),
+    ],
+)  # fmt: skip
+def test_refusals_name_what_was_meant(client, store, method, path, sent, status, hint):
+    client.post("/v1/sets", json={"name": "s"})
+    before = snapshot(store)
+    answer = client.request(method, path, **sent)
+    assert answer.status_code == status
+    assert hint in answer.json()["detail"]
+    assert snapshot(store) == before
 
 
 def test_list_pages_and_filters(client):
@@ -294,6 +318,35 @@ def test_a_slow_pattern_is_stopped(client, store, rng):
     answer = upload_parts(client, "s", config, tensors)
     assert answer.status_code in (201, 422)
     assert answer.elapsed.total_seconds() < 10
+
+
+@pytest.mark.parametrize(
+    ("pattern", "accepted"),
+    [("q_proj", True), ("(a*)*(b*)*(.*.*)*(.*)*x", True), ("x{5000000}", False), ("(?=q)q", False)],
+)
+def test_an_upload_gets_the_same_answer_under_load(client, rng, pattern, accepted):
+    config = peft_config(alpha_pattern={pattern: 3}, target_modules=["a" * 200])
+    tensors = peft_tensors(rng, module="model." + "a" * 200)
+
+    def answers(count):
+        for _ in range(count):
+            answer = upload_parts(client, "s", config, tensors)
+            body = answer.json()
+            for changing in ("version", "created_at", "updated_at", "request_id"):
+                body.pop(changing, None)
+            yield answer.is_success, body
+
+    [expected] = answers(1)
+    assert expected[0] == accepted, expected
+    busy = "import time\nend = time.monotonic() + 20\nwhile time.monotonic() < end: pass"
+    load = [subprocess.Popen([sys.executable, "-c", busy]) for _ in range(os.cpu_count() or 1)]
+    try:
+        assert list(answers(10)) == [expected] * 10
+        assert all(process.poll() is None for process in load)
+    finally:
+        for process in load:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize(

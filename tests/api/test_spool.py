@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from bonsai_lora.api import spool
 from bonsai_lora.errors import MalformedBodyError, StalledError
+from bonsai_lora.service.budget import Budget
 
 
 @given(
@@ -23,7 +24,7 @@ def test_blocks_keep_their_order(sizes, disk, lazy, data):
     memory, spool.MEMORY_BYTES = spool.MEMORY_BYTES, 4000
 
     async def run():
-        queue = spool.Spool(disk, 5.0, Path(tempfile.gettempdir()))
+        queue = spool.Spool(Budget(disk), 5.0, Path(tempfile.gettempdir()))
         got = bytearray()
 
         async def produce():
@@ -50,15 +51,15 @@ def test_blocks_keep_their_order(sizes, disk, lazy, data):
 
 def test_a_full_spool_stalls_and_an_error_comes_last():
     async def stall():
-        queue = spool.Spool(0, 0.05, Path())
+        queue = spool.Spool(Budget(0), 0.05, Path())
         for _ in range(1000):
             await queue.put(bytes(1 << 20))
 
-    with pytest.raises(StalledError, match="stopped reading"):
+    with pytest.raises(StalledError, match="no more room"):
         anyio.run(stall)
 
     async def fail():
-        queue = spool.Spool(0, 1, Path())
+        queue = spool.Spool(Budget(0), 1, Path())
         await queue.put(b"x")
         queue.end(MalformedBodyError("y"))
         return [block async for block in queue.blocks()]

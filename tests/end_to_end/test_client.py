@@ -45,6 +45,18 @@ def test_push_show_stats_ls_rm(run):
     assert "there is no set named 'plain'" in err
 
 
+def test_texts_of_the_service_do_not_control_the_terminal(run):
+    assert run("push", "plain", TINY / "plain", "--base-model-name", "a\x1b[2J\nb")[0] == 0
+    for words in (("ls",), ("show", "plain")):
+        code, out, _ = run(*words)
+        assert code == 0
+        assert "a\\x1b[2J\\nb" in out
+        assert "\x1b" not in out
+    code, _, err = run("show", "\x1b[2J")
+    assert code > 0
+    assert "\x1b" not in err
+
+
 def test_apply_from_a_file_and_from_standard_input(run, tmp_path, monkeypatch):
     run("push", "plain", TINY / "plain")
     golden = read_tensors(TINY / "plain" / "golden.safetensors")

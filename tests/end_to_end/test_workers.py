@@ -113,6 +113,45 @@ def test_each_worker_reports_the_metrics_of_all(workers):
     assert seen == {"30.0"}
 
 
+def test_each_worker_reports_the_process_figures_of_all(workers):
+    pattern = r'^process_resident_memory_bytes{pid="(\d+)"} ([\d.e+]+)$'
+    deadline = time.monotonic() + 30
+    seen = 0
+    while seen < 4:  # the others may be starting
+        found = re.findall(pattern, fresh(workers, "/metrics").text, re.MULTILINE)
+        assert len(found) <= 3
+        assert all(float(size) > 2**20 for _, size in found)
+        seen += len(found) == 3
+        assert time.monotonic() < deadline
+
+
+def test_load_of_a_killed_worker_is_no_longer_reported(tmp_path):
+    flags = ("--workers", "2", "--work-memory-bytes", str(1 << 30), "--store", str(tmp_path))
+    with running(*flags) as (url, _):
+        before = wait_for_budgets_of_two(url, gone=None)
+        os.kill(int(min(before)), signal.SIGKILL)
+        wait_for_budgets_of_two(url, gone=min(before))
+
+
+def wait_for_budgets_of_two(url, gone):
+    """Wait until `/metrics` sums up two workers, without the process `gone`; return their ids."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            text = fresh(url, "/metrics").text
+        except httpx.TransportError:  # a worker that starts, or is being killed
+            text = ""
+        pids = set(re.findall(r'^process_open_fds{pid="(\d+)"}', text, re.MULTILINE))
+        if len(pids) == 2 and gone not in pids:
+            budget = re.search(
+                r'^bonsai_lora_budget_bytes{resource="memory"} (.+)$', text, re.MULTILINE
+            )
+            if float(budget[1]) == 2 << 30:
+                return pids
+        assert time.monotonic() < deadline, text
+        time.sleep(0.05)
+
+
 CHILD = """
 import sys
 from pathlib import Path

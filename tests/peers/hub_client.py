@@ -49,6 +49,17 @@ again = hf_hub_download(f"{base}/{adapter}", weights, cache_dir=Path(cache) / "r
 resumed = Path(again).read_bytes() == whole and about.size == len(whole)
 metadata = get_safetensors_metadata(f"{base}/{adapter}")
 one = Path(hf_hub_download(f"{base}/{adapter}", "config.json", cache_dir=cache))
+repo = f"{base}/{adapter}"
+sized = {file.rfilename: file.size for file in api.model_info(repo, files_metadata=True).siblings}
+api.auth_check(repo)
+described = {
+    "branch": api.list_repo_refs(repo).branches[0].target_commit == info.sha,
+    "commit": [commit.commit_id for commit in api.list_repo_commits(repo)] == [info.sha],
+    "path": [(file.path, file.size) for file in api.get_paths_info(repo, [weights, "no.txt"])]
+    == [(weights, len(whole))],
+    "size": sized[weights] == len(whole),
+    "user": api.whoami(token="hf_any")["name"] == "anonymous",
+}
 errors = {}
 for name, call in {
     "entry": lambda: hf_hub_download(f"{base}/{adapter}", "nothing.json", cache_dir=cache),
@@ -73,6 +84,7 @@ print(
             "resumed": resumed,
             "parameters": sum(metadata.parameter_count.values()),
             "listed": [model.id for model in api.list_models(author=base)],
+            "described": described,
             "errors": errors,
             "merged_against_peft": float((logits(merged) - once).norm() / once.norm()),
             "beside_against_peft": float((beside - once).norm() / once.norm()),

@@ -78,6 +78,7 @@ def test_by_name(settings, tmp_path, base, adapter):
     assert found["resumed"]
     assert found["parameters"] == 127_424
     assert f"{base}/{adapter}" in found["listed"]
+    assert all(found["described"].values()), found["described"]
     assert found["errors"] == {
         "entry": "RemoteEntryNotFoundError",
         "repo": "RepositoryNotFoundError",

@@ -14,7 +14,7 @@ from bonsai_lora.service.work import (
     INLINE_NANOSECONDS,
     LOOP_NANOSECONDS,
     LOOP_NANOSECONDS_WITH_SPARE_CORES,
-    WorkPool,
+    ShortLane,
 )
 from bonsai_lora.wire.media import Form
 
@@ -29,8 +29,8 @@ def order_of(nanoseconds):
             await asyncio.sleep(0)
 
     async def main():
-        pool = WorkPool(4, 1, has_spare_cores=False)
-        works = [pool.run(lambda: seen.append("work"), nanoseconds) for _ in range(3)]
+        lane = ShortLane(4, 1, has_spare_cores=False)
+        works = [lane.run(lambda: seen.append("work"), nanoseconds) for _ in range(3)]
         await asyncio.gather(*works, look())
 
     asyncio.run(main())
@@ -54,8 +54,8 @@ def test_longer_work_takes_turns():
 )
 def test_the_longest_work_runs_in_a_thread(has_spare_cores, most):
     async def main(nanoseconds):
-        pool = WorkPool(1, 1, has_spare_cores=has_spare_cores)
-        return await pool.run(threading.get_ident, nanoseconds)
+        lane = ShortLane(1, 1, has_spare_cores=has_spare_cores)
+        return await lane.run(threading.get_ident, nanoseconds)
 
     assert asyncio.run(main(most)) == threading.get_ident()
     assert asyncio.run(main(most + 1)) != threading.get_ident()
@@ -63,9 +63,9 @@ def test_the_longest_work_runs_in_a_thread(has_spare_cores, most):
 
 def test_a_cancelled_turn_does_not_block_the_next():
     async def main():
-        pool = WorkPool(2, 1, has_spare_cores=False)
-        first = asyncio.create_task(pool.run(lambda: 1, INLINE_NANOSECONDS + 1))
-        second = asyncio.create_task(pool.run(lambda: 2, INLINE_NANOSECONDS + 1))
+        lane = ShortLane(2, 1, has_spare_cores=False)
+        first = asyncio.create_task(lane.run(lambda: 1, INLINE_NANOSECONDS + 1))
+        second = asyncio.create_task(lane.run(lambda: 2, INLINE_NANOSECONDS + 1))
         await asyncio.sleep(0)
         first.cancel()
         assert await asyncio.wait_for(second, 5) == 2
@@ -74,12 +74,12 @@ def test_a_cancelled_turn_does_not_block_the_next():
 
 
 def test_admissions_are_limited_and_released():
-    pool = WorkPool(1, 1, has_spare_cores=False)
-    with pool.admit():
-        assert pool.in_progress == 1
-        with pytest.raises(BusyError), pool.admit():
+    lane = ShortLane(1, 1, has_spare_cores=False)
+    with lane.admit():
+        assert lane.in_progress == 1
+        with pytest.raises(BusyError), lane.admit():
             pass
-    assert pool.in_progress == 0
+    assert lane.in_progress == 0
 
 
 def test_long_json_does_not_hold_the_event_loop():

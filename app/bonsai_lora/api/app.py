@@ -6,22 +6,27 @@ RFC 9457 problems in `errors.py`. `bonsai-lora serve` calls the same functions o
 routes without the framework (`bonsai_lora.fast_lane`).
 """
 
-import logging
+import asyncio
+import contextlib
+import os
 import shutil
 import tempfile
 import weakref
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import structlog
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.routing import APIRoute
+from prometheus_client.core import Metric
 from starlette.routing import BaseRoute, Route
 
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.errors import install_error_handlers
-from bonsai_lora.api.metrics import Metrics
+from bonsai_lora.api.metrics import Load, Metrics, service_metrics
 from bonsai_lora.api.middleware import ObserveMiddleware, Observer
 from bonsai_lora.api.openapi import install_openapi
 from bonsai_lora.api.query import refuse_unknown_query
@@ -40,14 +45,16 @@ from bonsai_lora.api.routes import (
 from bonsai_lora.api.routes import bases as bases_routes
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core import backend
+from bonsai_lora.errors import StoreFullError
 from bonsai_lora.service.apply import Applier
+from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
 from bonsai_lora.service.stats import store_stats
-from bonsai_lora.service.work import WorkPool
+from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import Settings, usable_cores
-from bonsai_lora.storage.counts import CountFile
+from bonsai_lora.storage.counts import CountFile, read_restarts
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
 
@@ -94,7 +101,10 @@ _STRICT_ROUTERS = [one.router for one in (sets, adapters, merge, bases_routes, s
 """Routers that refuse unknown query parameters. Apply parses its own; clients of the Hub and of the
 Open Inference Protocol send additional ones."""
 
-_log = logging.getLogger("bonsai_lora")
+_PUBLISH_SECONDS = 1.0
+"""Oldest figures of a worker that another worker reports."""
+
+_log = structlog.get_logger("bonsai_lora")
 
 
 def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
@@ -114,13 +124,15 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         version=version("bonsai-lora"),
         summary="The adapter server for Bonsai and Qwen3 models.",
         description=_DESCRIPTION,
+        license_info={"name": "Apache License 2.0", "identifier": "Apache-2.0"},
         openapi_tags=_TAGS,
         redirect_slashes=False,
         docs_url=None,  # routes/page.py
         redoc_url=None,
+        lifespan=_running,
     )
     app.state.fast_lane = None
-    metrics = Metrics(partial(store_stats, store), partial(_describe, app))
+    metrics = Metrics(partial(_collect, app, shared), partial(_read_load, app))
     app.state.context = _make_context(settings, store, shared, metrics)
     app.state.routes = _include_routers(app)
     install_error_handlers(app, app.state.routes)
@@ -130,6 +142,25 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         ObserveMiddleware, observer=app.state.observer, stall_seconds=settings.stall_seconds
     )
     return app
+
+
+@contextlib.asynccontextmanager
+async def _running(app: FastAPI) -> AsyncIterator[None]:
+    """Log when this process is ready and when it stops, and publish its load in between."""
+    context: Context = app.state.context
+    publishing = asyncio.create_task(_publish_load(context.metrics))
+    _log.info("ready", sets=len(context.store.list_names()), pid=os.getpid())
+    try:
+        yield
+    finally:
+        publishing.cancel()
+        _log.info("stopped", pid=os.getpid())
+
+
+async def _publish_load(metrics: Metrics) -> None:
+    while True:
+        metrics.publish_load()
+        await asyncio.sleep(_PUBLISH_SECONDS)
 
 
 def create_default_app() -> FastAPI:
@@ -176,24 +207,50 @@ def choose_backend(settings: Settings) -> None:
 def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Metrics) -> Context:
     limits = limits_of(settings)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
-    applier = Applier(limits, bases)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
     return Context(
         settings,
         store,
         limits,
-        WorkPool(
+        Budget(settings.work_memory_bytes),
+        Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
+        ShortLane(
             settings.max_concurrency,
             settings.threads,
             has_spare_cores=min(settings.threads, usable_cores()) > settings.workers,
         ),
-        applier,
-        Inference(applier, store, regions),
+        Lane("long", settings.max_concurrency, settings.threads),
+        Applier(limits, bases),
+        Inference(store, regions),
         CountFile(shared),
         bases,
         MergedModels(bases, store),
         ThreadPoolExecutor(settings.threads, "merge"),
         metrics,
+    )
+
+
+def _collect(app: FastAPI, shared: Path) -> Iterable[Metric]:
+    """Return the metrics of the whole service, as this process sees it."""
+    context: Context = app.state.context
+    return service_metrics(
+        store_stats(context.store),
+        _describe(app),
+        budget_bytes=context.limits.memory_budget_bytes,
+        restarts=read_restarts(shared),
+    )
+
+
+def _read_load(app: FastAPI) -> Load:
+    """Return what this process has to do at the moment."""
+    context: Context = app.state.context
+    lanes = (context.short, context.long)
+    budgets = {"memory": context.memory, "spill": context.spill}
+    return Load(
+        {lane.name: lane.in_progress for lane in lanes},
+        {lane.name: lane.waiting for lane in lanes},
+        {name: budget.reserved_bytes for name, budget in budgets.items()},
+        {name: budget.total_bytes for name, budget in budgets.items()},
     )
 
 

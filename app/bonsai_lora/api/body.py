@@ -23,11 +23,6 @@ async def read_body(request: Request, limit: int) -> bytes:
     declared = content_length(request)
     if declared is not None:
         check_length(declared, limit)
-    return await read_all(request, limit)
-
-
-async def read_all(request: Request, limit: int) -> bytes:
-    """Return the body as received; raises BodyTooLargeError, ClientDisconnect."""
     parts: list[bytes] = []
     received = 0
     async for part in request.stream():

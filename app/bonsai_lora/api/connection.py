@@ -1,12 +1,13 @@
 """Connection limits below ASGI.
 
-Closes connections whose request heads are too large or too slow, and those of clients that do not
-read their responses. `bonsai-lora serve` always uses this protocol; the fast lane extends it.
+Closes connections whose request heads are too large or too slow, and those of clients that read
+their responses too slowly. `bonsai-lora serve` always uses this protocol; the fast lane extends it.
 """
 
 import asyncio
-import math
 from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import httptools
@@ -22,6 +23,7 @@ from uvicorn.protocols.http.httptools_impl import (
 from bonsai_lora.api.call import JOINED_BYTES, HeaderLines
 from bonsai_lora.api.errors import problem_response
 from bonsai_lora.api.middleware import request_id_of
+from bonsai_lora.api.pace import Pace
 from bonsai_lora.errors import HeadTooLargeError
 from bonsai_lora.wire.buffers import Buffer
 
@@ -30,6 +32,13 @@ MAX_HEAD_BYTES = 1 << 16
 MAX_HEAD_LINES = 100
 """Most header lines of a request."""
 
+LINGER_SECONDS = 1.0
+"""How long a connection stays open after a refusal while the client is still sending."""
+_PAUSE_SECONDS = 0.1
+"""How long nothing is read at first."""
+_LINGER_BYTES = 1 << 20
+"""Most bytes to read and drop meanwhile."""
+
 _log = structlog.get_logger("bonsai_lora.requests")
 
 
@@ -37,8 +46,8 @@ class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with limits, so that no client holds memory or a connection forever.
 
     A head must be complete within `stall_seconds` and fit in MAX_HEAD_BYTES and MAX_HEAD_LINES
-    (431 otherwise). A client that reads none of its response for `stall_seconds` is disconnected,
-    even after the connection has been closed on this side.
+    (431 otherwise). A client that reads its response at less than the `Pace` is disconnected, and
+    one that has not read the last of it `stall_seconds` after the connection was closed here.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -55,18 +64,27 @@ class GuardedProtocol(HttpToolsProtocol):
         self._plain_head = b""
         """A head to be parsed again."""
         self._head_timer: asyncio.TimerHandle | None = None
-        self._read_timer: asyncio.TimerHandle | None = None
         self._start_head_timer()
-        self._unread_bytes = math.inf
-        """Bytes that the client had not read at the last check; infinite if none had to be."""
-        self._check_reading()
+        self._read_pace = Pace(self.stall_seconds)
+        self._read_timer: asyncio.TimerHandle | None = None
+        """Runs while the client has to read."""
+        self._read_since = 0.0
+        self._unread_bytes = 0
+        """Bytes that the client had not read at `_read_since`."""
+        self._close_timer: asyncio.TimerHandle | None = None
+        self._check_closing(was_closing=False)
+        self._linger_bytes: int | None = None
+        """Once lingering: how many more bytes to drop."""
 
     def data_received(self, data: bytes) -> None:
         """Parse `data`, within the limits of a request head."""
+        if self._linger_bytes is not None:
+            self._drop(len(data))
+            return
         was_in_head, counted = self._is_in_head, self._head_bytes
         self._unset_keepalive_if_required()
         self._parse(data)
-        if self.transport.is_closing():
+        if self.is_ending:
             return
         if self._is_in_head:
             # The parser reports a line only when it is complete, so count the raw bytes too.
@@ -144,8 +162,11 @@ class GuardedProtocol(HttpToolsProtocol):
                 return
         if self._is_too_large:
             self._refuse_head()
-        else:
-            super().send_400_response(msg)
+            return
+        lines = [(b"content-type", b"text/plain; charset=utf-8")]
+        lines.append((b"content-length", b"%d" % len(msg)))
+        self.write_response(400, lines, (msg.encode("ascii"),), keep_alive=False)
+        self.linger()
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection for the responses to complete requests; close it otherwise.
@@ -161,18 +182,24 @@ class GuardedProtocol(HttpToolsProtocol):
         cycle.keep_alive = False
         return True
 
+    def pause_writing(self) -> None:
+        """Wait for the client to read."""
+        super().pause_writing()
+        self._await_reading()
+
     def resume_writing(self) -> None:
-        """Note that the client reads."""
+        """Note that the client has read almost everything."""
+        self._note_reading()
         super().resume_writing()
-        self._unread_bytes = math.inf
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop all timers, including uvicorn's keep-alive timer, which it leaves running."""
         if self._running is not None:  # uvicorn tells only the last of pipelined requests
             self._running.disconnected = True
             self._running.message_event.set()
-        if self._read_timer is not None:
-            self._read_timer.cancel()
+        for timer in (self._read_timer, self._close_timer):
+            if timer is not None:
+                timer.cancel()
         self.stop_head_timer()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
@@ -197,6 +224,11 @@ class GuardedProtocol(HttpToolsProtocol):
     def flush(self) -> None:
         """Write responses that `write` may have batched."""
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether nothing more is to be answered on this connection."""
+        return self._linger_bytes is not None or self.transport.is_closing()
+
     def stop_head_timer(self) -> None:
         """Stop the timeout for the request head."""
         if self._head_timer is not None:
@@ -216,7 +248,16 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        close = partial(self._end, cycle)
+        cycle.transport = SimpleNamespace(write=self.transport.write, close=close)  # type: ignore[assignment]
         super()._start_asgi_task(cycle, app)
+
+    def _end(self, cycle: RequestResponseCycle) -> None:
+        """Close after the last response."""
+        if cycle.more_body and cycle.response_complete:
+            self.linger()
+        else:
+            self.transport.close()
 
     def _head_without_upgrade(self) -> bytes:
         """Return the head without its header Upgrade, which a server may ignore.
@@ -232,7 +273,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _refuse_head(self) -> None:
         request_id = request_id_of(None)
-        scope = {"path": "*", "request_id": request_id}
+        scope = {"method": "any", "path": "*", "request_id": request_id}
         refusal: Response = problem_response(
             HeadTooLargeError(
                 f"the request head is longer than {MAX_HEAD_BYTES} bytes or {MAX_HEAD_LINES} "
@@ -243,10 +284,33 @@ class GuardedProtocol(HttpToolsProtocol):
             scope,
         )
         lines = [*refusal.raw_headers, (b"x-request-id", request_id.encode())]
-        _log.info("431 head too large", request_id=request_id)
+        self.app.state.observer.observe(scope, 431, 0.0)
         self.write_response(431, lines, (bytes(refusal.body),), keep_alive=False)
+        self.linger()
+
+    def linger(self) -> None:
+        """Close after a refusal, without a reset that could overtake it (RFC 9112, section 9.6).
+
+        Closing while the client is sending would make its system discard the refusal. So stop
+        sending, and drop what arrives until the client closes, or for LINGER_SECONDS. Begin with a
+        pause: most clients close as soon as they have the refusal, and what they have sent by then
+        need not be read.
+        """
         self.flush()
-        self.transport.close()
+        self.stop_head_timer()
+        self._unset_keepalive_if_required()
+        self._linger_bytes = _LINGER_BYTES
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.pause_reading()
+        self.loop.call_later(_PAUSE_SECONDS, self.flow.resume_reading)
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
+
+    def _drop(self, received: int) -> None:
+        assert self._linger_bytes is not None
+        self._linger_bytes -= received
+        if self._linger_bytes < 0:
+            self.flow.pause_reading()  # the client has time to read the refusal
 
     def _start_head_timer(self) -> None:
         self._head_timer = self.loop.call_later(self.stall_seconds, self._end_head)
@@ -258,13 +322,39 @@ class GuardedProtocol(HttpToolsProtocol):
         else:  # a pipelined head: the response in flight continues
             self._start_head_timer()
 
+    def _await_reading(self) -> None:
+        """Start the timeout for reading enough."""
+        self._read_since = self.loop.time()
+        self._unread_bytes = self.transport.get_write_buffer_size()
+        self._read_timer = self.loop.call_later(self._read_pace.left_seconds, self._check_reading)
+
+    def _note_reading(self) -> None:
+        """Count what the client has read since `_await_reading`, and stop the timeout."""
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+            waited = self.loop.time() - self._read_since
+            read = self._unread_bytes - self.transport.get_write_buffer_size()
+            self._read_pace.note(waited, read)
+
     def _check_reading(self) -> None:
-        """Disconnect a client that has read nothing since the last check, though it should."""
-        waiting = self.transport.get_write_buffer_size()
-        is_due = self.flow.write_paused or (waiting > 0 and self.transport.is_closing())
-        if is_due and waiting >= self._unread_bytes:
-            _log.warning("disconnected: the client stopped reading", waiting_bytes=waiting)
-            self.transport.abort()
+        """Disconnect the client if it has not read enough in time."""
+        self._note_reading()
+        if self._read_pace.left_seconds > 0:
+            self._await_reading()
+        else:
+            self._disconnect()
+
+    def _check_closing(self, *, was_closing: bool) -> None:
+        """Disconnect a client that has not read the last of a response in a connection's end."""
+        is_closing = self.transport.get_write_buffer_size() > 0 and self.transport.is_closing()
+        if is_closing and was_closing and not self.flow.write_paused:
+            self._disconnect()
             return
-        self._unread_bytes = waiting if is_due else math.inf
-        self._read_timer = self.loop.call_later(self.stall_seconds, self._check_reading)
+        check = partial(self._check_closing, was_closing=is_closing)
+        self._close_timer = self.loop.call_later(self.stall_seconds, check)
+
+    def _disconnect(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        _log.warning("disconnected: the client read too slowly", unread_bytes=unread)
+        self.transport.abort()

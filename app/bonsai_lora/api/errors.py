@@ -71,6 +71,7 @@ def problem_response(
 
 
 def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> dict[str, Any]:
+    trace_id = scope.get("trace_id")
     return {
         "type": f"urn:bonsai-lora:problem:{error.code}",
         "title": error.title,
@@ -79,6 +80,7 @@ def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> d
         "instance": scope["path"],
         "code": error.code,
         "request_id": scope.get("request_id"),
+        **({} if trace_id is None else {"trace_id": trace_id}),
         **error.values,
     }
 
@@ -172,8 +174,11 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             return problem_response(problem, request.scope)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = _allowed_methods(routes, request.scope)
+            remedy = f"use one of {', '.join(allowed)}"
+            if path == "/v1/sets" and method in ("PUT", "PATCH", "DELETE"):
+                remedy = f"name the set: {method} /v1/sets/{{set}}"
             problem = errors.MethodNotAllowedError(
-                f"{method} is not allowed at {path!r}; use one of {', '.join(allowed)}",
+                f"{method} is not allowed at {path!r}; {remedy}",
                 got=method,
                 expected=allowed,
             )
@@ -204,11 +209,16 @@ def _field(error: Any) -> str:
     return ".".join(parts) or "the body"
 
 
+_PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
+"""Fields of this API by the names that PEFT gives them."""
+
+
 def _reason(error: Any) -> str:
     if error["type"] == "missing":
         return "is missing; add it"
     if error["type"] == "extra_forbidden":
-        return "is unknown; remove it"
+        meant = _PEFT_NAMES.get(str(error["loc"][-1]))
+        return f"is PEFT's name for {meant!r}; use that" if meant else "is unknown; remove it"
     remedy = re.sub(r"^\w+ should ", "it should ", error["msg"])
     return f"is {reprlib.repr(error.get('input'))}; {remedy}"
 

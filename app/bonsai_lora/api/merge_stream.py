@@ -15,7 +15,7 @@ from bonsai_lora.api.body import BodyReader
 from bonsai_lora.api.spool import Spool
 from bonsai_lora.errors import StalledError
 from bonsai_lora.service.merge import WeightMerge
-from bonsai_lora.service.work import WorkPool
+from bonsai_lora.service.work import Lane
 
 _FIRST_BYTES = 1 << 20
 
@@ -32,7 +32,7 @@ class MergeStream:
     reader: BodyReader
     prefix: bytes
     media_type: str
-    pool: WorkPool
+    lane: Lane
     spool: Spool
     on_bytes: Callable[[int], None]
     _error: Exception | None = field(default=None, init=False)
@@ -53,7 +53,7 @@ class MergeStream:
         try:
             for block, size in self.merge.blocks():
                 raw = await self.reader.read_exactly(size)
-                merged = await self.pool.run(partial(self.merge.merge_block, block, raw))
+                merged = await self.lane.run(partial(self.merge.merge_block, block, raw))
                 await self.spool.put(merged)
                 self.on_bytes(size)
             await self.reader.expect_end()

@@ -1,59 +1,105 @@
 """Prometheus metrics of one application."""
 
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
 from bonsai_lora.service.stats import StoreStats
 
-_LATENCY_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10)
+_LATENCY_SECONDS = (
+    *(5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1, 2.5, 5, 10, 30, 60, 120, 300, 600),
+)
+_WORKER_FILE = re.compile(r"gauge_livesum_([0-9]+)\.db")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one process has to do at the moment."""
+
+    in_flight: Mapping[str, int]
+    """Admitted requests by lane."""
+    queued: Mapping[str, int]
+    """Pieces of work, by lane, that are in a thread or wait for one."""
+    reserved: Mapping[str, int]
+    """Bytes reserved for requests in flight, by resource: memory, or disk for spill files."""
+    budgets: Mapping[str, int]
+    """Most bytes that can be reserved, by resource."""
 
 
 class Metrics:
-    """Request counters, and gauges of the store that are read on each scrape."""
+    """Request counters, and gauges that are read on each scrape.
+
+    With several workers, each writes its counters and its load to files that all of them sum up.
+    """
 
     def __init__(
-        self, store_stats: Callable[[], StoreStats], describe: Callable[[], dict[str, str]]
+        self, collect_service: Callable[[], Iterable[Metric]], read_load: Callable[[], Load]
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._registry = CollectorRegistry()
-        self._store_registry = CollectorRegistry()
-        for registry in (self._registry, self._store_registry):
-            registry.register(_StoreCollector(store_stats, describe))
+        self._registry = registry = CollectorRegistry()
+        self._service_registry = CollectorRegistry()
+        self._service_registry.register(_ServiceCollector(collect_service))
+        self._service_registry.register(_WorkersCollector())
         self._requests = Counter(
             "bonsai_lora_requests",
             "Requests answered.",
             ["method", "route", "status"],
-            registry=self._registry,
+            registry=registry,
         )
         self._latency = Histogram(
             "bonsai_lora_request_seconds",
             "Time from the request head to the last byte of the response.",
             ["method", "route"],
             buckets=_LATENCY_SECONDS,
-            registry=self._registry,
+            registry=registry,
+        )
+        self._refusals = Counter(
+            "bonsai_lora_refusals",
+            "Requests refused, by the code of the error.",
+            ["code"],
+            registry=registry,
         )
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.rows_applied = Counter(
             "bonsai_lora_rows_applied",
             "Vectors that adapters were applied to.",
-            registry=self._registry,
+            registry=registry,
         )
         self.bytes_merged = Counter(
             "bonsai_lora_merged_bytes",
             "Bytes of merged weights produced.",
-            registry=self._registry,
+            registry=registry,
+        )
+        self._read_load = read_load
+        self._in_flight = _gauge(
+            registry, "requests_in_flight", "Requests admitted and not yet answered.", ["lane"]
+        )
+        self._queued = _gauge(
+            registry, "queued_work", "Work that is in a thread or waits for one.", ["lane"]
+        )
+
+        self._reserved = _gauge(
+            registry, "reserved_bytes", "Bytes reserved for requests in flight.", ["resource"]
+        )
+        self._budgets = _gauge(
+            registry, "budget_bytes", "Most bytes that can be reserved.", ["resource"]
         )
 
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
@@ -68,47 +114,120 @@ class Metrics:
         known[0].inc()
         known[1].observe(seconds)
 
+    def count_refusal(self, code: str) -> None:
+        """Count a refusal; `code` is that of an error class."""
+        self._refusals.labels(code).inc()
+
+    def publish_load(self) -> None:
+        """Update this process's gauges, which other workers read."""
+        load = self._read_load()
+        for gauge, figures in (
+            (self._in_flight, load.in_flight),
+            (self._queued, load.queued),
+            (self._reserved, load.reserved),
+            (self._budgets, load.budgets),
+        ):
+            for label, number in figures.items():
+                gauge.labels(label).set(number)
+
     def render(self) -> bytes:
         """Return the metrics in Prometheus's text format."""
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-            return generate_latest(self._registry)
-        registry = CollectorRegistry()
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        return generate_latest(registry) + generate_latest(self._store_registry)
+        self.publish_load()
+        registry = self._registry
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            for worker in _workers():
+                if not _is_running(worker):
+                    mark_process_dead(worker)  # type: ignore[no-untyped-call]
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry) + generate_latest(self._service_registry)
+
+
+def _gauge(
+    registry: CollectorRegistry, name: str, description: str, labels: Iterable[str] = ()
+) -> Gauge:
+    return Gauge(
+        f"bonsai_lora_{name}",
+        description,
+        labels,
+        registry=registry,
+        multiprocess_mode="livesum",
+    )
+
+
+def _workers() -> list[int]:
+    """Return the process ids of the workers that have published their load."""
+    folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder is None:
+        return [os.getpid()]
+    found = (_WORKER_FILE.fullmatch(path.name) for path in Path(folder).iterdir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)
-class _StoreCollector(Collector):
-    store_stats: Callable[[], StoreStats]
-    info: Callable[[], dict[str, str]]
+class _ServiceCollector(Collector):
+    collect_service: Callable[[], Iterable[Metric]]
 
     def describe(self) -> Iterable[Metric]:
         return []
 
     def collect(self) -> Iterable[Metric]:
-        about = self.info()
-        info = GaugeMetricFamily(
-            "bonsai_lora_info",
-            "Version and configuration of this service; always 1.",
-            labels=list(about),
-        )
-        info.add_metric(list(about.values()), 1)
-        yield info
-        stats = self.store_stats()
-        yield GaugeMetricFamily("bonsai_lora_sets", "Sets in the store.", stats.set_count)
-        yield GaugeMetricFamily(
-            "bonsai_lora_newer_files",
+        return self.collect_service()
+
+
+class _WorkersCollector(Collector):
+    """Prometheus's standard figures of a process (CPU, memory, descriptors), for each worker."""
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterable[Metric]:
+        found: dict[str, Metric] = {}
+        for worker in _workers():
+            for one in ProcessCollector(pid=partial(int, worker), registry=None).collect():
+                family = found.setdefault(one.name, Metric(one.name, one.documentation, one.type))
+                for sample in one.samples:
+                    family.add_sample(sample.name, {"pid": str(worker)}, sample.value)
+        return found.values()
+
+
+def service_metrics(
+    stats: StoreStats, about: Mapping[str, str], *, budget_bytes: int, restarts: int
+) -> Iterable[Metric]:
+    """Yield what the store holds and what this service is."""
+    info = GaugeMetricFamily(
+        "bonsai_lora_info",
+        "Version and configuration of this service; always 1.",
+        labels=list(about),
+    )
+    info.add_metric(list(about.values()), 1)
+    yield info
+    yield CounterMetricFamily(
+        "bonsai_lora_worker_restarts", "Workers replaced after they died.", restarts
+    )
+    for name, description, value in (
+        ("sets", "Sets in the store.", stats.set_count),
+        ("bad_files", "Files in the store that could not be read.", stats.bad_file_count),
+        (
+            "newer_files",
             "Files in the store that a newer release wrote; they are kept but not served.",
             stats.newer_file_count,
-        )
-        yield GaugeMetricFamily(
-            "bonsai_lora_adapters", "Adapters in all sets.", stats.adapter_count
-        )
-        yield GaugeMetricFamily(
-            "bonsai_lora_sets_bytes", "Size of all sets as float32.", stats.total_memory_bytes
-        )
-        yield GaugeMetricFamily(
-            "bonsai_lora_resident_bytes",
+        ),
+        ("adapters", "Adapters in all sets.", stats.adapter_count),
+        ("sets_bytes", "Size of all sets as float32.", stats.total_memory_bytes),
+        ("sets_budget_bytes", "What all sets may take as float32.", budget_bytes),
+        (
+            "resident_bytes",
             "Bytes of this process's open sets that are resident in memory.",
             stats.resident_bytes,
-        )
+        ),
+    ):
+        yield GaugeMetricFamily(f"bonsai_lora_{name}", description, value)

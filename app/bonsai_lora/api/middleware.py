@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import math
 import re
 import secrets
 from collections.abc import Awaitable, Mapping
@@ -13,17 +14,25 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bonsai_lora.api.body import parse_length
+from bonsai_lora.api.call import closes
 from bonsai_lora.api.coroutines import resume
 from bonsai_lora.api.errors import failure_response
 from bonsai_lora.api.metrics import Metrics
-from bonsai_lora.errors import BonsaiLoraError, StalledError
+from bonsai_lora.api.pace import Pace
+from bonsai_lora.errors import BonsaiLoraError, BusyError
+from bonsai_lora.formats.text import printable
 
 T = TypeVar("T")
 
 REQUEST_ID = b"x-request-id"
+TRACEPARENT = b"traceparent"
 SLOW_SECONDS = 1.0
+_BUSY_LINES_PER_SECOND = 10
+"""Log lines for `busy` refusals: writing one takes as long as the refusal itself."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}\Z")
+_TRACEPARENT = re.compile(rb"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _numbers = itertools.count(secrets.randbits(60))
 _log = structlog.get_logger("bonsai_lora.requests")
 
@@ -33,6 +42,9 @@ class Observer:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._busy_second = 0
+        self._busy_lines = 0
+        self._left_out = 0
         self._logs_all = logging.getLogger("bonsai_lora.requests").isEnabledFor(logging.DEBUG)
 
     def observe(self, scope: Mapping[str, Any], status: int, seconds: float) -> None:
@@ -40,30 +52,59 @@ class Observer:
         route = getattr(scope.get("route"), "path", "none")
         method = scope["method"] if route != "none" else "any"
         self._metrics.count_request(method, route, status, seconds)
-        changed = scope["method"] in ("PUT", "PATCH", "DELETE") or status == 201
-        worth = changed or status >= 400 or seconds > SLOW_SECONDS or not status
-        if not worth and not self._logs_all:
-            return
         problem = scope.get("problem")
-        about = {} if problem is None else {"code": problem.code, "detail": problem.detail[:300]}
-        (_log.info if worth else _log.debug)(
-            f"{status} {scope['method']} {_printable(scope['path'][:300])}",
-            **about,
-            ms=round(seconds * 1000, 2),
-            request_id=scope["request_id"],
-        )
+        if problem is not None:
+            self._metrics.count_refusal(problem.code)
+        changed = scope["method"] in ("PUT", "PATCH", "DELETE") or status == 201
+        if problem is not None and problem.code == BusyError.code and self._leaves_out():
+            return
+        worth = changed or status >= 400 or seconds > SLOW_SECONDS or not status
+        if worth or self._logs_all:
+            about = (
+                {} if problem is None else {"code": problem.code, "detail": problem.detail[:300]}
+            )
+            (_log.info if worth else _log.debug)(
+                "request", status=status, ms=round(seconds * 1000, 2), **about, **_fields(scope)
+            )
+
+    def _leaves_out(self) -> bool:
+        """Return whether to log nothing about a busy refusal; say later how many were left out."""
+        second = int(perf_counter())
+        if second != self._busy_second:
+            if self._left_out:
+                _log.info("more requests were refused as busy", left_out=self._left_out)
+            self._busy_second, self._busy_lines, self._left_out = second, 0, 0
+        self._busy_lines += 1
+        is_over = self._busy_lines > _BUSY_LINES_PER_SECOND
+        self._left_out += is_over
+        return is_over
 
     @staticmethod
     def note_disconnect(scope: Mapping[str, Any]) -> None:
         """Log that the client disconnected."""
-        path = _printable(scope["path"])
-        _log.info("client disconnected", path=path, request_id=scope["request_id"])
+        _log.info("client disconnected", **_fields(scope))
 
     @staticmethod
     def note_failure(scope: Mapping[str, Any]) -> None:
         """Log an unexpected exception with its traceback."""
-        path = _printable(scope["path"])
-        _log.exception("unexpected error", path=path, request_id=scope["request_id"])
+        _log.exception("unexpected error", **_fields(scope))
+
+
+def _fields(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a log line says about a request, without what the request does not have."""
+    path_params = scope.get("path_params", {})
+    name = path_params.get("set", path_params.get("model"))
+    fields = {
+        "method": scope["method"],
+        "path": printable(scope["path"][:300]),
+        "route": getattr(scope.get("route"), "path", None),
+        "set": None if name is None else printable(name[:300]),
+        "rows": scope.get("rows"),
+        "key": scope.get("key"),
+        "request_id": scope["request_id"],
+        "trace_id": scope.get("trace_id"),
+    }
+    return {field: value for field, value in fields.items() if value is not None}
 
 
 class ObserveMiddleware:
@@ -82,7 +123,9 @@ class ObserveMiddleware:
         started = perf_counter()
         given = next((value for name, value in scope["headers"] if name == REQUEST_ID), None)
         scope["request_id"] = request_id_of(given)
-        exchange = _Exchange(receive, send, scope["request_id"], self._stall)
+        parents = [value for name, value in scope["headers"] if name == TRACEPARENT]
+        scope["trace_id"] = trace_id_of(b", ".join(parents))
+        exchange = _Exchange(scope, receive, send, self._stall)
         try:
             await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
@@ -91,8 +134,7 @@ class ObserveMiddleware:
             # An error after the response has started is the cause of Starlette's exception.
             refusal = error.__cause__
             if exchange.status and isinstance(refusal, BonsaiLoraError):
-                reason, number = refusal.detail, scope["request_id"]
-                _log.warning("response aborted", reason=reason, request_id=number)
+                _log.warning("response aborted", reason=refusal.detail, **_fields(scope))
                 return
             self._observer.note_failure(scope)
             if not exchange.status:
@@ -102,41 +144,47 @@ class ObserveMiddleware:
 
 
 class _Exchange:
-    """The ASGI channels of one request; raises StalledError if the client stalls."""
+    """The ASGI channels of one request; raises StalledError if the client sends too slowly."""
 
-    __slots__ = ("_ended", "_is_stalled", "_receive", "_request_id", "_send", "_stall", "status")
+    __slots__ = ("_missing", "_pace", "_receive", "_scope", "_send", "status")
 
-    def __init__(self, receive: Receive, send: Send, request_id: str, stall: float) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, stall_seconds: float) -> None:
+        self._scope = scope
         self._receive = receive
         self._send = send
-        self._request_id = request_id
-        self._stall = stall
-        self._ended = False
-        self._is_stalled = False
+        self._pace = Pace(stall_seconds)
+        self._missing: float | None = None
+        """Bytes of the body that are still to be received; None before it is read."""
         self.status = 0
 
     async def receive(self) -> Message:
-        """Return the next part of the body, which must arrive within the stall timeout."""
-        if self._ended:
+        """Return the next part of the body, which must arrive in time."""
+        if self._missing is None:
+            self._missing = _body_bytes(self._scope)
+        if self._missing == 0:
             return await self._receive()
-        message = await self._with_timeout(self._receive(), "sent")
-        self._ended = not message.get("more_body", False)
+        message = await self._in_time(self._receive())
+        received = len(message.get("body", b""))
+        self._pace.note(0, received)
+        self._missing = max(1, self._missing - received) if message.get("more_body") else 0
         return message
 
     async def send(self, message: Message) -> None:
-        """Send a part of the response; a client must keep reading a streamed one."""
+        """Send a part of the response; after a refusal, a long rest of the body is not read."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            message["headers"].append((REQUEST_ID, self._request_id.encode()))
-            if self._is_stalled:  # the rest of the body may never arrive
+            message["headers"].append((REQUEST_ID, self._scope["request_id"].encode()))
+            if self.status >= 400 and self._is_last():
                 message["headers"].append((b"connection", b"close"))
-        elif message.get("more_body"):
-            await self._with_timeout(self._send(message), "read")
-            return
         await self._send(message)
 
-    async def _with_timeout(self, step: Awaitable[T], verb: str) -> T:
-        """Return the result of `step`; raises StalledError after the stall timeout."""
+    def _is_last(self) -> bool:
+        """Return whether the connection is closed after this refusal."""
+        missing = _body_bytes(self._scope) if self._missing is None else self._missing
+        return self._pace.left_seconds <= 0 or closes(self.status, missing)
+
+    async def _in_time(self, step: Awaitable[T]) -> T:
+        """Return the result of `step`; raises StalledError if the client has no time left."""
         # Most awaitables finish in their first step. Running that one by hand saves a timer and
         # three system calls per request.
         iterator = step.__await__()
@@ -144,22 +192,25 @@ class _Exchange:
             first = next(iterator)
         except StopIteration as done:
             return cast("T", done.value)
+        began = perf_counter()
         try:
-            async with asyncio.timeout(self._stall):
+            async with asyncio.timeout(self._pace.left_seconds):
                 return cast("T", await resume(iterator, first))
         except TimeoutError:
-            self._is_stalled = True
-            raise StalledError(
-                f"the client {verb} nothing for {self._stall:g} s; retry on a faster connection, "
-                "or raise stall_seconds"
-            ) from None
+            raise self._pace.too_slow() from None
+        finally:
+            self._pace.note(perf_counter() - began, 0)
 
 
-def _printable(text: str) -> str:
-    """Return `text` with line ends and other control characters escaped: a path can hold any."""
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
+def _body_bytes(scope: Scope) -> float:
+    """Return the declared length of the body in bytes: infinite if it is chunked, 0 if none."""
+    length = 0.0
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            length = parse_length(value)
+        elif name == b"transfer-encoding":
+            return math.inf
+    return length
 
 
 def request_id_of(given: bytes | None) -> str:
@@ -167,3 +218,12 @@ def request_id_of(given: bytes | None) -> str:
     if given is not None and _REQUEST_ID.match(given):
         return str(given, "ascii")
     return f"{next(_numbers):016x}"
+
+
+def trace_id_of(parent: bytes) -> str | None:
+    """Return the trace id of a `traceparent` header, or None if it is not valid.
+
+    Source: W3C Trace Context, section 3.2; version 00.
+    """
+    found = _TRACEPARENT.fullmatch(parent)
+    return None if found is None else str(found[1], "ascii")

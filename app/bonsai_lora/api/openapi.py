@@ -13,6 +13,8 @@ from pydantic.json_schema import models_json_schema
 from bonsai_lora import errors
 from bonsai_lora.api import oip_schemas, schemas, tensor_schemas
 from bonsai_lora.api.errors import PROBLEM_TYPE, status_of
+from bonsai_lora.api.openapi_headers import describe_headers, sends
+from bonsai_lora.api.openapi_schemas import refine_schemas
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.wire.media import Form
 
@@ -62,11 +64,11 @@ Responses = dict[int | str, dict[str, Any]]
 
 
 def extra_response(
-    status: int, description: str, model: type[BaseModel] | None = None
+    status: int, description: str, model: type[BaseModel] | None = None, *headers: str
 ) -> Responses:
     """Return an additional response of a route, with the body `model` if given."""
     more = {} if model is None else {"model": model}
-    return {status: {"description": description, **more}}
+    return {status: {"description": description, **more, **sends(status, *headers)[status]}}
 
 
 def problems(*kinds: type[BonsaiLoraError]) -> Responses:
@@ -142,11 +144,16 @@ def install_openapi(app: FastAPI) -> None:
                 version=app.version,
                 summary=app.summary,
                 description=app.description,
+                license_info=app.license_info,
                 routes=app.routes,
                 tags=app.openapi_tags,
             )
             _drop_unused_validation_errors(document)
             _add_models(document)
+            refine_schemas(document)
+            describe_headers(document)
+            document.setdefault("servers", [{"url": "/"}])
+            document.setdefault("security", [])
             app.openapi_schema = document
         return app.openapi_schema
 

@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from bonsai_lora.api.conditions import not_modified
 from bonsai_lora.errors import RangeNotSatisfiableError
-from bonsai_lora.service.work import WorkPool
+from bonsai_lora.service.work import Lane
 
 MAX_RANGES = 64
 """A request for more ranges than this gets the whole file, as the RFC allows."""
@@ -36,26 +36,26 @@ class RangedFile(Protocol):
 
 
 def file_response(
-    request: Request, file: RangedFile, pool: WorkPool, headers: Mapping[str, str] | None = None
+    request: Request, file: RangedFile, lane: Lane, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Return the response to GET or HEAD of a file: 200, 206, 304 or 416.
 
-    It counts as a request in progress in `pool` while it streams; 503 if `pool` is full.
+    It has a place in `lane` while it streams; 503 if all are taken.
     """
     response = _respond(request, file, headers)
-    return _Admitted(response, pool) if isinstance(response, StreamingResponse) else response
+    return _Admitted(response, lane) if isinstance(response, StreamingResponse) else response
 
 
 class _Admitted(Response):
-    """A response that is admitted to the pool before it starts, and until it ends."""
+    """A response that is admitted to a lane before it starts, and until it ends."""
 
-    def __init__(self, response: Response, pool: WorkPool) -> None:
+    def __init__(self, response: Response, lane: Lane) -> None:
         self.background = None  # FastAPI reads this attribute
         self._response = response
-        self._pool = pool
+        self._lane = lane
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._pool.admit():
+        with self._lane.admit():
             await self._response(scope, receive, send)
 
 

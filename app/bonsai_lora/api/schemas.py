@@ -8,7 +8,7 @@ from bonsai_lora.core import shapes
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.config import LoraConfig, shortest_float32
 from bonsai_lora.core.spectrum import delta_norm, effective_rank
-from bonsai_lora.formats.names import SET_NAME_PATTERN
+from bonsai_lora.formats.names import RESERVED_SET_NAMES, SET_NAME_PATTERN
 from bonsai_lora.service.sets import Imported
 from bonsai_lora.storage.setfile import StoredSet
 
@@ -98,7 +98,7 @@ class CreateSet(RequestModel):
     )
 
     name: str = Field(
-        description=f"matches {SET_NAME_PATTERN}; adapters, api, mixed, v1, v2 are reserved"
+        description=f"matches {SET_NAME_PATTERN}; reserved: {', '.join(sorted(RESERVED_SET_NAMES))}"
     )
     base_model_name: str = Field("", max_length=256, description="model that the set adapts")
     config: Config = Field(default_factory=Config)
@@ -355,6 +355,10 @@ class Readiness(BaseModel):
     newer_files: list[str] = Field(
         description="sets that a newer release wrote; their files are left untouched"
     )
+    store_writable: bool = Field(description="whether sets can be created, changed and deleted")
+    bases_readable: bool | None = Field(
+        description="whether the folder of bases exists; null if the service has no such folder"
+    )
 
 
 class Problem(BaseModel):
@@ -367,5 +371,11 @@ class Problem(BaseModel):
     status: int
     detail: str = Field(description="for people: what is wrong, and what to do")
     instance: str = Field(description="path of the request")
-    code: str = Field(description="stable, for programs")
+    code: str = Field(
+        description="stable, for programs; later releases add codes, so treat an unknown one by "
+        "its status"
+    )
     request_id: str | None = None
+    trace_id: str | None = Field(
+        None, description="trace id of the request's `traceparent`, if any"
+    )

@@ -11,6 +11,7 @@ import anyio
 import anyio.to_thread
 
 from bonsai_lora.errors import StalledError, StoreFullError
+from bonsai_lora.service.budget import Budget
 
 T = TypeVar("T")
 
@@ -23,12 +24,15 @@ _PIECE_BYTES = 1 << 20
 class Spool:
     """A FIFO of blocks, in memory first, then in a temporary file of bounded size.
 
-    One task puts, one iterates. When memory and file are full, `put` waits for the consumer for
-    at most `stall_seconds`. `close` releases both.
+    One task puts, one iterates. When memory and file are full, or all spools together take the
+    `disk` budget, `put` waits for the consumer for at most `stall_seconds`. `close` releases both.
     """
 
-    def __init__(self, max_disk_bytes: int, stall_seconds: float, folder: Path) -> None:
-        self._max_disk = max_disk_bytes
+    def __init__(self, disk: Budget, stall_seconds: float, folder: Path) -> None:
+        self._disk = disk
+        self._max_disk = disk.total_bytes
+        self._taken = 0
+        """Length of the file, which is reserved from `disk`."""
         self._stall = stall_seconds
         self._folder = folder
         self._memory: deque[bytes | bytearray] = deque()
@@ -50,8 +54,6 @@ class Spool:
             self._memory.append(block)
             self._memory_bytes += len(block)
         else:
-            if self._written == self._read:  # rewind, so that the file stays short
-                self._written = self._read = 0
             try:
                 await anyio.to_thread.run_sync(self._write, block)
             except OSError as error:
@@ -96,13 +98,24 @@ class Spool:
         self._memory.clear()
         if self._file is not None:
             self._file.close()
+        self._disk.release(self._taken)
+        self._taken = 0
 
     def _fits_memory(self, size: int) -> bool:
         """Return whether a block fits in memory; while blocks are on disk, none does."""
         return self._written == self._read and self._memory_bytes + size <= MEMORY_BYTES
 
     def _fits_disk(self, size: int) -> bool:
-        return self._written - self._read + size <= self._max_disk
+        """Return whether a block fits in the file, whose growth is reserved then."""
+        if self._written == self._read:  # rewind, so that the file stays short
+            self._written = self._read = 0
+        if self._written - self._read + size > self._max_disk:
+            return False
+        growth = max(0, min(self._written + size, self._max_disk) - self._taken)
+        if not self._disk.try_reserve(growth):
+            return False
+        self._taken += growth
+        return True
 
     @property
     def _drained(self) -> bool:
@@ -144,7 +157,9 @@ class Spool:
                 with anyio.fail_after(self._stall):
                     await self._changed.wait()
         except TimeoutError:
+            held = self._written - self._read + self._memory_bytes
             raise StalledError(
-                f"the client sent {self._max_disk} bytes more than it read, then stopped reading "
-                f"for {self._stall:g} s; read the response while sending, or send smaller weights"
+                f"the client has {held} bytes of its response to read, for which there is no more "
+                f"room, and read nothing for {self._stall:g} s; read the response while sending, "
+                "or send smaller weights"
             ) from None

@@ -1,5 +1,6 @@
 """Multipart uploads, whose weights are written to a file as they arrive."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import anyio.to_thread
@@ -29,16 +30,20 @@ _START_BYTES = 1 << 12
 """How much of a file is looked at to say what it is."""
 
 
-async def receive_adapter(request: Request, upload: Upload, limit: int) -> bytes:
+async def receive_adapter(
+    request: Request, upload: Upload, limit: int, reserve: Callable[[int], None]
+) -> bytes:
     """Write the part `adapter_model` to `upload`; return the part `adapter_config`.
 
-    Raises UnsupportedMediaTypeError, BodyTooLargeError, the errors of `Upload.write`, and
-    MalformedMultipartError for a missing, duplicate or unknown part.
+    `reserve` counts bytes before they are written. Raises its errors, UnsupportedMediaTypeError,
+    BodyTooLargeError, the errors of `Upload.write`, and MalformedMultipartError for a missing,
+    duplicate or unknown part.
     """
     check_not_compressed(request)
     declared = content_length(request)
     if declared is not None:
         check_length(declared, limit)
+        reserve(declared)
     form = _AdapterForm()
     boundary = _boundary(request)
     received = 0
@@ -47,6 +52,8 @@ async def receive_adapter(request: Request, upload: Upload, limit: int) -> bytes
         async for chunk in request.stream():
             received += len(chunk)
             check_length(received, limit)
+            if declared is None:
+                reserve(len(chunk))
             parser.write(chunk)
             if len(form.model) >= _WRITE_BYTES:
                 await _flush(form, upload)

@@ -17,6 +17,7 @@ from bonsai_lora.client.call import Call, decode_json, path_of
 from bonsai_lora.client.connection import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE, url_of
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_base_name, is_set_name
+from bonsai_lora.formats.text import printable
 
 EXIT_REFUSED = 1
 """The service returned an error."""
@@ -113,7 +114,7 @@ def _guarded(run: Callable[[Client, argparse.Namespace], Any]) -> Callable[..., 
             return EXIT_CLOSED
         except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - unexpected ones are raised
             code, text = _describe_failure(error, address)
-            print(f"bonsai-lora: {text}", file=sys.stderr)
+            print(f"bonsai-lora: {printable(text)}", file=sys.stderr)
             return code
         return 0
 
@@ -162,7 +163,7 @@ def show_set(client: Client, arguments: argparse.Namespace) -> Any:
     if not arguments.json:
         fields = ("name", "base_model_name", "version", "origin", "updated_at")
         for key in (*fields, "total_trainable_params"):
-            print(f"{key}: {info[key]}")
+            print(f"{key}: {printable(str(info[key]))}")
         _print_rows(("name", "d_in", "d_out", "rank", "alpha", "scaling"), info["modules"])
     return info
 
@@ -176,7 +177,7 @@ def show_stats(client: Client, arguments: argparse.Namespace) -> Any:
     if not arguments.json:
         for key, value in stats.items():
             if not isinstance(value, list):
-                print(f"{key}: {value}")
+                print(f"{key}: {printable(str(value))}")
         if name is not None:
             fields = ("name", "rank", "param_count", "delta_norm", "effective_rank")
             _print_rows(fields, stats["modules"])
@@ -202,9 +203,10 @@ def push_set(client: Client, arguments: argparse.Namespace) -> Any:
             f"{arguments.folder} has no {missing}; give a folder saved by PEFT or mlx_lm"
         ) from None
     if not arguments.json:
-        print(f"{report['name']}: version {report['version']}, {report['adapter_count']} adapters")
+        name = printable(report["name"])
+        print(f"{name}: version {report['version']}, {report['adapter_count']} adapters")
         for text in report["warnings"]:
-            print(f"warning: {text}", file=sys.stderr)
+            print(f"warning: {printable(text)}", file=sys.stderr)
     return report
 
 
@@ -268,4 +270,4 @@ def _table(head: list[str], rows: list[list[Any]]) -> None:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))

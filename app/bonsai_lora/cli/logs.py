@@ -2,8 +2,14 @@
 
 import logging
 import sys
+import traceback
+from typing import TextIO
 
 import structlog
+
+from bonsai_lora.formats.text import printable
+
+_TRACEBACK = "exc_info"
 
 
 def configure_logging(level: str, form: str) -> None:
@@ -18,12 +24,13 @@ def configure_logging(level: str, form: str) -> None:
         [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
         if form == "json"
         else [
+            _escape,
             structlog.dev.ConsoleRenderer(
                 colors=sys.stderr.isatty(),
                 sort_keys=False,
                 pad_event_to=0,
-                exception_formatter=structlog.dev.plain_traceback,
-            )
+                exception_formatter=_write_traceback,
+            ),
         ]
     )
     structlog.configure(
@@ -47,3 +54,21 @@ def configure_logging(level: str, form: str) -> None:
     root.setLevel(level.upper())
     # Its startup and shutdown messages; `serve` logs one line instead.
     logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))
+
+
+def _escape(
+    _logger: object, _method: str, line: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Escape control characters in all of a line's texts, whoever logs it."""
+    return {
+        name: value
+        if name == _TRACEBACK
+        else printable(value if isinstance(value, str) else repr(value))
+        for name, value in line.items()
+    }
+
+
+def _write_traceback(stream: TextIO, exc_info: structlog.typing.ExcInfo) -> None:
+    """Write a traceback; indentation tells its lines from those of the log."""
+    text = "".join(traceback.format_exception(*exc_info))
+    stream.writelines(f"\n    {printable(line)}" for line in text.splitlines())

@@ -143,7 +143,8 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: str) -
     )
     server = uvicorn.Server(config)
     try:
-        SetStore(Path(settings.store))
+        if not SetStore(Path(settings.store)).is_writable():
+            _log.warning("the store %s is read-only; sets cannot be changed", settings.store)
         # After shutdown, uvicorn raises the signal again for the previously installed handler.
         for ending in (signal.SIGTERM, signal.SIGINT):
             signal.signal(ending, _exit)

@@ -196,6 +196,8 @@ class Readiness(TypedDict):
     sets: int
     bad_files: dict[str, str]
     newer_files: list[str]
+    store_writable: bool
+    bases_readable: bool | None
 
 
 class ServerMetadata(TypedDict):

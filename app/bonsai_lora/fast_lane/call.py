@@ -8,19 +8,19 @@ from typing import Any, Protocol
 import numpy as np
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from uvicorn.protocols.http.flow_control import FlowControl
 
-from bonsai_lora.api.call import Call, HeaderLines
+from bonsai_lora.api.call import LONG_BYTES, Call, HeaderLines, closes
 from bonsai_lora.api.coroutines import resume
 from bonsai_lora.api.errors import failure_response, problem_response
 from bonsai_lora.api.middleware import request_id_of
-from bonsai_lora.errors import BonsaiLoraError, StalledError
+from bonsai_lora.api.pace import Pace
+from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.fast_lane.head import RequestHead
 from bonsai_lora.fast_lane.routes import FastLane, RouteMatch
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.wire.buffers import Buffer
 
-LONG_BYTES = 1 << 16
-"""Read size between requests; the rest of a longer body is read straight into its array."""
 _BATCH_SECONDS = 1e-4
 """A response that took longer than this to compute is not held back for batching."""
 _ALIGNMENT = 16
@@ -31,6 +31,7 @@ class Connection(Protocol):
     """The connection of a `LaneCall`: `LaneProtocol` in app/bonsai_lora/fast_lane/protocol.py."""
 
     lane: FastLane
+    flow: FlowControl
     loop: asyncio.AbstractEventLoop
     tasks: set[asyncio.Task[None]]
     transport: asyncio.Transport
@@ -62,25 +63,26 @@ class LaneCall(Call):
         "_http",
         "_is_stalled",
         "_match",
-        "_scope",
         "_status",
         "is_started",
         "keep_alive",
     )
 
     def __init__(self, http: Connection, head: RequestHead, match: RouteMatch) -> None:
-        super().__init__(http.lane.context, head.headers, head.query_string)
+        # The part of an ASGI scope that logging, metrics and error responses read.
+        scope = {
+            "method": "POST",
+            "path": head.path,
+            "request_id": request_id_of(head.request_id),
+            "trace_id": head.trace_id,
+            "route": match.route.scope_route,
+            "path_params": match.path_params,
+        }
+        super().__init__(http.lane.context, scope, head.headers, head.query_string)
         self._http = http
         self._head = head
         self._match = match
         self._body: Buffer = b""
-        # The part of an ASGI scope that logging, metrics and error responses read.
-        self._scope: dict[str, Any] = {
-            "method": "POST",
-            "path": head.path,
-            "request_id": request_id_of(head.request_id),
-            "route": match.route.scope_route,
-        }
         self._is_stalled = False
         self._status = 0
         self.is_started = False
@@ -128,7 +130,7 @@ class LaneCall(Call):
 
     async def _serve(self) -> None:
         started = perf_counter()
-        observer, scope = self._http.lane.observer, self._scope
+        observer, scope = self._http.lane.observer, self.scope
         try:
             self._write(await self._answer())
         except ClientDisconnect:
@@ -142,23 +144,28 @@ class LaneCall(Call):
             if seconds > _BATCH_SECONDS:
                 self._http.flush()
             observer.observe(scope, self._status, seconds)
+            if self._http.flow.write_paused:
+                await self._http.flow.drain()
+            self.close()
             self._http.end_call(self)
 
     async def _answer(self) -> Response:
         """Return the response of the route's function, or an error response."""
         try:
-            return await self._match.route.endpoint(self, *self._match.parameters)
+            return await self._match.route.endpoint(self, *self._match.path_params.values())
         except BonsaiLoraError as error:
             if self.missing and self._head.expects:
                 self.keep_alive = False  # the client may or may not send the body
-            return problem_response(error, self._scope)
+            return problem_response(error, self.scope)
 
     def _write(self, answer: Response) -> None:
         http = self._http
         if http.transport.is_closing():
             raise ClientDisconnect
         parts = getattr(answer, "parts", None) or (answer.body,)
-        lines = [*answer.raw_headers, (b"x-request-id", self._scope["request_id"].encode())]
+        if self.missing and closes(answer.status_code, self.missing):
+            self.keep_alive = False
+        lines = [*answer.raw_headers, (b"x-request-id", self.scope["request_id"].encode())]
         http.write_response(answer.status_code, lines, parts, keep_alive=self.keep_alive)
         self._status = answer.status_code
 
@@ -173,7 +180,7 @@ class LaneCall(Call):
         http = self._http
         if self._is_stalled:
             self.keep_alive = False
-            raise stalled(stall_seconds)
+            raise Pace(stall_seconds).too_slow()
         try:
             if self._head.expects and not self._body:
                 http.send_continue()
@@ -188,14 +195,6 @@ class LaneCall(Call):
         except BaseException:
             self.keep_alive = False  # the rest of the body would be parsed as a request
             raise
-
-
-def stalled(seconds: float) -> StalledError:
-    """Return the error for a client that stopped sending its body."""
-    return StalledError(
-        f"the client sent nothing for {seconds:g} s; retry on a faster connection, or raise "
-        "stall_seconds"
-    )
 
 
 async def _finish(coroutine: Coroutine[Any, Any, None], yielded: Any) -> None:

@@ -9,7 +9,7 @@ import httptools
 from bonsai_lora.api.body import parse_length
 from bonsai_lora.api.call import join_headers
 from bonsai_lora.api.connection import MAX_HEAD_LINES
-from bonsai_lora.api.middleware import REQUEST_ID
+from bonsai_lora.api.middleware import REQUEST_ID, TRACEPARENT, trace_id_of
 from bonsai_lora.api.options import HEADER_LENGTH
 
 
@@ -23,6 +23,8 @@ class RequestHead:
     """Values by lower-case name."""
     request_id: bytes | None
     """The client's first X-Request-Id."""
+    trace_id: str | None
+    """The trace id of the client's `traceparent`."""
     length: int
     """Length of the body in bytes."""
     data_start: int
@@ -55,6 +57,7 @@ def read_head(raw: bytes) -> RequestHead | None:
         url.query or b"",
         headers,
         next((value for name, value in collected.headers if name == REQUEST_ID), None),
+        trace_id_of(headers.get(TRACEPARENT, b"")),
         parse_length(declared),
         parse_length(headers.get(HEADER_LENGTH, b"")),
         headers.get(b"expect", b"").lower() == b"100-continue",

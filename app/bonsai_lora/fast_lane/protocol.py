@@ -5,8 +5,10 @@ from typing import Any, cast
 
 from starlette.requests import ClientDisconnect
 
+from bonsai_lora.api.call import LONG_BYTES
 from bonsai_lora.api.connection import GuardedProtocol
-from bonsai_lora.fast_lane.call import LONG_BYTES, LaneCall, stalled
+from bonsai_lora.api.pace import Pace
+from bonsai_lora.fast_lane.call import LaneCall
 from bonsai_lora.fast_lane.routes import FastLane
 from bonsai_lora.service.work import INLINE_NANOSECONDS
 
@@ -52,25 +54,30 @@ class LaneConnection(asyncio.BufferedProtocol):
     async def fill(self, target: memoryview, filled: int, stall_seconds: float) -> None:
         """Read into `target`, starting at `filled`, until it is full.
 
-        Raises StalledError if nothing is received for `stall_seconds`, ClientDisconnect.
+        Raises StalledError if the client sends at less than the `Pace`, ClientDisconnect.
         """
         loop = self._http.loop
         self._complete = loop.create_future()
         self._target, self._filled = target, filled
-        self._timer = loop.call_later(stall_seconds, self._check, filled, stall_seconds)
+        self._watch(Pace(stall_seconds))
         try:
             await self._complete
         finally:
             self._target = None
-            self._timer.cancel()
+            if self._timer is not None:
+                self._timer.cancel()
 
-    def _check(self, before: int, stall_seconds: float) -> None:
-        """Abort the read if nothing was received since the last check."""
-        if self._filled > before:
-            now = self._filled
-            self._timer = self._http.loop.call_later(stall_seconds, self._check, now, stall_seconds)
+    def _watch(self, pace: Pace) -> None:
+        seconds = pace.left_seconds
+        self._timer = self._http.loop.call_later(seconds, self._check, pace, self._filled, seconds)
+
+    def _check(self, pace: Pace, before: int, waited_seconds: float) -> None:
+        """Abort the read if too little has been received."""
+        pace.note(waited_seconds, self._filled - before)
+        if pace.left_seconds > 0:
+            self._watch(pace)
         elif not self._complete.done():
-            self._complete.set_exception(stalled(stall_seconds))
+            self._complete.set_exception(pace.too_slow())
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Forward to the HTTP protocol."""
@@ -111,6 +118,10 @@ class LaneProtocol(GuardedProtocol):
         """Bytes still to be discarded of a refused request's body."""
         self._active_at = 0.0
         """Loop time of the last received bytes or finished response."""
+        self._body_since = 0.0
+        """Loop time since which a short body is waited for, or is fast enough."""
+        self._missing = 0
+        """Bytes of the body that were missing then."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Initialize the timers."""
@@ -120,9 +131,12 @@ class LaneProtocol(GuardedProtocol):
     def data_received(self, data: bytes) -> None:
         """Start or continue the requests in `data`."""
         began = self._active_at = self.loop.time()
+        if self._linger_bytes is not None:
+            super().data_received(data)
+            return
         if self._pipelined:
             data, self._pipelined = self._pipelined + data, b""
-        while data and not self.transport.is_closing():
+        while data and not self.is_ending:
             if self._discarding:
                 data, skipped = data[self._discarding :], len(data)
                 self._discarding = max(0, self._discarding - skipped)
@@ -158,6 +172,7 @@ class LaneProtocol(GuardedProtocol):
         self._call = call = LaneCall(self, *found)
         rest = call.feed(data[end:])
         if self._call is call:
+            self._body_since, self._missing = self._active_at, call.missing
             self._schedule_check(self._check_seconds)
         return rest
 
@@ -202,7 +217,10 @@ class LaneProtocol(GuardedProtocol):
             return
         if not call.keep_alive:
             self.flush()
-            self.transport.close()
+            if call.missing:
+                self.linger()
+            else:
+                self.transport.close()
             return
         self._discarding = call.missing
         self._active_at = self.loop.time()
@@ -228,8 +246,11 @@ class LaneProtocol(GuardedProtocol):
         if is_busy or self._pipelined or self.flow.write_paused:
             self._schedule_check(self._check_seconds)
             return
-        limit = self.timeout_keep_alive if call is None else self.stall_seconds
-        left = self._active_at + limit - self.loop.time()
+        now = self.loop.time()
+        if call is not None and self._missing - call.missing >= self._read_pace.needed_bytes:
+            self._body_since, self._missing = now, call.missing
+        since = self._active_at if call is None else self._body_since
+        left = since + (self.timeout_keep_alive if call is None else self.stall_seconds) - now
         if left > 0:
             self._schedule_check(min(left, self._check_seconds))
         elif call is None:

@@ -1,7 +1,7 @@
 """The routes that the fast lane serves, and how a path is matched to one."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -38,17 +38,19 @@ class LaneRoute:
         self.fixed = [
             (place, piece) for place, piece in enumerate(pieces) if not piece.startswith("{")
         ]
-        self.variable = [place for place, piece in enumerate(pieces) if piece.startswith("{")]
+        self.variable = {
+            piece[1:-1]: place for place, piece in enumerate(pieces) if piece.startswith("{")
+        }
         self.endpoint = endpoint
         self.scope_route = SimpleNamespace(path=path)
         """Stands in for the framework's route in the scope; metrics read its `path`."""
 
 
 class RouteMatch(NamedTuple):
-    """A matched route and the values of its path parameters."""
+    """A matched route and the values of its path parameters by name, in the order of the path."""
 
     route: LaneRoute
-    parameters: Sequence[str]
+    path_params: Mapping[str, str]
 
 
 class WriteBatch:
@@ -100,8 +102,8 @@ class FastLane:
         route = self._routes.get((len(pieces), pieces[-1]))
         if route is None or any(pieces[place] != piece for place, piece in route.fixed):
             return None
-        names = [pieces[place] for place in route.variable]
-        return RouteMatch(route, names) if all(names) else None
+        found = {name: pieces[place] for name, place in route.variable.items()}
+        return RouteMatch(route, found) if all(found.values()) else None
 
     def match_head(self, raw: bytes) -> tuple[RequestHead, RouteMatch] | None:
         """Return the parsed head and the matched route of head bytes, or None."""

@@ -43,6 +43,9 @@ _IN_NUMPY = 5
 _JSON_BYTES = 10
 """Approximate length of a number and its comma."""
 
+Reserve = Callable[[int], None]
+"""Reserve memory for this many bytes of outputs; raises BusyError or MemoryBudgetError."""
+
 ReadSet = Callable[[str], StoredSet]
 """Return the current version of a set; raises SetNotFoundError."""
 
@@ -112,6 +115,8 @@ class Applier:
 
     limits: Limits
     bases: BaseFolder
+    may_take_long: bool = False
+    """Whether norms that are not cached may be computed: only in the long lane."""
 
     def apply(
         self,
@@ -120,13 +125,16 @@ class Applier:
         base_outputs: Inputs,
         experts: Integers | None = None,
         match: str | None = None,
+        *,
+        reserve: Reserve,
     ) -> dict[str, Floats]:
         """Return the summed deltas of `set_segments` by module, for inputs (d_in,) or (rows, d_in).
 
         `base_outputs` are W x without bias, for DoRA modules only, whose norms come from the base
         tensors that `match` is the prefix of; `experts` (rows,) is the number of the expert of each
         row, for fused modules only. Everything is checked before anything is computed. Raises
-        InvalidRequestError if `inputs` is empty, the errors of `check_experts` and `norms_of`,
+        InvalidRequestError if `inputs` is empty, the errors of `check_experts`, `norms_of` and
+        `reserve`,
         AdapterNotFoundError, ShapeMismatchError, TooManyRowsError, AnswerTooLargeError,
         DoraNeedsBaseError, and UnsupportedAdapterError for a module whose bias is replaced, or a
         DoRA module that is weighted or stacked.
@@ -139,7 +147,8 @@ class Applier:
         rows = {module: count_rows(batch) for module, batch in inputs.items()}
         check_experts(adapters, rows, experts)
         self.limits.check_rows(max(rows.values()))
-        self.limits.check_answer(sum(rows[one] * some[0].d_out for one, some in adapters.items()))
+        values = sum(rows[one] * some[0].d_out for one, some in adapters.items())
+        self.limits.check_answer(values)
         planned = {
             module: self._plan(
                 module,
@@ -152,6 +161,7 @@ class Applier:
             )
             for module, some in adapters.items()
         }
+        reserve(4 * values)
         return {module: compute() for module, compute in planned.items()}
 
     def _plan(
@@ -202,7 +212,9 @@ class Applier:
             return expert_segments(adapter, one.index, one.weights, experts)
         if adapter.magnitude is None or base_outputs is None:
             return [Segment(adapter, one.index, one.weights)]
-        norms = norms_of(one.stored, module, adapter, self.bases, match)
+        norms = norms_of(
+            one.stored, module, adapter, self.bases, match, may_take_long=self.may_take_long
+        )
         return [Segment(adapter, one.index, one.weights, base_outputs, norms)]
 
 
@@ -274,8 +286,10 @@ def check_no_replaced_bias(stored: StoredSet, module: str) -> None:
 def check_width(module: str, adapter: LoraAdapter, inputs: Floats) -> None:
     """Raise ShapeMismatchError unless the width of `inputs` is the adapter's d_in."""
     if inputs.shape[-1] != adapter.d_in:
+        why = ", as an empty list has no rows" if inputs.shape == (0,) else ""
         raise ShapeMismatchError(
-            f"the inputs for {module!r} have width {inputs.shape[-1]}; expected {adapter.d_in}",
+            f"the inputs for {module!r} have width {inputs.shape[-1]}{why}; expected "
+            f"{adapter.d_in}",
             module=module,
             got=inputs.shape[-1],
             expected=adapter.d_in,

@@ -7,7 +7,7 @@ from bonsai_lora.checkpoints.bases import Base, BaseFolder, row_norms
 from bonsai_lora.checkpoints.orientation import Fit, as_stored, is_any_transposed
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Floats
-from bonsai_lora.errors import DoraNeedsBaseError, ShapeMismatchError
+from bonsai_lora.errors import DoraNeedsBaseError, ShapeMismatchError, TakesLongError
 from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.storage.setfile import StoredSet
 
@@ -20,8 +20,12 @@ def norms_of(
     adapter: LoraAdapter,
     bases: BaseFolder,
     match: str | None = None,
+    *,
+    may_take_long: bool = True,
 ) -> Floats:
     """Return the row norms (d_out,) of W + scaling * B @ A, cached per adapter and base.
+
+    Raises TakesLongError if they are not cached, unless it `may_take_long`.
 
     W is the tensor that a merge with the same `match` would change. Raises DoraNeedsBaseError if
     no base with the set's base_model_name has the module's weight, InvalidRequestError if the
@@ -39,6 +43,8 @@ def norms_of(
         )
     known = _norms.get(adapter)
     if known is None or known[:2] != (base, name):
+        if not may_take_long:
+            raise TakesLongError
         known = _norms[adapter] = (base, name, _norms_in(base, name, stored, module, match))
     return known[2]
 

@@ -13,7 +13,16 @@ import numpy as np
 from bonsai_lora.core.cast import Array, Floats, count_rows
 from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError
 from bonsai_lora.formats.safetensors import as_bytes
-from bonsai_lora.service.apply import Applier, Inputs, SetSegment, cost_of, group_by_set, total_rows
+from bonsai_lora.service.apply import (
+    Applier,
+    Inputs,
+    Reserve,
+    SetSegment,
+    cost_of,
+    group_by_set,
+    total_rows,
+)
+from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.models import MIXED, SHARED_INPUT, Model
 from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.storage.counts import Counts
@@ -41,11 +50,17 @@ MODULE_NANOSECONDS = 30_000
 class Inference:
     """Runs inference requests."""
 
-    applier: Applier
     store: SetStore
     regions: SharedRegions
 
-    def infer(self, model: Model, request: InferRequest, counts: Counts) -> Encoded:
+    def infer(
+        self,
+        applier: Applier,
+        model: Model,
+        request: InferRequest,
+        counts: Counts,
+        reserve: Reserve,
+    ) -> Encoded:
         """Return the response body, and the length of its JSON if binary data follows.
 
         Outputs in shared memory are written there; rows and durations are added to `counts`.
@@ -53,7 +68,7 @@ class Inference:
         locations of outputs are checked before anything is computed.
         """
         started = time.perf_counter_ns()
-        outputs, inputs, compute = self._plan(model, request)
+        outputs, inputs, compute = self._plan(applier, model, request, reserve)
         ready = time.perf_counter_ns()
         arrays = compute()
         computed = time.perf_counter_ns()
@@ -70,15 +85,15 @@ class Inference:
         return encoded
 
     def _plan(
-        self, model: Model, request: InferRequest
+        self, applier: Applier, model: Model, request: InferRequest, reserve: Reserve
     ) -> tuple[Sequence[InferOutput], Inputs, Callable[[], dict[str, Floats]]]:
         """Return the requested outputs, their inputs by module, and the computation."""
         tensors = _Tensors(request, self.regions)
         placed = [one.content for one in request.inputs.values()]
         sizes = [one.byte_size for one in placed if isinstance(one, Placement)]
-        self.applier.limits.check_region_bytes(sum(sizes))
+        applier.limits.check_region_bytes(sum(sizes))
         set_segments = (
-            self._mixed_segments(request, tensors)
+            self._mixed_segments(request, tensors, applier.limits)
             if model.stored is None
             else [SetSegment(model.stored, request.scale)]
         )
@@ -89,7 +104,7 @@ class Inference:
             _check_width(model, source, adapter.d_in)
         self._check_places(outputs, set_segments, sources)
         for source in sources.values():
-            self.applier.limits.check_rows(source.rows)
+            applier.limits.check_rows(source.rows)
             check_floats(source)
         inputs = {name: tensors.floats(source) for name, source in sources.items()}
         endings = {name: f"{name}{BASE_ENDING}" for name in inputs}
@@ -98,16 +113,22 @@ class Inference:
             for name, ending in endings.items()
             if ending in request.inputs
         }
-        return outputs, inputs, lambda: self.applier.apply(set_segments, inputs, base_outputs)
+        return (
+            outputs,
+            inputs,
+            lambda: applier.apply(set_segments, inputs, base_outputs, reserve=reserve),
+        )
 
-    def _mixed_segments(self, request: InferRequest, tensors: "_Tensors") -> list[SetSegment]:
+    def _mixed_segments(
+        self, request: InferRequest, tensors: "_Tensors", limits: Limits
+    ) -> list[SetSegment]:
         sets = request.inputs.get(SETS)
         if sets is None:
             raise InvalidRequestError(
                 f"model '{MIXED}' has no input '{SETS}'; send one set's name per row, as BYTES",
                 field=SETS,
             )
-        self.applier.limits.check_rows(sets.shape[0] if sets.shape else 0)
+        limits.check_rows(sets.shape[0] if sets.shape else 0)
         stacks = [_stack_of(text, row) for row, text in enumerate(tensors.strings(sets))]
         for one in request.inputs.values():
             if one is not sets and one.rows != len(stacks):

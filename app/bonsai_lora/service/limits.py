@@ -7,6 +7,7 @@ from bonsai_lora.errors import (
     BodyTooLargeError,
     MemoryBudgetError,
     RankTooLargeError,
+    TooManyModulesError,
     TooManyRowsError,
 )
 from bonsai_lora.storage.store import SetStore
@@ -22,6 +23,7 @@ class Limits:
     max_header_bytes: int
     max_rows: int
     max_rank: int
+    max_modules: int
     max_answer_bytes: int
     memory_budget_bytes: int
 
@@ -62,6 +64,16 @@ class Limits:
                 "max_rank",
                 got=rank,
                 limit=self.max_rank,
+            )
+
+    def check_modules(self, count: int) -> None:
+        """Raise TooManyModulesError if a set would have more than max_modules."""
+        if count > self.max_modules:
+            raise TooManyModulesError(
+                f"the set has {count} modules, but the limit is {self.max_modules}; split it, or "
+                "raise max_modules",
+                got=count,
+                limit=self.max_modules,
             )
 
     def check_budget(self, store: SetStore, name: str, new_bytes: int) -> None:

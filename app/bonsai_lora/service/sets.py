@@ -27,6 +27,7 @@ from bonsai_lora.formats import mlx, peft
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import check_module_name, check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig, parse_config
+from bonsai_lora.service.budget import Budget, Reservation
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.store import SetStore
@@ -53,6 +54,7 @@ class Imported:
 def create_set(
     store: SetStore,
     limits: Limits,
+    memory: Budget,
     name: str,
     base_model_name: str,
     config: LoraConfig,
@@ -60,12 +62,14 @@ def create_set(
 ) -> StoredSet:
     """Create a set with newly initialized adapters for those `shapes` that `config` targets.
 
-    Raises SetExistsError, InvalidNameError, RankTooLargeError, MemoryBudgetError, and
-    InvalidRequestError if target_modules matches none of the shapes.
+    Raises SetExistsError, InvalidNameError, RankTooLargeError, TooManyModulesError,
+    MemoryBudgetError, BusyError, and InvalidRequestError if target_modules matches none of the
+    shapes.
     """
     check_set_name(name)
     limits.check_rank(config.rank)
     kept = {module: shape for module, shape in shapes.items() if config.targets(module)}
+    limits.check_modules(len(kept))
     if shapes and not kept:
         raise InvalidRequestError(
             f"target_modules {list(config.target_modules)} matches none of the modules "
@@ -74,11 +78,12 @@ def create_set(
         )
     with store.lock(name):
         _refuse_existing(store, name)
-        # Check before drawing the random matrices, which takes memory and time.
         needed = sum(adapter_bytes(*shape, config.rank) for shape in kept.values())
         limits.check_budget(store, name, needed)
-        lora_set = BonsaiLoraSet.new(config, base_model_name, name).add_adapters(kept)
-        return _write(store, limits, lora_set, origin="initialized", previous=None)
+        with Reservation(memory) as reserved:
+            reserved.add(needed)
+            lora_set = BonsaiLoraSet.new(config, base_model_name, name).add_adapters(kept)
+            return _write(store, limits, lora_set, origin="initialized", previous=None)
 
 
 def import_adapter(
@@ -109,7 +114,9 @@ def import_adapter(
     if base_model_name is not None:
         raw = {**raw, _BASE_FIELD: base_model_name}
     adapter = peft.decode_adapter(PeftConfig(raw), tensors, name, expert_layout)
-    for one in adapter.lora_set.registry.adapters.values():
+    adapters = adapter.lora_set.registry.adapters
+    limits.check_modules(len(adapters))
+    for one in adapters.values():
         limits.check_rank(one.rank)
     with store.lock(name):
         previous = _record_or_none(store, name)
@@ -183,6 +190,7 @@ def get_adapter(stored: StoredSet, module: str) -> LoraAdapter:
 def put_new_adapter(
     store: SetStore,
     limits: Limits,
+    memory: Budget,
     name: str,
     module: str,
     d_in: int,
@@ -195,11 +203,13 @@ def put_new_adapter(
     def make(present: StoredSet) -> LoraAdapter:
         own = config if config is not None else present.record.config
         limits.check_rank(own.rank)
-        # Check before drawing A, which takes memory and time.
-        limits.check_budget(store, name, adapter_bytes(d_in, d_out, own.rank))
+        needed = adapter_bytes(d_in, d_out, own.rank)
+        limits.check_budget(store, name, needed)
+        reserved.add(needed)
         return LoraAdapter.new(d_in, d_out, own)
 
-    return _put_adapter(store, limits, name, module, make, precondition, initialized=True)
+    with Reservation(memory) as reserved:
+        return _put_adapter(store, limits, name, module, make, precondition, initialized=True)
 
 
 def put_weights(
@@ -317,6 +327,7 @@ def _put_adapter(
         _refuse_beside_variants(present)
         registry = present.lora_set.registry
         changed = registry.add(module, make(present))
+        limits.check_modules(len(changed.adapters))
         unmixed = initialized and present.record.origin == "initialized"
         stored = _write(
             store,

@@ -14,6 +14,8 @@ class StoreStats:
     """Totals over all sets, and the largest sets."""
 
     set_count: int
+    bad_file_count: int
+    """Files that could not be read."""
     newer_file_count: int
     """Files that a newer release wrote; they are not counted as sets."""
     adapter_count: int
@@ -28,6 +30,7 @@ def store_stats(store: SetStore) -> StoreStats:
     records = store.records()
     return StoreStats(
         len(records),
+        len(store.bad_files()),
         len(store.newer_files()),
         sum(one.adapter_count for one in records),
         sum(one.total_trainable_params for one in records),

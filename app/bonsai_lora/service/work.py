@@ -1,4 +1,8 @@
-"""Schedule work: short pieces inline, longer ones in turns on the event loop or in threads."""
+"""Where requests are computed: two lanes, so that long work never delays short work.
+
+Applies and deletions are short; uploads, new matrices, merges, large headers and norms are long. A
+lane has places for requests and threads of its own.
+"""
 
 import asyncio
 import math
@@ -19,45 +23,63 @@ LOOP_NANOSECONDS_WITH_SPARE_CORES = 1_000_000
 """The same if worker threads have cores to themselves: arithmetic releases the GIL."""
 
 
-class WorkPool:
-    """Admits up to `max_concurrency` requests, and runs their work inline or in `threads`."""
+class Lane:
+    """Admits requests to `places`, and runs their work in `threads`."""
 
-    def __init__(self, max_concurrency: int, threads: int, *, has_spare_cores: bool) -> None:
+    def __init__(self, name: str, places: int, threads: int) -> None:
+        self.name = name
+        self.in_progress = 0
+        """Number of admitted requests."""
+        self.waiting = 0
+        """Number of pieces of work that are in a thread or wait for one."""
+        self._places = places
+        self._threads = ThreadPoolExecutor(threads, name)
+
+    def admit(self) -> "Lane":
+        """Return a context manager that admits a request: it calls `enter` and `leave`."""
+        return self
+
+    def enter(self) -> None:
+        """Admit a request; raises BusyError if all places are taken."""
+        if self.in_progress >= self._places:
+            raise BusyError(
+                f"{self._places} requests are in progress, which is the limit; retry in a second",
+                limit=self._places,
+            )
+        self.in_progress += 1
+
+    def leave(self) -> None:
+        """Free the place of a request."""
+        self.in_progress -= 1
+
+    __enter__ = enter
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Run `work` in a thread and return its result."""
+        self.waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            self.waiting -= 1
+
+
+class ShortLane(Lane):
+    """A lane that runs the shortest work immediately, and short work on the event loop."""
+
+    def __init__(self, places: int, threads: int, *, has_spare_cores: bool) -> None:
+        super().__init__("short", places, threads)
         self._loop_nanoseconds = (
             LOOP_NANOSECONDS_WITH_SPARE_CORES if has_spare_cores else LOOP_NANOSECONDS
         )
-        self._free = max_concurrency
-        self._max = max_concurrency
-        self._threads = ThreadPoolExecutor(threads, "work")
         self._turns: deque[asyncio.Future[None]] = deque()
-
-    @property
-    def in_progress(self) -> int:
-        """Number of admitted requests."""
-        return self._max - self._free
-
-    def admit(self) -> "WorkPool":
-        """Return a context manager that admits a request.
-
-        Entering it raises BusyError if `max_concurrency` requests are in progress.
-        """
-        return self
-
-    def __enter__(self) -> None:
-        if self._free <= 0:
-            raise BusyError(
-                f"{self._max} requests are in progress, which is the limit; retry in a second",
-                limit=self._max,
-            )
-        self._free -= 1
-
-    def __exit__(self, *_: object) -> None:
-        self._free += 1
 
     async def run(self, work: Callable[[], T], nanoseconds: float = math.inf) -> T:
         """Run `work`, which is estimated to take `nanoseconds`, and return its result."""
         if nanoseconds > self._loop_nanoseconds:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            return await super().run(work)
         if nanoseconds > INLINE_NANOSECONDS:
             await self._turn()
         return work()

@@ -44,6 +44,8 @@ _ROW = np.dtype(
 )
 _FIRST_ROWS = 1024
 _PATTERN = "counts-*"
+_RESTARTS = "worker-restarts"
+"""A file that is one byte longer after each restart of a worker."""
 
 
 class CountFile:
@@ -100,6 +102,18 @@ class CountFile:
         size = 2 * self._path.stat().st_size
         os.truncate(self._path, size)
         self._rows = _open(self._path)
+
+
+def count_restart(folder: Path) -> None:
+    """Count a worker that was replaced after it died, in the folder that all workers share."""
+    with (folder / _RESTARTS).open("ab") as file:
+        file.write(b".")
+
+
+def read_restarts(folder: Path) -> int:
+    """Return the number of restarts counted in `folder`."""
+    path = folder / _RESTARTS
+    return path.stat().st_size if path.exists() else 0
 
 
 def _open(path: Path) -> Any:

@@ -89,6 +89,10 @@ class SetStore:
                 folder.mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
 
+    def is_writable(self) -> bool:
+        """Return whether this process may change sets."""
+        return all(os.access(one, os.W_OK) for one in (self._sets, self.temporary, self._locks))
+
     def list_names(self) -> list[str]:
         """Return the names of all sets, sorted."""
         names = (entry.name.removesuffix(_SUFFIX) for entry in os.scandir(self._sets))

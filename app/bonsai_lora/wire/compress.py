@@ -7,6 +7,9 @@ from bonsai_lora.errors import BodyTooLargeError, MalformedBodyError, Unsupporte
 _WINDOWS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """zlib's window bits by content coding; `deflate` is the zlib format."""
 
+MOST_EXPANSION = 1032
+"""Most bytes that one byte of DEFLATE data decompresses to (zlib's technical notes)."""
+
 _FASTEST = 1
 
 

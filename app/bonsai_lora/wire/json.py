@@ -16,6 +16,7 @@ from bonsai_lora.errors import (
     InvalidRequestError,
     MalformedJsonError,
     RaggedInputError,
+    TakesLongError,
 )
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.finite import check_finite
@@ -27,18 +28,24 @@ _SHORT_BYTES = 1 << 10
 """In shorter texts, parsing into lists is as fast."""
 _LEAST_NUMBERS = 64
 """Shorter lists are parsed into lists."""
+_MOST_LISTS = 1 << 20
+"""Most lists and objects in JSON: each takes up to fifty times as much memory as text."""
+_LONG_TEXT_BYTES = 1 << 18
+"""Parsing more text than this into lists takes milliseconds, which the event loop has not."""
 _PLACEHOLDER = token_hex(8)
 """Marks the position of an array in JSON text; random, so that no client can forge it."""
 
 
-def decode_object(body: Buffer, allowed: frozenset[str]) -> dict[str, Any]:
-    """Return the JSON object `body`.
+def decode_object(
+    body: Buffer, allowed: frozenset[str], *, may_take_long: bool = True
+) -> dict[str, Any]:
+    """Return the JSON object `body`, with arrays as `decode_with_arrays` does.
 
     Raises MalformedJsonError if it is not JSON, InvalidRequestError if it is not an object or has
     a field that is not in `allowed`.
     """
     hint = ", or safetensors with its Content-Type" if body[8:9] == b"{" else ""
-    value = decode_with_arrays(body, hint=hint)
+    value = decode_with_arrays(body, hint=hint, may_take_long=may_take_long)
     if not isinstance(value, dict):
         raise InvalidRequestError(
             f"the body is {_kind(value)}; expected a JSON object", expected=sorted(allowed)
@@ -67,19 +74,40 @@ def decode(body: Buffer, what: str = "the body", hint: str = "") -> Any:
         return found
 
 
-def decode_with_arrays(body: Buffer, what: str = "the body", hint: str = "") -> Any:
+def decode_with_arrays(
+    body: Buffer, what: str = "the body", hint: str = "", *, may_take_long: bool = True
+) -> Any:
     """Return the JSON value `body` like `decode`, with tensors in it as float32 arrays.
 
     Tensors are lists of numbers, one or two deep and not ragged, in the fields of _TENSOR_KEYS.
-    Some may remain lists; `decode_tensor` accepts both and validates them.
+    Some may remain lists; `decode_tensor` accepts both and validates them. Raises
+    InvalidRequestError for more than _MOST_LISTS lists and objects, and TakesLongError if much is
+    left to parse beside these tensors, unless it `may_take_long`.
     """
+    if len(body) > _MOST_LISTS:
+        _check_lists(bytes(body), what)
     text, arrays = _extract_lists(body)
+    if len(text) > _LONG_TEXT_BYTES and not may_take_long:
+        raise TakesLongError
     if arrays:
         try:
             return _with_arrays(orjson.loads(text), arrays)
-        except (ValueError, RecursionError):
-            pass  # invalid or unusual: fall back to the normal path
+        except (ValueError, RecursionError):  # invalid or unusual: fall back to the normal path
+            if len(body) > _LONG_TEXT_BYTES and not may_take_long:
+                raise TakesLongError from None
     return decode(body, what, hint)
+
+
+def _check_lists(text: bytes, what: str) -> None:
+    """Raise InvalidRequestError if JSON has so many lists that they would fill the memory."""
+    count = text.count(b"[") + text.count(b"{")
+    if count > _MOST_LISTS:
+        raise InvalidRequestError(
+            f"{what} has {count} lists and objects, but the limit is {_MOST_LISTS}; send fewer "
+            "rows at once, or safetensors",
+            got=count,
+            limit=_MOST_LISTS,
+        )
 
 
 def _extract_lists(body: Buffer) -> tuple[bytes, list[Floats]]:
@@ -244,10 +272,12 @@ def _check_elements(value: list[Any], name: str) -> None:
     for index, row in enumerate(value):
         if not isinstance(row, list):
             _check_number(row, f"{name}[{index}]")
-        elif not set(map(type, row)) <= {int, float}:
-            is_deep = all(isinstance(element, list) for element in row)
-            for column, element in enumerate(() if is_deep else row):
-                _check_number(element, f"{name}[{index}][{column}]")
+        elif others := set(map(type, row)) - {int, float}:
+            if set(map(type, row)) == {list}:
+                continue
+            kinds = list(map(type, row))
+            column = min(map(kinds.index, others))
+            _check_number(row[column], f"{name}[{index}][{column}]")
 
 
 def _check_number(value: Any, where: str) -> None:

@@ -84,12 +84,14 @@ class InferRequest:
     """The JSON of the request, kept to detect booleans among numbers."""
 
 
-def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
+def decode_request(
+    body: memoryview, header_length: int | None, *, may_take_long: bool = True
+) -> InferRequest:
     """Decode a body whose first `header_length` bytes are JSON (None: all of it).
 
-    Binary inputs are views of `body`. Raises MalformedJsonError, MalformedBodyError if JSON and
-    binary data do not add up to the body's length, InvalidRequestError for missing fields or
-    fields of the wrong type.
+    Binary inputs are views of `body`. Raises the errors of `json.decode_with_arrays`,
+    MalformedBodyError if JSON and binary data do not add up to the body's length,
+    InvalidRequestError for missing fields or fields of the wrong type.
     """
     end = len(body) if header_length is None else header_length
     if end > len(body):
@@ -98,7 +100,11 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
             "the length of the JSON"
         )
     text = body[:end]
-    request = _decode_short(bytes(text)) if end <= _SHORT_BYTES else _decode_text(text)
+    request = (
+        _decode_short(bytes(text))
+        if end <= _SHORT_BYTES
+        else _decode_text(text, may_take_long=may_take_long)
+    )
     inputs = {}
     for name, one in request.inputs.items():
         if isinstance(one.content, int):
@@ -122,10 +128,12 @@ def decode_request(body: memoryview, header_length: int | None) -> InferRequest:
     )
 
 
-def _decode_text(body: memoryview | bytes) -> InferRequest:
+def _decode_text(body: memoryview | bytes, *, may_take_long: bool = True) -> InferRequest:
     """Decode the JSON of a request; the content of a binary input is its length for now."""
     text = json.Text(body)
-    fields = json.decode_with_arrays(text.body, "the request's JSON", _HINT)
+    fields = json.decode_with_arrays(
+        text.body, "the request's JSON", _HINT, may_take_long=may_take_long
+    )
     if not isinstance(fields, dict) or not is_list_of(dict, fields.get("inputs")):
         raise InvalidRequestError(
             "the request has no list of inputs; send a JSON object with the list 'inputs'",

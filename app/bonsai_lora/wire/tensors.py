@@ -59,16 +59,19 @@ class MixedBatch:
     """Number of the expert of each row, if sent: (rows,)."""
 
 
-def decode_one(form: Form, body: Buffer, max_header_bytes: int, module: str) -> Batches:
+def decode_one(
+    form: Form, body: Buffer, max_header_bytes: int, module: str, *, may_take_long: bool = True
+) -> Batches:
     """Decode a body with one batch `inputs` (and `base_outputs`) for `module`.
 
     Arrays are float32 (d_in,) or (rows, d_in). `sets` (in binary: JSON in the metadata) are
-    additional sets for all rows. Raises the errors of `json.decode_tensor` or
-    `binary.decode_tensors`, and InvalidRequestError for unknown or missing fields or tensors.
+    additional sets for all rows. Raises the errors of `json.decode_with_arrays` and
+    `json.decode_tensor`, or `binary.decode_tensors`, and InvalidRequestError for unknown or missing
+    fields or tensors.
     """
     if form is Form.JSON:
         text = json.Text(body)
-        fields = _fields(text, _TENSORS | {SETS, EXPERTS})
+        fields = _fields(text, _TENSORS | {SETS, EXPERTS}, may_take_long)
         sets, experts = fields.pop(SETS, None), _integers(fields.pop(EXPERTS, None))
         found = _arrays(fields, text)
     else:
@@ -80,7 +83,14 @@ def decode_one(form: Form, body: Buffer, max_header_bytes: int, module: str) -> 
     return Batches({module: found[INPUTS]}, base_outputs, _stack(sets), experts)
 
 
-def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: Sequence[str]) -> Batches:
+def decode_many(
+    form: Form,
+    body: Buffer,
+    max_header_bytes: int,
+    modules: Sequence[str],
+    *,
+    may_take_long: bool = True,
+) -> Batches:
     """Decode a body with a batch per module, or with one batch for all of `modules`.
 
     `sets` (in binary: JSON in the metadata) are additional sets for all rows. In binary, the tensor
@@ -91,7 +101,7 @@ def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: Sequen
         batches = _shared(tensors, modules) if modules else _split(tensors)
         return replace(batches, stack=_stack(sets_of_metadata(metadata)), experts=experts)
     text = json.Text(body)
-    fields = _fields(text, _TENSORS | {SETS, EXPERTS})
+    fields = _fields(text, _TENSORS | {SETS, EXPERTS}, may_take_long)
     stack, experts = _stack(fields.pop(SETS, None)), _integers(fields.pop(EXPERTS, None))
     if modules:
         return replace(_shared(_arrays(fields, text), modules), stack=stack, experts=experts)
@@ -112,7 +122,9 @@ def decode_many(form: Form, body: Buffer, max_header_bytes: int, modules: Sequen
     return Batches(decoded[INPUTS], decoded.get(BASE_OUTPUTS, {}), stack, experts)
 
 
-def decode_mixed(form: Form, body: Buffer, max_header_bytes: int) -> MixedBatch:
+def decode_mixed(
+    form: Form, body: Buffer, max_header_bytes: int, *, may_take_long: bool = True
+) -> MixedBatch:
     """Decode a body with `module`, `sets`, `inputs` (and `base_outputs` for DoRA).
 
     In binary, `module` and `sets` are JSON in the metadata; a bare module name is accepted too.
@@ -121,7 +133,7 @@ def decode_mixed(form: Form, body: Buffer, max_header_bytes: int) -> MixedBatch:
     """
     if form is Form.JSON:
         text = json.Text(body)
-        fields = _fields(text, _TENSORS | {MODULE, SETS, EXPERTS})
+        fields = _fields(text, _TENSORS | {MODULE, SETS, EXPERTS}, may_take_long)
         module, sets = fields.pop(MODULE, None), fields.pop(SETS, None)
         experts = _integers(fields.pop(EXPERTS, None))
         tensors = _arrays(fields, text)
@@ -205,8 +217,8 @@ def _split(tensors: Mapping[str, Floats]) -> Batches:
     )
 
 
-def _fields(text: json.Text, allowed: frozenset[str]) -> dict[str, Any]:
-    value = json.decode_object(text.body, allowed)
+def _fields(text: json.Text, allowed: frozenset[str], may_take_long: bool) -> dict[str, Any]:  # noqa: FBT001
+    value = json.decode_object(text.body, allowed, may_take_long=may_take_long)
     if INPUTS not in value:
         raise InvalidRequestError(f"the body has no {INPUTS!r}; add it", field=INPUTS)
     return value

@@ -20,6 +20,7 @@ from bonsai_lora.api.openapi import (
     problems,
     request_body,
 )
+from bonsai_lora.api.openapi_headers import sends
 from bonsai_lora.api.query import FiniteNumber
 from bonsai_lora.core.cast import Array
 from bonsai_lora.formats import safetensors
@@ -46,7 +47,7 @@ _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
     "/v1/sets/{set}/adapters",
     operation_id="list_adapters",
     summary="List the adapters of a set",
-    responses=problems(errors.SetNotFoundError),
+    responses=sends(200, "ETag") | problems(errors.SetNotFoundError),
 )
 async def list_adapters(
     response: Response, context: ContextDep, name: SetName
@@ -62,7 +63,7 @@ async def list_adapters(
     "/v1/sets/{set}/adapters/{module}",
     operation_id="get_adapter",
     summary="Show one adapter of a set",
-    responses=problems(errors.SetNotFoundError, errors.AdapterNotFoundError),
+    responses=sends(200, "ETag") | problems(errors.SetNotFoundError, errors.AdapterNotFoundError),
 )
 async def get_adapter(
     response: Response, context: ContextDep, name: SetName, module: ModuleName
@@ -79,8 +80,9 @@ async def get_adapter(
     summary="Add or replace one adapter of a set",
     openapi_extra=_PUT_BODY,
     responses=extra_response(
-        201, "created: the set had no adapter for the module", schemas.ModuleInfo
+        201, "created: the set had no adapter for the module", schemas.ModuleInfo, "ETag"
     )
+    | sends(200, "ETag")
     | problems(
         *TENSOR_ERRORS,
         *STORE_ERRORS,
@@ -88,6 +90,7 @@ async def get_adapter(
         errors.InvalidNameError,
         errors.InvalidAdapterError,
         errors.RankTooLargeError,
+        errors.TooManyModulesError,
         errors.PreconditionFailedError,
     ),
 )
@@ -107,13 +110,13 @@ async def put_adapter(
     """
     form = body_form(request, (Form.JSON, Form.BINARY))
     context.store.read_record(name)
-    with context.pool.admit():
+    with context.long.admit():
         limits = context.limits
         limit = limits.max_json_bytes if form is Form.JSON else limits.max_body_bytes
         body = await read_body(request, limit)
         check = precondition(request)
         put = partial(_put, context, name, module, form, body, alpha, check)
-        stored, created = await context.pool.run(put)
+        stored, created = await context.long.run(put)
     response.status_code = 201 if created else 200
     response.headers["ETag"] = stored.record.etag
     return schemas.ModuleInfo.of(module, sets.get_adapter(stored, module))
@@ -134,11 +137,16 @@ def _put(
         tensors, _ = safetensors.decode(body, limit=limits.max_header_bytes)
     else:
         value = json.decode_object(body, _PUT_FIELDS)
+        if not value:
+            raise errors.InvalidRequestError(
+                "the body is an empty object; send d_in and d_out to initialize the adapter, or "
+                "lora_A and lora_B to set its weights"
+            )
         if not value.keys() & {"lora_A", "lora_B"}:
             new = parse_model(body, schemas.NewAdapter)
             config = new.config.to_core() if new.config else None
             return sets.put_new_adapter(
-                store, limits, name, module, new.d_in, new.d_out, config, check
+                store, limits, context.memory, name, module, new.d_in, new.d_out, config, check
             )
         own_alpha = _alpha_of(value)
         alpha = alpha if own_alpha is None else own_alpha
@@ -181,6 +189,6 @@ async def delete_adapter(
 ) -> None:
     """Creates the next version of the set, without this module."""
     check = precondition(request)
-    await context.pool.run(
+    await context.long.run(
         partial(sets.delete_adapter, context.store, context.limits, name, module, check)
     )

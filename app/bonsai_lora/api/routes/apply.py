@@ -9,7 +9,6 @@ from fastapi import APIRouter, Response
 
 from bonsai_lora.api import tensor_schemas
 from bonsai_lora.api.call import BufferResponse, Call
-from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import CallDep, ModuleName, SetName
 from bonsai_lora.api.openapi import APPLY_ERRORS, problems, request_body, tensor_responses
 from bonsai_lora.api.options import (
@@ -22,6 +21,7 @@ from bonsai_lora.api.options import (
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Floats
 from bonsai_lora.service.apply import (
+    Applier,
     cost_of_body,
     group_by_set,
     stack_on,
@@ -69,10 +69,16 @@ async def apply_one(call: CallDep, name: SetName, module: ModuleName) -> BufferR
     adapter = get_adapter(stored, module)
     options = read_options(call, APPLY_OPTIONS, ApplyOptions.of)
 
-    def compute(body: Buffer) -> Sequence[Buffer]:
-        batches = decode_one(options.request_form, body, context.limits.max_header_bytes, module)
+    def compute(body: Buffer, applier: Applier) -> Sequence[Buffer]:
+        batches = decode_one(
+            options.request_form,
+            body,
+            context.limits.max_header_bytes,
+            module,
+            may_take_long=applier.may_take_long,
+        )
         fields: ResponseFields = {"set": name, "module": module, "version": stored.record.version}
-        outputs = _stacked(context, stored, batches, options, fields)
+        outputs = _stacked(call, applier, stored, batches, options, fields)
         return encode_outputs(options.response_form, outputs[module], fields, options.dtype)
 
     return await _answer(call, options, compute, adapter)
@@ -102,11 +108,17 @@ async def apply_many(call: CallDep, name: SetName) -> BufferResponse:
     stored = context.store.read(name)
     options = read_options(call, APPLY_MANY_OPTIONS, ApplyOptions.of)
 
-    def compute(body: Buffer) -> Sequence[Buffer]:
+    def compute(body: Buffer, applier: Applier) -> Sequence[Buffer]:
         limit = context.limits.max_header_bytes
-        batches = decode_many(options.request_form, body, limit, options.modules)
+        batches = decode_many(
+            options.request_form,
+            body,
+            limit,
+            options.modules,
+            may_take_long=applier.may_take_long,
+        )
         fields: ResponseFields = {"set": name, "version": stored.record.version}
-        outputs = _stacked(context, stored, batches, options, fields)
+        outputs = _stacked(call, applier, stored, batches, options, fields)
         return encode_outputs(options.response_form, outputs, fields, options.dtype)
 
     return await _answer(call, options, compute, None)
@@ -139,8 +151,13 @@ async def apply_mixed(call: CallDep) -> BufferResponse:
     options = read_options(call, APPLY_OPTIONS, ApplyOptions.of)
     response_form, dtype = options.response_form, options.dtype
 
-    def compute(body: Buffer) -> Sequence[Buffer]:
-        batch = decode_mixed(options.request_form, body, context.limits.max_header_bytes)
+    def compute(body: Buffer, applier: Applier) -> Sequence[Buffer]:
+        batch = decode_mixed(
+            options.request_form,
+            body,
+            context.limits.max_header_bytes,
+            may_take_long=applier.may_take_long,
+        )
         module, inputs = batch.module, {batch.module: batch.inputs}
         base_outputs = {} if batch.base_outputs is None else {module: batch.base_outputs}
         if not batch.stacks:  # without rows, no set determines the width of the outputs
@@ -148,10 +165,15 @@ async def apply_mixed(call: CallDep) -> BufferResponse:
                 response_form, inputs[module][:, :0], {"module": module, "versions": {}}, dtype
             )
         set_segments = group_by_set(batch.stacks, options.scale, context.store.read)
-        outputs = context.applier.apply(
-            set_segments, inputs, base_outputs, batch.experts, options.match
+        outputs = applier.apply(
+            set_segments,
+            inputs,
+            base_outputs,
+            batch.experts,
+            options.match,
+            reserve=call.reserve_outputs(response_form),
         )
-        context.metrics.rows_applied.inc(total_rows(inputs))
+        call.count_rows(total_rows(inputs))
         fields = {"module": module, "versions": versions_of(set_segments)}
         return encode_outputs(response_form, outputs[module], fields, dtype)
 
@@ -159,18 +181,25 @@ async def apply_mixed(call: CallDep) -> BufferResponse:
 
 
 def _stacked(
-    context: Context,
+    call: Call,
+    applier: Applier,
     stored: StoredSet,
     batches: Batches,
     options: ApplyOptions,
     fields: ResponseFields,
 ) -> dict[str, Floats]:
     """Return the summed deltas of the set and those stacked on it; add `versions` to `fields`."""
+    context = call.context
     set_segments = stack_on(stored, batches.stack, options.scale, context.store.read)
-    outputs = context.applier.apply(
-        set_segments, batches.inputs, batches.base_outputs, batches.experts, options.match
+    outputs = applier.apply(
+        set_segments,
+        batches.inputs,
+        batches.base_outputs,
+        batches.experts,
+        options.match,
+        reserve=call.reserve_outputs(options.response_form),
     )
-    context.metrics.rows_applied.inc(total_rows(batches.inputs))
+    call.count_rows(total_rows(batches.inputs))
     if batches.stack:
         fields["versions"] = versions_of(set_segments)
     return outputs
@@ -179,7 +208,7 @@ def _stacked(
 async def _answer(
     call: Call,
     options: ApplyOptions,
-    compute: Callable[[Buffer], Sequence[Buffer]],
+    compute: Callable[[Buffer, Applier], Sequence[Buffer]],
     adapter: LoraAdapter | None,
 ) -> BufferResponse:
     """Read the body and compute the response, inline or in a thread by estimated cost.
@@ -188,14 +217,13 @@ async def _answer(
     """
     context, request_form, response_form = call.context, options.request_form, options.response_form
     limits = context.limits
-    with context.pool.admit():
-        body = await call.body(
-            limits.max_json_bytes if request_form is Form.JSON else limits.max_body_bytes
-        )
-        cost = (
-            math.inf
-            if adapter is None
-            else cost_of_body(adapter, len(body), request_form, response_form)
-        )
-        parts = await context.pool.run(partial(compute, body), cost)
+    body = await call.body(
+        limits.max_json_bytes if request_form is Form.JSON else limits.max_body_bytes
+    )
+    cost = (
+        math.inf
+        if adapter is None
+        else cost_of_body(adapter, len(body), request_form, response_form)
+    )
+    parts = await context.apply(partial(compute, body), cost)
     return BufferResponse(parts, response_form.value)

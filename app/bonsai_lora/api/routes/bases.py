@@ -46,7 +46,7 @@ async def _merged_model(
     match: Match = None,
 ) -> MergedModel:
     sets = weighted_sets(name, scale, others or [], weights or [])
-    return await context.pool.run(lambda: context.models.get(base, sets, match))
+    return await context.long.run(lambda: context.models.get(base, sets, match))
 
 
 Merged = Annotated[MergedModel, Depends(_merged_model)]
@@ -76,7 +76,7 @@ async def list_bases(context: ContextDep) -> schemas.BaseList:
     found, bad = [], {}
     for name in context.bases.names():
         try:
-            found.append(await context.pool.run(partial(_info, context, name)))
+            found.append(await context.long.run(partial(_info, context, name)))
         except errors.InvalidBaseError as error:
             bad[name] = error.detail
         except errors.BaseNotFoundError:
@@ -92,7 +92,7 @@ async def list_bases(context: ContextDep) -> schemas.BaseList:
 )
 async def get_base(context: ContextDep, base: BaseName) -> schemas.BaseInfo:
     """Returns the checkpoint's files, dtypes and parameter counts."""
-    return await context.pool.run(partial(_info, context, base))
+    return await context.long.run(partial(_info, context, base))
 
 
 @router.get(
@@ -131,7 +131,7 @@ async def get_merged_file(
     if file is None:
         raise errors.FileNotInModelError(filename, model.files())
     streamed = StreamedFile(file, context.executor, context.settings.threads)
-    return file_response(request, streamed, context.pool)
+    return file_response(request, streamed, context.long)
 
 
 def _info(context: ContextDep, name: str) -> schemas.BaseInfo:

@@ -8,10 +8,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
+from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Query, Request, Response
 
 from bonsai_lora import errors
+from bonsai_lora.api.body import MODEL_BYTES, read_body
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
 from bonsai_lora.api.errors import HubError
@@ -35,8 +37,18 @@ class _Repo:
     record: SetRecord
     files: Mapping[str, RangedFile]
 
-    def info(self) -> dict[str, Any]:
-        """Return the Hub's description of a model."""
+    def entry(self, path: str) -> dict[str, Any]:
+        """Return the Hub's description of one of the files."""
+        file = self.files[path]
+        return {
+            "type": "file",
+            "oid": file.etag.strip('"'),
+            "size": file.size_bytes,
+            "path": path,
+        }
+
+    def info(self, blobs: bool = False) -> dict[str, Any]:
+        """Return the Hub's description of a model, with the files' sizes if `blobs`."""
         return {
             "_id": self.commit[:24],
             "id": self.id,
@@ -51,8 +63,14 @@ class _Repo:
             "downloads": 0,
             "likes": 0,
             "tags": ["safetensors"],
-            "siblings": [{"rfilename": name} for name in self.files],
+            "siblings": [self._sibling(name, blobs) for name in self.files],
         }
+
+    def _sibling(self, path: str, blobs: bool) -> dict[str, Any]:
+        if not blobs:
+            return {"rfilename": path}
+        entry = self.entry(path)
+        return {"rfilename": path, "size": entry["size"], "blobId": entry["oid"]}
 
 
 @router.get("/{owner}/{name}/resolve/{revision}/{path:path}")
@@ -66,7 +84,7 @@ async def resolve(
     if file is None:
         detail = f"{repo.id} has no file {path!r}; it has {', '.join(list(repo.files)[:16])}"
         raise HubError("EntryNotFound", detail)
-    return file_response(request, file, context.pool, {"X-Repo-Commit": repo.commit})
+    return file_response(request, file, context.long, {"X-Repo-Commit": repo.commit})
 
 
 @router.get("/api/models")
@@ -95,30 +113,67 @@ async def list_models(
 @router.get("/api/models/{owner}/{name}")
 @router.get("/api/models/{owner}/{name}/revision/{revision}")
 async def model_info(
-    context: ContextDep, owner: str, name: str, revision: str = "main"
+    context: ContextDep, owner: str, name: str, revision: str = "main", blobs: bool = False
 ) -> Response:
-    """Return a repository's metadata and file names."""
+    """Return a repository's metadata and file names, with sizes if `blobs`."""
     repo = await _repo(context, owner, name, revision)
-    return _json(repo.info())
+    return _json(repo.info(blobs))
 
 
 @router.get("/api/models/{owner}/{name}/tree/{revision}")
 async def tree(context: ContextDep, owner: str, name: str, revision: str) -> Response:
     """Return a repository's files with their sizes."""
     repo = await _repo(context, owner, name, revision)
-    return _json(
-        [
-            {"type": "file", "oid": file.etag.strip('"'), "size": file.size_bytes, "path": path}
-            for path, file in repo.files.items()
-        ]
-    )
+    return _json([repo.entry(path) for path in repo.files])
+
+
+@router.post("/api/models/{owner}/{name}/paths-info/{revision}")
+async def paths_info(
+    request: Request, context: ContextDep, owner: str, name: str, revision: str
+) -> Response:
+    """Return the files that the form's `paths` name; like the Hub, leave out unknown paths."""
+    form = parse_qs((await read_body(request, MODEL_BYTES)).decode("utf-8", "replace"))
+    wanted = set(form.get("paths", ()))
+    repo = await _repo(context, owner, name, revision)
+    return _json([repo.entry(path) for path in repo.files if path in wanted])
+
+
+@router.get("/api/models/{owner}/{name}/refs")
+async def refs(context: ContextDep, owner: str, name: str) -> Response:
+    """Return the one branch of a repository, main."""
+    repo = await _repo(context, owner, name, "main")
+    main = {"name": "main", "ref": "refs/heads/main", "targetCommit": repo.commit}
+    return _json({"branches": [main], "converts": [], "tags": [], "pullRequests": []})
+
+
+@router.get("/api/models/{owner}/{name}/commits/{revision}")
+async def commits(context: ContextDep, owner: str, name: str, revision: str) -> Response:
+    """Return the current commit; older versions are not kept."""
+    repo = await _repo(context, owner, name, revision)
+    title = f"Version {repo.record.version}"
+    date = repo.record.updated_at
+    return _json([{"id": repo.commit, "title": title, "message": "", "authors": [], "date": date}])
+
+
+@router.get("/api/models/{owner}/{name}/auth-check")
+async def auth_check(context: ContextDep, owner: str, name: str) -> Response:
+    """Return 200 if the repository exists: whoever reaches the service may read it."""
+    await _repo(context, owner, name, "main")
+    return _json({})
+
+
+@router.get("/api/whoami-v2")
+async def whoami() -> Response:
+    """Return an anonymous user: the service has no accounts and ignores the token."""
+    name = "anonymous"
+    return _json({"type": "user", "id": name, "name": name, "fullname": name, "orgs": []})
 
 
 async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo:
     """Return a repository at `revision`: main, the set's version, or the commit."""
     make = _adapter_repo if owner == ADAPTERS else _merged_repo
     try:
-        repo = await context.pool.run(lambda: make(context, owner, name))
+        repo = await context.long.run(lambda: make(context, owner, name))
     except (errors.NotFoundError, errors.InvalidError) as error:
         raise HubError("RepoNotFound", error.detail) from None
     version = str(repo.record.version)

@@ -1,6 +1,5 @@
 """Merge one adapter into streamed weights."""
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
@@ -76,7 +75,7 @@ async def merge_weights(
 async def _merge_json(
     request: Request, context: Context, stored: StoredSet, module: str, merge: WeightMerge
 ) -> Response:
-    with context.pool.admit():
+    with context.long.admit():
         body = await read_body(request, context.limits.max_json_bytes)
 
         def compute() -> bytes:
@@ -88,7 +87,7 @@ async def _merge_json(
             about = {"set": record.name, "module": module, "version": record.version}
             return b"".join(json.encode({**about, "weights": merged}))
 
-        content = await context.pool.run(compute)
+        content = await context.long.run(compute)
     context.metrics.bytes_merged.inc(merge.total_bytes)
     return Response(content, media_type=Form.JSON.value)
 
@@ -108,7 +107,7 @@ class _StreamedMerge(StarletteResponse):
 
     async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         settings = self.context.settings
-        with self.context.pool.admit():
+        with self.context.long.admit():
             reader = BodyReader(self.request)
             merge, prefix = await self._begin(reader)
             self._check_declared(merge, len(prefix) + merge.total_bytes)
@@ -117,9 +116,9 @@ class _StreamedMerge(StarletteResponse):
                 reader,
                 prefix,
                 self.form.value,
-                pool=self.context.pool,
+                lane=self.context.long,
                 spool=Spool(
-                    settings.max_spill_bytes, settings.stall_seconds, self.context.store.temporary
+                    self.context.spill, settings.stall_seconds, self.context.store.temporary
                 ),
                 on_bytes=self.context.metrics.bytes_merged.inc,
             )
@@ -139,7 +138,7 @@ class _StreamedMerge(StarletteResponse):
         prefix += await reader.read_exactly(safetensors.header_length(prefix, limit))
         decode = partial(safetensors.decode_header, prefix)
         is_short = len(prefix) < _SMALL_HEADER_BYTES
-        header = await self.context.pool.run(decode, 0 if is_short else math.inf)
+        header = decode() if is_short else await self.context.long.run(decode)
         merge = merge_of_header(self.adapter, header, unmerge=self.unmerge)
         if self.dtype not in (None, merge.dtype):
             raise errors.InvalidRequestError(

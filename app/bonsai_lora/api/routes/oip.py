@@ -35,11 +35,12 @@ from bonsai_lora.api.options import (
 )
 from bonsai_lora.errors import BonsaiLoraError, UnsupportedFeatureError
 from bonsai_lora.service import models
+from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.infer import cost_of_inference, raw_request
 from bonsai_lora.service.models import MIXED, MIXED_VERSION, Model, find_model
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.wire.buffers import Buffer
-from bonsai_lora.wire.compress import compress, decompress
+from bonsai_lora.wire.compress import MOST_EXPANSION, compress, decompress
 from bonsai_lora.wire.media import Form
 from bonsai_lora.wire.oip import InferRequest, decode_request
 
@@ -229,9 +230,8 @@ async def _infer(call: Call, model: Model) -> BufferResponse:
     counts = Counts()
     started = time.perf_counter_ns()
     try:
-        with context.pool.admit():
-            body = await call.body(context.limits.max_body_bytes)
-            parts, length = await _run(context, model, body, options, counts)
+        body = await call.body(context.limits.max_body_bytes)
+        parts, length = await _run(call, model, body, options, counts)
     except BonsaiLoraError:
         failed = Counts(_now_ms(), fail_count=1, fail_ns=time.perf_counter_ns() - started)
         context.counts.add(*model.count_key, failed)
@@ -239,11 +239,11 @@ async def _infer(call: Call, model: Model) -> BufferResponse:
     counts.success_count, counts.success_ns = 1, time.perf_counter_ns() - started
     counts.last_ms = _now_ms()
     context.counts.add(*model.count_key, counts)
-    context.metrics.rows_applied.inc(counts.vectors)
+    call.count_rows(counts.vectors)
     headers = [] if length is None else [(HEADER_LENGTH, b"%d" % length)]
     if options.response_coding is not None:
         work = partial(compress, b"".join(parts), options.response_coding)
-        parts = [await context.pool.run(work)]
+        parts = [await context.short.run(work)]
         headers.append((b"content-encoding", options.response_coding.encode()))
     return BufferResponse(parts, (Form.JSON if length is None else Form.RAW).value, headers)
 
@@ -280,8 +280,8 @@ async def load_model(request: Request, context: ContextDep, model: ModelDep) -> 
             "PUT /v1/sets/{set}"
         )
     if model.stored is not None:
-        with context.pool.admit():
-            await context.pool.run(partial(models.load, model.stored))
+        with context.long.admit():
+            await context.long.run(partial(models.load, model.stored))
     return Response()
 
 
@@ -301,31 +301,37 @@ async def unload_model(request: Request, context: ContextDep, model: ModelDep) -
 
 
 async def _run(
-    context: Context, model: Model, body: Buffer, options: InferOptions, counts: Counts
+    call: Call, model: Model, body: Buffer, options: InferOptions, counts: Counts
 ) -> tuple[list[Buffer], int | None]:
     """Decode and infer, on the event loop if the estimated work is small, else in a thread."""
-    limits, header_length, coding = context.limits, options.header_length, options.request_coding
+    context, limits = call.context, call.context.limits
+    header_length, coding = options.header_length, options.request_coding
     text_length = len(body) if header_length is None else header_length
 
-    def decode() -> InferRequest:
-        plain = decompress(body, coding, limits.max_body_bytes) if coding else body
+    def decode(*, may_take_long: bool) -> InferRequest:
+        plain = body
+        if coding:
+            call.reserve(min(MOST_EXPANSION * len(body), limits.max_body_bytes))
+            plain = decompress(body, coding, limits.max_body_bytes)
         check_length(len(plain) if header_length is None else header_length, limits.max_json_bytes)
         if header_length == 0:
             return raw_request(model, memoryview(plain))
-        return decode_request(memoryview(plain), header_length)
+        return decode_request(memoryview(plain), header_length, may_take_long=may_take_long)
 
     requested = None
     if coding is None and text_length <= INLINE_BYTES:
-        requested = _timed(decode, counts)
+        requested = _timed(partial(decode, may_take_long=True), counts)
     queued = time.perf_counter_ns()
 
-    def work() -> tuple[list[Buffer], int | None]:
+    def work(applier: Applier) -> tuple[list[Buffer], int | None]:
         counts.queue_ns = time.perf_counter_ns() - queued
-        return context.inference.infer(model, requested or _timed(decode, counts), counts)
+        decode_it = partial(decode, may_take_long=applier.may_take_long)
+        request = requested or _timed(decode_it, counts)
+        # The outputs' form is known to `infer` only, so count those in JSON.
+        reserve = call.reserve_outputs(Form.BINARY if request.is_binary else Form.JSON)
+        return context.inference.infer(applier, model, request, counts, reserve)
 
-    return await context.pool.run(
-        work, cost_of_inference(model, requested) if requested else math.inf
-    )
+    return await context.apply(work, cost_of_inference(model, requested) if requested else math.inf)
 
 
 def _timed(decode: Callable[[], InferRequest], counts: Counts) -> InferRequest:

@@ -1,5 +1,7 @@
 """Health probes and metrics."""
 
+import os
+
 import anyio.to_thread
 from fastapi import APIRouter, Response
 
@@ -26,11 +28,17 @@ async def get_health() -> schemas.Health:
     responses=problems(errors.BusyError),
 )
 async def get_readiness(context: ContextDep) -> schemas.Readiness:
-    """Also lists files that could not be read, and sets that a newer release wrote."""
-    store = context.store
+    """Also reports what needs a person: files that could not be read, sets that a newer release
+    wrote, a read-only store, and a folder of bases that does not exist.
+    """
+    store, bases = context.store, context.settings.bases
     records = await anyio.to_thread.run_sync(store.records)
     return schemas.Readiness(
-        sets=len(records), bad_files=store.bad_files(), newer_files=list(store.newer_files())
+        sets=len(records),
+        bad_files=store.bad_files(),
+        newer_files=list(store.newer_files()),
+        store_writable=store.is_writable(),
+        bases_readable=os.access(bases, os.R_OK | os.X_OK) if bases else None,
     )
 
 

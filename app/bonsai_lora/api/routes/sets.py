@@ -19,6 +19,7 @@ from bonsai_lora.api.openapi import (
     problems,
     request_body,
 )
+from bonsai_lora.api.openapi_headers import sends
 from bonsai_lora.api.query import DECIMAL
 from bonsai_lora.api.ranges import BytesFile, file_response
 from bonsai_lora.api.uploads import CONFIG_PART, MODEL_PART, receive_adapter
@@ -26,6 +27,7 @@ from bonsai_lora.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, la
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import SET_NAME_PATTERN, check_set_name
 from bonsai_lora.service import sets
+from bonsai_lora.service.budget import Reservation
 from bonsai_lora.storage.upload import Upload
 from bonsai_lora.wire.media import Form
 
@@ -62,34 +64,50 @@ _UPLOAD_BODY = {
     status_code=201,
     response_model=schemas.SetInfo,
     openapi_extra=request_body(schemas.CreateSet),
-    responses=problems(
+    responses=sends(201, "ETag", "Location")
+    | problems(
         *BODY_ERRORS,
         *STORE_ERRORS,
         errors.SetExistsError,
         errors.InvalidNameError,
         errors.RankTooLargeError,
+        errors.TooManyModulesError,
     ),
 )
 async def create_set(request: Request, response: Response, context: ContextDep) -> schemas.SetInfo:
     """Creates adapters with A uniform and B zero, so that they change nothing before training, or
     an empty set.
     """
-    with context.pool.admit():
+    _check_not_an_upload(request)
+    with context.long.admit():
         wanted = await read_model(request, schemas.CreateSet)
         shapes, base_model_name = _wanted_shapes(wanted)
         make = partial(
             sets.create_set,
             context.store,
             context.limits,
+            context.memory,
             wanted.name,
             base_model_name,
             wanted.config.to_core(),
             shapes,
         )
-        stored = await context.pool.run(make)
+        stored = await context.long.run(make)
     response.headers["Location"] = f"/v1/sets/{wanted.name}"
     response.headers["ETag"] = stored.record.etag
     return schemas.SetInfo.of(stored)
+
+
+def _check_not_an_upload(request: Request) -> None:
+    """Raise UnsupportedMediaTypeError for a form, which is how adapters are uploaded."""
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media == "multipart/form-data":
+        raise errors.UnsupportedMediaTypeError(
+            "POST /v1/sets creates a set from JSON, but Content-Type is 'multipart/form-data'; "
+            "upload an adapter with PUT /v1/sets/{set}",
+            got=media,
+            expected=[Form.JSON.value],
+        )
 
 
 @router.get(
@@ -147,7 +165,10 @@ async def get_set(
     summary="Upload a PEFT or MLX adapter as a set",
     response_model=schemas.ImportReport,
     openapi_extra=_UPLOAD_BODY,
-    responses=extra_response(201, "created: no set had this name", schemas.ImportReport)
+    responses=extra_response(
+        201, "created: no set had this name", schemas.ImportReport, "ETag", "Location"
+    )
+    | sends(200, "ETag")
     | problems(
         errors.MalformedMultipartError,
         errors.MalformedSafetensorsError,
@@ -160,6 +181,7 @@ async def get_set(
         errors.InvalidAdapterError,
         errors.UnsupportedAdapterError,
         errors.RankTooLargeError,
+        errors.TooManyModulesError,
         errors.BusyError,
         *STORE_ERRORS,
     ),
@@ -182,9 +204,14 @@ async def upload_set(
     with the reason. The parts may also be named after the files they contain.
     """
     check_set_name(name)
-    with context.pool.admit(), context.store.new_file() as file:
+    with (
+        context.long.admit(),
+        context.store.new_file() as file,
+        Reservation(context.spill) as reserved,
+    ):
         upload = Upload(file, context.limits.max_header_bytes)
-        config = await receive_adapter(request, upload, context.limits.max_upload_bytes)
+        limit = context.limits.max_upload_bytes
+        config = await receive_adapter(request, upload, limit, reserved.add)
         make = partial(
             sets.import_adapter,
             context.store,
@@ -196,7 +223,7 @@ async def upload_set(
             base_model_name=base_model_name,
             expert_layout=expert_b_layout,
         )
-        imported = await context.pool.run(make)
+        imported = await context.long.run(make)
     response.status_code = 201 if imported.created else 200
     response.headers["ETag"] = imported.stored.record.etag
     if imported.created:
@@ -210,7 +237,8 @@ async def upload_set(
     summary="Change the name of a set's base model",
     response_model=schemas.SetInfo,
     openapi_extra=request_body(schemas.PatchSet),
-    responses=problems(
+    responses=sends(200, "ETag")
+    | problems(
         *BODY_ERRORS,
         *STORE_ERRORS,
         errors.SetNotFoundError,
@@ -221,7 +249,7 @@ async def change_set(
     request: Request, response: Response, context: ContextDep, name: SetName
 ) -> schemas.SetInfo:
     """The weights stay; the set gets its next version, and its exported configuration the name."""
-    with context.pool.admit():
+    with context.long.admit():
         wanted = await read_model(request, schemas.PatchSet)
         change = partial(
             sets.name_base,
@@ -231,7 +259,7 @@ async def change_set(
             wanted.base_model_name,
             precondition(request),
         )
-        stored = await context.pool.run(change)
+        stored = await context.long.run(change)
     response.headers["ETag"] = stored.record.etag
     return schemas.SetInfo.of(stored)
 
@@ -248,7 +276,7 @@ async def change_set(
 async def delete_set(request: Request, context: ContextDep, name: SetName) -> None:
     """Requests in flight finish with the set as it was when they started."""
     remove = partial(sets.delete_set, context.store, name, precondition(request))
-    await context.pool.run(remove)
+    await context.long.run(remove)
 
 
 _FILE_ERRORS = (errors.SetNotFoundError, errors.RangeNotSatisfiableError, errors.BusyError)
@@ -268,7 +296,7 @@ async def get_adapter_config(request: Request, context: ContextDep, name: SetNam
     # The ETag must differ per file: Hub clients name cached files by it.
     etag = f'{stored.record.etag[:-1]}-config"'
     file = BytesFile(memoryview(sets.export_config(stored)), etag, Form.JSON.value)
-    return file_response(request, file, context.pool)
+    return file_response(request, file, context.long)
 
 
 @router.get(
@@ -283,7 +311,7 @@ async def get_adapter_model(request: Request, context: ContextDep, name: SetName
     """Uploaded tensors keep their dtype and are returned bit for bit."""
     stored = context.store.read(name)
     file = BytesFile(stored.file, stored.record.etag, Form.BINARY.value)
-    return file_response(request, file, context.pool)
+    return file_response(request, file, context.long)
 
 
 def _wanted_shapes(wanted: schemas.CreateSet) -> tuple[Shapes, str]:

@@ -39,11 +39,11 @@ async def get_set_stats(
     Gram matrices.
     """
     stored = context.store.read(name)
-    with context.pool.admit():
+    with context.long.admit():
         # One module at a time, so that other work can run in between.
         adapters = stored.lora_set.registry.adapters
         modules = [
-            await context.pool.run(partial(schemas.ModuleStatsInfo.of, *item))
+            await context.long.run(partial(schemas.ModuleStatsInfo.of, *item))
             for item in adapters.items()
         ]
     ratio = None if base_param_count is None else stored.lora_set.efficiency_ratio(base_param_count)

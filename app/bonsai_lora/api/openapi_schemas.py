@@ -1,0 +1,80 @@
+"""Changes of the generated OpenAPI schemas for those who generate clients from them."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from bonsai_lora import errors
+
+_PREFIX = "#/components/schemas/"
+
+
+def refine_schemas(document: dict[str, Any]) -> None:
+    """Make optional fields optional for generators, and list the codes of errors."""
+    schemas = document["components"]["schemas"]
+    for name in _request_schemas(document):
+        for field in schemas[name].get("properties", {}).values():
+            _describe_default(field)
+    for schema in schemas.values():
+        for field in schema.get("properties", {}).values():
+            if field.get("default", ...) is None:
+                del field["default"]
+    for item in document["paths"].values():
+        for operation in item.values():
+            for parameter in operation.get("parameters", ()):
+                _drop_null(parameter["schema"])
+    schemas["Problem"]["properties"]["code"]["x-extensible-enum"] = sorted(_codes())
+
+
+def _describe_default(field: dict[str, Any]) -> None:
+    """Move a field's default to its description: generators take it for a required field."""
+    default = field.pop("default", None)
+    if default is not None:
+        words = [field.get("description"), f"default: `{json.dumps(default)}`"]
+        field["description"] = "; ".join(one for one in words if one)
+
+
+def _drop_null(schema: dict[str, Any]) -> None:
+    """Remove `null` from the types of a query parameter, which has no way to send it."""
+    kinds = schema.get("anyOf", [])
+    if {"type": "null"} in kinds:
+        kinds.remove({"type": "null"})
+        if len(kinds) == 1:
+            schema.update(schema.pop("anyOf")[0])
+
+
+def _request_schemas(document: dict[str, Any]) -> set[str]:
+    """Return the names of the schemas of request bodies, and of those within them."""
+    found: set[str] = set()
+    new = {
+        name
+        for item in document["paths"].values()
+        for operation in item.values()
+        for name in _references(operation.get("requestBody"))
+    }
+    while new:
+        found |= new
+        within = {
+            name for one in new for name in _references(document["components"]["schemas"][one])
+        }
+        new = within - found
+    return found
+
+
+def _references(part: Any) -> Iterator[str]:
+    """Yield the names of the schemas that a part of the document refers to."""
+    if isinstance(part, dict):
+        target = part.get("$ref")
+        if isinstance(target, str) and target.startswith(_PREFIX):
+            yield target.removeprefix(_PREFIX)
+        part = list(part.values())
+    if isinstance(part, list):
+        for one in part:
+            yield from _references(one)
+
+
+def _codes(kind: type[errors.BonsaiLoraError] = errors.BonsaiLoraError) -> set[str]:
+    """Return the codes of all errors but those that only group others."""
+    grouping = (errors.BonsaiLoraError, errors.TooLargeError, errors.InvalidError)
+    codes = set() if kind in grouping else {kind.code}
+    return codes.union(*map(_codes, kind.__subclasses__()))

@@ -1,0 +1,166 @@
+"""What is left of the service when far too many clients send bodies of 512 KiB at once.
+
+64 connections (as many as there are places) against 1,000, each sending its next request as soon
+as the last one is answered. A client that gets 503 comes back after Retry-After, or at once with
+`--eager`. Health is asked every 20 ms on a connection of its own. Server and clients have a core
+each. Flags: --seconds, --eager, --json FILE.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import uvloop
+from load import CLIENT_CORE, SERVER_CORE, post
+from measure import report
+from server import serving
+
+import numpy as np
+
+from bonsai_lora.formats import safetensors
+
+WIDTH, ROWS = 4096, 32
+"""32 rows of 4,096 float32: 512 KiB."""
+PLACES, MANY = 64, 1000
+WARM_SECONDS = 1.5
+"""All connect at once; what that costs is not counted."""
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+OPTIONS = argparse.ArgumentParser()
+OPTIONS.add_argument("--seconds", type=float, default=5)
+OPTIONS.add_argument("--eager", action="store_true")
+
+
+class Load:
+    """What all connections have measured since the last `reset`."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.served: list[float] = []
+        self.refused = 0
+        self.broken = 0
+        self.health: list[float] = []
+
+
+async def exchange(reader, writer, request: bytes) -> tuple[int, bool]:
+    """Send a request; return the status of its answer, and whether the connection goes on."""
+    writer.write(request)
+    head = await reader.readuntil(b"\r\n\r\n")
+    lines = head.lower()
+    length = int(lines.partition(b"content-length: ")[2].partition(b"\r\n")[0])
+    await reader.readexactly(length)
+    return int(head[9:12]), b"connection: close" not in lines
+
+
+async def client(address, request: bytes, load: Load, until: float, pause: float) -> None:
+    """Ask again and again until `until`, over new connections where the old ones end."""
+    streams = None
+    while time.perf_counter() < until:
+        try:
+            if streams is None:
+                streams = await asyncio.open_connection(*address, limit=1 << 20)
+            began = time.perf_counter()
+            status, goes_on = await exchange(*streams, request)
+        except (OSError, asyncio.IncompleteReadError):
+            load.broken += 1
+            streams = None
+            continue
+        if not goes_on:
+            streams[1].close()
+            streams = None
+        if status == 200:
+            load.served.append(time.perf_counter() - began)
+        else:
+            load.refused += 1
+            await asyncio.sleep(pause)
+    if streams is not None:
+        streams[1].close()
+
+
+async def probe(address, load: Load, until: float) -> None:
+    """Ask for the health every 20 ms."""
+    streams = await asyncio.open_connection(*address)
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        await exchange(*streams, HEALTH)
+        load.health.append(time.perf_counter() - began)
+        await asyncio.sleep(0.02)
+    streams[1].close()
+
+
+async def measure(
+    address, request: bytes, connections: int, seconds: float, pause: float
+) -> dict[str, float]:
+    load = Load()
+    until = time.perf_counter() + WARM_SECONDS + seconds
+    clients = [client(address, request, load, until, pause) for _ in range(connections)]
+    asyncio.get_running_loop().call_later(WARM_SECONDS, load.reset)
+    await asyncio.gather(probe(address, load, until), *clients)
+    served, health = sorted(load.served), sorted(load.health)
+    return {
+        "served a second": len(served) / seconds,
+        "refused a second": load.refused / seconds,
+        "broken": load.broken,
+        "p50, ms": 1000 * served[len(served) // 2],
+        "p99, ms": 1000 * served[int(len(served) * 0.99)],
+        "p99 of health, ms": 1000 * health[int(len(health) * 0.99)],
+    }
+
+
+def main() -> None:
+    options, _ = OPTIONS.parse_known_args()
+    if os.environ.get("OVERLOAD"):  # a process of clients
+        host, port, path, connections = os.environ["OVERLOAD"].split()
+        os.sched_setaffinity(0, {CLIENT_CORE})
+        work = measure(
+            (host, int(port)),
+            Path(path).read_bytes(),
+            int(connections),
+            options.seconds,
+            0.0 if options.eager else 1.0,
+        )
+        print(json.dumps(uvloop.run(work)))
+        return
+    body = safetensors.encode({"inputs": np.ones((ROWS, WIDTH), np.float32)})
+    rows = []
+    with (
+        serving("--store", "memory:", cores={SERVER_CORE}) as (url, process),
+        tempfile.NamedTemporaryFile() as file,
+    ):
+        for method, path, fields in (
+            ("POST", "/v1/sets", {"name": "s", "config": {"rank": 16}}),
+            ("PUT", "/v1/sets/s/adapters/m", {"d_in": WIDTH, "d_out": WIDTH}),
+        ):
+            data = json.dumps(fields).encode()
+            headers = {"Content-Type": "application/json"}
+            urlopen(Request(url + path, data, headers, method=method), timeout=10).close()
+        path = "/v1/sets/s/adapters/m/apply"
+        file.write(post(path, body, Content_Type="application/vnd.safetensors"))
+        file.flush()
+        host, port = url.removeprefix("http://").split(":")
+        for connections in (PLACES, MANY) * 2:
+            done = subprocess.run(
+                [sys.executable, __file__, *sys.argv[1:]],
+                env={**os.environ, "OVERLOAD": f"{host} {port} {file.name} {connections}"},
+                capture_output=True,
+                text=True,
+                timeout=options.seconds + 60,
+                check=True,
+            )
+            peak = Path(f"/proc/{process.pid}/status").read_text().partition("VmHWM:")[2].split()[0]
+            measured = json.loads(done.stdout.splitlines()[-1])
+            rows.append({"connections": connections, **measured, "peak, MB": int(peak) // 1024})
+    report("Goodput under overload", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,305 @@
+"""What a caller can make large is counted first; long work does not delay short work."""
+
+import contextlib
+import gzip
+import json
+import resource
+import socket
+import threading
+import time
+
+import httpx
+import numpy as np
+import orjson
+import pytest
+from conftest import assert_problem, read_answer, serving, snapshot
+from test_one_way import BINARY, JSON, connect, raw
+
+from bonsai_lora.api.app import create_app
+from bonsai_lora.api.connection import LINGER_SECONDS, GuardedProtocol
+from bonsai_lora.formats import safetensors
+
+APPLY = "/v1/sets/s/adapters/m/apply"
+NARROW, WIDE = 8, 100_000
+BUDGET = 64 << 20
+STALL = 0.5
+MIB = 1 << 20
+
+
+@pytest.fixture(params=[None, GuardedProtocol], ids=["fast lane", "framework"])
+def service(request, settings):
+    """A client and the app; the set `s` has the module m, (8 -> 100000), of rank 1."""
+    changes = {"work_memory_bytes": BUDGET, "max_concurrency": 8, "stall_seconds": STALL}
+    app = create_app(settings.model_copy(update=changes))
+    with (
+        serving(app, http=request.param) as url,
+        httpx.Client(base_url=url, timeout=30) as client,
+    ):
+        client.post("/v1/sets", json={"name": "s", "config": {"rank": 1}})
+        client.put("/v1/sets/s/adapters/m", json={"d_in": NARROW, "d_out": WIDE})
+        yield client, app
+
+
+def rows(count, width=NARROW):
+    return safetensors.encode({"inputs": np.ones((count, width), np.float32)})
+
+
+def wait_until(condition, seconds=10.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def held(app):
+    context = app.state.context
+    return context.short.in_progress, context.long.in_progress, context.memory.reserved_bytes
+
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+HUGE = {"hidden_size": 5_000_000, "intermediate_size": 5_000_000}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/v1/sets", {"name": "n", "config": {"rank": 1024}, "mlp": HUGE}),
+        (
+            "PUT",
+            "/v1/sets/s/adapters/n",
+            {"d_in": 5_000_000, "d_out": 5_000_000, "config": {"rank": 1000}},
+        ),
+    ],
+)
+def test_matrices_are_counted_before_they_are_drawn(service, method, path, body):
+    client, app = service
+    before, files = peak_bytes(), snapshot(app.state.context.store)
+    assert_problem(client.request(method, path, json=body), 507, "memory_budget_exceeded")
+    assert peak_bytes() - before < 64 * MIB
+    assert snapshot(app.state.context.store) == files
+    assert held(app) == (0, 0, 0)
+
+
+def test_what_does_not_fit_now_is_refused_and_fits_later(service):
+    client, app = service
+    size = {"hidden_size": 2000, "intermediate_size": 2000}
+    body = {"name": "n", "config": {"rank": 64}, "mlp": size}
+    app.state.context.memory.reserve(BUDGET - MIB)
+    busy = client.post("/v1/sets", json=body)
+    assert_problem(busy, 503, "busy")
+    assert "retry-after" in busy.headers
+    app.state.context.memory.release(BUDGET - MIB)
+    assert client.post("/v1/sets", json=body).status_code == 201
+    assert held(app) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("modules", [9, 10])
+def test_modules_of_a_set(settings, modules):
+    """At the limit and above it, whichever way they come."""
+    app = create_app(settings.model_copy(update={"max_modules": 9}))
+    size = {"hidden_size": 4, "intermediate_size": 4}
+    with serving(app) as url, httpx.Client(base_url=url) as client:
+        new = {"name": "n", "mlp": size, "num_layers": 3}
+        assert client.post("/v1/sets", json=new).status_code == 201
+        for extra in range(modules - 9):
+            answer = client.put(f"/v1/sets/n/adapters/m{extra}", json={"d_in": 4, "d_out": 4})
+            assert_problem(answer, 422, "too_many_modules")
+        large = {**new, "name": "large", "num_layers": 4}
+        assert_problem(client.post("/v1/sets", json=large), 422, "too_many_modules")
+        # Replacing a module adds none.
+        same = client.put(
+            "/v1/sets/n/adapters/model.layers.0.mlp.up_proj", json={"d_in": 4, "d_out": 4}
+        )
+        assert same.status_code == 200
+
+
+def test_applies_are_answered_while_all_long_threads_work(service):
+    client, app = service
+    context, release = app.state.context, threading.Event()
+    with contextlib.ExitStack() as stack:
+        stack.callback(release.set)
+        for _ in range(context.settings.threads + 3):
+            context.long._threads.submit(release.wait, 20)
+        waiting = threading.Thread(
+            target=lambda: client.post("/v1/sets", json={"name": "later"}), daemon=True
+        )
+        waiting.start()
+        wait_until(lambda: context.long.waiting == 1)
+        with httpx.Client(base_url=client.base_url, timeout=10) as other:
+            headers = BINARY
+            # One that is computed at once, and one in a thread.
+            for count in (1, 100):
+                answer = other.post(APPLY, content=rows(count), headers=headers)
+                assert answer.status_code == 200
+            assert other.get("/healthz").status_code == 200
+            assert other.get("/v1/sets/s").status_code == 200
+            assert other.get("/v1/sets/later").status_code == 404
+        release.set()
+        waiting.join(10)
+    assert client.get("/v1/sets/later").status_code == 200
+
+
+def test_a_short_body_has_no_place_before_it_is_complete(service):
+    client, app = service
+    body = rows(1)
+    with connect(client) as connection:
+        connection.sendall(raw(APPLY, body)[:-4])
+        time.sleep(STALL / 4)
+        assert held(app) == (0, 0, 0)
+        connection.sendall(body[-4:])
+        assert read_answer(connection)[0] == 200
+
+
+def test_a_long_body_is_counted_from_its_head_on(service):
+    client, app = service
+    body = rows(30_000)
+    with connect(client) as connection:
+        connection.sendall(raw(APPLY, body)[: len(body) // 2])
+        wait_until(lambda: held(app) == (1, 0, 2 * len(body)))
+    wait_until(lambda: held(app) == (0, 0, 0))
+
+
+def test_answers_that_nobody_reads_are_bounded(service):
+    """Each is 32 MB of float32, and the budget 64 MiB: the third waits for somebody to read."""
+    client, app = service
+    asked = raw(APPLY, rows(80))
+    with contextlib.ExitStack() as stack:
+        silent = []
+        for _ in range(2):
+            one = stack.enter_context(socket.socket())
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            one.connect((client.base_url.host, client.base_url.port))
+            one.sendall(asked)
+            silent.append(one)
+        wait_until(lambda: held(app)[2] > BUDGET // 2)
+        headers = BINARY
+        assert_problem(client.post(APPLY, content=rows(80), headers=headers), 503, "busy")
+        assert client.post(APPLY, content=rows(1), headers=headers).status_code == 200
+        # A client that reads frees them; one that does not is disconnected.
+        wait_until(lambda: held(app) == (0, 0, 0), 20 * STALL)
+    assert client.post(APPLY, content=rows(80), headers=headers).status_code == 200
+
+
+def test_a_body_slower_than_the_pace_ends(service):
+    """It moves within every stall timeout, but 20 bytes instead of 512."""
+    client, app = service
+    body = rows(30_000)
+    with connect(client) as connection:
+        connection.sendall(raw(APPLY, body)[: -len(body)])
+        connection.settimeout(STALL / 4)
+        began, answer = time.monotonic(), b""
+        while not answer and time.monotonic() - began < 10 * STALL:
+            connection.sendall(b"x" * 5)
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(1 << 16)
+        assert answer.startswith(b"HTTP/1.1 408 "), answer
+    wait_until(lambda: held(app) == (0, 0, 0))
+
+
+def test_an_answer_read_slower_than_the_pace_ends(service):
+    client, app = service
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect((client.base_url.host, client.base_url.port))
+        connection.sendall(raw(APPLY, rows(80)))
+        wait_until(lambda: held(app)[0] == 1)
+        began = time.monotonic()
+        while held(app)[0] and time.monotonic() - began < 20 * STALL:
+            connection.recv(10)
+            time.sleep(STALL / 4)
+        assert held(app) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("status", [413, 503])
+def test_a_client_that_only_sends_sees_its_refusal(service, status):
+    """It reads after everything is sent, as many do; the connection ends within two seconds."""
+    client, app = service
+    length = 65 * MIB if status == 413 else 4 * MIB
+    context = app.state.context
+    with contextlib.ExitStack() as stack:
+        for _ in range(8 if status == 503 else 0):
+            stack.enter_context(context.short.admit())
+        connection = stack.enter_context(connect(client))
+        connection.sendall(raw(APPLY, bytes(length))[:-length])
+        sent = bytes(64 << 10)
+        began = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            for _ in range(2 * MIB // len(sent)):
+                connection.sendall(sent)
+        answer = b""
+        while b"\r\n\r\n" not in answer:
+            answer += connection.recv(1 << 16)
+        assert int(answer.split()[1]) == status
+        assert b"connection: close" in answer.lower()
+        with contextlib.suppress(ConnectionError):
+            while connection.recv(1 << 16):
+                pass
+        assert time.monotonic() - began < 2 + LINGER_SECONDS
+    assert held(app) == (0, 0, 0)
+
+
+def test_compressed_bodies_are_counted_as_what_they_become(service):
+    client, app = service
+    bomb = gzip.compress(bytes(60 * MIB))
+    headers = {"Content-Encoding": "gzip", "Inference-Header-Content-Length": "0"}
+    app.state.context.memory.reserve(BUDGET // 2)
+    answer = client.post("/v2/models/s/infer", content=bomb, headers=headers)
+    app.state.context.memory.release(BUDGET // 2)
+    assert answer.status_code == 503
+    assert held(app) == (0, 0, 0)
+
+
+def many(text, size):
+    return ",".join([text] * (size // (len(text) + 1)))
+
+
+SLOW_JSON = {
+    "empty lists": (many("[]", 4 * MIB), 422),
+    "lists in lists": (many("[[1]]", 8 * MIB), 422),
+    "objects": (many("{}", 4 * MIB), 422),
+    "one odd number": (many("1", MIB) + ", null", 422),
+    "strings": (many('"1"', MIB), 422),
+    "22 digits": (many("0.1234567890123456789012", MIB), 422),
+    "not JSON": (many("1", MIB) + "]", 400),
+    "NaN": (many("1", MIB) + ", NaN", 422),
+}
+"""What a list has in it, and the status of its refusal."""
+
+
+@pytest.mark.parametrize("name", SLOW_JSON)
+def test_json_that_is_slow_to_read_is_not_read_on_the_event_loop(service, name, monkeypatch):
+    client, app = service
+    inside, status = SLOW_JSON[name]
+    text = f'{{"inputs": [{inside}]}}'
+    threads = set()
+
+    def loads(body, _loads=orjson.loads):
+        if len(body) > MIB // 2:
+            threads.add(threading.current_thread().name)
+        return _loads(body)
+
+    monkeypatch.setattr(orjson, "loads", loads)
+    for path in (APPLY, "/v1/apply", "/v1/sets/s/apply"):
+        answer = client.post(path, content=text, headers=JSON)
+        assert answer.status_code == status, answer.text
+    assert all(one.startswith("long") for one in threads), threads
+    assert held(app) == (0, 0, 0)
+
+
+def test_uploads_count_against_the_spill_budget_while_they_come(service):
+    client, app = service
+    spill = app.state.context.spill
+    declared = 3 * MIB
+    with connect(client) as connection:
+        head = "PUT /v1/sets/u HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x"
+        connection.sendall(f"{head}\r\nContent-Length: {declared}\r\n\r\n--x\r\n".encode())
+        wait_until(lambda: spill.reserved_bytes == declared)
+        free = spill.total_bytes - spill.reserved_bytes
+        spill.reserve(free)
+        files = {"adapter_config": json.dumps({}), "adapter_model": b""}
+        assert_problem(client.put("/v1/sets/v", files=files), 503, "busy")
+        spill.release(free)
+    wait_until(lambda: spill.reserved_bytes == 0)
