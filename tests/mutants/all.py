@@ -30,9 +30,9 @@ HOOKS = Path(__file__).with_name("hooks.py")
 
 FOLDERS = {
     # Folder: what is changed, and the tests that may detect it.
-    "core": (["core/*"], ["core", "api/test_apply.py", "api/test_combinations.py", "api/test_stats.py", "api/test_adapters.py", "api/test_sets.py"]),
+    "core": (["core/*"], ["core", "api/test_experts.py", "api/test_apply.py", "api/test_combinations.py", "api/test_stats.py", "api/test_adapters.py", "api/test_sets.py"]),
     "formats": (["formats/*"], ["formats", "api/test_combinations.py", "api/test_experts.py", "api/test_variants.py", "api/test_hostile.py"]),
-    "wire": (["wire/*"], ["wire", "formats/test_safetensors.py", "api/test_oip.py", "api/test_hostile.py", "api/test_apply.py", "api/test_mixed.py", "api/test_bodies.py", "api/test_limits.py", "api/test_shared_memory.py"]),
+    "wire": (["wire/*"], ["wire", "formats/test_safetensors.py", "api/test_oip.py", "api/test_hostile.py", "api/test_apply.py", "api/test_mixed.py", "api/test_bodies.py", "api/test_limits.py", "api/test_shared_memory.py", "client/test_calls.py", "client/test_refusals.py"]),
     "storage": (["storage/*"], ["storage", "formats/test_peft_tensors.py", "api/test_sets.py", "api/test_newer_format.py", "api/test_operations.py"]),
     "checkpoints": (["checkpoints/*"], ["checkpoints", "api/test_merged.py", "api/test_files.py", "api/test_combinations.py", "api/test_wide_rows.py", "api/test_experts.py"]),
     "service": (["service/*"], ["service", *(f"api/test_{one}.py" for one in ("adapters", "apply", "combinations", "experts", "files", "limits", "merge", "merged", "mixed", "newer_format", "oip", "operations", "sets", "stats", "variants", "wide_rows"))]),
