@@ -80,7 +80,7 @@ def test_a_batch_for_each_module(form, encode):
 def test_the_row_that_does_not_fit_is_named(inputs, error, row):
     with pytest.raises(error) as caught:
         decode_one(Form.JSON, json.dumps({"inputs": inputs}).encode(), 100, "q")
-    assert caught.value.values == {"field": "inputs", "row": row}
+    assert caught.value.values.items() >= {"field": "inputs", "row": row}.items()
 
 
 def infer_request(*shape, parameters=None):
