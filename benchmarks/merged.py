@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from measure import report
-from server import serving
+from server import serving, worker_of
 
 import ml_dtypes
 import numpy as np
@@ -166,7 +166,7 @@ def main() -> None:
                     subprocess.run(["curl", "-sf", "-o", out, f"{prefix}/{file}"], check=True)
 
             fetch(None)
-            with PrivateMemory(process.pid) as memory:
+            with PrivateMemory(worker_of(process)) as memory:
                 for _ in range(ROUNDS):
                     times["cp"].append(timed(lambda: shutil.copytree(base, folder / "copy")))
                     shutil.rmtree(folder / "copy")

@@ -59,6 +59,11 @@ def running(
         _end(process)
 
 
+def worker_of(service: subprocess.Popen) -> int:
+    """Return the process id of a service's only worker."""
+    return int(Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text())
+
+
 def free_port() -> int:
     """Return a port that nobody listens on."""
     with socket.socket() as listener:

@@ -68,6 +68,12 @@ def running(*flags, port="0", command=(COMMAND,), **variables):
         process.stderr.close()
 
 
+def workers_of(process):
+    """The process ids of the workers of a service."""
+    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in text.split()]
+
+
 def test_sigterm_finishes_requests_in_flight_and_exits_0(tmp_path):
     with running("--store", str(tmp_path)) as (url, process):
         httpx.post(f"{url}/v1/sets", json={"name": "s"})
@@ -220,7 +226,7 @@ def test_sigterm_in_the_middle_of_a_long_body(tmp_path):
         httpx.put(f"{url}/v1/sets/s/adapters/m", json={"d_in": 256, "d_out": 2})
         body = safetensors.encode({"inputs": np.zeros((2000, 256), np.float32)})
         head = (
-            f"POST /v1/sets/s/adapters/m/apply HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+            f"POST /v1/sets/s/adapters/m/apply HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
             "\r\nContent-Type: application/vnd.safetensors\r\n\r\n"
         )
         host, _, port = url.removeprefix("http://").partition(":")

@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import httpx
 import pytest
 import structlog
 from conftest import TINY, connect, read_answer, serving, upload
-from test_command import own_logging  # noqa: F401 - a fixture
+from test_command import own_logging, workers_of  # noqa: F401 - a fixture
 
 from bonsai_lora.api import middleware
 from bonsai_lora.api.app import create_app
@@ -238,9 +237,9 @@ def test_a_process_says_when_it_is_ready_and_when_it_stops(tmp_path):
         lines = []
         while not lines or lines[-1]["event"] != "ready":
             lines.append(json.loads(process.stderr.readline()))
+        (worker,) = workers_of(process)
         process.send_signal(signal.SIGTERM)
         lines += map(json.loads, process.stderr)
     assert process.returncode == 0
     assert [one["event"] for one in lines[-2:]] == ["ready", "stopped"]
-    assert lines[-2].items() >= {"sets": 0, "pid": process.pid}.items()
-    assert os.getpid() != process.pid
+    assert lines[-2].items() >= {"sets": 0, "pid": worker}.items()

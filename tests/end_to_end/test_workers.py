@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from conftest import TINY, upload
-from test_command import running
+from test_command import running, workers_of
 
 from bonsai_lora.storage.store import SetStore
 
@@ -215,7 +215,8 @@ def test_kill_9_of_the_service_during_an_upload(tmp_path):
         def body():
             yield b'--x\r\nContent-Disposition: form-data; name="adapter_model"; filename="m"\r\n\r\n'
             yield (TINY / "plain" / "adapter_model.safetensors").read_bytes()[:5000]
-            process.kill()
+            for pid in (process.pid, *workers_of(process)):
+                os.kill(pid, signal.SIGKILL)
             time.sleep(0.2)
             yield b"more"
 

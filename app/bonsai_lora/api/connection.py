@@ -249,7 +249,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
         close = partial(self._end, cycle)
-        cycle.transport = SimpleNamespace(write=self.transport.write, close=close)  # type: ignore[assignment]
+        cycle.transport = SimpleNamespace(  # type: ignore[assignment]
+            write=self.transport.write, close=close, is_closing=self.transport.is_closing
+        )
         super()._start_asgi_task(cycle, app)
 
     def _end(self, cycle: RequestResponseCycle) -> None:

@@ -19,11 +19,11 @@ class StreamedFile:
         self._executor = executor
         self._ahead = ahead
 
-    async def read(self, start: int, stop: int) -> AsyncIterator[bytes | memoryview]:
+    async def read(self, start: int, stop: int) -> AsyncIterator[memoryview]:
         """Yield the bytes [start, stop) in pieces of about a megabyte."""
         loop = asyncio.get_running_loop()
         pieces = self._file.pieces(start, stop)
-        pending: deque[asyncio.Future[bytes | memoryview]] = deque()
+        pending: deque[asyncio.Future[memoryview]] = deque()
         try:
             for piece in pieces:
                 pending.append(loop.run_in_executor(self._executor, piece))

@@ -4,11 +4,13 @@ import asyncio
 import itertools
 import logging
 import math
+import os
 import re
 import secrets
 from collections.abc import Awaitable, Mapping
 from time import perf_counter
 from typing import Any, TypeVar, cast
+from urllib.parse import unquote
 
 import structlog
 from starlette.requests import ClientDisconnect
@@ -121,6 +123,7 @@ class ObserveMiddleware:
             await self._app(scope, receive, send)
             return
         started = perf_counter()
+        keep_encoded_slashes(scope)
         given = next((value for name, value in scope["headers"] if name == REQUEST_ID), None)
         scope["request_id"] = request_id_of(given)
         parents = [value for name, value in scope["headers"] if name == TRACEPARENT]
@@ -134,7 +137,12 @@ class ObserveMiddleware:
             # An error after the response has started is the cause of Starlette's exception.
             refusal = error.__cause__
             if exchange.status and isinstance(refusal, BonsaiLoraError):
-                _log.warning("response aborted", reason=refusal.detail, **_fields(scope))
+                _log.warning(
+                    "response aborted",
+                    code=refusal.code,
+                    reason=refusal.detail,
+                    **_fields(scope),
+                )
                 return
             self._observer.note_failure(scope)
             if not exchange.status:
@@ -213,6 +221,19 @@ def _body_bytes(scope: Scope) -> float:
     return length
 
 
+def keep_encoded_slashes(scope: Scope) -> None:
+    """Leave each `%2F` in the path as it is: it is part of a name, and separates nothing."""
+    raw: bytes = scope.get("raw_path") or b""
+    if b"%2f" in raw.lower():
+        pieces = re.split("%2f", raw.decode("ascii"), flags=re.IGNORECASE)
+        scope["path"] = "%2F".join(map(unquote, pieces))
+
+
+def decode_slashes(name: str) -> str:
+    """Return the name of a file, which may have slashes, from a path parameter."""
+    return name.replace("%2F", "/")
+
+
 def request_id_of(given: bytes | None) -> str:
     """Return the client's X-Request-Id if it is a plain token, else a new id."""
     if given is not None and _REQUEST_ID.match(given):
@@ -227,3 +248,12 @@ def trace_id_of(parent: bytes) -> str | None:
     """
     found = _TRACEPARENT.fullmatch(parent)
     return None if found is None else str(found[1], "ascii")
+
+
+def _renumber() -> None:
+    """Start another sequence, in a worker that was forked."""
+    global _numbers  # noqa: PLW0603 - a process has one sequence
+    _numbers = itertools.count(secrets.randbits(60))
+
+
+os.register_at_fork(after_in_child=_renumber)

@@ -3,7 +3,7 @@
 import re
 import secrets
 from collections.abc import AsyncIterator, Mapping
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import anyio.to_thread
 from fastapi import Request
@@ -16,6 +16,8 @@ from bonsai_lora.service.work import Lane
 
 MAX_RANGES = 64
 """A request for more ranges than this gets the whole file, as the RFC allows."""
+
+T = TypeVar("T")
 
 _RANGE = re.compile(r"(\d{0,1000})-(\d{0,1000})\Z")
 
@@ -49,14 +51,29 @@ def file_response(
 class _Admitted(Response):
     """A response that is admitted to a lane before it starts, and until it ends."""
 
-    def __init__(self, response: Response, lane: Lane) -> None:
+    def __init__(self, response: StreamingResponse, lane: Lane) -> None:
         self.background = None  # FastAPI reads this attribute
         self._response = response
         self._lane = lane
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._lane.admit():
+            # A file that cannot be read is refused before the first byte.
+            self._response.body_iterator = await _begun(aiter(self._response.body_iterator))
             await self._response(scope, receive, send)
+
+
+async def _begun(blocks: AsyncIterator[T]) -> AsyncIterator[T]:
+    """Return `blocks`, of which the first is already read."""
+    first = await anext(blocks, None)
+
+    async def all_blocks() -> AsyncIterator[T]:
+        if first is not None:
+            yield first
+            async for block in blocks:
+                yield block
+
+    return all_blocks()
 
 
 def _respond(request: Request, file: RangedFile, headers: Mapping[str, str] | None) -> Response:
@@ -142,8 +159,9 @@ def _multipart(file: RangedFile, ranges: list[Range], headers: dict[str, str]) -
 
     async def parts() -> AsyncIterator[bytes | memoryview]:
         for head, span in zip(heads, ranges, strict=True):
+            blocks = await _begun(file.read(*span))  # refused before its head, if it is the first
             yield head
-            async for block in file.read(*span):
+            async for block in blocks:
                 yield block
         yield tail
 

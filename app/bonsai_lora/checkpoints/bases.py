@@ -13,18 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from bonsai_lora.checkpoints.file import BaseFile, StoredTensor
 from bonsai_lora.checkpoints.folder import INDEX_FILE, FolderFiles, read_folder
 from bonsai_lora.checkpoints.paths import TensorPaths, prefixes_of
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, Floats, to_float32
-from bonsai_lora.core.merge import blocks, merge_rows, row_squares
+from bonsai_lora.core.merge import blocks, merge_rows
 from bonsai_lora.errors import BaseNotFoundError, BonsaiLoraError, InvalidBaseError
 from bonsai_lora.formats import safetensors
-from bonsai_lora.formats.mapped import map_file
+from bonsai_lora.formats.identity import identity_of
 from bonsai_lora.formats.names import base_names, is_base_name
-
-Identity = tuple[int, int, int]
-"""Inode, modification time in nanoseconds, length in bytes."""
 
 _SAMPLES = 16
 _SAMPLE_BYTES = 1 << 12
@@ -33,16 +31,14 @@ _SAMPLE_BYTES = 1 << 12
 
 @dataclass(frozen=True, eq=False)
 class Base:
-    """An opened base: all files are memory-mapped, all safetensors headers checked."""
+    """An opened base: all files are open, all safetensors headers checked."""
 
     name: str
     folder: Path
-    files: Mapping[str, memoryview]
+    files: Mapping[str, BaseFile]
     headers: Mapping[str, safetensors.Header]
     weight_map: Mapping[str, str]
     """Tensor name -> file name."""
-    identities: Mapping[str, Identity]
-    """File name -> identity of the mapped file."""
     digest: str
     """Identifies the content: names, sizes, times, headers and samples of all files."""
     ignored: Sequence[str] = ()
@@ -53,12 +49,18 @@ class Base:
         file = self.weight_map.get(name)
         return None if file is None else self.headers[file].tensors[name]
 
-    def tensor(self, name: str) -> Array | None:
-        """Return a tensor as a read-only view of its file; None if it does not exist."""
+    def tensor(self, name: str) -> StoredTensor | None:
+        """Return a tensor, not read yet; None if it does not exist.
+
+        Raises InvalidRequestError for a dtype outside FLOAT_DTYPES.
+        """
         file = self.weight_map.get(name)
         if file is None:
             return None
-        return safetensors.view(self.files[file], self.headers[file], name)
+        header = self.headers[file]
+        info = header.tensors[name]
+        dtype = safetensors.float_dtype(header, name)
+        return StoredTensor(self.files[file], header.data_start + info.start, dtype, info.shape)
 
     @cached_property
     def paths(self) -> TensorPaths:
@@ -81,7 +83,7 @@ class Base:
     @cached_property
     def _config(self) -> Mapping[str, Any]:
         try:
-            config = json.loads(bytes(self.files["config.json"]))
+            config = json.loads(_content(self.files["config.json"]))
         except (KeyError, ValueError, RecursionError):
             return {}
         return config if isinstance(config, dict) else {}
@@ -143,25 +145,19 @@ class BaseFolder:
         return None
 
 
-def identity_of(status: os.stat_result) -> Identity:
-    """Return what changes when the file's content changes."""
-    return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def row_norms(weight: Array, adapter: LoraAdapter) -> Floats:
+def row_norms(weight: Array | StoredTensor, adapter: LoraAdapter) -> Floats:
     """Return the norms (d_out,) of the rows of W + scaling * B @ A, summed in float64.
 
     `weight` is (d_out, d_in), or (d_in, d_out) for embeddings and Conv1D. The norm is the
     denominator of DoRA (Liu et al. 2024, equation 5; peft 0.21, tuners/lora/dora.py).
     """
-    if adapter.layer != "linear":
-        weight = weight.T
     squares = np.zeros(adapter.d_out)
-    for rows, columns in blocks(adapter.d_out, adapter.d_in):
-        block = to_float32(np.ascontiguousarray(weight[rows, columns]))
-        merged = np.empty_like(block)
-        merge_rows(block, *adapter.factors_of(rows, columns), adapter.scaling, out=merged)
-        squares[rows] += row_squares(merged)
+    axis = 1 if adapter.layer == "linear" else 0
+    for block in blocks(*weight.shape):
+        values = to_float32(np.ascontiguousarray(weight[block]))
+        merged = np.empty_like(values)
+        merge_rows(values, *adapter.stored_factors_of(*block), adapter.scaling, out=merged)
+        squares[block[1 - axis]] += np.square(merged, dtype=np.float64).sum(axis)
     return np.sqrt(squares).astype(np.float32)
 
 
@@ -177,23 +173,20 @@ def _open(name: str, folder: Path, found: FolderFiles) -> Base:
             "mount the files",
             base=name,
         )
-    mapped: dict[str, memoryview] = {}
-    identities: dict[str, Identity] = {}
+    files: dict[str, BaseFile] = {}
     digest = hashlib.sha256()
     for file, path in found.files.items():
-        with path.open("rb") as opened:
-            status = os.fstat(opened.fileno())
-            raw = mapped[file] = map_file(opened)
-        identities[file] = identity_of(status)
-        digest.update(f"{file}\n{status.st_size}\n{status.st_mtime_ns}\n".encode())
+        opened = files[file] = BaseFile(name, file, path)
+        size = opened.size_bytes
+        digest.update(f"{file}\n{size}\n{opened.modified_ns}\n".encode())
         # Reproducible image and archive builds give every file of every build the same time.
-        for start in range(0, len(raw), max(_SAMPLE_BYTES, len(raw) // _SAMPLES)):
-            digest.update(raw[start : start + _SAMPLE_BYTES])
+        for start in range(0, size, max(_SAMPLE_BYTES, size // _SAMPLES)):
+            digest.update(opened.read(start, min(start + _SAMPLE_BYTES, size)))
     headers: dict[str, safetensors.Header] = {}
     weight_map: dict[str, str] = {}
     for file in sorted(found.weights):
-        header = headers[file] = _header_of(name, file, mapped[file])
-        digest.update(mapped[file][: header.data_start])
+        header = headers[file] = _header_of(name, file, files[file])
+        digest.update(files[file].read(0, header.data_start))
         for tensor in header.tensors:
             if weight_map.setdefault(tensor, file) != file:
                 raise InvalidBaseError(
@@ -201,26 +194,30 @@ def _open(name: str, folder: Path, found: FolderFiles) -> Base:
                     f"{file}; keep model.safetensors or add an index",
                     base=name,
                 )
-    _check_index(name, mapped, weight_map)
-    return Base(
-        name, folder, mapped, headers, weight_map, identities, digest.hexdigest(), found.ignored
-    )
+    _check_index(name, files, weight_map)
+    return Base(name, folder, files, headers, weight_map, digest.hexdigest(), found.ignored)
 
 
-def _header_of(name: str, file: str, raw: memoryview) -> safetensors.Header:
+def _content(file: BaseFile) -> bytes:
+    return bytes(file.read(0, file.size_bytes))
+
+
+def _header_of(name: str, file: str, opened: BaseFile) -> safetensors.Header:
+    size = opened.size_bytes
     try:
-        header = safetensors.decode_header(raw)
-        safetensors.check_total(header, len(raw))
+        length = safetensors.header_length(opened.read(0, min(8, size)))
+        header = safetensors.decode_header(opened.read(0, min(8 + length, size)))
+        safetensors.check_total(header, size)
     except BonsaiLoraError as error:
         raise InvalidBaseError(f"{file} of base {name!r}: {error.detail}", base=name) from None
     return header
 
 
-def _check_index(name: str, files: dict[str, memoryview], weight_map: dict[str, str]) -> None:
+def _check_index(name: str, files: dict[str, BaseFile], weight_map: dict[str, str]) -> None:
     if INDEX_FILE not in files:
         return
     try:
-        listed: Any = json.loads(bytes(files[INDEX_FILE]))["weight_map"]
+        listed: Any = json.loads(_content(files[INDEX_FILE]))["weight_map"]
         wrong = [tensor for tensor, file in listed.items() if weight_map.get(tensor) != file]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InvalidBaseError(

@@ -8,21 +8,21 @@ always the same slice of the whole file.
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from bonsai_lora.checkpoints.bases import Base, identity_of
+from bonsai_lora.checkpoints.bases import Base
 from bonsai_lora.checkpoints.experts import expert_weights
 from bonsai_lora.checkpoints.fit import check_not_empty, check_tensor
 from bonsai_lora.checkpoints.orientation import Fit, as_stored, is_any_transposed
 from bonsai_lora.checkpoints.tensors import MergedTensor, TokenRows, Touched
 from bonsai_lora.checkpoints.ties import tied_replacements
 from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.core.cast import Array
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.merge import Block
-from bonsai_lora.errors import BaseChangedError, InvalidRequestError, UnsupportedAdapterError
+from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.peft_keys import TOKEN_ROWS
 from bonsai_lora.formats.peft_options import PLAIN, BaseOptions
@@ -32,8 +32,8 @@ PIECE_BYTES = 1 << 20
 
 _BYTES = "application/octet-stream"
 
-Piece = Callable[[], bytes | memoryview]
-"""Computes a part of a file; callable in any thread."""
+Piece = Callable[[], memoryview]
+"""Reads or computes a part of a file; callable in any thread. Raises BaseChangedError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +97,13 @@ class MergedModel:
         """Return whether a tensor differs from that of the base."""
         return tensor in self._touched
 
-    def tensor(self, name: str, base: Array) -> MergedTensor:
+    def tensor(self, name: str) -> MergedTensor:
         """Return a changed tensor, always as the same object, so that norms are computed once."""
+        known = self._tensors.get(name)
+        if known is not None:
+            return known
+        base = self.base.tensor(name)
+        assert base is not None
         return self._tensors.setdefault(name, MergedTensor(base, self._touched[name]))
 
     def _add_adapters(self, one: Ingredient) -> None:
@@ -168,12 +173,9 @@ class MergedFile:
 
     def __init__(self, model: MergedModel, name: str) -> None:
         self._model = model
-        self._raw = model.base.files[name]
+        self._file = model.base.files[name]
         self._header = model.base.headers.get(name)
-        self._path = model.base.folder / name
-        self._identity = model.base.identities[name]
-        self.name = name
-        self.size_bytes = len(self._raw)
+        self.size_bytes = self._file.size_bytes
         seed = f"{model.digest}/{name}" if self._header else f"{model.base.digest}/{name}"
         self.etag = f'"{hashlib.sha256(seed.encode()).hexdigest()[:40]}"'
         self.media_type = "application/json" if name.endswith(".json") else _BYTES
@@ -183,17 +185,9 @@ class MergedFile:
         for name, first, last in self._spans(start, stop):
             if name is None:
                 for offset in range(first, last, PIECE_BYTES):
-                    yield self._copy(offset, min(offset + PIECE_BYTES, last))
+                    yield partial(self._file.read, offset, min(offset + PIECE_BYTES, last))
             else:
                 yield from self._computed(name, first, last)
-
-    def _copy(self, start: int, stop: int) -> Piece:
-        def piece() -> bytes:
-            content = bytes(self._raw[start:stop])
-            self._check_unchanged()
-            return content
-
-        return piece
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[str | None, int, int]]:
         """Yield (changed tensor or None, start, stop) of the spans within [start, stop)."""
@@ -225,35 +219,20 @@ class MergedFile:
     def _computed(self, name: str, start: int, stop: int) -> Iterator[Piece]:
         """Yield the pieces of a changed tensor, cut from its fixed blocks."""
         assert self._header is not None
-        tensor = self._model.tensor(name, safetensors.view(self._raw, self._header, name))
+        tensor = self._model.tensor(name)
         offset = self._header.data_start + self._header.tensors[name].start
         for block, size in tensor.blocks():
             first, last = max(start, offset), min(stop, offset + size)
             if first < last:
-                yield self._piece(tensor, block, first - offset, last - offset)
+                yield partial(_merged_bytes, tensor, block, first - offset, last - offset)
             offset += size
             if offset >= stop:
                 return
 
-    def _piece(self, tensor: MergedTensor, block: Block, first: int, last: int) -> Piece:
-        def piece() -> memoryview:
-            content = safetensors.as_bytes(tensor.compute(block))[first:last]
-            self._check_unchanged()
-            return content
 
-        return piece
-
-    def _check_unchanged(self) -> None:
-        """Raise BaseChangedError if the file was overwritten after it was opened."""
-        try:
-            identity = identity_of(self._path.stat())
-        except FileNotFoundError:
-            return  # a removed file stays mapped
-        if identity[0] == self._identity[0] and identity != self._identity:
-            raise BaseChangedError(
-                f"{self.name} of base {self._model.base.name!r} was overwritten "
-                "while it was read; request it again, and replace files by renaming"
-            )
+def _merged_bytes(tensor: MergedTensor, block: Block, first: int, last: int) -> memoryview:
+    """Return the bytes [first, last) of a merged block."""
+    return safetensors.as_bytes(tensor.compute(block))[first:last]
 
 
 def _lost(base: Base, lora_set: BonsaiLoraSet, modules: list[str]) -> InvalidRequestError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bonsai_lora.checkpoints.bases import row_norms
+from bonsai_lora.checkpoints.file import StoredTensor
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, round_to, to_float32
 from bonsai_lora.core.merge import Block, blocks, merge_rows
@@ -48,10 +49,10 @@ class Touched:
 class MergedTensor:
     """A changed tensor, computed from the base values block by block."""
 
-    def __init__(self, base: Array, touched: Touched) -> None:
+    def __init__(self, base: StoredTensor, touched: Touched) -> None:
         is_stacked = any(one.experts is not None for one, _ in touched.deltas)
-        rows = math.prod(base.shape[:-1]) if base.ndim == 2 or is_stacked else 1
-        self._base = base.reshape(rows, -1)
+        rows = math.prod(base.shape[:-1]) if len(base.shape) == 2 or is_stacked else 1
+        self._base = base.as_matrix(rows)
         self._touched = touched
         self._dtype = np.float64 if base.dtype == np.float64 else np.float32
         self._ratio: Array | None = None
@@ -66,14 +67,13 @@ class MergedTensor:
 
     def compute(self, block: Block) -> Array:
         """Return the merged values of a block, rounded once to the dtype of the base."""
-        out = np.empty(self._base[block].shape, self._base.dtype)
         deltas = self._touched.deltas
         if self._touched.is_plain() and self._dtype is np.float32:
             only, weight = deltas[0]
-            merge_rows(
-                self._base[block], *only.stored_factors_of(*block), _scaled(only, weight), out=out
-            )
-            return out
+            values = self._base[block]
+            factors = only.stored_factors_of(*block)
+            merge_rows(values, *factors, _scaled(only, weight), out=values)
+            return values
         total = self._start(block)
         with np.errstate(over="ignore", invalid="ignore"):
             for adapter, weight in deltas:
@@ -84,17 +84,18 @@ class MergedTensor:
                 total += bias[block[1]] * _scaled(adapter, weight)
         if self._dtype is np.float64:
             return total
+        out: Array = np.empty(total.shape, self._base.dtype)
         round_to(total, out)
         return out
 
     def _start(self, block: Block) -> Array:
         replacement = self._touched.replacement
         source = self._base if replacement is None else replacement.reshape(self._base.shape)
-        total: Array = np.empty(source[block].shape, self._dtype)
+        values = np.ascontiguousarray(source[block])
         if self._dtype is np.float64:
-            total[...] = source[block]
+            total: Array = values.astype(np.float64)
         else:
-            to_float32(np.ascontiguousarray(source[block]), out=total)
+            total = to_float32(values, out=np.empty(values.shape, np.float32))
         if self._touched.rows is not None:
             _put_rows(total, self._touched.rows, block)
         return total
@@ -102,7 +103,7 @@ class MergedTensor:
     def _add(self, total: Array, adapter: LoraAdapter, weight: float, block: Block) -> None:
         rows, columns = block
         if adapter.experts is not None:
-            height = len(self._base) // adapter.experts
+            height = self._base.shape[0] // adapter.experts
             for number in range(rows.start // height, -(-rows.stop // height)):
                 first, last = (
                     max(rows.start, number * height),

@@ -1,4 +1,4 @@
-"""The `serve` command: one flag per setting, then uvicorn."""
+"""The `serve` command: one flag per setting, then supervised workers that run uvicorn."""
 
 import argparse
 import contextlib
@@ -8,24 +8,29 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import values
 from pydantic import ValidationError
-from uvicorn.supervisors import Multiprocess
 
 from bonsai_lora.api.connection import GuardedProtocol
+from bonsai_lora.api.crowded import refusing_crowds
+from bonsai_lora.api.keys_file import read_keys
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
+from bonsai_lora.cli.supervisor import Supervisor
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
-from bonsai_lora.settings import Settings
+from bonsai_lora.settings import UNGUARDED, Settings
+from bonsai_lora.storage.counts import count_restart
+from bonsai_lora.storage.in_use import suspect_sets_of
 from bonsai_lora.storage.store import SetStore
 
 _log = logging.getLogger("bonsai_lora")
@@ -34,6 +39,8 @@ _MAPPED_BYTES = 8 << 20
 """Blocks up to this size are allocated from the heap; larger ones are mapped and unmapped."""
 _KEPT_BYTES = 256 << 20
 """Most free memory kept at the end of the heap."""
+_NAMED = 32
+"""Most sets named in a log line."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -45,9 +52,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for name, field in Settings.model_fields.items():
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
         is_switch = field.annotation is bool
-        has_default = not (is_switch or field.default_factory or field.default is None)
+        has_default = not (is_switch or field.default_factory or field.default in (None, "", ()))
         default = f" (default: {field.default})" if has_default else ""
         switch: dict[str, Any] = {"nargs": "?", "const": "true"} if is_switch else {}
+        if get_origin(field.annotation) is tuple:
+            switch = {"nargs": "+"}
         parser.add_argument(
             _flag(name),
             dest=name,
@@ -61,8 +70,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; return 0, or 2 if the service cannot start."""
-    given = {
-        name: value for name, value in vars(arguments).items() if name in Settings.model_fields
+    given: dict[str, Any] = {
+        name: ",".join(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name in Settings.model_fields
     }
     try:
         settings = Settings(**given)
@@ -73,6 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
             _print_error(f"{_flag(name)} ({variable}): {one['msg']}; got {one['input']!r}")
         return 2
     configure_logging(settings.log_level, settings.log_format)
+    try:
+        settings = _guarded(settings)
+    except ValueError as error:
+        _print_error(str(error))
+        return 2
     _warn_of_unknown_variables()
     if settings.bases and not Path(settings.bases).is_dir():
         _log.warning("the folder of bases %s does not exist; check --bases", settings.bases)
@@ -90,13 +106,36 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
 
 
-def make_app(settings: Settings, shared: Path, supervisor: int | None) -> FastAPI:
-    """Return the application, for this process or for a worker of the process `supervisor`."""
-    configure_logging(settings.log_level, settings.log_format)
-    _keep_freed_memory()
-    if supervisor is not None:
-        _exit_with(supervisor)
-    from bonsai_lora.api.app import create_app  # noqa: PLC0415 - reads PROMETHEUS_MULTIPROC_DIR
+def _guarded(settings: Settings) -> Settings:
+    """Return `settings` with `no_auth` where only this machine can connect.
+
+    Raises ValueError if other machines can, without keys or leave, for a certificate that cannot be
+    used, and for bad keys.
+    """
+    if settings.tls_cert is not None:
+        _check_certificate(settings.tls_cert, settings.tls_key)
+    if settings.keys_file is not None:
+        read_keys(settings.keys_file)
+    elif not settings.no_auth and settings.is_reachable():
+        raise ValueError(f"other machines can reach {settings.host}, and {UNGUARDED}")
+    else:
+        return settings.model_copy(update={"no_auth": True})
+    return settings
+
+
+def _check_certificate(certificate: Path, key: Path | None) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
+    except OSError as error:  # an SSLError is one
+        raise ValueError(
+            f"the certificate {certificate} and the key {key} cannot be used: {error}; check "
+            "--tls-cert and --tls-key"
+        ) from error
+
+
+def make_app(settings: Settings, shared: Path) -> FastAPI:
+    """Return the application of a worker."""
+    from bonsai_lora.api.app import create_app  # noqa: PLC0415 - slow to import
 
     app = create_app(settings, shared)
     install_fast_lane(app, settings)
@@ -126,48 +165,68 @@ def connection_class(settings: Settings) -> Any:
 
 
 def _serve(settings: Settings, listeners: list[socket.socket], temporary: str) -> int:
-    if settings.workers > 1:
-        # prometheus_client shares the workers' metrics here, so that each can report all of them.
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = temporary
-    config = uvicorn.Config(
-        partial(make_app, settings, Path(temporary), os.getpid() if settings.workers > 1 else None),
-        factory=True,
-        workers=settings.workers,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=settings.shutdown_seconds,
-        server_header=False,
-        http=connection_class(settings),
-        ws="none",
-        proxy_headers=False,  # client addresses are not used
-    )
-    server = uvicorn.Server(config)
     try:
         if not SetStore(Path(settings.store)).is_writable():
             _log.warning("the store %s is read-only; sets cannot be changed", settings.store)
-        # After shutdown, uvicorn raises the signal again for the previously installed handler.
-        for ending in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(ending, _exit)
-        if settings.workers == 1:
-            config.load()
     except OSError as error:
         _print_error(
             f"the store {settings.store!r} cannot be opened: {error}; choose another folder with "
             "--store"
         )
         return 2
-    addresses = " and ".join(address_of(one) for one in listeners)
+    # prometheus_client keeps the workers' metrics here: each reports all of them, and they outlive
+    # a worker that is replaced.
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = temporary
+    # It was imported before the variable was set.
+    values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
+    from bonsai_lora.api.app import choose_backend  # noqa: PLC0415 - slow to import
+
+    _keep_freed_memory()
+    choose_backend(settings)  # once for all workers
+    scheme = "http" if settings.tls_cert is None else "https"
+    addresses = " and ".join(address_of(one, scheme) for one in listeners)
     _log.info("serving on %s, sets in %s", addresses, Path(settings.store).resolve())
-    if settings.workers == 1:
-        server.run(sockets=listeners)
-    else:
-        Multiprocess(config, sockets=listeners).run()
-    return 0
+    shared = Path(temporary)
+    work = partial(_work, settings, listeners, shared, os.getpid())
+    return Supervisor(work, settings.workers, partial(_note_death, shared)).run()
+
+
+def _work(
+    settings: Settings, listeners: list[socket.socket], shared: Path, supervisor: int
+) -> None:
+    """Serve in this process, a worker of the process `supervisor`."""
+    _exit_with(supervisor)
+    config = uvicorn.Config(
+        make_app(settings, shared),
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=settings.shutdown_seconds,
+        server_header=False,
+        http=refusing_crowds(connection_class(settings)),  # type: ignore[arg-type]
+        ws="none",
+        proxy_headers=False,  # api/door.py reads what trusted proxies say
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
+    )
+    uvicorn.Server(config).run(sockets=listeners)
+
+
+def _note_death(shared: Path, pid: int) -> None:
+    """Count a worker that died, and log its open sets; they are checked before their next use."""
+    count_restart(shared)
+    names = suspect_sets_of(shared, pid)
+    if names:
+        _log.warning(
+            "worker %d had %d sets open, which are checked on next use: %s",
+            pid,
+            len(names),
+            ", ".join(names[:_NAMED]),
+        )
 
 
 def _exit_with(supervisor: int) -> None:
     """Make the kernel send SIGTERM to this worker when its supervisor exits (prctl(2))."""
-    if sys.platform == "linux":
+    with contextlib.suppress(AttributeError, OSError):  # only Linux has it
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
     if os.getppid() != supervisor:  # it has exited already
@@ -207,7 +266,3 @@ def _flag(name: str) -> str:
 
 def _print_error(text: str) -> None:
     print(f"bonsai-lora: {text}", file=sys.stderr)
-
-
-def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:
-    sys.exit(0)

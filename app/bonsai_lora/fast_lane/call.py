@@ -12,7 +12,13 @@ from uvicorn.protocols.http.flow_control import FlowControl
 
 from bonsai_lora.api.call import LONG_BYTES, Call, HeaderLines, closes
 from bonsai_lora.api.coroutines import resume
-from bonsai_lora.api.errors import failure_response, problem_response
+from bonsai_lora.api.door import Peer
+from bonsai_lora.api.errors import (
+    failure_response,
+    is_out_of_files,
+    problem_response,
+    too_many_files,
+)
 from bonsai_lora.api.middleware import request_id_of
 from bonsai_lora.api.pace import Pace
 from bonsai_lora.errors import BonsaiLoraError
@@ -33,6 +39,7 @@ class Connection(Protocol):
     lane: FastLane
     flow: FlowControl
     loop: asyncio.AbstractEventLoop
+    peer: Peer
     tasks: set[asyncio.Task[None]]
     transport: asyncio.Transport
 
@@ -152,11 +159,18 @@ class LaneCall(Call):
     async def _answer(self) -> Response:
         """Return the response of the route's function, or an error response."""
         try:
+            caller = self._http.lane.door.admit(self._head.path, self.headers, self._http.peer)
+            self.scope["key"] = caller.log_id
+            self.context = caller.context(self._match.route.need)
             return await self._match.route.endpoint(self, *self._match.path_params.values())
         except BonsaiLoraError as error:
             if self.missing and self._head.expects:
                 self.keep_alive = False  # the client may or may not send the body
             return problem_response(error, self.scope)
+        except OSError as error:
+            if not is_out_of_files(error):
+                raise
+            return problem_response(too_many_files(), self.scope)
 
     def _write(self, answer: Response) -> None:
         http = self._http
@@ -165,7 +179,8 @@ class LaneCall(Call):
         parts = getattr(answer, "parts", None) or (answer.body,)
         if self.missing and closes(answer.status_code, self.missing):
             self.keep_alive = False
-        lines = [*answer.raw_headers, (b"x-request-id", self.scope["request_id"].encode())]
+        lines = [*answer.raw_headers, *http.lane.more_headers]
+        lines.append((b"x-request-id", self.scope["request_id"].encode()))
         http.write_response(answer.status_code, lines, parts, keep_alive=self.keep_alive)
         self._status = answer.status_code
 

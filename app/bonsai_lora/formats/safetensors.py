@@ -144,14 +144,7 @@ def view(raw: bytes | memoryview, header: Header, name: str) -> Array:
     Raises InvalidRequestError for a dtype outside FLOAT_DTYPES.
     """
     info = header.tensors[name]
-    dtype = FLOAT_DTYPES.get(info.dtype)
-    if dtype is None:
-        raise InvalidRequestError(
-            f"tensor {name!r} is {info.dtype}; expected one of {', '.join(FLOAT_DTYPES)}",
-            tensor=name,
-            got=info.dtype,
-            expected=list(FLOAT_DTYPES),
-        )
+    dtype = float_dtype(header, name)
     count = (info.stop - info.start) // dtype.itemsize
     flat = np.frombuffer(raw, dtype, count, header.data_start + info.start)
     try:
@@ -165,6 +158,20 @@ def view(raw: bytes | memoryview, header: Header, name: str) -> Array:
     if array.flags.writeable:
         array.flags.writeable = False
     return array
+
+
+def float_dtype(header: Header, name: str) -> np.dtype[Any]:
+    """Return the dtype of the tensor `name`; raises InvalidRequestError outside FLOAT_DTYPES."""
+    found = header.tensors[name].dtype
+    dtype: np.dtype[Any] | None = FLOAT_DTYPES.get(found)
+    if dtype is None:
+        raise InvalidRequestError(
+            f"tensor {name!r} is {found}; expected one of {', '.join(FLOAT_DTYPES)}",
+            tensor=name,
+            got=found,
+            expected=list(FLOAT_DTYPES),
+        )
+    return dtype
 
 
 INTEGERS: Mapping[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}

@@ -4,11 +4,12 @@ The file doubles as the `adapter_model.safetensors` of the set's PEFT folder. Th
 first entry of the header, so that listing sets reads only a few kilobytes of each file.
 """
 
+import hashlib
 import json
 import os
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO, get_args
 import numpy as np
 
 from bonsai_lora.core.adapter import LayerKind, LoraAdapter
-from bonsai_lora.core.cast import Array
+from bonsai_lora.core.cast import Array, all_finite
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
@@ -44,7 +45,10 @@ _METADATA_START = b'{"__metadata__":'
 _RECORD_KEY = "bonsai_lora"
 _MODULES_KEY = "bonsai_lora_modules"
 _CONFIG_KEY = "adapter_config"
+_DIGEST_KEY = "digest"
+_NO_DIGEST = "0" * 64
 _PEEK_BYTES = 1 << 14
+_PIECE_BYTES = 1 << 20
 _MOST_FLOAT32 = float(np.finfo(np.float32).max)
 _INTEGER_END = 1 << 53
 """Integers below it are the same in every reader of JSON."""
@@ -94,6 +98,8 @@ class SetRecord:
     total_trainable_params: int
     data_bytes: int
     """Length of the tensor data in the file."""
+    digest: str | None = None
+    """SHA-256 of the file's bytes after its header, in hexadecimal; earlier releases wrote none."""
     unknown: Mapping[str, Any] = field(default_factory=dict)
     """Keys that a later release wrote in this format; they are preserved by changes."""
 
@@ -126,14 +132,28 @@ class StoredSet:
 
 def write_set_file(file: BinaryIO, stored: "NewSet") -> None:
     """Write the file of a set; constant zero arrays become holes of a sparse file."""
-    header = stored.header()
+    header = stored.header(_NO_DIGEST)
     file.write(header)
     file.truncate(len(header) + stored.record.data_bytes)
+    digest = hashlib.sha256()
     for array in set_tensors(stored.lora_set).values():
         if _is_zero_constant(array):
             file.seek(array.nbytes, os.SEEK_CUR)
+            for piece in _zeros(array.nbytes):
+                digest.update(piece)
         else:
-            file.write(safetensors.as_bytes(array))
+            content = safetensors.as_bytes(array)
+            file.write(content)
+            digest.update(content)
+    file.seek(0)
+    file.write(stored.header(digest.hexdigest()))  # as long as the first
+
+
+def _zeros(count: int) -> Iterator[memoryview]:
+    """Yield `count` zero bytes in pieces."""
+    piece = memoryview(bytes(min(count, _PIECE_BYTES)))
+    for start in range(0, count, _PIECE_BYTES):
+        yield piece[: count - start]
 
 
 def write_header(stored: "NewSet", received: ReceivedUpload, names: Mapping[str, str]) -> bool:
@@ -141,7 +161,7 @@ def write_header(stored: "NewSet", received: ReceivedUpload, names: Mapping[str,
     infos = received.header.tensors
     layout = {names[key]: (info.dtype, info.shape) for key, info in infos.items()}
     try:
-        header = stored.header(layout, received.header.data_start)
+        header = stored.header(received.digest, layout, received.header.data_start)
     except ValueError:
         return False
     received.write_header(header)
@@ -156,15 +176,17 @@ class NewSet:
     lora_set: BonsaiLoraSet
     adapter_config: Mapping[str, Any] | None
 
-    def header(self, layout: safetensors.Layout | None = None, length: int | None = None) -> bytes:
+    def header(
+        self, digest: str, layout: safetensors.Layout | None = None, length: int | None = None
+    ) -> bytes:
         """Return the file's header for tensors in the order of `layout` (default: the set's).
 
-        Raises HeaderTooLargeError if it is too long to be read again, ValueError if it does not
-        fit in `length` bytes.
+        `digest` is that of their bytes. Raises HeaderTooLargeError if it is too long to be read
+        again, ValueError if it does not fit in `length` bytes.
         """
         if layout is None:
             layout = safetensors.layout_of(set_tensors(self.lora_set))
-        header = safetensors.encode_header(layout, self._metadata(), length=length)
+        header = safetensors.encode_header(layout, self._metadata(digest), length=length)
         if len(header) > safetensors.MAX_HEADER_BYTES:
             raise HeaderTooLargeError(
                 f"the header of the set would have {len(header)} bytes, but the limit is "
@@ -174,7 +196,7 @@ class NewSet:
             )
         return header
 
-    def _metadata(self) -> dict[str, str]:
+    def _metadata(self, digest: str) -> dict[str, str]:
         modules = {
             name: [
                 one.config.alpha,
@@ -185,7 +207,7 @@ class NewSet:
             for name, one in self.lora_set.registry.adapters.items()
         }
         metadata = {
-            _RECORD_KEY: _encode_record(self.record),
+            _RECORD_KEY: _encode_record(replace(self.record, digest=digest)),
             "format": "pt",
             _MODULES_KEY: json.dumps(modules),
         }
@@ -205,14 +227,14 @@ def read_record(path: Path) -> SetRecord:
     release wrote it.
     """
     with path.open("rb") as file:
-        return _read_record(path, file)
+        return record_of(path, file)
 
 
 def open_set_file(path: Path) -> StoredSet:
     """Return the set in the file, memory-mapped; raises the errors of `read_record`."""
     with path.open("rb") as file:
         # First, because nothing else in a file of a newer release need make sense here.
-        record = _read_record(path, file)
+        record = record_of(path, file)
         mapped = map_file(file)
     header = safetensors.decode_header(mapped)
     _check_size(path, header.total_bytes, len(mapped))
@@ -220,10 +242,14 @@ def open_set_file(path: Path) -> StoredSet:
     config = None if text is None else json.loads(text)
     if not isinstance(config, dict | None):
         raise MalformedSafetensorsError(f"{path.name} has an {_CONFIG_KEY} that is not an object")
-    return StoredSet(record, _open_set(mapped, header, record), config, mapped)
+    stored = StoredSet(record, _open_set(mapped, header, record), config, mapped)
+    if record.digest is None:  # perhaps not written by this program, which checks them first
+        _check_values(stored.lora_set)
+    return stored
 
 
-def _read_record(path: Path, file: BinaryIO) -> SetRecord:
+def record_of(path: Path, file: BinaryIO) -> SetRecord:
+    """Return the record of the open file at `path`; raises the errors of `read_record`."""
     prefix = file.read(_PEEK_BYTES)
     length = safetensors.header_length(prefix)
     while True:
@@ -259,13 +285,13 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
         embedding = "embedding_" if layer == "embedding" else ""
         a_matrix = safetensors.view(mapped, header, parts[f"{embedding}A"])
         b_matrix = safetensors.view(mapped, header, parts[f"{embedding}B"])
+        vectors = tensor(parts.get("bias")), tensor(parts.get("magnitude"))
         rank, rest = divmod(len(a_matrix), experts or 1)
         if rest:
             raise MalformedSafetensorsError(
                 f"module {module!r} has {experts} experts, but {len(a_matrix)} rows in A"
             )
         own = replace(record.config, rank=rank, alpha=alpha)
-        vectors = tensor(parts.get("bias")), tensor(parts.get("magnitude"))
         adapters[module] = LoraAdapter(own, a_matrix, b_matrix, scaling, *vectors, layer, experts)
     return BonsaiLoraSet(
         LoraRegistry(record.config).add_all(adapters),
@@ -275,9 +301,20 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
     )
 
 
+def _check_values(lora_set: BonsaiLoraSet) -> None:
+    """Raise MalformedSafetensorsError for what an upload may not have: float64, NaN, infinity."""
+    for name, array in set_tensors(lora_set).items():
+        if array.dtype == np.float64:
+            raise MalformedSafetensorsError(f"{name} is F64; expected F32, F16 or BF16")
+        if not all_finite(array):
+            raise MalformedSafetensorsError(f"{name} has NaN or infinity; expected finite numbers")
+
+
 def _encode_record(record: SetRecord) -> str:
     known = {name: getattr(record, name) for name in _RECORD_TYPES}
     known["config"] = record.config.to_dict()
+    # With the version, as an earlier release keeps this key when it changes the tensors.
+    known[_DIGEST_KEY] = {"version": record.version, "sha256": record.digest}
     return json.dumps({"format": RECORD_FORMAT, **known, **record.unknown})
 
 
@@ -295,7 +332,17 @@ def _decode_record(path: Path, metadata: Any) -> SetRecord:
     if path.stem != fields["name"]:
         raise MalformedSafetensorsError(f"{path.name} is a copy of set {fields['name']!r}")
     known = {name: fields.pop(name) for name in _RECORD_TYPES}
-    return SetRecord(**known | {"config": _decode_config(path, known["config"])}, unknown=fields)
+    known["config"] = _decode_config(path, known["config"])
+    digest = _decode_digest(fields.pop(_DIGEST_KEY, None), known["version"])
+    return SetRecord(**known, digest=digest, unknown=fields)
+
+
+def _decode_digest(value: Any, version: int) -> str | None:
+    """Return the digest of this version of the set, if there is one."""
+    if not isinstance(value, dict) or value.get("version") != version:
+        return None
+    digest = value.get("sha256")
+    return digest if isinstance(digest, str) else None
 
 
 def _decode_config(path: Path, fields: Mapping[str, Any]) -> LoraConfig:

@@ -18,6 +18,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -30,8 +31,10 @@ from bonsai_lora.errors import (
     StoreFullError,
     StoreReadOnlyError,
 )
+from bonsai_lora.formats.identity import Identity, identity_of
 from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.formats.peft import set_tensors
+from bonsai_lora.storage.in_use import OpenNames, suspects
 from bonsai_lora.storage.setfile import (
     RECORD_FORMAT,
     NewSet,
@@ -43,20 +46,18 @@ from bonsai_lora.storage.setfile import (
     write_set_file,
 )
 from bonsai_lora.storage.upload import ReceivedUpload
-
-Identity = tuple[int, int, int]
+from bonsai_lora.storage.verify import OnPiece, verify_set_file
 
 _SUFFIX = ".safetensors"
 _LOCKS = 64
+_SIZE = 3
+"""Place of a file's length in its identity."""
+_QUICK_BYTES = 1 << 20
+"""A file up to this length is opened in milliseconds, whatever is in it."""
+_QUICK_HEADER_BYTES = 1 << 16
+"""A longer one is, with a header up to this length."""
 _LEFTOVER_SECONDS = 60
-_UNREADABLE = (
-    BonsaiLoraError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    RecursionError,
-)
+_UNREADABLE = (BonsaiLoraError, LookupError, ValueError, TypeError, AttributeError, RecursionError)
 """Exceptions that reading a foreign or damaged file may raise."""
 
 T = TypeVar("T")
@@ -67,10 +68,13 @@ class SetStore:
     """A folder of sets. Thread-safe.
 
     `root` is created if missing. Up to `max_open` sets stay memory-mapped, by default half of the
-    process's file descriptor limit, at most 1024. Raises OSError if the folder cannot be created.
+    process's file descriptor limit, at most 1024. `shared` is a folder of all workers of a service,
+    where each finds what others had open when they died. Raises OSError if `root` cannot be made.
     """
 
-    def __init__(self, root: Path, *, max_open: int | None = None) -> None:
+    def __init__(
+        self, root: Path, *, max_open: int | None = None, shared: Path | None = None
+    ) -> None:
         self.root = root
         self._unreadable: dict[str, str] = {}
         self.temporary = root / "tmp"
@@ -84,6 +88,10 @@ class SetStore:
         self._open: OrderedDict[str, tuple[Identity, StoredSet]] = OrderedDict()
         self._records: dict[str, tuple[Identity, SetRecord]] = {}
         self._newer: dict[str, tuple[Identity, int]] = {}
+        self._suspects = set() if shared is None else suspects(shared)
+        self._names = None if shared is None else OpenNames(shared)
+        self.on_open: Callable[[SetRecord], None] | None = None
+        """Called with the record of each version that `read` opens."""
         for folder in (self._sets, self.temporary, self._locks):
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -113,6 +121,14 @@ class SetStore:
             self.forget(gone)
         return found
 
+    def held_bytes(self, besides: str) -> int:
+        """Return the size in bytes of all sets but one, as float32.
+
+        Sets that a newer release wrote count as much as their files.
+        """
+        held = sum(one.total_memory_bytes for one in self.records() if one.name != besides)
+        return held + sum(self.newer_files().values())
+
     def read_record(self, name: str) -> SetRecord:
         """Return the record of a set; raises SetNotFoundError, NewerFormatError."""
         identity = self._identity(name)
@@ -134,9 +150,40 @@ class SetStore:
             with contextlib.suppress(KeyError):  # another thread may evict it meanwhile
                 self._open.move_to_end(name)
             return known[1]
-        opened = self._checked(name, identity, open_set_file)
-        self._remember(name, identity, opened)
+        if name in self._suspects:
+            self._checked(name, identity, verify_set_file)
+            self._suspects.discard(name)
+        opened = self._open_version(name, identity)
+        if self.on_open is not None:
+            self.on_open(opened.record)
         return opened
+
+    def read_quickly(self, name: str) -> StoredSet | None:
+        """Return `read(name)`, or None if it is not open and opening it may take long.
+
+        It does if the file has a long header, or if all of it has to be checked first.
+        """
+        identity = self._identity(name)
+        known = self._open.get(name)
+        if known is None or known[0] != identity:
+            size = identity[_SIZE]
+            if size > _QUICK_BYTES and not self._opens_quickly(name):
+                return None
+        return self.read(name)
+
+    def _opens_quickly(self, name: str) -> bool:
+        if name in self._suspects or self.read_record(name).digest is None:
+            return False
+        with _storage_errors(), self._path(name).open("rb") as file:
+            return int.from_bytes(file.read(8), "little") <= _QUICK_HEADER_BYTES
+
+    def verify(self, name: str, on_piece: OnPiece | None = None) -> SetRecord:
+        """Read the file of a set, and move it aside if its tensors are not what was written.
+
+        Raises SetNotFoundError, with the reason in `bad_files`, and NewerFormatError.
+        """
+        reader = partial(verify_set_file, on_piece=on_piece)
+        return self._checked(name, self._identity(name), reader, wait=True)
 
     def lock(self, name: str) -> AbstractContextManager[None]:
         """Hold the lock to change `name`, across threads and processes."""
@@ -196,7 +243,7 @@ class SetStore:
                 with self.new_file() as file:
                     write_set_file(file, new)
                     self._commit(file, record.name)
-        return self.read(record.name)
+        return self._open_version(record.name, self._identity(record.name))
 
     @contextlib.contextmanager
     def new_file(self) -> Iterator[BinaryIO]:
@@ -255,7 +302,7 @@ class SetStore:
         if not stat.S_ISREG(status.st_mode):
             self._unreadable[name] = "it is not a regular file"
             raise SetNotFoundError(name)
-        return status.st_ino, status.st_mtime_ns, status.st_size
+        return identity_of(status)
 
     def forget(self, name: str) -> None:
         """Release this process's state of a set; it is read again on next use."""
@@ -263,19 +310,25 @@ class SetStore:
         self._records.pop(name, None)
         self._newer.pop(name, None)
 
-    def _remember(self, name: str, identity: Identity, opened: StoredSet) -> None:
+    def _open_version(self, name: str, identity: Identity) -> StoredSet:
+        if self._names is not None:
+            self._names.add(name, list(self._open))
+        opened = self._checked(name, identity, open_set_file)
         self._open[name] = (identity, opened)
         with contextlib.suppress(KeyError):
             self._open.move_to_end(name)
         while len(self._open) > self._max_open:
             with contextlib.suppress(KeyError):
                 self._open.popitem(last=False)
+        return opened
 
-    def _checked(self, name: str, identity: Identity, reader: Callable[[Path], T]) -> T:
+    def _checked(
+        self, name: str, identity: Identity, reader: Callable[[Path], T], *, wait: bool = False
+    ) -> T:
         """Read the file of `name` with `reader`.
 
-        Moves an unreadable file aside. A file that a newer release wrote is kept, and remembered
-        so that totals over all sets need not read it again.
+        Moves an unreadable file aside; `wait` is that of `_set_aside`. A file that a newer release
+        wrote is kept, and remembered so that totals over all sets need not read it again.
         """
         newer = self._newer.get(name)
         if newer is not None and newer[0] == identity:
@@ -295,17 +348,17 @@ class SetStore:
             self._newer[name] = (identity, error.values["got"])
             raise
         except _UNREADABLE as error:
-            self._set_aside(name, identity, getattr(error, "detail", repr(error)))
+            self._set_aside(name, identity, getattr(error, "detail", repr(error)), wait=wait)
             raise SetNotFoundError(name) from None
 
-    def _set_aside(self, name: str, identity: Identity, reason: str) -> None:
-        """Move an unreadable file to the folder `bad`, with its reason, unless it is being changed.
+    def _set_aside(self, name: str, identity: Identity, reason: str, *, wait: bool) -> None:
+        """Move an unreadable file to the folder `bad`, with its reason, unless it was changed.
 
-        Never waits for the lock, which the calling thread may hold already.
+        Without `wait`, only if the lock is free: the calling thread may hold it.
         """
         with (
             contextlib.suppress(OSError, StoreReadOnlyError, SetNotFoundError),
-            self._locked(self._stripe(name), wait=False),
+            self._locked(self._stripe(name), wait=wait),
         ):
             if self._identity(name) != identity:
                 return
@@ -319,7 +372,7 @@ class SetStore:
 
     def newer_files(self) -> dict[str, int]:
         """Return the sizes in bytes, by set name, of files that a newer release wrote."""
-        return {name: identity[2] for name, (identity, _) in sorted(self._newer.items())}
+        return {name: identity[3] for name, (identity, _) in sorted(self._newer.items())}
 
     def bad_files(self) -> dict[str, str]:
         """Return the reasons, by set name, of unreadable files that still exist."""

@@ -1,5 +1,6 @@
 """Receive a safetensors file in pieces and turn it into a set's file without a second copy."""
 
+import hashlib
 import os
 from dataclasses import dataclass, replace
 from typing import BinaryIO
@@ -20,6 +21,8 @@ class ReceivedUpload:
     """The upload's header; `data_start` is the offset of the data in `file`."""
     tensors: dict[str, Array]
     """Views of the memory-mapped file, by the upload's tensor names."""
+    digest: str
+    """SHA-256 of the data, in hexadecimal."""
 
     def write_header(self, header: bytes) -> None:
         """Write the final header, which must exactly fill the space before the data."""
@@ -40,6 +43,7 @@ class Upload:
         self._head = bytearray()
         self._missing = 8
         self._data_start = 0
+        self._digest = hashlib.sha256()
         self.received = 0
         """Bytes received so far."""
 
@@ -61,6 +65,7 @@ class Upload:
                 self._file.seek(self._data_start)
         if rest:
             self._file.write(rest)
+            self._digest.update(rest)
 
     def finish(self) -> ReceivedUpload:
         """Return the complete upload.
@@ -76,4 +81,4 @@ class Upload:
         # Tensors without elements leave nothing to map: they are views of the room for the header.
         mapped = map_file(self._file) if has_data else memoryview(bytes(moved.data_start))
         tensors = {name: safetensors.view(mapped, moved, name) for name in moved.tensors}
-        return ReceivedUpload(self._file, moved, tensors)
+        return ReceivedUpload(self._file, moved, tensors, self._digest.hexdigest())

@@ -9,6 +9,7 @@ from bonsai_lora import errors
 from bonsai_lora.api import schemas
 from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.merged_file import StreamedFile
+from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.openapi import file_responses, problems
 from bonsai_lora.api.query import FiniteNumber
 from bonsai_lora.api.ranges import file_response
@@ -46,7 +47,7 @@ async def _merged_model(
     match: Match = None,
 ) -> MergedModel:
     sets = weighted_sets(name, scale, others or [], weights or [])
-    return await context.long.run(lambda: context.models.get(base, sets, match))
+    return await context.long.run(lambda: context.models.get(context.store, base, sets, match))
 
 
 Merged = Annotated[MergedModel, Depends(_merged_model)]
@@ -77,7 +78,7 @@ async def list_bases(context: ContextDep) -> schemas.BaseList:
     for name in context.bases.names():
         try:
             found.append(await context.long.run(partial(_info, context, name)))
-        except errors.InvalidBaseError as error:
+        except (errors.InvalidBaseError, errors.BaseChangedError) as error:
             bad[name] = error.detail
         except errors.BaseNotFoundError:
             continue
@@ -127,6 +128,7 @@ async def get_merged_file(
     """The header, sizes and offsets are those of the base's file. Each byte range is computed when
     it is requested, in float32, and rounded once, to nearest even.
     """
+    filename = decode_slashes(filename)
     file = model.file(filename)
     if file is None:
         raise errors.FileNotInModelError(filename, model.files())
@@ -137,7 +139,8 @@ async def get_merged_file(
 def _info(context: ContextDep, name: str) -> schemas.BaseInfo:
     base = context.bases.get(name)
     files = [
-        schemas.BaseFile(name=file, size_bytes=len(raw)) for file, raw in sorted(base.files.items())
+        schemas.BaseFile(name=file, size_bytes=opened.size_bytes)
+        for file, opened in sorted(base.files.items())
     ]
     return schemas.BaseInfo(
         name=name,

@@ -3,17 +3,21 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Request, Response
+from pydantic import AfterValidator
 
 from bonsai_lora.api import oip_schemas
 from bonsai_lora.api.body import parse_model, read_body
 from bonsai_lora.api.deps import ContextDep
+from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.openapi import empty_responses, oip_errors, request_body
 
 router = APIRouter(prefix="/v2/systemsharedmemory", tags=["open inference protocol"])
 
 _REGISTER_BYTES = 1 << 16
 
-RegionPath = Annotated[str, Path(description="name of a shared-memory region")]
+RegionPath = Annotated[
+    str, AfterValidator(decode_slashes), Path(description="name of a shared-memory region")
+]
 
 
 @router.get(

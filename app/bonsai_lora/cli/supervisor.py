@@ -1,0 +1,119 @@
+"""Run the workers of a service as forks of this process, and replace those that die.
+
+Forks share the imported modules and compiled kernels, so that a new worker serves at once.
+"""
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import NoReturn
+
+_log = logging.getLogger("bonsai_lora")
+
+_ENDINGS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = {*_ENDINGS, signal.SIGCHLD}
+_YOUNG_SECONDS = 1.0
+"""A worker that dies younger is replaced only after this time."""
+
+
+class Supervisor:
+    """Keeps `count` processes running that call `work`; only for a process with a single thread.
+
+    `on_death` is called with the id of each worker that died, before it is replaced.
+    """
+
+    def __init__(
+        self, work: Callable[[], None], count: int, on_death: Callable[[int], None]
+    ) -> None:
+        self._work = work
+        self._count = count
+        self._on_death = on_death
+        self._started: dict[int, float] = {}
+        """Time of the start by process id."""
+        self._is_ending = False
+        self._code = 0
+
+    def run(self) -> int:
+        """Supervise until SIGTERM or SIGINT; return 0, or the exit code of a worker that failed.
+
+        The first signal lets requests in flight finish; a second SIGINT does not.
+        """
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # ignored signals cannot be waited for
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        for _ in range(self._count):
+            self._start()
+        while self._started:
+            received = signal.sigwait(_SIGNALS)
+            if received == signal.SIGCHLD:
+                self._collect()
+            elif self._is_ending:
+                self._send(received)
+            else:
+                self._end()
+        return self._code
+
+    def _start(self) -> None:
+        pid = os.fork()
+        if pid == 0:
+            _become_worker(self._work)
+        self._started[pid] = time.monotonic()
+
+    def _end(self) -> None:
+        self._is_ending = True
+        self._send(signal.SIGTERM)
+
+    def _send(self, number: int) -> None:
+        for pid in self._started:
+            os.kill(pid, number)  # not collected yet, so the number is not reused
+
+    def _collect(self) -> None:
+        """Collect all processes that ended; several signals may have become one."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid in self._started:  # not an orphan that process 1 of a container inherited
+                self._on_exit(pid, os.waitstatus_to_exitcode(status))
+
+    def _on_exit(self, pid: int, code: int) -> None:
+        age = time.monotonic() - self._started.pop(pid)
+        if self._is_ending:
+            return
+        if code > 0:  # it would fail again
+            _log.error("worker %d failed with exit code %d; the service ends", pid, code)
+            self._code = code
+            self._end()
+            return
+        cause = f"was killed by {signal.Signals(-code).name}" if code else "ended"
+        _log.error("worker %d %s and is replaced", pid, cause)
+        self._on_death(pid)
+        time.sleep(max(0.0, _YOUNG_SECONDS - age))
+        self._start()
+
+
+def _become_worker(work: Callable[[], None]) -> NoReturn:
+    """Call `work` and exit, without what the parent process does when it exits."""
+    code = 1
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for ending in _ENDINGS:
+            signal.signal(ending, _exit)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        work()
+        code = 0
+    except SystemExit as ending:
+        code = ending.code if isinstance(ending.code, int) else 1
+    except Exception:  # noqa: BLE001 - the process ends here
+        _log.exception("a worker failed")
+    finally:
+        os._exit(code)
+
+
+def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise SystemExit(0)

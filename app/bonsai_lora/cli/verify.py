@@ -1,0 +1,75 @@
+"""The `verify` command: read set files and compare their tensors with what was written."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bonsai_lora.cli.client import EXIT_REFUSED, EXIT_USAGE
+from bonsai_lora.cli.progress import ProgressLine
+from bonsai_lora.errors import BonsaiLoraError, SetNotFoundError
+from bonsai_lora.settings import Settings
+from bonsai_lora.storage.store import SetStore
+from bonsai_lora.storage.verify import OnPiece
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.description = (
+        "Read set files and compare the SHA-256 of their tensors with what was written. A file "
+        "that differs is moved to the folder `bad` of the store, which a running service may use. "
+        "The exit code is 1 if a set is bad or missing, and 2 if there is no store."
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="sets (default: all)")
+    parser.add_argument("--store", type=Path, help="the folder (default: the setting `store`)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verify the named sets, or all; print a line for each, and return the exit code."""
+    folder = arguments.store or Path(Settings().store)
+    if not (folder / "sets").is_dir():
+        print(f"bonsai-lora: {folder} is not a store; name one with --store", file=sys.stderr)
+        return EXIT_USAGE
+    store = SetStore(folder)
+    names = arguments.names or store.list_names()
+    sizes = {name: _size_of(folder, name) for name in names}
+    with ProgressLine() as progress:
+        counted = _Counter(progress, sum(sizes.values()))
+        results = {name: _verify(store, name, counted) for name in names}
+    width = max(map(len, names), default=0)
+    for name, (_, text) in results.items():
+        print(f"{name:<{width}}  {sizes[name]:>14,} B  {text}")
+    return 0 if all(is_sound for is_sound, _ in results.values()) else EXIT_REFUSED
+
+
+class _Counter:
+    """Adds up the bytes read, for the progress line."""
+
+    def __init__(self, progress: ProgressLine, total_bytes: int) -> None:
+        self._progress = progress
+        self._total = total_bytes
+        self._done = 0
+
+    def __call__(self, size_bytes: int) -> None:
+        self._done += size_bytes
+        self._progress.update(self._done, self._total)
+
+
+def _verify(store: SetStore, name: str, on_piece: OnPiece) -> tuple[bool, str]:
+    """Return whether a set is sound, and the result as text."""
+    try:
+        record = store.verify(name, on_piece)
+        store.read(name)  # checks the tensors of a file without a digest
+    except SetNotFoundError:
+        reason = store.bad_files().get(name)
+        return False, "missing" if reason is None else f"bad: {reason}"
+    except BonsaiLoraError as error:  # written by a newer release, or too many open files
+        return False, f"not verified: {error.detail}"
+    return True, "ok" if record.digest is not None else "ok, but written without a digest"
+
+
+def _size_of(folder: Path, name: str) -> int:
+    try:
+        return (folder / "sets" / f"{name}.safetensors").stat().st_size
+    except OSError:
+        return 0

@@ -1,0 +1,61 @@
+"""The command that verifies a store."""
+
+import re
+import shutil
+
+import pytest
+from conftest import DATA
+from test_digest import flip_last_bit, path_of, store  # noqa: F401 - the fixture
+from test_records import NOW
+
+from bonsai_lora.cli.main import main
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
+
+
+@pytest.fixture
+def several(store):  # noqa: F811 - the fixture
+    """The store of `s`, with `t` and one of the first release."""
+    made = BonsaiLoraSet.new(LoraConfig(rank=2), "base", "t").add_mlp_adapters(8, 16)
+    with store.lock("t"):
+        store.write(made, origin="initialized", now=NOW, previous=None)
+    shutil.copy(DATA / "set-files-0.1.0" / "made.safetensors", store.root / "sets")
+    return store
+
+
+def verify(capsys, *arguments):
+    """Run the command; return its code and the result by name."""
+    code = main(["verify", *arguments])
+    lines = capsys.readouterr().out.splitlines()
+    return code, dict(re.fullmatch(r"(\S+) +[\d,]+ B  (.*)", line).groups() for line in lines)
+
+
+def test_a_sound_store(several, capsys):
+    code, results = verify(capsys, "--store", str(several.root))
+    assert code == 0
+    assert results == {"made": "ok, but written without a digest", "s": "ok", "t": "ok"}
+    assert verify(capsys, "--store", str(several.root), "t") == (0, {"t": "ok"})
+
+
+def test_a_damaged_set_is_named_and_moved(several, capsys):
+    flip_last_bit(path_of(several))
+    code, results = verify(capsys, "--store", str(several.root))
+    assert code == 1
+    assert results["s"].startswith("bad: s.safetensors is damaged")
+    assert results["t"] == "ok"
+    assert not path_of(several).exists()
+    code, results = verify(capsys, "--store", str(several.root), "s", "t")
+    assert (code, results["t"]) == (1, "ok")
+    assert verify(capsys, "--store", str(several.root))[0] == 0
+
+
+def test_the_store_is_that_of_the_settings(several, capsys, monkeypatch):
+    monkeypatch.setenv("BONSAI_LORA_STORE", str(several.root))
+    assert verify(capsys)[0] == 0
+
+
+def test_what_is_missing(several, capsys, tmp_path):
+    assert verify(capsys, "--store", str(several.root), "none") == (1, {"none": "missing"})
+    assert main(["verify", "--store", str(tmp_path / "no")]) == 2
+    assert "is not a store" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

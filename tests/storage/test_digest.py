@@ -1,0 +1,190 @@
+"""Digests of what was written, and files that another program put into the store."""
+
+import hashlib
+import json
+import re
+import shutil
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+from conftest import DATA, TINY, serving, upload
+from test_records import NOW, change_record, header_of, record_of, rewrite, with_keys
+
+from bonsai_lora.api.app import create_app
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.errors import SetNotFoundError
+from bonsai_lora.formats import safetensors
+from bonsai_lora.storage.store import SetStore
+from bonsai_lora.storage.verify import BackgroundCheck
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = SetStore(tmp_path)
+    made = BonsaiLoraSet.new(LoraConfig(rank=2), "base", "s").add_mlp_adapters(800, 700)
+    with store.lock("s"):
+        store.write(made, origin="initialized", now=NOW, previous=None)
+    return store
+
+
+def path_of(store, name="s"):
+    return store.root / "sets" / f"{name}.safetensors"
+
+
+def flip_last_bit(path):
+    with path.open("r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)[0]
+        file.seek(-1, 2)
+        file.write(bytes([last ^ 1]))
+
+
+def sha256_of_data(path):
+    return hashlib.sha256(header_of(path)[1]).hexdigest()
+
+
+def test_the_digest_is_that_of_the_bytes_after_the_header(store):
+    """Zeros that are holes of the file count like others."""
+    assert store.read("s").record.digest == sha256_of_data(path_of(store))
+    rewrite(store, "s")
+    assert store.read("s").record.digest == sha256_of_data(path_of(store))
+    assert store.verify("s") == store.read("s").record
+
+
+@pytest.mark.parametrize("kind", ["plain", "dora", "rslora-patterns"])
+def test_an_upload_has_its_digest(client, settings, kind):
+    assert upload(client, "up", TINY / kind).status_code == 201
+    store = SetStore(settings.store_folder())
+    record = store.verify("up")
+    assert record.digest == sha256_of_data(path_of(store, "up"))
+
+
+def test_a_changed_bit_is_found_and_the_file_moved_aside(store):
+    flip_last_bit(path_of(store))
+    before = path_of(store).read_bytes()
+    sizes = []
+    with pytest.raises(SetNotFoundError):
+        store.verify("s", sizes.append)
+    assert sum(sizes) == len(header_of_bytes(before))
+    assert "is damaged" in store.bad_files()["s"]
+    (moved,) = (store.root / "bad").glob("s.*.safetensors")
+    assert moved.read_bytes() == before
+    assert not path_of(store).exists()
+
+
+def header_of_bytes(content):
+    return content[8 + int.from_bytes(content[:8], "little") :]
+
+
+def test_a_digest_of_an_older_version_counts_as_none(store):
+    """An earlier release keeps the key, and changes the tensors and the version."""
+    change_record(path_of(store), lambda record: {**record, "version": record["version"] + 1})
+    flip_last_bit(path_of(store))
+    assert store.verify("s").digest is None
+    assert rewrite(store, "s").record.digest == sha256_of_data(path_of(store))
+
+
+def test_a_file_of_the_first_release_gets_a_digest_when_it_is_written(tmp_path):
+    store = SetStore(tmp_path)
+    shutil.copy(DATA / "set-files-0.1.0" / "made.safetensors", tmp_path / "sets")
+    assert store.verify("made").digest is None
+    assert rewrite(store, "made").record.digest == sha256_of_data(path_of(store, "made"))
+    assert "digest" not in store.read("made").record.unknown
+
+
+def test_a_set_is_verified_in_the_background_when_it_is_first_opened(store, settings):
+    flip_last_bit(path_of(store))
+    known = settings.model_copy(update={"store": str(store.root)})
+    with serving(create_app(known)) as url, httpx.Client(base_url=url) as client:
+        deadline = time.monotonic() + 20
+        while "s" not in client.get("/readyz").json()["bad_files"]:
+            assert time.monotonic() < deadline
+            client.get("/v1/sets/s/stats")
+            time.sleep(0.02)
+        assert client.get("/v1/sets/s").status_code == 404
+
+
+def test_the_background_verifies_each_version_once(store):
+    asked, done = [], threading.Event()
+
+    def verify(name, on_piece):
+        asked.append(name)
+        on_piece(1)
+        done.set()
+
+    check = BackgroundCheck(verify)
+    record = store.read("s").record
+    for _ in range(3):
+        check.add(record)
+    assert done.wait(10)
+    again = rewrite(store, "s").record
+    done.clear()
+    check.add(again)
+    assert done.wait(10)
+    assert asked == ["s", "s"]
+
+
+def put_by_hand(store, change):
+    """Write the file of `s` as another program may: other tensors, and no digest."""
+    path = path_of(store)
+    tensors, metadata = safetensors.decode(path.read_bytes())
+    record = json.loads(metadata["bonsai_lora"])
+    del record["digest"]
+    made = change({name: np.array(array) for name, array in tensors.items()})
+    record["data_bytes"] = sum(array.nbytes for array in made.values())
+    path.write_bytes(safetensors.encode(made, {**metadata, "bonsai_lora": json.dumps(record)}))
+
+
+UP_A, UP_B = (f"base_model.model.up_proj.lora_{half}.weight" for half in "AB")
+
+
+def with_value(value):
+    def change(tensors):
+        tensors[UP_B][3, 1] = value
+        return tensors
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (with_value(np.nan), "NaN or infinity"),
+        (with_value(-np.inf), "NaN or infinity"),
+        (lambda tensors: {**tensors, UP_B: tensors[UP_B][:, :1]}, "with the same r"),
+        (lambda tensors: {**tensors, UP_A: tensors[UP_A][0]}, "with the same r"),
+        (lambda tensors: {**tensors, UP_A: tensors[UP_A].astype(np.float64)}, "is F64"),
+        (
+            lambda tensors: {
+                **tensors,
+                UP_A.replace("lora_A.weight", "lora_magnitude_vector"): np.ones(3, np.float32),
+            },
+            r"magnitude has shape \[3\]",
+        ),
+    ],
+)
+def test_a_file_made_by_hand_is_checked_as_an_upload_is(store, change, reason):
+    put_by_hand(store, change)
+    fresh = SetStore(store.root)
+    with pytest.raises(SetNotFoundError):
+        fresh.read("s")
+    assert fresh.bad_files().keys() == {"s"}
+    assert re.search(reason, fresh.bad_files()["s"])
+
+
+def test_a_sound_file_made_by_hand_is_served(store):
+    put_by_hand(store, lambda tensors: tensors)
+    record = SetStore(store.root).read("s").record
+    assert record.digest is None
+    assert record.name == "s"
+
+
+def test_a_digest_that_is_not_one_counts_as_none(store):
+    for value in (None, 7, {"version": 1}, {"version": 1, "sha256": 3}, "sha256:00"):
+        change_record(path_of(store), with_keys(digest=value))
+        assert store.read("s").record.digest is None
+        assert record_of(path_of(store))["digest"] == value

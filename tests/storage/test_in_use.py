@@ -1,0 +1,55 @@
+"""What a worker had open when it died."""
+
+import os
+
+import pytest
+from test_records import NOW, rewrite
+
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.errors import SetNotFoundError
+from bonsai_lora.storage import in_use
+from bonsai_lora.storage.in_use import OpenNames, suspect_sets_of, suspects
+from bonsai_lora.storage.store import SetStore
+
+
+def test_names_are_kept_for_who_comes_after(tmp_path):
+    names = OpenNames(tmp_path)
+    for name in ("b", "a", "b"):
+        names.add(name, ["a", "b"])
+    assert suspects(tmp_path) == set()
+    assert suspect_sets_of(tmp_path, os.getpid()) == ["a", "b"]
+    assert suspects(tmp_path) == {"a", "b"}
+    assert suspect_sets_of(tmp_path, os.getpid()) == []
+
+
+def test_the_file_does_not_grow_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(in_use, "_MOST_LINES", 8)
+    names = OpenNames(tmp_path)
+    for number in range(100):
+        names.add(f"s{number}", ["kept"])
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_size < 100
+    assert {"kept", "s99"} <= set(suspect_sets_of(tmp_path, os.getpid()))
+
+
+def test_a_suspect_is_verified_before_it_is_served(tmp_path):
+    shared, root = tmp_path / "shared", tmp_path / "store"
+    shared.mkdir()
+    store = SetStore(root, shared=shared)
+    for name in ("bad", "good"):
+        made = BonsaiLoraSet.new(LoraConfig(rank=2), "base", name).add_mlp_adapters(8, 16)
+        with store.lock(name):
+            store.write(made, origin="initialized", now=NOW, previous=None)
+    path = root / "sets" / "bad.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    store.read("bad")  # no suspect yet
+    assert suspect_sets_of(shared, os.getpid()) == ["bad", "good"]
+    after = SetStore(root, shared=shared)
+    assert after.read("good").record.name == "good"
+    with pytest.raises(SetNotFoundError):
+        after.read("bad")
+    assert "is damaged" in after.bad_files()["bad"]
+    assert rewrite(after, "good").record.version == 2
