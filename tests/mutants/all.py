@@ -60,33 +60,35 @@ OPTIONS = ["--hypothesis-profile=mutants", "-p", "no:cacheprovider", "--timeout=
 COPIED = ("app", "tests", "docs", "openapi", "README.md", "pyproject.toml")
 
 
-def stage(folder):
-    """Bring .mutants/FOLDER up to date, leaving what did not change."""
-    work = ROOT / ".mutants" / folder
+def wanted_files():
+    """Return the files of the copy: place in it -> path."""
     wanted = {}
     for name in COPIED:
         source = ROOT / name
-        files = (
-            [source] if source.is_file() else [one for one in source.rglob("*") if one.is_file()]
-        )
-        for path in files:
-            place = path.relative_to(ROOT)
-            if "__pycache__" not in place.parts:
-                wanted[Path("src", *place.parts[1:]) if place.parts[0] == "app" else place] = path
+        for path in [source] if source.is_file() else source.rglob("*"):
+            parts = path.relative_to(ROOT).parts
+            if path.is_file() and "__pycache__" not in parts:
+                wanted[Path("src" if parts[0] == "app" else parts[0], *parts[1:])] = path
+    return wanted
+
+
+def stage(folder):
+    """Bring .mutants/FOLDER up to date, leaving what did not change."""
+    work = ROOT / ".mutants" / folder
+    wanted = wanted_files()
+    added = {
+        Path("pyproject.toml"): settings(folder),
+        Path("tests/conftest.py"): HOOKS.read_text().replace("FOLDER", folder),
+    }
     for place, path in wanted.items():
         target = work / place
-        content = path.read_bytes()
-        if place == Path("pyproject.toml"):
-            content += settings(folder).encode()
-        if place == Path("tests/conftest.py"):
-            content += HOOKS.read_text().replace("FOLDER", folder).encode()
+        content = path.read_bytes() + added.get(place, "").encode()
         if not target.is_file() or target.read_bytes() != content:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
-    for top in {place.parts[0] for place in wanted} & {"src", "tests"}:
-        for path in (work / top).rglob("*.py"):
-            if path.relative_to(work) not in wanted:
-                path.unlink()
+    for path in [*(work / "src").rglob("*.py"), *(work / "tests").rglob("*.py")]:
+        if path.relative_to(work) not in wanted:
+            path.unlink()
 
 
 def settings(folder):

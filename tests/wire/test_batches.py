@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 
 from bonsai_lora.core.cast import count_rows
-from bonsai_lora.errors import InvalidRequestError, NonFiniteOutputError, RaggedInputError
+from bonsai_lora.errors import (
+    InvalidRequestError,
+    MalformedBodyError,
+    MalformedJsonError,
+    NonFiniteInputError,
+    NonFiniteOutputError,
+    RaggedInputError,
+)
 from bonsai_lora.formats import safetensors
 from bonsai_lora.wire import oip
 from bonsai_lora.wire.media import Form
+from bonsai_lora.wire.oip_tensors import decode_strings
 from bonsai_lora.wire.tensors import decode_many, decode_one
 
 X = np.array([[1.0, -2.5], [0.5, 4.0]], np.float32)
@@ -83,6 +91,35 @@ def test_the_row_that_does_not_fit_is_named(inputs, error, row):
     assert caught.value.values.items() >= {"field": "inputs", "row": row}.items()
 
 
+@pytest.mark.parametrize("inputs", [[10**400], [1.5, 10**400], [[1, 2.5], [-(10**400), 3]]])
+def test_integers_beyond_any_float_are_infinite(inputs):
+    with pytest.raises(NonFiniteInputError):
+        decode_one(Form.JSON, json.dumps({"inputs": inputs}).encode(), 100, "q")
+
+
+@pytest.mark.parametrize("experts", [[0, 1.0], [True], "01", {"0": 1}])
+def test_numbers_of_experts_are_integers(experts):
+    body = json.dumps({"inputs": [[1], [2]], "experts": experts}).encode()
+    with pytest.raises(InvalidRequestError) as caught:
+        decode_one(Form.JSON, body, 100, "q")
+    assert caught.value.values == {"field": "experts"}
+
+
+@FORMS
+def test_a_stack_that_names_a_set_twice_is_named(form, encode, monkeypatch):
+    monkeypatch.setitem(globals(), "STACK", ["plain", "plain"])
+    with pytest.raises(InvalidRequestError) as caught:
+        decode_one(form, encode({"inputs": X}), 10_000, "q")
+    assert caught.value.values == {"field": "sets"}
+
+
+def test_safetensors_sent_as_json_are_recognized():
+    for body, is_told in ((as_binary({"inputs": X}), True), (b"inputs={}", False)):
+        with pytest.raises(MalformedJsonError) as caught:
+            decode_one(Form.JSON, body, 10_000, "q")
+        assert ("or safetensors with its Content-Type" in caught.value.detail) == is_told
+
+
 def infer_request(*shape, parameters=None):
     one = {"name": "x", "datatype": "FP32", "shape": shape, "data": []}
     if parameters:
@@ -109,7 +146,7 @@ def test_a_place_in_shared_memory_is_two_sizes(name, wrong):
         oip.decode_request(infer_request(2, parameters=place | {name: wrong}), None)
 
 
-def test_an_output_that_JSON_cannot_carry_is_named():
+def test_an_output_that_json_cannot_carry_is_named():
     outputs = [
         (oip.InferOutput("fine"), np.ones((1, 2), np.float32)),
         (oip.InferOutput("binary", is_binary=True), np.full((1, 2), np.inf, np.float32)),
@@ -118,3 +155,10 @@ def test_an_output_that_JSON_cannot_carry_is_named():
     with pytest.raises(NonFiniteOutputError) as caught:
         oip.encode_response("m", "1", "", [(oip.InferOutput("y"), outputs[1][1])])
     assert caught.value.values == {"field": "y"}
+
+
+def test_the_input_whose_strings_are_not_utf_8_is_named():
+    tensor = oip.InferInput("x", "BYTES", (1,), memoryview(b"\x01\0\0\0\xff"))
+    with pytest.raises(MalformedBodyError) as caught:
+        decode_strings(tensor, tensor.content)
+    assert caught.value.values == {"field": "x"}
