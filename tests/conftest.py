@@ -83,12 +83,12 @@ class Server(uvicorn.Server):
                 return
             await asyncio.sleep(0.01)
 
-    async def shutdown(self, sockets=None):
+    async def shutdown(self, sockets=None):  # noqa: ARG002
         for server in self.servers:
             server.close()
         for connection in list(self.server_state.connections):
             connection.shutdown()
-        while self.server_state.connections or self.server_state.tasks:
+        while self.server_state.connections or self.server_state.tasks:  # noqa: ASYNC110
             await asyncio.sleep(0.002)
         await self.lifespan.shutdown()
 
