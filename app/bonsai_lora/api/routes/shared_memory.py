@@ -28,7 +28,9 @@ RegionPath = Annotated[
 )
 async def get_shared_memory(context: ContextDep) -> list[oip_schemas.RegionInfo]:
     """Available if the service was started with `--shared-memory`."""
-    return [oip_schemas.RegionInfo.model_validate(one) for one in context.inference.regions.registered()]
+    return [
+        oip_schemas.RegionInfo.model_validate(one) for one in context.inference.regions.registered()
+    ]
 
 
 @router.get(
