@@ -174,21 +174,30 @@ def judge(folder, work, size, processes, *, again):
     found = verdicts(work)
     open_ = ["not checked", *UNDETECTED * again]
     names = [one for one in sample(found, size) if found[one] in open_]
-    if names:
-        mutmut(work, "run", "--max-children", str(processes), *names)
+    if not names:
+        return
+    log = work / "run.log"
+    print(f"judging {len(names)} mutants; {log} grows", flush=True)
+    with log.open("w") as file:
+        done = mutmut(work, "run", f"--max-children={processes}", *names, stdout=file, stderr=file)
+    if done.returncode != 0:
+        sys.exit(log.read_text()[-4000:])
 
 
 def report(folder, work, size, *, show):
     """Print the score; with `show`, also each change that no test detected."""
     found = verdicts(work)
     chosen = sample(found, size)
-    accepted = {(one["old"], one["new"]) for one in tomllib.loads(ACCEPTED.read_text())["accepted"]}
+    accepted = {
+        (one["old"], one["new"]): f"bonsai_lora.{one.get('module', '')}"
+        for one in tomllib.loads(ACCEPTED.read_text())["accepted"]
+    }
     counts = Counter()
     for mutant in chosen:
         kind = found[mutant]
         if kind in UNDETECTED:
             old, new = lines_of(work, mutant)
-            if (old, new) in accepted:
+            if mutant.startswith(accepted.get((old, new), "\n")):
                 kind = "accepted"
             elif show:
                 print(f"{mutant} ({kind})\n  - {old}\n  + {new}")
