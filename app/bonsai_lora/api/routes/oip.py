@@ -36,8 +36,8 @@ from bonsai_lora.api.options import (
 from bonsai_lora.errors import BonsaiLoraError, ForbiddenError, UnsupportedFeatureError
 from bonsai_lora.service import models
 from bonsai_lora.service.apply import Applier
-from bonsai_lora.service.infer import cost_of_inference, raw_request
-from bonsai_lora.service.models import MIXED, MIXED_VERSION, Model, model_of
+from bonsai_lora.service.infer import cost_of_inference
+from bonsai_lora.service.models import MIXED, MIXED_VERSION, Model, model_of, raw_request
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.compress import MOST_EXPANSION, compress, decompress
@@ -212,7 +212,8 @@ async def get_model_statistics(context: ContextDep, model: ModelDep) -> oip_sche
 async def infer(call: CallDep, model: ModelPath) -> BufferResponse:
     """An input with the name of a module feeds that module and yields an output with that name.
     The input `x` feeds every module named in `outputs` (without `outputs`: every module whose width
-    it matches). On the model `mixed`, the BYTES input `sets` names a set for each row. The
+    it matches). For fused experts, the INT32 or INT64 input `experts` is the number of the expert
+    of each row. On the model `mixed`, the BYTES input `sets` names a set for each row. The
     parameter `scale` multiplies the whole delta. Binary data, compression and shared memory work as
     in Triton.
     """
