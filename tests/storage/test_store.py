@@ -1,7 +1,9 @@
 import contextlib
+import errno
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +145,27 @@ def test_a_bad_file_is_moved_aside_and_the_rest_is_served(opened, tmp_path, dama
     assert store.list_names() == ["good"]
     write(store, some_set("bad"))
     assert store.read("bad").record.version == 1
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_a_bad_file_that_cannot_be_moved_stays_and_the_rest_is_served(
+    opened, tmp_path, monkeypatch, error
+):
+    def refuse(*_args, **_options):
+        raise OSError(error, os.strerror(error))
+
+    for name in ("good", "bad"):
+        write(opened, some_set(name))
+    path = tmp_path / "sets" / "bad.safetensors"
+    path.write_bytes(b"bad")
+    store = SetStore(tmp_path)
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert [record.name for record in store.records()] == ["good"]
+    with pytest.raises(SetNotFoundError):
+        store.read("bad")
+    assert set(store.bad_files()) == {"bad"}
+    assert path.read_bytes() == b"bad"
+    assert store.read("good").record.name == "good"
 
 
 def test_leftovers_are_removed_but_not_files_in_use(opened, tmp_path):
