@@ -67,6 +67,14 @@ def test_another_store_on_the_folder_sees_changes_immediately(opened, tmp_path):
             store.read_record("s")
 
 
+def test_a_record_is_read_once_for_each_version(opened):
+    write(opened, some_set())
+    first = opened.read_record("s")
+    assert opened.read_record("s") is first
+    write(opened, some_set(rank=4), first)
+    assert opened.read_record("s").version == 2
+
+
 def test_a_reader_keeps_its_version(opened):
     old = write(opened, some_set())
     before = bytes(old.file)
