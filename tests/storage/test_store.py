@@ -127,9 +127,10 @@ def test_odd_entries_do_not_stop_the_rest(opened, tmp_path):
     assert [record.name for record in store.records()] == ["good"]
     assert set(store.bad_files()) == {"folder", "pipe", "loop", "deep", "copy"}
     assert store.read("good").record.name == "good"
-    for name in ("folder", "pipe", "loop"):
-        with pytest.raises(SetNotFoundError):
+    for name in ("folder", "pipe", "loop", "absent"):
+        with pytest.raises(SetNotFoundError) as caught:
             store.read(name)
+        assert caught.value.values == {"set": name}
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "noise"])
