@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -31,6 +32,8 @@ sys.path[:0] = [
 ]
 
 configure_logging("warning", "console")
+# Each new httpx client would load the certificates of all authorities, which takes 50 ms.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 # Like `serve` on a loopback address: no keys, and the tests of keys name a file of them.
 os.environ["BONSAI_LORA_NO_AUTH"] = "true"
 # For mutants: a failure is enough, and need not be made small.
@@ -74,7 +77,7 @@ def based(service):
         yield client
 
 
-class Server(uvicorn.Server):
+class _Server(uvicorn.Server):
     """uvicorn's, without its waits of 0.1 s: hundreds of tests start and stop one."""
 
     async def main_loop(self):
@@ -101,7 +104,7 @@ def serving(app, http=None, **options):
     """
     settings = app.state.context.settings
     serve.install_fast_lane(app, settings)
-    server = Server(
+    server = _Server(
         uvicorn.Config(
             app,
             port=0,
