@@ -1,4 +1,4 @@
-"""Bases whose files are no checkpoint: each refusal names the base; the others are not affected."""
+"""Bases whose files are not a checkpoint: each refusal names the base; the others are not affected."""
 
 import json
 

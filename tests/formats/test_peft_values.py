@@ -1,4 +1,4 @@
-"""Values of adapter_config.json that are no values, and texts that are no adapter_config.json."""
+"""Values of adapter_config.json that are no values, and texts that are not adapter_config.json."""
 
 import json
 

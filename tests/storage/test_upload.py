@@ -43,7 +43,7 @@ def test_the_data_come_after_room_for_the_header_of_the_set(tmp_path, name, size
 
 
 @pytest.mark.parametrize("cut", [0, 4, 8, 20, -1])
-def test_what_ends_early_is_no_file(tmp_path, cut):
+def test_an_upload_that_ends_early_is_refused(tmp_path, cut):
     with (tmp_path / "file").open("w+b") as file, pytest.raises(MalformedSafetensorsError):
         receive(file, FILES["short header"][:cut], 5)
 

@@ -114,10 +114,10 @@ def test_a_stack_that_names_a_set_twice_is_named(form, encode, monkeypatch):
 
 
 def test_safetensors_sent_as_json_are_recognized():
-    for body, is_told in ((as_binary({"inputs": X}), True), (b"inputs={}", False)):
+    for body, is_recognized in ((as_binary({"inputs": X}), True), (b"inputs={}", False)):
         with pytest.raises(MalformedJsonError) as caught:
             decode_one(Form.JSON, body, 10_000, "q")
-        assert ("looks like safetensors" in caught.value.detail) == is_told
+        assert ("looks like safetensors" in caught.value.detail) == is_recognized
 
 
 def infer_request(*shape, parameters=None):
