@@ -247,3 +247,11 @@ def test_only_content_needs_a_place_in_the_long_lane(service, app_of_files, path
         for _ in range(places):
             lane.leave()
     assert service.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("path", FILES.values(), ids=FILES)
+def test_only_json_is_called_json(service, path):
+    is_json = path.endswith(".json")
+    answer = service.get(path)
+    assert (answer.headers["content-type"] == "application/json") == is_json
+    assert answer.content.startswith(b"{") == is_json
