@@ -170,8 +170,9 @@ def test_a_bad_file_that_cannot_be_moved_stays_and_the_rest_is_served(
     store = SetStore(tmp_path)
     monkeypatch.setattr(Path, "rename", refuse)
     assert [record.name for record in store.records()] == ["good"]
-    with pytest.raises(SetNotFoundError):
+    with pytest.raises(SetNotFoundError) as caught:
         store.read("bad")
+    assert caught.value.values == {"set": "bad"}
     assert set(store.bad_files()) == {"bad"}
     assert path.read_bytes() == b"bad"
     assert store.read("good").record.name == "good"
