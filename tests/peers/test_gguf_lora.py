@@ -31,7 +31,7 @@ def pairs_of(architecture, config):
         "attention.value_length": head_dim,
         "vocab_size": config["vocab_size"],
         "rope.dimension_count": head_dim,
-        "expert_count": config.get("num_experts"),
+        "expert_count": config.get("num_experts", config.get("num_local_experts")),
         "expert_used_count": config.get("num_experts_per_tok"),
         "expert_feed_forward_length": config.get("moe_intermediate_size"),
     }
@@ -81,9 +81,9 @@ def tiny(tmp_path):
 
 
 @pytest.mark.parametrize("adapter", ["plain", "rslora-patterns", "attention-only"])
-def test_llamacpp_computes_what_peft_computes(service, adapter, tiny, tmp_path):
-    upload(service, adapter, TINY / adapter)
-    answer = service.get(f"/v1/sets/{adapter}/adapter.gguf?architecture=qwen3")
+def test_llamacpp_computes_what_peft_computes(based, adapter, tiny, tmp_path):
+    upload(based, adapter, TINY / adapter)
+    answer = based.get(f"/v1/sets/{adapter}/adapter.gguf?architecture=qwen3")
     assert answer.status_code == 200, answer.text
     (tmp_path / "lora.gguf").write_bytes(answer.content)
     expected = read_tensors(TINY / adapter / "golden.safetensors")["logits"]
@@ -95,10 +95,10 @@ def test_llamacpp_computes_what_peft_computes(service, adapter, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("F16", 1e-3), ("BF16", 1e-2), ("Q8_0", 2e-2)])
-def test_llamacpp_reads_every_type(service, dtype, tolerance, tiny, tmp_path):
-    upload(service, "plain", TINY / "plain")
+def test_llamacpp_reads_every_type(based, dtype, tolerance, tiny, tmp_path):
+    upload(based, "plain", TINY / "plain")
     path = f"/v1/sets/plain/adapter.gguf?architecture=qwen3&dtype={dtype}"
-    (tmp_path / "lora.gguf").write_bytes(service.get(path).content)
+    (tmp_path / "lora.gguf").write_bytes(based.get(path).content)
     expected = read_tensors(TINY / "plain/golden.safetensors")["logits"][0]
     tokens = np.load(TINY / "tokens.npy")[0]
     got = llamacpp.logits(tiny, tokens, tmp_path, tmp_path / "lora.gguf")
@@ -143,7 +143,7 @@ def random_adapter(tensors, rng):
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3moe"])
-def test_heads_and_experts(service, kind, rng, tmp_path):
+def test_heads_and_experts(based, kind, rng, tmp_path):
     """Permuted query and key rows of llama, and one adapter per expert of qwen3moe."""
     import torch
 
@@ -157,8 +157,8 @@ def test_heads_and_experts(service, kind, rng, tmp_path):
         "peft_type": "LORA", "r": 3, "lora_alpha": 6, "base_model_name_or_path": "other",
         "target_modules": sorted({name.split(".")[-3] for name in adapters}),
     }  # fmt: skip
-    assert upload_parts(service, "mine", peft, adapters).status_code == 201
-    answer = service.get("/v1/sets/mine/adapter.gguf")
+    assert upload_parts(based, "mine", peft, adapters).status_code == 201
+    answer = based.get("/v1/sets/mine/adapter.gguf")
     assert answer.status_code == 200, answer.text
     (tmp_path / "lora.gguf").write_bytes(answer.content)
     tokens = np.arange(20) * 7 % 128
@@ -169,8 +169,8 @@ def test_heads_and_experts(service, kind, rng, tmp_path):
     assert spread(got, llamacpp.logits(whole, tokens, tmp_path)) < TOLERANCE
     assert spread(got, plain) > 1e-2
     path = "/v1/sets/back?base_model_name=other"
-    assert service.put(path, files={"adapter_gguf": answer.content}).status_code == 201
-    back = service.get("/v1/sets/back/adapter_model.safetensors").content
+    assert based.put(path, files={"adapter_gguf": answer.content}).status_code == 201
+    back = based.get("/v1/sets/back/adapter_model.safetensors").content
     (tmp_path / "back.safetensors").write_bytes(back)
     found = read_tensors(tmp_path / "back.safetensors")
     assert found.keys() == adapters.keys()

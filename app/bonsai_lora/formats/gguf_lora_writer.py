@@ -14,8 +14,9 @@ from functools import cached_property, partial
 
 import numpy as np
 
+from bonsai_lora.core import backend
 from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.core.cast import BFLOAT16, FLOAT16, Floats, round_to, to_float32
+from bonsai_lora.core.cast import BFLOAT16, FLOAT16, Floats, to_float32
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import UnsupportedAdapterError
 from bonsai_lora.formats.gguf_lora import ALPHA_KEY, EMBEDDING, FOLDED_KEY, orders
@@ -133,8 +134,7 @@ class LoraFile:
             (0, len(self._plan.head), lambda: self._plan.head)
         ]
         for name, first, last in zip(infos, bounds, bounds[1:], strict=False):
-            content = partial(_content, infos[name].type, self._values[name])
-            spans.append((first, last, content))
+            spans.append((first, last, partial(_content, infos[name].type, self._values[name])))
         for first, last, content in spans:
             low, high = max(start, first), min(stop, last)
             if low < high:
@@ -152,7 +152,7 @@ def _content(kind: TensorType, make: Make) -> bytes:
     if kind.name == "Q8_0":
         return quantize_q8_0(values.reshape(-1)).tobytes()
     out = np.empty(values.shape, BFLOAT16 if kind.name == "BF16" else FLOAT16)
-    round_to(values, out)
+    backend.cast(values, out)
     return out.tobytes()
 
 

@@ -138,7 +138,7 @@ def _model_of(bases: BaseFolder, base_model_name: str) -> Model | None:
         return None
     inner = base.config.get("text_config")
     config = inner if isinstance(inner, dict) else base.config
-    experts = config.get("num_experts")
+    experts = config.get("num_experts", config.get("num_local_experts"))
     return Model(
         architecture,
         _heads_of(config),
