@@ -49,13 +49,15 @@ def add_commands(commands: Any) -> None:
     stats.add_argument("name", nargs="?")
     remove = _add(commands, "rm", remove_set, "delete a set")
     remove.add_argument("name")
-    push = _add(commands, "push", push_set, "upload a PEFT or MLX adapter folder as a set")
+    push = _add(commands, "push", push_set, "upload a PEFT, MLX or GGUF adapter as a set")
     push.add_argument("name")
     push.add_argument(
         "folder",
         type=Path,
-        help="folder with adapter_config.json and adapter_model.safetensors, or as mlx_lm saves it",
+        help="folder with adapter_config.json and adapter_model.safetensors, or as mlx_lm saves "
+        "it; or a GGUF LoRA file",
     )
+    push.add_argument("--architecture", help="whose tensor names a GGUF LoRA has, if not its own")
     push.add_argument("--base-model-name", help="replaces the name in the adapter's configuration")
     apply = _add(commands, "apply", apply_set, "apply a module's adapter to vectors given as JSON")
     apply.add_argument("name")
@@ -192,16 +194,20 @@ def remove_set(client: Client, arguments: argparse.Namespace) -> Any:
 
 def push_set(client: Client, arguments: argparse.Namespace) -> Any:
     """Upload a PEFT or MLX folder; print the new version and warnings."""
+    name, base = _set_name(arguments.name), arguments.base_model_name
     try:
-        report = client.upload_set(
-            _set_name(arguments.name),
-            arguments.folder,
-            base_model_name=arguments.base_model_name,
+        report = (
+            client.upload_gguf(
+                name, arguments.folder, architecture=arguments.architecture, base_model_name=base
+            )
+            if arguments.folder.suffix == ".gguf"
+            else client.upload_set(name, arguments.folder, base_model_name=base)
         )
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         raise UsageError(
-            f"{arguments.folder} has no {missing}; give a folder saved by PEFT or mlx_lm"
+            f"{arguments.folder} has no {missing}; give a folder saved by PEFT or mlx_lm, or a "
+            "GGUF LoRA file"
         ) from None
     if not arguments.json:
         name = printable(report["name"])
