@@ -65,7 +65,12 @@ def add_commands(commands: Any) -> None:
     apply.add_argument("file", nargs="?", help="JSON list of vectors (default, or -: stdin)")
     fetch = _add(commands, "pull", pull_model, "download a merged model, or a set as a PEFT folder")
     fetch.add_argument("model", help="BASE/SET, or adapters/SET")
-    fetch.add_argument("-o", "--output", type=Path, required=True, help="folder to write to")
+    fetch.add_argument(
+        "-o", "--output", type=Path, required=True, help="folder (or GGUF file) to write"
+    )
+    fetch.add_argument("--gguf", action="store_true", help="a GGUF LoRA file, of adapters/SET")
+    fetch.add_argument("--dtype", help="with --gguf: F32 (default), F16, BF16 or Q8_0")
+    fetch.add_argument("--architecture", help="with --gguf: that of the base, such as qwen3")
     fetch.add_argument("--jobs", type=int, default=4, help="files to download at a time (4)")
 
 
@@ -251,7 +256,17 @@ def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
         raise UsageError(
             f"{arguments.model!r} does not name a model; expected BASE/SET or adapters/SET"
         )
+    if arguments.gguf and owner != "adapters":
+        raise UsageError(f"{arguments.model!r} is not a set; --gguf expects adapters/SET")
     with ProgressLine() as line:
+        if arguments.gguf:
+            return client.pull_gguf(
+                name,
+                arguments.output,
+                dtype=arguments.dtype,
+                architecture=arguments.architecture,
+                on_progress=line.update,
+            )
         return client.pull(
             arguments.model, arguments.output, jobs=arguments.jobs, on_progress=line.update
         )
