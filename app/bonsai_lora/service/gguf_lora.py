@@ -2,8 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core.shapes import MODELS
@@ -31,14 +30,8 @@ _ARCHITECTURES = {
 _REVISION = 1
 """Part of the ETag; changes with the bytes of the files that are written."""
 
-
-class LoraDtype(StrEnum):
-    """Types of the tensors of a GGUF LoRA."""
-
-    F32 = "F32"
-    F16 = "F16"
-    BF16 = "BF16"
-    Q8_0 = "Q8_0"
+LoraDtype = Literal["F32", "F16", "BF16", "Q8_0"]
+"""Types of the tensors of a GGUF LoRA."""
 
 
 def import_gguf(
@@ -104,7 +97,7 @@ def export_gguf(
 
 def _etag(stored: StoredSet, dtype: str, model: Model) -> str:
     """Return an ETag that differs wherever the bytes do."""
-    digest = hashlib.sha256(repr((_REVISION, str(dtype), model)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((_REVISION, dtype, model)).encode()).hexdigest()
     return f'{stored.record.etag[:-1]}-gguf-{digest[:16]}"'
 
 

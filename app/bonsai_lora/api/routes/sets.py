@@ -372,7 +372,7 @@ async def get_adapter_gguf(
     name: SetName,
     dtype: Annotated[
         gguf_lora.LoraDtype, Query(description="type of the tensors; F32 is exact")
-    ] = gguf_lora.LoraDtype.F32,
+    ] = "F32",
     architecture: Annotated[
         str | None,
         Query(max_length=100, description="general.architecture of the base's GGUF file"),
