@@ -292,6 +292,8 @@ def test_json_that_is_slow_to_read_is_not_read_on_the_event_loop(service, name, 
     for path in (APPLY, "/v1/apply", "/v1/sets/s/apply"):
         answer = client.post(path, content=text, headers=JSON)
         assert answer.status_code == status, answer.text
+        is_counted = "lists and objects, but the limit is" in answer.text
+        assert is_counted == (name in ("empty lists", "lists in lists", "objects"))
     assert all(one.startswith("long") for one in threads), threads
     wait_until(lambda: held(app) == (0, 0, 0))
 
