@@ -26,6 +26,7 @@ from bonsai_lora.errors import (
     BonsaiLoraError,
     NewerFormatError,
     SetNotFoundError,
+    StoreFullError,
     StoreReadOnlyError,
 )
 from bonsai_lora.formats.identity import Identity, identity_of
