@@ -172,7 +172,7 @@ def test_gc_removes_leftovers_and_old_bad_files(tmp_path, capsys, monkeypatch):
     assert [one.name for one in store.records()] == ["good"]
 
 
-def test_verify_rebuild_makes_the_index_anew(tmp_path, capsys):
+def test_verify_rebuild_makes_the_index_again(tmp_path, capsys):
     store = SetStore(tmp_path)
     write(store, "a")
     assert main(["verify", "--rebuild", "--store", str(tmp_path)]) == 0

@@ -263,7 +263,7 @@ def test_a_process_that_dies_between_file_and_index(tmp_path, method, change, na
 
 
 @pytest.mark.parametrize("harm", ["noise", "removed", "row", EVERYTHING])
-def test_a_damaged_index_is_made_anew_while_all_go_on(tmp_path, harm):
+def test_a_damaged_index_is_made_again_while_all_go_on(tmp_path, harm):
     stores = [SetStore(tmp_path), SetStore(tmp_path)]
     for number in range(5):
         write(stores[number % 2], f"s{number}")

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rebuild",
         action="store_true",
-        help="make the index of the sets anew from the files, and verify nothing",
+        help="make the index of the sets again from the files, and verify nothing",
     )
     add_store(parser)
     parser.set_defaults(run=run)

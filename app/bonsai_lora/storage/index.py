@@ -39,8 +39,8 @@ INSERT OR IGNORE INTO state VALUES(1, -1, 0);
 """
 _SUM = """
 SELECT coalesce(sum(NOT newer), 0), coalesce(sum(adapters), 0), coalesce(sum(params), 0),
-    coalesce(sum(iif(newer, 0, held)), 0), coalesce(sum(newer), 0),
-    coalesce(sum(iif(newer, held, 0)), 0)
+    coalesce(sum(held * (NOT newer)), 0), coalesce(sum(newer), 0),
+    coalesce(sum(held * newer), 0)
 FROM sets WHERE name >= ? AND name < ?
 """
 _PAGE = """
@@ -191,7 +191,7 @@ class SetIndex:
     def sums(self, *starts: str) -> Sums:
         """Return the sums over names that begin with one of `starts`.
 
-        No start may be the start of another. The first call for a start counts its sets; from then
+        No start may begin with a different one. The first call for a start counts its sets; from then
         on changes keep its sums.
         """
         total = Sums()

@@ -175,7 +175,7 @@ class Listing:
             getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
         )
         if is_damaged:
-            _log.error("the index of the store is damaged and is made anew: %s", error)
+            _log.error("the index of the store is damaged and is made again: %s", error)
             with _as_sqlite_errors():
                 self._replace()
             return
@@ -268,7 +268,7 @@ def _agree(name: str, known: dict[str, str], found: dict[str, str | None]) -> bo
 
 
 def _stamp_of(entry: "os.DirEntry[str] | Path") -> str | None:
-    """Return what changes with a file; None if it cannot tell, or the entry is no file.
+    """Return what changes with a file; None if it cannot tell, or the entry is not a file.
 
     The time of the last change of the inode is not part of it: a hard link, as a backup makes,
     changes that of every file.
