@@ -191,8 +191,8 @@ class SetIndex:
     def sums(self, *starts: str) -> Sums:
         """Return the sums over names that begin with one of `starts`.
 
-        No start may begin with a different one. The first call for a start counts its sets; from then
-        on changes keep its sums.
+        No start may begin with a different one. The first call for a start counts its sets, and
+        changes keep its sums from then on.
         """
         total = Sums()
         for start in starts:

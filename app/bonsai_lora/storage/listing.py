@@ -24,6 +24,7 @@ from typing import TypeVar
 from bonsai_lora.errors import BonsaiLoraError, NewerFormatError, SetNotFoundError
 from bonsai_lora.formats.identity import is_unsettled
 from bonsai_lora.formats.names import is_set_name
+from bonsai_lora.storage.disk import storage_errors
 from bonsai_lora.storage.index import DamagedIndexError, Row, SetIndex
 from bonsai_lora.storage.setfile import SetRecord
 
@@ -32,7 +33,8 @@ _FOLDER = "index-1"
 """The number is that of the table's columns, so that releases with different ones do not meet."""
 _COMPARE_SECONDS = 30
 _BATCH = 256
-_SHORT_SECONDS = 0.05
+_FEW = 2000
+"""So few files are compared at once whenever others change the folder."""
 _REST = 10
 """A large folder that others keep changing is compared for a tenth of the time."""
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -60,7 +62,7 @@ class Listing:
 
     def ask(self, query: Callable[[SetIndex], T]) -> T:
         """Return the result of `query`, after a look at the folder's time."""
-        with self._lock:
+        with self._lock, storage_errors():
             for _ in range(3):  # the present file, the file that replaces it, and in memory
                 try:
                     index = self._opened()
@@ -194,9 +196,10 @@ class Listing:
     def _compare(self, index: SetIndex) -> None:
         started = time.monotonic()
         self._begin_comparison(index)
-        self._settle(index, self._stamps())
+        found = self._stamps()
+        self._settle(index, found)
         now = time.monotonic()
-        if now - started > _SHORT_SECONDS:
+        if len(found) > _FEW:
             self._next_comparison = now + _REST * (now - started)
 
     def _begin_comparison(self, index: SetIndex) -> None:
