@@ -146,11 +146,13 @@ def test_no_default_is_null_and_no_request_field_has_one():
 
 def test_dtypes_are_enumerated():
     found = [
-        one["schema"]
-        for item in DOCUMENT["paths"].values()
+        (path, one["schema"]["enum"])
+        for path, item in DOCUMENT["paths"].items()
         for operation in item.values()
         for one in operation["parameters"]
         if one.get("name") == "dtype"
     ]
-    assert len(found) == 4
-    assert all(one["enum"] == ["F32", "F16", "BF16"] for one in found)
+    merged = [enum for path, enum in found if "/merged/" in path]
+    others = [enum for path, enum in found if "/merged/" not in path]
+    assert merged == [["F16", "BF16", "F32", "Q8_0"]] * 2
+    assert others == [["F32", "F16", "BF16"]] * 4

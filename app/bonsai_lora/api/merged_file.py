@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from concurrent.futures import Executor
 
-from bonsai_lora.checkpoints.merged import MergedFile
+from bonsai_lora.checkpoints.parts import MergedFile
 
 
 class StreamedFile:

@@ -63,8 +63,21 @@ def add_commands(commands: Any) -> None:
     apply.add_argument("file", nargs="?", help="JSON list of vectors (default, or -: stdin)")
     fetch = _add(commands, "pull", pull_model, "download a merged model, or a set as a PEFT folder")
     fetch.add_argument("model", help="BASE/SET, or adapters/SET")
-    fetch.add_argument("-o", "--output", type=Path, required=True, help="folder to write to")
+    fetch.add_argument(
+        "-o", "--output", type=Path, required=True, help="folder to write to; with --gguf, the file"
+    )
     fetch.add_argument("--jobs", type=int, default=4, help="files to download at a time (4)")
+    fetch.add_argument("--gguf", action="store_true", help="BASE/SET of a GGUF base as a GGUF file")
+    fetch.add_argument(
+        "--dtype",
+        choices=("F16", "BF16", "F32", "Q8_0"),
+        help="type of the changed tensors of a GGUF file (F16)",
+    )
+    fetch.add_argument(
+        "--widen",
+        choices=("all",),
+        help="write all other quantized tensors of a GGUF file in this type, too",
+    )
 
 
 def _add(commands: Any, name: str, run: Callable[..., Any], text: str) -> argparse.ArgumentParser:
@@ -241,11 +254,23 @@ def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
 def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
     """Download the files of BASE/SET or adapters/SET."""
     owner, slash, name = arguments.model.partition("/")
+    if arguments.gguf and owner == "adapters":
+        raise UsageError("--gguf is for merged models; expected BASE/SET")
     if not slash or not is_set_name(name) or (owner != "adapters" and not is_base_name(owner)):
         raise UsageError(
             f"{arguments.model!r} does not name a model; expected BASE/SET or adapters/SET"
         )
+    if not arguments.gguf and (arguments.dtype or arguments.widen):
+        raise UsageError("--dtype and --widen are for GGUF files; add --gguf")
     with ProgressLine() as line:
+        if arguments.gguf:
+            return client.pull_gguf(
+                arguments.model,
+                arguments.output,
+                dtype=arguments.dtype or "F16",
+                widen=arguments.widen,
+                on_progress=line.update,
+            )
         return client.pull(
             arguments.model, arguments.output, jobs=arguments.jobs, on_progress=line.update
         )

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Concatenate, ParamSpec, Self, TypeVar
 import httpx
 
 from bonsai_lora.client import connection
-from bonsai_lora.client.answers import Dtype, Pulled, SetSummary, Weights
+from bonsai_lora.client.answers import Dtype, Pulled, PulledFile, SetSummary, Weights
 from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, described, opened
 from bonsai_lora.client.calls import adapters, applying, bases, inference, merging, sets, stats
 from bonsai_lora.client.download import OnProgress, download
@@ -159,11 +159,15 @@ class Client:
         stop: int | None = None,
         scale: float = 1.0,
         sets: Weights | None = None,
+        match: str | None = None,
+        dtype: str | None = None,
+        widen: str | None = None,
     ) -> Iterator[bytes]:
         """Give a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
         call = bases.get_merged_file(
-            base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets
-        )
+            base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets, match=match,
+            dtype=dtype, widen=widen,
+        )  # fmt: skip
         with self.stream(call) as answer:
             yield from answer.iter_raw(BLOCK_BYTES)
 
@@ -183,8 +187,44 @@ class Client:
         """
         commit: str = self.send(bases.get_repository(model))["sha"]
         files = self.send(bases.list_repository(model, commit))
-        download(self, model, commit, files, Path(folder), jobs, on_progress)
+
+        def rest(path: str, start: int, tag: str) -> Call[bytes]:
+            return bases.resolve(model, commit, path, start=start, tag=tag)
+
+        download(self, rest, files, Path(folder), jobs, on_progress)
         return {"folder": os.fspath(folder), "commit": commit, "files": files}
+
+    def pull_gguf(
+        self,
+        model: str,
+        path: str | os.PathLike[str],
+        *,
+        dtype: str = "F16",
+        widen: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> PulledFile:
+        """Download the merged model BASE/SET of a GGUF base as the GGUF file `path`.
+
+        Changed tensors have the type `dtype` (F16, BF16, F32, Q8_0); with `widen="all"`, so have
+        all other quantized ones. Resumed and checked as by `pull`.
+        """
+        base, _, name = model.partition("/")
+        listed = self.send(bases.list_merged_files(base, name, dtype=dtype, widen=widen))
+        found = [one for one in listed if one["name"] == f"{base}.gguf"]
+        if not found:
+            raise ValueError(f"base {base!r} is not a GGUF file; pull the model without --gguf")
+        target = Path(path)
+        file: PulledFile = {
+            "oid": found[0]["etag"].strip('"'),
+            "size": found[0]["size_bytes"],
+            "path": target.name,
+        }
+
+        def rest(_: str, start: int, tag: str) -> Call[bytes]:
+            return bases.resume_gguf(base, name, dtype=dtype, widen=widen, start=start, tag=tag)
+
+        download(self, rest, [file], target.parent, 1, on_progress)
+        return file
 
     create_set = _method(sets.create_set)
     list_page = _method(sets.list_page)

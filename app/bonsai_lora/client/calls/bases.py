@@ -1,6 +1,7 @@
 """Bases and merged files."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -33,11 +34,15 @@ def list_merged_files(
     scale: float = 1.0,
     sets: Weights | None = None,
     match: str | None = None,
+    dtype: str | None = None,
+    widen: str | None = None,
 ) -> Call[list[MergedFile]]:
     """Return the files of a merged model with their sizes and ETags; nothing is computed.
 
     `scale` weighs the set's deltas, and `sets` merges further sets in, each with its weight.
     `match` is the start of the tensors' names that are meant, if a module path fits several.
+    `dtype` (F16, BF16, F32, Q8_0) is the type of changed tensors of a GGUF base, and
+    `widen="all"` that of all other quantized tensors of the GGUF file, too.
     """
 
     def decode(answer: httpx.Response) -> list[MergedFile]:
@@ -47,7 +52,7 @@ def list_merged_files(
     return Call(
         method="GET",
         path="/v1" + path_of("bases", base, "merged", set_name),
-        query=_mix(scale, sets, match),
+        query=_mix(scale, sets, match, dtype, widen),
         decode=decode,
         is_pure=True,
     )
@@ -63,6 +68,8 @@ def get_merged_file(
     scale: float = 1.0,
     sets: Weights | None = None,
     match: str | None = None,
+    dtype: str | None = None,
+    widen: str | None = None,
 ) -> Call[bytes]:
     """Return a file of a merged model, or its bytes from `start` to `stop` (exclusive).
 
@@ -71,7 +78,7 @@ def get_merged_file(
     return Call(
         method="GET",
         path="/v1" + path_of("bases", base, "merged", set_name, *filename.split("/")),
-        query=_mix(scale, sets, match),
+        query=_mix(scale, sets, match, dtype, widen),
         headers=_range(start, stop),
         decode=decode_bytes,
         is_pure=True,
@@ -97,10 +104,21 @@ def resolve(model: str, commit: str, filename: str, *, start: int, tag: str) -> 
     return Call(method="GET", path=path, headers=headers, decode=decode_bytes, is_pure=True)
 
 
-def _mix(scale: float, sets: Weights | None, match: str | None) -> Query:
+def resume_gguf(
+    base: str, set_name: str, *, dtype: str, widen: str | None, start: int, tag: str
+) -> Call[bytes]:
+    """Return the rest of a merged GGUF file, from `start` if it still has this tag, else all."""
+    call = get_merged_file(base, set_name, f"{base}.gguf", start=start, dtype=dtype, widen=widen)
+    return replace(call, headers={**call.headers, "If-Range": f'"{tag}"'}) if start else call
+
+
+def _mix(
+    scale: float, sets: Weights | None, match: str | None, dtype: str | None, widen: str | None
+) -> Query:
     names: Sequence[tuple[str, str]] = [("set", name) for name in sets or {}]
     weights = [("weight", str(weight)) for weight in (sets or {}).values()]
-    return [*query_of(scale=None if scale == 1.0 else scale, match=match), *names, *weights]
+    plain = query_of(scale=None if scale == 1.0 else scale, match=match, dtype=dtype, widen=widen)
+    return [*plain, *names, *weights]
 
 
 def _range(start: int, stop: int | None) -> dict[str, str]:
