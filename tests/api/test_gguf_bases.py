@@ -166,7 +166,7 @@ def test_hostile_files_are_listed_as_bad(client, bases):
         assert_problem(client.get(f"/v1/bases/{name}"), 422, "invalid_base")
 
 
-def test_a_base_that_is_overwritten_is_read_anew(client, bases, weights):
+def test_a_base_that_is_overwritten_is_read_again(client, bases, weights):
     path = f"{PATH}/model.safetensors?dtype=F32"
     before = client.get(path)
     raw, others = gguf_models.model("Q8_0", np.random.default_rng(8))

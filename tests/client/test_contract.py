@@ -102,8 +102,8 @@ def functions():
                 yield make
 
 
-HUB = {"get_repository", "list_repository", "resolve"}
-"""What `pull` asks."""
+HUB = {"get_repository", "list_repository", "resolve", "resume_gguf"}
+"""What `pull` and `pull_gguf` ask."""
 
 
 @pytest.mark.parametrize("client", [bonsai_lora.Client, bonsai_lora.AsyncClient])

@@ -18,6 +18,7 @@ from test_one_way import BINARY, JSON, connect, raw
 from bonsai_lora.api.app import create_app
 from bonsai_lora.api.connection import LINGER_SECONDS, GuardedProtocol
 from bonsai_lora.formats import safetensors
+from bonsai_lora.storage import store as store_module
 
 APPLY = "/v1/sets/s/adapters/m/apply"
 NARROW, WIDE = 8, 100_000
@@ -303,3 +304,30 @@ def test_uploads_count_against_the_spill_budget_while_they_come(service):
         assert_problem(client.put("/v1/sets/v", files=files), 503, "busy")
         spill.release(free)
     wait_until(lambda: spill.reserved_bytes == 0)
+
+
+def test_a_set_with_a_long_header_is_opened_and_described_in_a_thread(service, monkeypatch):
+    """1,200 modules: 100 kB of header. A small set is opened at once."""
+    client, app = service
+    size = {"hidden_size": 64, "intermediate_size": 64}
+    large = {"name": "large", "config": {"rank": 4}, "mlp": size, "num_layers": 400}
+    assert client.post("/v1/sets", json=large).status_code == 201
+    small = {"name": "small", "config": {"rank": 1}, "mlp": {**size}}
+    assert client.post("/v1/sets", json=small).status_code == 201
+    context, threads = app.state.context, {"large": set(), "small": set()}
+    monkeypatch.setattr(
+        store_module,
+        "open_set_file",
+        lambda path, _open=store_module.open_set_file: (
+            threads[path.stem].add(threading.current_thread().name) or _open(path)
+        ),
+    )
+    for name, modules in (("large", 1200), ("small", 3)):
+        for path in ("", "/adapters"):
+            context.store.forget(name)
+            answer = client.get(f"/v1/sets/{name}{path}")
+            assert len(answer.json()["modules" if not path else "adapters"]) == modules
+            assert answer.headers["content-type"] == "application/json"
+    assert threads["large"]
+    assert all(one.startswith("long") for one in threads["large"])
+    assert not any(one.startswith("long") for one in threads["small"])

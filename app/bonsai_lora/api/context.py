@@ -24,6 +24,7 @@ from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import Settings
 from bonsai_lora.storage.counts import CountFile
 from bonsai_lora.storage.regions import SharedRegions
+from bonsai_lora.storage.setfile import StoredSet
 
 T = TypeVar("T")
 
@@ -61,6 +62,16 @@ class Context:
             applier=replace(self.applier, meter=meter),
             inference=replace(self.inference, store=store, regions=regions),
         )
+
+    async def open(self, name: str) -> StoredSet:
+        """Return the current version of a set; it is opened in the long lane if that takes long.
+
+        Raises SetNotFoundError, NewerFormatError.
+        """
+        stored = self.store.read_quickly(name)
+        if stored is None:
+            stored = await self.long.run(partial(self.store.read, name))
+        return stored
 
     async def apply(self, work: Callable[[Applier], T], nanoseconds: float) -> T:
         """Return the result of `work`, an apply, from the short lane.

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import numpy as np
 
 from bonsai_lora.checkpoints.parts import Computed, Values
-from bonsai_lora.core.cast import Array, round_to
+from bonsai_lora.core import backend
+from bonsai_lora.core.cast import Array
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
 from bonsai_lora.formats.gguf_types import BY_NAME
 from bonsai_lora.formats.quantize import quantize_q8_0
@@ -20,7 +21,7 @@ def computed_as(dtype: str, values: Values) -> Computed:
 def _rounded(dtype: str) -> Callable[[Array], memoryview]:
     def encode(values: Array) -> memoryview:
         out: Array = np.empty(values.shape, FLOAT_DTYPES[dtype])
-        round_to(values, out)
+        backend.cast(values, out)
         return as_bytes(out)
 
     return encode

@@ -48,7 +48,7 @@ class Part(Protocol):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Made:
-    """Bytes that are made anew for each request, so that they take no memory in between."""
+    """Bytes that are made again for each request, so that they take no memory in between."""
 
     size_bytes: int
     make: Callable[[], bytes]

@@ -1,7 +1,7 @@
 """config.json of transformers, made from the keys of a GGUF file.
 
 Keys: gguf-py/gguf/constants.py of llama.cpp (release b11434). Fields: the configuration classes of
-transformers 5, in the form that transformers 4 reads, too.
+transformers 5, as transformers 4 reads them, too.
 """
 
 from collections.abc import Callable, Mapping

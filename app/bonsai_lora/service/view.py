@@ -71,6 +71,11 @@ class SetView:
         self._check(name)
         return self._store.read(name)
 
+    def read_quickly(self, name: str) -> StoredSet | None:
+        """Return the current version of a set, or None if that would take long."""
+        self._check(name)
+        return self._store.read_quickly(name)
+
     def read_record(self, name: str) -> SetRecord:
         """Return the record of a set."""
         self._check(name)

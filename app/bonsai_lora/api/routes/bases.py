@@ -122,7 +122,6 @@ async def get_base(context: ContextDep, base: BaseName) -> schemas.BaseInfo:
     summary="List the files of a merged model",
     responses=problems(*_MERGE_ERRORS),
 )
-@router.head("/v1/bases/{base}/merged/{set}", include_in_schema=False)
 async def list_merged_files(files: Merged) -> schemas.MergedFiles:
     """Returns names, sizes and ETags. Nothing is computed. Of a GGUF base there are a merged GGUF
     file, named like the base, and the same model as a Hugging Face checkpoint.
@@ -138,7 +137,6 @@ async def list_merged_files(files: Merged) -> schemas.MergedFiles:
     responses=file_responses("application/octet-stream")
     | problems(*_MERGE_ERRORS, errors.FileNotInModelError, errors.RangeNotSatisfiableError),
 )
-@router.head("/v1/bases/{base}/merged/{set}/{filename:path}", include_in_schema=False)
 async def get_merged_file(
     request: Request,
     context: ContextDep,

@@ -6,7 +6,7 @@ Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request wit
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -44,6 +44,13 @@ class _Repo:
     created_at: str
     updated_at: str
     files: Mapping[str, RangedFile]
+    refusal: errors.UnmergeableError | None = None
+    """Why the content of the files cannot be read: the set does not fit the base.
+
+    The files are described nevertheless. For a refused HEAD or description, huggingface_hub reports
+    a missing repository or a lost connection, or loads older files from its cache; for a refused
+    GET of a file, the reason.
+    """
 
     def entry(self, path: str) -> dict[str, Any]:
         """Return the Hub's description of one of the files."""
@@ -82,7 +89,6 @@ class _Repo:
 
 
 @router.get("/{owner}/{name}/resolve/{revision}/{path:path}")
-@router.head("/{owner}/{name}/resolve/{revision}/{path:path}")
 async def resolve(
     request: Request, context: ContextDep, owner: str, name: str, revision: str, path: str
 ) -> Response:
@@ -93,6 +99,8 @@ async def resolve(
     if file is None:
         detail = f"{repo.id} has no file {path!r}; it has {', '.join(list(repo.files)[:16])}"
         raise HubError("EntryNotFound", detail)
+    if repo.refusal is not None and request.method == "GET":
+        raise repo.refusal
     return file_response(request, file, context.long, {"X-Repo-Commit": repo.commit})
 
 
@@ -112,9 +120,11 @@ async def list_models(
             if search and search.lower() not in f"{owner}/{name}".lower():
                 continue
             try:
-                found.append((await _repo(context, owner, name, "main")).info())
+                repo = await _repo(context, owner, name, "main")
             except (HubError, errors.UnauthenticatedError, errors.NewerFormatError):
                 continue
+            if repo.refusal is None:
+                found.append(repo.info())
             if len(found) == min(limit, 1000):
                 return found
     return found
@@ -213,7 +223,12 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
 
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
     record = context.store.read(name).record
-    model = context.models.get(context.store, owner, weighted_sets(name, 1.0, [], []))
+    try:
+        model = context.models.get(context.store, owner, weighted_sets(name, 1.0, [], []))
+    except errors.InvalidError as error:
+        return _refused_repo(
+            context, owner, record, errors.UnmergeableError(error.detail, **error.values)
+        )
     if model.etags != [record.etag]:  # changed between the two reads
         return _merged_repo(context, owner, name)
     return _of_set(f"{owner}/{name}", model.digest, record, _streamed(context, model))
@@ -229,8 +244,15 @@ def _base_repo(context: Context, owner: str, name: str) -> _Repo:
 _MAKERS = {ADAPTERS: _adapter_repo, BASES: _base_repo}
 
 
-def _of_set(repo: str, commit: str, record: SetRecord, files: Mapping[str, RangedFile]) -> _Repo:
-    return _Repo(repo, commit, record.version, record.created_at, record.updated_at, files)
+def _of_set(
+    repo: str,
+    commit: str,
+    record: SetRecord,
+    files: Mapping[str, RangedFile],
+    refusal: errors.UnmergeableError | None = None,
+) -> _Repo:
+    dates = record.created_at, record.updated_at
+    return _Repo(repo, commit, record.version, *dates, files, refusal)
 
 
 def _streamed(context: Context, model: MergedModel) -> Mapping[str, RangedFile]:
@@ -240,10 +262,42 @@ def _streamed(context: Context, model: MergedModel) -> Mapping[str, RangedFile]:
     }
 
 
+@dataclass(slots=True)
+class _RefusedFile:
+    """A file whose size is known and whose content is refused."""
+
+    size_bytes: int
+    etag: str
+    refusal: errors.UnmergeableError
+    media_type: str = "application/octet-stream"
+
+    def read(self, start: int, stop: int) -> AsyncIterator[bytes | memoryview]:  # noqa: ARG002
+        """Raise UnmergeableError."""
+        raise self.refusal
+
+
+def _refused_repo(
+    context: Context, base: str, record: SetRecord, refusal: errors.UnmergeableError
+) -> _Repo:
+    """Return a repository of the base's names and sizes, under tags that no readable file has."""
+    model = context.models.get(context.store, base, [])
+    key = f"{model.digest}/{record.etag}/refused"
+    files = {
+        path: _RefusedFile(file.size_bytes, _tag(key, path), refusal)
+        for path, file in context.models.hub_files(model).items()
+    }
+    commit = hashlib.sha256(key.encode()).hexdigest()[:40]
+    return _of_set(f"{base}/{record.name}", commit, record, files, refusal)
+
+
 def _bytes_file(content: bytes | memoryview, etag: str, part: str) -> BytesFile:
+    return BytesFile(memoryview(content), _tag(etag, part), "application/octet-stream")
+
+
+def _tag(etag: str, part: str) -> str:
     # Hub clients name cached files by ETag, which must be unique per file: 40 hex digits.
     digest = hashlib.sha256(f"{etag}/{part}".encode()).hexdigest()[:40]
-    return BytesFile(memoryview(content), f'"{digest}"', "application/octet-stream")
+    return f'"{digest}"'
 
 
 def _json(value: Any) -> Response:

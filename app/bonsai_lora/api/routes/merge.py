@@ -60,7 +60,7 @@ async def merge_weights(
     """Takes W (d_out, d_in) and returns W + scaling · B·A in the same form and dtype, streamed in
     constant memory. The sum is computed in float32 and rounded once, to nearest even.
     """
-    stored = context.store.read(name)
+    stored = await context.open(name)
     adapter = stored_adapter(stored, module)
     check_no_replaced_bias(stored, module)
     form = body_form(request, _FORMS)
@@ -152,7 +152,8 @@ class _StreamedMerge(StarletteResponse):
         declared = content_length(self.request)
         if declared is not None and declared != expected:
             raise errors.ShapeMismatchError(
-                f"the body has {declared} bytes, but weights of shape {list(merge.shape)} have "
+                f"the body has {errors.counted(declared, 'byte')}, but weights of shape "
+                f"{list(merge.shape)} have "
                 f"{expected}; check their shape and dtype",
                 got_bytes=declared,
                 expected_bytes=expected,
