@@ -103,7 +103,7 @@ def write_adapter(folder: Path, layers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=LAYERS)
-    layers = parser.parse_args().layers
+    layers = parser.parse_known_args()[0].layers  # `report` reads --json
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         folder = Path(name)
         (folder / "bases").mkdir()

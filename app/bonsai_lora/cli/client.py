@@ -32,6 +32,8 @@ EXIT_INTERRUPTED = 130
 EXIT_CLOSED = 141
 """The reader of standard output has closed it, as `| head` does."""
 
+_OWNERS = ("adapters", "bases")
+"""First parts of names that are not bases."""
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\t]*)")
 """A header field (RFC 9110 section 5.1)."""
 
@@ -61,8 +63,8 @@ def add_commands(commands: Any) -> None:
     apply.add_argument("name")
     apply.add_argument("module")
     apply.add_argument("file", nargs="?", help="JSON list of vectors (default, or -: stdin)")
-    fetch = _add(commands, "pull", pull_model, "download a merged model, or a set as a PEFT folder")
-    fetch.add_argument("model", help="BASE/SET, or adapters/SET")
+    fetch = _add(commands, "pull", pull_model, "download a merged model, a set, or a base")
+    fetch.add_argument("model", help="BASE/SET, adapters/SET or bases/BASE")
     fetch.add_argument(
         "-o", "--output", type=Path, required=True, help="folder to write to; with --gguf, the file"
     )
@@ -252,13 +254,14 @@ def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
 
 
 def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
-    """Download the files of BASE/SET or adapters/SET."""
+    """Download the files of BASE/SET, adapters/SET or bases/BASE."""
     owner, slash, name = arguments.model.partition("/")
-    if arguments.gguf and owner == "adapters":
+    if arguments.gguf and owner in _OWNERS:
         raise UsageError("--gguf is for merged models; expected BASE/SET")
-    if not slash or not is_set_name(name) or (owner != "adapters" and not is_base_name(owner)):
+    if not slash or not is_set_name(name) or not (owner in _OWNERS or is_base_name(owner)):
         raise UsageError(
-            f"{arguments.model!r} does not name a model; expected BASE/SET or adapters/SET"
+            f"{arguments.model!r} does not name a model; expected BASE/SET, adapters/SET or "
+            "bases/BASE"
         )
     if not arguments.gguf and (arguments.dtype or arguments.widen):
         raise UsageError("--dtype and --widen are for GGUF files; add --gguf")

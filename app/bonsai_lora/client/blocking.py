@@ -179,7 +179,7 @@ class Client:
         jobs: int = 4,
         on_progress: OnProgress | None = None,
     ) -> Pulled:
-        """Download the merged model BASE/SET, or the set adapters/SET as a PEFT folder.
+        """Download the merged model BASE/SET, the set adapters/SET, or the base bases/BASE.
 
         `jobs` files at a time. Files that are already there are kept, and partial ones are
         resumed, unless the model has changed since. `on_progress` gets the bytes that are there
