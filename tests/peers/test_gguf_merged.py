@@ -1,12 +1,18 @@
 """Merged models of GGUF bases: llama.cpp on the GGUF file, transformers on the checkpoint."""
 
 import json
+import os
+import subprocess
+import sys
 
 import gguf_files
 import gguf_models
+import httpx
 import numpy as np
 import pytest
+from conftest import peft_config, serving, upload_parts
 
+from bonsai_lora.api.app import create_app
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
 from bonsai_lora.checkpoints.merged_files import Rendering, hub_files, merged_files
@@ -152,3 +158,40 @@ def test_hub_files_are_the_checkpoint_in_bfloat16(tmp_path, rng):
     want = checkpoint_logits(model, tmp_path)
     (tmp_path / "again").mkdir()
     assert difference(checkpoint_logits(model, tmp_path / "again", "BF16"), want) < 2e-2
+
+
+BY_NAME = """
+import sys, numpy as np, torch
+from transformers import AutoModelForCausalLM
+tokens = torch.tensor([list(map(int, sys.argv[2].split()))])
+for name in ("bases/bonsai-1.7b", "bonsai-1.7b/s"):
+    model = AutoModelForCausalLM.from_pretrained(name)
+    assert model.dtype == torch.bfloat16
+    with torch.no_grad():
+        np.save(f"{sys.argv[1]}/{name.partition('/')[0]}.npy", model.float()(tokens).logits[0].numpy())
+"""
+
+
+def test_transformers_loads_by_name(settings, tmp_path, rng):
+    raw, weights = gguf_models.model("Q1_0", rng)
+    model = merged(tmp_path, raw, weights, PROJECTIONS)
+    want = checkpoint_logits(model, tmp_path, "BF16")
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "bonsai-1.7b.gguf").write_bytes(raw)
+    tensors, found = {}, model._ingredients[0].lora_set.registry.adapters
+    for module, one in found.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = one.a_matrix
+        tensors[f"base_model.model.{module}.lora_B.weight"] = one.b_matrix
+    config = peft_config(target_modules=sorted(PROJECTIONS))
+    known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
+    with serving(create_app(known)) as url:
+        with httpx.Client(base_url=url) as client:
+            assert upload_parts(client, "s", config, tensors).status_code == 201
+        home = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", BY_NAME, str(tmp_path), " ".join(map(str, TOKENS))]
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=110, env={**os.environ, **home}
+        )
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(np.load(tmp_path / "bonsai-1.7b.npy"), want)
+    assert difference(np.load(tmp_path / "bases.npy"), want) > 1e-3

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import zlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from bonsai_lora.errors import (
     InvalidBaseError,
     UnsupportedGgufError,
 )
-from bonsai_lora.formats import gguf, gguf_names
+from bonsai_lora.formats import gguf, gguf_names, gguf_tokenizer
 from bonsai_lora.formats.dequantize import can_dequantize
 from bonsai_lora.formats.gguf_names import ARCHITECTURES, Change, Heads
 from bonsai_lora.formats.gguf_values import ReadAt
@@ -175,6 +176,17 @@ class GgufBase(Base):
         """Return how a tensor of the file is folded; None if it is plain."""
         is_folded = self.folding is not None and name in self.folding.weights
         return self.folding if is_folded else None
+
+    @cached_property
+    def tokenizer(self) -> Mapping[str, tuple[int, bytes]]:
+        """Tokenizer files made from the header: name -> length, and compressed content.
+
+        Empty if the base has a tokenizer of its own, or none of the kind that is known.
+        """
+        if "tokenizer.json" in self.files:
+            return {}
+        made = gguf_tokenizer.tokenizer_files(self.header, self.read_at)
+        return {name: (len(raw), zlib.compress(raw, 1)) for name, raw in made.items()}
 
     def read_at(self, start: int, size: int) -> memoryview:
         """Return `size` bytes of the file from `start`."""

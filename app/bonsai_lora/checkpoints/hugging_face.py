@@ -1,7 +1,9 @@
 """A model of a GGUF file as a Hugging Face checkpoint, computed while it is read."""
 
 import json
+import zlib
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 
 from bonsai_lora.checkpoints.encodings import computed_as
@@ -36,6 +38,9 @@ def checkpoint_files(
         for name, file in base.files.items()
         if file is not base.file
     }
+    for name, (size, compressed) in base.tokenizer.items():
+        made = Made(size, partial(zlib.decompress, compressed))
+        files.setdefault(name, MergedFile([made], f"{base.digest}/{name}", _media(name)))
     for name, part in shards.items():
         files[name] = _weights(model, part, kind, f"{seed}/{name}")
     if len(shards) > 1:
