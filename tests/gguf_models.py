@@ -7,8 +7,10 @@ the formulas of llama.cpp's converter.
 import gguf_files
 import numpy as np
 
+from bonsai_lora.formats import gguf
 from bonsai_lora.formats.dequantize import dequantize
 from bonsai_lora.formats.gguf_types import BY_NAME
+from bonsai_lora.formats.hadamard import PREFIX
 
 HIDDEN, HEADS, KEYS, WIDTH, INNER, VOCABULARY, LAYERS, EXPERTS = 256, 4, 2, 64, 512, 96, 2, 4
 
@@ -151,3 +153,35 @@ def add_experts(built, kind, layer):
         built.matrix(kind, name, f"blk.{layer}.{ours}.weight", (EXPERTS, *shape))
         stack = built.weights.pop(name)
         built.weights |= {name.format(number): stack[number] for number in range(EXPERTS)}
+
+
+def folded(rng, **more):
+    """A file whose projections are folded, and the plain weights."""
+    raw, weights = model("Q2_0", rng)
+    header = gguf.read_header(gguf.reader_of(raw), len(raw))
+    names = [name for name in header.tensors if "ffn_" in name and "norm" not in name]
+    signs = {width: rng.choice([-1, 1], width) for width in (256, 512)}
+    keys = {
+        f"{PREFIX}version": np.uint32(1),
+        f"{PREFIX}block_size": np.uint32(128),
+        f"{PREFIX}transform": "normalized-sylvester-walsh-hadamard",
+        f"{PREFIX}axis": "input-last-dimension",
+        f"{PREFIX}sign_mode": "explicit",
+        f"{PREFIX}sign_widths": np.array([*signs], np.int32),
+        f"{PREFIX}sign_values": np.concatenate([*signs.values()]).astype(np.int32),
+        f"{PREFIX}weight_names": names,
+        **more,
+    }
+    tensors = {
+        name: (one.type.name, one.shape, raw[one.start : one.stop])
+        for name, one in header.tensors.items()
+    }
+    index = np.arange(128)
+    hadamard = (1 - 2 * (np.bitwise_count(index[:, None] & index) & 1).astype(float)) / np.sqrt(128)
+    for layer in range(2):
+        for part in ("gate", "up", "down"):
+            name = f"model.layers.{layer}.mlp.{part}_proj.weight"
+            width = weights[name].shape[1]
+            dense = np.kron(np.eye(width // 128), hadamard)
+            weights[name] = ((weights[name] @ dense) * signs[width]).astype(np.float32)
+    return gguf_files.file_of({**keys_of("qwen3"), **keys}, tensors), weights

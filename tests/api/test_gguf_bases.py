@@ -10,6 +10,7 @@ from conftest import assert_problem, peft_config, peft_tensors, serving, upload_
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.formats import gguf, safetensors
+from bonsai_lora.formats.hadamard import read_folding
 
 MODULE = "model.layers.0.self_attn.q_proj"
 PATH = "/v1/bases/bonsai/merged/s"
@@ -178,3 +179,43 @@ def test_a_base_that_is_overwritten_is_read_again(client, bases, weights):
     tensors = safetensors.decode(after.content)[0]
     assert np.array_equal(tensors[name], others[name])
     assert not np.array_equal(tensors[name], weights[name])
+
+
+def test_the_base_decides_how_a_set_becomes_a_gguf_lora(client, weights, rng):
+    assert weights
+    config = peft_config(base_model_name_or_path="acme/bonsai")
+    tensors = peft_tensors(rng, MODULE, d_in=256, d_out=256)
+    upload_parts(client, "s", config, tensors)
+    answer = client.get("/v1/sets/s/adapter.gguf")
+    assert answer.status_code == 200, answer.text
+    header = gguf.read_header(gguf.reader_of(answer.content), len(answer.content))
+    assert header.architecture == "qwen3"
+    assert header.tensors.keys() == {f"blk.0.attn_q.weight.lora_{half}" for half in "ab"}
+    refused = client.get("/v1/sets/s/adapter.gguf?folded=true")
+    assert_problem(refused, 422, "unsupported_adapter")
+
+
+def test_a_gguf_lora_is_folded_for_a_folded_base(client, bases, rng):
+    raw, _ = gguf_models.folded(rng)
+    (bases / "bonsai.gguf").write_bytes(raw)
+    module = "model.layers.0.mlp.up_proj"
+    config = peft_config(base_model_name_or_path="bonsai", target_modules=["up_proj"])
+    tensors = peft_tensors(rng, module, d_in=256, d_out=512)
+    assert upload_parts(client, "s", config, tensors).status_code == 201
+
+    def factor(query):
+        answer = client.get(f"/v1/sets/s/adapter.gguf{query}")
+        assert answer.status_code == 200, answer.text
+        header = gguf.read_header(gguf.reader_of(answer.content), len(answer.content))
+        info = header.tensors["blk.0.ffn_up.weight.lora_a"]
+        values = np.frombuffer(answer.content[info.start : info.stop], np.float32)
+        return values.reshape(info.shape), answer.headers["etag"]
+
+    plain, tag = factor("")
+    folded, other_tag = factor("?folded=true")
+    assert tag != other_tag
+    assert np.array_equal(plain, tensors[f"base_model.model.{module}.lora_A.weight"])
+    read = gguf.reader_of(raw)
+    folding = read_folding(gguf.read_header(read, len(raw)), read)
+    assert np.allclose(folding.unfold(folded), plain, atol=1e-5)
+    assert not np.allclose(folded, plain, atol=0.1)

@@ -152,7 +152,9 @@ def test_dtypes_are_enumerated():
         for one in operation["parameters"]
         if one.get("name") == "dtype"
     ]
+    gguf, floats = ["F32", "F16", "BF16", "Q8_0"], ["F32", "F16", "BF16"]
     merged = [enum for path, enum in found if "/merged/" in path]
-    others = [enum for path, enum in found if "/merged/" not in path]
     assert merged == [["F16", "BF16", "F32", "Q8_0"]] * 2
-    assert others == [["F32", "F16", "BF16"]] * 4
+    assert [enum for path, enum in found if path.endswith(".gguf")] == [gguf]
+    others = [enum for path, enum in found if "/merged/" not in path and ".gguf" not in path]
+    assert others == [floats] * 4

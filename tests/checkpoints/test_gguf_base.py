@@ -295,40 +295,8 @@ def test_experts_are_tensors_of_their_own(opened, rng):
         )
 
 
-def folded(rng, **more):
-    """A file whose projections are folded, and the plain weights."""
-    raw, weights = gguf_models.model("Q2_0", rng)
-    header = gguf.read_header(gguf.reader_of(raw), len(raw))
-    names = [name for name in header.tensors if "ffn_" in name and "norm" not in name]
-    signs = {width: rng.choice([-1, 1], width) for width in (256, 512)}
-    keys = {
-        f"{PREFIX}version": np.uint32(1),
-        f"{PREFIX}block_size": np.uint32(128),
-        f"{PREFIX}transform": "normalized-sylvester-walsh-hadamard",
-        f"{PREFIX}axis": "input-last-dimension",
-        f"{PREFIX}sign_mode": "explicit",
-        f"{PREFIX}sign_widths": np.array([*signs], np.int32),
-        f"{PREFIX}sign_values": np.concatenate([*signs.values()]).astype(np.int32),
-        f"{PREFIX}weight_names": names,
-        **more,
-    }
-    tensors = {
-        name: (one.type.name, one.shape, raw[one.start : one.stop])
-        for name, one in header.tensors.items()
-    }
-    index = np.arange(128)
-    hadamard = (1 - 2 * (np.bitwise_count(index[:, None] & index) & 1).astype(float)) / np.sqrt(128)
-    for layer in range(2):
-        for part in ("gate", "up", "down"):
-            name = f"model.layers.{layer}.mlp.{part}_proj.weight"
-            width = weights[name].shape[1]
-            dense = np.kron(np.eye(width // 128), hadamard)
-            weights[name] = ((weights[name] @ dense) * signs[width]).astype(np.float32)
-    return gguf_files.file_of({**gguf_models.keys_of("qwen3"), **keys}, tensors), weights
-
-
 def test_a_folded_base_is_unfolded_as_a_whole(opened, rng):
-    raw, weights = folded(rng)
+    raw, weights = gguf_models.folded(rng)
     made = adapters(weights, ADAPTED, rng)
     base = opened(raw)
     model = merge(base, made)

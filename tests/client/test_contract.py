@@ -31,6 +31,7 @@ CALLS = [
     sets.delete_set("s"),
     sets.get_adapter_config("s"),
     sets.get_adapter_model("s"),
+    sets.get_adapter_gguf("s"),
     sets.get_adapter_tensors("s"),
     adapters.list_adapters("s"),
     adapters.get_adapter("s", "m"),
@@ -102,8 +103,8 @@ def functions():
                 yield make
 
 
-HUB = {"get_repository", "list_repository", "resolve", "resume_gguf"}
-"""What `pull` and `pull_gguf` ask."""
+HUB = {"get_repository", "list_repository", "resolve"}
+"""What `pull` asks."""
 
 
 @pytest.mark.parametrize("client", [bonsai_lora.Client, bonsai_lora.AsyncClient])

@@ -30,6 +30,8 @@ GGUF_HEAD = "output.weight"
 
 _MOST_NAMES = 1 << 17
 """Tensors of a checkpoint, each expert counted. DeepSeek V3 has 46,000."""
+_MOST_ALIGNMENT = 1 << 16
+"""Of a merged file, that many zeros may be made at a time."""
 _MODEL_TYPES = {"qwen3moe": "qwen3_moe", "gemma3": "gemma3_text", "qwen35": "qwen3_5_text"}
 """model_type of the architectures whose names differ (transformers 5)."""
 
@@ -99,6 +101,12 @@ class GgufBase(Base):
     def heads(self) -> Heads:
         """The head counts on which the order of rows depends."""
         return Heads.of(self.header)
+
+    @property
+    def experts(self) -> int | None:
+        """Experts of a layer; None if the file says nothing of any."""
+        found = self.header.get(f"{self.architecture}.expert_count")
+        return found if isinstance(found, int) and found > 0 else None
 
     @cached_property
     def places(self) -> Mapping[str, Place]:
@@ -244,6 +252,10 @@ def _check(base: GgufBase) -> None:
     if isinstance(parts, int) and parts > 1:
         raise UnsupportedGgufError(
             f"it is one of {parts} parts; join them with llama-gguf-split --merge", got=parts
+        )
+    if base.header.alignment > _MOST_ALIGNMENT:
+        raise UnsupportedGgufError(
+            f"general.alignment is {base.header.alignment}, more than {_MOST_ALIGNMENT}"
         )
     if not base.header.tensors:
         raise UnsupportedGgufError("it has no tensors; download it again")

@@ -51,13 +51,15 @@ def add_commands(commands: Any) -> None:
     stats.add_argument("name", nargs="?")
     remove = _add(commands, "rm", remove_set, "delete a set")
     remove.add_argument("name")
-    push = _add(commands, "push", push_set, "upload a PEFT or MLX adapter folder as a set")
+    push = _add(commands, "push", push_set, "upload a PEFT, MLX or GGUF adapter as a set")
     push.add_argument("name")
     push.add_argument(
         "folder",
         type=Path,
-        help="folder with adapter_config.json and adapter_model.safetensors, or as mlx_lm saves it",
+        help="folder with adapter_config.json and adapter_model.safetensors, or as mlx_lm saves "
+        "it; or a GGUF LoRA file",
     )
+    push.add_argument("--architecture", help="whose tensor names a GGUF LoRA has, if not its own")
     push.add_argument("--base-model-name", help="replaces the name in the adapter's configuration")
     apply = _add(commands, "apply", apply_set, "apply a module's adapter to vectors given as JSON")
     apply.add_argument("name")
@@ -66,20 +68,23 @@ def add_commands(commands: Any) -> None:
     fetch = _add(commands, "pull", pull_model, "download a merged model, a set, or a base")
     fetch.add_argument("model", help="BASE/SET, adapters/SET or bases/BASE")
     fetch.add_argument(
-        "-o", "--output", type=Path, required=True, help="folder to write to; with --gguf, the file"
+        "-o", "--output", type=Path, required=True, help="folder (or GGUF file) to write"
     )
-    fetch.add_argument("--jobs", type=int, default=4, help="files to download at a time (4)")
-    fetch.add_argument("--gguf", action="store_true", help="BASE/SET of a GGUF base as a GGUF file")
     fetch.add_argument(
-        "--dtype",
-        choices=("F16", "BF16", "F32", "Q8_0"),
-        help="type of the changed tensors of a GGUF file (F16)",
+        "--gguf",
+        action="store_true",
+        help="a GGUF file: a GGUF LoRA of adapters/SET, or the merged model of a GGUF base",
     )
+    fetch.add_argument(
+        "--dtype", help="with --gguf: F32, F16, BF16 or Q8_0 (F32 for a GGUF LoRA, else F16)"
+    )
+    fetch.add_argument("--architecture", help="of a GGUF LoRA: that of the base, such as qwen3")
     fetch.add_argument(
         "--widen",
         choices=("all",),
-        help="write all other quantized tensors of a GGUF file in this type, too",
+        help="of a merged model: write all other quantized tensors in this type, too",
     )
+    fetch.add_argument("--jobs", type=int, default=4, help="files to download at a time (4)")
 
 
 def _add(commands: Any, name: str, run: Callable[..., Any], text: str) -> argparse.ArgumentParser:
@@ -207,16 +212,20 @@ def remove_set(client: Client, arguments: argparse.Namespace) -> Any:
 
 def push_set(client: Client, arguments: argparse.Namespace) -> Any:
     """Upload a PEFT or MLX folder; print the new version and warnings."""
+    name, base = _set_name(arguments.name), arguments.base_model_name
     try:
-        report = client.upload_set(
-            _set_name(arguments.name),
-            arguments.folder,
-            base_model_name=arguments.base_model_name,
+        report = (
+            client.upload_gguf(
+                name, arguments.folder, architecture=arguments.architecture, base_model_name=base
+            )
+            if arguments.folder.suffix == ".gguf"
+            else client.upload_set(name, arguments.folder, base_model_name=base)
         )
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         raise UsageError(
-            f"{arguments.folder} has no {missing}; give a folder saved by PEFT or mlx_lm"
+            f"{arguments.folder} has no {missing}; give a folder saved by PEFT or mlx_lm, or a "
+            "GGUF LoRA file"
         ) from None
     if not arguments.json:
         name = printable(report["name"])
@@ -256,27 +265,38 @@ def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
 def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
     """Download the files of BASE/SET, adapters/SET or bases/BASE."""
     owner, slash, name = arguments.model.partition("/")
-    if arguments.gguf and owner in _OWNERS:
-        raise UsageError("--gguf is for merged models; expected BASE/SET")
+    if arguments.gguf and owner == "bases":
+        raise UsageError("a base is no GGUF LoRA; with --gguf, expected BASE/SET or adapters/SET")
     if not slash or not is_set_name(name) or not (owner in _OWNERS or is_base_name(owner)):
         raise UsageError(
             f"{arguments.model!r} does not name a model; expected BASE/SET, adapters/SET or "
             "bases/BASE"
         )
-    if not arguments.gguf and (arguments.dtype or arguments.widen):
-        raise UsageError("--dtype and --widen are for GGUF files; add --gguf")
+    if not arguments.gguf and (arguments.dtype or arguments.widen or arguments.architecture):
+        raise UsageError("--dtype, --architecture and --widen are for GGUF files; add --gguf")
     with ProgressLine() as line:
         if arguments.gguf:
-            return client.pull_gguf(
-                arguments.model,
-                arguments.output,
-                dtype=arguments.dtype or "F16",
-                widen=arguments.widen,
-                on_progress=line.update,
-            )
+            return _pull_gguf(client, owner, name, arguments, line.update)
         return client.pull(
             arguments.model, arguments.output, jobs=arguments.jobs, on_progress=line.update
         )
+
+
+def _pull_gguf(
+    client: Client,
+    owner: str,
+    name: str,
+    arguments: argparse.Namespace,
+    on_progress: Callable[[int, int], object],
+) -> Any:
+    output, dtype = arguments.output, arguments.dtype
+    if owner == "adapters":
+        return client.pull_gguf(
+            name, output, dtype=dtype, architecture=arguments.architecture, on_progress=on_progress
+        )
+    return client.pull_merged_gguf(
+        owner, name, output, dtype=dtype, widen=arguments.widen, on_progress=on_progress
+    )
 
 
 def _set_name(name: str) -> str:

@@ -43,7 +43,7 @@ class AsyncClient:
     >>> async with AsyncClient() as client:
     ...     delta = (await client.apply("my-adapter", "q_proj", x)).outputs
 
-    `pull` and `pull_gguf` are missing, since they write files; run those of `Client` in a thread.
+    `pull` and its like are missing, since they write files; run those of `Client` in a thread.
     """
 
     def __init__(
@@ -175,11 +175,13 @@ class AsyncClient:
     upload_set = _method(sets.upload_set)
     upload_files = _method(sets.upload_files)
     upload_tensors = _method(sets.upload_tensors)
+    upload_gguf = _method(sets.upload_gguf)
     change_set = _method(sets.change_set)
     delete_set = _method(sets.delete_set)
     get_adapter_config = _method(sets.get_adapter_config)
     get_adapter_tensors = _method(sets.get_adapter_tensors)
     get_adapter_model = _method(sets.get_adapter_model)
+    get_adapter_gguf = _method(sets.get_adapter_gguf)
 
     list_adapters = _method(adapters.list_adapters)
     get_adapter = _method(adapters.get_adapter)

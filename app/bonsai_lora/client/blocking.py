@@ -188,43 +188,69 @@ class Client:
         commit: str = self.send(bases.get_repository(model))["sha"]
         files = self.send(bases.list_repository(model, commit))
 
-        def rest(path: str, start: int, tag: str) -> Call[bytes]:
+        def rest_of(path: str, start: int, tag: str) -> Call[bytes]:
             return bases.resolve(model, commit, path, start=start, tag=tag)
 
-        download(self, rest, files, Path(folder), jobs, on_progress)
+        download(self, rest_of, files, Path(folder), jobs, on_progress)
         return {"folder": os.fspath(folder), "commit": commit, "files": files}
 
     def pull_gguf(
         self,
-        model: str,
-        path: str | os.PathLike[str],
+        name: str,
+        file: str | os.PathLike[str],
         *,
-        dtype: str = "F16",
+        dtype: str | None = None,
+        architecture: str | None = None,
+        folded: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> PulledFile:
+        """Download a set as a GGUF LoRA file. Otherwise the same as `get_adapter_gguf` and `pull`.
+
+        The size and ETag are read first, and a partial file with that ETag is resumed.
+        """
+
+        def rest_of(start: int, tag: str | None) -> Call[bytes]:
+            return sets.get_adapter_gguf(
+                name, dtype=dtype, architecture=architecture, folded=folded, start=start, tag=tag
+            )
+
+        return self._pull_file(rest_of, Path(file), on_progress)
+
+    def pull_merged_gguf(
+        self,
+        base: str,
+        set_name: str,
+        file: str | os.PathLike[str],
+        *,
+        dtype: str | None = None,
         widen: str | None = None,
         on_progress: OnProgress | None = None,
     ) -> PulledFile:
-        """Download the merged model BASE/SET of a GGUF base as the GGUF file `path`.
+        """Download the merged model of a GGUF base as a GGUF file. Otherwise as `pull_gguf`.
 
-        Changed tensors have the type `dtype` (F16, BF16, F32, Q8_0); with `widen="all"`, so have
-        all other quantized ones. Resumed and checked as by `pull`.
+        Changed tensors have the type `dtype` (F16); with `widen="all"`, so have all others that
+        are quantized.
         """
-        base, _, name = model.partition("/")
-        listed = self.send(bases.list_merged_files(base, name, dtype=dtype, widen=widen))
-        found = [one for one in listed if one["name"] == f"{base}.gguf"]
-        if not found:
-            raise ValueError(f"base {base!r} is not a GGUF file; pull the model without --gguf")
-        target = Path(path)
-        file: PulledFile = {
-            "oid": found[0]["etag"].strip('"'),
-            "size": found[0]["size_bytes"],
-            "path": target.name,
-        }
 
-        def rest(_: str, start: int, tag: str) -> Call[bytes]:
-            return bases.resume_gguf(base, name, dtype=dtype, widen=widen, start=start, tag=tag)
+        def rest_of(start: int, tag: str | None) -> Call[bytes]:
+            return bases.get_merged_file(
+                base, set_name, f"{base}.gguf", start=start, dtype=dtype, widen=widen, tag=tag
+            )
 
-        download(self, rest, [file], target.parent, 1, on_progress)
-        return file
+        return self._pull_file(rest_of, Path(file), on_progress)
+
+    def _pull_file(
+        self,
+        rest_of: Callable[[int, str | None], Call[bytes]],
+        target: Path,
+        on_progress: OnProgress | None,
+    ) -> PulledFile:
+        with self.stream(rest_of(0, None)) as answer:  # only its head is read
+            size, tag = int(answer.headers["content-length"]), answer.headers["etag"].strip('"')
+        found: PulledFile = {"path": target.name, "size": size, "oid": tag}
+        parts = target.parent
+        download(self, lambda _, *rest: rest_of(*rest), [found], parts, 1, on_progress)
+        return found
 
     create_set = _method(sets.create_set)
     list_page = _method(sets.list_page)
@@ -232,11 +258,13 @@ class Client:
     upload_set = _method(sets.upload_set)
     upload_files = _method(sets.upload_files)
     upload_tensors = _method(sets.upload_tensors)
+    upload_gguf = _method(sets.upload_gguf)
     change_set = _method(sets.change_set)
     delete_set = _method(sets.delete_set)
     get_adapter_config = _method(sets.get_adapter_config)
     get_adapter_tensors = _method(sets.get_adapter_tensors)
     get_adapter_model = _method(sets.get_adapter_model)
+    get_adapter_gguf = _method(sets.get_adapter_gguf)
 
     list_adapters = _method(adapters.list_adapters)
     get_adapter = _method(adapters.get_adapter)

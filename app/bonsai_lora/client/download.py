@@ -28,6 +28,10 @@ OnProgress = Callable[[int, int], object]
 """Gets the bytes that are there and the total; called from several threads, one at a time."""
 
 
+RestOf = Callable[[str, int, str], Call[Any]]
+"""Makes the call for a file from an offset, if it still has a tag, else for all of it."""
+
+
 class Source(Protocol):
     """What files are read from: a `Client`."""
 
@@ -80,13 +84,13 @@ class _File:
 
 def download(
     source: Source,
-    call_of: CallOf,
+    rest_of: RestOf,
     files: Sequence[PulledFile],
     folder: Path,
     jobs: int,
     on_progress: OnProgress | None,
 ) -> None:
-    """Write `files`, which `call_of` asks for, into `folder`.
+    """Write `files` into `folder`.
 
     Complete files are kept, and partial downloads are resumed. Raises ValueError for a path that
     leads out of `folder`, and for a file whose size or tag differs from the listing; other files
@@ -95,7 +99,7 @@ def download(
     wanted = [_checked(one, folder) for one in files]
     progress = _Progress(sum(one.size_bytes for one in wanted), on_progress)
     threads = ThreadPoolExecutor(max(1, jobs))
-    futures = [threads.submit(_fetch, source, call_of, one, progress) for one in wanted]
+    futures = [threads.submit(_fetch, source, rest_of, one, progress) for one in wanted]
     try:
         wait(futures, return_when=FIRST_EXCEPTION)
     finally:  # all done, one failed, or Ctrl-C: stop the remaining downloads
@@ -113,7 +117,7 @@ def _checked(file: PulledFile, folder: Path) -> _File:
     return _File(str(path), file["size"], file["oid"], folder)
 
 
-def _fetch(source: Source, call_of: CallOf, file: _File, progress: "_Progress") -> None:
+def _fetch(source: Source, rest_of: RestOf, file: _File, progress: "_Progress") -> None:
     """Write one file, resuming it if the connection breaks."""
     if file.is_complete():
         progress.set(file.path, file.size_bytes)
@@ -121,7 +125,7 @@ def _fetch(source: Source, call_of: CallOf, file: _File, progress: "_Progress") 
     file.partial.parent.mkdir(parents=True, exist_ok=True)
     for left in range(source.retries, -1, -1):
         try:
-            _append(source, call_of, file, progress)
+            _append(source, rest_of, file, progress)
             break
         except httpx.TransportError:
             if left == 0 or progress.is_stopped:
@@ -136,11 +140,11 @@ def _fetch(source: Source, call_of: CallOf, file: _File, progress: "_Progress") 
     file.finish()
 
 
-def _append(source: Source, call_of: CallOf, file: _File, progress: "_Progress") -> None:
+def _append(source: Source, rest_of: RestOf, file: _File, progress: "_Progress") -> None:
     """Read what is missing of a partial file."""
     start = file.partial.stat().st_size if file.partial.is_file() else 0
     start = start if start < file.size_bytes else 0
-    with source.stream(call_of(file.path, start, file.tag)) as answer:
+    with source.stream(rest_of(file.path, start, file.tag)) as answer:
         if answer.headers.get("etag") != f'"{file.tag}"':
             raise ValueError(f"{file.path} changed during the download; pull it again")
         done = start if answer.status_code == httpx.codes.PARTIAL_CONTENT else 0

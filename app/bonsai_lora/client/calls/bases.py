@@ -1,7 +1,6 @@
 """Bases and merged files."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,6 +13,7 @@ from bonsai_lora.client.call import (
     decode_json,
     path_of,
     query_of,
+    range_of,
 )
 
 
@@ -70,16 +70,19 @@ def get_merged_file(
     match: str | None = None,
     dtype: str | None = None,
     widen: str | None = None,
+    tag: str | None = None,
 ) -> Call[bytes]:
     """Return a file of a merged model, or its bytes from `start` to `stop` (exclusive).
 
-    Only these bytes are computed. Raises FileNotInModelError, RangeNotSatisfiableError.
+    Only these bytes are computed. With `tag`, an ETag without quotes, all of the file if that has
+    changed. Raises FileNotInModelError, RangeNotSatisfiableError.
     """
+    headers = range_of(start, stop)
     return Call(
         method="GET",
         path="/v1" + path_of("bases", base, "merged", set_name, *filename.split("/")),
         query=_mix(scale, sets, match, dtype, widen),
-        headers=_range(start, stop),
+        headers=headers | ({"If-Range": f'"{tag}"'} if tag and headers else {}),
         decode=decode_bytes,
         is_pure=True,
     )
@@ -99,17 +102,9 @@ def list_repository(model: str, commit: str) -> Call[list[PulledFile]]:
 
 def resolve(model: str, commit: str, filename: str, *, start: int, tag: str) -> Call[bytes]:
     """Return the rest of a file at a commit, from `start` if it still has this tag, else all."""
-    headers = {**_range(start, None), "If-Range": f'"{tag}"'} if start else {}
+    headers = {**range_of(start, None), "If-Range": f'"{tag}"'} if start else {}
     path = path_of(*model.split("/"), "resolve", commit, *filename.split("/"))
     return Call(method="GET", path=path, headers=headers, decode=decode_bytes, is_pure=True)
-
-
-def resume_gguf(
-    base: str, set_name: str, *, dtype: str, widen: str | None, start: int, tag: str
-) -> Call[bytes]:
-    """Return the rest of a merged GGUF file, from `start` if it still has this tag, else all."""
-    call = get_merged_file(base, set_name, f"{base}.gguf", start=start, dtype=dtype, widen=widen)
-    return replace(call, headers={**call.headers, "If-Range": f'"{tag}"'}) if start else call
 
 
 def _mix(
@@ -119,11 +114,3 @@ def _mix(
     weights = [("weight", str(weight)) for weight in (sets or {}).values()]
     plain = query_of(scale=None if scale == 1.0 else scale, match=match, dtype=dtype, widen=widen)
     return [*plain, *names, *weights]
-
-
-def _range(start: int, stop: int | None) -> dict[str, str]:
-    if start < 0 or (stop is not None and stop <= start):
-        raise ValueError(f"there are no bytes from {start} to {stop}")
-    if start == 0 and stop is None:
-        return {}
-    return {"Range": f"bytes={start}-" if stop is None else f"bytes={start}-{stop - 1}"}
