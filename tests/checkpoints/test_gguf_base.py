@@ -23,6 +23,7 @@ from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidBaseError, UnsupportedAdapterError, UnsupportedGgufError
 from bonsai_lora.formats import gguf, safetensors
 from bonsai_lora.formats.dequantize import dequantize
+from bonsai_lora.formats.gguf_names import Change, Heads, column_order
 from bonsai_lora.formats.gguf_types import BY_NAME
 from bonsai_lora.formats.hadamard import PREFIX
 from bonsai_lora.formats.peft_options import PLAIN, BaseOptions
@@ -315,6 +316,38 @@ def test_a_folded_base_is_unfolded_as_a_whole(opened, rng):
     assert base.folding is not None
 
 
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_columns_that_a_folded_file_leaves_in_order(opened, rng, is_grouped):
+    """llama.cpp reads the columns of ssm_out in GGUF's order, whatever the folded file says."""
+    theirs = rng.standard_normal((256, 384)).astype(np.float32)
+    heads = Heads(linear_keys=2, linear_values=6)
+    order = column_order(Change.V_COLUMNS, heads, 384)
+    stored = theirs if is_grouped else np.ascontiguousarray(theirs[:, order])
+    keys = {
+        "general.architecture": "qwen35",
+        "qwen35.ssm.group_count": np.uint32(2),
+        "qwen35.ssm.time_step_rank": np.uint32(6),
+        f"{PREFIX}version": np.uint32(1),
+        f"{PREFIX}block_size": np.uint32(1),
+        f"{PREFIX}transform": "normalized-sylvester-walsh-hadamard",
+        f"{PREFIX}axis": "input-last-dimension",
+        f"{PREFIX}sign_mode": "identity",
+        f"{PREFIX}weight_names": ["blk.0.ssm_out.weight"],
+        f"{PREFIX}gdn_v_grouped": is_grouped,
+    }
+    tensors = {"blk.0.ssm_out.weight": ("F32", theirs.shape, stored.tobytes())}
+    name = "model.layers.0.linear_attn.out_proj"
+    for made in (adapters({f"{name}.weight": theirs}, [name], rng), {}):
+        base = opened(gguf_files.file_of(keys, tensors))
+        model = merge(base, made) if made else MergedModel(base, [])
+        want = expected({f"{name}.weight": theirs}, made)[f"{name}.weight"]
+        files = merged_files(model, Rendering("F32"))
+        got = safetensors.decode(content(files["model.safetensors"]))[0][f"{name}.weight"]
+        assert reference.relative_error(got, want) < 1e-6
+        _, values = gguf_of(model, "F32")
+        assert reference.relative_error(values["blk.0.ssm_out.weight"], want[:, order]) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["b.gguf", "model.safetensors"])
 @pytest.mark.parametrize("dtype", ["F16", "Q8_0"])
 def test_any_range_is_a_slice_of_the_whole(tmp_path_factory, name, dtype):
@@ -433,6 +466,7 @@ def test_hostile_files_are_no_bases(opened, name):
         ({"general.type": "adapter"}, "upload adapters as sets"),
         ({"split.count": np.uint16(3)}, "llama-gguf-split --merge"),
         ({f"{PREFIX}version": np.uint32(9)}, "Hadamard"),
+        ({"general.alignment": np.uint32(1 << 17)}, "131072, more than 65536"),
     ],
 )
 def test_files_that_are_no_whole_model_are_refused(opened, rng, keys, reason):
