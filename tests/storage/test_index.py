@@ -162,6 +162,20 @@ def test_what_others_put_change_and_remove_is_found(tmp_path):
     assert_agrees(store)
 
 
+def test_own_changes_are_noted_while_a_comparison_has_to_wait(tmp_path, monkeypatch):
+    """In a large folder that others keep changing, what was acknowledged is listed at once."""
+    monkeypatch.setattr(listing, "_FEW", 0)
+    monkeypatch.setattr(listing, "_REST", 1e9)
+    store = SetStore(tmp_path)
+    write(store, "a")
+    (tmp_path / "sets" / "b.safetensors").write_bytes(b"by others")
+    write(store, "c")
+    assert [one.name for one in store.records()] == ["a", "c"]
+    delete(store, "a")
+    assert [one.name for one in store.records()] == ["c"]
+    assert store.held_bytes("") == 32
+
+
 def test_a_comparison_is_shared_by_the_workers(tmp_path, monkeypatch):
     stores = [SetStore(tmp_path), SetStore(tmp_path)]
     for store in stores:

@@ -85,7 +85,8 @@ class Listing:
                     agrees = index.folder_time() == self._folder_time()
                     is_done = True
                     work()
-                    if agrees and self._note(index, name):
+                    is_noted = self._note(index, name)
+                    if agrees and is_noted:
                         index.set_folder_time(self._touch_folder())
             except sqlite3.Error as error:
                 self._give_up(error)
