@@ -19,7 +19,14 @@ from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, Floats, to_float32
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import UnsupportedAdapterError
-from bonsai_lora.formats.gguf_lora import ALPHA_KEY, EMBEDDING, FOLDED_KEY, orders
+from bonsai_lora.formats.gguf_lora import (
+    ALPHA_KEY,
+    BASE_NAME_KEY,
+    EMBEDDING,
+    FOLDED_KEY,
+    is_multiplied,
+    orders,
+)
 from bonsai_lora.formats.gguf_names import Change, Counterpart, Heads, to_gguf
 from bonsai_lora.formats.gguf_types import BY_NAME, TensorType
 from bonsai_lora.formats.gguf_writer import Plan, Writable, plan
@@ -181,7 +188,7 @@ def encode_lora(
             ("lora_b", one.b_shape, partial(one.b_values, model.heads, is_scaled=alpha == 0)),
         ):
             kind, name = _kind(dtype, shape[-1]), f"{one.name}.{half}"
-            if alpha == 0 or folding is not None or kind.name in ("F16", "Q8_0"):
+            if alpha == 0 or folding is not None or kind.name != "F32":
                 _check_size(name, kind, make())
             layout[name], values[name] = (kind, shape), make
     made = plan(_pairs(lora_set, model, alpha, is_folded=folding is not None), layout)
@@ -196,10 +203,15 @@ def _pairs(
         "general.type": "adapter",
         "adapter.type": "lora",
         "general.name": lora_set.adapter_name,
+        **_base_pairs(lora_set.base_model_name),
         ALPHA_KEY: np.float32(alpha),
         **({FOLDED_KEY: True} if is_folded else {}),
         "general.quantization_version": np.uint32(2),
     }
+
+
+def _base_pairs(name: str) -> dict[str, Writable]:
+    return {"general.base_model.count": np.uint32(1), BASE_NAME_KEY: name} if name else {}
 
 
 def _kind(dtype: str, width: int) -> TensorType:
@@ -235,10 +247,11 @@ def _targets(lora_set: BonsaiLoraSet, options: BaseOptions, model: Model) -> lis
     counterparts: dict[str, Counterpart] = {}
     for name, adapter in _weights(lora_set, options):
         counterpart = to_gguf(model.architecture, name)
-        if counterpart is None:
+        if counterpart is None or not is_multiplied(counterpart.name):
             raise UnsupportedAdapterError(
-                f"{name!r} has no name in GGUF for architecture {model.architecture!r}; expected "
-                "one such as model.layers.0.self_attn.q_proj.weight",
+                f"{name!r} is not a matrix with a name in GGUF for architecture "
+                f"{model.architecture!r}; expected one such as "
+                "model.layers.0.self_attn.q_proj.weight",
                 module=name,
                 architecture=model.architecture,
             )

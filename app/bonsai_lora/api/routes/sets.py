@@ -243,6 +243,7 @@ async def upload_set(
             partial(
                 gguf_lora.import_gguf,
                 *common,
+                context.memory,
                 context.bases,
                 name,
                 gguf,
@@ -382,7 +383,8 @@ async def get_adapter_gguf(
     ] = False,
 ) -> Response:
     """With it, llama.cpp computes exactly this set: rsLoRA and patterns become part of the factors.
-    The architecture is that of the base in the service, or of a known model, unless it is given.
+    The architecture is, unless given, that of the base if it is served here, else that of the GGUF
+    LoRA that was uploaded, else qwen3 if all modules have names in it.
     """
     stored = await context.open(name)
     make = partial(
