@@ -1,11 +1,12 @@
 """GGUF LoRA files: import one as a set, and export a set as one."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.core.shapes import MODELS
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError
 from bonsai_lora.formats import peft
 from bonsai_lora.formats.gguf import read_header, reader_of
@@ -19,10 +20,9 @@ from bonsai_lora.formats.gguf_lora import (
 )
 from bonsai_lora.formats.gguf_lora_writer import LoraFile, Model, encode_lora
 from bonsai_lora.formats.gguf_names import ARCHITECTURES, Heads, to_gguf
-from bonsai_lora.formats.names import check_set_name
+from bonsai_lora.formats.names import base_names, check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig
 from bonsai_lora.formats.peft_options import BaseOptions
-from bonsai_lora.service.budget import Budget, Reservation
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import Imported, Precondition, store_import
 from bonsai_lora.service.view import SetView
@@ -48,10 +48,10 @@ LoraDtype = Literal["F32", "F16", "BF16", "Q8_0"]
 def import_gguf(
     store: SetView,
     limits: Limits,
-    memory: Budget,
     bases: BaseFolder,
     name: str,
     upload: WholeUpload,
+    reserve: Callable[[int], None],
     precondition: Precondition,
     *,
     base_model_name: str | None = None,
@@ -59,9 +59,9 @@ def import_gguf(
 ) -> Imported:
     """Create or replace a set from a GGUF LoRA.
 
-    `base_model_name` replaces the name in the file, `architecture` the file's own. Raises the
-    errors of `read_header`, `decode_lora`, `peft.decode_adapter`, `store_import` and `memory`, and
-    then changes nothing.
+    `reserve` counts memory before it is taken. `base_model_name` replaces the name in the file,
+    `architecture` the file's own. Raises the errors of `read_header`, `reserve`, `decode_lora`,
+    `peft.decode_adapter` and `store_import`, and then changes nothing.
     """
     check_set_name(name)
     content = upload.finish()
@@ -71,18 +71,16 @@ def import_gguf(
     # Before anything is made: a stack of a few kilobytes has thousands of experts.
     limits.check_modules(count_modules(header))
     limits.check_budget(store, name, float32_bytes(header))
-    base = header.get(BASE_NAME_KEY) if base_model_name is None else base_model_name
-    base = base if isinstance(base, str) else ""
+    reserve(copied_bytes(header, architecture))
+    named = header.get(BASE_NAME_KEY) if base_model_name is None else base_model_name
+    base = named if isinstance(named, str) else ""
     model = _model_of(bases, base)
-    with Reservation(memory) as reserved:
-        reserved.add(copied_bytes(header, architecture))
-        found = decode_lora(header, read, architecture, None if model is None else model.heads)
-        config = {**found.config, "base_model_name_or_path": base or None}
-        adapter = peft.decode_adapter(PeftConfig(config), found.tensors, name)
-        adapter.ignored_keys.extend(found.ignored_keys)
-        named = {**adapter.config, peft.GGUF_ARCHITECTURE: architecture or header.architecture}
-        adapter = replace(adapter, config=named)
-        return store_import(store, limits, adapter, "gguf", precondition)
+    found = decode_lora(header, read, architecture, None if model is None else model.heads)
+    config = {**found.config, "base_model_name_or_path": base or None}
+    adapter = peft.decode_adapter(PeftConfig(config), found.tensors, name)
+    adapter.ignored_keys.extend(found.ignored_keys)
+    own = {**adapter.config, peft.GGUF_ARCHITECTURE: architecture or header.architecture}
+    return store_import(store, limits, replace(adapter, config=own), "gguf", precondition)
 
 
 def export_gguf(
@@ -95,8 +93,8 @@ def export_gguf(
 ) -> LoraFile:
     """Return a set as a GGUF LoRA.
 
-    The architecture is the given one, else that of the base in the service, else that of the GGUF
-    LoRA that was uploaded, else qwen3 if all modules have names in it. Raises InvalidRequestError
+    The architecture is the given one, else that of the base in the service or of a known model,
+    else that of the GGUF LoRA that was uploaded, else qwen3 if all modules have names in it. Raises InvalidRequestError
     if it is unknown, UnsupportedAdapterError for a set that no GGUF LoRA can express.
     """
     lora_set = stored.lora_set
@@ -145,10 +143,11 @@ def _architecture_of(stored: StoredSet, given: str | None) -> str:
 
 
 def _model_of(bases: BaseFolder, base_model_name: str) -> Model | None:
-    """Return what the config.json of a base says; None if it is not served, or unknown."""
+    """Return what is known of a base by its config.json, or by its name; None if nothing is."""
     base = bases.find(base_model_name) if base_model_name else None
     if base is None:
-        return None
+        known = any(name.lower() in MODELS for name in base_names(base_model_name))
+        return Model("qwen3") if known else None
     architecture = _ARCHITECTURES.get(base.model_type)
     if architecture is None:
         return None

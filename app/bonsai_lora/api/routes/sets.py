@@ -233,6 +233,7 @@ async def upload_set(
         context.long.admit(),
         context.store.new_file() as file,
         Reservation(context.spill) as reserved,
+        Reservation(context.memory) as memory,
     ):
         upload = Upload(file, context.limits.max_header_bytes)
         limit = context.limits.max_upload_bytes
@@ -243,10 +244,10 @@ async def upload_set(
             partial(
                 gguf_lora.import_gguf,
                 *common,
-                context.memory,
                 context.bases,
                 name,
                 gguf,
+                memory.add,
                 check,
                 base_model_name=base_model_name,
                 architecture=architecture,
