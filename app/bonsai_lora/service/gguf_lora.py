@@ -94,8 +94,9 @@ def export_gguf(
     """Return a set as a GGUF LoRA.
 
     The architecture is the given one, else that of the base in the service or of a known model,
-    else that of the GGUF LoRA that was uploaded, else qwen3 if all modules have names in it. Raises InvalidRequestError
-    if it is unknown, UnsupportedAdapterError for a set that no GGUF LoRA can express.
+    else that of the GGUF LoRA that was uploaded, else qwen3 if all modules have names in it. Raises
+    InvalidRequestError if it is unknown, UnsupportedAdapterError for a set that no GGUF LoRA can
+    express.
     """
     lora_set = stored.lora_set
     model = _model_of(bases, lora_set.base_model_name)
