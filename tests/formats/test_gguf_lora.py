@@ -175,8 +175,14 @@ def test_experts_of_different_ranks_become_one_stack(rng):
     for expert in range(5):
         name = f"{LAYER}mlp.experts.{expert}.up_proj"
         assert np.allclose(found[name], expected.get(name, 0), rtol=1e-5, atol=1e-6)
-    with pytest.raises(UnsupportedAdapterError, match="2 experts as the base has"):
+    with pytest.raises(UnsupportedAdapterError, match="numbers below 2"):
         encoded(lora_set, Model("qwen3moe", experts=2))
+
+
+def test_the_number_of_an_expert_does_not_make_a_stack_large(rng):
+    lora_set = peft_set(linear(rng, f"{LAYER}mlp.experts.999999999.up_proj"))
+    with pytest.raises(UnsupportedAdapterError, match=r"up to 999999999; .* below 4096"):
+        encoded(lora_set, Model("qwen3moe"))
 
 
 def test_an_untied_embedding_is_transposed(rng):

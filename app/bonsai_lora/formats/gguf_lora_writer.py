@@ -19,6 +19,7 @@ from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, Floats, to_float32
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import UnsupportedAdapterError
+from bonsai_lora.formats.fused import MAX_EXPERTS
 from bonsai_lora.formats.gguf_lora import (
     ALPHA_KEY,
     BASE_NAME_KEY,
@@ -276,12 +277,12 @@ def _natural(name: str) -> Iterator[tuple[int, str]]:
 def _target(counterpart: Counterpart, adapters: Mapping[int, LoraAdapter], model: Model) -> _Target:
     experts = None
     if counterpart.expert is not None:
-        experts = model.experts or max(adapters) + 1
+        experts = min(model.experts or max(adapters) + 1, MAX_EXPERTS)
         shapes = sorted({(one.d_in, one.d_out) for one in adapters.values()})
         if len(shapes) > 1 or max(adapters) >= experts:
             raise UnsupportedAdapterError(
                 f"the experts of {counterpart.name!r} have the shapes {shapes} and numbers up to "
-                f"{max(adapters)}; expected one shape, and {experts} experts as the base has",
+                f"{max(adapters)}; expected one shape, and numbers below {experts}",
                 module=counterpart.name,
             )
     return _Target(counterpart.name, counterpart.change, adapters, experts)
