@@ -117,6 +117,18 @@ def test_experts_are_counted_before_they_are_made(settings, limits, code):
         assert_problem(client.get("/v1/sets/back"), 404, "set_not_found")
 
 
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+def test_what_writing_takes_is_counted_before(settings, rng, dtype):
+    app = create_app(settings.model_copy(update={"work_memory_bytes": 1 << 16}))
+    with serving(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+        upload_parts(client, "plain", peft_config(), peft_tensors(rng, d_in=1000))
+        answer = client.get(f"{PATH}?dtype={dtype}")
+        assert_problem(answer, 507, "memory_budget_exceeded")
+        upload_parts(client, "plain", peft_config(), peft_tensors(rng, d_in=500))
+        for _ in range(3):  # what was reserved is released
+            assert client.get(f"{PATH}?dtype={dtype}").status_code == 200
+
+
 def test_refused_uploads_change_nothing(client, rng):
     upload_parts(client, "plain", peft_config(), peft_tensors(rng))
     raw = client.get(f"{PATH}?architecture=qwen3").content

@@ -64,6 +64,7 @@ def linear(rng, module=Q, rank=4, d_in=64, d_out=32, dtype=np.float32):
 
 def encoded(lora_set, model=Model("qwen3"), dtype="F32", raw=None, folding=None):  # noqa: B008
     file = encode_lora(lora_set, BaseOptions.of(raw), model, dtype, '"tag"', folding)
+    file.check_values()
     content = b"".join(bytes(piece()) for piece in file.pieces(0, file.size_bytes))
     assert len(content) == file.size_bytes
     return file, content

@@ -7,6 +7,7 @@ scaling. The file is planned before it is computed, so any part of it can be com
 bytes depend on the arguments only.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ _SPLIT = {"gate_up_proj": ("gate_proj", "up_proj")}
 _FUSED = re.compile(r"(?P<core>.+\.experts)\.(?P<leaf>gate_up_proj|down_proj)")
 _LARGEST = {"F32": 3.4028234e38, "BF16": 3.3895313e38, "F16": 65504.0, "Q8_0": 127 * 65504.0}
 """Largest finite value of each type."""
+_COPIES = 6
+"""Float32 copies of a tensor: widened, stacked, folded, encoded and padded; and one being sent."""
 _NUMBER = re.compile(r"(\d+)")
 
 Make = Callable[[], Floats]
@@ -128,11 +131,23 @@ class LoraFile:
 
     media_type = "application/octet-stream"
 
-    def __init__(self, made: Plan, values: Mapping[str, Make], etag: str) -> None:
+    def __init__(
+        self, made: Plan, values: Mapping[str, Make], etag: str, *, may_overflow: bool
+    ) -> None:
         self.size_bytes = made.total_bytes
         self.etag = etag
+        largest = max(math.prod(one.shape) for one in made.tensors.values())
+        self.working_bytes = _COPIES * 4 * largest
+        """Memory for one piece, while it is computed and the one before it is sent."""
+        self._may_overflow = may_overflow
         self._plan = made
         self._values = values
+
+    def check_values(self) -> None:
+        """Raise UnsupportedAdapterError for values beyond their type; computes all of them."""
+        if self._may_overflow:
+            for name, info in self._plan.tensors.items():
+                _check_size(name, info.type, self._values[name]())
 
     def pieces(self, start: int, stop: int) -> Iterator[Callable[[], memoryview]]:
         """Yield what computes the bytes [start, stop), a tensor at a time."""
@@ -176,7 +191,7 @@ def encode_lora(
 
     Rows that Q8_0 cannot store, being no multiple of 32 values, become F16, as in llama.cpp's
     converter. With `folding`, that of the base, A is folded for the weights that are. Raises
-    UnsupportedAdapterError for what a GGUF LoRA cannot express, and for values beyond the type.
+    UnsupportedAdapterError for what a GGUF LoRA cannot express. Nothing is computed yet.
     """
     targets = _targets(lora_set, options, model)
     alpha = _common_alpha(targets)
@@ -189,11 +204,10 @@ def encode_lora(
             ("lora_b", one.b_shape, partial(one.b_values, model.heads, is_scaled=alpha == 0)),
         ):
             kind, name = _kind(dtype, shape[-1]), f"{one.name}.{half}"
-            if alpha == 0 or folding is not None or kind.name != "F32":
-                _check_size(name, kind, make())
             layout[name], values[name] = (kind, shape), make
     made = plan(_pairs(lora_set, model, alpha, is_folded=folding is not None), layout)
-    return LoraFile(made, values, etag)
+    may_overflow = dtype != "F32" or alpha == 0 or folding is not None
+    return LoraFile(made, values, etag, may_overflow=may_overflow)
 
 
 def _pairs(

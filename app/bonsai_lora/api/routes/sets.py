@@ -13,7 +13,7 @@ from bonsai_lora.api.conditions import not_modified, precondition
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.described import described
-from bonsai_lora.api.merged_file import StreamedFile
+from bonsai_lora.api.merged_file import CountedFile
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
@@ -365,6 +365,7 @@ async def get_adapter_model(request: Request, context: ContextDep, name: SetName
         errors.UnsupportedAdapterError,
         errors.UnsupportedGgufError,
         errors.InvalidBaseError,
+        errors.MemoryBudgetError,
     ),
 )
 @router.head("/v1/sets/{set}/adapter.gguf", include_in_schema=False)
@@ -392,7 +393,10 @@ async def get_adapter_gguf(
         gguf_lora.export_gguf, stored, context.bases, dtype, architecture, is_folded=folded
     )
     made = await context.long.run(make)
-    file = StreamedFile(made, context.executor, context.settings.threads)
+    with Reservation(context.memory) as reserved:
+        reserved.add(made.working_bytes)
+        await context.long.run(made.check_values)
+    file = CountedFile(made, context.executor, context.memory, made.working_bytes)
     return file_response(request, file, context.long)
 
 
