@@ -1,5 +1,8 @@
 """GGUF LoRA files over HTTP."""
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
 import gguf_files
 import httpx
 import numpy as np
@@ -15,7 +18,13 @@ from conftest import (
 )
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.api.merged_file import CountedFile
 from bonsai_lora.formats.gguf import read_header, reader_of
+from bonsai_lora.formats.gguf_lora_writer import Model, encode_lora
+from bonsai_lora.formats.peft import decode_adapter
+from bonsai_lora.formats.peft_config import PeftConfig
+from bonsai_lora.formats.peft_options import BaseOptions
+from bonsai_lora.service.budget import Budget
 
 PATH = "/v1/sets/plain/adapter.gguf"
 
@@ -127,6 +136,23 @@ def test_what_writing_takes_is_counted_before(settings, rng, dtype):
         upload_parts(client, "plain", peft_config(), peft_tensors(rng, d_in=500))
         for _ in range(3):  # what was reserved is released
             assert client.get(f"{PATH}?dtype={dtype}").status_code == 200
+
+
+def test_memory_is_reserved_while_a_file_is_read(rng):
+    lora_set = decode_adapter(PeftConfig(peft_config()), peft_tensors(rng), "s").lora_set
+    made = encode_lora(lora_set, BaseOptions.of(None), Model("qwen3"), "F32", '"tag"')
+    memory = Budget(made.working_bytes)
+
+    async def read():
+        blocks = CountedFile(made, executor, memory, made.working_bytes).read(0, made.size_bytes)
+        await anext(blocks)
+        held = memory.reserved_bytes
+        await blocks.aclose()
+        return held
+
+    with ThreadPoolExecutor(1) as executor:
+        assert asyncio.run(read()) == made.working_bytes
+    assert memory.reserved_bytes == 0
 
 
 def test_refused_uploads_change_nothing(client, rng):
