@@ -159,9 +159,11 @@ class BaseFile(TypedDict):
 
 
 class BaseInfo(TypedDict):
-    """A base checkpoint; `dtypes` counts parameters."""
+    """A base checkpoint; `dtypes` counts parameters, of a GGUF file tensors by type."""
 
     name: str
+    format: str
+    architecture: str
     files: list[BaseFile]
     ignored_files: list[str]
     dtypes: dict[str, int]
@@ -169,7 +171,7 @@ class BaseInfo(TypedDict):
 
 
 class BaseList(TypedDict):
-    """The base checkpoints; `bad` maps names of unusable folders to the reason."""
+    """The base checkpoints; `bad` maps names of unusable folders and files to the reason."""
 
     bases: list[BaseInfo]
     bad: dict[str, str]
