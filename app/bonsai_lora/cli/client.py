@@ -32,6 +32,7 @@ EXIT_INTERRUPTED = 130
 EXIT_CLOSED = 141
 """The reader of standard output has closed it, as `| head` does."""
 
+_GGUF_OPTIONS = ("dtype", "architecture", "folded", "widen")
 _OWNERS = ("adapters", "bases")
 """First parts of names that are not bases."""
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\t]*)")
@@ -79,6 +80,9 @@ def add_commands(commands: Any) -> None:
         "--dtype", help="with --gguf: F32, F16, BF16 or Q8_0 (F32 for a GGUF LoRA, else F16)"
     )
     fetch.add_argument("--architecture", help="of a GGUF LoRA: that of the base, such as qwen3")
+    fetch.add_argument(
+        "--folded", action="store_true", help="of a GGUF LoRA: for a base with folded weights"
+    )
     fetch.add_argument(
         "--widen",
         choices=("all",),
@@ -272,8 +276,10 @@ def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
             f"{arguments.model!r} does not name a model; expected BASE/SET, adapters/SET or "
             "bases/BASE"
         )
-    if not arguments.gguf and (arguments.dtype or arguments.widen or arguments.architecture):
-        raise UsageError("--dtype, --architecture and --widen are for GGUF files; add --gguf")
+    if not arguments.gguf and any(getattr(arguments, one) for one in _GGUF_OPTIONS):
+        raise UsageError(
+            "--dtype, --architecture, --folded and --widen are for GGUF files; add --gguf"
+        )
     with ProgressLine() as line:
         if arguments.gguf:
             return _pull_gguf(client, owner, name, arguments, line.update)
@@ -292,7 +298,12 @@ def _pull_gguf(
     output, dtype = arguments.output, arguments.dtype
     if owner == "adapters":
         return client.pull_gguf(
-            name, output, dtype=dtype, architecture=arguments.architecture, on_progress=on_progress
+            name,
+            output,
+            dtype=dtype,
+            architecture=arguments.architecture,
+            folded=arguments.folded,
+            on_progress=on_progress,
         )
     return client.pull_merged_gguf(
         owner, name, output, dtype=dtype, widen=arguments.widen, on_progress=on_progress
