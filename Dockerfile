@@ -13,6 +13,8 @@ FROM python:3.13-slim
 COPY --from=builder /opt/bonsai-lora /opt/bonsai-lora
 RUN useradd --system --uid 10001 --no-create-home bonsai \
     && install -d -o bonsai -g bonsai /data
+# It does not start without BONSAI_LORA_KEYS_FILE, unless BONSAI_LORA_NO_AUTH=true says that a firewall
+# or a proxy decides who may connect.
 # Nothing is written but the store and temporary files: run it with --read-only and a tmpfs on /tmp.
 ENV PATH=/opt/bonsai-lora/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \

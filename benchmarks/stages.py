@@ -9,6 +9,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Callable
+from json import dumps
 
 from measure import report
 from throughput import WIDTH, native_binary, native_json, oip_binary, vectors
@@ -18,11 +19,13 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.api.door import Door
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.fast_lane.protocol import LaneConnection
 from bonsai_lora.fast_lane.routes import FastLane
+from bonsai_lora.service.keys import digest_of, new_token
 from bonsai_lora.settings import Settings
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire import json
@@ -64,7 +67,7 @@ def microseconds(run: Callable[[], object]) -> float:
 
 def make_app(store: str):
     """Return the application with a set of random matrices, and that set."""
-    app = create_app(Settings(store=store))
+    app = create_app(Settings(store=store, no_auth=True))
     app.state.fast_lane = FastLane(app)
     rng = np.random.default_rng(0)
     made = BonsaiLoraSet.new(LoraConfig(), "", "bench")
@@ -74,7 +77,7 @@ def make_app(store: str):
         b_matrix = rng.standard_normal((WIDTH, rank)).astype(np.float32)
         adapter = LoraAdapter(config, a_matrix, b_matrix, config.scaling)
         made = made.with_registry(made.registry.add(f"r{rank}", adapter))
-    sets = app.state.context.store
+    sets = app.state.store
     with sets.lock("bench"):
         return app, sets.write(made, origin="peft", now="2026-01-01T00:00:00Z", previous=None)
 
@@ -115,6 +118,8 @@ def stages(app, stored: StoredSet, rows: int, rank: int) -> dict[str, float]:
     x = vectors(rows)
     text = b"".join(json.encode({"inputs": x}))
     return {
+        "the door, without keys": door_microseconds(app.state.door, b""),
+        "the door, with a key": door_microseconds(*door_with_a_key(app)),
         "look-up of the set": microseconds(lambda: app.state.context.store.read("bench")),
         "x·Aᵀ·Bᵀ": microseconds(lambda: adapter.apply(x)),
         "count and observe": microseconds(
@@ -123,6 +128,31 @@ def stages(app, stored: StoredSet, rows: int, rank: int) -> dict[str, float]:
         "JSON to an array": microseconds(lambda: read_json(text)),
         "an array to JSON": microseconds(lambda: json.encode({"outputs": x})),
     }
+
+
+def door_microseconds(door: Door, header: bytes) -> float:
+    """Return what the check of one request costs on the fast lane."""
+    headers = {b"host": b"127.0.0.1:8000", b"authorization": header}
+    peer = door.peer_of(("127.0.0.1", 8000), ("127.0.0.1", 50000))
+    return microseconds(lambda: door.admit("/v1/apply", headers, peer).context("apply"))
+
+
+def door_with_a_key(app) -> tuple[Door, bytes]:
+    """Return a door, and the Authorization header of a key with rates and a prefix."""
+    number, token = new_token()
+    entry = {
+        "id": number,
+        "sha256": digest_of(token.encode()).hex(),
+        "scopes": ["apply"],
+        "prefixes": ["bench."],
+        "expires_at": "2999-01-01T00:00:00Z",
+        "limits": {"requests_per_second": 1e9, "rows_per_second": 1e9},
+    }
+    path = app.state.store.root / "keys.json"
+    path.write_text(dumps({"keys": [entry]}))
+    path.chmod(0o600)
+    settings = Settings(keys_file=path)
+    return Door(settings, app.state.context), b"Bearer " + token.encode()
 
 
 def read_json(text: bytes) -> None:

@@ -1,6 +1,7 @@
 import contextlib
 import functools
 import json
+import os
 import shutil
 import socket
 import sys
@@ -28,6 +29,8 @@ sys.path[:0] = [
 ]
 
 configure_logging("warning", "console")
+# Like `serve` on a loopback address: no keys, and the tests of keys name a file of them.
+os.environ["BONSAI_LORA_NO_AUTH"] = "true"
 # For mutants: a failure is enough, and need not be made small.
 hypothesis.settings.register_profile(
     "mutants", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate], database=None
@@ -104,7 +107,7 @@ def serving(app, http=None, **options):
 
 @pytest.fixture
 def store(app):
-    return app.state.context.store
+    return app.state.store
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from conftest import (
     upload,
     upload_parts,
 )
+from keyring import KeysFileMaker, caller
 
 from bonsai_lora import errors
 from bonsai_lora.api.app import create_app
@@ -212,7 +213,9 @@ def leaves():
     found = [one for _, one in inspect.getmembers(errors, inspect.isclass)]
     kinds = [one for one in found if issubclass(one, errors.BonsaiLoraError)]
     parents = {parent for one in kinds for parent in one.__mro__[1:]}
-    return sorted((set(kinds) - parents) | {errors.MalformedBodyError}, key=line_of)
+    return sorted(
+        (set(kinds) - parents) | {errors.MalformedBodyError, errors.ForbiddenError}, key=line_of
+    )
 
 
 def line_of(kind):
@@ -259,6 +262,8 @@ def produce(folder):
             with failing_fsync(number):
                 answer = client.post("/v1/sets", json={"name": "n"})
             texts[kind].append(text_of(answer, kind, "/v1/sets"))
+    for kind, answer in at_the_door(folder, settings):
+        texts[kind].append(text_of(answer, kind, "/v1"))
     texts[errors.RegionNotFoundError].append(
         raised(errors.RegionNotFoundError, SharedRegions(folder / "regions").get, "other")
     )
@@ -290,13 +295,34 @@ def uploads(client):
     yield errors.UnsupportedAdapterError, upload_parts(client, "n", peft_config(), wide)
 
 
+def at_the_door(folder, settings):
+    """Refusals of browsers, and of keys."""
+    with serving(create_app(settings)) as url:
+        evil = httpx.delete(f"{url}/v1/sets/plain", headers={"Origin": "https://evil.example"})
+        yield errors.CrossSiteError, evil
+        evil = httpx.get(f"{url}/v1/sets", headers={"Host": "evil.example"})
+        yield errors.MisdirectedRequestError, evil
+    made = KeysFileMaker(folder / "keys.json")
+    key = made.add(number="k3f9a2b1", limits={"requests_per_second": 0.25})
+    full = made.add(number="k3f9a2b2", quota={"sets": 1})
+    reader = made.add(["read"], number="k3f9a2b3")
+    with serving(create_app(settings.model_copy(update={"keys_file": made.path}))) as url:
+        yield errors.UnauthenticatedError, httpx.get(f"{url}/v1/sets")
+        with caller(url, key) as client:
+            yield errors.NameNotYoursError, client.delete("/v1/sets/plain")
+            yield errors.RateLimitedError, client.get("/v1/sets")
+        with caller(url, full) as client:
+            client.post("/v1/sets", json={"name": "acme.a"})
+            yield errors.QuotaExceededError, client.post("/v1/sets", json={"name": "acme.b"})
+        with caller(url, reader) as client:
+            yield errors.ForbiddenError, client.post("/v1/sets", json={"name": "acme.b"})
+
+
 def stalled(url):
     """Send half of a body, and wait."""
     address = url.removeprefix("http://").split(":")
     with socket.create_connection((address[0], int(address[1]))) as client:
-        head = (
-            f"POST {APPLY} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nConnection: close\r\n\r\n"
-        )
+        head = f"POST {APPLY} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nConnection: close\r\n\r\n"
         client.sendall(head.encode() + b'{"inputs"')
         answer = b"".join(iter(lambda: client.recv(65536), b""))
     body = json.loads(answer.partition(b"\r\n\r\n")[2])

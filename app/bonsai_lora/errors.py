@@ -66,6 +66,48 @@ class MalformedGgufError(MalformedBodyError):
     title = "Malformed GGUF"
 
 
+class UnauthenticatedError(BonsaiLoraError):
+    """The request carries no key, or one that is unknown or has expired."""
+
+    code = "unauthenticated"
+
+
+class ForbiddenError(BonsaiLoraError):
+    """The caller may not do this."""
+
+    code = "forbidden"
+
+
+class NameNotYoursError(ForbiddenError):
+    """A write to a name that starts with none of the key's prefixes."""
+
+    code = "name_not_yours"
+
+
+class CrossSiteError(ForbiddenError):
+    """A web page of a different site sent a request that may change something."""
+
+    code = "cross_site"
+
+
+class MisdirectedRequestError(BonsaiLoraError):
+    """The request is for a host name that the service does not answer to."""
+
+    code = "misdirected_request"
+
+
+class RateLimitedError(BonsaiLoraError):
+    """The key has used up its requests or rows for now."""
+
+    code = "rate_limited"
+
+
+class QuotaExceededError(BonsaiLoraError):
+    """The sets under the key's prefixes would exceed its quota."""
+
+    code = "quota_exceeded"
+
+
 class NotFoundError(BonsaiLoraError):
     """The named resource does not exist."""
 

@@ -1,16 +1,25 @@
 """The settings; no other module reads the environment."""
 
 import os
+import re
 import sys
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _PORT = 8000
+UNGUARDED = (
+    "everyone who can connect could read, replace and delete every set; name a file of keys "
+    "(--keys-file, BONSAI_LORA_KEYS_FILE), or allow it (--no-auth, BONSAI_LORA_NO_AUTH=true)"
+)
+"""Why a service without keys does not start."""
+_ORIGIN = re.compile(r"https?://[^/?#\s*]+")
+
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 
 def _machine_memory_bytes() -> int:
@@ -41,6 +50,14 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _split(value: Any) -> Any:
+    """Return the parts of a list given as text, separated by commas or spaces."""
+    return re.split(r"[,\s]+", value.strip(", \t")) if isinstance(value, str) and value else value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
 class Settings(BaseSettings):
@@ -77,6 +94,38 @@ class Settings(BaseSettings):
         False,
         description="let local clients of /v2 pass tensors in shared memory; requires a loopback "
         "address or a Unix socket",
+    )
+    root_path: str = Field(
+        "",
+        description="path prefix, such as /lora, that a proxy in front removes; it is put into "
+        "Location headers and the OpenAPI document",
+    )
+    tls_cert: Path | None = Field(
+        None, description="certificate chain in PEM format, to serve HTTPS; requires --tls-key"
+    )
+    tls_key: Path | None = Field(
+        None, validate_default=True, description="private key of the certificate, in PEM format"
+    )
+    keys_file: Path | None = Field(
+        None,
+        description="JSON file of the keys that callers need, written by bonsai-lora keys; it is "
+        "read again when it changes",
+    )
+    no_auth: bool = Field(
+        False,
+        description="serve everyone who can connect, without keys; needed on addresses that other "
+        "machines can reach",
+    )
+    allowed_hosts: Names = Field(
+        (),
+        description="host names to answer to without keys, besides localhost and IP addresses; * "
+        "for any",
+    )
+    cors_origins: Names = Field(
+        (), description="origins whose web pages may use the service, such as https://example.com"
+    )
+    trusted_proxies: Names = Field(
+        (), description="addresses or networks of proxies whose X-Forwarded headers are true"
     )
     memory_budget_bytes: int = Field(
         default_factory=_machine_memory_bytes,
@@ -161,6 +210,49 @@ class Settings(BaseSettings):
                 "listen on 127.0.0.1 or a Unix socket"
             )
         return value
+
+    @field_validator("root_path")
+    @classmethod
+    def _check_root_path(cls, value: str) -> str:
+        """Refuse what cannot be put before a path."""
+        value = value.rstrip("/")
+        if value and not _ROOT_PATH.fullmatch(value):
+            raise ValueError("it is not the beginning of a path; expected such as /lora")
+        return value
+
+    @field_validator("tls_key")
+    @classmethod
+    def _check_tls(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        """Require both files of TLS or neither, and a port: a Unix socket needs none."""
+        if (value is None) != (info.data.get("tls_cert") is None):
+            raise ValueError("a certificate and its key belong together; give both or neither")
+        if value is not None and info.data.get("uds") is not None:
+            raise ValueError("TLS is for a port; leave it out with a Unix socket")
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse what is no origin, above all the wildcard: any page could then write."""
+        for one in value:
+            if not _ORIGIN.fullmatch(one):
+                raise ValueError(
+                    f"{one!r} is not an origin; expected a scheme and a host, such as "
+                    "https://example.com"
+                )
+        return value
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_proxies(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        """Refuse what is neither an address nor a network."""
+        for one in value:
+            ip_network(one)
+        return value
+
+    def is_reachable(self) -> bool:
+        """Return whether other machines can connect to what `serve` listens on."""
+        return self.tcp_port() is not None and not is_loopback(self.host)
 
     def tcp_port(self) -> int | None:
         """Return the port to listen on; None to listen on the Unix socket only."""

@@ -13,7 +13,7 @@ from bonsai_lora.api.app import create_app
 from bonsai_lora.api.connection import GuardedProtocol
 
 CASES = 600
-HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 LINES = [
     *[b"Content-Length: " + one for one in (b"0", b"5", b"+5", b"5, 5", b"0x5", b"00", b"5\t")],
     b"Content-Length : 5",

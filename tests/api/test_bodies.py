@@ -27,7 +27,7 @@ def service(tmp_path_factory):
         for module in "ab":
             client.put(f"/v1/sets/s/adapters/{module}", json={"d_in": D_IN, "d_out": D_OUT})
         client.post("/v1/sets", json={"name": "t", "config": {"rank": 2}})
-        yield client, app.state.context.store
+        yield client, app.state.store
 
 
 def encoded_binary(make):
@@ -176,7 +176,7 @@ def talk(client, sent, seconds=20):
     return answer
 
 
-INNER = b"DELETE /v1/sets/victim HTTP/1.1\r\nHost: x\r\n\r\n"
+INNER = b"DELETE /v1/sets/victim HTTP/1.1\r\nHost: localhost\r\n\r\n"
 REFUSED = {
     "unknown set": ("POST", "/v1/sets/none/adapters/a/apply", "application/json"),
     "unknown module": ("POST", "/v1/sets/s/adapters/none/apply", "application/json"),
@@ -200,14 +200,14 @@ def test_the_body_of_a_refused_request_is_never_a_request(service, name, framing
     client, store = service
     client.post("/v1/sets", json={"name": "victim"})
     method, path, media = REFUSED[name]
-    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {media}\r\n".encode()
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {media}\r\n".encode()
     if framing == "chunked":
         body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(INNER), INNER)
         head += b"Transfer-Encoding: chunked\r\n\r\n"
     else:
         body = INNER
         head += b"Content-Length: %d\r\n\r\n" % len(INNER)
-    last = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    last = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     answer = talk(client, head + body + last)
     statuses = [int(line.split()[1]) for line in answer.split(b"\r\n") if line.startswith(b"HTTP/")]
     assert 400 <= statuses[0] < 500, answer
@@ -220,7 +220,7 @@ def test_what_follows_a_body_over_the_limit_is_not_answered(service, path):
     """The body is not read to its end, so nobody can say where the next request begins."""
     client, store = service
     client.post("/v1/sets", json={"name": "victim"})
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     sent = f"{head}Content-Length: {1 << 40}\r\n\r\n".encode() + INNER
     answer = talk(client, sent, seconds=0.5)
     assert answer.count(b"HTTP/1.1") == 1, answer

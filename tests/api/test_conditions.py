@@ -19,7 +19,7 @@ def service(tmp_path_factory):
     """A client and its store, for all cases of this file."""
     app = create_app(Settings(store=str(tmp_path_factory.mktemp("store"))))
     with serving(app) as url, httpx.Client(base_url=url, timeout=30) as client:
-        yield client, app.state.context.store
+        yield client, app.state.store
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,7 @@ def connect(client, receive_bytes=None):
 
 def head(method, path, media, length):
     framing = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
-    lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Type: {media}", framing]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Type: {media}", framing]
     return "\r\n".join([*lines, "", ""]).encode()
 
 
@@ -76,7 +76,7 @@ def wait_until_idle(app):
         time.sleep(0.01)
 
 
-VICTIM = b"DELETE /v1/sets/victim HTTP/1.1\r\nHost: x\r\n\r\n"
+VICTIM = b"DELETE /v1/sets/victim HTTP/1.1\r\nHost: localhost\r\n\r\n"
 ONE = "/v1/sets/s/adapters/m/apply"
 MULTIPART = "multipart/form-data; boundary=x"
 BODIES = {
@@ -111,7 +111,7 @@ def begun(name):
 def test_bodies_that_stop_are_refused_and_their_connections_end(service):
     """What comes later is the rest of the body, whatever it looks like. All at the same time."""
     client, app = service
-    before = snapshot(app.state.context.store)
+    before = snapshot(app.state.store)
     with contextlib.ExitStack() as stack:
         waiting = {name: stack.enter_context(connect(client)) for name in BODIES}
         for name, connection in waiting.items():
@@ -132,19 +132,19 @@ def test_bodies_that_stop_are_refused_and_their_connections_end(service):
                 connection.sendall(VICTIM * 3)
             assert rest_of(connection) == b"", f"{name}: the connection goes on"
     wait_until_idle(app)
-    assert snapshot(app.state.context.store) == before
+    assert snapshot(app.state.store) == before
 
 
 @pytest.mark.parametrize("name", BODIES)
 def test_a_client_that_goes_away_in_its_body_leaves_nothing(service, name):
     client, app = service
-    before = snapshot(app.state.context.store)
+    before = snapshot(app.state.store)
     with connect(client) as connection:
         connection.sendall(begun(name))
         time.sleep(0.02)
     wait_until_idle(app)
-    assert snapshot(app.state.context.store) == before
-    assert list(app.state.context.store.temporary.iterdir()) == []
+    assert snapshot(app.state.store) == before
+    assert list(app.state.store.temporary.iterdir()) == []
 
 
 def applied():
@@ -153,7 +153,7 @@ def applied():
 
 
 def got(path, *lines):
-    lines = [f"GET {path} HTTP/1.1", "Host: x", *lines, "", ""]
+    lines = [f"GET {path} HTTP/1.1", "Host: localhost", *lines, "", ""]
     return lambda: "\r\n".join(lines).encode()
 
 

@@ -29,7 +29,7 @@ def path_of(module=Q_PROJ):
 
 
 def head_of(length, path=None, **headers):
-    lines = [f"POST {path or path_of()} HTTP/1.1", "Host: x", f"Content-Length: {length}"]
+    lines = [f"POST {path or path_of()} HTTP/1.1", "Host: localhost", f"Content-Length: {length}"]
     lines += ["Content-Type: application/vnd.safetensors"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode()
@@ -170,12 +170,12 @@ def test_heads_that_are_never_completed(settings):
 def test_a_head_in_pieces(settings):
     app = create_app(settings.model_copy(update={"stall_seconds": 0.4}))
     with serving(app) as url, httpx.Client(base_url=url) as client, connect(client) as connection:
-        for piece in (b"GET /v1/stats HT", b"TP/1.1\r\nHost: a\r\n", b"\r\n"):
+        for piece in (b"GET /v1/stats HT", b"TP/1.1\r\nHost: localhost\r\n", b"\r\n"):
             connection.sendall(piece)
             time.sleep(0.1)
         assert read_answer(connection)[0] == 200
         time.sleep(0.6)  # and its connection stays open, for as long as any
-        connection.sendall(b"GET /v1/stats HTTP/1.1\r\nHost: a\r\n\r\n")
+        connection.sendall(b"GET /v1/stats HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert read_answer(connection)[0] == 200
 
 
@@ -237,13 +237,13 @@ class Transport(asyncio.Transport):
 @pytest.mark.parametrize("space", [b" ", b"\t", b" \t "])
 def test_whitespace_after_a_content_length(plain, space):
     """It is legal (RFC 9110, section 5.5); the body must not be parsed as a request."""
-    inner = b"DELETE /v1/sets/plain HTTP/1.1\r\nHost: x\r\n\r\n"
+    inner = b"DELETE /v1/sets/plain HTTP/1.1\r\nHost: localhost\r\n\r\n"
     head = head_of(len(inner)).replace(b"\r\nContent-Type", space + b"\r\nContent-Type")
     assert head != head_of(len(inner))
     with connect(plain) as connection:
         connection.sendall(head + inner)
         assert read_answer(connection)[0] == 400
-        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert read_answer(connection)[0] == 200
     assert plain.get("/v1/sets/plain").status_code == 200
     x, body = batch(rows=2)

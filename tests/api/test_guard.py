@@ -19,8 +19,8 @@ from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.formats import safetensors
 
 STALL = 0.4
-HEALTH = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
-DELETE = b"DELETE /v1/sets/plain HTTP/1.1\r\nHost: x\r\n\r\n"
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+DELETE = b"DELETE /v1/sets/plain HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
 @pytest.fixture(params=[None, GuardedProtocol], ids=["fast lane", "framework"])
@@ -75,7 +75,7 @@ def test_a_refused_body_may_come_for_longer_than_the_stall_time(guarded):
 
 
 def chunked(path, *parts, trailers=b""):
-    head = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    head = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
     head += ["Transfer-Encoding: chunked", "", ""]
     chunks = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts)
     return "\r\n".join(head).encode() + chunks + b"0\r\n" + trailers + b"\r\n"

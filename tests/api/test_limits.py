@@ -34,7 +34,7 @@ def service(tmp_path_factory):
         for module in "ab":
             client.put(f"/v1/sets/s/adapters/{module}", json={"d_in": D_IN, "d_out": D_OUT})
         client.post("/v1/sets", json={"name": "t", "config": {"rank": 2}})
-        yield client, app.state.context.store
+        yield client, app.state.store
 
 
 def refused(answer, path, status, code):
@@ -331,7 +331,7 @@ def test_the_largest_answer_where_one_batch_feeds_several_modules(service):
 def test_the_budget_is_a_sum_over_sets_whatever_fills_it(tmp_path):
     """400 bytes: a set of 160 is there, so 240 fit beside it and 244 do not."""
     app = create_app(Settings(store=str(tmp_path), memory_budget_bytes=400))
-    store = app.state.context.store
+    store = app.state.store
 
     def upload(client, name, width):
         tensors = peft_tensors(rank=1, d_in=width - 1, d_out=1)

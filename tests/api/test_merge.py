@@ -195,7 +195,7 @@ def test_a_client_that_disconnects_leaves_nothing_behind(wide, app, sent):
         url = urlsplit(str(client.base_url))
         with contextlib.closing(socket.create_connection((url.hostname, url.port))) as plain:
             head = (
-                f"POST /v1/sets/s/adapters/m/merge?dtype=F32 HTTP/1.1\r\nHost: x\r\n"
+                f"POST /v1/sets/s/adapters/m/merge?dtype=F32 HTTP/1.1\r\nHost: localhost\r\n"
                 f"Content-Type: {RAW}\r\nContent-Length: {96 * 20_000 * 4}\r\n\r\n"
             )
             plain.sendall(head.encode() + bytes(sent))

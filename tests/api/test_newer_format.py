@@ -66,6 +66,8 @@ def test_listings_leave_it_out_and_readiness_reports_it(newer):
         "status": "ready",
         "sets": 1,
         "bad_files": {},
+        "bad_file_count": 0,
+        "newer_file_count": 1,
         "newer_files": ["new"],
         "store_writable": True,
         "bases_readable": None,

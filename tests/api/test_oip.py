@@ -227,13 +227,13 @@ def test_reserved_parameters_change_nothing(loaded, golden):
 
 def test_load_prepares_what_the_first_apply_would(app, loaded):
     _, server = loaded
-    stored = app.state.context.store.read("plain")
+    stored = app.state.store.read("plain")
     adapters = stored.lora_set.registry.adapters.values()
     assert not any(one.is_ready for one in adapters)
     server.load_model("plain")
     assert all(one.is_ready for one in adapters)
     server.unload_model("plain")
-    assert app.state.context.store.read("plain") is not stored
+    assert app.state.store.read("plain") is not stored
 
 
 @pytest.mark.parametrize("binary", [True, False])

@@ -178,7 +178,7 @@ def test_random_requests_have_the_same_response(clients):
 
 def raw(path, body, headers=BINARY, method="POST"):
     body = body if isinstance(body, bytes) else body.encode()
-    lines = [f"{method} {path} HTTP/1.1", "Host: x", f"Content-Length: {len(body)}"]
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
@@ -323,7 +323,7 @@ class TestHeads:
 
     def test_an_endless_header_line_is_not_buffered(self, clients, served):
         with connect(clients[served]) as connection:
-            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Long: ")
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Long: ")
             with contextlib.suppress(OSError):  # the server may close before all is sent
                 for _ in range(100):
                     connection.sendall(b"v" * (1 << 16))
@@ -338,7 +338,7 @@ class TestHeads:
                 raw(ONE, body) + b"GET /healthz HTTP/1.1\r\nX-Long: " + b"v" * 30_000
             )
             assert read_answer(connection)[0] == 200
-            connection.sendall(b"\r\nHost: x\r\n\r\n")
+            connection.sendall(b"\r\nHost: localhost\r\n\r\n")
             assert read_answer(connection)[0] == 200
 
     def test_431_follows_the_responses_to_earlier_requests(self, clients, served):

@@ -26,6 +26,8 @@ def test_health_and_readiness(client):
         "status": "ready",
         "sets": 1,
         "bad_files": {},
+        "bad_file_count": 0,
+        "newer_file_count": 0,
         "newer_files": [],
         "store_writable": True,
         "bases_readable": None,
@@ -186,7 +188,7 @@ def test_an_unexpected_error_shows_no_internals(app, client, monkeypatch):
     def fail(_name):
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(app.state.context.store, "read", fail)
+    monkeypatch.setattr(app.state.store, "read", fail)
     answer = client.get("/v1/sets/x")
     assert_problem(answer, 500, "internal_error")
     assert "secret" not in answer.text

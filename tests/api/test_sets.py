@@ -394,7 +394,7 @@ def test_a_restart_keeps_the_sets(client, settings, tmp_path):
     client.post("/v1/sets", json=FULL)
     etag = client.get("/v1/sets/my-adapter").headers["etag"]
     again = create_app(Settings(store=settings.store))
-    record = again.state.context.store.read("my-adapter").record
+    record = again.state.store.read("my-adapter").record
     assert record.etag == etag
 
 

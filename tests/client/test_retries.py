@@ -33,6 +33,13 @@ def test_an_answer_that_is_cut_short_is_read_again():
     assert len(server.heads) == 2
 
 
+def test_a_key_that_was_too_fast_waits_even_with_a_write():
+    slow = Answer(429, b'{"code": "rate_limited", "detail": "wait"}', ("Retry-After: 0",))
+    with scripted([slow, Answer(204, b"")]) as server, Client(server.url) as client:
+        client.delete_set("s")
+    assert len(server.heads) == 2
+
+
 def test_an_apply_is_repeated_with_the_same_body():
     metadata = {"set": "s", "version": "1"}
     body = safetensors.encode({"outputs": np.ones((1, 2), np.float32)}, metadata)

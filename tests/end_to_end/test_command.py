@@ -226,7 +226,7 @@ def test_sigterm_in_the_middle_of_a_long_body(tmp_path):
         httpx.put(f"{url}/v1/sets/s/adapters/m", json={"d_in": 256, "d_out": 2})
         body = safetensors.encode({"inputs": np.zeros((2000, 256), np.float32)})
         head = (
-            f"POST /v1/sets/s/adapters/m/apply HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}"
+            f"POST /v1/sets/s/adapters/m/apply HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
             "\r\nContent-Type: application/vnd.safetensors\r\n\r\n"
         )
         host, _, port = url.removeprefix("http://").partition(":")

@@ -4,15 +4,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 from conftest import TINY, serving, upload
+from keyring import KeysFileMaker, caller
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.service.keys import SCOPES
 
 
 def test_the_document_and_the_service_agree(settings, tmp_path):
-    with serving(create_app(settings.model_copy(update={"shared_memory": True}))) as url:
-        with httpx.Client(base_url=url) as client:
+    """With keys, so that each operation is also called without one, and refused."""
+    made = KeysFileMaker(tmp_path / "keys.json")
+    token = made.add(SCOPES, [""])
+    known = settings.model_copy(update={"shared_memory": True, "keys_file": made.path})
+    with serving(create_app(known)) as url:
+        with caller(url, token) as client:
             upload(client, "plain", TINY / "plain")
         # Both are in the contract, though they begin with a 5: sizes may be beyond any machine, and
         # a model may be loaded with a configuration elsewhere.
@@ -23,6 +28,7 @@ def test_the_document_and_the_service_agree(settings, tmp_path):
             str(Path(sys.executable).parent / "schemathesis"),
             *["run", f"{url}/openapi.json", "--phases", "examples,coverage,fuzzing"],
             *["--max-examples", "25", "--seed", "1", "--checks", "all"],
+            *["--header", f"Authorization: Bearer {token}"],
             # Shapes must fit the set, which no schema can say.
             *["--exclude-checks", "positive_data_acceptance", "--generation-database", "none"],
         ]

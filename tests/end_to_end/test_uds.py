@@ -63,6 +63,21 @@ def put_random(client, rng, rank, d_in, d_out):
     return a, b
 
 
+def test_a_socket_answers_to_any_host_name(path, tmp_path, rng):
+    """No browser connects to one."""
+    with serve(path, tmp_path / "s"), over(path, headers={"Host": "evil.example"}) as client:
+        put_random(client, rng, 2, 3, 4)
+        body = b'{"inputs": [[1, 2, 3]]}'
+        for content in (body, iter([body])):  # through the fast lane, and chunked
+            answer = client.post("/v1/sets/s/adapters/m/apply", content=content)
+            assert answer.status_code == 200
+        # A proxy in front of the socket says which host the browser called.
+        page = {"Origin": "https://lora.example", "X-Forwarded-Host": "lora.example"}
+        assert client.post("/v1/sets", json={"name": "t"}, headers=page).status_code == 201
+        page["Origin"] = "https://evil.example"
+        assert client.post("/v1/sets", json={"name": "u"}, headers=page).status_code == 403
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_only_the_socket_is_served_and_it_is_removed_on_exit(path, tmp_path, rng, workers):
     with serve(path, tmp_path / "s", "--workers", str(workers)) as (address, process):

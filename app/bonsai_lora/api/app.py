@@ -22,9 +22,12 @@ import structlog
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.routing import APIRoute
 from prometheus_client.core import Metric
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route
 
-from bonsai_lora.api.context import Context
+from bonsai_lora.api.context import Context, get_context
+from bonsai_lora.api.door import Door
+from bonsai_lora.api.entrance import EntranceMiddleware
 from bonsai_lora.api.errors import install_error_handlers
 from bonsai_lora.api.metrics import Load, Metrics, service_metrics
 from bonsai_lora.api.middleware import ObserveMiddleware, Observer
@@ -43,6 +46,7 @@ from bonsai_lora.api.routes import (
     stats,
 )
 from bonsai_lora.api.routes import bases as bases_routes
+from bonsai_lora.api.scopes import OPEN, scope_of
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core import backend
 from bonsai_lora.errors import StoreFullError
@@ -52,8 +56,9 @@ from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
 from bonsai_lora.service.stats import store_stats
+from bonsai_lora.service.view import SetView
 from bonsai_lora.service.work import Lane, ShortLane
-from bonsai_lora.settings import Settings, usable_cores
+from bonsai_lora.settings import UNGUARDED, Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile, read_restarts
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
@@ -102,6 +107,20 @@ _STRICT_ROUTERS = [one.router for one in (sets, adapters, merge, bases_routes, s
 """Routers that refuse unknown query parameters. Apply parses its own; clients of the Hub and of the
 Open Inference Protocol send additional ones."""
 
+_CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+_EXPOSED_HEADERS = (
+    "Accept-Ranges",
+    "Content-Range",
+    "ETag",
+    "Inference-Header-Content-Length",
+    "Location",
+    "Retry-After",
+    "WWW-Authenticate",
+    "X-Error-Code",
+    "X-Repo-Commit",
+    "X-Request-Id",
+)
+"""Headers that a script of an allowed origin may read."""
 _PUBLISH_SECONDS = 1.0
 """Oldest figures of a worker that another worker reports."""
 
@@ -113,8 +132,11 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
 
     Chooses the backend and compiles its kernels, so that the first apply is as fast as the second.
     `shared` is a folder that all workers of the service share while it runs; by default a temporary
-    folder that is deleted with the application.
+    folder that is deleted with the application. Raises ValueError if there are neither keys nor
+    `no_auth`, so that no server opens the door by accident, and KeysFileError.
     """
+    if settings.keys_file is None and not settings.no_auth:
+        raise ValueError(UNGUARDED)
     choose_backend(settings)
     store = open_store(settings, shared)
     store.on_open = BackgroundCheck(store.verify).add
@@ -135,10 +157,21 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     )
     app.state.fast_lane = None
     metrics = Metrics(partial(_collect, app, shared), partial(_read_load, app))
-    app.state.context = _make_context(settings, store, shared, metrics)
+    app.state.store = store
+    app.state.door = door = Door(settings, _make_context(settings, store, shared, metrics))
+    app.state.context = door.visitor.context(OPEN)
     app.state.routes = _include_routers(app)
     install_error_handlers(app, app.state.routes)
-    install_openapi(app)
+    install_openapi(app, settings.root_path)
+    app.add_middleware(EntranceMiddleware, door=door)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=_CORS_METHODS,
+            allow_headers=["*"],
+            expose_headers=_EXPOSED_HEADERS,
+        )
     app.state.observer = Observer(metrics)
     app.add_middleware(
         ObserveMiddleware, observer=app.state.observer, stall_seconds=settings.stall_seconds
@@ -174,10 +207,14 @@ def _include_routers(app: FastAPI) -> list[BaseRoute]:
     """Add all routes to `app`, and return them."""
     routes: list[BaseRoute] = [route for route in app.routes if isinstance(route, Route)]
     for router in _ROUTERS:
-        strict = [Depends(refuse_unknown_query)] if router in _STRICT_ROUTERS else None
+        strict = [Depends(refuse_unknown_query)] if router in _STRICT_ROUTERS else []
         for one in (router, _heads_of(router)):
-            app.include_router(one, dependencies=strict)
+            # get_context checks the scope of the key; routes that use no context need it too.
+            app.include_router(one, dependencies=[Depends(get_context), *strict])
             routes += one.routes
+    for route in routes:
+        for method in getattr(route, "methods", None) or ():
+            scope_of(method, getattr(route, "path", ""))  # raises KeyError for a forgotten one
     return routes
 
 
@@ -207,12 +244,13 @@ def choose_backend(settings: Settings) -> None:
 
 
 def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Metrics) -> Context:
+    view = SetView(store)
     limits = limits_of(settings)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
     return Context(
         settings,
-        store,
+        view,
         limits,
         Budget(settings.work_memory_bytes),
         Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
@@ -223,10 +261,10 @@ def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Me
         ),
         Lane("long", settings.max_concurrency, settings.threads),
         Applier(limits, bases),
-        Inference(store, regions),
+        Inference(view, regions),
         CountFile(shared),
         bases,
-        MergedModels(bases, store),
+        MergedModels(bases),
         ThreadPoolExecutor(settings.threads, "merge"),
         metrics,
     )
@@ -236,7 +274,7 @@ def _collect(app: FastAPI, shared: Path) -> Iterable[Metric]:
     """Return the metrics of the whole service, as this process sees it."""
     context: Context = app.state.context
     return service_metrics(
-        store_stats(context.store),
+        store_stats(SetView(app.state.store)),
         _describe(app),
         budget_bytes=context.limits.memory_budget_bytes,
         restarts=read_restarts(shared),

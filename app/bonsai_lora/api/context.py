@@ -10,17 +10,21 @@ from typing import TypeVar, cast
 from fastapi import Request
 
 from bonsai_lora.api.metrics import Metrics
+from bonsai_lora.api.scopes import scope_of
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.errors import TakesLongError
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.infer import Inference
+from bonsai_lora.service.keys import Key, Meter, Scope, missing_scope
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
+from bonsai_lora.service.view import SetView
 from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import Settings
 from bonsai_lora.storage.counts import CountFile
-from bonsai_lora.storage.store import SetStore
+from bonsai_lora.storage.regions import SharedRegions
+from bonsai_lora.storage.setfile import StoredSet
 
 T = TypeVar("T")
 
@@ -30,7 +34,7 @@ class Context:
     """The objects of one running application."""
 
     settings: Settings
-    store: SetStore
+    store: SetView
     limits: Limits
     memory: Budget
     spill: Budget
@@ -45,6 +49,30 @@ class Context:
     metrics: Metrics
     started: float = field(default_factory=monotonic)
 
+    def seen_by(self, key: Key, scope: Scope, meter: Meter) -> "Context":
+        """Return the context of a caller: the sets that it may use for `scope`, and its rates."""
+        store = self.store.seen_by(key, scope)
+        # Regions belong to nobody, so that only an administrator may compute in them.
+        regions = self.inference.regions
+        if regions.is_on and "admin" not in key.scopes:
+            regions = SharedRegions(None, partial(missing_scope, key, "admin"))
+        return replace(
+            self,
+            store=store,
+            applier=replace(self.applier, meter=meter),
+            inference=replace(self.inference, store=store, regions=regions),
+        )
+
+    async def open(self, name: str) -> StoredSet:
+        """Return the current version of a set; it is opened in the long lane if that takes long.
+
+        Raises SetNotFoundError, NewerFormatError.
+        """
+        stored = self.store.read_quickly(name)
+        if stored is None:
+            stored = await self.long.run(partial(self.store.read, name))
+        return stored
+
     async def apply(self, work: Callable[[Applier], T], nanoseconds: float) -> T:
         """Return the result of `work`, an apply, from the short lane.
 
@@ -58,5 +86,7 @@ class Context:
 
 
 async def get_context(request: Request) -> Context:
-    """Return the context that `create_app` made."""
-    return cast("Context", request.app.state.context)
+    """Return the context of the caller, as far as the route may use it; raises ForbiddenError."""
+    scope = request.scope
+    need = scope_of(scope["method"], scope["route"].path)
+    return cast("Context", scope["caller"].context(need))

@@ -21,15 +21,22 @@ from bonsai_lora.errors import BonsaiLoraError
 
 PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
+_PASSING = (errors.BusyError, errors.BaseChangedError, errors.RateLimitedError)
+"""Errors that the same request need not meet again."""
+_HUB_PATH = re.compile("/api/|/[^/]+/[^/]+/resolve/")
 
 STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
+    errors.UnauthenticatedError: HTTPStatus.UNAUTHORIZED,
+    errors.ForbiddenError: HTTPStatus.FORBIDDEN,
     errors.NotFoundError: HTTPStatus.NOT_FOUND,
     errors.MethodNotAllowedError: HTTPStatus.METHOD_NOT_ALLOWED,
     errors.NotAcceptableError: HTTPStatus.NOT_ACCEPTABLE,
     errors.SetExistsError: HTTPStatus.CONFLICT,
     errors.PreconditionFailedError: HTTPStatus.PRECONDITION_FAILED,
     errors.TooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    errors.MisdirectedRequestError: HTTPStatus.MISDIRECTED_REQUEST,
+    errors.RateLimitedError: HTTPStatus.TOO_MANY_REQUESTS,
     errors.HeadTooLargeError: HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
     errors.UnsupportedMediaTypeError: HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
     errors.RangeNotSatisfiableError: HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
@@ -39,6 +46,7 @@ STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.BaseChangedError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StoreReadOnlyError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.NewerFormatError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.QuotaExceededError: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.MemoryBudgetError: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.StoreFullError: HTTPStatus.INSUFFICIENT_STORAGE,
     errors.UnsupportedFeatureError: HTTPStatus.NOT_IMPLEMENTED,
@@ -63,12 +71,29 @@ def problem_response(
         media_type, body = "application/json", _oip_body(error)
     else:
         media_type, body = PROBLEM_TYPE, _problem_body(error, status, scope)
-    more = dict(headers or {})
-    if status is HTTPStatus.SERVICE_UNAVAILABLE:
-        more["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    more = {**_headers_of(error, scope), **(headers or {})}
     # Unlike orjson, the standard library writes huge integers and lone surrogates, which may occur.
     content = json.dumps(_shortened(body), separators=(",", ":"), default=str)
     return Response(content, int(status), more, media_type=media_type)
+
+
+def _headers_of(error: BonsaiLoraError, scope: Scope) -> dict[str, str]:
+    """Return the headers that belong to an error."""
+    if isinstance(error, errors.RangeNotSatisfiableError):
+        return {"Content-Range": f"bytes */{error.values['size_bytes']}"}
+    if isinstance(error, HubError):
+        return _hub_headers(error.kind, error)
+    if isinstance(error, errors.UnauthenticatedError):
+        hub = _hub_headers("RepoNotFound", error) if _HUB_PATH.match(scope["path"]) else {}
+        return {"WWW-Authenticate": "Bearer", **hub}
+    if isinstance(error, _PASSING):
+        return {"Retry-After": str(error.values.get("retry_seconds", RETRY_AFTER_SECONDS))}
+    return {}
+
+
+def _hub_headers(kind: str, error: BonsaiLoraError) -> dict[str, str]:
+    message = error.detail.encode("ascii", "replace").decode()
+    return {"X-Error-Code": kind, "X-Error-Message": message}
 
 
 def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> dict[str, Any]:
@@ -123,15 +148,19 @@ def is_oip(path: str) -> bool:
 
 _OIP_STATUSES = frozenset(
     {
+        HTTPStatus.UNAUTHORIZED,
+        HTTPStatus.FORBIDDEN,
         HTTPStatus.NOT_FOUND,
         HTTPStatus.METHOD_NOT_ALLOWED,
         HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.MISDIRECTED_REQUEST,
+        HTTPStatus.TOO_MANY_REQUESTS,
         HTTPStatus.INTERNAL_SERVER_ERROR,
         HTTPStatus.NOT_IMPLEMENTED,
         HTTPStatus.SERVICE_UNAVAILABLE,
     }
 )
-"""Statuses that Triton uses; every other error is a 400."""
+"""Statuses that Triton uses, and those of keys; every other error is a 400."""
 
 
 def _oip_body(error: BonsaiLoraError) -> dict[str, str]:
@@ -162,13 +191,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
     @app.exception_handler(BonsaiLoraError)
     def on_refusal(request: Request, error: BonsaiLoraError) -> Response:
-        headers = {}
-        if isinstance(error, errors.RangeNotSatisfiableError):
-            headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
-        if isinstance(error, HubError):
-            headers["X-Error-Code"] = error.kind
-            headers["X-Error-Message"] = error.detail.encode("ascii", "replace").decode()
-        return problem_response(error, request.scope, headers)
+        return problem_response(error, request.scope)
 
     @app.exception_handler(Exception)
     def on_fault(request: Request, _: Exception) -> Response:

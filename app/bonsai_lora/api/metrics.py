@@ -102,6 +102,12 @@ class Metrics:
             registry, "budget_bytes", "Most bytes that can be reserved.", ["resource"]
         )
 
+        self.keys_file_errors = Counter(
+            "bonsai_lora_keys_file_errors",
+            "Times that the keys file was changed to one that cannot be used.",
+            registry=self._registry,
+        )
+
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count a request and its latency."""
         key = (method, route, status)

@@ -12,9 +12,10 @@ from pydantic.json_schema import models_json_schema
 
 from bonsai_lora import errors
 from bonsai_lora.api import oip_schemas, schemas, tensor_schemas
-from bonsai_lora.api.errors import PROBLEM_TYPE, status_of
+from bonsai_lora.api.errors import PROBLEM_TYPE, is_oip, status_of
 from bonsai_lora.api.openapi_headers import describe_headers, sends
 from bonsai_lora.api.openapi_schemas import refine_schemas
+from bonsai_lora.api.scopes import OPEN, scope_of
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.wire.media import Form
 
@@ -26,6 +27,11 @@ Endpoint = TypeVar("Endpoint", bound=Callable[..., Awaitable[None]])
 Kinds = tuple[type[BonsaiLoraError], ...]
 
 ANY_ERRORS: Kinds = (errors.InternalError,)
+KEY_ERRORS: Kinds = (
+    errors.UnauthenticatedError,
+    errors.ForbiddenError,
+    errors.RateLimitedError,
+)
 BODY_ERRORS: Kinds = (
     errors.MalformedJsonError,
     errors.BodyTooLargeError,
@@ -53,6 +59,7 @@ APPLY_ERRORS: Kinds = (
     errors.UnsupportedAdapterError,
 )
 STORE_ERRORS: Kinds = (
+    errors.QuotaExceededError,
     errors.MemoryBudgetError,
     errors.StoreFullError,
     errors.StoreReadOnlyError,
@@ -134,8 +141,8 @@ def file_responses(media_type: str) -> Responses:
     }
 
 
-def install_openapi(app: FastAPI) -> None:
-    """Make `app.openapi()` include the models that only hand-written bodies refer to."""
+def install_openapi(app: FastAPI, root_path: str = "") -> None:
+    """Make `app.openapi()` include the models that only hand-written bodies refer to, and keys."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -147,17 +154,43 @@ def install_openapi(app: FastAPI) -> None:
                 license_info=app.license_info,
                 routes=app.routes,
                 tags=app.openapi_tags,
+                servers=[{"url": root_path}] if root_path else None,
             )
             _drop_unused_validation_errors(document)
+            _add_security(document)
             _add_models(document)
             refine_schemas(document)
             describe_headers(document)
             document.setdefault("servers", [{"url": "/"}])
-            document.setdefault("security", [])
             app.openapi_schema = document
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _add_security(document: dict[str, Any]) -> None:
+    """Declare the key that all but open operations need, and the refusals that come with it.
+
+    A service without keys takes the same calls without one.
+    """
+    document.setdefault("components", {})["securitySchemes"] = {
+        "key": {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "a key of `bonsai-lora keys new`; also taken as the password of Basic",
+        }
+    }
+    document["security"] = [{"key": []}]
+    for path, item in document["paths"].items():
+        for method, operation in item.items():
+            need = scope_of(method.upper(), path)
+            if need == OPEN:
+                operation["security"] = []
+                continue
+            refusals = KEY_ERRORS + ((errors.NameNotYoursError,) if need == "write" else ())
+            more = oip_errors(401, 403, 429) if is_oip(path) else problems(*refusals)
+            known = operation["responses"]
+            known |= {str(status): one for status, one in more.items() if str(status) not in known}
 
 
 def _drop_unused_validation_errors(document: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ _RESPONSE_HEADERS: dict[str, dict[str, Any]] = {
         "description": "the range sent, unless there are several; the file's size after a 416",
         "schema": _STRING,
     },
+    "WWW-Authenticate": {"description": "Bearer", "required": True, "schema": _STRING},
     "Retry-After": {
         "description": "seconds after which a retry can succeed",
         "schema": {"type": "integer", "minimum": 1},
@@ -96,8 +97,10 @@ def _describe(operation: dict[str, Any]) -> None:
 def _sent(status: str, responses: dict[str, Any]) -> Iterator[str]:
     """Yield the headers that follow from a status and the operation's other ones."""
     yield "X-Request-Id"
-    if status == "503":
+    if status in ("429", "503"):
         yield "Retry-After"
+    if status == "401":
+        yield "WWW-Authenticate"
     if status in ("200", "206", "304") and "304" in responses:
         yield "ETag"
     if status in ("200", "206", "304") and "206" in responses:

@@ -349,15 +349,19 @@ class Readiness(BaseModel):
 
     status: Literal["ready"] = "ready"
     sets: int
-    bad_files: dict[str, str] = Field(
-        description="files that could not be read and were moved aside: the reason by set name"
-    )
-    newer_files: list[str] = Field(
+    bad_file_count: int = Field(description="files that could not be read and were moved aside")
+    newer_file_count: int = Field(
         description="sets that a newer release wrote; their files are left untouched"
+    )
+    bad_files: dict[str, str] | None = Field(
+        None, description="the reason for each bad file by set name; absent if there are keys"
+    )
+    newer_files: list[str] | None = Field(
+        None, description="the names of sets of a newer release; absent if there are keys"
     )
     store_writable: bool = Field(description="whether sets can be created, changed and deleted")
     bases_readable: bool | None = Field(
-        description="whether the folder of bases exists; null if the service has no such folder"
+        description="whether the folder of bases exists; null if the service has no such folder",
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from bonsai_lora.cli.progress import ProgressLine
+from bonsai_lora.cli.table import print_table
 from bonsai_lora.client.blocking import Client
 from bonsai_lora.client.call import Call, decode_json, path_of
 from bonsai_lora.client.connection import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE, url_of
@@ -146,7 +147,7 @@ def list_sets(client: Client, arguments: argparse.Namespace) -> Any:
     """Print a line per set."""
     sets = list(client.list_sets())
     if not arguments.json:
-        _table(
+        print_table(
             ["NAME", "BASE", "VERSION", "ORIGIN", "ADAPTERS", "PARAMETERS"],
             [
                 [one["name"], one["base_model_name"], one["version"], one["origin"],
@@ -257,17 +258,4 @@ def _set_name(name: str) -> str:
 
 
 def _print_rows(fields: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    _table([name.upper() for name in fields], [[row[name] for name in fields] for row in rows])
-
-
-def _table(head: list[str], rows: list[list[Any]]) -> None:
-    cells = [head, *([_cell(value) for value in row] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
-    for row in cells:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else printable(str(value))
+    print_table([name.upper() for name in fields], [[row[name] for name in fields] for row in rows])

@@ -22,30 +22,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=version("bonsai-lora"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_serve(commands, is_chosen=words[:1] == ["serve"])
-    _add_verify(commands, is_chosen=words[:1] == ["verify"])
+    _add_local(commands, list(words[:1]))
     client.add_commands(commands)
     chosen = parser.parse_args(words)
     code: int = chosen.run(chosen)
     return code
 
 
-def _add_serve(commands: Any, *, is_chosen: bool) -> None:
-    """Add `serve`; the server is imported only if the command is used."""
+def _add_local(commands: Any, chosen: list[str]) -> None:
+    """Add `serve`, `verify` and `keys`; what one imports is imported only if it is used."""
     parser = commands.add_parser("serve", help="serve the HTTP API")
-    if is_chosen:
+    if chosen == ["serve"]:
         from bonsai_lora.cli import serve  # noqa: PLC0415 - the other commands start without it
 
         serve.add_flags(parser)
-
-
-def _add_verify(commands: Any, *, is_chosen: bool) -> None:
-    """Add `verify`; the store is imported only if the command is used."""
     parser = commands.add_parser("verify", help="check the files of a store")
-    if is_chosen:
-        from bonsai_lora.cli import verify  # noqa: PLC0415 - the other commands start without it
+    if chosen == ["verify"]:
+        from bonsai_lora.cli import verify  # noqa: PLC0415 - the same
 
         verify.add_arguments(parser)
+    parser = commands.add_parser("keys", help="make, list and remove the keys of a service")
+    if chosen == ["keys"]:
+        from bonsai_lora.cli import keys  # noqa: PLC0415 - the same
+
+        keys.add_flags(parser)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from bonsai_lora.settings import Settings
 
 def render() -> str:
     """Return the OpenAPI document as JSON text."""
-    document = create_app(Settings(store="memory:")).openapi()
+    document = create_app(Settings(store="memory:", no_auth=True)).openapi()
     return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
 
 

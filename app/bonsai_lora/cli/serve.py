@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 from functools import partial
@@ -22,11 +23,12 @@ from pydantic import ValidationError
 
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.api.crowded import refusing_crowds
+from bonsai_lora.api.keys_file import read_keys
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.cli.supervisor import Supervisor
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
-from bonsai_lora.settings import Settings
+from bonsai_lora.settings import UNGUARDED, Settings
 from bonsai_lora.storage.counts import count_restart
 from bonsai_lora.storage.in_use import suspect_sets_of
 from bonsai_lora.storage.store import SetStore
@@ -50,9 +52,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for name, field in Settings.model_fields.items():
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else None
         is_switch = field.annotation is bool
-        has_default = not (is_switch or field.default_factory or field.default is None)
+        has_default = not (is_switch or field.default_factory or field.default in (None, "", ()))
         default = f" (default: {field.default})" if has_default else ""
         switch: dict[str, Any] = {"nargs": "?", "const": "true"} if is_switch else {}
+        if get_origin(field.annotation) is tuple:
+            switch = {"nargs": "+"}
         parser.add_argument(
             _flag(name),
             dest=name,
@@ -66,8 +70,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT; return 0, or 2 if the service cannot start."""
-    given = {
-        name: value for name, value in vars(arguments).items() if name in Settings.model_fields
+    given: dict[str, Any] = {
+        name: ",".join(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name in Settings.model_fields
     }
     try:
         settings = Settings(**given)
@@ -78,6 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
             _print_error(f"{_flag(name)} ({variable}): {one['msg']}; got {one['input']!r}")
         return 2
     configure_logging(settings.log_level, settings.log_format)
+    try:
+        settings = _guarded(settings)
+    except ValueError as error:
+        _print_error(str(error))
+        return 2
     _warn_of_unknown_variables()
     if settings.bases and not Path(settings.bases).is_dir():
         _log.warning("the folder of bases %s does not exist; check --bases", settings.bases)
@@ -93,6 +104,33 @@ def run(arguments: argparse.Namespace) -> int:
     except ListenError as error:
         _print_error(str(error))
         return 2
+
+
+def _guarded(settings: Settings) -> Settings:
+    """Return `settings` with `no_auth` where only this machine can connect.
+
+    Raises ValueError if other machines can, without keys or leave, for a certificate that cannot be
+    used, and for bad keys.
+    """
+    if settings.tls_cert is not None:
+        _check_certificate(settings.tls_cert, settings.tls_key)
+    if settings.keys_file is not None:
+        read_keys(settings.keys_file)
+    elif not settings.no_auth and settings.is_reachable():
+        raise ValueError(f"other machines can reach {settings.host}, and {UNGUARDED}")
+    else:
+        return settings.model_copy(update={"no_auth": True})
+    return settings
+
+
+def _check_certificate(certificate: Path, key: Path | None) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
+    except OSError as error:  # an SSLError is one
+        raise ValueError(
+            f"the certificate {certificate} and the key {key} cannot be used: {error}; check "
+            "--tls-cert and --tls-key"
+        ) from error
 
 
 def make_app(settings: Settings, shared: Path) -> FastAPI:
@@ -145,7 +183,8 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: str) -
 
     _keep_freed_memory()
     choose_backend(settings)  # once for all workers
-    addresses = " and ".join(address_of(one) for one in listeners)
+    scheme = "http" if settings.tls_cert is None else "https"
+    addresses = " and ".join(address_of(one, scheme) for one in listeners)
     _log.info("serving on %s, sets in %s", addresses, Path(settings.store).resolve())
     shared = Path(temporary)
     work = partial(_work, settings, listeners, shared, os.getpid())
@@ -165,7 +204,9 @@ def _work(
         server_header=False,
         http=refusing_crowds(connection_class(settings)),  # type: ignore[arg-type]
         ws="none",
-        proxy_headers=False,  # client addresses are not used
+        proxy_headers=False,  # api/door.py reads what trusted proxies say
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
     )
     uvicorn.Server(config).run(sockets=listeners)
 

@@ -194,8 +194,10 @@ class Readiness(TypedDict):
 
     status: str
     sets: int
-    bad_files: dict[str, str]
-    newer_files: list[str]
+    bad_file_count: int
+    newer_file_count: int
+    bad_files: NotRequired[dict[str, str]]
+    newer_files: NotRequired[list[str]]
     store_writable: bool
     bases_readable: bool | None
 

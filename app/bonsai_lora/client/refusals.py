@@ -10,6 +10,8 @@ from bonsai_lora.errors import BonsaiLoraError
 
 _BY_STATUS: Mapping[int, type[BonsaiLoraError]] = {
     400: errors.MalformedBodyError,
+    401: errors.UnauthenticatedError,
+    403: errors.ForbiddenError,
     404: errors.NotFoundError,
     405: errors.MethodNotAllowedError,
     406: errors.NotAcceptableError,
@@ -18,7 +20,9 @@ _BY_STATUS: Mapping[int, type[BonsaiLoraError]] = {
     413: errors.TooLargeError,
     415: errors.UnsupportedMediaTypeError,
     416: errors.RangeNotSatisfiableError,
+    421: errors.MisdirectedRequestError,
     422: errors.InvalidError,
+    429: errors.RateLimitedError,
     431: errors.HeadTooLargeError,
     500: errors.InternalError,
     501: errors.UnsupportedFeatureError,

@@ -5,12 +5,13 @@ from typing import Any
 import httpx
 
 from bonsai_lora.client.call import Call
-from bonsai_lora.errors import BonsaiLoraError, BusyError, NewerFormatError
+from bonsai_lora.errors import BonsaiLoraError, BusyError, NewerFormatError, RateLimitedError
 
 _FIRST_WAIT_SECONDS = 0.1
 _LONGEST_WAIT_SECONDS = 60
 """A service that asks for a longer wait gets no second attempt."""
 _MOST_DIGITS = 9
+_PASSING = (httpx.codes.SERVICE_UNAVAILABLE, httpx.codes.TOO_MANY_REQUESTS)
 
 
 class Retries:
@@ -34,9 +35,9 @@ class Retries:
         return self._next(error, self._wait)
 
     def after_refusal(self, error: BonsaiLoraError, answer: httpx.Response) -> float:
-        """Return the seconds to wait after a 503 with Retry-After; raise `error` to give up."""
+        """Return the seconds to wait, as Retry-After says; raise `error` to give up."""
         seconds = _wait_of(answer)
-        did_not_begin = error.code == BusyError.code
+        did_not_begin = error.code in (BusyError.code, RateLimitedError.code)
         if (
             seconds is None
             or isinstance(error, NewerFormatError)  # no wait changes that
@@ -55,9 +56,9 @@ class Retries:
 
 
 def _wait_of(answer: httpx.Response) -> float | None:
-    """Return the seconds that a 503 asks to wait; None if it asks for none or for too many."""
+    """Return the seconds that an answer asks to wait; None for none, or for too many."""
     text = answer.headers.get("retry-after", "")
-    if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+    if answer.status_code not in _PASSING:
         return None
     if not (text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS):
         return None

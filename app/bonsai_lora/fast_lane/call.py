@@ -12,6 +12,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 
 from bonsai_lora.api.call import LONG_BYTES, Call, HeaderLines, closes
 from bonsai_lora.api.coroutines import resume
+from bonsai_lora.api.door import Peer
 from bonsai_lora.api.errors import (
     failure_response,
     is_out_of_files,
@@ -38,6 +39,7 @@ class Connection(Protocol):
     lane: FastLane
     flow: FlowControl
     loop: asyncio.AbstractEventLoop
+    peer: Peer
     tasks: set[asyncio.Task[None]]
     transport: asyncio.Transport
 
@@ -157,6 +159,9 @@ class LaneCall(Call):
     async def _answer(self) -> Response:
         """Return the response of the route's function, or an error response."""
         try:
+            caller = self._http.lane.door.admit(self._head.path, self.headers, self._http.peer)
+            self.scope["key"] = caller.log_id
+            self.context = caller.context(self._match.route.need)
             return await self._match.route.endpoint(self, *self._match.path_params.values())
         except BonsaiLoraError as error:
             if self.missing and self._head.expects:
@@ -174,7 +179,8 @@ class LaneCall(Call):
         parts = getattr(answer, "parts", None) or (answer.body,)
         if self.missing and closes(answer.status_code, self.missing):
             self.keep_alive = False
-        lines = [*answer.raw_headers, (b"x-request-id", self.scope["request_id"].encode())]
+        lines = [*answer.raw_headers, *http.lane.more_headers]
+        lines.append((b"x-request-id", self.scope["request_id"].encode()))
         http.write_response(answer.status_code, lines, parts, keep_alive=self.keep_alive)
         self._status = answer.status_code
 

@@ -36,8 +36,8 @@ class RequestHead:
 def read_head(raw: bytes) -> RequestHead | None:
     """Parse `raw`, a request head up to and including its empty line.
 
-    Returns None for anything but an HTTP/1.1 keep-alive POST with a Content-Length and at most
-    MAX_HEAD_LINES header lines. uvicorn's parser handles the others.
+    Returns None for anything but an HTTP/1.1 keep-alive POST with a Content-Length, at most
+    MAX_HEAD_LINES header lines, and no Origin. uvicorn's parser handles the others.
     """
     collected = _Collected()
     try:
@@ -49,6 +49,8 @@ def read_head(raw: bytes) -> RequestHead | None:
     headers = join_headers(collected.headers)
     declared = headers.get(b"content-length", b"")
     if not declared.isdigit() or b"transfer-encoding" in headers or not collected.is_plain:
+        return None
+    if b"origin" in headers:  # from a web page: CORS belongs to the framework
         return None
     url = httptools.parse_url(collected.url)
     path = url.path.decode("ascii")

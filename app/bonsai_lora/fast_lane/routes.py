@@ -9,9 +9,11 @@ from typing import NamedTuple
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
-from bonsai_lora.api.call import BufferResponse, get_call
+from bonsai_lora.api.call import BufferResponse, HeaderLines, get_call
 from bonsai_lora.api.context import Context
+from bonsai_lora.api.door import PRIVATE, Door
 from bonsai_lora.api.middleware import Observer
+from bonsai_lora.api.scopes import scope_of
 from bonsai_lora.fast_lane.head import RequestHead, read_head
 
 _READ_BYTES = 1 << 18
@@ -42,6 +44,8 @@ class LaneRoute:
             piece[1:-1]: place for place, piece in enumerate(pieces) if piece.startswith("{")
         }
         self.endpoint = endpoint
+        self.need = scope_of("POST", path)
+        """The scope that the caller's key must have."""
         self.scope_route = SimpleNamespace(path=path)
         """Stands in for the framework's route in the scope; metrics read its `path`."""
 
@@ -91,6 +95,10 @@ class FastLane:
         assert len(self._routes) == len(routes), "ambiguous routes"
         self.batch = WriteBatch()
         self.context: Context = app.state.context
+        self.door: Door = app.state.door
+        self.more_headers: HeaderLines = (
+            [(b"cache-control", PRIVATE.encode())] if self.door.has_keys else []
+        )
         self.observer: Observer = app.state.observer
         self.read_buffer = memoryview(bytearray(_READ_BYTES))
         """Shared by all connections: each copies its bytes before the next one reads."""

@@ -28,6 +28,7 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.service.dora import norms_of
 from bonsai_lora.service.experts import check_experts
+from bonsai_lora.service.keys import Meter
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.storage.setfile import StoredSet
@@ -117,6 +118,8 @@ class Applier:
     bases: BaseFolder
     may_take_long: bool = False
     """Whether norms that are not cached may be computed: only in the long lane."""
+    meter: Meter | None = None
+    """Counts the caller's rows."""
 
     def apply(
         self,
@@ -136,8 +139,8 @@ class Applier:
         InvalidRequestError if `inputs` is empty, the errors of `check_experts`, `norms_of` and
         `reserve`,
         AdapterNotFoundError, ShapeMismatchError, TooManyRowsError, AnswerTooLargeError,
-        DoraNeedsBaseError, and UnsupportedAdapterError for a module whose bias is replaced, or a
-        DoRA module that is weighted or stacked.
+        DoraNeedsBaseError, RateLimitedError, and UnsupportedAdapterError for a module whose bias is
+        replaced, or a DoRA module that is weighted or stacked.
         """
         if not inputs:
             raise InvalidRequestError("the request has no inputs; send vectors for a module")
@@ -162,6 +165,8 @@ class Applier:
             for module, some in adapters.items()
         }
         reserve(4 * values)
+        if self.meter is not None:
+            self.meter.take_rows(sum(rows.values()))
         return {module: compute() for module, compute in planned.items()}
 
     def _plan(

@@ -25,9 +25,9 @@ from bonsai_lora.service.apply import (
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.models import MIXED, SHARED_INPUT, Model
 from bonsai_lora.service.sets import get_adapter
+from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.storage.regions import SharedRegions, Span
-from bonsai_lora.storage.store import SetStore
 from bonsai_lora.wire import json
 from bonsai_lora.wire.media import Form
 from bonsai_lora.wire.oip import (
@@ -50,7 +50,7 @@ MODULE_NANOSECONDS = 30_000
 class Inference:
     """Runs inference requests."""
 
-    store: SetStore
+    store: SetView
     regions: SharedRegions
 
     def infer(

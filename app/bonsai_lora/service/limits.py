@@ -10,7 +10,7 @@ from bonsai_lora.errors import (
     TooManyModulesError,
     TooManyRowsError,
 )
-from bonsai_lora.storage.store import SetStore
+from bonsai_lora.service.view import SetView
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +76,20 @@ class Limits:
                 limit=self.max_modules,
             )
 
-    def check_budget(self, store: SetStore, name: str, new_bytes: int) -> None:
+    def check_budget(self, store: SetView, name: str, new_bytes: int) -> None:
         """Raise MemoryBudgetError if all sets, with `name` at `new_bytes`, exceed the budget.
 
-        Sets that a newer release wrote count as much as their files.
+        Raises QuotaExceededError if those that the caller sees exceed its quota.
         """
-        held = sum(one.total_memory_bytes for one in store.records() if one.name != name)
-        held += sum(store.newer_files().values())
+        store.check_quota(name, new_bytes)
+        held = store.held_bytes(besides=name)
         if held + new_bytes > self.memory_budget_bytes:
+            known = {"held_bytes": held} if store.key.sees_all else {}
             raise MemoryBudgetError(
-                f"set {name!r} needs {new_bytes} bytes and the other sets hold {held}, but the "
-                f"budget is {self.memory_budget_bytes}; delete sets, or raise memory_budget_bytes",
+                f"set {name!r} needs {new_bytes} bytes and the other sets hold "
+                f"{known.get('held_bytes', 'the rest')}, but the budget is "
+                f"{self.memory_budget_bytes}; delete sets, or raise memory_budget_bytes",
                 needed_bytes=new_bytes,
-                held_bytes=held,
+                **known,
                 budget_bytes=self.memory_budget_bytes,
             )

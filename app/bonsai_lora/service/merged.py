@@ -8,8 +8,8 @@ from bonsai_lora.checkpoints.bases import Base, BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
 from bonsai_lora.errors import BaseNotFoundError, InvalidRequestError
 from bonsai_lora.formats.peft_options import BaseOptions
+from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.setfile import StoredSet
-from bonsai_lora.storage.store import SetStore
 
 _REMEMBERED = 32
 
@@ -20,16 +20,17 @@ WeightedSets = list[tuple[str, float]]
 class MergedModels:
     """Makes merged models of bases and sets, and caches the last ones while they are current."""
 
-    def __init__(self, bases: BaseFolder, store: SetStore) -> None:
+    def __init__(self, bases: BaseFolder) -> None:
         self._bases = bases
-        self._store = store
         self._known: OrderedDict[
             tuple[str, tuple[tuple[str, float], ...], str | None],
             tuple[Base, list[StoredSet], MergedModel],
         ] = OrderedDict()
 
-    def get(self, base_name: str, sets: WeightedSets, match: str | None = None) -> MergedModel:
-        """Return `base_name` with `sets` merged in, all at their current versions.
+    def get(
+        self, store: SetView, base_name: str, sets: WeightedSets, match: str | None = None
+    ) -> MergedModel:
+        """Return `base_name` with `sets` of `store` merged in, all at their current versions.
 
         `match` is the prefix of the tensor names that ambiguous paths mean. Raises
         BaseNotFoundError, SetNotFoundError, and the errors of MergedModel.
@@ -39,7 +40,7 @@ class MergedModels:
         except BaseNotFoundError:
             self._forget(base_name)
             raise
-        stored = [self._store.read(name) for name, _ in sets]
+        stored = [store.read(name) for name, _ in sets]
         key = (base_name, tuple(sets), match)
         known = self._known.get(key)
         if known is not None and known[0] is base and known[1] == stored:

@@ -9,9 +9,9 @@ import numpy as np
 
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.errors import VersionNotFoundError
+from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.counts import CountFile, Counts
 from bonsai_lora.storage.setfile import StoredSet
-from bonsai_lora.storage.store import SetStore
 from bonsai_lora.wire.stacks import SETS
 from bonsai_lora.wire.tensors import BASE_ENDING
 
@@ -51,9 +51,9 @@ class Model:
         return self.name, self.content, "" if self.stored is None else self.stored.record.updated_at
 
 
-def find_model(store: SetStore, name: str, version: str | None) -> Model:
-    """Return the model named `name`; raises SetNotFoundError, VersionNotFoundError."""
-    model = Model(name, None if name == MIXED else store.read(name))
+def model_of(name: str, stored: StoredSet | None, version: str | None) -> Model:
+    """Return the model of a set, or the mixed one; raises VersionNotFoundError."""
+    model = Model(name, stored)
     if version is not None and version != model.version:
         raise VersionNotFoundError(
             f"Request for unknown model: '{name}' version {version[:20]} is not found; request "
@@ -118,7 +118,7 @@ def config_of(model: Model) -> dict[str, Any]:
     }
 
 
-def list_models(store: SetStore) -> list[dict[str, str]]:
+def list_models(store: SetView) -> list[dict[str, str]]:
     """Return the repository index: every set is ready, even if it is not in memory yet."""
     in_memory = {one.record.name for one in store.open_sets()}
     sets = [

@@ -29,8 +29,8 @@ from bonsai_lora.formats.names import check_module_name, check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig, parse_config
 from bonsai_lora.service.budget import Budget, Reservation
 from bonsai_lora.service.limits import Limits
+from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
-from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.upload import ReceivedUpload, Upload
 
 Precondition = Callable[[SetRecord | None], None]
@@ -52,7 +52,7 @@ class Imported:
 
 
 def create_set(
-    store: SetStore,
+    store: SetView,
     limits: Limits,
     memory: Budget,
     name: str,
@@ -87,7 +87,7 @@ def create_set(
 
 
 def import_adapter(
-    store: SetStore,
+    store: SetView,
     limits: Limits,
     name: str,
     raw_config: bytes,
@@ -135,7 +135,7 @@ def import_adapter(
 
 
 def name_base(
-    store: SetStore, limits: Limits, name: str, base_model_name: str, precondition: Precondition
+    store: SetView, limits: Limits, name: str, base_model_name: str, precondition: Precondition
 ) -> StoredSet:
     """Change the name of the model that a set is for; raises SetNotFoundError."""
     with store.lock(name):
@@ -153,7 +153,7 @@ def name_base(
 
 
 def list_sets(
-    store: SetStore, *, limit: int, cursor: str | None, base_model_name: str | None
+    store: SetView, *, limit: int, cursor: str | None, base_model_name: str | None
 ) -> tuple[list[SetRecord], str | None]:
     """Return up to `limit` records after `cursor`, sorted by name, and the next cursor."""
     names = store.list_names()
@@ -171,7 +171,7 @@ def list_sets(
     return found, None
 
 
-def delete_set(store: SetStore, name: str, precondition: Precondition) -> None:
+def delete_set(store: SetView, name: str, precondition: Precondition) -> None:
     """Delete a set; raises SetNotFoundError and the errors of `precondition`."""
     with store.lock(name):
         precondition(store.read_record(name))
@@ -188,7 +188,7 @@ def get_adapter(stored: StoredSet, module: str) -> LoraAdapter:
 
 
 def put_new_adapter(
-    store: SetStore,
+    store: SetView,
     limits: Limits,
     memory: Budget,
     name: str,
@@ -213,7 +213,7 @@ def put_new_adapter(
 
 
 def put_weights(
-    store: SetStore,
+    store: SetView,
     limits: Limits,
     name: str,
     module: str,
@@ -241,7 +241,7 @@ def put_weights(
 
 
 def delete_adapter(
-    store: SetStore, limits: Limits, name: str, module: str, precondition: Precondition
+    store: SetView, limits: Limits, name: str, module: str, precondition: Precondition
 ) -> None:
     """Remove the adapter of `module` from a set, and the bias that it replaces."""
     with store.lock(name):
@@ -270,7 +270,7 @@ def export_config(stored: StoredSet) -> bytes:
 
 
 def _write(
-    store: SetStore,
+    store: SetView,
     limits: Limits,
     lora_set: BonsaiLoraSet,
     *,
@@ -311,7 +311,7 @@ def _refuse_beside_variants(present: StoredSet) -> None:
 
 
 def _put_adapter(
-    store: SetStore,
+    store: SetView,
     limits: Limits,
     name: str,
     module: str,
@@ -358,7 +358,7 @@ def _check_factors(tensors: Mapping[str, Array]) -> tuple[Array, Array]:
     return a_matrix, b_matrix
 
 
-def _refuse_existing(store: SetStore, name: str) -> None:
+def _refuse_existing(store: SetView, name: str) -> None:
     if _record_or_none(store, name) is not None:
         raise SetExistsError(
             f"a set named {name!r} already exists; DELETE /v1/sets/{name} first, or PUT a PEFT "
@@ -367,7 +367,7 @@ def _refuse_existing(store: SetStore, name: str) -> None:
         )
 
 
-def _record_or_none(store: SetStore, name: str) -> SetRecord | None:
+def _record_or_none(store: SetView, name: str) -> SetRecord | None:
     try:
         return store.read_record(name)
     except SetNotFoundError:

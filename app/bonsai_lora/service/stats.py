@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.setfile import SetRecord
-from bonsai_lora.storage.store import SetStore
 
 LARGEST_SETS = 100
 """Most sets that the store's statistics list."""
@@ -25,7 +25,7 @@ class StoreStats:
     largest: list[SetRecord]
 
 
-def store_stats(store: SetStore) -> StoreStats:
+def store_stats(store: SetView) -> StoreStats:
     """Return the statistics of all sets."""
     records = store.records()
     return StoreStats(

@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from bonsai_lora.errors import (
+    BonsaiLoraError,
     BusyError,
     InvalidRequestError,
     RegionNotFoundError,
@@ -71,11 +73,24 @@ class Span:
         )
 
 
-class SharedRegions:
-    """The regions of a service. Thread-safe; with `folder` None, every method is refused."""
+def _disabled() -> BonsaiLoraError:
+    return UnsupportedFeatureError(
+        "shared memory is disabled; start the service with --shared-memory"
+    )
 
-    def __init__(self, folder: Path | None) -> None:
+
+class SharedRegions:
+    """The regions of a service. Thread-safe.
+
+    With `folder` None, every method raises the error of `refusal`: by default, that shared memory
+    is disabled.
+    """
+
+    def __init__(
+        self, folder: Path | None, refusal: Callable[[], BonsaiLoraError] = _disabled
+    ) -> None:
         self._folder = folder
+        self._refusal = refusal
         self._open: dict[str, tuple[tuple[int, int], Region, _File]] = {}
         if folder is not None:
             folder.mkdir(exist_ok=True)
@@ -225,9 +240,7 @@ class SharedRegions:
 
     def _require_on(self) -> Path:
         if self._folder is None:
-            raise UnsupportedFeatureError(
-                "shared memory is disabled; start the service with --shared-memory"
-            )
+            raise self._refusal()
         return self._folder
 
 

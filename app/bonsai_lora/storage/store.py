@@ -50,6 +50,12 @@ from bonsai_lora.storage.verify import OnPiece, verify_set_file
 
 _SUFFIX = ".safetensors"
 _LOCKS = 64
+_SIZE = 3
+"""Place of a file's length in its identity."""
+_QUICK_BYTES = 1 << 20
+"""A file up to this length is opened in milliseconds, whatever is in it."""
+_QUICK_HEADER_BYTES = 1 << 16
+"""A longer one is, with a header up to this length."""
 _LEFTOVER_SECONDS = 60
 _UNREADABLE = (BonsaiLoraError, LookupError, ValueError, TypeError, AttributeError, RecursionError)
 """Exceptions that reading a foreign or damaged file may raise."""
@@ -115,6 +121,14 @@ class SetStore:
             self.forget(gone)
         return found
 
+    def held_bytes(self, besides: str) -> int:
+        """Return the size in bytes of all sets but one, as float32.
+
+        Sets that a newer release wrote count as much as their files.
+        """
+        held = sum(one.total_memory_bytes for one in self.records() if one.name != besides)
+        return held + sum(self.newer_files().values())
+
     def read_record(self, name: str) -> SetRecord:
         """Return the record of a set; raises SetNotFoundError, NewerFormatError."""
         identity = self._identity(name)
@@ -143,6 +157,25 @@ class SetStore:
         if self.on_open is not None:
             self.on_open(opened.record)
         return opened
+
+    def read_quickly(self, name: str) -> StoredSet | None:
+        """Return `read(name)`, or None if it is not open and opening it may take long.
+
+        It does if the file has a long header, or if all of it has to be checked first.
+        """
+        identity = self._identity(name)
+        known = self._open.get(name)
+        if known is None or known[0] != identity:
+            size = identity[_SIZE]
+            if size > _QUICK_BYTES and not self._opens_quickly(name):
+                return None
+        return self.read(name)
+
+    def _opens_quickly(self, name: str) -> bool:
+        if name in self._suspects or self.read_record(name).digest is None:
+            return False
+        with _storage_errors(), self._path(name).open("rb") as file:
+            return int.from_bytes(file.read(8), "little") <= _QUICK_HEADER_BYTES
 
     def verify(self, name: str, on_piece: OnPiece | None = None) -> SetRecord:
         """Read the file of a set, and move it aside if its tensors are not what was written.

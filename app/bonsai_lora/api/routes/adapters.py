@@ -13,6 +13,7 @@ from bonsai_lora.api.body import body_form, parse_model, read_body
 from bonsai_lora.api.conditions import precondition
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, ModuleName, SetName
+from bonsai_lora.api.described import described
 from bonsai_lora.api.openapi import (
     STORE_ERRORS,
     TENSOR_ERRORS,
@@ -47,16 +48,19 @@ _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
     "/v1/sets/{set}/adapters",
     operation_id="list_adapters",
     summary="List the adapters of a set",
+    response_model=schemas.AdapterList,
     responses=sends(200, "ETag") | problems(errors.SetNotFoundError),
 )
-async def list_adapters(
-    response: Response, context: ContextDep, name: SetName
-) -> schemas.AdapterList:
+async def list_adapters(context: ContextDep, name: SetName) -> Response:
     """Adapters are listed in the order in which they were added."""
-    stored = context.store.read(name)
-    response.headers["ETag"] = stored.record.etag
-    adapters = stored.lora_set.registry.adapters.items()
-    return schemas.AdapterList(adapters=[schemas.ModuleInfo.of(*item) for item in adapters])
+    stored = await context.open(name)
+    adapters = stored.lora_set.registry.adapters
+
+    def describe() -> schemas.AdapterList:
+        modules = [schemas.ModuleInfo.of(*item) for item in adapters.items()]
+        return schemas.AdapterList(adapters=modules)
+
+    return await described(context, describe, len(adapters), {"ETag": stored.record.etag})
 
 
 @router.get(
@@ -69,7 +73,7 @@ async def get_adapter(
     response: Response, context: ContextDep, name: SetName, module: ModuleName
 ) -> schemas.ModuleInfo:
     """Returns the adapter's dimensions, rank, scaling and size, without its weights."""
-    stored = context.store.read(name)
+    stored = await context.open(name)
     response.headers["ETag"] = stored.record.etag
     return schemas.ModuleInfo.of(module, sets.get_adapter(stored, module))
 

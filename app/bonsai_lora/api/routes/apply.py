@@ -65,7 +65,7 @@ async def apply_one(call: CallDep, name: SetName, module: ModuleName) -> BufferR
     I32 or I64 tensor) is the number of the expert of each row.
     """
     context = call.context
-    stored = context.store.read(name)
+    stored = await context.open(name)
     adapter = get_adapter(stored, module)
     options = read_options(call, APPLY_OPTIONS, ApplyOptions.of)
 
@@ -105,7 +105,7 @@ async def apply_many(call: CallDep, name: SetName) -> BufferResponse:
     path's own set to give it a weight too.
     """
     context = call.context
-    stored = context.store.read(name)
+    stored = await context.open(name)
     options = read_options(call, APPLY_MANY_OPTIONS, ApplyOptions.of)
 
     def compute(body: Buffer, applier: Applier) -> Sequence[Buffer]:

@@ -47,7 +47,7 @@ async def _merged_model(
     match: Match = None,
 ) -> MergedModel:
     sets = weighted_sets(name, scale, others or [], weights or [])
-    return await context.long.run(lambda: context.models.get(base, sets, match))
+    return await context.long.run(lambda: context.models.get(context.store, base, sets, match))
 
 
 Merged = Annotated[MergedModel, Depends(_merged_model)]

@@ -21,6 +21,7 @@ from bonsai_lora.api.merged_file import StreamedFile
 from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
 from bonsai_lora.service import sets
+from bonsai_lora.service.keys import ANYONE
 from bonsai_lora.service.merged import weighted_sets
 from bonsai_lora.storage.setfile import SetRecord
 
@@ -105,7 +106,7 @@ async def list_models(
                 continue
             try:
                 found.append((await _repo(context, owner, name, "main")).info())
-            except (HubError, errors.NewerFormatError):
+            except (HubError, errors.UnauthenticatedError, errors.NewerFormatError):
                 continue
             if len(found) == min(limit, 1000):
                 return found
@@ -159,15 +160,16 @@ async def commits(context: ContextDep, owner: str, name: str, revision: str) -> 
 
 @router.get("/api/models/{owner}/{name}/auth-check")
 async def auth_check(context: ContextDep, owner: str, name: str) -> Response:
-    """Return 200 if the repository exists: whoever reaches the service may read it."""
+    """Return 200 if the repository exists for the caller, who may then read it."""
     await _repo(context, owner, name, "main")
     return _json({})
 
 
 @router.get("/api/whoami-v2")
-async def whoami() -> Response:
-    """Return an anonymous user: the service has no accounts and ignores the token."""
-    name = "anonymous"
+async def whoami(context: ContextDep) -> Response:
+    """Return the key as a user. Without keys, there are no accounts, and the token is ignored."""
+    key = context.store.key
+    name = "anonymous" if key is ANYONE else key.id
     return _json({"type": "user", "id": name, "name": name, "fullname": name, "orgs": []})
 
 
@@ -177,7 +179,10 @@ async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo
     try:
         repo = await context.long.run(lambda: make(context, owner, name))
     except (errors.NotFoundError, errors.InvalidError) as error:
-        raise HubError("RepoNotFound", error.detail) from None
+        if context.store.key.sees_all:
+            raise HubError("RepoNotFound", error.detail) from None
+        # As the Hub answers for what a token does not see, whether it exists or not.
+        raise errors.UnauthenticatedError(error.detail) from None
     version = str(repo.record.version)
     if revision not in ("main", version, repo.commit):
         raise HubError(
@@ -201,7 +206,7 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
 
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
     record = context.store.read(name).record
-    model = context.models.get(owner, weighted_sets(name, 1.0, [], []))
+    model = context.models.get(context.store, owner, weighted_sets(name, 1.0, [], []))
     if model.etags != [record.etag]:  # changed between the two reads
         return _merged_repo(context, owner, name)
     files: dict[str, RangedFile] = {}

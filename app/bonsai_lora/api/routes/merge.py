@@ -60,7 +60,7 @@ async def merge_weights(
     """Takes W (d_out, d_in) and returns W + scaling · B·A in the same form and dtype, streamed in
     constant memory. The sum is computed in float32 and rounded once, to nearest even.
     """
-    stored = context.store.read(name)
+    stored = await context.open(name)
     adapter = stored_adapter(stored, module)
     check_no_replaced_bias(stored, module)
     form = body_form(request, _FORMS)

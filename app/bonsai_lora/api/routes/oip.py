@@ -33,11 +33,11 @@ from bonsai_lora.api.options import (
     parameters,
     read_options,
 )
-from bonsai_lora.errors import BonsaiLoraError, UnsupportedFeatureError
+from bonsai_lora.errors import BonsaiLoraError, ForbiddenError, UnsupportedFeatureError
 from bonsai_lora.service import models
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.infer import cost_of_inference, raw_request
-from bonsai_lora.service.models import MIXED, MIXED_VERSION, Model, find_model
+from bonsai_lora.service.models import MIXED, MIXED_VERSION, Model, model_of
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.compress import MOST_EXPANSION, compress, decompress
@@ -90,8 +90,13 @@ _INFER_EXTRA = request_body(
 _INFER_RESPONSES = tensor_responses(oip_schemas.InferResponse, Form.RAW) | oip_errors(400, 404, 503)
 
 
-def _find(request: Request, context: ContextDep, model: ModelPath) -> Model:
-    return find_model(context.store, model, request.path_params.get("version"))
+async def _find_model(context: Context, name: str, version: str | None) -> Model:
+    """Return a model; raises SetNotFoundError, VersionNotFoundError."""
+    return model_of(name, None if name == MIXED else await context.open(name), version)
+
+
+async def _find(request: Request, context: ContextDep, model: ModelPath) -> Model:
+    return await _find_model(context, model, request.path_params.get("version"))
 
 
 ModelDep = Annotated[Model, Depends(_find)]
@@ -187,6 +192,10 @@ async def get_model_statistics(context: ContextDep, model: ModelDep) -> oip_sche
     """Totals over all workers since the service started or the set last changed; durations in
     nanoseconds.
     """
+    if model.stored is None and not context.store.key.sees_all:
+        raise ForbiddenError(
+            f"the statistics of model {MIXED!r} cover the sets of all keys; use a key for all names"
+        )
     return await anyio.to_thread.run_sync(
         _statistics, context, [(model.name, model.version, model.content)]
     )
@@ -207,7 +216,7 @@ async def infer(call: CallDep, model: ModelPath) -> BufferResponse:
     parameter `scale` multiplies the whole delta. Binary data, compression and shared memory work as
     in Triton.
     """
-    return await _infer(call, find_model(call.context.store, model, None))
+    return await _infer(call, await _find_model(call.context, model, None))
 
 
 @router.post(
@@ -220,7 +229,7 @@ async def infer(call: CallDep, model: ModelPath) -> BufferResponse:
 )
 async def infer_version(call: CallDep, model: ModelPath, version: VersionPath) -> BufferResponse:
     """Like inference without a version, but 404 if the set has a different version now."""
-    return await _infer(call, find_model(call.context.store, model, version))
+    return await _infer(call, await _find_model(call.context, model, version))
 
 
 async def _infer(call: Call, model: Model) -> BufferResponse:
@@ -354,7 +363,8 @@ async def _read_optional(request: Request, model: type[BaseModel]) -> Any:
 def _all_statistics(context: Context) -> oip_schemas.ModelStatistics:
     records = context.store.records()
     found = [(one.name, str(one.version), one.etag) for one in records]
-    return _statistics(context, [*found, (MIXED, MIXED_VERSION, MIXED)])
+    mixed = [(MIXED, MIXED_VERSION, MIXED)] if context.store.key.sees_all else []
+    return _statistics(context, [*found, *mixed])
 
 
 def _statistics(context: Context, found: list[tuple[str, str, str]]) -> oip_schemas.ModelStatistics:

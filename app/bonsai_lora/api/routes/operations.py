@@ -1,6 +1,7 @@
 """Health probes and metrics."""
 
 import os
+from typing import Any
 
 import anyio.to_thread
 from fastapi import APIRouter, Response
@@ -25,18 +26,25 @@ async def get_health() -> schemas.Health:
     "/readyz",
     operation_id="get_readiness",
     summary="Is the store readable?",
+    response_model_exclude_unset=True,
     responses=problems(errors.BusyError),
 )
 async def get_readiness(context: ContextDep) -> schemas.Readiness:
     """Also reports what needs a person: files that could not be read, sets that a newer release
-    wrote, a read-only store, and a folder of bases that does not exist.
+    wrote, a read-only store, and a folder of bases that does not exist. Files are named only if the
+    service needs no keys.
     """
     store, bases = context.store, context.settings.bases
-    records = await anyio.to_thread.run_sync(store.records)
+    totals = await anyio.to_thread.run_sync(store.totals)
+    names: dict[str, Any] = {}
+    if store.key.sees_all:
+        names = {"bad_files": store.bad_files(), "newer_files": list(store.newer_files())}
     return schemas.Readiness(
-        sets=len(records),
-        bad_files=store.bad_files(),
-        newer_files=list(store.newer_files()),
+        status="ready",
+        sets=totals.sets,
+        bad_file_count=totals.bad_files,
+        newer_file_count=totals.newer_files,
+        **names,
         store_writable=store.is_writable(),
         bases_readable=os.access(bases, os.R_OK | os.X_OK) if bases else None,
     )

@@ -10,7 +10,9 @@ from bonsai_lora import errors
 from bonsai_lora.api import schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.conditions import not_modified, precondition
+from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName
+from bonsai_lora.api.described import described
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
@@ -25,9 +27,10 @@ from bonsai_lora.api.ranges import BytesFile, file_response
 from bonsai_lora.api.uploads import CONFIG_PART, MODEL_PART, receive_adapter
 from bonsai_lora.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, layered
 from bonsai_lora.formats.experts import ExpertLayout
-from bonsai_lora.formats.names import SET_NAME_PATTERN, check_set_name
+from bonsai_lora.formats.names import SET_NAME_PATTERN
 from bonsai_lora.service import sets
 from bonsai_lora.service.budget import Reservation
+from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.upload import Upload
 from bonsai_lora.wire.media import Form
 
@@ -74,7 +77,7 @@ _UPLOAD_BODY = {
         errors.TooManyModulesError,
     ),
 )
-async def create_set(request: Request, response: Response, context: ContextDep) -> schemas.SetInfo:
+async def create_set(request: Request, context: ContextDep) -> Response:
     """Creates adapters with A uniform and B zero, so that they change nothing before training, or
     an empty set.
     """
@@ -93,9 +96,20 @@ async def create_set(request: Request, response: Response, context: ContextDep) 
             shapes,
         )
         stored = await context.long.run(make)
-    response.headers["Location"] = f"/v1/sets/{wanted.name}"
-    response.headers["ETag"] = stored.record.etag
-    return schemas.SetInfo.of(stored)
+    return await _info(context, stored, 201)
+
+
+async def _info(context: Context, stored: StoredSet, status: int = 200) -> Response:
+    make = partial(schemas.SetInfo.of, stored)
+    headers = _headers_of(context, stored, status)
+    return await described(context, make, stored.record.adapter_count, headers, status)
+
+
+def _headers_of(context: Context, stored: StoredSet, status: int) -> dict[str, str]:
+    headers = {"ETag": stored.record.etag}
+    if status == 201:
+        headers["Location"] = f"{context.settings.root_path}/v1/sets/{stored.record.name}"
+    return headers
 
 
 def _check_not_an_upload(request: Request) -> None:
@@ -147,16 +161,13 @@ async def list_sets(
     responses=extra_response(304, "not modified: If-None-Match names the current ETag")
     | problems(errors.SetNotFoundError),
 )
-async def get_set(
-    request: Request, response: Response, context: ContextDep, name: SetName
-) -> schemas.SetInfo | Response:
+async def get_set(request: Request, context: ContextDep, name: SetName) -> Response:
     """Returns the set's configuration and modules, without its weights."""
-    stored = context.store.read(name)
+    stored = await context.open(name)
     etag = stored.record.etag
     if not_modified(request, etag):
         return Response(status_code=304, headers={"ETag": etag})
-    response.headers["ETag"] = etag
-    return schemas.SetInfo.of(stored)
+    return await _info(context, stored)
 
 
 @router.put(
@@ -188,7 +199,6 @@ async def get_set(
 )
 async def upload_set(
     request: Request,
-    response: Response,
     context: ContextDep,
     name: SetName,
     base_model_name: Annotated[
@@ -199,11 +209,11 @@ async def upload_set(
         ExpertLayout | None,
         Query(description="column order of B for fused experts; PEFT writes rank_major"),
     ] = None,
-) -> schemas.ImportReport:
+) -> Response:
     """Creates or replaces the set atomically. An adapter that cannot be applied exactly is refused
     with the reason. The parts may also be named after the files they contain.
     """
-    check_set_name(name)
+    context.store.check_name(name)
     with (
         context.long.admit(),
         context.store.new_file() as file,
@@ -224,11 +234,14 @@ async def upload_set(
             expert_layout=expert_b_layout,
         )
         imported = await context.long.run(make)
-    response.status_code = 201 if imported.created else 200
-    response.headers["ETag"] = imported.stored.record.etag
-    if imported.created:
-        response.headers["Location"] = f"/v1/sets/{name}"
-    return schemas.ImportReport.of(imported)
+    stored, status = imported.stored, 201 if imported.created else 200
+    return await described(
+        context,
+        partial(schemas.ImportReport.of, imported),
+        stored.record.adapter_count,
+        _headers_of(context, stored, status),
+        status,
+    )
 
 
 @router.patch(
@@ -245,9 +258,7 @@ async def upload_set(
         errors.PreconditionFailedError,
     ),
 )
-async def change_set(
-    request: Request, response: Response, context: ContextDep, name: SetName
-) -> schemas.SetInfo:
+async def change_set(request: Request, context: ContextDep, name: SetName) -> Response:
     """The weights stay; the set gets its next version, and its exported configuration the name."""
     with context.long.admit():
         wanted = await read_model(request, schemas.PatchSet)
@@ -260,8 +271,7 @@ async def change_set(
             precondition(request),
         )
         stored = await context.long.run(change)
-    response.headers["ETag"] = stored.record.etag
-    return schemas.SetInfo.of(stored)
+    return await _info(context, stored)
 
 
 @router.delete(
@@ -292,7 +302,7 @@ _FILE_ERRORS = (errors.SetNotFoundError, errors.RangeNotSatisfiableError, errors
 @router.head("/v1/sets/{set}/adapter_config.json", include_in_schema=False)
 async def get_adapter_config(request: Request, context: ContextDep, name: SetName) -> Response:
     """Put it in a folder with `adapter_model.safetensors`, and `peft` loads the folder."""
-    stored = context.store.read(name)
+    stored = await context.open(name)
     # The ETag must differ per file: Hub clients name cached files by it.
     etag = f'{stored.record.etag[:-1]}-config"'
     file = BytesFile(memoryview(sets.export_config(stored)), etag, Form.JSON.value)
@@ -309,7 +319,7 @@ async def get_adapter_config(request: Request, context: ContextDep, name: SetNam
 @router.head("/v1/sets/{set}/adapter_model.safetensors", include_in_schema=False)
 async def get_adapter_model(request: Request, context: ContextDep, name: SetName) -> Response:
     """Uploaded tensors keep their dtype and are returned bit for bit."""
-    stored = context.store.read(name)
+    stored = await context.open(name)
     file = BytesFile(stored.file, stored.record.etag, Form.BINARY.value)
     return file_response(request, file, context.long)
 

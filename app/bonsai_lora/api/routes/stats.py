@@ -38,7 +38,7 @@ async def get_set_stats(
     """Returns parameter counts, and the norm and effective rank of each delta, computed from r x r
     Gram matrices.
     """
-    stored = context.store.read(name)
+    stored = await context.open(name)
     with context.long.admit():
         # One module at a time, so that other work can run in between.
         adapters = stored.lora_set.registry.adapters

@@ -1,0 +1,175 @@
+"""Who comes in: the one check of every request, which FastAPI and the fast lane both call."""
+
+import base64
+import binascii
+import time
+from collections.abc import Mapping
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Any, NamedTuple
+
+from bonsai_lora.api.browsers import check_host, check_origin
+from bonsai_lora.api.context import Context
+from bonsai_lora.api.keys_file import WatchedKeys
+from bonsai_lora.api.scopes import OPEN, Need, is_health
+from bonsai_lora.errors import UnauthenticatedError
+from bonsai_lora.service.keys import ANYONE, NOBODY, Key, Meter, missing_scope
+from bonsai_lora.settings import Settings
+
+_REMEMBERED = 1024
+"""Most callers and hosts to remember by the bytes of their headers."""
+
+PRIVATE = "private"
+"""Cache-Control of answers to callers with keys."""
+
+Headers = Mapping[bytes, bytes]
+"""Values by lower-case name."""
+
+
+class Peer(NamedTuple):
+    """The other end of a connection."""
+
+    is_local: bool
+    """Whether it came through a Unix socket, whose file permissions decide who connects."""
+    is_proxy: bool
+    """Whether its X-Forwarded headers are true."""
+
+
+class Caller:
+    """A key in use: its meter, and a context for each scope."""
+
+    def __init__(self, key: Key, meter: Meter, base: Context) -> None:
+        self.key = key
+        self.meter = meter
+        self._base = base
+        self._contexts: dict[Need, Context] = {}
+        self.log_id = key.id if key.digest else None
+        """Id of the key; None for anyone and nobody."""
+
+    def context(self, need: Need) -> Context:
+        """Return the context for a call that needs the scope `need`; raises ForbiddenError."""
+        found = self._contexts.get(need)
+        if found is None:
+            if need != OPEN and need not in self.key.scopes:
+                raise missing_scope(self.key, need)
+            scope = "read" if need == OPEN else need
+            found = self._contexts[need] = self._base.seen_by(self.key, scope, self.meter)
+        return found
+
+
+class Door:
+    """Finds the caller of each request, and refuses those that may not come in."""
+
+    def __init__(self, settings: Settings, base: Context) -> None:
+        """Read the keys; raises KeysFileError."""
+        self._allowed = frozenset(one.lower() for one in settings.allowed_hosts)
+        self._origins = frozenset(settings.cors_origins)
+        self._proxies = [ip_network(one) for one in settings.trusted_proxies]
+        self._base = base
+        self._share = 1 / settings.workers
+        self._keys: WatchedKeys | None = None
+        if settings.keys_file is not None:
+            self._keys = WatchedKeys(settings.keys_file, base.metrics.keys_file_errors.inc)
+        self.visitor = self._caller(NOBODY if self._keys else ANYONE)
+        """The caller of what is open to everybody."""
+        self._by_header: dict[bytes, Caller] = {}
+        self._by_id: dict[str, Caller] = {}
+        self._hosts: set[bytes] = set()
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether calls need a key."""
+        return self._keys is not None
+
+    def peer_of(self, server: Any, client: Any) -> Peer:
+        """Return the peer of a connection, given the addresses of an ASGI scope."""
+        is_local = server is not None and server[1] is None
+        return Peer(is_local, is_local or (client is not None and self._is_proxy(client[0])))
+
+    def _is_proxy(self, host: str) -> bool:
+        try:
+            address: IPv4Address | IPv6Address = ip_address(host)
+        except ValueError:
+            return False
+        return any(address in network for network in self._proxies)
+
+    def admit(self, path: str, headers: Headers, peer: Peer) -> Caller:
+        """Return the caller of a POST without an Origin, which the fast lane serves.
+
+        Raises the errors of `check_site` and `identify`.
+        """
+        self.check_site("POST", path, headers, peer)
+        return self.identify(headers)
+
+    def check_site(self, method: str, path: str, headers: Headers, peer: Peer) -> None:
+        """Refuse what a web page of a different site may have sent.
+
+        Raises MisdirectedRequestError, CrossSiteError, UnsupportedMediaTypeError.
+        """
+        host = headers.get(b"host", b"")
+        if peer.is_proxy and b"x-forwarded-host" in headers:
+            host = headers[b"x-forwarded-host"].rpartition(b",")[2].strip()
+        if not (self._keys or peer.is_local or host in self._hosts or is_health(path)):
+            check_host(host, self._allowed)
+            if len(self._hosts) >= _REMEMBERED:
+                self._hosts.clear()
+            self._hosts.add(host)
+        if b"origin" in headers:
+            check_origin(method, path, headers, host, self._origins)
+
+    def identify(self, headers: Headers) -> Caller:
+        """Return the caller, and count the request; raises UnauthenticatedError, RateLimitedError.
+
+        Without keys, it is anyone. Costs a look-up by the header's bytes for a key seen before.
+        """
+        if self._keys is None:
+            return self.visitor
+        if self._keys.is_changed():
+            self._by_header.clear()
+            kept = self._by_id.keys() & self._keys.ring.keys
+            self._by_id = {number: self._by_id[number] for number in kept}
+        header = headers.get(b"authorization", b"")
+        caller = self._by_header.get(header) or self._authenticate(header)
+        if caller.key.expires_at <= time.time():
+            raise UnauthenticatedError(
+                f"the key {caller.key.id!r} has expired; ask the operator for a new one"
+            )
+        caller.meter.take_request()
+        return caller
+
+    def _authenticate(self, header: bytes) -> Caller:
+        assert self._keys is not None
+        token = _token_of(header)
+        key = None if token is None else self._keys.ring.find(token)
+        if key is None:
+            raise UnauthenticatedError(
+                "the key is unknown; check it, or ask the operator for one"
+                if token
+                else "the request has no key; send it as Authorization: Bearer KEY"
+            )
+        known = self._by_id.get(key.id)
+        if known is None or known.key is not key:
+            self._by_id[key.id] = known = self._caller(key, known)
+        if len(self._by_header) >= _REMEMBERED:
+            self._by_header.clear()
+        self._by_header[header] = known
+        return known
+
+    def _caller(self, key: Key, before: Caller | None = None) -> Caller:
+        """Return the caller for `key`, which goes on with what it has used of the same rates."""
+        is_same = before is not None and before.key.rates == key.rates
+        meter = before.meter if before and is_same else Meter(key, self._share)
+        return Caller(key, meter, self._base)
+
+
+def _token_of(header: bytes) -> bytes | None:
+    """Return the key of an Authorization header: a bearer's, or the password of Basic."""
+    scheme, _, value = header.partition(b" ")
+    value = value.strip()
+    if scheme.lower() == b"bearer":
+        return value
+    if scheme.lower() != b"basic":
+        return None
+    try:
+        return base64.b64decode(value, validate=True).partition(b":")[2]
+    except binascii.Error:
+        return None

@@ -1,0 +1,186 @@
+"""What a caller sees of the store: the one place where a name becomes a set.
+
+Routes and use cases have a `SetView` and nothing else of the store, so every name that comes in (by
+path, body, metadata, query, tensor or cursor) and every name that goes out passes through it.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.errors import NameNotYoursError, QuotaExceededError, SetNotFoundError
+from bonsai_lora.formats.names import check_set_name
+from bonsai_lora.service.keys import ANYONE, Key, Scope, may
+from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.store import SetStore
+from bonsai_lora.storage.upload import ReceivedUpload
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """Numbers of sets and files, which are the same for every caller."""
+
+    sets: int
+    bad_files: int
+    newer_files: int
+
+
+class SetView:
+    """The sets that `key` may use for `scope`. Thread-safe.
+
+    A name that is not the key's does not exist (SetNotFoundError), but to write to it is refused
+    (NameNotYoursError). The methods are those of `SetStore`, and raise its errors too.
+    """
+
+    def __init__(self, store: SetStore, key: Key = ANYONE, scope: Scope = "read") -> None:
+        self._store = store
+        self.key = key
+        self._scope = scope
+        self.temporary: Path = store.temporary
+
+    def seen_by(self, key: Key, scope: Scope) -> "SetView":
+        """Return the same store as another caller sees it."""
+        return SetView(self._store, key, scope)
+
+    def check_name(self, name: str) -> None:
+        """Raise InvalidNameError, or an error of this class, if `name` cannot be written to."""
+        check_set_name(name)
+        self._check(name)
+
+    def _check(self, name: str) -> None:
+        if may(self.key, self._scope, name):
+            return
+        if self._scope == "write":
+            starts = " or ".join(map(repr, self.key.prefixes)) or "a prefix of a different key"
+            raise NameNotYoursError(
+                f"the key {self.key.id!r} may not write to {name[:100]!r}; use a name that starts "
+                f"with {starts}",
+                key=self.key.id,
+                set=name,
+                expected=list(self.key.prefixes),
+            )
+        raise SetNotFoundError(name)
+
+    def read(self, name: str) -> StoredSet:
+        """Return the current version of a set."""
+        self._check(name)
+        return self._store.read(name)
+
+    def read_quickly(self, name: str) -> StoredSet | None:
+        """Return the current version of a set, or None if that would take long."""
+        self._check(name)
+        return self._store.read_quickly(name)
+
+    def read_record(self, name: str) -> SetRecord:
+        """Return the record of a set."""
+        self._check(name)
+        return self._store.read_record(name)
+
+    def list_names(self) -> list[str]:
+        """Return the names of the caller's sets, sorted."""
+        return [name for name in self._store.list_names() if self.key.owns(name)]
+
+    def records(self) -> list[SetRecord]:
+        """Return the records of the caller's sets, sorted by name."""
+        return [one for one in self._store.records() if self.key.owns(one.name)]
+
+    def open_sets(self) -> list[StoredSet]:
+        """Return the caller's sets that this process has open."""
+        return [one for one in self._store.open_sets() if self.key.owns(one.record.name)]
+
+    def newer_files(self) -> dict[str, int]:
+        """Return the sizes in bytes, by set name, of the caller's files of a newer release."""
+        return self._own(self._store.newer_files())
+
+    def bad_files(self) -> dict[str, str]:
+        """Return the reasons, by set name, of the caller's unreadable files."""
+        return self._own(self._store.bad_files())
+
+    def _own(self, found: Mapping[str, T]) -> dict[str, T]:
+        return {name: value for name, value in found.items() if self.key.owns(name)}
+
+    def totals(self) -> Totals:
+        """Return the numbers of all sets and files, whoever asks."""
+        store = self._store
+        records = store.records()
+        return Totals(len(records), len(store.bad_files()), len(store.newer_files()))
+
+    def is_writable(self) -> bool:
+        """Return whether the store can be changed, whoever asks."""
+        return self._store.is_writable()
+
+    def held_bytes(self, besides: str) -> int:
+        """Return the size of all sets but one, whoever asks: they share the memory budget."""
+        return self._store.held_bytes(besides)
+
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        """Hold the lock to change `name`."""
+        self._check(name)
+        return self._store.lock(name)
+
+    def lock_all(self) -> AbstractContextManager[None]:
+        """Hold the lock to change the total of all sets."""
+        return self._store.lock_all()
+
+    def check_quota(self, name: str, new_bytes: int) -> None:
+        """Raise QuotaExceededError if the caller's sets, with `name` at `new_bytes`, exceed it."""
+        quota = self.key.quota
+        if quota.sets is None and quota.bytes is None:
+            return
+        others = [one for one in self.records() if one.name != name]
+        count, held = len(others) + 1, sum(one.total_memory_bytes for one in others)
+        if quota.sets is not None and count > quota.sets:
+            raise QuotaExceededError(
+                f"the key's prefixes have {len(others)} sets, and its quota is "
+                f"{quota.sets}; delete sets, or use another key",
+                got=count,
+                limit=quota.sets,
+            )
+        if quota.bytes is not None and held + new_bytes > quota.bytes:
+            raise QuotaExceededError(
+                f"set {name!r} needs {new_bytes} bytes and the other sets under the key's prefixes "
+                f"hold {held}, but its quota is {quota.bytes}; delete sets, or use another key",
+                needed_bytes=new_bytes,
+                held_bytes=held,
+                limit_bytes=quota.bytes,
+            )
+
+    def write(
+        self,
+        lora_set: BonsaiLoraSet,
+        *,
+        origin: str,
+        now: str,
+        previous: SetRecord | None,
+        adapter_config: Mapping[str, Any] | None = None,
+        received: tuple[ReceivedUpload, Mapping[str, str]] | None = None,
+    ) -> StoredSet:
+        """Write `lora_set` durably as the next version of its name, and return it opened."""
+        self._check(lora_set.adapter_name)
+        return self._store.write(
+            lora_set,
+            origin=origin,
+            now=now,
+            previous=previous,
+            adapter_config=adapter_config,
+            received=received,
+        )
+
+    def new_file(self) -> AbstractContextManager[BinaryIO]:
+        """Create a temporary file on the store's file system; it is removed on exit."""
+        return self._store.new_file()
+
+    def delete(self, name: str) -> None:
+        """Delete a set durably."""
+        self._check(name)
+        self._store.delete(name)
+
+    def forget(self, name: str) -> None:
+        """Release this process's state of a set; it is read again on next use."""
+        self._check(name)
+        self._store.forget(name)

@@ -1,0 +1,73 @@
+"""HTTPS, and a path prefix that a proxy removes."""
+
+import ssl
+
+import httpx
+import pytest
+from conftest import DATA, TINY, serving, upload
+from test_command import own_logging, running
+
+from bonsai_lora.api.app import create_app
+from bonsai_lora.cli.main import main
+from bonsai_lora.settings import Settings
+
+assert own_logging  # for the tests that run serve in this process
+
+CERTIFICATE, KEY = DATA / "tls" / "cert.pem", DATA / "tls" / "key.pem"
+
+
+@pytest.mark.parametrize("lane", ["auto", "off"])
+def test_https(tmp_path, lane):
+    flags = ["--tls-cert", str(CERTIFICATE), "--tls-key", str(KEY), "--fast-lane", lane]
+    with running("--store", str(tmp_path), *flags) as (address, _):
+        assert address.startswith("https://127.0.0.1:")
+        trusted = ssl.create_default_context(cafile=str(CERTIFICATE))
+        with httpx.Client(base_url=address, verify=trusted) as client:
+            assert upload(client, "plain", TINY / "plain").status_code == 201
+            for rows in (1, 2000):  # the second is long: 1.2 MB of JSON there, 2.5 MB back
+                body = {"inputs": [[0.5] * 64] * rows}
+                path = "/v1/sets/plain/adapters/model.layers.0.self_attn.q_proj/apply"
+                answer = client.post(path, json=body)
+                assert len(answer.json()["outputs"]) == rows
+            own = {"Origin": address}
+            assert client.delete("/v1/sets/plain", headers=own).status_code == 204
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(address)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--tls-cert", CERTIFICATE], "give both or neither"),
+        (["--tls-key", KEY], "give both or neither"),
+        (["--tls-cert", CERTIFICATE, "--tls-key", "absent.pem"], "cannot be used"),
+        (["--tls-cert", KEY, "--tls-key", KEY], "cannot be used"),
+        (["--tls-cert", CERTIFICATE, "--tls-key", KEY, "--uds", "x.sock"], "is for a port"),
+    ],
+)
+def test_serve_does_not_start_with_half_of_tls(capfd, tmp_path, flags, reason):
+    words = ["serve", "--store", str(tmp_path / "store"), "--port", "0", *map(str, flags)]
+    assert main(words) == 2
+    assert reason in capfd.readouterr().err
+
+
+def test_a_path_prefix_is_in_what_leads_back(settings):
+    app = create_app(settings.model_copy(update={"root_path": "/lora"}))
+    with serving(app) as url, httpx.Client(base_url=url) as client:
+        created = client.post("/v1/sets", json={"name": "s"})
+        assert created.headers["Location"] == "/lora/v1/sets/s"
+        uploaded = upload(client, "plain", TINY / "plain")
+        assert uploaded.headers["Location"] == "/lora/v1/sets/plain"
+        assert client.get("/openapi.json").json()["servers"] == [{"url": "/lora"}]
+        assert client.get("/").headers["Location"] == "docs"  # relative, as the page's own links
+        page = client.get("/docs").text
+        assert 'src="/' not in page
+        assert 'href="/' not in page
+
+
+def test_prefixes_are_paths():
+    assert Settings(root_path="/a/b-c/").root_path == "/a/b-c"
+    assert Settings(root_path="/").root_path == ""
+    for bad in ("lora", "/a//b", "/a b", "https://a.example/lora", '/"'):
+        with pytest.raises(ValueError, match="beginning of a path"):
+            Settings(root_path=bad)
