@@ -38,8 +38,10 @@ SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
             f"{_SET}/adapter_model.safetensors",
             f"{_SET}/adapters",
             f"{_SET}/stats",
+            f"{_SET}/spectrum",
             _ADAPTER,
             "/v1/stats",
+            "/v1/compare",
             "/v1/estimate",
             "/v1/bases",
             "/v1/bases/{base}",
@@ -76,7 +78,7 @@ SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
         )
     },
     "write": {
-        "POST": ("/v1/sets",),
+        "POST": ("/v1/sets", "/v1/combine"),
         "PUT": (_SET, _ADAPTER),
         "PATCH": (_SET,),
         "DELETE": (_SET, _ADAPTER),

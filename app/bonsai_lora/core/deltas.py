@@ -24,6 +24,11 @@ _ITERATIONS = 3
 """Subspace iterations with M^T M, each followed by a QR decomposition (ibid., algorithm 4.4)."""
 
 
+def block_bytes(d_in: int, summands: int) -> int:
+    """Return the most memory that the blocks of a pass take, in bytes."""
+    return max(_BLOCK_VALUES, d_in) * (8 * 4 + 4 * 6 * summands)
+
+
 def cut_delta(
     terms: Sequence[Term], recipe: Recipe, key: str, rank: int
 ) -> tuple[Factors, float, float]:

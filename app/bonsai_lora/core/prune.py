@@ -171,7 +171,7 @@ def disjoint_mean(parts: Sequence[Floats], weights: Sequence[float], *, by_count
         agrees = (np.sign(part) == sign).astype(np.float32)
         total += part * np.float32(weight) * agrees
         count += agrees
-    result: Floats = total / np.maximum(count, np.float32(1))
+    result: Floats = np.divide(total, np.maximum(count, np.float32(1)))
     return result
 
 
@@ -187,7 +187,7 @@ def weighted_consensus(parts: Sequence[Floats], weights: Sequence[float]) -> Flo
         agrees = (np.sign(part) == sign).astype(np.float32)
         total += part * agrees
         shares += np.float32(weight) * agrees
-    result: Floats = total / np.where(shares == 0, np.float32(1), shares)
+    result: Floats = np.divide(total, np.where(shares == 0, np.float32(1), shares))
     return result
 
 

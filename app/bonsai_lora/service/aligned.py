@@ -1,0 +1,62 @@
+"""Several sets, module by module."""
+
+from collections.abc import Mapping, Sequence
+
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.errors import ShapeMismatchError
+from bonsai_lora.service.keys import missing_scope
+from bonsai_lora.service.view import SetView
+from bonsai_lora.storage.setfile import StoredSet
+
+MAX_SETS = 64
+"""Most sets that are combined or compared at a time."""
+
+Aligned = Sequence[LoraAdapter | None]
+"""A module's adapter in each set; None where a set lacks the module."""
+
+
+def read_sets(store: SetView, names: Sequence[str]) -> list[StoredSet]:
+    """Return the current versions of sets that the caller may read; a repeated name is read once.
+
+    Raises SetNotFoundError, ForbiddenError without the scope `read`.
+    """
+    if "read" not in store.key.scopes:
+        raise missing_scope(store.key, "read")
+    readable = store.seen_by(store.key, "read")
+    found = {name: readable.read(name) for name in dict.fromkeys(names)}
+    return [found[name] for name in names]
+
+
+def align(sets: Sequence[StoredSet]) -> Mapping[str, Aligned]:
+    """Return the adapters of all modules of the sets, in the order in which they first appear.
+
+    Raises ShapeMismatchError if a module differs in shape, kind of layer or number of experts.
+    """
+    names = dict.fromkeys(name for one in sets for name in one.lora_set.registry.adapters)
+    found = {name: [one.lora_set.registry.adapters.get(name) for one in sets] for name in names}
+    for name, adapters in found.items():
+        _check_same(name, sets, adapters)
+    return found
+
+
+def _check_same(module: str, sets: Sequence[StoredSet], adapters: Aligned) -> None:
+    described = [
+        (stored.record.name, _describe(one))
+        for stored, one in zip(sets, adapters, strict=True)
+        if one is not None
+    ]
+    (first, expected), *others = described
+    for name, got in others:
+        if got != expected:
+            raise ShapeMismatchError(
+                f"module {module!r} is {got} in set {name!r}, but {expected} in {first!r}; use "
+                "sets for the same model",
+                module=module,
+                got=got,
+                expected=expected,
+            )
+
+
+def _describe(adapter: LoraAdapter) -> str:
+    experts = f" with {adapter.experts} experts" if adapter.experts else ""
+    return f"{adapter.layer} {adapter.d_in} -> {adapter.d_out}{experts}"
