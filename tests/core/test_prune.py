@@ -145,8 +145,8 @@ def dense(adapters, weights, method, density):
 @pytest.mark.parametrize("density", [1.0, 0.4])
 def test_deltas_are_merged_and_cut(rng, monkeypatch, method, density):
     """In blocks of a few rows; error and energy are those of the whole matrix."""
-    monkeypatch.setattr(deltas, "_BLOCK_VALUES", 200)
-    pair = [random_adapter(rng, 3, 60, 50, 0.5), random_adapter(rng, 4, 60, 50)]
+    monkeypatch.setattr(deltas, "_BLOCK_VALUES", 1200)
+    pair = [random_adapter(rng, 3, 170, 150, 0.5), random_adapter(rng, 4, 170, 150)]
     weights = [0.8, -0.4]
     expected = dense(pair, weights, method, density)
     values = np.linalg.svd(expected, compute_uv=False)

@@ -16,7 +16,7 @@ from bonsai_lora.core.cast import Array, Floats, all_finite, to_float32
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.deltas import cut_delta
 from bonsai_lora.core.entries import merge_entries, prune_matrix
-from bonsai_lora.core.factors import Factors, Svd, Term, decompose, doubles, norm, rank_for, stack
+from bonsai_lora.core.factors import Factors, Svd, Term, decompose, doubles, gram, rank_for
 from bonsai_lora.core.recipe import Recipe
 from bonsai_lora.core.targets import TARGETS, Slot, present
 from bonsai_lora.errors import NonFiniteOutputError
@@ -56,6 +56,9 @@ def relative_error(parts: Sequence[Combined]) -> float:
     total = sum(part.target_square for part in parts)
     return math.sqrt(sum(part.error_square for part in parts) / total) if total else 0.0
 
+
+_CANCELLED = 1e-12
+"""Squared differences below this share of their parts are rounding errors."""
 
 Matrices = tuple[Array, Array]
 """A (r, d_in) and B (d_out, r)."""
@@ -181,11 +184,12 @@ def _on_factors(terms: Sequence[Term], recipe: Recipe, key: str) -> _Part:
     b_matrix = _merge_arrays([to_float32(term.b) for term in terms], roots, recipe, f"{key}/B")
     if not (all_finite(a_matrix) and all_finite(b_matrix)):
         return _Part((a_matrix, b_matrix))  # which the caller refuses
-    exact = stack(terms)
-    difference = stack(
-        [Term(a_matrix, b_matrix), *(one._replace(weight=-one.weight) for one in terms)]
-    )
-    return _Part((a_matrix, b_matrix), norm(exact) ** 2, error_square=norm(difference) ** 2)
+    products = gram([Term(a_matrix, b_matrix, -1.0), *terms])
+    error = float(products.sum())
+    if error < _CANCELLED * float(np.abs(products).sum()):
+        error = 0.0
+    target = max(0.0, float(products[1:, 1:].sum()))
+    return _Part((a_matrix, b_matrix), target, error_square=error)
 
 
 def _merge_arrays(

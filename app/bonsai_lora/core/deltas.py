@@ -18,10 +18,16 @@ from bonsai_lora.core.recipe import Recipe
 
 _BLOCK_VALUES = 1 << 18
 """Values of a block: 1 MiB, so that a block per summand stays in the cache."""
-OVERSAMPLING = 10
-"""Columns of the range finder beyond the rank (Halko et al. 2011, section 4.2)."""
+_FEWEST_COLUMNS = 64
+"""Fewest columns of the range finder. It has at least twice the rank, as trimmed deltas have slowly
+falling singular values (Halko et al. 2011, section 4.2, which adds 5 or 10 to the rank)."""
 _ITERATIONS = 3
 """Subspace iterations with M^T M, each followed by a QR decomposition (ibid., algorithm 4.4)."""
+
+
+def columns_for(rank: int, d_out: int, d_in: int) -> int:
+    """Return the number of columns of the range finder."""
+    return min(max(2 * rank, _FEWEST_COLUMNS), d_out, d_in)
 
 
 def block_bytes(d_in: int, summands: int) -> int:
@@ -39,7 +45,7 @@ def cut_delta(
     """
     shape = len(terms[0].b), terms[0].a.shape[1]
     merged = _merged(terms, recipe, key)
-    factors, total = _range_of(merged, shape, min(rank + OVERSAMPLING, *shape), f"{key}/range")
+    factors, total = _range_of(merged, shape, columns_for(rank, *shape), f"{key}/range")
     svd = decompose(factors)
     kept = float(np.sum(svd.values[:rank] ** 2))
     return svd.cut(rank), total, max(0.0, total - kept)

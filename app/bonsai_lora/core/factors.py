@@ -102,15 +102,23 @@ def decompose(factors: Factors) -> Svd:
     return Svd(factors, small_right.T @ vt.T, values, u.T @ small_left)
 
 
-def norm(factors: Factors) -> float:
-    """Return the Frobenius norm of a product."""
-    return float(np.linalg.norm(triangle(factors.left) @ triangle(factors.right.T).T))
+def gram(terms: Sequence[Term]) -> Values:
+    """Return the inner products of the terms, (n, n), from two products of stacked factors.
 
-
-def inner(first: Term, second: Term) -> float:
-    """Return the sum of the products of the entries of two terms, by their small Gram matrices."""
-    grams = (doubles(first.b).T @ doubles(second.b)) * (doubles(first.a) @ doubles(second.a).T)
-    return first.factor * second.factor * float(grams.sum())
+    <D_i, D_j> = f_i f_j sum (B_i^T B_j) * (A_i A_j^T), O(R^2 (d_in + d_out)) for R ranks in all. A
+    term of rank 0 is zero.
+    """
+    sums = np.zeros((len(terms), len(terms)))
+    places = [place for place, term in enumerate(terms) if len(term.a)]
+    if not places:
+        return sums
+    right = np.concatenate([terms[one].factor * doubles(terms[one].a) for one in places])
+    left = np.concatenate([doubles(terms[one].b).T for one in places])
+    products = (left @ left.T) * (right @ right.T)  # (R, R)
+    starts = np.cumsum([0, *(len(terms[one].a) for one in places[:-1])])
+    by_row = np.add.reduceat(products, starts, axis=0)
+    sums[np.ix_(places, places)] = np.add.reduceat(by_row, starts, axis=1)
+    return sums
 
 
 def triangle(matrix: Values) -> Values:

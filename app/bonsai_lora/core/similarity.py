@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.core.factors import Term, Values, decompose, doubles, stack
+from bonsai_lora.core.factors import Term, Values, decompose, gram, stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,26 +46,15 @@ class Similarity:
 def similarity(adapters: Sequence[LoraAdapter | None]) -> Similarity:
     """Return the similarity of a module's deltas; None is a set that lacks the module.
 
-    <D_i, D_j> = s_i s_j sum (B_i^T B_j) * (A_i A_j^T): two products of stacked factors in float64,
-    which cost O(R^2 (d_in + d_out)) for R ranks in all. Fused experts count as one delta.
+    Fused experts count as one delta.
     """
-    gram = np.zeros((len(adapters), len(adapters)))
-    places = [place for place, one in enumerate(adapters) if one is not None and one.rank]
-    present = [one for one in adapters if one is not None and one.rank]
-    if not present:
-        return Similarity(gram)
-    for experts in zip(*(one.each_expert for one in present), strict=True):
-        gram[np.ix_(places, places)] += _gram(experts)
-    return Similarity(gram)
-
-
-def _gram(adapters: Sequence[LoraAdapter]) -> Values:
-    right = np.concatenate([one.scaling * doubles(one.a_matrix) for one in adapters])
-    left = np.concatenate([doubles(one.b_matrix).T for one in adapters])
-    products = (left @ left.T) * (right @ right.T)  # (R, R)
-    starts = np.cumsum([0, *(one.rank for one in adapters[:-1])])
-    sums: Values = np.add.reduceat(np.add.reduceat(products, starts, axis=0), starts, axis=1)
-    return sums
+    places = [place for place, one in enumerate(adapters) if one is not None]
+    each = [one.each_expert for one in adapters if one is not None]
+    found = np.zeros((len(adapters), len(adapters)))
+    for experts in zip(*each, strict=True):
+        terms = [Term(one.a_matrix, one.b_matrix, one.scaling) for one in experts]
+        found[np.ix_(places, places)] += gram(terms)
+    return Similarity(found)
 
 
 def joint(parts: Iterable[Similarity], count: int) -> Similarity:

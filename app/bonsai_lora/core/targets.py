@@ -16,7 +16,7 @@ from bonsai_lora.core.factors import (
     Values,
     decompose,
     doubles,
-    inner,
+    gram,
     polar,
     stack,
     triangle,
@@ -68,8 +68,9 @@ def _slerp(slot: Slot, weights: Sequence[float], _recipe: Recipe) -> Factors:
 def _cosine(first: Term | None, second: Term | None) -> float:
     if first is None or second is None:
         return 0.0
-    lengths = math.sqrt(inner(first, first)) * math.sqrt(inner(second, second))
-    return max(-1.0, min(1.0, inner(first, second) / lengths)) if lengths else 0.0
+    products = gram([first, second])
+    lengths = math.sqrt(products[0, 0]) * math.sqrt(products[1, 1])
+    return max(-1.0, min(1.0, products[0, 1] / lengths)) if lengths else 0.0
 
 
 def _tsv(slot: Slot, _weights: Sequence[float], recipe: Recipe) -> Factors:

@@ -10,7 +10,7 @@ from bonsai_lora.core import combine
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.combine import Combined
 from bonsai_lora.core.config import LoraConfig
-from bonsai_lora.core.deltas import OVERSAMPLING, block_bytes
+from bonsai_lora.core.deltas import block_bytes, columns_for
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.recipe import Recipe
 from bonsai_lora.core.registry import LoraRegistry
@@ -96,11 +96,12 @@ class Plan:
     def _work_bytes(self, adapters: Aligned) -> int:
         first = _first(adapters)
         width = first.d_in + first.d_out
-        columns = 2 * stacked_rank(adapters) + self._rank(adapters) + OVERSAMPLING
-        factors = 8 * _COPIES * (first.experts or 1) * columns * (width + columns)
-        if not self.recipe.is_on_deltas:
-            return factors
-        return factors + block_bytes(first.d_in, len(adapters))
+        columns = 2 * stacked_rank(adapters) + self._rank(adapters)
+        blocks = 0
+        if self.recipe.is_on_deltas:
+            columns += columns_for(self._rank(adapters), first.d_out, first.d_in)
+            blocks = block_bytes(first.d_in, len(adapters))
+        return 8 * _COPIES * (first.experts or 1) * columns * (width + columns) + blocks
 
     def report(self, combined: Sequence[Combined]) -> Report:
         """Return the report of the computed modules."""
