@@ -56,7 +56,7 @@ ROW = [0.0] * 64
 VERBS = frozenset(
     re.findall(
         r"\w+",
-        "accept add apply choose delete DELETE expected fetch free GET give it look lower name raise"
+        "accept add apply choose delete DELETE expected fetch free GET give it look lower merge name raise"
         " register remove request retry save see send split start upgrade use",
     )
 )
@@ -89,6 +89,7 @@ REQUESTS = [
     (errors.AdapterNotFoundError, "GET", "/v1/sets/empty/adapters/lm_head", {}),
     (errors.BaseNotFoundError, "GET", "/v1/bases/other", {}),
     (errors.FileNotInModelError, "GET", "/v1/bases/tiny-qwen3/merged/plain/other.json", {}),
+    (errors.UnmergeableError, "GET", "/tiny-qwen3/other-model/resolve/main/config.json", {}),
     (errors.VersionNotFoundError, "GET", "/v2/models/plain/versions/9", {}),
     (errors.RouteNotFoundError, "GET", "/other", {}),
     (errors.MethodNotAllowedError, "PATCH", "/v1/sets", {}),
@@ -247,6 +248,8 @@ def produce(folder):
         assert upload(client, "plain", TINY / "plain").status_code == 201
         assert upload(client, "dora", TINY / "dora").status_code == 201
         assert client.post("/v1/sets", json={"name": "empty"}).status_code == 201
+        client.post("/v1/sets", json={"name": "other-model"})
+        client.put(f"/v1/sets/other-model/adapters/{Q_PROJ}", json={"d_in": 5, "d_out": 7})
         for kind, method, path, options in REQUESTS:
             texts[kind].append(text_of(client.request(method, path, **options), kind, path))
         for kind, answer in uploads(client):

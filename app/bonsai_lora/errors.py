@@ -7,6 +7,11 @@ An error's text says what is wrong with the value at hand, then what to do.
 from typing import Any, ClassVar
 
 
+def counted(number: int, noun: str) -> str:
+    """Return `1 row` or `2 rows` for the noun `row`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class BonsaiLoraError(Exception):
     """Base class: a stable `code`, a text for people, and the values that it is about."""
 
@@ -334,6 +339,12 @@ class UnsupportedAdapterError(InvalidError):
     """The adapter is of a kind that cannot be applied exactly."""
 
     code = "unsupported_adapter"
+
+
+class UnmergeableError(InvalidError):
+    """The set does not fit the base, told to clients of the hub: huggingface_hub shows why."""
+
+    code = "unmergeable"
 
 
 class UnsupportedGgufError(InvalidError):

@@ -109,6 +109,22 @@ def test_an_empty_batch_gives_an_empty_response(plain):
     assert got.shape == (0, 128)
 
 
+@pytest.mark.parametrize(
+    "path", [f"/v1/sets/plain/adapters/{Q_PROJ}/apply", "/v1/sets/plain/apply", "/v1/apply"]
+)
+def test_a_body_of_the_other_form_is_named(plain, path):
+    swapped = plain.post(path, content=b'{"inputs": [[1.0]]}', headers={"Content-Type": BINARY})
+    detail = assert_problem(swapped, 400, "malformed_safetensors")["detail"]
+    assert "looks like JSON" in detail
+    assert "send it with Content-Type: application/json" in detail
+    body = safetensors.encode({"inputs": np.ones((1, 64), np.float32)})
+    for headers in ({"Content-Type": "application/json"}, {}):
+        swapped = plain.post(path, content=body, headers=headers)
+        detail = assert_problem(swapped, 400, "malformed_json")["detail"]
+        assert "looks like safetensors" in detail
+        assert f"send it with Content-Type: {BINARY}" in detail
+
+
 def test_errors_name_what_is_wrong(plain):
     path = f"/v1/sets/plain/adapters/{Q_PROJ}/apply"
     body = assert_problem(plain.post(path, json={"inputs": [[1.0] * 63]}), 422, "shape_mismatch")
@@ -185,3 +201,6 @@ def test_an_empty_list_has_no_rows(plain):
     ):
         problem = assert_problem(plain.post(path, json={"inputs": inputs}), 422, "shape_mismatch")
         assert "no rows" in problem["detail"]
+    for sets in ([], ["plain"]):
+        answer = plain.post("/v1/apply", json={"module": name, "inputs": [], "sets": sets})
+        assert "no rows" in assert_problem(answer, 422, "shape_mismatch")["detail"]

@@ -71,7 +71,8 @@ def rest_of(connection):
 
 def wait_until_idle(app):
     deadline = time.monotonic() + 10
-    while app.state.context.short.in_progress:
+    context = app.state.context
+    while context.short.in_progress or context.long.in_progress:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

@@ -98,6 +98,16 @@ def test_a_chunk_that_is_none_is_refused_at_once(guarded, path, before):
     assert guarded.get("/v1/sets/plain").status_code == 200
 
 
+def test_a_pipelined_chunk_that_is_none_is_refused_at_once(settings):
+    """The stall timeout is far away; the request before it gets its response."""
+    app = create_app(settings.model_copy(update={"stall_seconds": 60}))
+    with serving(app) as url, httpx.Client(base_url=url) as client, connect(client) as connection:
+        head = b"POST /v1/sets HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+        connection.sendall(HEALTH + head + b"zz\r\n")
+        assert read_answer(connection)[0] == 200
+        assert ends(connection)
+
+
 @pytest.mark.parametrize("is_chunked", [False, True])
 @pytest.mark.parametrize("pause", [0, 0.05])
 def test_the_body_of_a_request_with_upgrade_is_no_request(guarded, is_chunked, pause):

@@ -373,6 +373,31 @@ def test_the_hub_protocol(based):
     assert based.get("/api/agent-harnesses").status_code == 404
 
 
+def test_the_hub_shows_why_a_set_does_not_fit(based):
+    based.post("/v1/sets", json={"name": "wide", "config": {"rank": 1}})
+    module = "model.layers.0.self_attn.q_proj"
+    based.put(f"/v1/sets/wide/adapters/{module}", json={"d_in": 5, "d_out": 7})
+    reason = based.get(f"{PATH}/wide").json()
+    assert reason["code"] == "shape_mismatch"
+    path = "/tiny-qwen3/wide/resolve/main/config.json"
+    answer = based.get(path)
+    assert_problem(answer, 403, "unmergeable")
+    assert "x-error-code" not in answer.headers
+    shown = f"{reason['detail']} (request {answer.headers['x-request-id']})"
+    assert answer.headers["x-error-message"] == shown
+    info = based.get("/api/models/tiny-qwen3/wide").json()
+    assert {"rfilename": "config.json"} in info["siblings"]
+    head = based.head(path)  # huggingface_hub shows the reason of a refused GET only
+    assert head.status_code == 200
+    assert len(head.headers["etag"]) == 42
+    assert head.headers["x-repo-commit"] == info["sha"]
+    assert head.headers["content-length"] == str((TINY / "base" / "config.json").stat().st_size)
+    missing = based.head("/tiny-qwen3/wide/resolve/main/adapter_config.json")
+    assert missing.status_code == 404
+    assert missing.headers["x-error-code"] == "EntryNotFound"
+    assert based.get("/api/models", params={"author": "tiny-qwen3"}).json() == []
+
+
 def test_the_hub_describes_a_repository(based):
     upload(based, "plain", TINY / "plain")
     repo = "/api/models/tiny-qwen3/plain"
@@ -433,8 +458,23 @@ def test_merge_and_apply_mean_the_same_tensor(based, tmp_path, rng):
         got = np.array(based.post(path, json=body, params=params).json()["outputs"])
         expected = x.astype(np.float64) @ merged[changed[0]].T.astype(np.float64)
         assert reference.relative_error(got + base_outputs, expected) < 1e-6
-    nothing = based.get("/v1/bases/b/merged/d", params={"match": "visual."})
-    assert_problem(nothing, 422, "invalid_request")
+    nothing = {"match": "visual."}
+    merge = assert_problem(
+        based.get("/v1/bases/b/merged/d", params=nothing), 422, "invalid_request"
+    )
+    assert "match is 'visual.'" in merge["detail"]
+    for url in (path, "/v1/sets/d/apply"):
+        sent = {"inputs": {leaf: body["inputs"]}, "base_outputs": {leaf: body["base_outputs"]}}
+        answer = based.post(url, json=body if url == path else sent, params=nothing)
+        assert assert_problem(answer, 422, "invalid_request")["detail"] == merge["detail"]
+
+
+def test_an_apply_that_does_not_need_the_base_ignores_match(based, rng):
+    upload_parts(based, "s", peft_config(target_modules=["m"]), peft_tensors(rng, "m"))
+    path, body = "/v1/sets/s/adapters/m/apply", {"inputs": [1.0] * 6}
+    answers = [based.post(path, json=body, params=one) for one in ({}, {"match": "visual."})]
+    assert answers[1].status_code == 200
+    assert answers[1].content == answers[0].content
 
 
 def test_files_in_subfolders_are_files_of_the_model(based, tmp_path, rng):

@@ -188,7 +188,7 @@ def test_an_unexpected_error_shows_no_internals(app, client, monkeypatch):
     def fail(_name):
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(app.state.store, "read", fail)
+    monkeypatch.setattr(app.state.store, "read_quickly", fail)
     answer = client.get("/v1/sets/x")
     assert_problem(answer, 500, "internal_error")
     assert "secret" not in answer.text

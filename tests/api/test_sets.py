@@ -132,6 +132,14 @@ def test_invalid_requests_change_nothing(client, store, change, status, code):
         ("PUT", "/v1/sets/s/adapters/q", {"json": {"d_in": 2, "d_out": 2, "config": {"r": 1}}}, 422, "'rank'"),
         ("PUT", "/v1/sets/s/adapters/q", {"json": {}}, 422, "d_in and d_out"),
         ("POST", "/v1/sets", {"files": {"adapter_config": b"{}"}}, 415, "PUT /v1/sets/{set}"),
+        *(
+            ("POST", "/v1/sets", {"content": b"", "headers": {"Content-Type": media}}, 415, "PUT /v1/sets/{set}")
+            for media in (
+                "application/vnd.safetensors",
+                "application/octet-stream",
+                "application/x-www-form-urlencoded",
+            )
+        ),
         ("PUT", "/v1/sets", {"files": {"adapter_config": b"{}"}}, 405, "PUT /v1/sets/{set}"),
         ("DELETE", "/v1/sets", {}, 405, "DELETE /v1/sets/{set}"),
     ],
@@ -312,12 +320,37 @@ def test_rslora_and_patterns_follow_peft(client):
     assert by_name["model.layers.0.self_attn.v_proj"]["alpha"] == 24.0
 
 
-def test_a_slow_pattern_is_stopped(client, store, rng):
-    config = peft_config(rank_pattern={"(a*)*(b*)*(.*.*)*(.*)*x": 4})
-    tensors = peft_tensors(rng, module="model." + "a" * 200)
-    answer = upload_parts(client, "s", config, tensors)
-    assert answer.status_code in (201, 422)
+@pytest.mark.parametrize(("ending", "alpha"), [("x", 3.0), ("y", 8.0)])
+def test_a_pattern_that_takes_others_forever_is_matched(client, rng, ending, alpha):
+    """Backtracking over it takes more than the age of the universe."""
+    module = "a" * 200 + ending
+    config = peft_config(
+        alpha_pattern={"(a*)*(b*)*(.*.*)*(.*)*x": 3}, target_modules=[module], lora_alpha=8
+    )
+    answer = upload_parts(client, "s", config, peft_tensors(rng, module=f"model.{module}"))
+    assert answer.status_code == 201, answer.text
+    assert [one["alpha"] for one in answer.json()["modules"]] == [alpha]
     assert answer.elapsed.total_seconds() < 10
+
+
+@pytest.mark.parametrize(("count", "accepted"), [(2, True), (20, False)])
+def test_too_much_to_match_is_refused(client, store, rng, count, accepted):
+    large = "".join(f"{letter}{{1000}}" for letter in "bcdefghijklmnop")
+    modules = ["a" * 200 + f".m{number}" for number in range(32)]
+    config = peft_config(
+        alpha_pattern={f"{large}{number}": 3 for number in range(count)}, target_modules=modules
+    )
+    tensors = {}
+    for module in modules:
+        tensors |= peft_tensors(rng, module=module)
+    answer = upload_parts(client, "s", config, tensors)
+    assert answer.elapsed.total_seconds() < 10
+    if accepted:
+        assert answer.status_code == 201, answer.text
+        return
+    problem = assert_problem(answer, 422, "invalid_adapter")
+    assert "alpha_pattern has too many or too large expressions" in problem["detail"]
+    assert snapshot(store) == {}
 
 
 @pytest.mark.parametrize(

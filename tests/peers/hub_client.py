@@ -70,6 +70,17 @@ for name, call in {
         call()
     except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         errors[name] = type(error).__name__
+refusals = {}
+for name, call in {
+    "file": lambda: hf_hub_download(f"{base}/wide", "config.json", cache_dir=cache),
+    "weights": lambda: hf_hub_download(f"{base}/wide", weights, cache_dir=cache),
+    "snapshot": lambda: snapshot_download(f"{base}/wide", cache_dir=cache),
+    "transformers": lambda: AutoModelForCausalLM.from_pretrained(f"{base}/wide"),
+}.items():
+    try:
+        call()
+    except OSError as error:
+        refusals[name] = str(error)
 plain = AutoModelForCausalLM.from_pretrained(f"{base}/zero", dtype=torch.float32)
 wrapped = PeftModel.from_pretrained(plain, f"adapters/{adapter}")
 beside = logits(wrapped)
@@ -86,6 +97,7 @@ print(
             "listed": [model.id for model in api.list_models(author=base)],
             "described": described,
             "errors": errors,
+            "refusals": refusals,
             "merged_against_peft": float((logits(merged) - once).norm() / once.norm()),
             "beside_against_peft": float((beside - once).norm() / once.norm()),
         }

@@ -48,6 +48,9 @@ def test_by_name(settings, tmp_path, base, adapter):
             assert upload(client, adapter, folder).status_code == 201
             client.post("/v1/sets", json={"name": "zero", "config": {"rank": 1}})
             client.put("/v1/sets/zero/adapters/lm_head", json={"d_in": 64, "d_out": 128})
+            client.post("/v1/sets", json={"name": "wide", "config": {"rank": 1}})
+            client.put("/v1/sets/wide/adapters/lm_head", json={"d_in": 5, "d_out": 7})
+            reason = client.get(f"/v1/bases/{base}/merged/wide").json()["detail"]
         environment = {
             **os.environ,
             "HF_ENDPOINT": url,
@@ -84,6 +87,13 @@ def test_by_name(settings, tmp_path, base, adapter):
         "repo": "RepositoryNotFoundError",
         "revision": "RevisionNotFoundError",
     }
+    first_lines = {name: text.splitlines()[0] for name, text in found["refusals"].items()}
+    introduced = first_lines.pop("transformers")
+    assert introduced.endswith(f"when trying to load {base}/wide:"), introduced
+    first_lines["transformers"] = found["refusals"]["transformers"].splitlines()[1]
+    assert first_lines.keys() == {"file", "weights", "snapshot", "transformers"}
+    for name, line in first_lines.items():
+        assert line.startswith(f"403 Forbidden: {reason} (request "), (name, line)
     # Merged float32 files differ from peft's by float32 sums, merged bfloat16 files by their dtype.
     assert found["merged_against_peft"] < (2e-5 if base == "float32" else 2e-2)
     assert found["beside_against_peft"] < 2e-5

@@ -143,7 +143,7 @@ def test_arrays_are_written_in_place():
         ("[3, [1]]", "inputs[1] is a list, but inputs[0] is a number"),
         ("[[1], 3]", "inputs[1] is a number, but inputs[0] is a list"),
         ("[[1], [1, 2]]", "row 1 of 'inputs' has 2 numbers, but row 0 has 1"),
-        ("[[1, 2], [1]]", "row 1 of 'inputs' has 1 numbers, but row 0 has 2"),
+        ("[[1, 2], [1]]", "row 1 of 'inputs' has 1 number, but row 0 has 2"),
         ("[[[1], [2, 3]]]", "'inputs' is nested too deep"),
         ("[[[1], [2]]]", "'inputs' is nested 3 deep"),
         (f"[1, {10**400}]", "inputs[1] is infinite as a float32"),

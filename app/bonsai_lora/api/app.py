@@ -225,12 +225,10 @@ def _include_routers(app: FastAPI) -> list[BaseRoute]:
 
 
 def _heads_of(router: APIRouter) -> APIRouter:
-    """Return a HEAD for each GET that has none: the server drops the body of its response."""
+    """Return a HEAD for each GET: the server drops the body of its response."""
     heads = APIRouter()
-    routes = [route for route in router.routes if isinstance(route, APIRoute)]
-    taken = {route.path for route in routes if "HEAD" in (route.methods or ())}
-    for route in routes:
-        if "GET" in (route.methods or ()) and route.path not in taken:
+    for route in router.routes:
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
             heads.add_api_route(
                 route.path,
                 route.endpoint,

@@ -12,6 +12,7 @@ from bonsai_lora.errors import (
     InvalidRequestError,
     MalformedBodyError,
     UnsupportedMediaTypeError,
+    counted,
 )
 from bonsai_lora.wire.media import Form, parse_content_type
 
@@ -100,7 +101,8 @@ def check_length(length: int, limit: int) -> None:
     """Raise BodyTooLargeError if `length` is over `limit` bytes."""
     if length > limit:
         raise BodyTooLargeError(
-            f"the body has at least {length} bytes, but the limit is {limit}; send less per "
+            f"the body has at least {counted(length, 'byte')}, but the limit is {limit}; send "
+            "less per "
             "request, send tensors as safetensors, or raise the limit (see serve --help)",
             got_bytes=length,
             limit_bytes=limit,
@@ -144,6 +146,7 @@ class BodyReader:
             self._rest = memoryview(await anext(self._parts))
         except StopAsyncIteration:
             raise MalformedBodyError(
-                f"the body ended {missing} bytes before the end of a block of weights; send "
+                f"the body ended {counted(missing, 'byte')} before the end of a block of "
+                "weights; send "
                 "all weights"
             ) from None

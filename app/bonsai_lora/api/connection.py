@@ -149,9 +149,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """Reject an unreadable request and close, once earlier requests have their responses."""
+        self._drop_incomplete()
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
-            if not cycle.more_body or self.pipeline:
+            if not cycle.more_body:
                 cycle.keep_alive = False
                 self.flow.pause_reading()
                 return
@@ -173,14 +174,18 @@ class GuardedProtocol(HttpToolsProtocol):
 
         A client may close its side after sending its last request (RFC 9112, section 9.6).
         """
-        if self.pipeline and self.cycle.more_body:  # it will never be whole
-            self.pipeline.popleft()
-            self.cycle = self.pipeline[0][0] if self.pipeline else self._running
+        self._drop_incomplete()
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
             return False
         cycle.keep_alive = False
         return True
+
+    def _drop_incomplete(self) -> None:
+        """Forget a pipelined request whose body will never be complete."""
+        if self.pipeline and self.cycle.more_body:
+            self.pipeline.popleft()
+            self.cycle = self.pipeline[0][0] if self.pipeline else self._running
 
     def pause_writing(self) -> None:
         """Wait for the client to read."""

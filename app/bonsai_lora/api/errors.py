@@ -25,8 +25,10 @@ _PASSING = (errors.BusyError, errors.BaseChangedError, errors.RateLimitedError)
 """Errors that the same request need not meet again."""
 _HUB_PATH = re.compile("/api/|/[^/]+/[^/]+/resolve/")
 
+
 STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
+    errors.UnmergeableError: HTTPStatus.FORBIDDEN,
     errors.UnauthenticatedError: HTTPStatus.UNAUTHORIZED,
     errors.ForbiddenError: HTTPStatus.FORBIDDEN,
     errors.NotFoundError: HTTPStatus.NOT_FOUND,
@@ -82,18 +84,21 @@ def _headers_of(error: BonsaiLoraError, scope: Scope) -> dict[str, str]:
     if isinstance(error, errors.RangeNotSatisfiableError):
         return {"Content-Range": f"bytes */{error.values['size_bytes']}"}
     if isinstance(error, HubError):
-        return _hub_headers(error.kind, error)
+        return {"X-Error-Code": error.kind, **_hub_message(error, scope)}
+    if isinstance(error, errors.UnmergeableError):
+        return _hub_message(error, scope)
     if isinstance(error, errors.UnauthenticatedError):
-        hub = _hub_headers("RepoNotFound", error) if _HUB_PATH.match(scope["path"]) else {}
-        return {"WWW-Authenticate": "Bearer", **hub}
+        hub = {"X-Error-Code": "RepoNotFound", **_hub_message(error, scope)}
+        return {"WWW-Authenticate": "Bearer", **(hub if _HUB_PATH.match(scope["path"]) else {})}
     if isinstance(error, _PASSING):
         return {"Retry-After": str(error.values.get("retry_seconds", RETRY_AFTER_SECONDS))}
     return {}
 
 
-def _hub_headers(kind: str, error: BonsaiLoraError) -> dict[str, str]:
-    message = error.detail.encode("ascii", "replace").decode()
-    return {"X-Error-Code": kind, "X-Error-Message": message}
+def _hub_message(error: BonsaiLoraError, scope: Scope) -> dict[str, str]:
+    # With the request id, which huggingface_hub would otherwise put before the message.
+    text = f"{error.detail} (request {scope.get('request_id')})"
+    return {"X-Error-Message": text.encode("ascii", "replace").decode()}
 
 
 def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> dict[str, Any]:

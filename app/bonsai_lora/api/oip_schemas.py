@@ -77,7 +77,7 @@ class InferTensor(BaseModel):
 
     name: str
     shape: list[int]
-    datatype: Literal["FP32", "FP64", "FP16", "BF16", "BYTES"]
+    datatype: Literal["FP32", "FP64", "FP16", "BF16", "INT32", "INT64", "BYTES"]
     parameters: dict[str, bool | int | float | str] | None = Field(
         None,
         description="`binary_data_size`, or `shared_memory_region`, `shared_memory_offset` and "

@@ -183,7 +183,8 @@ APPLY_OPTIONS: Options = (
         "match",
         "query",
         _last,
-        "prefix of the base tensors to use for DoRA modules found more than once in the base",
+        "prefix of the base tensors to use for DoRA modules found more than once in the base; "
+        "irrelevant to other modules, which do not need the base",
         {"type": "string"},
     ),
     *_MEDIA,

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from bonsai_lora.checkpoints.bases import Base
 from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.errors import ShapeMismatchError
+from bonsai_lora.errors import ShapeMismatchError, counted
 
 _SPLIT = {"gate_up_proj": ("gate_proj", "up_proj")}
 """Fused parameters -> the separate tensors of an expert, in the order of their outputs."""
@@ -45,7 +45,8 @@ def expert_weights(
 
 def _another_count(base: Base, core: str, adapter: LoraAdapter, what: str) -> ShapeMismatchError:
     return ShapeMismatchError(
-        f"the set is for {adapter.experts or 1} experts in {core!r}, but base {base.name!r} "
+        f"the set is for {counted(adapter.experts or 1, 'expert')} in {core!r}, but base "
+        f"{base.name!r} "
         f"{what}; merge it into the model that it was trained on",
         module=core,
         base=base.name,

@@ -3,7 +3,12 @@
 from bonsai_lora.checkpoints.bases import Base
 from bonsai_lora.checkpoints.tensors import Touched
 from bonsai_lora.core.loraset import BonsaiLoraSet
-from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError, UnsupportedAdapterError
+from bonsai_lora.errors import (
+    InvalidRequestError,
+    ShapeMismatchError,
+    UnsupportedAdapterError,
+    counted,
+)
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
 
 Shape = tuple[int, ...]
@@ -98,7 +103,7 @@ def _check_rows(base: Base, name: str, touched: Touched, shape: Shape) -> None:
     if rows.numbers.size and rows.numbers.max() >= shape[0]:
         raise ShapeMismatchError(
             f"the set replaces row {rows.numbers.max()} of {name!r} (trainable_token_indices), but "
-            f"base {base.name!r} has {shape[0]} rows; resize its embeddings first",
+            f"base {base.name!r} has {counted(shape[0], 'row')}; resize its embeddings first",
             tensor=name,
             got=int(rows.numbers.max()),
             expected=shape[0],

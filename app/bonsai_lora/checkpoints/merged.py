@@ -22,7 +22,7 @@ from bonsai_lora.checkpoints.ties import tied_replacements
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.merge import Block
-from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError
+from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError, counted
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.peft_keys import TOKEN_ROWS
 from bonsai_lora.formats.peft_options import PLAIN, BaseOptions
@@ -237,7 +237,7 @@ def _merged_bytes(tensor: MergedTensor, block: Block, first: int, last: int) -> 
 
 def _lost(base: Base, lora_set: BonsaiLoraSet, modules: list[str]) -> InvalidRequestError:
     return InvalidRequestError(
-        f"base {base.name!r} has no weights for {len(modules)} module(s) of set "
+        f"base {base.name!r} has no weights for {counted(len(modules), 'module')} of set "
         f"{lora_set.adapter_name!r}: {', '.join(modules[:8])}; merge it into the model that it was "
         "trained on",
         modules=modules[:64],

@@ -9,8 +9,9 @@ import numpy as np
 
 from bonsai_lora.checkpoints.bases import row_norms
 from bonsai_lora.checkpoints.file import StoredTensor
+from bonsai_lora.core import backend
 from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.core.cast import Array, round_to, to_float32
+from bonsai_lora.core.cast import Array, to_float32
 from bonsai_lora.core.merge import Block, blocks, merge_rows
 
 
@@ -85,7 +86,7 @@ class MergedTensor:
         if self._dtype is np.float64:
             return total
         out: Array = np.empty(total.shape, self._base.dtype)
-        round_to(total, out)
+        backend.cast(total, out)
         return out
 
     def _start(self, block: Block) -> Array:

@@ -16,7 +16,7 @@ from bonsai_lora.cli.table import print_table
 from bonsai_lora.client.blocking import Client
 from bonsai_lora.client.call import Call, decode_json, path_of
 from bonsai_lora.client.connection import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE, url_of
-from bonsai_lora.errors import BonsaiLoraError
+from bonsai_lora.errors import BonsaiLoraError, counted
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_base_name, is_set_name
 from bonsai_lora.formats.text import printable
 
@@ -205,7 +205,7 @@ def push_set(client: Client, arguments: argparse.Namespace) -> Any:
         ) from None
     if not arguments.json:
         name = printable(report["name"])
-        print(f"{name}: version {report['version']}, {report['adapter_count']} adapters")
+        print(f"{name}: version {report['version']}, {counted(report['adapter_count'], 'adapter')}")
         for text in report["warnings"]:
             print(f"warning: {printable(text)}", file=sys.stderr)
     return report

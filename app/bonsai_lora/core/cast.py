@@ -34,11 +34,6 @@ def to_float32(array: Array, out: Floats | None = None) -> Floats:
     return out
 
 
-def round_to(array: Floats, out: Array) -> None:
-    """Write float32 `array` into `out` (float32, float16 or bfloat16), rounded to nearest even."""
-    backend.cast(array, out)
-
-
 def count_rows(batch: Array) -> int:
     """Return the number of vectors: 1 for (width,), n for (n, width)."""
     return 1 if batch.ndim == 1 else len(batch)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bonsai_lora.core import backend
-from bonsai_lora.core.cast import FLOAT32, Array, Floats, round_to, to_float32
+from bonsai_lora.core.cast import FLOAT32, Array, Floats, to_float32
 
 BLOCK_VALUES = 1 << 19
 """Values of W in a block that one thread hands to another: 2 MiB of float32, chosen with
@@ -62,7 +62,7 @@ def merge_rows(
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         norms = np.sqrt(row_squares(total)).astype(np.float32)
         total *= (magnitude / norms)[:, None]
-    round_to(total, out)
+    backend.cast(total, out)
 
 
 def row_squares(block: Floats) -> npt.NDArray[np.float64]:

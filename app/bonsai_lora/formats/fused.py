@@ -7,7 +7,7 @@ from typing import Any
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array
 from bonsai_lora.core.config import LoraConfig
-from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
+from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError, counted
 from bonsai_lora.formats.experts import (
     FIRST_RIGHT_VERSION,
     LAYOUT_FIELD,
@@ -57,7 +57,8 @@ def decode_experts(
     rank = says.rank.value
     if says.rank.uncertain or rows % rank:
         raise InvalidAdapterError(
-            f"module {module!r} has {rows} rows in A, which is not a multiple of the configured "
+            f"module {module!r} has {counted(rows, 'row')} in A, which is not a multiple of the "
+            "configured "
             f"rank {rank}; correct r or rank_pattern",
             module=module,
             got=rows,
@@ -65,7 +66,8 @@ def decode_experts(
         )
     if rows // rank > MAX_EXPERTS:
         raise InvalidAdapterError(
-            f"module {module!r} has {rows} rows in A, which is {rows // rank} experts of rank "
+            f"module {module!r} has {counted(rows, 'row')} in A, which is "
+            f"{counted(rows // rank, 'expert')} of rank "
             f"{rank}; expected at most {MAX_EXPERTS}",
             module=module,
             got=rows // rank,

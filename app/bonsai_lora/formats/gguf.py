@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from bonsai_lora.errors import UnsupportedGgufError
+from bonsai_lora.errors import UnsupportedGgufError, counted
 from bonsai_lora.formats.gguf_layouts import Entry, TensorInfo, padded, place
 from bonsai_lora.formats.gguf_types import TYPES
 from bonsai_lora.formats.gguf_values import Cursor, ReadAt, Scalar, Value, ValueType, malformed
@@ -159,7 +159,9 @@ def _read_entries(cursor: Cursor, count: int) -> list[Entry]:
 def _read_shape(cursor: Cursor, name: str) -> tuple[int, ...]:
     count = cursor.u32()
     if count > MAX_DIMENSIONS:
-        raise malformed(f"tensor {name!r} has {count} dimensions, more than {MAX_DIMENSIONS}")
+        raise malformed(
+            f"tensor {name!r} has {counted(count, 'dimension')}, more than {MAX_DIMENSIONS}"
+        )
     shape = tuple(cursor.u64() for _ in range(count))[::-1]
     # Without the zeros: a product of other dimensions beyond 2^63 is refused beside a zero, too.
     if math.prod(size for size in shape if size) > _MAX_ELEMENTS:

@@ -14,7 +14,7 @@ from bonsai_lora.core.cast import Array, all_finite
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
-from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
+from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError, counted
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.foreign import check_keys
 from bonsai_lora.formats.fused import decode_experts, in_one_layout, rank_of
@@ -294,7 +294,8 @@ def _check_token_rows(config: PeftConfig, replaced: Mapping[str, Array]) -> None
         if rows.ndim != 2 or len(rows) != count:
             raise InvalidAdapterError(
                 f"the token rows of {module!r} have shape {list(rows.shape)}, but "
-                f"trainable_token_indices lists {count} rows; correct trainable_token_indices",
+                f"trainable_token_indices lists {counted(count, 'row')}; correct "
+                "trainable_token_indices",
                 module=module,
                 got=list(rows.shape),
             )

@@ -23,6 +23,7 @@ from bonsai_lora.errors import (
     InvalidRequestError,
     MalformedSafetensorsError,
     ShapeMismatchError,
+    counted,
 )
 from bonsai_lora.formats.dtypes import DTYPE_NAMES, ELEMENT_BITS, FLOAT_DTYPES
 
@@ -69,7 +70,9 @@ def header_length(prefix: bytes | memoryview, limit: int = MAX_HEADER_BYTES) -> 
     HeaderTooLargeError over `limit`.
     """
     if len(prefix) < _LENGTH_BYTES:
-        raise _malformed(f"it has {len(prefix)} bytes, fewer than the 8 of the header length")
+        raise _malformed(
+            f"it has {counted(len(prefix), 'byte')}, fewer than the 8 of the header length"
+        )
     length = int.from_bytes(prefix[:_LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         start = bytes(prefix[:_LENGTH_BYTES])
@@ -94,7 +97,7 @@ def decode_header(raw: bytes | memoryview, *, limit: int = MAX_HEADER_BYTES) -> 
     stop = _LENGTH_BYTES + length
     if len(raw) < stop:
         raise _malformed(
-            f"the header is {length} bytes long, but the file ends after {len(raw) - 8}"
+            f"the header is {counted(length, 'byte')} long, but the file ends after {len(raw) - 8}"
         )
     text = bytes(raw[_LENGTH_BYTES:stop])
     return _decode_short(text) if length <= _SHORT_BYTES else _decode_text(text)
@@ -134,7 +137,8 @@ def check_total(header: Header, total_bytes: int) -> None:
     """Raise MalformedSafetensorsError unless `total_bytes` is the length given by the header."""
     if total_bytes != header.total_bytes:
         raise _malformed(
-            f"the header describes {header.total_bytes} bytes in all, but there are {total_bytes}"
+            f"the header describes {counted(header.total_bytes, 'byte')} in all, but there are "
+            f"{total_bytes}"
         )
 
 
@@ -316,7 +320,7 @@ def _check_entry(name: str, entry: Any) -> TensorInfo:
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
         raise _malformed(f"tensor {name[:100]!r} has a shape that is not a list of sizes")
     if len(shape) > _MAX_DIMENSIONS:
-        raise _malformed(f"tensor {name[:100]!r} has {len(shape)} dimensions")
+        raise _malformed(f"tensor {name[:100]!r} has {counted(len(shape), 'dimension')}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise _malformed(f"tensor {name[:100]!r} must have data_offsets [begin, end]")
     bits = math.prod(shape) * ELEMENT_BITS[dtype]

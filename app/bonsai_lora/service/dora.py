@@ -28,10 +28,13 @@ def norms_of(
     Raises TakesLongError if they are not cached, unless it `may_take_long`.
 
     W is the tensor that a merge with the same `match` would change. Raises DoraNeedsBaseError if
-    no base with the set's base_model_name has the module's weight, InvalidRequestError if the
-    module could mean several tensors, ShapeMismatchError if the weight has a different shape.
+    no base with the set's base_model_name has the module's weight, InvalidRequestError if no tensor
+    starts with `match` or the module could mean several, ShapeMismatchError if the weight has a
+    different shape.
     """
     base = bases.find(stored.lora_set.base_model_name)
+    if base is not None and match is not None:
+        base.paths.check_match(match)
     name = None if base is None else base.paths.find_one(f"{module}.weight", match)
     if base is None or name is None:
         raise DoraNeedsBaseError(

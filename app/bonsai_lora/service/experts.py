@@ -6,7 +6,7 @@ import numpy as np
 
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.batch import Integers
-from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError
+from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError, counted
 
 
 def check_experts(
@@ -43,7 +43,8 @@ def _check_module(module: str, count: int, rows: int, experts: Integers | None) 
         )
     if len(experts) != rows:
         raise ShapeMismatchError(
-            f"experts has {len(experts)} numbers, but {module!r} has {rows} rows; send one number "
+            f"experts has {counted(len(experts), 'number')}, but {module!r} has "
+            f"{counted(rows, 'row')}; send one number "
             "per row",
             module=module,
             got=len(experts),
@@ -52,7 +53,8 @@ def _check_module(module: str, count: int, rows: int, experts: Integers | None) 
     wrong = np.flatnonzero((experts < 0) | (experts >= count))
     if wrong.size:
         raise InvalidRequestError(
-            f"experts[{wrong[0]}] is {experts[wrong[0]]}, but {module!r} has {count} experts; "
+            f"experts[{wrong[0]}] is {experts[wrong[0]]}, but {module!r} has "
+            f"{counted(count, 'expert')}; "
             f"expected 0 to {count - 1}",
             module=module,
             row=int(wrong[0]),

@@ -4,14 +4,15 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
+from bonsai_lora.core.batch import Integers
 from bonsai_lora.core.cast import Array, Floats, count_rows
-from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError
+from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError, counted
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.service.apply import (
     Applier,
@@ -29,6 +30,7 @@ from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.storage.regions import SharedRegions, Span
 from bonsai_lora.wire import json
+from bonsai_lora.wire.binary import EXPERTS
 from bonsai_lora.wire.media import Form
 from bonsai_lora.wire.oip import (
     Encoded,
@@ -38,7 +40,14 @@ from bonsai_lora.wire.oip import (
     Placement,
     encode_response,
 )
-from bonsai_lora.wire.oip_tensors import check_floats, decode_floats, decode_strings, format_shape
+from bonsai_lora.wire.oip_tensors import (
+    DATATYPES,
+    check_floats,
+    decode_floats,
+    decode_integers,
+    decode_strings,
+    format_shape,
+)
 from bonsai_lora.wire.stacks import SETS, Stack, decode_row
 from bonsai_lora.wire.tensors import BASE_ENDING
 
@@ -92,6 +101,7 @@ class Inference:
         placed = [one.content for one in request.inputs.values()]
         sizes = [one.byte_size for one in placed if isinstance(one, Placement)]
         applier.limits.check_region_bytes(sum(sizes))
+        experts, request = _take_experts(model, request, tensors)
         set_segments = (
             self._mixed_segments(request, tensors, applier.limits)
             if model.stored is None
@@ -116,7 +126,7 @@ class Inference:
         return (
             outputs,
             inputs,
-            lambda: applier.apply(set_segments, inputs, base_outputs, reserve=reserve),
+            lambda: applier.apply(set_segments, inputs, base_outputs, experts, reserve=reserve),
         )
 
     def _mixed_segments(
@@ -133,7 +143,8 @@ class Inference:
         for one in request.inputs.values():
             if one is not sets and one.rows != len(stacks):
                 raise ShapeMismatchError(
-                    f"input '{one.name}' has {one.rows} rows, but '{SETS}' has {len(stacks)}; send "
+                    f"input '{one.name}' has {counted(one.rows, 'row')}, but '{SETS}' has "
+                    f"{len(stacks)}; send "
                     "as many rows in each",
                     field=one.name,
                     got=one.rows,
@@ -170,35 +181,6 @@ class Inference:
                     f"outputs '{name}' and '{other}' overlap in shared memory; place them apart",
                     field=name,
                 )
-
-
-def raw_request(model: Model, body: memoryview) -> InferRequest:
-    """Return the request of a raw body: nothing but the FP32 data of one input.
-
-    The input is the set's only module, or `x` if all its modules have the same width. All outputs
-    are requested, in binary. Raises InvalidRequestError for other models or lengths.
-    """
-    adapters = model.adapters
-    widths = {one.d_in for one in adapters.values()}
-    if model.stored is None:
-        raise InvalidRequestError(
-            f"model '{MIXED}' needs the input '{SETS}' besides raw input; send a JSON header that "
-            "names both"
-        )
-    if len(widths) != 1 or widths == {0}:
-        raise InvalidRequestError(
-            f"raw input requires a model with one input width, but '{model.name}' has "
-            f"{len(widths)}; send a JSON header that names its inputs"
-        )
-    (width,) = widths
-    if len(body) % (4 * width):
-        raise InvalidRequestError(
-            f"raw input has {len(body)} bytes, which is not a whole number of rows; expected FP32 "
-            f"rows of width {width} ({4 * width} bytes each)"
-        )
-    name = next(iter(adapters)) if len(adapters) == 1 else SHARED_INPUT
-    tensor = InferInput(name, "FP32", (len(body) // (4 * width), width), body)
-    return InferRequest("", {name: tensor}, None, is_binary=True)
 
 
 def cost_of_inference(model: Model, request: InferRequest) -> float:
@@ -240,6 +222,10 @@ class _Tensors:
             self._known[tensor.name] = known
         return known
 
+    def integers(self, tensor: InferInput) -> Integers:
+        """Return the tensor `experts`."""
+        return decode_integers(tensor, self._content(tensor), self._text)
+
     def strings(self, tensor: InferInput) -> list[str]:
         """Return the strings of a BYTES tensor."""
         return decode_strings(tensor, self._content(tensor))
@@ -249,6 +235,21 @@ class _Tensors:
             return self._regions.read(tensor.content)
         assert not isinstance(tensor.content, int), "decode_request has sliced the binary data"
         return tensor.content
+
+
+def _take_experts(
+    model: Model, request: InferRequest, tensors: _Tensors
+) -> tuple[Integers | None, InferRequest]:
+    """Return the expert of each row, None if there are none, and the request without them."""
+    given = request.inputs.get(EXPERTS)
+    if given is None:
+        return None, request
+    # Floats may be for a module with that name; the mixed model may have any.
+    may_be_module = model.stored is None or EXPERTS in model.adapters
+    if may_be_module and given.datatype in DATATYPES:
+        return None, request
+    others = {name: one for name, one in request.inputs.items() if one is not given}
+    return tensors.integers(given), replace(request, inputs=others)
 
 
 def _outputs_of(model: Model, request: InferRequest) -> Sequence[InferOutput]:
@@ -325,7 +326,9 @@ def _default_outputs(model: Model, request: InferRequest) -> list[str]:
 
 def _list_modules(model: Model) -> str:
     names = list(model.adapters)
-    return f"{len(names)} modules: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+    return (
+        f"{counted(len(names), 'module')}: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+    )
 
 
 def _no_outputs(model: Model, request: InferRequest) -> str:

@@ -9,6 +9,7 @@ from bonsai_lora.errors import (
     RankTooLargeError,
     TooManyModulesError,
     TooManyRowsError,
+    counted,
 )
 from bonsai_lora.service.view import SetView
 
@@ -70,7 +71,8 @@ class Limits:
         """Raise TooManyModulesError if a set would have more than max_modules."""
         if count > self.max_modules:
             raise TooManyModulesError(
-                f"the set has {count} modules, but the limit is {self.max_modules}; split it, or "
+                f"the set has {counted(count, 'module')}, but the limit is {self.max_modules}; "
+                "split it, or "
                 "raise max_modules",
                 got=count,
                 limit=self.max_modules,

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from bonsai_lora.checkpoints.bases import Base, BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
-from bonsai_lora.errors import BaseNotFoundError, InvalidRequestError
+from bonsai_lora.errors import BaseNotFoundError, InvalidRequestError, counted
 from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.setfile import StoredSet
@@ -77,7 +77,8 @@ def weighted_sets(name: str, scale: float, others: list[str], weights: list[floa
     """
     if len(weights) > len(others):
         raise InvalidRequestError(
-            f"{len(weights)} weights are given for {len(others)} additional sets; give at most one "
+            f"the request has {counted(len(weights), 'weight')} for "
+            f"{counted(len(others), 'additional set')}; give at most one "
             "weight per set",
             field="weight",
         )

@@ -1,4 +1,4 @@
-"""Sets as models of the Open Inference Protocol: look-up, metadata, configuration, statistics."""
+"""Sets as models of the Open Inference Protocol: look-up, raw input, metadata, statistics."""
 
 import mmap
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 
 from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.errors import VersionNotFoundError
+from bonsai_lora.errors import InvalidRequestError, VersionNotFoundError, counted
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.counts import CountFile, Counts
 from bonsai_lora.storage.setfile import StoredSet
+from bonsai_lora.wire.binary import EXPERTS
+from bonsai_lora.wire.oip import InferInput, InferRequest
 from bonsai_lora.wire.stacks import SETS
 from bonsai_lora.wire.tensors import BASE_ENDING
 
@@ -34,6 +36,11 @@ class Model:
     def adapters(self) -> Mapping[str, LoraAdapter]:
         """Adapters by module; empty for the mixed model."""
         return {} if self.stored is None else self.stored.lora_set.registry.adapters
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a module has fused experts; False for the mixed model."""
+        return any(one.experts is not None for one in self.adapters.values())
 
     @property
     def version(self) -> str:
@@ -75,7 +82,7 @@ class Tensor:
 
 
 def inputs_of(model: Model) -> list[Tensor]:
-    """Return a model's inputs: its modules, and `x`, which feeds all of them."""
+    """Return a model's inputs: its modules, `x`, which feeds all of them, and `experts`."""
     shared = Tensor(SHARED_INPUT, "FP32", [-1, -1])
     if model.stored is None:
         return [Tensor(SETS, "BYTES", [-1]), shared]
@@ -86,12 +93,44 @@ def inputs_of(model: Model) -> list[Tensor]:
         for name, one in adapters.items()
         if one.magnitude is not None
     ]
+    if model.has_experts and EXPERTS not in adapters:
+        own.append(Tensor(EXPERTS, "INT64", [-1]))
     return own if SHARED_INPUT in adapters else [*own, shared]
 
 
 def outputs_of(model: Model) -> list[Tensor]:
     """Return a model's outputs: its modules. The mixed model's depend on the requested sets."""
     return [Tensor(name, "FP32", [-1, one.d_out]) for name, one in model.adapters.items()]
+
+
+def raw_request(model: Model, body: memoryview) -> InferRequest:
+    """Return the request of a raw body: nothing but the FP32 data of one input.
+
+    The input is the set's only module, or `x` if all its modules have the same width. All outputs
+    are requested, in binary. Raises InvalidRequestError for other models or lengths.
+    """
+    adapters = model.adapters
+    widths = {one.d_in for one in adapters.values()}
+    if model.stored is None:
+        raise InvalidRequestError(
+            f"model '{MIXED}' needs the input '{SETS}' besides raw input; send a JSON header that "
+            "names both"
+        )
+    if len(widths) != 1 or widths == {0}:
+        raise InvalidRequestError(
+            f"raw input requires a model with one input width, but '{model.name}' has "
+            f"{len(widths)}; send a JSON header that names its inputs"
+        )
+    (width,) = widths
+    if len(body) % (4 * width):
+        raise InvalidRequestError(
+            f"raw input has {counted(len(body), 'byte')}, which is not a whole number of rows; "
+            "expected FP32 "
+            f"rows of width {width} ({4 * width} bytes each)"
+        )
+    name = next(iter(adapters)) if len(adapters) == 1 else SHARED_INPUT
+    tensor = InferInput(name, "FP32", (len(body) // (4 * width), width), body)
+    return InferRequest("", {name: tensor}, None, is_binary=True)
 
 
 def config_of(model: Model) -> dict[str, Any]:

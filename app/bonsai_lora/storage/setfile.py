@@ -26,6 +26,7 @@ from bonsai_lora.errors import (
     HeaderTooLargeError,
     MalformedSafetensorsError,
     NewerFormatError,
+    counted,
 )
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.mapped import map_file
@@ -289,7 +290,8 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
         rank, rest = divmod(len(a_matrix), experts or 1)
         if rest:
             raise MalformedSafetensorsError(
-                f"module {module!r} has {experts} experts, but {len(a_matrix)} rows in A"
+                f"module {module!r} has {counted(experts or 1, 'expert')}, but "
+                f"{counted(len(a_matrix), 'row')} in A"
             )
         own = replace(record.config, rank=rank, alpha=alpha)
         adapters[module] = LoraAdapter(own, a_matrix, b_matrix, scaling, *vectors, layer, experts)
@@ -390,5 +392,6 @@ def _is_finite(value: Any) -> bool:
 def _check_size(path: Path, expected: int, got: int) -> None:
     if expected != got:
         raise MalformedSafetensorsError(
-            f"{path.name} has {got} bytes, but its header describes {expected}: it is truncated"
+            f"{path.name} has {counted(got, 'byte')}, but its header describes {expected}: it "
+            "is truncated"
         )

@@ -4,9 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from bonsai_lora.core import backend
 from bonsai_lora.core.batch import Integers
-from bonsai_lora.core.cast import Array, Floats, round_to, to_float32
-from bonsai_lora.errors import ShapeMismatchError
+from bonsai_lora.core.cast import Array, Floats, to_float32
+from bonsai_lora.errors import MalformedSafetensorsError, ShapeMismatchError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
 from bonsai_lora.wire.finite import check_finite
@@ -36,6 +37,7 @@ def decode_batch(
     That is I32 or I64; a float tensor named `experts` is decoded like any other. Raises the errors
     of `decode_tensors`, and ShapeMismatchError if `experts` has a different number of dimensions.
     """
+    _check_not_json(body)
     header = safetensors.decode_header(body, limit=max_header_bytes)
     info = header.tensors.get(EXPERTS)
     if info is None or info.dtype not in safetensors.INTEGERS:
@@ -55,6 +57,16 @@ def decode_batch(
         if name != EXPERTS
     }
     return tensors, dict(header.metadata), numbers
+
+
+def _check_not_json(body: bytes | memoryview) -> None:
+    """Raise MalformedSafetensorsError for JSON, which would be a header longer than the body."""
+    start = bytes(body[:8])
+    if start[:1] == b"{" and int.from_bytes(start, "little") > len(body):
+        raise MalformedSafetensorsError(
+            "the body looks like JSON, but its Content-Type is that of safetensors; send it with "
+            "Content-Type: application/json"
+        )
 
 
 def _checked(array: Array, name: str) -> Floats:
@@ -82,5 +94,5 @@ def encode_tensors(
         return safetensors.encode_parts(tensors, metadata)
     rounded = {name: np.empty(array.shape, target) for name, array in tensors.items()}
     for name, array in tensors.items():
-        round_to(np.ascontiguousarray(array), rounded[name])
+        backend.cast(np.ascontiguousarray(array), rounded[name])
     return safetensors.encode_parts(rounded, metadata)

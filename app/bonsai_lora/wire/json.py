@@ -17,6 +17,7 @@ from bonsai_lora.errors import (
     MalformedJsonError,
     RaggedInputError,
     TakesLongError,
+    counted,
 )
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.finite import check_finite
@@ -44,8 +45,12 @@ def decode_object(
     Raises MalformedJsonError if it is not JSON, InvalidRequestError if it is not an object or has
     a field that is not in `allowed`.
     """
-    hint = ", or safetensors with its Content-Type" if body[8:9] == b"{" else ""
-    value = decode_with_arrays(body, hint=hint, may_take_long=may_take_long)
+    if body[8:9] == b"{" and int.from_bytes(body[:8], "little") < len(body):
+        raise MalformedJsonError(
+            "the body looks like safetensors, but its Content-Type is that of JSON, or missing; "
+            "send it with Content-Type: application/vnd.safetensors"
+        )
+    value = decode_with_arrays(body, may_take_long=may_take_long)
     if not isinstance(value, dict):
         raise InvalidRequestError(
             f"the body is {_kind(value)}; expected a JSON object", expected=sorted(allowed)
@@ -258,7 +263,8 @@ def _check_rows(value: list[Any], name: str) -> None:
             )
         if len(row) != len(value[0]):
             raise RaggedInputError(
-                f"row {index} of {name!r} has {len(row)} numbers, but row 0 has {len(value[0])}; "
+                f"row {index} of {name!r} has {counted(len(row), 'number')}, but row 0 has "
+                f"{len(value[0])}; "
                 "send rows of equal length",
                 field=name,
                 row=index,

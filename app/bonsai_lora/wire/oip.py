@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bonsai_lora.core.cast import Array, Floats
-from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, ShapeMismatchError
+from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, ShapeMismatchError, counted
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.wire import json
 from bonsai_lora.wire.stacks import decode_weight
@@ -96,7 +96,8 @@ def decode_request(
     end = len(body) if header_length is None else header_length
     if end > len(body):
         raise MalformedBodyError(
-            f"Inference-Header-Content-Length is {end}, but the body has {len(body)} bytes; send "
+            f"Inference-Header-Content-Length is {end}, but the body has "
+            f"{counted(len(body), 'byte')}; send "
             "the length of the JSON"
         )
     text = body[:end]
@@ -111,7 +112,8 @@ def decode_request(
             end, start = end + one.content, end
             if end > len(body):
                 raise MalformedBodyError(
-                    f"input '{name}' declares {one.content} bytes of binary data, but the body has "
+                    f"input '{name}' declares {counted(one.content, 'byte')} of binary data, "
+                    "but the body has "
                     f"only {len(body) - start} left; check Inference-Header-Content-Length and "
                     "each binary_data_size",
                     field=name,
@@ -120,7 +122,7 @@ def decode_request(
         inputs[name] = one
     if end != len(body):
         raise MalformedBodyError(
-            f"the body has {len(body) - end} bytes more than its inputs declare; check "
+            f"the body has {counted(len(body) - end, 'byte')} more than its inputs declare; check "
             "Inference-Header-Content-Length and each binary_data_size"
         )
     return InferRequest(
@@ -207,7 +209,7 @@ def _decode_input(value: Any) -> InferInput:
     shape = value.get("shape")
     if is_list_of(int, shape) and len(shape) > _MAX_DIMENSIONS:
         raise ShapeMismatchError(
-            f"unexpected shape of {len(shape)} dimensions for input '{name}'; expected "
+            f"unexpected shape of {counted(len(shape), 'dimension')} for input '{name}'; expected "
             "[rows, width] or [width]",
             field=name,
         )

@@ -7,17 +7,23 @@ from typing import Any
 
 import numpy as np
 
+from bonsai_lora.core.batch import Integers
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, FLOAT32, Array, Floats, to_float32
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, ShapeMismatchError
 from bonsai_lora.wire import json
 from bonsai_lora.wire.finite import check_finite
 from bonsai_lora.wire.oip import InferInput, Placement, is_list_of
+from bonsai_lora.wire.tensors import decode_experts
 
 DATATYPES: Mapping[str, np.dtype[Any]] = {
     "FP32": FLOAT32,
     "FP16": FLOAT16,
     "BF16": BFLOAT16,
     "FP64": np.dtype(np.float64),
+}
+INTEGERS: Mapping[str, np.dtype[Any]] = {
+    "INT32": np.dtype(np.int32),
+    "INT64": np.dtype(np.int64),
 }
 BYTES = "BYTES"
 
@@ -44,16 +50,7 @@ def check_floats(tensor: InferInput) -> np.dtype[Any]:
             "[width]",
             field=name,
         )
-    content = tensor.content
-    if isinstance(content, memoryview | Placement):
-        expected = math.prod(shape) * dtype.itemsize
-        got = content.byte_size if isinstance(content, Placement) else len(content)
-        if got != expected:
-            raise ShapeMismatchError(
-                f"input byte size mismatch for input '{name}'. Expected {expected} for shape "
-                f"{format_shape(shape)} of {tensor.datatype}, got {got}",
-                field=name,
-            )
+    _check_size(tensor, dtype)
     return dtype
 
 
@@ -72,6 +69,41 @@ def decode_floats(
     floats = to_float32(np.frombuffer(content, dtype).reshape(shape))
     check_finite(floats, name)
     return floats
+
+
+def decode_integers(
+    tensor: InferInput, content: memoryview | Array | list[Any], text: json.Text
+) -> Integers:
+    """Return the tensor `experts` (rows,).
+
+    `text` is the JSON of the request. Raises InvalidRequestError for any datatype but INT32 and
+    INT64 and for JSON other than a list of integers, ShapeMismatchError if the data does not fit
+    the shape.
+    """
+    name, shape = tensor.name, tensor.shape
+    dtype = INTEGERS.get(tensor.datatype)
+    if dtype is None:
+        raise InvalidRequestError(
+            f"inference input '{name}' data-type is '{tensor.datatype}'; expected 'INT32' or "
+            "'INT64'",
+            field=name,
+        )
+    if len(shape) != 1:
+        raise ShapeMismatchError(
+            f"unexpected shape {format_shape(shape)} for input '{name}'; expected [rows]",
+            field=name,
+        )
+    _check_size(tensor, dtype)
+    if isinstance(content, memoryview):
+        return np.frombuffer(content, dtype).astype(np.int64)
+    numbers = decode_experts(_list_of(name, text))
+    if numbers is None or len(numbers) != shape[0]:
+        raise ShapeMismatchError(
+            f"input '{name}' has data of length {0 if numbers is None else len(numbers)}, but its "
+            f"shape is {format_shape(shape)}; make them agree",
+            field=name,
+        )
+    return numbers
 
 
 def decode_strings(tensor: InferInput, content: memoryview | Array | list[Any]) -> list[str]:
@@ -110,6 +142,27 @@ def decode_strings(tensor: InferInput, content: memoryview | Array | list[Any]) 
 def format_shape(shape: tuple[int, ...]) -> str:
     """Return a shape as Triton writes it."""
     return f"[{','.join(map(str, shape))}]"
+
+
+def _check_size(tensor: InferInput, dtype: np.dtype[Any]) -> None:
+    """Raise ShapeMismatchError if bytes, in the body or in shared memory, do not fit the shape."""
+    content = tensor.content
+    if not isinstance(content, memoryview | Placement):
+        return
+    expected = math.prod(tensor.shape) * dtype.itemsize
+    got = content.byte_size if isinstance(content, Placement) else len(content)
+    if got != expected:
+        raise ShapeMismatchError(
+            f"input byte size mismatch for input '{tensor.name}'. Expected {expected} for shape "
+            f"{format_shape(tensor.shape)} of {tensor.datatype}, got {got}",
+            field=tensor.name,
+        )
+
+
+def _list_of(name: str, text: json.Text) -> Any:
+    """Return the JSON data of an input as it was sent; parsed requests have float32 arrays."""
+    inputs = json.decode(text.body)["inputs"]
+    return next(one["data"] for one in inputs if one["name"] == name)
 
 
 def _from_json(tensor: InferInput, content: Array | list[Any], text: json.Text) -> Floats:

@@ -11,11 +11,11 @@ from bonsai_lora.core.cast import BFLOAT16, FLOAT16, FLOAT32, Array
 from bonsai_lora.errors import InvalidRequestError, RaggedInputError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.wire.binary import EXPERTS
-from bonsai_lora.wire.oip_tensors import BYTES, DATATYPES
+from bonsai_lora.wire.oip_tensors import BYTES, DATATYPES, INTEGERS
 from bonsai_lora.wire.stacks import SETS
 
 _KEPT = (FLOAT32, FLOAT16, BFLOAT16)
-_DATATYPE_NAMES = {dtype: name for name, dtype in DATATYPES.items()}
+_DATATYPE_NAMES = {dtype: name for name, dtype in {**DATATYPES, **INTEGERS}.items()}
 
 
 def to_floats(value: npt.ArrayLike, name: str) -> Array:
@@ -44,11 +44,14 @@ def encode_tensors(
     tensors: Mapping[str, npt.ArrayLike], metadata: Mapping[str, str] | None = None
 ) -> bytes:
     """Return a safetensors body of `tensors`, `experts` as int64; raises as `to_floats`."""
-    arrays = {
+    return safetensors.encode(_to_arrays(tensors), metadata)
+
+
+def _to_arrays(tensors: Mapping[str, npt.ArrayLike]) -> dict[str, Array]:
+    return {
         name: to_integers(value, name) if name == EXPERTS else to_floats(value, name)
         for name, value in tensors.items()
     }
-    return safetensors.encode(arrays, metadata)
 
 
 def to_integers(value: npt.ArrayLike, name: str) -> Array:
@@ -104,9 +107,10 @@ def encode_inference(
 ) -> tuple[bytes, int]:
     """Return the body of an inference with binary tensors, and the length of its JSON.
 
-    `rows` says what each row of the model `mixed` goes through. Raises as `to_floats`.
+    `rows` says what each row of the model `mixed` goes through; the input `experts` is sent as
+    int64. Raises as `to_floats`.
     """
-    arrays = {name: to_floats(value, name) for name, value in inputs.items()}
+    arrays = _to_arrays(inputs)
     described = [
         {
             "name": name,

@@ -10,7 +10,12 @@ import numpy as np
 
 from bonsai_lora.core.batch import Integers
 from bonsai_lora.core.cast import Floats, all_finite, count_rows
-from bonsai_lora.errors import InvalidRequestError, NonFiniteOutputError, ShapeMismatchError
+from bonsai_lora.errors import (
+    InvalidRequestError,
+    NonFiniteOutputError,
+    ShapeMismatchError,
+    counted,
+)
 from bonsai_lora.wire import binary, json
 from bonsai_lora.wire.binary import EXPERTS
 from bonsai_lora.wire.buffers import Buffer
@@ -72,7 +77,7 @@ def decode_one(
     if form is Form.JSON:
         text = json.Text(body)
         fields = _fields(text, _TENSORS | {SETS, EXPERTS}, may_take_long)
-        sets, experts = fields.pop(SETS, None), _integers(fields.pop(EXPERTS, None))
+        sets, experts = fields.pop(SETS, None), decode_experts(fields.pop(EXPERTS, None))
         found = _arrays(fields, text)
     else:
         found, metadata, experts = binary.decode_batch(body, max_header_bytes)
@@ -102,7 +107,7 @@ def decode_many(
         return replace(batches, stack=_stack(sets_of_metadata(metadata)), experts=experts)
     text = json.Text(body)
     fields = _fields(text, _TENSORS | {SETS, EXPERTS}, may_take_long)
-    stack, experts = _stack(fields.pop(SETS, None)), _integers(fields.pop(EXPERTS, None))
+    stack, experts = _stack(fields.pop(SETS, None)), decode_experts(fields.pop(EXPERTS, None))
     if modules:
         return replace(_shared(_arrays(fields, text), modules), stack=stack, experts=experts)
     for name, value in fields.items():
@@ -135,7 +140,7 @@ def decode_mixed(
         text = json.Text(body)
         fields = _fields(text, _TENSORS | {MODULE, SETS, EXPERTS}, may_take_long)
         module, sets = fields.pop(MODULE, None), fields.pop(SETS, None)
-        experts = _integers(fields.pop(EXPERTS, None))
+        experts = decode_experts(fields.pop(EXPERTS, None))
         tensors = _arrays(fields, text)
     else:
         tensors, metadata, experts = binary.decode_batch(body, max_header_bytes)
@@ -153,11 +158,15 @@ def decode_mixed(
             'of a set, null, or a list of {"set": name, "weight": number}',
             field=SETS,
         )
+    if tensors[INPUTS].shape == (0,):
+        raise ShapeMismatchError(
+            f"{INPUTS!r} is an empty list, which has no rows; send one vector per row", field=INPUTS
+        )
     rows = count_rows(tensors[INPUTS])
     if len(sets) != rows:
         raise ShapeMismatchError(
-            f"{SETS!r} has {len(sets)} entries, but {INPUTS!r} has {rows} rows; send one entry per "
-            "row (null for no adapter)",
+            f"{SETS!r} is for {counted(len(sets), 'row')}, but {INPUTS!r} has "
+            f"{rows}; send one entry per row (null for no adapter)",
             field=SETS,
             got=len(sets),
             expected=rows,
@@ -170,16 +179,8 @@ def _shown(value: Any) -> str:
     return "missing" if value is None else reprlib.repr(value)
 
 
-def _stack(sets: Any) -> Stack:
-    return () if sets is None else decode_stack(sets, SETS)
-
-
-def _arrays(fields: Mapping[str, Any], text: json.Text) -> dict[str, Floats]:
-    return {name: json.decode_tensor(one, name, text) for name, one in fields.items()}
-
-
-def _integers(value: Any) -> Integers | None:
-    """Return the JSON field `experts`; raises InvalidRequestError unless it is a list of ints."""
+def decode_experts(value: Any) -> Integers | None:
+    """Return the JSON list `experts`, or None; raises InvalidRequestError unless all are ints."""
     if value is None:
         return None
     if not isinstance(value, list) or not all(type(one) is int for one in value):
@@ -196,6 +197,14 @@ def _integers(value: Any) -> Integers | None:
             "of experts",
             field=EXPERTS,
         ) from None
+
+
+def _stack(sets: Any) -> Stack:
+    return () if sets is None else decode_stack(sets, SETS)
+
+
+def _arrays(fields: Mapping[str, Any], text: json.Text) -> dict[str, Floats]:
+    return {name: json.decode_tensor(one, name, text) for name, one in fields.items()}
 
 
 def _shared(tensors: Mapping[str, Floats], modules: Sequence[str]) -> Batches:

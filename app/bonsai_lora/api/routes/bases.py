@@ -102,7 +102,6 @@ async def get_base(context: ContextDep, base: BaseName) -> schemas.BaseInfo:
     summary="List the files of a merged model",
     responses=problems(*_MERGE_ERRORS),
 )
-@router.head("/v1/bases/{base}/merged/{set}", include_in_schema=False)
 async def list_merged_files(model: Merged) -> schemas.MergedFiles:
     """Returns names, sizes and ETags. Nothing is computed."""
     return schemas.MergedFiles(files=[schemas.MergedFileInfo(**one) for one in merge_info(model)])
@@ -116,7 +115,6 @@ async def list_merged_files(model: Merged) -> schemas.MergedFiles:
     responses=file_responses("application/octet-stream")
     | problems(*_MERGE_ERRORS, errors.FileNotInModelError, errors.RangeNotSatisfiableError),
 )
-@router.head("/v1/bases/{base}/merged/{set}/{filename:path}", include_in_schema=False)
 async def get_merged_file(
     request: Request,
     context: ContextDep,

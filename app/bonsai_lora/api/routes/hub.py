@@ -5,7 +5,7 @@ Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request wit
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 from urllib.parse import parse_qs
@@ -20,6 +20,7 @@ from bonsai_lora.api.errors import HubError
 from bonsai_lora.api.merged_file import StreamedFile
 from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
+from bonsai_lora.checkpoints.bases import Base
 from bonsai_lora.service import sets
 from bonsai_lora.service.keys import ANYONE
 from bonsai_lora.service.merged import weighted_sets
@@ -38,6 +39,13 @@ class _Repo:
     commit: str
     record: SetRecord
     files: Mapping[str, RangedFile]
+    refusal: errors.UnmergeableError | None = None
+    """Why the content of the files cannot be read: the set does not fit the base.
+
+    The files are described nevertheless. For a refused HEAD or description, huggingface_hub reports
+    a missing repository or a lost connection, or loads older files from its cache; for a refused
+    GET of a file, the reason.
+    """
 
     def entry(self, path: str) -> dict[str, Any]:
         """Return the Hub's description of one of the files."""
@@ -76,7 +84,6 @@ class _Repo:
 
 
 @router.get("/{owner}/{name}/resolve/{revision}/{path:path}")
-@router.head("/{owner}/{name}/resolve/{revision}/{path:path}")
 async def resolve(
     request: Request, context: ContextDep, owner: str, name: str, revision: str, path: str
 ) -> Response:
@@ -87,6 +94,8 @@ async def resolve(
     if file is None:
         detail = f"{repo.id} has no file {path!r}; it has {', '.join(list(repo.files)[:16])}"
         raise HubError("EntryNotFound", detail)
+    if repo.refusal is not None and request.method == "GET":
+        raise repo.refusal
     return file_response(request, file, context.long, {"X-Repo-Commit": repo.commit})
 
 
@@ -105,9 +114,11 @@ async def list_models(
             if search and search.lower() not in f"{owner}/{name}".lower():
                 continue
             try:
-                found.append((await _repo(context, owner, name, "main")).info())
+                repo = await _repo(context, owner, name, "main")
             except (HubError, errors.UnauthenticatedError, errors.NewerFormatError):
                 continue
+            if repo.refusal is None:
+                found.append(repo.info())
             if len(found) == min(limit, 1000):
                 return found
     return found
@@ -206,7 +217,12 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
 
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
     record = context.store.read(name).record
-    model = context.models.get(context.store, owner, weighted_sets(name, 1.0, [], []))
+    try:
+        model = context.models.get(context.store, owner, weighted_sets(name, 1.0, [], []))
+    except errors.InvalidError as error:
+        return _refused_repo(
+            context.bases.get(owner), record, errors.UnmergeableError(error.detail, **error.values)
+        )
     if model.etags != [record.etag]:  # changed between the two reads
         return _merged_repo(context, owner, name)
     files: dict[str, RangedFile] = {}
@@ -217,10 +233,39 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
     return _Repo(f"{owner}/{name}", model.digest, record, files)
 
 
+@dataclass(slots=True)
+class _RefusedFile:
+    """A file whose size is known and whose content is refused."""
+
+    size_bytes: int
+    etag: str
+    refusal: errors.UnmergeableError
+    media_type: str = "application/octet-stream"
+
+    def read(self, start: int, stop: int) -> AsyncIterator[bytes | memoryview]:  # noqa: ARG002
+        """Raise UnmergeableError."""
+        raise self.refusal
+
+
+def _refused_repo(base: Base, record: SetRecord, refusal: errors.UnmergeableError) -> _Repo:
+    """Return a repository of the base's names and sizes, under tags that no readable file has."""
+    key = f"{base.digest}/{record.etag}/refused"
+    files = {
+        path: _RefusedFile(file.size_bytes, _tag(key, path), refusal)
+        for path, file in base.files.items()
+    }
+    commit = hashlib.sha256(key.encode()).hexdigest()[:40]
+    return _Repo(f"{base.name}/{record.name}", commit, record, files, refusal)
+
+
 def _bytes_file(content: bytes | memoryview, etag: str, part: str) -> BytesFile:
+    return BytesFile(memoryview(content), _tag(etag, part), "application/octet-stream")
+
+
+def _tag(etag: str, part: str) -> str:
     # Hub clients name cached files by ETag, which must be unique per file: 40 hex digits.
     digest = hashlib.sha256(f"{etag}/{part}".encode()).hexdigest()[:40]
-    return BytesFile(memoryview(content), f'"{digest}"', "application/octet-stream")
+    return f'"{digest}"'
 
 
 def _json(value: Any) -> Response:

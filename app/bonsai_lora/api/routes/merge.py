@@ -152,7 +152,8 @@ class _StreamedMerge(StarletteResponse):
         declared = content_length(self.request)
         if declared is not None and declared != expected:
             raise errors.ShapeMismatchError(
-                f"the body has {declared} bytes, but weights of shape {list(merge.shape)} have "
+                f"the body has {errors.counted(declared, 'byte')}, but weights of shape "
+                f"{list(merge.shape)} have "
                 f"{expected}; check their shape and dtype",
                 got_bytes=declared,
                 expected_bytes=expected,

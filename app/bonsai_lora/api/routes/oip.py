@@ -20,6 +20,7 @@ from bonsai_lora.api.body import check_length, parse_model, read_body
 from bonsai_lora.api.call import BufferResponse, Call
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import CallDep, ContextDep
+from bonsai_lora.api.described import described
 from bonsai_lora.api.openapi import (
     empty_responses,
     oip_errors,
@@ -36,8 +37,8 @@ from bonsai_lora.api.options import (
 from bonsai_lora.errors import BonsaiLoraError, ForbiddenError, UnsupportedFeatureError
 from bonsai_lora.service import models
 from bonsai_lora.service.apply import Applier
-from bonsai_lora.service.infer import cost_of_inference, raw_request
-from bonsai_lora.service.models import MIXED, MIXED_VERSION, Model, model_of
+from bonsai_lora.service.infer import cost_of_inference
+from bonsai_lora.service.models import MIXED, MIXED_VERSION, Model, model_of, raw_request
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.compress import MOST_EXPANSION, compress, decompress
@@ -102,7 +103,9 @@ async def _find(request: Request, context: ContextDep, model: ModelPath) -> Mode
 ModelDep = Annotated[Model, Depends(_find)]
 
 
-def _of_model(ending: str, what: str, summary: str) -> Callable[[Endpoint], Endpoint]:
+def _of_model(
+    ending: str, what: str, summary: str, model: type[BaseModel]
+) -> Callable[[Endpoint], Endpoint]:
     """Declare two GETs of a model: the current version, and one version (404 once replaced)."""
 
     def declare(endpoint: Endpoint) -> Endpoint:
@@ -111,12 +114,14 @@ def _of_model(ending: str, what: str, summary: str) -> Callable[[Endpoint], Endp
             f"{_MODEL}{ending}",
             operation_id=f"get_model{what}",
             summary=summary,
+            response_model=model,
             responses=responses,
         )(endpoint)
         return router.get(
             f"{_VERSION}{ending}",
             operation_id=f"get_model_version{what}",
             summary=f"{summary} (one version)",
+            response_model=model,
             openapi_extra={"parameters": [_VERSION_PARAMETER]},
             responses=responses,
         )(endpoint)
@@ -159,35 +164,43 @@ async def get_all_statistics(context: ContextDep) -> oip_schemas.ModelStatistics
     return await anyio.to_thread.run_sync(_all_statistics, context)
 
 
-@_of_model("", "", "Show a model's metadata")
-async def get_model(model: ModelDep) -> oip_schemas.ModelMetadata:
+@_of_model("", "", "Show a model's metadata", oip_schemas.ModelMetadata)
+async def get_model(context: ContextDep, model: ModelDep) -> Response:
     """A model's inputs and outputs are named after its modules. The input `x` feeds every
     requested output that has no input of its own.
     """
-    return oip_schemas.ModelMetadata(
-        name=model.name,
-        versions=[model.version],
-        platform=models.PLATFORM,
-        inputs=[oip_schemas.TensorMetadata.model_validate(one) for one in models.inputs_of(model)],
-        outputs=[
-            oip_schemas.TensorMetadata.model_validate(one) for one in models.outputs_of(model)
-        ],
-    )
+
+    def describe() -> oip_schemas.ModelMetadata:
+        return oip_schemas.ModelMetadata(
+            name=model.name,
+            versions=[model.version],
+            platform=models.PLATFORM,
+            inputs=[
+                oip_schemas.TensorMetadata.model_validate(one) for one in models.inputs_of(model)
+            ],
+            outputs=[
+                oip_schemas.TensorMetadata.model_validate(one) for one in models.outputs_of(model)
+            ],
+        )
+
+    return await described(context, describe, len(model.adapters), {})
 
 
-@_of_model("/ready", "_ready", "Is the model ready?")
+@_of_model("/ready", "_ready", "Is the model ready?", oip_schemas.ModelReady)
 async def get_model_ready(model: ModelDep) -> oip_schemas.ModelReady:
     """Every set that exists is ready."""
     return oip_schemas.ModelReady(name=model.name)
 
 
-@_of_model("/config", "_config", "Show a model's configuration")
-async def get_model_config(model: ModelDep) -> oip_schemas.ModelConfig:
+@_of_model("/config", "_config", "Show a model's configuration", oip_schemas.ModelConfig)
+async def get_model_config(context: ContextDep, model: ModelDep) -> Response:
     """Uses the fields of Triton's model configuration."""
-    return oip_schemas.ModelConfig(**models.config_of(model))
+    return await described(
+        context, lambda: oip_schemas.ModelConfig(**models.config_of(model)), len(model.adapters), {}
+    )
 
 
-@_of_model("/stats", "_statistics", "Show a model's statistics")
+@_of_model("/stats", "_statistics", "Show a model's statistics", oip_schemas.ModelStatistics)
 async def get_model_statistics(context: ContextDep, model: ModelDep) -> oip_schemas.ModelStatistics:
     """Totals over all workers since the service started or the set last changed; durations in
     nanoseconds.
@@ -212,7 +225,8 @@ async def get_model_statistics(context: ContextDep, model: ModelDep) -> oip_sche
 async def infer(call: CallDep, model: ModelPath) -> BufferResponse:
     """An input with the name of a module feeds that module and yields an output with that name.
     The input `x` feeds every module named in `outputs` (without `outputs`: every module whose width
-    it matches). On the model `mixed`, the BYTES input `sets` names a set for each row. The
+    it matches). For fused experts, the INT32 or INT64 input `experts` is the number of the expert
+    of each row. On the model `mixed`, the BYTES input `sets` names a set for each row. The
     parameter `scale` multiplies the whole delta. Binary data, compression and shared memory work as
     in Triton.
     """

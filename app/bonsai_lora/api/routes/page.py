@@ -54,21 +54,18 @@ def _read(path: Path) -> PageFile:
 
 
 @router.get("/")
-@router.head("/")
 async def get_root() -> Response:
     """Redirect to the documentation, by a relative URL so that a path prefix works."""
     return RedirectResponse("docs")
 
 
 @router.get("/docs")
-@router.head("/docs")
 async def get_docs(request: Request) -> Response:
     """Return the documentation page."""
     return _respond(request, page_files()["docs.html"])
 
 
 @router.get("/page/{path:path}")
-@router.head("/page/{path:path}")
 async def get_page_file(request: Request, path: str) -> Response:
     """Return a script, a style sheet or a license; raises RouteNotFoundError."""
     file = page_files().get(path)

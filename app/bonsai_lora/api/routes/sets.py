@@ -113,12 +113,12 @@ def _headers_of(context: Context, stored: StoredSet, status: int) -> dict[str, s
 
 
 def _check_not_an_upload(request: Request) -> None:
-    """Raise UnsupportedMediaTypeError for a form, which is how adapters are uploaded."""
-    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media == "multipart/form-data":
+    """Raise UnsupportedMediaTypeError for anything but JSON, as it is probably an adapter."""
+    media = request.headers.get("content-type", Form.JSON.value).partition(";")[0].strip().lower()
+    if media != Form.JSON.value:
         raise errors.UnsupportedMediaTypeError(
-            "POST /v1/sets creates a set from JSON, but Content-Type is 'multipart/form-data'; "
-            "upload an adapter with PUT /v1/sets/{set}",
+            f"POST /v1/sets creates a set from JSON, but Content-Type is {media[:100]!r}; send "
+            f"{Form.JSON.value}, or upload an adapter with PUT /v1/sets/{{set}}",
             got=media,
             expected=[Form.JSON.value],
         )
@@ -299,7 +299,6 @@ _FILE_ERRORS = (errors.SetNotFoundError, errors.RangeNotSatisfiableError, errors
     response_class=Response,
     responses=file_responses(Form.JSON.value) | problems(*_FILE_ERRORS),
 )
-@router.head("/v1/sets/{set}/adapter_config.json", include_in_schema=False)
 async def get_adapter_config(request: Request, context: ContextDep, name: SetName) -> Response:
     """Put it in a folder with `adapter_model.safetensors`, and `peft` loads the folder."""
     stored = await context.open(name)
@@ -316,7 +315,6 @@ async def get_adapter_config(request: Request, context: ContextDep, name: SetNam
     response_class=Response,
     responses=file_responses(Form.BINARY.value) | problems(*_FILE_ERRORS),
 )
-@router.head("/v1/sets/{set}/adapter_model.safetensors", include_in_schema=False)
 async def get_adapter_model(request: Request, context: ContextDep, name: SetName) -> Response:
     """Uploaded tensors keep their dtype and are returned bit for bit."""
     stored = await context.open(name)

@@ -36,7 +36,8 @@ def infer(
 ) -> Call[Inferred]:
     """Return what a model makes of `inputs`, in binary.
 
-    An input named like a module feeds that module; `x` feeds all `outputs`. The model `mixed`
+    An input named like a module feeds that module; `x` feeds all `outputs`, and
+    `experts` is the number of each row's expert, for fused experts only. The model `mixed`
     takes `sets`: what each row goes through, as in `apply_mixed`. Raises NotFoundError for
     an unknown model or version, InvalidError for wrong inputs: this protocol's errors have no code.
     """
