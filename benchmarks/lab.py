@@ -96,6 +96,7 @@ def one_module() -> list[dict[str, object]]:
         row: dict[str, object] = {
             "method": method,
             "ms": in_turns({"": ours}, seconds=0.5)[""] * 1e3,
+            "dense NumPy ms": "",
         }
         if find_spec("peft"):
             row["PEFT ms"] = peft_seconds(pair, method) * 1e3

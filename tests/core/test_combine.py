@@ -286,15 +286,19 @@ def test_overflow_is_refused(rng):
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("exact", {"rank": 4}, "rank is 4; exact takes no options"),
-        ("svd", {"density": 0.5}, "density is 0.5; svd takes rank, energy"),
-        ("svd", {"rank": 4, "energy": 0.9}, "give either rank or energy"),
+        ("exact", {"rank": 4}, "rank is 4, but exact takes no options; remove it"),
+        ("svd", {"density": 0.5}, "density is 0.5, but svd takes rank, energy; remove it"),
+        ("svd", {"rank": 4, "energy": 0.9}, "energy is 0.9 beside a rank; send one of them"),
         ("svd", {"rank": 0}, "rank is 0; expected 1 or more"),
         ("svd", {"energy": 1.5}, "energy is 1.5; expected a number over 0"),
-        ("ties", {}, "density is None; ties needs it"),
+        ("ties", {}, "density is missing, which ties needs"),
         ("ties", {"density": 0.0}, "density is 0.0; expected a number over 0"),
         ("breadcrumbs", {"density": 0.5, "gamma": 1.0}, "gamma is 1.0"),
-        ("della", {"density": 0.9}, "epsilon is 0.15; density - epsilon and density \\+ epsilon"),
+        (
+            "della",
+            {"density": 0.9},
+            "epsilon is 0.15, so entries are kept with probabilities from 0.75 to 1.05",
+        ),
     ],
 )
 def test_options_that_a_method_does_not_take(method, options, message):

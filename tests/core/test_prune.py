@@ -85,7 +85,7 @@ def test_draws_do_not_depend_on_the_blocks(rng, kind, size):
     def start(blocks):
         if kind == "random":
             return prune.at_random("key", 0.3)
-        return prune.by_rank_in_row("key", blocks, 0.3, 0.1)
+        return prune.by_rank_in_row("key", blocks, 0.3, 0.1)  # which draws in its first pass
 
     once = start(whole(array))()(array)
     sparsify = start(rows(array, size))()

@@ -6,10 +6,11 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat
 
-from bonsai_lora.api.schemas import InfoModel, RequestModel, SetInfo
+from bonsai_lora.api.schemas import RequestModel, SetInfo
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.factors import rank_for
 from bonsai_lora.core.recipe import Method, Recipe, Sign
+from bonsai_lora.core.similarity import Similarity
 from bonsai_lora.core.spectrum import effective_rank, singular_values
 from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.combine import Report
@@ -21,7 +22,7 @@ Weight = Annotated[FiniteFloat, Field(ge=-1e30, le=1e30)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class WeightedSet(RequestModel):
+class CombineInput(RequestModel):
     """A set and its weight in a combination."""
 
     set: str
@@ -32,7 +33,7 @@ class CombineSets(RequestModel):
     """A combination of sets; options that the method does not take are refused."""
 
     name: str = Field(description="name of the new set")
-    sets: list[WeightedSet] = Field(min_length=1, max_length=MAX_SETS)
+    sets: list[CombineInput] = Field(min_length=1, max_length=MAX_SETS)
     method: Method = Field("exact", description="docs/laboratory.md defines them")
     rank: Rank | None = Field(None, description="highest rank of the new set's modules")
     energy: Share | None = Field(
@@ -124,31 +125,37 @@ class CombinedSet(SetInfo):
         return cls(**dict(SetInfo.of(stored)), report=CombineReport.of(report))
 
 
-class Similarities(InfoModel):
-    """Norms of deltas, and the cosines between them."""
-
-    norms: list[float] = Field(description="Frobenius norms, in the order of the sets")
-    cosine: list[list[float]] = Field(description="0 with a delta that is zero")
-    interference: float = Field(
+Norms = Annotated[list[float], Field(description="Frobenius norms, in the order of the sets")]
+Cosines = Annotated[list[list[float]], Field(description="0 with a delta that is zero")]
+Interference = Annotated[
+    float,
+    Field(
         description="1 - |sum|^2 / (sum of norms)^2: 0 if all deltas point one way, 1 - 1/n for n "
         "orthogonal ones of the same norm, near 1 if they cancel"
-    )
+    ),
+]
 
 
-class ComparedModule(Similarities):
+class ComparedModule(BaseModel):
     """The deltas of one module."""
 
     name: str
+    norms: Norms
+    cosine: Cosines
+    interference: Interference
     subspace_similarity: float | None = Field(
         description="of two sets: overlap of their right singular vectors, from 0 to 1 (Hu et al. "
         "2021, equation 4); null if a set lacks the module, or for more sets"
     )
 
 
-class ComparisonInfo(Similarities):
+class ComparisonInfo(BaseModel):
     """The deltas of several sets."""
 
     sets: list[str]
+    norms: Norms
+    cosine: Cosines
+    interference: Interference
     modules: list[ComparedModule]
 
     @classmethod
@@ -168,7 +175,7 @@ class ComparisonInfo(Similarities):
         )
 
 
-def _figures(found: Any) -> dict[str, Any]:
+def _figures(found: Similarity) -> dict[str, Any]:
     return {
         "norms": found.norms.tolist(),
         "cosine": found.cosine.tolist(),

@@ -1,7 +1,7 @@
 """Element-wise methods on whole deltas, row block by row block, and back to low rank.
 
 A delta W is never held: its blocks are computed again for each pass. The passes: two for exact
-thresholds or one for a rescaling, per summand, and `_ITERATIONS` + 1 for the range finder.
+thresholds or one for a rescaling, per summand, and four for the range finder.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from bonsai_lora.core.cast import Floats, to_float32
+from bonsai_lora.core.cast import Array, Floats, to_float32
 from bonsai_lora.core.entries import merge_entries, prune_matrix
 from bonsai_lora.core.factors import Factors, Term, Values, decompose
 from bonsai_lora.core.merge import blocks
@@ -18,11 +18,9 @@ from bonsai_lora.core.recipe import Recipe
 
 _BLOCK_VALUES = 1 << 18
 """Values of a block: 1 MiB, so that a block per summand stays in the cache."""
-_FEWEST_COLUMNS = 64
+_FEWEST_COLUMNS = 32
 """Fewest columns of the range finder. It has at least twice the rank, as trimmed deltas have slowly
 falling singular values (Halko et al. 2011, section 4.2, which adds 5 or 10 to the rank)."""
-_ITERATIONS = 3
-"""Subspace iterations with M^T M, each followed by a QR decomposition (ibid., algorithm 4.4)."""
 
 
 def columns_for(rank: int, d_out: int, d_in: int) -> int:
@@ -30,9 +28,9 @@ def columns_for(rank: int, d_out: int, d_in: int) -> int:
     return min(max(2 * rank, _FEWEST_COLUMNS), d_out, d_in)
 
 
-def block_bytes(d_in: int, summands: int) -> int:
-    """Return the most memory that the blocks of a pass take, in bytes."""
-    return max(_BLOCK_VALUES, d_in) * (8 * 4 + 4 * 6 * summands)
+def pass_bytes(d_out: int, d_in: int, summands: int) -> int:
+    """Return the most memory that the blocks of a pass take, and a bit for each entry, in bytes."""
+    return max(_BLOCK_VALUES, d_in) * (8 * 4 + 4 * 6 * summands) + d_out * d_in // 8 * summands
 
 
 def cut_delta(
@@ -86,22 +84,22 @@ def _range_of(
 ) -> tuple[Factors, float]:
     """Return M V V^T, where V (d_in, columns) spans nearly the first right singular vectors of M.
 
-    And the squared Frobenius norm of M.
+    And the squared Frobenius norm of M. V comes from three subspace iterations with M^T M (Halko et
+    al. 2011, algorithm 4.4).
     """
     d_out, d_in = shape
     basis: Values = Draws(key).uniform((d_in, columns)) - 0.5
-    for _ in range(_ITERATIONS):
-        basis = np.linalg.qr(basis)[0]
-        image = np.zeros((d_in, columns))
+    for dtype in (np.float32, np.float32, np.float64):  # the last one decides the accuracy
+        start: Array = np.linalg.qr(basis)[0].astype(dtype)
+        basis = np.zeros((d_in, columns))
         for block in merged():
-            wide = block.astype(np.float64)
-            image += wide.T @ (wide @ basis)
-        basis = image
+            wide: Array = block.astype(dtype, copy=False)
+            basis += wide.T @ (wide @ start)
     basis = np.linalg.qr(basis)[0]
     left, row, total = np.empty((d_out, columns)), 0, 0.0
     for block in merged():
-        wide = block.astype(np.float64)
-        left[row : row + len(block)] = wide @ basis
-        total += float(np.vdot(wide, wide))
+        last = block.astype(np.float64)
+        left[row : row + len(block)] = last @ basis
+        total += float(np.vdot(last, last))
         row += len(block)
     return Factors(left, basis.T), total

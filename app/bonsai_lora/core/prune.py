@@ -19,7 +19,7 @@ Blocks = Callable[[], Iterator[Floats]]
 Sparsify = Callable[[Floats], Floats]
 """Takes the row blocks in order, and returns each with entries set to zero."""
 Start = Callable[[], Sparsify]
-"""Begins a pass over a matrix."""
+"""Begins to read the matrix once more."""
 
 _BIN_BITS = 16
 _BINS = 1 << 15
@@ -66,7 +66,7 @@ def by_magnitude(blocks: Blocks, size: int, density: float) -> Start:
     if kept == 0:
         return lambda: np.zeros_like
     (least,) = order_statistics(blocks, [size - kept])
-    return lambda: lambda block: np.where(np.abs(block) >= least, block, np.float32(0))
+    return lambda: lambda block: block * (np.abs(block) >= least)
 
 
 def without_outliers(blocks: Blocks, size: int, density: float, gamma: float) -> Start:
@@ -85,19 +85,18 @@ def without_outliers(blocks: Blocks, size: int, density: float, gamma: float) ->
 
     def sparsify(block: Floats) -> Floats:
         sizes = np.abs(block)
-        return np.where((sizes >= least) & (sizes <= most), block, np.float32(0))
+        return block * ((sizes >= least) & (sizes <= most))
 
     return lambda: sparsify
 
 
 def at_random(key: str, density: float) -> Start:
     """Keep each entry with this probability and divide it by it (DARE: Yu et al. 2023)."""
+    factor = np.float32(1 / density)
 
     def start() -> Sparsify:
         draws = Draws(key)
-        return lambda block: np.where(
-            draws.uniform(block.shape) < density, block / np.float32(density), np.float32(0)
-        )
+        return lambda block: block * (draws.uniform(block.shape) < density) * factor
 
     return start
 
@@ -106,32 +105,36 @@ def by_rank_in_row(key: str, blocks: Blocks, density: float, epsilon: float) -> 
     """Keep entries with a probability that grows with their rank in the row (DELLA, as mergekit).
 
     From density - epsilon for the smallest to density + epsilon for the largest (Deep et al. 2024).
-    The rest is multiplied so that the sum of |entries| stays.
+    The rest is multiplied so that the sum of |entries| stays. Which entries are kept is remembered,
+    a bit for each, as ranking them takes long; blocks must have the same size in each pass.
     """
-
-    def unscaled() -> Sparsify:
-        draws = Draws(key)
-        return lambda block: np.where(
-            draws.uniform(block.shape) < _chances(block, density, epsilon), block, np.float32(0)
-        )
-
+    draws = Draws(key)
     before = after = 0.0
-    sparsify = unscaled()
+    masks = []
     for block in blocks():
-        before += float(np.abs(block).sum(dtype=np.float64))
-        after += float(np.abs(sparsify(block)).sum(dtype=np.float64))
+        kept = draws.uniform(block.shape) < _chances(block, density, epsilon)
+        sizes = np.abs(block)
+        before += float(sizes.sum(dtype=np.float64))
+        after += float((sizes * kept).sum(dtype=np.float64))
+        masks.append(np.packbits(kept))
     scale = np.float32(before / after if after else 1.0)
 
     def start() -> Sparsify:
-        draw = unscaled()
-        return lambda block: draw(block) * scale
+        rest = iter(masks)
+        return lambda block: block * _unpacked(next(rest), block.shape) * scale
 
     return start
 
 
+def _unpacked(mask: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+    return np.unpackbits(mask, count=int(np.prod(shape))).reshape(shape)
+
+
 def _chances(block: Floats, density: float, epsilon: float) -> Floats:
-    ranks = np.argsort(np.argsort(np.abs(block), axis=1, kind="stable"), axis=1, kind="stable")
-    shares = ranks.astype(np.float32) / np.float32(max(1, block.shape[1] - 1))
+    order = np.argsort(np.abs(block), axis=1, kind="stable")
+    steps = np.arange(block.shape[1], dtype=np.float32) / np.float32(max(1, block.shape[1] - 1))
+    shares = np.empty_like(block)
+    np.put_along_axis(shares, order, steps[None], axis=1)
     return np.float32(density - epsilon) + np.float32(2 * epsilon) * shares
 
 
@@ -165,10 +168,10 @@ def disjoint_mean(parts: Sequence[Floats], weights: Sequence[float], *, by_count
     votes = np.zeros_like(parts[0])
     for part in parts:
         votes += np.sign(part) if by_count else part
-    sign = _sign(votes)
+    is_positive = votes >= 0
     total, count = np.zeros_like(parts[0]), np.zeros_like(parts[0])
     for part, weight in zip(parts, weights, strict=True):
-        agrees = (np.sign(part) == sign).astype(np.float32)
+        agrees = _agrees(part, is_positive)
         total += part * np.float32(weight) * agrees
         count += agrees
     result: Floats = np.divide(total, np.maximum(count, np.float32(1)))
@@ -181,10 +184,10 @@ def weighted_consensus(parts: Sequence[Floats], weights: Sequence[float]) -> Flo
     The sign is that of the sum of the weighted entries; 0 counts as positive.
     """
     weighted = [part * np.float32(weight) for part, weight in zip(parts, weights, strict=True)]
-    sign = _sign(np.sum(weighted, axis=0))
+    is_positive = np.sum(weighted, axis=0) >= 0
     total, shares = np.zeros_like(parts[0]), np.zeros_like(parts[0])
     for part, weight in zip(weighted, weights, strict=True):
-        agrees = (np.sign(part) == sign).astype(np.float32)
+        agrees = _agrees(part, is_positive)
         total += part * agrees
         shares += np.float32(weight) * agrees
     result: Floats = np.divide(total, np.where(shares == 0, np.float32(1), shares))
@@ -205,7 +208,6 @@ def mean_of_agreeing(parts: Sequence[Values]) -> Values:
     return result
 
 
-def _sign(values: Floats) -> Floats:
-    """Return 1 or -1; that of 0 is 1."""
-    found: Floats = np.where(values >= 0, np.float32(1), np.float32(-1))
-    return found
+def _agrees(part: Floats, is_positive: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return which entries have the elected sign; zeros have none."""
+    return ((part > 0) == is_positive) & (part != 0)

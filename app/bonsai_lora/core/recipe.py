@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from bonsai_lora.errors import InvalidRequestError
 
@@ -81,36 +81,35 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Check the options."""
+        taken = OPTIONS[self.method]
         for name in ("rank", "energy", "density", "sign", "gamma", "epsilon", "seed"):
             value = getattr(self, name)
-            if value is not None and name not in OPTIONS[self.method]:
-                expected = ", ".join(OPTIONS[self.method]) or "no options"
-                raise _invalid(name, value, f"{self.method} takes {expected}")
+            if value is not None and name not in taken:
+                known = ", ".join(taken) or "no options"
+                raise _invalid(name, f"is {value!r}, but {self.method} takes {known}; remove it")
         if self.rank is not None and self.energy is not None:
-            raise _invalid("energy", self.energy, "give either rank or energy")
+            raise _invalid("energy", f"is {self.energy!r} beside a rank; send one of them")
         if self.rank is not None and self.rank < 1:
-            raise _invalid("rank", self.rank, "expected 1 or more")
+            raise _invalid("rank", f"is {self.rank!r}; expected 1 or more")
         for name in ("energy", "density"):
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
-                raise _invalid(name, value, "expected a number over 0, up to 1")
-        if self.gamma is not None and not 0 <= self.gamma < 1:
-            raise _invalid("gamma", self.gamma, "expected a number from 0 to less than 1")
-        self._check_density()
-
-    def _check_density(self) -> None:
-        is_needed = "density" in OPTIONS[self.method] and self.method != "knots_ties"
-        if is_needed and self.density is None:
-            raise _invalid("density", None, f"{self.method} needs it, such as 0.5")
+                raise _invalid(name, f"is {value!r}; expected a number over 0, up to 1")
+        if not 0 <= self.outliers < 1:
+            raise _invalid("gamma", f"is {self.gamma!r}; expected a number from 0 to less than 1")
+        if "density" in taken and self.method != "knots_ties" and self.density is None:
+            raise _invalid("density", f"is missing, which {self.method} needs; send 0.5, say")
         if self.method == "della":
-            low, high = self.kept - self.half_range, self.kept + self.half_range
-            if self.half_range < 0 or low <= 0 or high >= 1:
-                raise _invalid(
-                    "epsilon",
-                    self.half_range,
-                    f"density - epsilon and density + epsilon are {low:g} and {high:g}; both must "
-                    "lie between 0 and 1",
-                )
+            self._check_range()
+
+    def _check_range(self) -> None:
+        low, high = self.kept - self.half_range, self.kept + self.half_range
+        if self.half_range < 0 or low <= 0 or high >= 1:
+            raise _invalid(
+                "epsilon",
+                f"is {self.half_range:g}, so entries are kept with probabilities from {low:g} to "
+                f"{high:g}; expected both between 0 and 1",
+            )
 
     @property
     def is_on_factors(self) -> bool:
@@ -138,5 +137,5 @@ class Recipe:
         return 0.01 if self.gamma is None else self.gamma
 
 
-def _invalid(field: str, value: Any, expected: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{field} is {value!r}; {expected}", field=field)
+def _invalid(field: str, text: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{field} {text}", field=field)

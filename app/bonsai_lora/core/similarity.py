@@ -40,7 +40,7 @@ class Similarity:
         n orthogonal deltas of one length have 1 - 1/n.
         """
         total = float(self.norms.sum())
-        return 1 - max(0.0, float(self.gram.sum())) / total**2 if total else 0.0
+        return min(1.0, max(0.0, 1 - float(self.gram.sum()) / total**2)) if total else 0.0
 
 
 def similarity(adapters: Sequence[LoraAdapter | None]) -> Similarity:

@@ -1,6 +1,6 @@
 """Combinations of one module that are known by factors: the sum, slerp, TSV-M, Iso-C, KnOTS.
 
-Each takes a term per set (None where a set lacks the module, which counts as zero) and returns
+Each takes a term per set (None for a set that lacks the module, which counts as zero) and returns
 factors; cutting them to a rank comes later.
 """
 

@@ -27,7 +27,7 @@ def adapted_parameters(sources: Sources) -> Mapping[str, str]:
             if found.setdefault(module, parameter) != parameter:
                 raise UnsupportedAdapterError(
                     f"module {module!r} adapts {found[module]!r} in one set and {parameter!r} in "
-                    f"{lora_set.adapter_name!r}; combine sets with the same target_parameters",
+                    f"{lora_set.adapter_name!r}; use sets with the same target_parameters",
                     module=module,
                 )
     return {module: one for module, one in found.items() if one != module}
@@ -52,7 +52,7 @@ def combined_config(lora_set: BonsaiLoraSet, sources: Sources) -> dict[str, Any]
     targets = dict.fromkeys(name for one in options for name in one.target_parameters)
     if targeted_parameters(targets, adapters) != parameters:
         raise UnsupportedAdapterError(
-            "the sets adapt different parameters of the same fused experts; combine sets with the "
+            "the sets adapt different parameters of the same fused experts; use sets with the "
             "same target_parameters"
         )
     return config | {

@@ -12,7 +12,7 @@ MAX_SETS = 64
 """Most sets that are combined or compared at a time."""
 
 Aligned = Sequence[LoraAdapter | None]
-"""A module's adapter in each set; None where a set lacks the module."""
+"""A module's adapter in each set; None for a set that lacks the module."""
 
 
 def read_sets(store: SetView, names: Sequence[str]) -> list[StoredSet]:

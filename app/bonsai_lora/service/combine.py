@@ -10,7 +10,7 @@ from bonsai_lora.core import combine
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.combine import Combined
 from bonsai_lora.core.config import LoraConfig
-from bonsai_lora.core.deltas import block_bytes, columns_for
+from bonsai_lora.core.deltas import columns_for, pass_bytes
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.recipe import Recipe
 from bonsai_lora.core.registry import LoraRegistry
@@ -100,7 +100,7 @@ class Plan:
         blocks = 0
         if self.recipe.is_on_deltas:
             columns += columns_for(self._rank(adapters), first.d_out, first.d_in)
-            blocks = block_bytes(first.d_in, len(adapters))
+            blocks = pass_bytes(first.d_out, first.d_in, len(adapters))
         return 8 * _COPIES * (first.experts or 1) * columns * (width + columns) + blocks
 
     def report(self, combined: Sequence[Combined]) -> Report:
@@ -195,7 +195,7 @@ def _check_weights(weights: Sequence[float], recipe: Recipe) -> None:
         return
     if len(weights) != 2 or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise InvalidRequestError(
-            f"slerp takes two sets with weights of 0 or more, not both 0; got {weights[:8]}",
+            f"slerp has the weights {weights[:8]}; expected two, each 0 or more, and not both 0",
             field="sets",
         )
 
@@ -214,7 +214,7 @@ def _refuse_variants(stored: StoredSet) -> None:
         if names:
             raise UnsupportedAdapterError(
                 f"set {stored.record.name!r} has {kind}, as in {names[0]!r}, which has no sum in "
-                "LoRA form; train without it, or leave the set out",
+                "LoRA form; use a set without it",
                 set=stored.record.name,
                 module=names[0],
             )
