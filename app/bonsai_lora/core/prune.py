@@ -210,4 +210,5 @@ def mean_of_agreeing(parts: Sequence[Values]) -> Values:
 
 def _agrees(part: Floats, is_positive: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
     """Return which entries have the elected sign; zeros have none."""
-    return ((part > 0) == is_positive) & (part != 0)
+    agrees: npt.NDArray[np.bool_] = ((part > 0) == is_positive) & (part != 0)
+    return agrees
