@@ -31,6 +31,7 @@ CALLS = [
     sets.delete_set("s"),
     sets.get_adapter_config("s"),
     sets.get_adapter_model("s"),
+    sets.get_adapter_gguf("s"),
     sets.get_adapter_tensors("s"),
     adapters.list_adapters("s"),
     adapters.get_adapter("s", "m"),

@@ -175,6 +175,9 @@ def test_answers_that_nobody_reads_are_bounded(service):
             one.connect((client.base_url.host, client.base_url.port))
             one.sendall(asked)
             silent.append(one)
+        for one in silent:
+            one.settimeout(20)
+            assert one.recv(1)  # the rest stays unread
         wait_until(lambda: held(app)[2] > BUDGET // 2)
         headers = BINARY
         assert_problem(client.post(APPLY, content=rows(80), headers=headers), 503, "busy")
@@ -227,9 +230,12 @@ def test_a_client_that_only_sends_sees_its_refusal(service, status):
         connection.sendall(raw(APPLY, bytes(length))[:-length])
         sent = bytes(64 << 10)
         began = time.monotonic()
+        count = 0
         with contextlib.suppress(ConnectionError):
             for _ in range(2 * MIB // len(sent)):
                 connection.sendall(sent)
+                count += len(sent)
+        assert count >= MIB // 2  # no reset, which could overtake the refusal
         answer = b""
         while b"\r\n\r\n" not in answer:
             answer += connection.recv(1 << 16)
@@ -286,6 +292,8 @@ def test_json_that_is_slow_to_read_is_not_read_on_the_event_loop(service, name, 
     for path in (APPLY, "/v1/apply", "/v1/sets/s/apply"):
         answer = client.post(path, content=text, headers=JSON)
         assert answer.status_code == status, answer.text
+        is_counted = "lists and objects, but the limit is" in answer.text
+        assert is_counted == (name in ("empty lists", "lists in lists", "objects"))
     assert all(one.startswith("long") for one in threads), threads
     wait_until(lambda: held(app) == (0, 0, 0))
 

@@ -109,6 +109,24 @@ _ROUTERS = [
     )
 ]
 
+
+def _heads_of(router: APIRouter) -> APIRouter:
+    """Return a HEAD for each GET: the server drops the body of its response."""
+    heads = APIRouter()
+    for route in router.routes:
+        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
+            heads.add_api_route(
+                route.path,
+                route.endpoint,
+                methods=["HEAD"],
+                response_model=route.response_model,
+                include_in_schema=False,
+            )
+    return heads
+
+
+_HEADS = [_heads_of(router) for router in _ROUTERS]
+
 _STRICT_ROUTERS = [one.router for one in (sets, adapters, merge, bases_routes, stats, lab)]
 """Routers that refuse unknown query parameters. Apply parses its own; clients of the Hub and of the
 Open Inference Protocol send additional ones."""
@@ -212,9 +230,9 @@ def create_default_app() -> FastAPI:
 def _include_routers(app: FastAPI) -> list[BaseRoute]:
     """Add all routes to `app`, and return them."""
     routes: list[BaseRoute] = [route for route in app.routes if isinstance(route, Route)]
-    for router in _ROUTERS:
+    for router, heads in zip(_ROUTERS, _HEADS, strict=True):
         strict = [Depends(refuse_unknown_query)] if router in _STRICT_ROUTERS else []
-        for one in (router, _heads_of(router)):
+        for one in (router, heads):
             # get_context checks the scope of the key; routes that use no context need it too.
             app.include_router(one, dependencies=[Depends(get_context), *strict])
             routes += one.routes
@@ -222,21 +240,6 @@ def _include_routers(app: FastAPI) -> list[BaseRoute]:
         for method in getattr(route, "methods", None) or ():
             scope_of(method, getattr(route, "path", ""))  # raises KeyError for a forgotten one
     return routes
-
-
-def _heads_of(router: APIRouter) -> APIRouter:
-    """Return a HEAD for each GET: the server drops the body of its response."""
-    heads = APIRouter()
-    for route in router.routes:
-        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
-            heads.add_api_route(
-                route.path,
-                route.endpoint,
-                methods=["HEAD"],
-                response_model=route.response_model,
-                include_in_schema=False,
-            )
-    return heads
 
 
 def choose_backend(settings: Settings) -> None:

@@ -1,17 +1,39 @@
-"""Serve a merged file: the next pieces are computed while the current one is sent."""
+"""Serve a computed file: the next pieces are computed while the current one is sent."""
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
+from typing import Protocol
 
-from bonsai_lora.checkpoints.merged import MergedFile
+
+class ComputedFile(Protocol):
+    """A file that exists nowhere, such as a merged model's; any of its bytes can be computed."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Length of the file."""
+        ...
+
+    @property
+    def etag(self) -> str:
+        """Strong ETag."""
+        ...
+
+    @property
+    def media_type(self) -> str:
+        """Content-Type of the file."""
+        ...
+
+    def pieces(self, start: int, stop: int) -> Iterator[Callable[[], memoryview]]:
+        """Yield what computes the bytes [start, stop), in order."""
+        ...
 
 
 class StreamedFile:
-    """A merged file for `file_response`, computed in `executor` up to `ahead` pieces ahead."""
+    """A computed file for `file_response`, computed in `executor` up to `ahead` pieces ahead."""
 
-    def __init__(self, file: MergedFile, executor: Executor, ahead: int) -> None:
+    def __init__(self, file: ComputedFile, executor: Executor, ahead: int) -> None:
         self.size_bytes = file.size_bytes
         self.etag = file.etag
         self.media_type = file.media_type

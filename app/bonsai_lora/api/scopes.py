@@ -36,6 +36,7 @@ SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
             _SET,
             f"{_SET}/adapter_config.json",
             f"{_SET}/adapter_model.safetensors",
+            f"{_SET}/adapter.gguf",
             f"{_SET}/adapters",
             f"{_SET}/stats",
             f"{_SET}/spectrum",

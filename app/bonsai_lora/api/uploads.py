@@ -11,19 +11,21 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from bonsai_lora.api.body import check_length, check_not_compressed, content_length
 from bonsai_lora.errors import MalformedMultipartError, UnsupportedMediaTypeError
 from bonsai_lora.formats.foreign import check_config_start, check_start
-from bonsai_lora.storage.upload import Upload
+from bonsai_lora.storage.upload import Upload, WholeUpload
 
 CONFIG_PART = "adapter_config"
 MODEL_PART = "adapter_model"
+GGUF_PART = "adapter_gguf"
 _FILE_NAMES = {
     "adapter_config.json": CONFIG_PART,
     "adapter_model.safetensors": MODEL_PART,
     "adapter_model.bin": MODEL_PART,  # so that its content can be named
     "adapters.safetensors": MODEL_PART,
+    "adapter.gguf": GGUF_PART,
 }
 """Parts that are named after the file that they hold."""
 
-_REMEDY = f"send the two files {CONFIG_PART} and {MODEL_PART}"
+_REMEDY = f"send the two files {CONFIG_PART} and {MODEL_PART}, or {GGUF_PART} alone"
 _CONFIG_BYTES = 1 << 20
 _WRITE_BYTES = 1 << 20
 _START_BYTES = 1 << 12
@@ -31,9 +33,15 @@ _START_BYTES = 1 << 12
 
 
 async def receive_adapter(
-    request: Request, upload: Upload, limit: int, reserve: Callable[[int], None]
-) -> bytes:
+    request: Request,
+    upload: Upload,
+    gguf: WholeUpload,
+    limit: int,
+    reserve: Callable[[int], None],
+) -> bytes | None:
     """Write the part `adapter_model` to `upload`; return the part `adapter_config`.
+
+    The part `adapter_gguf` is written to `gguf` instead, and None returned.
 
     `reserve` counts bytes before they are written. Raises its errors, UnsupportedMediaTypeError,
     BodyTooLargeError, the errors of `Upload.write`, and MalformedMultipartError for a missing,
@@ -56,14 +64,14 @@ async def receive_adapter(
                 reserve(len(chunk))
             parser.write(chunk)
             if len(form.model) >= _WRITE_BYTES:
-                await _flush(form, upload)
+                await _flush(form, gguf if form.is_gguf else upload)
         parser.finalize()
     except FormParserError as error:
         raise MalformedMultipartError(
             f"the body is not multipart/form-data: {error}; {_REMEDY}"
         ) from None
-    await _flush(form, upload)
-    missing = {CONFIG_PART, MODEL_PART} - form.seen
+    await _flush(form, gguf if form.is_gguf else upload)
+    missing = set() if form.is_gguf else {CONFIG_PART, MODEL_PART} - form.seen
     if missing or not form.ended:
         what = f"part {min(missing)!r}" if missing else "closing boundary"
         raise MalformedMultipartError(
@@ -71,6 +79,8 @@ async def receive_adapter(
             expected=[CONFIG_PART, MODEL_PART],
             got=sorted(form.seen),
         )
+    if form.is_gguf:
+        return None
     check_config_start(bytes(form.config[:_START_BYTES]))
     return bytes(form.config)
 
@@ -88,10 +98,10 @@ def _boundary(request: Request) -> bytes:
     return options[b"boundary"]
 
 
-async def _flush(form: "_AdapterForm", upload: Upload) -> None:
+async def _flush(form: "_AdapterForm", upload: Upload | WholeUpload) -> None:
     model, form.model = form.model, bytearray()
     if model:
-        if not upload.received:
+        if not upload.received and not form.is_gguf:
             check_start(bytes(model[:_START_BYTES]))
         await anyio.to_thread.run_sync(upload.write, model)
 
@@ -104,6 +114,7 @@ class _AdapterForm:
     model: bytearray = field(default_factory=bytearray)
     seen: set[str] = field(default_factory=set)
     ended: bool = False
+    is_gguf: bool = False
     _name: str = ""
     _header_name: bytearray = field(default_factory=bytearray)
     _header_value: bytearray = field(default_factory=bytearray)
@@ -137,17 +148,28 @@ class _AdapterForm:
         self._header_value.clear()
 
     def _on_headers_finished(self) -> None:
-        if self._name not in (CONFIG_PART, MODEL_PART) or self._name in self.seen:
-            problem = "is given twice" if self._name in self.seen else "is unknown"
+        problem = self._problem()
+        if problem:
             raise MalformedMultipartError(
                 f"the part {self._name[:100]!r} {problem}; {_REMEDY}",
                 got=self._name[:100],
                 expected=[CONFIG_PART, MODEL_PART],
             )
         self.seen.add(self._name)
+        self.is_gguf = self._name == GGUF_PART
+
+    def _problem(self) -> str:
+        """Return what is wrong with the part that starts; empty if nothing is."""
+        if self._name not in (CONFIG_PART, MODEL_PART, GGUF_PART):
+            return "is unknown"
+        if self._name in self.seen:
+            return "is given twice"
+        if self.seen and GGUF_PART in (self._name, *self.seen):
+            return f"is given beside {min(self.seen)}"
+        return ""
 
     def _on_part_data(self, data: bytes, start: int, end: int) -> None:
-        if self._name == MODEL_PART:
+        if self._name in (MODEL_PART, GGUF_PART):
             self.model += data[start:end]
             return
         self.config += data[start:end]

@@ -70,18 +70,17 @@ class Base:
     @cached_property
     def model_type(self) -> str:
         """`model_type` of config.json; empty if unknown."""
-        value = self._config.get("model_type")
+        value = self.config.get("model_type")
         return value if isinstance(value, str) else ""
 
     @cached_property
     def is_tied(self) -> bool:
         """Whether the head shares the embedding, by config.json or because there is no head."""
-        return bool(
-            self._config.get("tie_word_embeddings", "lm_head.weight" not in self.weight_map)
-        )
+        return bool(self.config.get("tie_word_embeddings", "lm_head.weight" not in self.weight_map))
 
     @cached_property
-    def _config(self) -> Mapping[str, Any]:
+    def config(self) -> Mapping[str, Any]:
+        """The object in config.json; empty if there is none, or it is malformed."""
         try:
             config = json.loads(_content(self.files["config.json"]))
         except (KeyError, ValueError, RecursionError):

@@ -51,13 +51,15 @@ def add_commands(commands: Any) -> None:
     stats.add_argument("name", nargs="?")
     remove = add_command(commands, "rm", remove_set, "delete a set")
     remove.add_argument("name")
-    push = add_command(commands, "push", push_set, "upload a PEFT or MLX adapter folder as a set")
+    push = add_command(commands, "push", push_set, "upload a PEFT, MLX or GGUF adapter as a set")
     push.add_argument("name")
     push.add_argument(
         "folder",
         type=Path,
-        help="folder with adapter_config.json and adapter_model.safetensors, or as mlx_lm saves it",
+        help="folder with adapter_config.json and adapter_model.safetensors, or as mlx_lm saves "
+        "it; or a GGUF LoRA file",
     )
+    push.add_argument("--architecture", help="whose tensor names a GGUF LoRA has, if not its own")
     push.add_argument("--base-model-name", help="replaces the name in the adapter's configuration")
     apply = add_command(
         commands, "apply", apply_set, "apply a module's adapter to vectors given as JSON"
@@ -69,7 +71,12 @@ def add_commands(commands: Any) -> None:
         commands, "pull", pull_model, "download a merged model, or a set as a PEFT folder"
     )
     fetch.add_argument("model", help="BASE/SET, or adapters/SET")
-    fetch.add_argument("-o", "--output", type=Path, required=True, help="folder to write to")
+    fetch.add_argument(
+        "-o", "--output", type=Path, required=True, help="folder (or GGUF file) to write"
+    )
+    fetch.add_argument("--gguf", action="store_true", help="a GGUF LoRA file, of adapters/SET")
+    fetch.add_argument("--dtype", help="with --gguf: F32 (default), F16, BF16 or Q8_0")
+    fetch.add_argument("--architecture", help="with --gguf: that of the base, such as qwen3")
     fetch.add_argument("--jobs", type=int, default=4, help="files to download at a time (4)")
 
 
@@ -201,16 +208,20 @@ def remove_set(client: Client, arguments: argparse.Namespace) -> Any:
 
 def push_set(client: Client, arguments: argparse.Namespace) -> Any:
     """Upload a PEFT or MLX folder; print the new version and warnings."""
+    name, base = set_name(arguments.name), arguments.base_model_name
     try:
-        report = client.upload_set(
-            set_name(arguments.name),
-            arguments.folder,
-            base_model_name=arguments.base_model_name,
+        report = (
+            client.upload_gguf(
+                name, arguments.folder, architecture=arguments.architecture, base_model_name=base
+            )
+            if arguments.folder.suffix == ".gguf"
+            else client.upload_set(name, arguments.folder, base_model_name=base)
         )
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         raise UsageError(
-            f"{arguments.folder} has no {missing}; give a folder saved by PEFT or mlx_lm"
+            f"{arguments.folder} has no {missing}; give a folder saved by PEFT or mlx_lm, or a "
+            "GGUF LoRA file"
         ) from None
     if not arguments.json:
         name = printable(report["name"])
@@ -254,7 +265,17 @@ def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
         raise UsageError(
             f"{arguments.model!r} does not name a model; expected BASE/SET or adapters/SET"
         )
+    if arguments.gguf and owner != "adapters":
+        raise UsageError(f"{arguments.model!r} is not a set; --gguf expects adapters/SET")
     with ProgressLine() as line:
+        if arguments.gguf:
+            return client.pull_gguf(
+                name,
+                arguments.output,
+                dtype=arguments.dtype,
+                architecture=arguments.architecture,
+                on_progress=line.update,
+            )
         return client.pull(
             arguments.model, arguments.output, jobs=arguments.jobs, on_progress=line.update
         )

@@ -171,11 +171,13 @@ class AsyncClient:
     upload_set = _method(sets.upload_set)
     upload_files = _method(sets.upload_files)
     upload_tensors = _method(sets.upload_tensors)
+    upload_gguf = _method(sets.upload_gguf)
     change_set = _method(sets.change_set)
     delete_set = _method(sets.delete_set)
     get_adapter_config = _method(sets.get_adapter_config)
     get_adapter_tensors = _method(sets.get_adapter_tensors)
     get_adapter_model = _method(sets.get_adapter_model)
+    get_adapter_gguf = _method(sets.get_adapter_gguf)
 
     list_adapters = _method(adapters.list_adapters)
     get_adapter = _method(adapters.get_adapter)

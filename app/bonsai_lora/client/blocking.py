@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Concatenate, ParamSpec, Self, TypeVar
 import httpx
 
 from bonsai_lora.client import connection
-from bonsai_lora.client.answers import Dtype, Pulled, SetSummary, Weights
+from bonsai_lora.client.answers import Dtype, Pulled, PulledFile, SetSummary, Weights
 from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, described, opened
 from bonsai_lora.client.calls import adapters, applying, bases, inference, lab, merging, sets, stats
 from bonsai_lora.client.download import OnProgress, download
@@ -183,8 +183,39 @@ class Client:
         """
         commit: str = self.send(bases.get_repository(model))["sha"]
         files = self.send(bases.list_repository(model, commit))
-        download(self, model, commit, files, Path(folder), jobs, on_progress)
+
+        def rest_of(path: str, start: int, tag: str) -> Call[bytes]:
+            return bases.resolve(model, commit, path, start=start, tag=tag)
+
+        download(self, rest_of, files, Path(folder), jobs, on_progress)
         return {"folder": os.fspath(folder), "commit": commit, "files": files}
+
+    def pull_gguf(
+        self,
+        name: str,
+        file: str | os.PathLike[str],
+        *,
+        dtype: str | None = None,
+        architecture: str | None = None,
+        folded: bool = False,
+        on_progress: OnProgress | None = None,
+    ) -> PulledFile:
+        """Download a set as a GGUF LoRA file. Otherwise the same as `get_adapter_gguf` and `pull`.
+
+        The size and ETag are read first, and a partial file with that ETag is resumed.
+        """
+        target = Path(file)
+
+        def rest_of(_: str, start: int, tag: str | None) -> Call[bytes]:
+            return sets.get_adapter_gguf(
+                name, dtype=dtype, architecture=architecture, folded=folded, start=start, tag=tag
+            )
+
+        with self.stream(rest_of("", 0, None)) as answer:  # only its head is read
+            size, tag = int(answer.headers["content-length"]), answer.headers["etag"].strip('"')
+        found: PulledFile = {"path": target.name, "size": size, "oid": tag}
+        download(self, rest_of, [found], target.parent, 1, on_progress)
+        return found
 
     create_set = _method(sets.create_set)
     list_page = _method(sets.list_page)
@@ -192,11 +223,13 @@ class Client:
     upload_set = _method(sets.upload_set)
     upload_files = _method(sets.upload_files)
     upload_tensors = _method(sets.upload_tensors)
+    upload_gguf = _method(sets.upload_gguf)
     change_set = _method(sets.change_set)
     delete_set = _method(sets.delete_set)
     get_adapter_config = _method(sets.get_adapter_config)
     get_adapter_tensors = _method(sets.get_adapter_tensors)
     get_adapter_model = _method(sets.get_adapter_model)
+    get_adapter_gguf = _method(sets.get_adapter_gguf)
 
     list_adapters = _method(adapters.list_adapters)
     get_adapter = _method(adapters.get_adapter)

@@ -165,3 +165,12 @@ def described(method: Function, make: Callable[..., Any]) -> Function:
         return_annotation=inspect.Signature.empty,
     )
     return method
+
+
+def range_of(start: int, stop: int | None) -> dict[str, str]:
+    """Return the header for the bytes [start, stop); none for a whole file."""
+    if start < 0 or (stop is not None and stop <= start):
+        raise ValueError(f"there are no bytes from {start} to {stop}")
+    if start == 0 and stop is None:
+        return {}
+    return {"Range": f"bytes={start}-" if stop is None else f"bytes={start}-{stop - 1}"}

@@ -14,7 +14,6 @@ import httpx
 
 from bonsai_lora.client.answers import PulledFile
 from bonsai_lora.client.call import Call
-from bonsai_lora.client.calls.bases import resolve
 
 STATE_FOLDER = ".bonsai-pull"
 """Hidden folder next to the files, with partial downloads and the tags of complete files."""
@@ -23,6 +22,10 @@ _WAIT_SECONDS = 0.5
 
 OnProgress = Callable[[int, int], object]
 """Gets the bytes that are there and the total; called from several threads, one at a time."""
+
+
+RestOf = Callable[[str, int, str], Call[Any]]
+"""Makes the call for a file from an offset, if it still has a tag, else for all of it."""
 
 
 class Source(Protocol):
@@ -77,14 +80,13 @@ class _File:
 
 def download(
     source: Source,
-    model: str,
-    commit: str,
+    rest_of: RestOf,
     files: Sequence[PulledFile],
     folder: Path,
     jobs: int,
     on_progress: OnProgress | None,
 ) -> None:
-    """Write `files` of `model` at `commit` into `folder`.
+    """Write `files` into `folder`.
 
     Complete files are kept, and partial downloads are resumed. Raises ValueError for a path that
     leads out of `folder`, and for a file whose size or tag differs from the listing; other files
@@ -93,7 +95,7 @@ def download(
     wanted = [_checked(one, folder) for one in files]
     progress = _Progress(sum(one.size_bytes for one in wanted), on_progress)
     threads = ThreadPoolExecutor(max(1, jobs))
-    futures = [threads.submit(_fetch, source, model, commit, one, progress) for one in wanted]
+    futures = [threads.submit(_fetch, source, rest_of, one, progress) for one in wanted]
     try:
         wait(futures, return_when=FIRST_EXCEPTION)
     finally:  # all done, one failed, or Ctrl-C: stop the remaining downloads
@@ -111,7 +113,7 @@ def _checked(file: PulledFile, folder: Path) -> _File:
     return _File(str(path), file["size"], file["oid"], folder)
 
 
-def _fetch(source: Source, model: str, commit: str, file: _File, progress: "_Progress") -> None:
+def _fetch(source: Source, rest_of: RestOf, file: _File, progress: "_Progress") -> None:
     """Write one file, resuming it if the connection breaks."""
     if file.is_complete():
         progress.set(file.path, file.size_bytes)
@@ -119,7 +121,7 @@ def _fetch(source: Source, model: str, commit: str, file: _File, progress: "_Pro
     file.partial.parent.mkdir(parents=True, exist_ok=True)
     for left in range(source.retries, -1, -1):
         try:
-            _append(source, model, commit, file, progress)
+            _append(source, rest_of, file, progress)
             break
         except httpx.TransportError:
             if left == 0 or progress.is_stopped:
@@ -134,11 +136,11 @@ def _fetch(source: Source, model: str, commit: str, file: _File, progress: "_Pro
     file.finish()
 
 
-def _append(source: Source, model: str, commit: str, file: _File, progress: "_Progress") -> None:
+def _append(source: Source, rest_of: RestOf, file: _File, progress: "_Progress") -> None:
     """Read what is missing of a partial file."""
     start = file.partial.stat().st_size if file.partial.is_file() else 0
     start = start if start < file.size_bytes else 0
-    with source.stream(resolve(model, commit, file.path, start=start, tag=file.tag)) as answer:
+    with source.stream(rest_of(file.path, start, file.tag)) as answer:
         if answer.headers.get("etag") != f'"{file.tag}"':
             raise ValueError(f"{file.path} changed during the download; pull it again")
         done = start if answer.status_code == httpx.codes.PARTIAL_CONTENT else 0

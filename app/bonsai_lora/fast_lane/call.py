@@ -209,6 +209,7 @@ class LaneCall(Call):
             await http.fill(target, filled, stall_seconds)
         except BaseException:
             self.keep_alive = False  # the rest of the body would be parsed as a request
+            self._body = b""
             raise
 
 

@@ -17,7 +17,7 @@ _ZIP = rb"PK\x03\x04"
 _STARTS = tuple(
     (re.compile(start, re.DOTALL | re.IGNORECASE), what, advice)
     for start, what, advice in (
-        (rb"GGUF", "is a GGUF file", _TWO_FILES),
+        (rb"GGUF", "is a GGUF file", "send a GGUF LoRA alone, as the part adapter_gguf"),
         (
             rb"version https://git-lfs",
             "is a Git LFS pointer, not the file itself",

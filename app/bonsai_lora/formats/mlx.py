@@ -13,7 +13,7 @@ from bonsai_lora.core.cast import Array
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
 from bonsai_lora.formats.peft import check_not_empty
 from bonsai_lora.formats.peft_keys import PREFIX, tensor_name
-from bonsai_lora.formats.peft_patterns import keys_of
+from bonsai_lora.formats.peft_made import made_config
 
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings"})
 _EXPERTS = ".mlp.switch_mlp."
@@ -53,7 +53,14 @@ def decode_mlx(
         for name, parts in _as_peft(module, factors):
             found |= {tensor_name(name, part): one for part, one in parts.items()}
             ranks[name] = len(parts["A"] if "A" in parts else parts["embedding_A"])
-    return _config(raw, ranks, scale, is_dora=any("m" in one for one in modules.values())), found
+    model = raw.get("model")
+    config = made_config(
+        model if isinstance(model, str) else None,
+        ranks,
+        {name: scale * rank for name, rank in ranks.items()},
+        use_dora=any("m" in one for one in modules.values()),
+    )
+    return config, found
 
 
 def _scale(raw: Mapping[str, Any]) -> float:
@@ -146,31 +153,3 @@ def _experts(module: str, lora_a: Array, lora_b: Array) -> Iterator[tuple[str, F
     for expert in range(count):
         name = module.replace(_EXPERTS, f".mlp.experts.{expert}.")
         yield name, {"A": stacked[expert], "B": lora_b[expert]}
-
-
-def _config(
-    raw: Mapping[str, Any], ranks: Mapping[str, int], scale: float, *, is_dora: bool
-) -> dict[str, Any]:
-    """Return the configuration in which each module has the factor `scale` at its rank."""
-    rank = next(iter(ranks.values()))
-    keys = keys_of(ranks)
-    others = {keys[name]: one for name, one in ranks.items() if one != rank}
-    model = raw.get("model")
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": model if isinstance(model, str) else None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": scale * rank,
-        "lora_dropout": 0.0,
-        "target_modules": sorted({name.rpartition(".")[2] for name in ranks}),
-        "rank_pattern": others,
-        "alpha_pattern": {key: scale * one for key, one in others.items()},
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": is_dora,
-        "use_rslora": False,
-    }

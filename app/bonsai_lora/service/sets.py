@@ -114,6 +114,25 @@ def import_adapter(
     if base_model_name is not None:
         raw = {**raw, _BASE_FIELD: base_model_name}
     adapter = peft.decode_adapter(PeftConfig(raw), tensors, name, expert_layout)
+    origin = "mlx" if is_mlx else "peft"
+    kept = received if adapter.is_as_it_came and not is_mlx else None
+    return store_import(store, limits, adapter, origin, precondition, received=kept)
+
+
+def store_import(
+    store: SetView,
+    limits: Limits,
+    adapter: peft.PeftAdapter,
+    origin: str,
+    precondition: Precondition,
+    *,
+    received: ReceivedUpload | None = None,
+) -> Imported:
+    """Create or replace the set of a decoded upload, whose file is kept if it is `received`.
+
+    Raises RankTooLargeError, TooManyModulesError, MemoryBudgetError and errors of `precondition`.
+    """
+    name = adapter.lora_set.adapter_name
     adapters = adapter.lora_set.registry.adapters
     limits.check_modules(len(adapters))
     for one in adapters.values():
@@ -125,10 +144,10 @@ def import_adapter(
             store,
             limits,
             adapter.lora_set,
-            origin="mlx" if is_mlx else "peft",
+            origin=origin,
             previous=previous,
             adapter_config=adapter.config,
-            received=(received, adapter.names) if adapter.is_as_it_came and not is_mlx else None,
+            received=None if received is None else (received, adapter.names),
         )
     norms = {module: delta_norm(one) for module, one in stored.lora_set.registry.adapters.items()}
     return Imported(stored, previous is None, adapter.ignored_keys, adapter.warnings, norms)

@@ -30,6 +30,25 @@ class ReceivedUpload:
         os.pwrite(self.file.fileno(), header, 0)
 
 
+class WholeUpload:
+    """Receives the pieces of a file that is written to `file` as it is, to be converted later."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.received = 0
+        """Bytes received so far."""
+
+    def write(self, piece: bytes | bytearray) -> None:
+        """Write the next piece."""
+        self.received += len(piece)
+        self._file.write(piece)
+
+    def finish(self) -> memoryview:
+        """Return the complete file, memory-mapped."""
+        self._file.flush()
+        return map_file(self._file)
+
+
 class Upload:
     """Receives the pieces of a safetensors file and writes its data to `file` as they arrive.
 

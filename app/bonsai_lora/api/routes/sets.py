@@ -13,6 +13,7 @@ from bonsai_lora.api.conditions import not_modified, precondition
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.described import described
+from bonsai_lora.api.merged_file import StreamedFile
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
@@ -24,14 +25,14 @@ from bonsai_lora.api.openapi import (
 from bonsai_lora.api.openapi_headers import sends
 from bonsai_lora.api.query import DECIMAL
 from bonsai_lora.api.ranges import BytesFile, file_response
-from bonsai_lora.api.uploads import CONFIG_PART, MODEL_PART, receive_adapter
+from bonsai_lora.api.uploads import CONFIG_PART, GGUF_PART, MODEL_PART, receive_adapter
 from bonsai_lora.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, layered
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import SET_NAME_PATTERN
-from bonsai_lora.service import sets
+from bonsai_lora.service import gguf_lora, sets
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.storage.setfile import StoredSet
-from bonsai_lora.storage.upload import Upload
+from bonsai_lora.storage.upload import Upload, WholeUpload
 from bonsai_lora.wire.media import Form
 
 router = APIRouter(tags=["sets"])
@@ -39,6 +40,7 @@ router = APIRouter(tags=["sets"])
 _FILE_OF_PART = {
     CONFIG_PART: "adapter_config.json",
     MODEL_PART: "adapter_model.safetensors, or adapters.safetensors",
+    GGUF_PART: "a GGUF LoRA, as llama.cpp reads it, in place of the others",
 }
 _UPLOAD_BODY = {
     "requestBody": {
@@ -48,7 +50,10 @@ _UPLOAD_BODY = {
                 "schema": {
                     "type": "object",
                     "title": "AdapterUpload",
-                    "required": list(_FILE_OF_PART),
+                    "oneOf": [
+                        {"required": [CONFIG_PART, MODEL_PART]},
+                        {"required": [GGUF_PART]},
+                    ],
                     "properties": {
                         part: {"type": "string", "format": "binary", "description": file}
                         for part, file in _FILE_OF_PART.items()
@@ -173,7 +178,7 @@ async def get_set(request: Request, context: ContextDep, name: SetName) -> Respo
 @router.put(
     "/v1/sets/{set}",
     operation_id="upload_set",
-    summary="Upload a PEFT or MLX adapter as a set",
+    summary="Upload a PEFT, MLX or GGUF adapter as a set",
     response_model=schemas.ImportReport,
     openapi_extra=_UPLOAD_BODY,
     responses=extra_response(
@@ -183,6 +188,9 @@ async def get_set(request: Request, context: ContextDep, name: SetName) -> Respo
     | problems(
         errors.MalformedMultipartError,
         errors.MalformedSafetensorsError,
+        errors.MalformedGgufError,
+        errors.UnsupportedGgufError,
+        errors.InvalidBaseError,
         errors.PreconditionFailedError,
         errors.BodyTooLargeError,
         errors.HeaderTooLargeError,
@@ -209,6 +217,13 @@ async def upload_set(
         ExpertLayout | None,
         Query(description="column order of B for fused experts; PEFT writes rank_major"),
     ] = None,
+    architecture: Annotated[
+        str | None,
+        Query(
+            max_length=100,
+            description="whose tensor names a GGUF LoRA has, in place of its general.architecture",
+        ),
+    ] = None,
 ) -> Response:
     """Creates or replaces the set atomically. An adapter that cannot be applied exactly is refused
     with the reason. The parts may also be named after the files they contain.
@@ -221,17 +236,31 @@ async def upload_set(
     ):
         upload = Upload(file, context.limits.max_header_bytes)
         limit = context.limits.max_upload_bytes
-        config = await receive_adapter(request, upload, limit, reserved.add)
-        make = partial(
-            sets.import_adapter,
-            context.store,
-            context.limits,
-            name,
-            config,
-            upload,
-            precondition(request),
-            base_model_name=base_model_name,
-            expert_layout=expert_b_layout,
+        gguf = WholeUpload(file)
+        config = await receive_adapter(request, upload, gguf, limit, reserved.add)
+        check, common = precondition(request), (context.store, context.limits)
+        make = (
+            partial(
+                gguf_lora.import_gguf,
+                *common,
+                context.bases,
+                name,
+                gguf,
+                check,
+                base_model_name=base_model_name,
+                architecture=architecture,
+            )
+            if config is None
+            else partial(
+                sets.import_adapter,
+                *common,
+                name,
+                config,
+                upload,
+                check,
+                base_model_name=base_model_name,
+                expert_layout=expert_b_layout,
+            )
         )
         imported = await context.long.run(make)
     stored, status = imported.stored, 201 if imported.created else 200
@@ -319,6 +348,48 @@ async def get_adapter_model(request: Request, context: ContextDep, name: SetName
     """Uploaded tensors keep their dtype and are returned bit for bit."""
     stored = await context.open(name)
     file = BytesFile(stored.file, stored.record.etag, Form.BINARY.value)
+    return file_response(request, file, context.long)
+
+
+@router.get(
+    "/v1/sets/{set}/adapter.gguf",
+    operation_id="get_adapter_gguf",
+    summary="Download a set as a GGUF LoRA for llama.cpp",
+    response_class=Response,
+    responses=file_responses("application/octet-stream")
+    | problems(
+        *_FILE_ERRORS,
+        errors.InvalidRequestError,
+        errors.UnsupportedAdapterError,
+        errors.UnsupportedGgufError,
+        errors.InvalidBaseError,
+    ),
+)
+@router.head("/v1/sets/{set}/adapter.gguf", include_in_schema=False)
+async def get_adapter_gguf(
+    request: Request,
+    context: ContextDep,
+    name: SetName,
+    dtype: Annotated[
+        gguf_lora.LoraDtype, Query(description="type of the tensors; F32 is exact")
+    ] = "F32",
+    architecture: Annotated[
+        str | None,
+        Query(max_length=100, description="general.architecture of the base's GGUF file"),
+    ] = None,
+    folded: Annotated[
+        bool, Query(description="fold A for a base whose weights are Hadamard-folded")
+    ] = False,
+) -> Response:
+    """With it, llama.cpp computes exactly this set: rsLoRA and patterns become part of the factors.
+    The architecture is that of the base in the service, or of a known model, unless it is given.
+    """
+    stored = await context.open(name)
+    make = partial(
+        gguf_lora.export_gguf, stored, context.bases, dtype, architecture, is_folded=folded
+    )
+    made = await context.long.run(make)
+    file = StreamedFile(made, context.executor, context.settings.threads)
     return file_response(request, file, context.long)
 
 

@@ -13,6 +13,7 @@ from bonsai_lora.client.call import (
     decode_json,
     path_of,
     query_of,
+    range_of,
 )
 
 
@@ -72,7 +73,7 @@ def get_merged_file(
         method="GET",
         path="/v1" + path_of("bases", base, "merged", set_name, *filename.split("/")),
         query=_mix(scale, sets, match),
-        headers=_range(start, stop),
+        headers=range_of(start, stop),
         decode=decode_bytes,
         is_pure=True,
     )
@@ -92,7 +93,7 @@ def list_repository(model: str, commit: str) -> Call[list[PulledFile]]:
 
 def resolve(model: str, commit: str, filename: str, *, start: int, tag: str) -> Call[bytes]:
     """Return the rest of a file at a commit, from `start` if it still has this tag, else all."""
-    headers = {**_range(start, None), "If-Range": f'"{tag}"'} if start else {}
+    headers = {**range_of(start, None), "If-Range": f'"{tag}"'} if start else {}
     path = path_of(*model.split("/"), "resolve", commit, *filename.split("/"))
     return Call(method="GET", path=path, headers=headers, decode=decode_bytes, is_pure=True)
 
@@ -101,11 +102,3 @@ def _mix(scale: float, sets: Weights | None, match: str | None) -> Query:
     names: Sequence[tuple[str, str]] = [("set", name) for name in sets or {}]
     weights = [("weight", str(weight)) for weight in (sets or {}).values()]
     return [*query_of(scale=None if scale == 1.0 else scale, match=match), *names, *weights]
-
-
-def _range(start: int, stop: int | None) -> dict[str, str]:
-    if start < 0 or (stop is not None and stop <= start):
-        raise ValueError(f"there are no bytes from {start} to {stop}")
-    if start == 0 and stop is None:
-        return {}
-    return {"Range": f"bytes={start}-" if stop is None else f"bytes={start}-{stop - 1}"}

@@ -26,6 +26,7 @@ from bonsai_lora.client.call import (
     json_body,
     path_of,
     query_of,
+    range_of,
 )
 
 if TYPE_CHECKING:
@@ -178,6 +179,31 @@ def upload_tensors(
     )
 
 
+def upload_gguf(
+    name: str,
+    file: Part,
+    *,
+    architecture: str | None = None,
+    base_model_name: str | None = None,
+    if_match: str | None = None,
+    if_none_match: str | None = None,
+) -> Call[ImportReport]:
+    """Upload a GGUF LoRA file, as llama.cpp reads it.
+
+    `architecture` says whose tensor names it has, in place of its own. Otherwise the same as
+    `upload_set`.
+    """
+    return Call(
+        method="PUT",
+        path="/v1" + path_of("sets", name),
+        query=query_of(base_model_name=base_model_name, architecture=architecture),
+        headers=header_lines(if_match=if_match, if_none_match=if_none_match),
+        parts={"adapter_gguf": file},
+        decode=decode_tagged,
+        is_one_shot=not isinstance(file, bytes | os.PathLike),
+    )
+
+
 def change_set(name: str, *, base_model_name: str, if_match: str | None = None) -> Call[SetInfo]:
     """Change the name of a set's base model, which makes its next version; the weights stay.
 
@@ -216,3 +242,29 @@ def get_adapter_model(name: str) -> Call[bytes]:
     """Return the adapter_model.safetensors of a set, as it would be in a PEFT folder."""
     path = "/v1" + path_of("sets", name, _MODEL_FILE)
     return Call(method="GET", path=path, decode=decode_bytes, is_pure=True)
+
+
+def get_adapter_gguf(
+    name: str,
+    *,
+    dtype: str | None = None,
+    architecture: str | None = None,
+    folded: bool = False,
+    start: int = 0,
+    stop: int | None = None,
+    tag: str | None = None,
+) -> Call[bytes]:
+    """Return a set as a GGUF LoRA for llama.cpp, or its bytes from `start` to `stop` (exclusive).
+
+    `dtype` is F32, F16, BF16 or Q8_0. With `tag`, an ETag without quotes, all of the file if that
+    has changed. Raises UnsupportedAdapterError for a set that no GGUF LoRA can express.
+    """
+    headers = range_of(start, stop)
+    return Call(
+        method="GET",
+        path="/v1" + path_of("sets", name, "adapter.gguf"),
+        query=query_of(dtype=dtype, architecture=architecture, folded="true" if folded else None),
+        headers=headers | ({"If-Range": f'"{tag}"'} if tag and headers else {}),
+        decode=decode_bytes,
+        is_pure=True,
+    )

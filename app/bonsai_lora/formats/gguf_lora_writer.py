@@ -1,0 +1,332 @@
+"""GGUF LoRA files, written: a set as llama.cpp computes it, exactly, or not at all.
+
+See gguf_lora for the format. A file has one alpha, and the scale of a tensor is alpha / r. If one
+alpha gives the scaling of every adapter, it is written and the factors stay as they are. Otherwise
+(rsLoRA, patterns of alphas) alpha is 0, which means a scale of 1, and each B is multiplied by its
+scaling. The file is planned before it is computed, so any part of it can be computed alone; its
+bytes depend on the arguments only.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import numpy as np
+
+from bonsai_lora.core import backend
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.cast import BFLOAT16, FLOAT16, Floats, to_float32
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.errors import UnsupportedAdapterError
+from bonsai_lora.formats.gguf_lora import ALPHA_KEY, EMBEDDING, FOLDED_KEY, orders
+from bonsai_lora.formats.gguf_names import Change, Counterpart, Heads, to_gguf
+from bonsai_lora.formats.gguf_types import BY_NAME, TensorType
+from bonsai_lora.formats.gguf_writer import Plan, Writable, plan
+from bonsai_lora.formats.hadamard import Folding
+from bonsai_lora.formats.peft_options import BaseOptions
+from bonsai_lora.formats.quantize import quantize_q8_0
+
+_SPLIT = {"gate_up_proj": ("gate_proj", "up_proj")}
+"""Fused parameters -> the separate tensors of an expert, in the order of their outputs."""
+_FUSED = re.compile(r"(?P<core>.+\.experts)\.(?P<leaf>gate_up_proj|down_proj)")
+_LARGEST = {"F32": 3.4028234e38, "BF16": 3.3895313e38, "F16": 65504.0, "Q8_0": 127 * 65504.0}
+"""Largest finite value of each type."""
+_NUMBER = re.compile(r"(\d+)")
+
+Make = Callable[[], Floats]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is known of the base that a GGUF LoRA is for."""
+
+    architecture: str
+    heads: Heads | None = None
+    """Needed only where GGUF orders rows by head."""
+    is_tied: bool | None = None
+    """Whether the head shares the embedding; None if unknown."""
+    experts: int | None = None
+    """Experts of a layer; if None, one more than the largest number in the set."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Target:
+    """A tensor of the base, with its adapter, or those of a stack of experts by number."""
+
+    name: str
+    change: Change
+    adapters: Mapping[int, LoraAdapter]
+    experts: int | None
+    """Size of the stack; None for a plain tensor."""
+
+    @cached_property
+    def first(self) -> LoraAdapter:
+        return next(iter(self.adapters.values()))
+
+    @cached_property
+    def rank(self) -> int:
+        """Rank of the tensor; experts of a smaller one are padded with zeros."""
+        return max(one.rank for one in self.adapters.values())
+
+    @property
+    def a_shape(self) -> tuple[int, ...]:
+        if self.first.layer == "embedding":
+            return (self.first.d_in, self.rank)
+        return (*self._stack, self.rank, self.first.d_in)
+
+    @property
+    def b_shape(self) -> tuple[int, ...]:
+        return (*self._stack, self.first.d_out, self.rank)
+
+    @property
+    def _stack(self) -> tuple[int, ...]:
+        return () if self.experts is None else (self.experts,)
+
+    def check_heads(self, heads: Heads | None) -> None:
+        """Raise UnsupportedAdapterError or UnsupportedGgufError unless the heads fit."""
+        orders(self.name, self.change, heads, self.first.d_out, self.first.d_in)
+
+    def a_values(self, heads: Heads | None, folding: Folding | None) -> Floats:
+        """Return lora_a."""
+        if self.first.layer == "embedding":
+            return np.ascontiguousarray(to_float32(self.first.a_matrix).T)
+        out = np.zeros((self.experts or 1, self.rank, self.first.d_in), np.float32)
+        own = folding if folding is not None and self.name in folding.weights else None
+        for number, adapter in self.adapters.items():
+            values = to_float32(adapter.a_matrix)
+            _, order = orders(self.name, self.change, heads, adapter.d_out, adapter.d_in)
+            if order is not None and not (own is not None and own.is_grouped):
+                values = values[:, order]
+            out[number, : adapter.rank] = values if own is None else own.fold(values)
+        return out.reshape(self.a_shape)
+
+    def b_values(self, heads: Heads | None, *, is_scaled: bool) -> Floats:
+        """Return lora_b, times the scaling of each adapter if it `is_scaled`."""
+        out = np.zeros((self.experts or 1, self.first.d_out, self.rank), np.float32)
+        for number, adapter in self.adapters.items():
+            values = to_float32(adapter.b_matrix)
+            order, _ = orders(self.name, self.change, heads, adapter.d_out, adapter.d_in)
+            if order is not None:
+                values = values[order]
+            factor = np.float32(adapter.scaling if is_scaled else 1)
+            with np.errstate(over="ignore"):  # infinities are refused afterwards
+                np.multiply(values, factor, out=out[number, :, : adapter.rank])
+        return out.reshape(self.b_shape)
+
+
+class LoraFile:
+    """A GGUF LoRA file, of which any bytes can be computed."""
+
+    media_type = "application/octet-stream"
+
+    def __init__(self, made: Plan, values: Mapping[str, Make], etag: str) -> None:
+        self.size_bytes = made.total_bytes
+        self.etag = etag
+        self._plan = made
+        self._values = values
+
+    def pieces(self, start: int, stop: int) -> Iterator[Callable[[], memoryview]]:
+        """Yield what computes the bytes [start, stop), a tensor at a time."""
+        infos = self._plan.tensors
+        bounds = [*(one.start for one in infos.values()), self.size_bytes]
+        spans: list[tuple[int, int, Callable[[], bytes]]] = [
+            (0, len(self._plan.head), lambda: self._plan.head)
+        ]
+        for name, first, last in zip(infos, bounds, bounds[1:], strict=False):
+            spans.append((first, last, partial(_content, infos[name].type, self._values[name])))
+        for first, last, content in spans:
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                yield partial(_cut, content, last - first, low - first, high - first)
+
+
+def _cut(content: Callable[[], bytes], size: int, start: int, stop: int) -> memoryview:
+    return memoryview(content().ljust(size, b"\0"))[start:stop]
+
+
+def _content(kind: TensorType, make: Make) -> bytes:
+    values = make()
+    if kind.name == "F32":
+        return values.tobytes()
+    if kind.name == "Q8_0":
+        return quantize_q8_0(values.reshape(-1)).tobytes()
+    out = np.empty(values.shape, BFLOAT16 if kind.name == "BF16" else FLOAT16)
+    backend.cast(values, out)
+    return out.tobytes()
+
+
+def encode_lora(
+    lora_set: BonsaiLoraSet,
+    options: BaseOptions,
+    model: Model,
+    dtype: str,
+    etag: str,
+    folding: Folding | None = None,
+) -> LoraFile:
+    """Return the GGUF LoRA of a set; `dtype` is F32, F16, BF16 or Q8_0.
+
+    Rows that Q8_0 cannot store, being no multiple of 32 values, become F16, as in llama.cpp's
+    converter. With `folding`, that of the base, A is folded for the weights that are. Raises
+    UnsupportedAdapterError for what a GGUF LoRA cannot express, and for values beyond the type.
+    """
+    targets = _targets(lora_set, options, model)
+    alpha = _common_alpha(targets)
+    values: dict[str, Make] = {}
+    layout: dict[str, tuple[TensorType, tuple[int, ...]]] = {}
+    for one in targets:
+        one.check_heads(model.heads)
+        for half, shape, make in (
+            ("lora_a", one.a_shape, partial(one.a_values, model.heads, folding)),
+            ("lora_b", one.b_shape, partial(one.b_values, model.heads, is_scaled=alpha == 0)),
+        ):
+            kind, name = _kind(dtype, shape[-1]), f"{one.name}.{half}"
+            if alpha == 0 or folding is not None or kind.name in ("F16", "Q8_0"):
+                _check_size(name, kind, make())
+            layout[name], values[name] = (kind, shape), make
+    made = plan(_pairs(lora_set, model, alpha, is_folded=folding is not None), layout)
+    return LoraFile(made, values, etag)
+
+
+def _pairs(
+    lora_set: BonsaiLoraSet, model: Model, alpha: float, *, is_folded: bool
+) -> dict[str, Writable]:
+    return {
+        "general.architecture": model.architecture,
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "general.name": lora_set.adapter_name,
+        ALPHA_KEY: np.float32(alpha),
+        **({FOLDED_KEY: True} if is_folded else {}),
+        "general.quantization_version": np.uint32(2),
+    }
+
+
+def _kind(dtype: str, width: int) -> TensorType:
+    kind = BY_NAME[dtype]
+    return BY_NAME["F16"] if width % kind.block else kind
+
+
+def _check_size(name: str, kind: TensorType, values: Floats) -> None:
+    """Raise UnsupportedAdapterError if a value is beyond the largest of its type."""
+    largest = float(max(values.max(initial=0), -values.min(initial=0)))
+    if largest > _LARGEST[kind.name]:
+        raise UnsupportedAdapterError(
+            f"{name} has values up to {largest:.6g}, beyond the largest {kind.name} value; use "
+            "dtype=F32, or train with a smaller scaling",
+            key=name,
+        )
+
+
+def _common_alpha(targets: Sequence[_Target]) -> float:
+    """Return the alpha that yields the scaling of every adapter; 0 if there is none."""
+    alpha = np.float32(targets[0].first.config.alpha)
+    for one in targets:
+        scale = alpha / np.float32(one.rank)
+        if any(np.float32(adapter.scaling) != scale for adapter in one.adapters.values()):
+            return 0.0
+    return float(alpha)
+
+
+def _targets(lora_set: BonsaiLoraSet, options: BaseOptions, model: Model) -> list[_Target]:
+    """Return the tensors that a set changes, by layer and name."""
+    _check_expressible(lora_set, options)
+    found: dict[str, dict[int, LoraAdapter]] = {}
+    counterparts: dict[str, Counterpart] = {}
+    for name, adapter in _weights(lora_set, options):
+        counterpart = to_gguf(model.architecture, name)
+        if counterpart is None:
+            raise UnsupportedAdapterError(
+                f"{name!r} has no name in GGUF for architecture {model.architecture!r}; expected "
+                "one such as model.layers.0.self_attn.q_proj.weight",
+                module=name,
+                architecture=model.architecture,
+            )
+        _check_embedding(counterpart.name, adapter, model)
+        if adapter.rank:  # without a rank, it changes nothing
+            counterparts[counterpart.name] = counterpart
+            found.setdefault(counterpart.name, {})[counterpart.expert or 0] = adapter
+    if not found:
+        raise UnsupportedAdapterError(
+            "the set has no adapters, and llama.cpp refuses a file without tensors; add some",
+            set=lora_set.adapter_name,
+        )
+    targets = [_target(counterparts[name], adapters, model) for name, adapters in found.items()]
+    return sorted(targets, key=lambda one: [*_natural(one.name)])
+
+
+def _natural(name: str) -> Iterator[tuple[int, str]]:
+    for part in _NUMBER.split(name):
+        yield (int(part), "") if part.isdecimal() else (0, part)
+
+
+def _target(counterpart: Counterpart, adapters: Mapping[int, LoraAdapter], model: Model) -> _Target:
+    experts = None
+    if counterpart.expert is not None:
+        experts = model.experts or max(adapters) + 1
+        shapes = sorted({(one.d_in, one.d_out) for one in adapters.values()})
+        if len(shapes) > 1 or max(adapters) >= experts:
+            raise UnsupportedAdapterError(
+                f"the experts of {counterpart.name!r} have the shapes {shapes} and numbers up to "
+                f"{max(adapters)}; expected one shape, and {experts} experts as the base has",
+                module=counterpart.name,
+            )
+    return _Target(counterpart.name, counterpart.change, adapters, experts)
+
+
+def _weights(lora_set: BonsaiLoraSet, options: BaseOptions) -> Iterator[tuple[str, LoraAdapter]]:
+    """Yield the tensor of a checkpoint that each adapter changes; fused experts one by one."""
+    adapters = lora_set.registry.adapters
+    parameters = options.parameters_of(adapters)
+    for module, adapter in adapters.items():
+        parameter = parameters.get(module, f"{module}.weight")
+        match = _FUSED.fullmatch(parameter)
+        if match is None:
+            yield parameter, adapter
+            continue
+        names = _SPLIT.get(match["leaf"], (match["leaf"],))
+        rows = adapter.d_out // len(names)
+        for number, expert in enumerate(adapter.each_expert):
+            for place, name in enumerate(names):
+                part = expert.b_matrix[place * rows : (place + 1) * rows]
+                yield f"{match['core']}.{number}.{name}.weight", replace(expert, b_matrix=part)
+
+
+def _check_expressible(lora_set: BonsaiLoraSet, options: BaseOptions) -> None:
+    """Raise UnsupportedAdapterError for what no GGUF LoRA can express."""
+    adapters = lora_set.registry.adapters
+    reasons = {
+        "DoRA": [name for name, one in adapters.items() if one.magnitude is not None],
+        "a bias of lora_B": [name for name, one in adapters.items() if one.bias is not None],
+        "replaced parameters": list(lora_set.replacements),
+        "fan_in_fan_out": list(adapters) if options.is_transposed else [],
+    }
+    for what, names in reasons.items():
+        if names:
+            raise UnsupportedAdapterError(
+                f"a GGUF LoRA cannot express {what}, as in {names[0]!r}, one of {len(names)}; "
+                "download the merged model instead",
+                modules=names[:64],
+            )
+
+
+def _check_embedding(name: str, adapter: LoraAdapter, model: Model) -> None:
+    """Raise UnsupportedAdapterError for an embedding or head that llama.cpp would get wrong."""
+    if (name == EMBEDDING) != (adapter.layer == "embedding"):
+        raise UnsupportedAdapterError(
+            f"the adapter of {name!r} is for a layer of kind {adapter.layer}, which it is not; "
+            "train it with peft",
+            module=name,
+        )
+    is_unsure = name == EMBEDDING and model.is_tied is None
+    if name in (EMBEDDING, "output.weight") and (model.is_tied or is_unsure):
+        why = (
+            "the base ties its embedding to its head"
+            if model.is_tied
+            else "the base, which is not served here, may tie its embedding to its head"
+        )
+        raise UnsupportedAdapterError(
+            f"the set adapts {name!r}, but {why}; llama.cpp aborts on such an adapter. Download "
+            "the merged model instead",
+            module=name,
+        )

@@ -1,0 +1,157 @@
+"""GGUF LoRA files: import one as a set, and export a set as one."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.core.shapes import MODELS
+from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError
+from bonsai_lora.formats import peft
+from bonsai_lora.formats.gguf import read_header, reader_of
+from bonsai_lora.formats.gguf_lora import check_is_lora, decode_lora, float32_bytes
+from bonsai_lora.formats.gguf_lora_writer import LoraFile, Model, encode_lora
+from bonsai_lora.formats.gguf_names import ARCHITECTURES, Heads
+from bonsai_lora.formats.names import base_names, check_set_name
+from bonsai_lora.formats.peft_config import PeftConfig
+from bonsai_lora.formats.peft_options import BaseOptions
+from bonsai_lora.service.limits import Limits
+from bonsai_lora.service.sets import Imported, Precondition, store_import
+from bonsai_lora.service.view import SetView
+from bonsai_lora.storage.setfile import StoredSet
+from bonsai_lora.storage.upload import WholeUpload
+
+_ARCHITECTURES = {
+    "gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3", "gemma3_text": "gemma3",
+    "llama": "llama", "mistral": "llama", "phi3": "phi3", "qwen2": "qwen2", "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe", "qwen3_5": "qwen35", "qwen3_5_text": "qwen35",
+}  # fmt: skip
+"""`model_type` of a config.json -> `general.architecture` of the model's GGUF file."""
+_REVISION = 1
+"""Part of the ETag; changes with the bytes of the files that are written."""
+
+LoraDtype = Literal["F32", "F16", "BF16", "Q8_0"]
+"""Types of the tensors of a GGUF LoRA."""
+
+
+def import_gguf(
+    store: SetView,
+    limits: Limits,
+    bases: BaseFolder,
+    name: str,
+    upload: WholeUpload,
+    precondition: Precondition,
+    *,
+    base_model_name: str | None = None,
+    architecture: str | None = None,
+) -> Imported:
+    """Create or replace a set from a GGUF LoRA.
+
+    `base_model_name` replaces the name in the file, `architecture` the file's own. Raises the
+    errors of `read_header`, `decode_lora`, `peft.decode_adapter` and `store_import`, and then
+    changes nothing.
+    """
+    check_set_name(name)
+    content = upload.finish()
+    read = reader_of(content)
+    header = read_header(read, len(content), limit=limits.max_header_bytes)
+    check_is_lora(header)
+    limits.check_budget(store, name, float32_bytes(header))
+    named = header.get("general.base_model.0.name") if base_model_name is None else base_model_name
+    base = named if isinstance(named, str) else ""
+    model = _model_of(bases, base)
+    found = decode_lora(header, read, architecture, None if model is None else model.heads)
+    config = {**found.config, "base_model_name_or_path": base or None}
+    adapter = peft.decode_adapter(PeftConfig(config), found.tensors, name)
+    adapter.ignored_keys.extend(found.ignored_keys)
+    return store_import(store, limits, adapter, "gguf", precondition)
+
+
+def export_gguf(
+    stored: StoredSet,
+    bases: BaseFolder,
+    dtype: LoraDtype,
+    architecture: str | None,
+    *,
+    is_folded: bool = False,
+) -> LoraFile:
+    """Return a set as a GGUF LoRA.
+
+    The architecture is the given one, that of the base in the service, or that of a known model.
+    Raises InvalidRequestError if it is unknown, UnsupportedAdapterError for a set that no GGUF LoRA
+    can express.
+    """
+    lora_set = stored.lora_set
+    model = _model_of(bases, lora_set.base_model_name)
+    if model is None or architecture not in (None, model.architecture):
+        model = Model(_given(architecture, lora_set.base_model_name))
+    if is_folded:
+        raise UnsupportedAdapterError(
+            f"folded is true, but no base {lora_set.base_model_name!r} with Hadamard-folded "
+            "weights is served; remove folded, which only such bases need",
+            field="folded",
+        )
+    options = BaseOptions.of(stored.adapter_config)
+    return encode_lora(lora_set, options, model, dtype, _etag(stored, dtype, model))
+
+
+def _etag(stored: StoredSet, dtype: str, model: Model) -> str:
+    """Return an ETag that differs wherever the bytes do."""
+    digest = hashlib.sha256(repr((_REVISION, dtype, model)).encode()).hexdigest()
+    return f'{stored.record.etag[:-1]}-gguf-{digest[:16]}"'
+
+
+def _given(architecture: str | None, base_model_name: str) -> str:
+    known = ", ".join(sorted(ARCHITECTURES))
+    if architecture is None:
+        raise InvalidRequestError(
+            f"the base {base_model_name[:100]!r} is not served here, so that its architecture, "
+            f"which names the tensors, is unknown; give architecture=, one of {known}",
+            field="architecture",
+            expected=sorted(ARCHITECTURES),
+        )
+    if architecture not in ARCHITECTURES:
+        raise InvalidRequestError(
+            f"architecture {architecture!r} is unknown; expected one of {known}",
+            field="architecture",
+            got=architecture,
+            expected=sorted(ARCHITECTURES),
+        )
+    return architecture
+
+
+def _model_of(bases: BaseFolder, base_model_name: str) -> Model | None:
+    """Return what is known of a base by its config.json, or by its name; None if nothing is."""
+    base = bases.find(base_model_name) if base_model_name else None
+    if base is None:
+        known = any(name.lower() in MODELS for name in base_names(base_model_name))
+        return Model("qwen3") if known else None
+    architecture = _ARCHITECTURES.get(base.model_type)
+    if architecture is None:
+        return None
+    inner = base.config.get("text_config")
+    config = inner if isinstance(inner, dict) else base.config
+    experts = config.get("num_experts", config.get("num_local_experts"))
+    return Model(
+        architecture,
+        _heads_of(config),
+        base.is_tied,
+        experts if type(experts) is int and experts > 0 else None,
+    )
+
+
+def _heads_of(config: Mapping[str, Any]) -> Heads:
+    """Return the head counts of a config.json; 0, which row_order refuses, for a malformed one."""
+
+    def count(key: str, default: int) -> int:
+        found = config.get(key, default)
+        return found if type(found) is int else 0
+
+    queries = count("num_attention_heads", 0)
+    return Heads(
+        queries,
+        count("num_key_value_heads", queries),
+        count("linear_num_key_heads", 1),
+        count("linear_num_value_heads", 1),
+        count("linear_key_head_dim", 0),
+    )

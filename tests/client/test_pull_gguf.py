@@ -1,0 +1,24 @@
+"""push and pull of GGUF LoRA files."""
+
+from conftest import TINY, upload
+
+from bonsai_lora.cli.main import main
+
+
+def test_pull_resumes_and_push_takes_the_file(based, tmp_path, capsys):
+    upload(based, "plain", TINY / "plain")
+    url = str(based.base_url)
+    expected = based.get("/v1/sets/plain/adapter.gguf?dtype=F16")
+    file = tmp_path / "plain.gguf"
+    tag = expected.headers["etag"].strip('"')
+    state = tmp_path / ".bonsai-pull"
+    state.mkdir()
+    (state / f"plain.gguf.{tag}.partial").write_bytes(expected.content[:5000])
+    pull = ["pull", "adapters/plain", "--gguf", "--dtype", "F16", "-o", str(file), "--url", url]
+    assert main(pull) == 0, capsys.readouterr().err
+    assert file.read_bytes() == expected.content
+    assert main(["push", "back", str(file), "--url", url]) == 0, capsys.readouterr().err
+    assert based.get("/v1/sets/back").json()["origin"] == "gguf"
+    refused = ["pull", "tiny-qwen3/plain", "--gguf", "-o", str(file), "--url", url]
+    assert main(refused) == 2
+    assert "--gguf expects adapters/SET" in capsys.readouterr().err
