@@ -40,21 +40,26 @@ def align(sets: Sequence[StoredSet]) -> Mapping[str, Aligned]:
 
 
 def _check_same(module: str, sets: Sequence[StoredSet], adapters: Aligned) -> None:
-    described = [
-        (stored.record.name, _describe(one))
+    kinds = {_kind(one) for one in adapters if one is not None}
+    if len(kinds) == 1:
+        return
+    (first, expected), *others = (
+        (stored.record.name, one)
         for stored, one in zip(sets, adapters, strict=True)
         if one is not None
-    ]
-    (first, expected), *others = described
-    for name, got in others:
-        if got != expected:
-            raise ShapeMismatchError(
-                f"module {module!r} is {got} in set {name!r}, but {expected} in {first!r}; use "
-                "sets for the same model",
-                module=module,
-                got=got,
-                expected=expected,
-            )
+    )
+    name, got = next(other for other in others if _kind(other[1]) != _kind(expected))
+    raise ShapeMismatchError(
+        f"module {module!r} is {_describe(got)} in set {name!r}, but {_describe(expected)} in "
+        f"{first!r}; use sets for the same model",
+        module=module,
+        got=_describe(got),
+        expected=_describe(expected),
+    )
+
+
+def _kind(adapter: LoraAdapter) -> tuple[object, ...]:
+    return adapter.layer, adapter.d_in, adapter.d_out, adapter.experts
 
 
 def _describe(adapter: LoraAdapter) -> str:
