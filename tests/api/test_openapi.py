@@ -152,7 +152,7 @@ def test_dtypes_are_enumerated():
         for one in operation["parameters"]
         if one.get("name") == "dtype"
     ]
-    gguf = ["F32", "F16", "BF16", "Q8_0"]
-    assert [one["enum"] for one in found if "Q8_0" in one["enum"]] == [gguf]
-    assert len(found) == 5
-    assert all(one["enum"] in (gguf, ["F32", "F16", "BF16"]) for one in found)
+    gguf, stored = ["F32", "F16", "BF16", "Q8_0"], ["BF16", "F16", "Q8_0", "Q1_0"]
+    assert sorted(one["enum"] for one in found if "Q8_0" in one["enum"]) == [stored, gguf]
+    assert len(found) == 6
+    assert all(one["enum"] in (gguf, stored, ["F32", "F16", "BF16"]) for one in found)

@@ -94,6 +94,21 @@ def test_spectrum(run, service):
     assert run("spectrum", "absent")[2].endswith("[set_not_found]\n")
 
 
+def test_survival(run, service):
+    with Client(service) as client:
+        client.upload_set("plain", TINY / "plain")
+        found = client.get_survival("tiny-qwen3", "plain", dtype="F16")
+        assert client.get_survival("tiny-qwen3", "plain") != found
+    code, out, _ = run("survival", "tiny-qwen3", "plain", "--dtype", "f16")
+    assert code == 0
+    head, whole, *rows = (line.split() for line in out.splitlines())
+    assert head == ["NAME", "UNCHANGED", "GAIN", "RELATIVE_ERROR"]
+    assert whole[0] == "all"
+    assert float(whole[2]) == pytest.approx(found["gain"], rel=1e-3)
+    assert len(rows) == 14
+    assert run("survival", "absent", "plain")[2].endswith("[base_not_found]\n")
+
+
 def test_calls(run, service):
     with Client(service) as client:
         report = client.preview_combine("new", {"one": 1.0, "two": -2.0}, method="svd", rank=1)

@@ -1,12 +1,12 @@
 """The JSON of the laboratory as pydantic models; their docstrings appear in OpenAPI."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat
 
-from bonsai_lora.api.schemas import RequestModel, SetInfo
+from bonsai_lora.api.schemas import InfoModel, RequestModel, SetInfo
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.factors import rank_for
 from bonsai_lora.core.recipe import Method, Recipe, Sign
@@ -15,6 +15,7 @@ from bonsai_lora.core.spectrum import effective_rank, singular_values
 from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.combine import Report
 from bonsai_lora.service.compare import Comparison, ModuleComparison
+from bonsai_lora.service.survival import Estimate, Survival
 from bonsai_lora.storage.setfile import StoredSet
 
 Rank = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -221,3 +222,49 @@ class SetSpectrum(BaseModel):
     """The singular values of a set's deltas."""
 
     modules: list[ModuleSpectrum]
+
+
+StoredDtype = Literal["BF16", "F16", "Q8_0", "Q1_0"]
+"""Types whose loss is estimated."""
+
+
+class SurvivalFigures(InfoModel):
+    """What is left of deltas D as D', the difference that they make to the stored weights."""
+
+    unchanged: float = Field(description="share of the entries with D' = 0")
+    gain: float = Field(description="<D', D> / |D|^2: 1 if the deltas survive, 0 if nothing does")
+    relative_error: float = Field(description="|D' - D| / |D|")
+
+
+class TensorSurvival(SurvivalFigures):
+    """What is left of the delta of one tensor of the base."""
+
+    name: str
+
+
+class SurvivalInfo(SurvivalFigures):
+    """What is left of a set's deltas."""
+
+    dtype: StoredDtype
+    modules: list[TensorSurvival]
+    skipped: list[str] = Field(
+        description="changed tensors that are not followed: replaced ones, DoRA, stacked experts, "
+        "and rows that are no whole blocks of the type"
+    )
+
+    @classmethod
+    def of(cls, estimate: Estimate, found: Sequence[Survival]) -> "SurvivalInfo":
+        """Return the schema of an estimate."""
+        return cls(
+            dtype=cast("StoredDtype", estimate.dtype),
+            **_survival(sum(found, Survival())),
+            modules=[
+                TensorSurvival(name=name, **_survival(one))
+                for name, one in zip(estimate.tensors, found, strict=True)
+            ],
+            skipped=list(estimate.skipped),
+        )
+
+
+def _survival(found: Survival) -> dict[str, float]:
+    return {name: getattr(found, name) for name in SurvivalFigures.model_fields}

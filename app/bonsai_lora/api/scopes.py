@@ -47,6 +47,7 @@ SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
             "/v1/bases",
             "/v1/bases/{base}",
             "/v1/bases/{base}/merged/{set}",
+            "/v1/bases/{base}/survival/{set}",
             "/v1/bases/{base}/merged/{set}/{filename:path}",
             "/v2",
             "/v2/",

@@ -97,6 +97,11 @@ class MergedModel:
         """Return whether a tensor differs from that of the base."""
         return tensor in self._touched
 
+    @property
+    def changes(self) -> Mapping[str, Touched]:
+        """The changes by tensor of the base."""
+        return self._touched
+
     def tensor(self, name: str) -> MergedTensor:
         """Return a changed tensor, always as the same object, so that norms are computed once."""
         known = self._tensors.get(name)

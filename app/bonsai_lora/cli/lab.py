@@ -1,4 +1,4 @@
-"""The commands of the laboratory: combine, compare, spectrum."""
+"""The commands of the laboratory: combine, compare, spectrum, survival."""
 
 import argparse
 import sys
@@ -33,6 +33,12 @@ def add_commands(commands: Any) -> None:
     spectrum = add_command(commands, "spectrum", show_spectrum, "show singular values and ranks")
     spectrum.add_argument("name")
     spectrum.add_argument("--module", action="append", default=[], help="only this; repeatable")
+    survival = add_command(
+        commands, "survival", show_survival, "estimate what storing merged weights leaves of a set"
+    )
+    survival.add_argument("base")
+    survival.add_argument("name")
+    survival.add_argument("--dtype", default="BF16", help="BF16 (default), F16, Q8_0 or Q1_0")
 
 
 def combine_sets(client: Client, arguments: argparse.Namespace) -> Any:
@@ -110,4 +116,16 @@ def show_spectrum(client: Client, arguments: argparse.Namespace) -> Any:
             *("energy_rank_90", "energy_rank_99"),
         )
         print_rows(fields, [{**one} for one in found["modules"]])
+    return found
+
+
+def show_survival(client: Client, arguments: argparse.Namespace) -> Any:
+    """Print how much of a set is left in merged weights, whole and by tensor."""
+    found = client.get_survival(
+        arguments.base, set_name(arguments.name), dtype=arguments.dtype.upper()
+    )
+    if not arguments.json:
+        fields = ("name", "unchanged", "gain", "relative_error")
+        whole = {**found, "name": "all"}
+        print_rows(fields, [whole, *({**one} for one in found["modules"])])
     return found

@@ -222,6 +222,26 @@ class SetSpectrum(TypedDict):
     modules: list[ModuleSpectrum]
 
 
+class TensorSurvival(TypedDict):
+    """What is left of the delta of one tensor of the base."""
+
+    name: str
+    unchanged: float
+    gain: float
+    relative_error: float
+
+
+class SetSurvival(TypedDict):
+    """What is left of a set's deltas in stored merged weights."""
+
+    dtype: str
+    unchanged: float
+    gain: float
+    relative_error: float
+    modules: list[TensorSurvival]
+    skipped: list[str]
+
+
 class Estimate(TypedDict):
     """How many adapters fit into a budget."""
 

@@ -253,6 +253,7 @@ class Client:
     preview_combine = _method(lab.preview_combine)
     compare = _method(lab.compare)
     get_spectrum = _method(lab.get_spectrum)
+    get_survival = _method(lab.get_survival)
 
     list_bases = _method(bases.list_bases)
     get_base = _method(bases.get_base)

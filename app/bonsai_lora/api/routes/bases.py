@@ -52,7 +52,7 @@ async def _merged_model(
 
 Merged = Annotated[MergedModel, Depends(_merged_model)]
 
-_MERGE_ERRORS = (
+MERGE_ERRORS = (
     errors.BaseNotFoundError,
     errors.SetNotFoundError,
     errors.InvalidBaseError,
@@ -100,7 +100,7 @@ async def get_base(context: ContextDep, base: BaseName) -> schemas.BaseInfo:
     "/v1/bases/{base}/merged/{set}",
     operation_id="list_merged_files",
     summary="List the files of a merged model",
-    responses=problems(*_MERGE_ERRORS),
+    responses=problems(*MERGE_ERRORS),
 )
 async def list_merged_files(model: Merged) -> schemas.MergedFiles:
     """Returns names, sizes and ETags. Nothing is computed."""
@@ -113,7 +113,7 @@ async def list_merged_files(model: Merged) -> schemas.MergedFiles:
     summary="Download a file of a merged model",
     response_class=Response,
     responses=file_responses("application/octet-stream")
-    | problems(*_MERGE_ERRORS, errors.FileNotInModelError, errors.RangeNotSatisfiableError),
+    | problems(*MERGE_ERRORS, errors.FileNotInModelError, errors.RangeNotSatisfiableError),
 )
 async def get_merged_file(
     request: Request,

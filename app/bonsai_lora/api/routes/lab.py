@@ -19,7 +19,8 @@ from bonsai_lora.api.openapi import (
     request_body,
 )
 from bonsai_lora.api.openapi_headers import sends
-from bonsai_lora.service import combine, compare
+from bonsai_lora.api.routes.bases import MERGE_ERRORS, Merged
+from bonsai_lora.service import combine, compare, survival
 from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.sets import get_adapter
@@ -162,3 +163,28 @@ async def get_spectrum(
 
 def _spectrum(found: Sequence[lab_schemas.ModuleSpectrum]) -> lab_schemas.SetSpectrum:
     return lab_schemas.SetSpectrum(modules=list(found))
+
+
+@router.get(
+    "/v1/bases/{base}/survival/{set}",
+    operation_id="get_survival",
+    summary="Estimate what is left of a set's deltas in stored merged weights",
+    response_model=lab_schemas.SurvivalInfo,
+    responses=problems(*MERGE_ERRORS),
+)
+async def get_survival(
+    context: ContextDep,
+    model: Merged,
+    dtype: Annotated[
+        lab_schemas.StoredDtype, Query(description="type in which the merged weights are stored")
+    ] = "BF16",
+) -> Response:
+    """Stores a sample of the base's rows with and without the deltas, and compares: every row of
+    small tensors, and rows at equal distances, 262,144 values in all, of larger ones.
+    """
+    with context.long.admit():
+        estimate = await context.long.run(partial(survival.estimate, model, dtype))
+        found = await context.long.run_each(estimate.works(), context.settings.threads)
+    return await described(
+        context, partial(lab_schemas.SurvivalInfo.of, estimate, found), len(found), {}
+    )

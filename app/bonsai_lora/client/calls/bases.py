@@ -1,6 +1,5 @@
 """Bases and merged files."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -8,11 +7,10 @@ import httpx
 from bonsai_lora.client.answers import BaseInfo, BaseList, MergedFile, PulledFile, Weights
 from bonsai_lora.client.call import (
     Call,
-    Query,
     decode_bytes,
     decode_json,
+    mix_query,
     path_of,
-    query_of,
     range_of,
 )
 
@@ -48,7 +46,7 @@ def list_merged_files(
     return Call(
         method="GET",
         path="/v1" + path_of("bases", base, "merged", set_name),
-        query=_mix(scale, sets, match),
+        query=mix_query(scale, sets, match),
         decode=decode,
         is_pure=True,
     )
@@ -72,7 +70,7 @@ def get_merged_file(
     return Call(
         method="GET",
         path="/v1" + path_of("bases", base, "merged", set_name, *filename.split("/")),
-        query=_mix(scale, sets, match),
+        query=mix_query(scale, sets, match),
         headers=range_of(start, stop),
         decode=decode_bytes,
         is_pure=True,
@@ -96,9 +94,3 @@ def resolve(model: str, commit: str, filename: str, *, start: int, tag: str) -> 
     headers = {**range_of(start, None), "If-Range": f'"{tag}"'} if start else {}
     path = path_of(*model.split("/"), "resolve", commit, *filename.split("/"))
     return Call(method="GET", path=path, headers=headers, decode=decode_bytes, is_pure=True)
-
-
-def _mix(scale: float, sets: Weights | None, match: str | None) -> Query:
-    names: Sequence[tuple[str, str]] = [("set", name) for name in sets or {}]
-    weights = [("weight", str(weight)) for weight in (sets or {}).values()]
-    return [*query_of(scale=None if scale == 1.0 else scale, match=match), *names, *weights]

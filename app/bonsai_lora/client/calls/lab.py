@@ -9,9 +9,18 @@ from bonsai_lora.client.answers import (
     CombineReport,
     Comparison,
     SetSpectrum,
+    SetSurvival,
     Weights,
 )
-from bonsai_lora.client.call import Call, decode_json, decode_tagged, json_body, path_of, query_of
+from bonsai_lora.client.call import (
+    Call,
+    decode_json,
+    decode_tagged,
+    json_body,
+    mix_query,
+    path_of,
+    query_of,
+)
 
 
 def combine(
@@ -64,6 +73,29 @@ def get_spectrum(name: str, *, modules: Sequence[str] = ()) -> Call[SetSpectrum]
         method="GET",
         path="/v1" + path_of("sets", name, "spectrum"),
         query=[("module", module) for module in modules],
+        decode=decode_json,
+        is_pure=True,
+    )
+
+
+def get_survival(
+    base: str,
+    name: str,
+    *,
+    dtype: str | None = None,
+    scale: float = 1.0,
+    sets: Weights | None = None,
+    match: str | None = None,
+) -> Call[SetSurvival]:
+    """Return an estimate of what is left of a set's deltas in merged weights of a `dtype`.
+
+    BF16 (the default), F16, Q8_0 or Q1_0. `scale`, `sets` and `match` as for merged files. Raises
+    BaseNotFoundError, SetNotFoundError.
+    """
+    return Call(
+        method="GET",
+        path="/v1" + path_of("bases", base, "survival", name),
+        query=[*query_of(dtype=dtype), *mix_query(scale, sets, match)],
         decode=decode_json,
         is_pure=True,
     )
