@@ -256,6 +256,22 @@ def test_a_path_cannot_write_lines_of_the_log(guarded, path, capfd):
     assert "\x1b" not in written
 
 
+@pytest.mark.parametrize(
+    "start", ["GET /healthz?", "GET /healthz HTTP/1.1\r\nx: ", "GET / HTTP/1.1\r\n"]
+)
+@pytest.mark.parametrize("pieces", [1, 9])
+def test_a_line_that_does_not_end_is_refused_when_it_is_too_long(guarded, start, pieces):
+    head = start.encode() + b"a" * (MAX_HEAD_BYTES + 5000)
+    with connect(guarded) as connection:
+        began = time.monotonic()
+        step = -(-len(head) // pieces)
+        for place in range(0, len(head), step):
+            connection.sendall(head[place : place + step])
+            time.sleep(0.005)
+        assert read_answer(connection)[0] == 431
+        assert time.monotonic() - began < STALL
+
+
 def test_repeated_headers_are_joined_in_one_pass():
     lines = [(b"x-%d" % (number % 20_000), b"%d" % number) for number in range(20_003)]
     began = time.monotonic()

@@ -81,14 +81,17 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._linger_bytes is not None:
             self._drop(len(data))
             return
-        was_in_head, counted = self._is_in_head, self._head_bytes
+        counted = self._head_bytes
         self._unset_keepalive_if_required()
         self._parse(data)
         if self.is_ending:
             return
         if self._is_in_head:
             # The parser reports a line only when it is complete, so count the raw bytes too.
-            if was_in_head and counted == self._head_bytes:
+            last_line = data.rfind(b"\n") + 1
+            if last_line:
+                self._partial_bytes = len(data) - last_line
+            elif counted == self._head_bytes:
                 self._partial_bytes += len(data)
             if self._is_too_large:
                 self.send_400_response("")
