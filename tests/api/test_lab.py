@@ -21,8 +21,11 @@ from keyring import KeysFileMaker, caller
 from reference import delta_weight, relative_error
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.recipe import OPTIONS
 from bonsai_lora.formats import safetensors
+from bonsai_lora.service.combine import Plan
 from bonsai_lora.settings import Settings
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -187,6 +190,22 @@ def test_refusals_change_nothing(pair, store, rng, change, status, code):
     assert_problem(pair.post("/v1/combine", json=body), status, code)
     assert snapshot(store) == before
     assert pair.get("/v1/sets/new").status_code == 404
+
+
+def test_a_set_that_was_created_meanwhile_is_kept(pair, store, monkeypatch):
+    """The name is free when the combination is checked, and taken when it is stored."""
+    report = Plan.report
+
+    def create_first(plan, combined):
+        other = BonsaiLoraSet.new(LoraConfig(), "", "new")
+        with store.lock("new"):
+            now = "2026-01-01T00:00:00Z"
+            store.write(other, origin="initialized", now=now, previous=None)
+        return report(plan, combined)
+
+    monkeypatch.setattr(Plan, "report", create_first)
+    assert_problem(combine(pair, ("a", 1), ("b", 1)), 409, "set_exists")
+    assert pair.get("/v1/sets/new").json()["origin"] == "initialized"
 
 
 @pytest.mark.parametrize("kind", ["dora", "lora-bias", "modules-to-save"])

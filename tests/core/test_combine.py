@@ -1,5 +1,6 @@
 """Combinations by factors, against dense float64 and values worked out by other programs."""
 
+import itertools
 import math
 
 import numpy as np
@@ -141,6 +142,14 @@ def test_energy_chooses_the_rank(rng):
     assert combined([one], [1.0], "svd", energy=1.0).adapter.rank == 6
 
 
+def test_linear_subtracts(rng):
+    """One set, weight -0.5: no other set to cross with."""
+    one = random_adapter(rng, 3, 30, 20, 0.25)
+    got = combined([one], [-0.5], "linear")
+    assert relative_error(delta(got.adapter), -0.5 * delta(one)) < 1e-6
+    assert got.relative_error == 0
+
+
 def test_duplicates_and_cancelled_sums(rng):
     """The Gram matrix of the stacked factors is singular here."""
     one = random_adapter(rng, 3, 30, 20)
@@ -248,8 +257,8 @@ def test_experts_are_combined_one_by_one(rng, method):
 
 
 def test_experts_share_the_rank_that_one_of_them_needs(rng):
-    flat, steep = rng.standard_normal((2, 6)), np.array([[1e-3] * 6, [1.0] * 6])
-    one = adapter(np.vstack([flat, steep]), rng.standard_normal((5, 4)), experts=2)
+    steep, flat = np.ones((2, 6)), rng.standard_normal((2, 6))  # of rank 1, and of rank 2
+    one = adapter(np.vstack([steep, flat]), rng.standard_normal((5, 4)), experts=2)
     got = combined([one], [1.0], "svd", energy=0.9999)
     assert got.adapter.rank == 2
     assert relative_error(delta(got.adapter), delta(one)) < 1e-2
@@ -271,6 +280,22 @@ def test_a_set_that_lacks_the_module_counts_as_zero(rng):
         options = {"density": 1.0} if method == "ties_svd" else {}
         got = combined([None, one], (3.0, 0.5), method, default_rank=2, **options).adapter
         assert relative_error(delta(got), 0.5 * delta(one)) < 1e-5, method
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_empty_matrices_and_ranks_above_the_shape(rng, method):
+    options = [OPTIONS_OF.get(method, {})]
+    options += [{**options[0], "energy": 0.9}] if "energy" in OPTIONS[method] else []
+    options += [{**options[0], "rank": 2}] if "rank" in OPTIONS[method] else []
+    for d_in, d_out, *ranks in itertools.product((0, 1, 3), (0, 1, 3), (0, 1, 4), (0, 1, 4)):
+        if ranks[0] != ranks[1] and Recipe(method, **options[0]).is_on_factors:
+            continue
+        pair = [random_adapter(rng, rank, d_in, d_out) for rank in ranks]
+        for one in options:
+            got = combined(pair, (0.5, 0.5), method, default_rank=max(ranks), **one)
+            assert delta(got.adapter).shape == (d_out, d_in)
+            assert 0 <= got.energy_kept <= 1 + 1e-9
+            assert got.relative_error >= 0
 
 
 def test_overflow_is_refused(rng):
