@@ -11,6 +11,7 @@ from conftest import assert_problem, serving, snapshot
 from test_limits import BINARIES, BINARY, BODIES, D_IN, D_OUT, RAW, X, factors, pieces
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.api.body import parse_length
 from bonsai_lora.formats import safetensors
 from bonsai_lora.settings import Settings
 
@@ -226,3 +227,25 @@ def test_what_follows_a_body_over_the_limit_is_not_answered(service, path):
     assert answer.count(b"HTTP/1.1") == 1, answer
     assert "victim.safetensors" in snapshot(store)
     assert json.loads(answer.partition(b"\r\n\r\n")[2])
+
+
+@pytest.mark.parametrize(
+    ("declared", "length"),
+    [
+        (b"0", 0),
+        (b"", 0),
+        (b"000", 0),
+        (b"12", 12),
+        (b" \t0012 ", 12),
+        (b"\x0c12", 0),
+        (b"X12", 0),
+        (b"1_2", 0),
+        (b"-1", 0),
+        (b"9" * 18, 10**18 - 1),
+        (b"0" + b"9" * 18, 10**18 - 1),
+        (b"1" + b"0" * 18, 10**18),
+        (b"9" * 5000, 10**18),
+    ],
+)
+def test_lengths_that_a_body_declares(declared, length):
+    assert parse_length(declared) == length

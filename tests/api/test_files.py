@@ -33,10 +33,14 @@ def served(tmp_path, *bases):
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
+def app_of_files(tmp_path_factory):
+    return served(tmp_path_factory.mktemp("files"), "tiny-qwen3")
+
+
+@pytest.fixture(scope="module")
+def service(app_of_files):
     """A client of a service with the base `tiny-qwen3` and the set `plain`."""
-    app = served(tmp_path_factory.mktemp("files"), "tiny-qwen3")
-    with serving(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+    with serving(app_of_files) as url, httpx.Client(base_url=url, timeout=30) as client:
         upload(client, "plain", TINY / "plain")
         yield client
 
@@ -224,3 +228,30 @@ def test_a_tag_names_one_content(tmp_path):
     known = app.state.context.settings
     with serving(create_app(known)) as url, httpx.Client(base_url=url, timeout=30) as client:
         assert {path: tag(client, path) for path in now} == now
+
+
+@pytest.mark.parametrize("path", FILES.values(), ids=FILES)
+def test_only_content_needs_a_place_in_the_long_lane(service, app_of_files, path):
+    tag = service.head(path).headers["etag"]
+    lane = app_of_files.state.context.long
+    places = 0
+    try:
+        while lane.in_progress < lane._places:
+            lane.enter()
+            places += 1
+        assert_problem(service.get(path), 503, "busy")
+        assert_problem(service.get(path, headers={"Range": "bytes=0-3"}), 503, "busy")
+        assert service.head(path).status_code == 200
+        assert service.get(path, headers={"If-None-Match": tag}).status_code == 304
+    finally:
+        for _ in range(places):
+            lane.leave()
+    assert service.get(path).status_code == 200
+
+
+@pytest.mark.parametrize("path", FILES.values(), ids=FILES)
+def test_only_json_is_called_json(service, path):
+    is_json = path.endswith(".json")
+    answer = service.get(path)
+    assert (answer.headers["content-type"] == "application/json") == is_json
+    assert answer.content.startswith(b"{") == is_json

@@ -283,6 +283,10 @@ def test_dora(based):
         got = server.infer("dora", inputs).as_numpy(Q_PROJ)
         assert reference.relative_error(got + wx, y) < 1e-6
         refused(lambda: server.infer("dora", inputs[:1]), 400, "DoRA")
+        name = f"{Q_PROJ}.base_outputs"
+        refused(lambda: server.infer("dora", inputs[1:]), 400, f"besides '{name}'")
+        described = {one["name"]: one for one in server.get_model_metadata("dora")["inputs"]}
+        assert described[name] == {"name": name, "datatype": "FP32", "shape": [-1, wx.shape[1]]}
 
 
 def test_repository(loaded, golden):

@@ -75,6 +75,11 @@ def test_what_is_ambiguous_is_refused_and_chosen_by_match(names):
     found = paths(*names)
     with pytest.raises(InvalidRequestError) as caught:
         found.find(LEAF)
+    assert caught.value.values | {"candidates": []} == {
+        "base": "b",
+        "module": LEAF.removesuffix(".weight"),
+        "candidates": [],
+    }
     assert set(caught.value.values["candidates"]) == set(names)
     for name in names:
         prefix = name.removesuffix(LEAF)

@@ -148,6 +148,23 @@ def test_blocks_cover_every_element_once():
         assert (seen == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("whole_rows", "expected"),
+    [
+        (False, [(0, 0, 4), (0, 4, 8), (0, 8, 9), (1, 0, 4), (1, 4, 8), (1, 8, 9)]),
+        (True, [(0, 0, 9), (1, 0, 9)]),
+    ],
+)
+def test_rows_longer_than_a_block_are_cut_unless_they_are_wanted_whole(whole_rows, expected):
+    found = merge.blocks(2, 9, most=4, whole_rows=whole_rows)
+    assert [(rows.start, columns.start, columns.stop) for rows, columns in found] == expected
+
+
+def test_short_rows_share_a_block():
+    found = [(rows.start, rows.stop) for rows, _ in merge.blocks(5, 4, most=8)]
+    assert found == [(0, 2), (2, 4), (4, 5)]
+
+
 def test_merge_of_a_different_shape_is_refused():
     with pytest.raises(ShapeMismatchError):
         LoraAdapter.new(8, 4, LoraConfig()).merge_into_weights(np.zeros((8, 4), np.float32))

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from bonsai_lora.core import backend
-from bonsai_lora.core.cast import BFLOAT16, FLOAT16, all_finite, to_float32
+from bonsai_lora.core.cast import BFLOAT16, FLOAT16, all_finite, count_rows, to_float32
 
 SIXTEEN = [FLOAT16, BFLOAT16]
 
@@ -43,6 +43,12 @@ def test_unaligned_and_float64_inputs(computing):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_all_finite(dtype):
     assert all_finite(np.zeros(0, dtype))
-    assert all_finite(np.array([0.0, -1.5, 60000.0], dtype))
+    largest = ml_dtypes.finfo(dtype).max
+    assert all_finite(np.array([0.0, -1.5, largest, -largest], dtype))
     for bad in (np.nan, np.inf, -np.inf):
         assert not all_finite(np.array([1.0, bad, 2.0], dtype))
+
+
+def test_one_vector_is_one_row():
+    shapes = [(3,), (1, 3), (5, 3), (0, 3)]
+    assert [count_rows(np.zeros(shape, np.float32)) for shape in shapes] == [1, 1, 5, 0]

@@ -1,38 +1,50 @@
-"""Change the code of one folder in every small way that mutmut knows, and count what tests see.
+"""Change the code of one folder in every small way that mutmut knows, and count what tests detect.
 
-    python tests/mutants/all.py formats          as long as it takes; go on where it stopped
-    python tests/mutants/all.py formats --list   show what no test saw, and is not accepted
+    python tests/mutants/all.py formats                as long as it takes; go on where it stopped
+    python tests/mutants/all.py formats --sample 150   the same 150 mutants each time
+    python tests/mutants/all.py formats --again        judge what no test detected once more
+    python tests/mutants/all.py formats --list         show what no test detected, and is not accepted
 
 Works in .mutants/FOLDER, a copy of the tree whose source root is called src, as mutmut wants it.
-What was judged there stays judged until its code or a test of it changes.
+What was judged there stays judged until its code changes. A larger sample contains the smaller.
 
 Not changed: functions with decorators, code outside functions (mutmut cannot), and texts of
 refusals (UNTESTED below). accepted.toml lists changes that make no difference, and why.
 """
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tomllib
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 ACCEPTED = Path(__file__).with_name("accepted.toml")
+HOOKS = Path(__file__).with_name("hooks.py")
 
 FOLDERS = {
-    # Folder: what is changed, and the tests that may see it. No test starts another process.
-    "core": (["core/*"], ["core", "api/test_apply.py", "api/test_combinations.py", "api/test_stats.py"]),
-    "formats": (["formats/*"], ["formats"]),
-    "wire": (["wire/*"], ["wire", "formats/test_safetensors.py", "api/test_hostile.py", "api/test_apply.py", "api/test_mixed.py", "api/test_bodies.py", "api/test_limits.py", "api/test_oip.py"]),
-    "storage": (["storage/*"], ["storage", "formats/test_peft_tensors.py"]),
-    "checkpoints": (["checkpoints/*"], ["checkpoints", "api/test_merged.py", "api/test_files.py", "api/test_combinations.py", "api/test_wide_rows.py"]),
-    "service": (["service/*"], ["service", "api"]),
+    # Folder: what is changed, and the tests that may detect it.
+    "core": (["core/*"], ["core", "api/test_experts.py", "api/test_apply.py", "api/test_combinations.py", "api/test_stats.py", "api/test_adapters.py", "api/test_sets.py"]),
+    "formats": (["formats/*"], ["formats", "api/test_combinations.py", "api/test_experts.py", "api/test_variants.py", "api/test_hostile.py"]),
+    "wire": (["wire/*"], ["wire", "formats/test_safetensors.py", "api/test_oip.py", "api/test_hostile.py", "api/test_apply.py", "api/test_mixed.py", "api/test_bodies.py", "api/test_limits.py", "api/test_shared_memory.py", "client/test_calls.py", "client/test_refusals.py"]),
+    "storage": (["storage/*"], ["storage", "formats/test_peft_tensors.py", "api/test_sets.py", "api/test_newer_format.py", "api/test_shared_memory.py", "api/test_oip.py", "api/test_operations.py"]),
+    "checkpoints": (["checkpoints/*"], ["checkpoints", "api/test_merged.py", "api/test_files.py", "api/test_combinations.py", "api/test_wide_rows.py", "api/test_experts.py", "api/test_variants.py"]),
+    "service": (["service/*"], ["service", *(f"api/test_{one}.py" for one in ("adapters", "apply", "combinations", "experts", "files", "limits", "merge", "merged", "mixed", "newer_format", "oip", "operations", "sets", "shared_memory", "stats", "variants", "wide_rows"))]),
     "api": (["api/ranges.py", "api/conditions.py", "api/body.py"], ["api/test_ranges.py", "api/test_files.py", "api/test_conditions.py", "api/test_bodies.py", "api/test_limits.py", "api/test_merge.py"]),
 }  # fmt: skip
+
+ELSEWHERE = [
+    "tests/core/test_backend.py::test_one_backend_for_a_process",
+    "tests/core/test_backend.py::test_without_llvmlite_the_definition_computes",
+    "tests/core/test_isolation.py",
+]
+"""Tests that are left out: in the processes that they start, mutmut changes nothing."""
 
 UNTESTED = [
     r'^\s+f?"[^"]*"[,)]?$',  # a line of a text
@@ -42,35 +54,41 @@ UNTESTED = [
 ]
 """Lines that are left alone: what a refusal says besides its code, logs, and assertions."""
 
+DETECTED = ["killed", "timeout", "segfault"]
+UNDETECTED = ["survived", "no tests"]
+OPTIONS = ["--hypothesis-profile=mutants", "-p", "no:cacheprovider", "--timeout=30"]
 COPIED = ("app", "tests", "docs", "openapi", "README.md", "pyproject.toml")
 
 
-def stage(folder):
-    """Bring .mutants/FOLDER up to date, leaving what did not change; return it."""
-    work = ROOT / ".mutants" / folder
+def wanted_files():
+    """Return the files of the copy: place in it -> path."""
     wanted = {}
     for name in COPIED:
         source = ROOT / name
-        files = (
-            [source] if source.is_file() else [one for one in source.rglob("*") if one.is_file()]
-        )
-        for path in files:
-            place = path.relative_to(ROOT)
-            if "__pycache__" not in place.parts:
-                wanted[Path("src", *place.parts[1:]) if place.parts[0] == "app" else place] = path
+        for path in [source] if source.is_file() else source.rglob("*"):
+            parts = path.relative_to(ROOT).parts
+            if path.is_file() and "__pycache__" not in parts:
+                wanted[Path("src" if parts[0] == "app" else parts[0], *parts[1:])] = path
+    return wanted
+
+
+def stage(folder):
+    """Bring .mutants/FOLDER up to date, leaving what did not change."""
+    work = ROOT / ".mutants" / folder
+    wanted = wanted_files()
+    added = {
+        Path("pyproject.toml"): settings(folder),
+        Path("tests/conftest.py"): HOOKS.read_text().replace("FOLDER", folder),
+    }
     for place, path in wanted.items():
         target = work / place
-        content = path.read_bytes()
-        if place == Path("pyproject.toml"):
-            content += settings(folder).encode()
+        content = path.read_bytes() + added.get(place, "").encode()
         if not target.is_file() or target.read_bytes() != content:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
-    for top in {place.parts[0] for place in wanted} & {"src", "tests"}:
-        for path in (work / top).rglob("*.py"):
-            if path.relative_to(work) not in wanted:
-                path.unlink()
-    return work
+    for path in [*(work / "src").rglob("*.py"), *(work / "tests").rglob("*.py")]:
+        if path.relative_to(work) not in wanted:
+            path.unlink()
 
 
 def settings(folder):
@@ -85,12 +103,15 @@ def settings(folder):
             f"only_mutate = {json.dumps([f'src/bonsai_lora/{one}' for one in changed])}",
             f"do_not_mutate_patterns = {json.dumps(UNTESTED)}",
             'also_copy = ["docs", "openapi", "README.md", "src"]',
-            'pytest_add_cli_args = ["--hypothesis-profile=mutants", "-p", "no:cacheprovider", "-x"]',
+            f"pytest_add_cli_args = {json.dumps([*OPTIONS, *(f'--deselect={one}' for one in ELSEWHERE)])}",
             f"pytest_add_cli_args_test_selection = {json.dumps(paths)}",
             'process_isolation = "forkserver"',
             "use_git_change_detection = false",
             "use_setproctitle = false",
+            "debug = true",
             "track_dependencies = false",
+            "timeout_constant = 30",
+            "timeout_multiplier = 4",
             "",
         ]
     )
@@ -122,23 +143,73 @@ def lines_of(work, mutant):
     return "\n".join(out), "\n".join(new)
 
 
-def report(folder, work, *, show):
-    """Print the score; with `show`, also each change that no test saw."""
+def sample(mutants, size):
+    """Return `size` of `mutants`, from each file its share, chosen by the hash of their names."""
+    files = defaultdict(list)
+    for mutant in mutants:
+        files[mutant.rpartition(".")[0]].append(mutant)
+    places = {}
+    for names in files.values():
+        names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+        places |= {name: (rank + 0.5) / len(names) for rank, name in enumerate(names)}
+    return sorted(mutants, key=lambda name: (places[name], name))[:size]
+
+
+def interval(killed, judged):
+    """Return the 95 % interval of Wilson, 1927, of the share that `killed` of `judged` estimates."""
+    z, share = 1.96, killed / judged
+    middle = share + z * z / (2 * judged)
+    spread = z * math.sqrt((share * (1 - share) + z * z / (4 * judged)) / judged)
+    return (middle - spread) / (1 + z * z / judged), (middle + spread) / (1 + z * z / judged)
+
+
+def judge(folder, work, size, processes, *, again):
+    """Judge the mutants of a sample (all if `size` is None) that have no verdict yet."""
+    shutil.rmtree(work / "mutants" / "tests", ignore_errors=True)
+    stage(folder)
+    # No mutant has this name: mutmut makes the mutants, learns which tests reach them, and stops.
+    made = mutmut(work, "run", "none", capture_output=True, text=True)
+    if "nothing matches" not in made.stderr:
+        sys.exit(made.stdout + made.stderr)
     found = verdicts(work)
-    accepted = {(one["old"], one["new"]) for one in tomllib.loads(ACCEPTED.read_text())["accepted"]}
+    open_ = ["not checked", *UNDETECTED * again]
+    names = [one for one in sample(found, size) if found[one] in open_]
+    if not names:
+        return
+    log = work / "run.log"
+    print(f"judging {len(names)} mutants; {log} grows", flush=True)
+    with log.open("w") as file:
+        done = mutmut(work, "run", f"--max-children={processes}", *names, stdout=file, stderr=file)
+    if done.returncode != 0:
+        sys.exit(log.read_text()[-4000:])
+
+
+def report(folder, work, size, *, show):
+    """Print the score; with `show`, also each change that no test detected."""
+    found = verdicts(work)
+    chosen = sample(found, size)
+    accepted = {
+        (one["old"], one["new"]): f"bonsai_lora.{one.get('module', '')}"
+        for one in tomllib.loads(ACCEPTED.read_text())["accepted"]
+    }
     counts = Counter()
-    for mutant, verdict in found.items():
-        kind = "killed" if verdict in ("killed", "timeout", "segfault") else verdict
-        if kind in ("survived", "no tests"):
+    for mutant in chosen:
+        kind = found[mutant]
+        if kind in UNDETECTED:
             old, new = lines_of(work, mutant)
-            if (old, new) in accepted:
+            if mutant.startswith(accepted.get((old, new), "\n")):
                 kind = "accepted"
             elif show:
                 print(f"{mutant} ({kind})\n  - {old}\n  + {new}")
         counts[kind] += 1
-    judged = counts["killed"] + counts["survived"] + counts["no tests"]
-    print(f"{folder}: {counts['killed']} of {judged} killed", end="")
-    print(f" ({100 * counts['killed'] / max(judged, 1):.1f} %); ", end="")
+    killed = sum(counts[one] for one in DETECTED)
+    judged = killed + sum(counts[one] for one in UNDETECTED)
+    print(f"{folder}: {killed} of {judged} killed", end="")
+    if judged:
+        low, high = interval(killed, judged)
+        print(f" ({killed / judged:.1%}", end="")
+        print(f"; 95 % interval {low:.1%} to {high:.1%})" if judged < len(found) else ")", end="")
+    print(f"; {len(chosen)} sampled of {len(found)}: ", end="")
     print(", ".join(f"{number} {kind}" for kind, number in sorted(counts.items())))
 
 
@@ -146,15 +217,15 @@ def main():
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", choices=FOLDERS)
+    parser.add_argument("--sample", type=int, help="judge this many, chosen by hash")
+    parser.add_argument("--again", action="store_true", help="also what no test detected before")
     parser.add_argument("--list", action="store_true", help="only show what was found so far")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     chosen = parser.parse_args()
     work = ROOT / ".mutants" / chosen.folder
     if not chosen.list:
-        shutil.rmtree(work / "mutants" / "tests", ignore_errors=True)
-        work = stage(chosen.folder)
-        mutmut(work, "run", "--max-children", str(chosen.processes))
-    report(chosen.folder, work, show=chosen.list)
+        judge(chosen.folder, work, chosen.sample, chosen.processes, again=chosen.again)
+    report(chosen.folder, work, chosen.sample, show=chosen.list)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 import contextlib
+import errno
 import os
 import shutil
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -65,6 +67,14 @@ def test_another_store_on_the_folder_sees_changes_immediately(opened, tmp_path):
             store.read_record("s")
 
 
+def test_a_record_is_read_once_for_each_version(opened):
+    write(opened, some_set())
+    first = opened.read_record("s")
+    assert opened.read_record("s") is first
+    write(opened, some_set(rank=4), first)
+    assert opened.read_record("s").version == 2
+
+
 def test_a_reader_keeps_its_version(opened):
     old = write(opened, some_set())
     before = bytes(old.file)
@@ -117,9 +127,10 @@ def test_odd_entries_do_not_stop_the_rest(opened, tmp_path):
     assert [record.name for record in store.records()] == ["good"]
     assert set(store.bad_files()) == {"folder", "pipe", "loop", "deep", "copy"}
     assert store.read("good").record.name == "good"
-    for name in ("folder", "pipe", "loop"):
-        with pytest.raises(SetNotFoundError):
+    for name in ("folder", "pipe", "loop", "absent"):
+        with pytest.raises(SetNotFoundError) as caught:
             store.read(name)
+        assert caught.value.values == {"set": name}
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "noise"])
@@ -143,6 +154,28 @@ def test_a_bad_file_is_moved_aside_and_the_rest_is_served(opened, tmp_path, dama
     assert store.list_names() == ["good"]
     write(store, some_set("bad"))
     assert store.read("bad").record.version == 1
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_a_bad_file_that_cannot_be_moved_stays_and_the_rest_is_served(
+    opened, tmp_path, monkeypatch, error
+):
+    def refuse(*_args, **_options):
+        raise OSError(error, os.strerror(error))
+
+    for name in ("good", "bad"):
+        write(opened, some_set(name))
+    path = tmp_path / "sets" / "bad.safetensors"
+    path.write_bytes(b"bad")
+    store = SetStore(tmp_path)
+    monkeypatch.setattr(Path, "rename", refuse)
+    assert [record.name for record in store.records()] == ["good"]
+    with pytest.raises(SetNotFoundError) as caught:
+        store.read("bad")
+    assert caught.value.values == {"set": "bad"}
+    assert set(store.bad_files()) == {"bad"}
+    assert path.read_bytes() == b"bad"
+    assert store.read("good").record.name == "good"
 
 
 def test_leftovers_are_removed_but_not_files_in_use(opened, tmp_path):

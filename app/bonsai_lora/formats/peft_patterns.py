@@ -207,7 +207,7 @@ def _literal(key: str) -> _Literal | None:
             wild.append(len(text))
         text.append(letter)
         escaped = False
-    return _Literal(_masked("".join(text), wild), tuple(wild), key.startswith("^"))
+    return _Literal("".join(text), tuple(wild), key.startswith("^"))
 
 
 def _masked(text: str, wild: Sequence[int]) -> str:

@@ -107,7 +107,7 @@ class SharedRegions:
         exist, or it is too short.
         """
         path = self._path(name)
-        if len(self.list()) >= MAX_REGIONS:
+        if len(self.registered()) >= MAX_REGIONS:
             raise InvalidRequestError(
                 f"there are already {MAX_REGIONS} shared memory regions, which is the limit; "
                 "unregister some",
@@ -135,7 +135,7 @@ class SharedRegions:
         self._path(name).unlink(missing_ok=True)
         self._open.pop(name, None)
 
-    def list(self) -> list[Region]:
+    def registered(self) -> list[Region]:
         """Return all regions, sorted by name."""
         found = []
         for path in self._require_on().glob(_PATTERN):

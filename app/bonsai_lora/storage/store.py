@@ -357,7 +357,7 @@ class SetStore:
         Without `wait`, only if the lock is free: the calling thread may hold it.
         """
         with (
-            contextlib.suppress(OSError, StoreReadOnlyError, SetNotFoundError),
+            contextlib.suppress(OSError, StoreFullError, StoreReadOnlyError, SetNotFoundError),
             self._locked(self._stripe(name), wait=wait),
         ):
             if self._identity(name) != identity:

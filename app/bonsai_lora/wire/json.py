@@ -223,8 +223,6 @@ def _to_array(value: list[Any], name: str) -> Array:
         raise InvalidRequestError(
             f"{name!r} is nested too deep; expected one vector or a list of vectors", field=name
         ) from None
-    except OverflowError:
-        array = np.array(value, object)
     if array.dtype.kind not in "fiu":
         _check_elements(value, name)
         return array if array.ndim > 2 else _to_doubles(array)

@@ -28,7 +28,9 @@ RegionPath = Annotated[
 )
 async def get_shared_memory(context: ContextDep) -> list[oip_schemas.RegionInfo]:
     """Available if the service was started with `--shared-memory`."""
-    return [oip_schemas.RegionInfo.model_validate(one) for one in context.inference.regions.list()]
+    return [
+        oip_schemas.RegionInfo.model_validate(one) for one in context.inference.regions.registered()
+    ]
 
 
 @router.get(
@@ -81,6 +83,6 @@ async def unregister(context: ContextDep, region: RegionPath) -> Response:
 )
 async def unregister_all(context: ContextDep) -> Response:
     """The shared memory itself is kept."""
-    for one in context.inference.regions.list():
+    for one in context.inference.regions.registered():
         context.inference.regions.unregister(one.name)
     return Response()

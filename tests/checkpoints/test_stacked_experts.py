@@ -1,0 +1,64 @@
+"""Fused experts merged into a base that stacks them in one tensor (experts, d_out, d_in)."""
+
+import numpy as np
+import pytest
+from test_merged_kinds import CONFIG, close, lora_set, normal
+
+from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
+from bonsai_lora.checkpoints.tensors import MergedTensor, Touched
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.formats import safetensors
+from bonsai_lora.formats.peft_options import BaseOptions
+
+EXPERTS, D_OUT, D_IN = 3, 4, 5
+PARAMETER = "layers.0.mlp.experts.down_proj"
+
+
+@pytest.fixture
+def adapter(rng):
+    a_matrix, b_matrix = normal(rng, EXPERTS * 2, D_IN), normal(rng, D_OUT, 2 * EXPERTS)
+    return LoraAdapter(CONFIG, a_matrix, b_matrix, 2.0, experts=EXPERTS)
+
+
+@pytest.fixture
+def open_base(tmp_path, rng):
+    def open_with(*names):
+        (tmp_path / "b").mkdir()
+        tensors = {name: normal(rng, EXPERTS, D_OUT, D_IN) for name in names}
+        (tmp_path / "b" / "model.safetensors").write_bytes(safetensors.encode(tensors))
+        return BaseFolder(tmp_path).get("b"), tensors
+
+    return open_with
+
+
+def delta_of(adapter):
+    """All experts' deltas in float64, (experts * d_out, d_in)."""
+    a_matrix = adapter.a_matrix.astype(np.float64).reshape(EXPERTS, 2, D_IN)
+    b_matrix = adapter.b_matrix.astype(np.float64).reshape(D_OUT, 2, EXPERTS)
+    return 2.0 * np.einsum("oqe,eqi->eoi", b_matrix, a_matrix).reshape(-1, D_IN)
+
+
+@pytest.mark.parametrize("stop", range(1, EXPERTS * D_OUT + 1))
+def test_blocks_may_begin_and_end_within_an_expert(open_base, adapter, stop):
+    base, tensors = open_base(PARAMETER)
+    tensor = MergedTensor(base.tensor(PARAMETER), Touched([(adapter, 0.5)]))
+    expected = tensors[PARAMETER].reshape(-1, D_IN) + 0.5 * delta_of(adapter)
+    for start in range(stop):
+        # A block is whole rows, or a part of one.
+        for columns in [slice(0, D_IN)] + [slice(1, 3)] * (stop - start == 1):
+            got = tensor.compute((slice(start, stop), columns))
+            assert close(got, expected[start:stop, columns])
+
+
+def test_match_chooses_between_towers(open_base, adapter):
+    towers = [f"{tower}.model.{PARAMETER}" for tower in ("audio", "text")]
+    base, tensors = open_base(*towers)
+    options = BaseOptions(target_parameters=("mlp.experts.down_proj",))
+    one = Ingredient(lora_set({"layers.0.mlp.experts": adapter}), '"x-1"', 1.0, options)
+    file = MergedModel(base, [one], "text.").file("model.safetensors")
+    raw = b"".join(piece() for piece in file.pieces(0, file.size_bytes))
+    got, _ = safetensors.decode(raw)
+    assert np.array_equal(got[towers[0]], tensors[towers[0]])
+    expected = tensors[towers[1]].reshape(-1, D_IN) + delta_of(adapter)
+    assert close(got[towers[1]].reshape(-1, D_IN), expected)
