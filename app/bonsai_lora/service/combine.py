@@ -98,6 +98,8 @@ class Plan:
         width = first.d_in + first.d_out
         columns = 2 * stacked_rank(adapters) + self._rank(adapters)
         blocks = 0
+        if self.recipe.method == "knots_ties":  # (R, d_in) of each set
+            blocks = 8 * _COPIES * len(adapters) * stacked_rank(adapters) * first.d_in
         if self.recipe.is_on_deltas:
             columns += columns_for(self._rank(adapters), first.d_out, first.d_in)
             blocks = pass_bytes(first.d_out, first.d_in, len(adapters))
