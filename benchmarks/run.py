@@ -14,6 +14,7 @@ SCRIPTS = [
     "store",
     "dequantize",
     "merged",
+    "merged_gguf",
     "stages",
     "throughput",
     "token_latency",

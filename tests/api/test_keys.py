@@ -229,6 +229,7 @@ def test_lists_and_statistics_show_only_what_the_key_may_see(world):
     assert [one["name"] for one in stats["sets"]] == [OWN]
     assert [one["id"] for one in tenant.get("/api/models").json()] == [
         f"adapters/{OWN}",
+        "bases/tiny-qwen3",
         f"tiny-qwen3/{OWN}",
     ]
     index = tenant.post("/v2/repository/index").json()

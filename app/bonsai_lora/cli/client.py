@@ -32,6 +32,8 @@ EXIT_INTERRUPTED = 130
 EXIT_CLOSED = 141
 """The reader of standard output has closed it, as `| head` does."""
 
+_OWNERS = ("adapters", "bases")
+"""First parts of names that are not bases."""
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\t]*)")
 """A header field (RFC 9110 section 5.1)."""
 
@@ -67,16 +69,25 @@ def add_commands(commands: Any) -> None:
     apply.add_argument("name")
     apply.add_argument("module")
     apply.add_argument("file", nargs="?", help="JSON list of vectors (default, or -: stdin)")
-    fetch = add_command(
-        commands, "pull", pull_model, "download a merged model, or a set as a PEFT folder"
-    )
-    fetch.add_argument("model", help="BASE/SET, or adapters/SET")
+    fetch = add_command(commands, "pull", pull_model, "download a merged model, a set, or a base")
+    fetch.add_argument("model", help="BASE/SET, adapters/SET or bases/BASE")
     fetch.add_argument(
         "-o", "--output", type=Path, required=True, help="folder (or GGUF file) to write"
     )
-    fetch.add_argument("--gguf", action="store_true", help="a GGUF LoRA file, of adapters/SET")
-    fetch.add_argument("--dtype", help="with --gguf: F32 (default), F16, BF16 or Q8_0")
-    fetch.add_argument("--architecture", help="with --gguf: that of the base, such as qwen3")
+    fetch.add_argument(
+        "--gguf",
+        action="store_true",
+        help="a GGUF file: a GGUF LoRA of adapters/SET, or the merged model of a GGUF base",
+    )
+    fetch.add_argument(
+        "--dtype", help="with --gguf: F32, F16, BF16 or Q8_0 (F32 for a GGUF LoRA, else F16)"
+    )
+    fetch.add_argument("--architecture", help="of a GGUF LoRA: that of the base, such as qwen3")
+    fetch.add_argument(
+        "--widen",
+        choices=("all",),
+        help="of a merged model: write all other quantized tensors in this type, too",
+    )
     fetch.add_argument("--jobs", type=int, default=4, help="files to download at a time (4)")
 
 
@@ -259,26 +270,40 @@ def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
 
 
 def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
-    """Download the files of BASE/SET or adapters/SET."""
+    """Download the files of BASE/SET, adapters/SET or bases/BASE."""
     owner, slash, name = arguments.model.partition("/")
-    if not slash or not is_set_name(name) or (owner != "adapters" and not is_base_name(owner)):
+    if arguments.gguf and owner == "bases":
+        raise UsageError("a base is no GGUF LoRA; with --gguf, expected BASE/SET or adapters/SET")
+    if not slash or not is_set_name(name) or not (owner in _OWNERS or is_base_name(owner)):
         raise UsageError(
-            f"{arguments.model!r} does not name a model; expected BASE/SET or adapters/SET"
+            f"{arguments.model!r} does not name a model; expected BASE/SET, adapters/SET or "
+            "bases/BASE"
         )
-    if arguments.gguf and owner != "adapters":
-        raise UsageError(f"{arguments.model!r} is not a set; --gguf expects adapters/SET")
+    if not arguments.gguf and (arguments.dtype or arguments.widen or arguments.architecture):
+        raise UsageError("--dtype, --architecture and --widen are for GGUF files; add --gguf")
     with ProgressLine() as line:
         if arguments.gguf:
-            return client.pull_gguf(
-                name,
-                arguments.output,
-                dtype=arguments.dtype,
-                architecture=arguments.architecture,
-                on_progress=line.update,
-            )
+            return _pull_gguf(client, owner, name, arguments, line.update)
         return client.pull(
             arguments.model, arguments.output, jobs=arguments.jobs, on_progress=line.update
         )
+
+
+def _pull_gguf(
+    client: Client,
+    owner: str,
+    name: str,
+    arguments: argparse.Namespace,
+    on_progress: Callable[[int, int], object],
+) -> Any:
+    output, dtype = arguments.output, arguments.dtype
+    if owner == "adapters":
+        return client.pull_gguf(
+            name, output, dtype=dtype, architecture=arguments.architecture, on_progress=on_progress
+        )
+    return client.pull_merged_gguf(
+        owner, name, output, dtype=dtype, widen=arguments.widen, on_progress=on_progress
+    )
 
 
 def set_name(name: str) -> str:

@@ -257,9 +257,11 @@ class BaseFile(TypedDict):
 
 
 class BaseInfo(TypedDict):
-    """A base checkpoint; `dtypes` counts parameters."""
+    """A base checkpoint; `dtypes` counts parameters, of a GGUF file tensors by type."""
 
     name: str
+    format: str
+    architecture: str
     files: list[BaseFile]
     ignored_files: list[str]
     dtypes: dict[str, int]
@@ -267,7 +269,7 @@ class BaseInfo(TypedDict):
 
 
 class BaseList(TypedDict):
-    """The base checkpoints; `bad` maps names of unusable folders to the reason."""
+    """The base checkpoints; `bad` maps names of unusable folders and files to the reason."""
 
     bases: list[BaseInfo]
     bad: dict[str, str]

@@ -43,7 +43,7 @@ class AsyncClient:
     >>> async with AsyncClient() as client:
     ...     delta = (await client.apply("my-adapter", "q_proj", x)).outputs
 
-    `pull` is missing, since it writes files; run that of `Client` in a thread.
+    `pull` and its like are missing, since they write files; run those of `Client` in a thread.
     """
 
     def __init__(
@@ -156,11 +156,15 @@ class AsyncClient:
         stop: int | None = None,
         scale: float = 1.0,
         sets: Weights | None = None,
+        match: str | None = None,
+        dtype: str | None = None,
+        widen: str | None = None,
     ) -> AsyncIterator[bytes]:
         """Give a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
         call = bases.get_merged_file(
-            base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets
-        )
+            base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets, match=match,
+            dtype=dtype, widen=widen,
+        )  # fmt: skip
         async with self.stream(call) as answer:
             async for block in answer.aiter_raw(BLOCK_BYTES):
                 yield block

@@ -159,11 +159,15 @@ class Client:
         stop: int | None = None,
         scale: float = 1.0,
         sets: Weights | None = None,
+        match: str | None = None,
+        dtype: str | None = None,
+        widen: str | None = None,
     ) -> Iterator[bytes]:
         """Give a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
         call = bases.get_merged_file(
-            base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets
-        )
+            base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets, match=match,
+            dtype=dtype, widen=widen,
+        )  # fmt: skip
         with self.stream(call) as answer:
             yield from answer.iter_raw(BLOCK_BYTES)
 
@@ -175,7 +179,7 @@ class Client:
         jobs: int = 4,
         on_progress: OnProgress | None = None,
     ) -> Pulled:
-        """Download the merged model BASE/SET, or the set adapters/SET as a PEFT folder.
+        """Download the merged model BASE/SET, the set adapters/SET, or the base bases/BASE.
 
         `jobs` files at a time. Files that are already there are kept, and partial ones are
         resumed, unless the model has changed since. `on_progress` gets the bytes that are there
@@ -204,17 +208,48 @@ class Client:
 
         The size and ETag are read first, and a partial file with that ETag is resumed.
         """
-        target = Path(file)
 
-        def rest_of(_: str, start: int, tag: str | None) -> Call[bytes]:
+        def rest_of(start: int, tag: str | None) -> Call[bytes]:
             return sets.get_adapter_gguf(
                 name, dtype=dtype, architecture=architecture, folded=folded, start=start, tag=tag
             )
 
-        with self.stream(rest_of("", 0, None)) as answer:  # only its head is read
+        return self._pull_file(rest_of, Path(file), on_progress)
+
+    def pull_merged_gguf(
+        self,
+        base: str,
+        set_name: str,
+        file: str | os.PathLike[str],
+        *,
+        dtype: str | None = None,
+        widen: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> PulledFile:
+        """Download the merged model of a GGUF base as a GGUF file. Otherwise as `pull_gguf`.
+
+        Changed tensors have the type `dtype` (F16); with `widen="all"`, so have all others that
+        are quantized.
+        """
+
+        def rest_of(start: int, tag: str | None) -> Call[bytes]:
+            return bases.get_merged_file(
+                base, set_name, f"{base}.gguf", start=start, dtype=dtype, widen=widen, tag=tag
+            )
+
+        return self._pull_file(rest_of, Path(file), on_progress)
+
+    def _pull_file(
+        self,
+        rest_of: Callable[[int, str | None], Call[bytes]],
+        target: Path,
+        on_progress: OnProgress | None,
+    ) -> PulledFile:
+        with self.stream(rest_of(0, None)) as answer:  # only its head is read
             size, tag = int(answer.headers["content-length"]), answer.headers["etag"].strip('"')
         found: PulledFile = {"path": target.name, "size": size, "oid": tag}
-        download(self, rest_of, [found], target.parent, 1, on_progress)
+        parts = target.parent
+        download(self, lambda _, *rest: rest_of(*rest), [found], parts, 1, on_progress)
         return found
 
     create_set = _method(sets.create_set)

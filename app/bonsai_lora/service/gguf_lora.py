@@ -4,7 +4,10 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from bonsai_lora.checkpoints.base import Base
 from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.checkpoints.gguf_base import GgufBase
+from bonsai_lora.checkpoints.safetensors_base import SafetensorsBase
 from bonsai_lora.core.shapes import MODELS
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError
 from bonsai_lora.formats import peft
@@ -59,7 +62,7 @@ def import_gguf(
     limits.check_budget(store, name, float32_bytes(header))
     named = header.get("general.base_model.0.name") if base_model_name is None else base_model_name
     base = named if isinstance(named, str) else ""
-    model = _model_of(bases, base)
+    model = _model_of(_find(bases, base), base)
     found = decode_lora(header, read, architecture, None if model is None else model.heads)
     config = {**found.config, "base_model_name_or_path": base or None}
     adapter = peft.decode_adapter(PeftConfig(config), found.tensors, name)
@@ -82,22 +85,27 @@ def export_gguf(
     can express.
     """
     lora_set = stored.lora_set
-    model = _model_of(bases, lora_set.base_model_name)
+    base = _find(bases, lora_set.base_model_name)
+    model = _model_of(base, lora_set.base_model_name)
     if model is None or architecture not in (None, model.architecture):
         model = Model(_given(architecture, lora_set.base_model_name))
-    if is_folded:
+    folding = base.folding if is_folded and base is not None else None
+    if is_folded and folding is None:
         raise UnsupportedAdapterError(
             f"folded is true, but no base {lora_set.base_model_name!r} with Hadamard-folded "
             "weights is served; remove folded, which only such bases need",
             field="folded",
         )
     options = BaseOptions.of(stored.adapter_config)
-    return encode_lora(lora_set, options, model, dtype, _etag(stored, dtype, model))
+    digest = base.digest if folding is not None and base is not None else ""
+    etag = _etag(stored, dtype, model, digest)
+    return encode_lora(lora_set, options, model, dtype, etag, folding)
 
 
-def _etag(stored: StoredSet, dtype: str, model: Model) -> str:
-    """Return an ETag that differs wherever the bytes do."""
-    digest = hashlib.sha256(repr((_REVISION, dtype, model)).encode()).hexdigest()
+def _etag(stored: StoredSet, dtype: str, model: Model, folded_for: str) -> str:
+    """Return an ETag that differs wherever the bytes do; `folded_for` is the digest of a base."""
+    about = (_REVISION, dtype, model, *([folded_for] if folded_for else ()))
+    digest = hashlib.sha256(repr(about).encode()).hexdigest()
     return f'{stored.record.etag[:-1]}-gguf-{digest[:16]}"'
 
 
@@ -120,12 +128,19 @@ def _given(architecture: str | None, base_model_name: str) -> str:
     return architecture
 
 
-def _model_of(bases: BaseFolder, base_model_name: str) -> Model | None:
-    """Return what is known of a base by its config.json, or by its name; None if nothing is."""
-    base = bases.find(base_model_name) if base_model_name else None
-    if base is None:
-        known = any(name.lower() in MODELS for name in base_names(base_model_name))
-        return Model("qwen3") if known else None
+def _find(bases: BaseFolder, base_model_name: str) -> Base | None:
+    return bases.find(base_model_name) if base_model_name else None
+
+
+def _model_of(base: Base | None, base_model_name: str) -> Model | None:
+    """Return what is known of a base by its files, or by its name; None if nothing is."""
+    if isinstance(base, GgufBase):
+        is_known = base.architecture in ARCHITECTURES
+        known = Model(base.architecture, base.heads, base.is_tied, base.experts)
+        return known if is_known else None
+    if not isinstance(base, SafetensorsBase):
+        is_known = any(name.lower() in MODELS for name in base_names(base_model_name))
+        return Model("qwen3") if is_known else None
     architecture = _ARCHITECTURES.get(base.model_type)
     if architecture is None:
         return None

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from bonsai_lora.checkpoints.file import StoredTensor
+from bonsai_lora.checkpoints.base import Tensor
 from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.checkpoints.tensors import Touched
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, Floats, to_float32
@@ -113,7 +113,7 @@ def survive(weights: Floats, delta: Floats, dtype: str) -> Survival:
 class Estimate:
     """The tensors of a merged model whose deltas are followed; each is computed on its own."""
 
-    tensors: Mapping[str, tuple[StoredTensor, Touched]]
+    tensors: Mapping[str, tuple[Tensor, Touched]]
     skipped: Sequence[str]
     """Changed tensors that are not a sum with deltas, or whose rows are not whole blocks."""
     dtype: str
@@ -152,7 +152,7 @@ def _is_sum(touched: Touched) -> bool:
     )
 
 
-def _sample(weight: StoredTensor, touched: Touched, dtype: str) -> Survival:
+def _sample(weight: Tensor, touched: Touched, dtype: str) -> Survival:
     """Return the sums of some rows, extended to the whole tensor."""
     rows, columns = weight.shape
     found = Survival()

@@ -19,10 +19,18 @@ from bonsai_lora.api.openapi import (
     request_body,
 )
 from bonsai_lora.api.openapi_headers import sends
-from bonsai_lora.api.routes.bases import MERGE_ERRORS, Merged
+from bonsai_lora.api.routes.bases import (
+    MERGE_ERRORS,
+    BaseName,
+    Match,
+    Others,
+    Scale,
+    Weights,
+)
 from bonsai_lora.service import combine, compare, survival
 from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.budget import Reservation
+from bonsai_lora.service.merged import weighted_sets
 from bonsai_lora.service.sets import get_adapter
 
 router = APIRouter(tags=["laboratory"])
@@ -174,7 +182,12 @@ def _spectrum(found: Sequence[lab_schemas.ModuleSpectrum]) -> lab_schemas.SetSpe
 )
 async def get_survival(
     context: ContextDep,
-    model: Merged,
+    base: BaseName,
+    name: SetName,
+    scale: Scale = 1.0,
+    others: Others = None,
+    weights: Weights = None,
+    match: Match = None,
     dtype: Annotated[
         lab_schemas.StoredDtype, Query(description="type in which the merged weights are stored")
     ] = "BF16",
@@ -183,6 +196,9 @@ async def get_survival(
     small tensors, and rows at equal distances, 262,144 values in all, of larger ones.
     """
     with context.long.admit():
+        sets = weighted_sets(name, scale, others or [], weights or [])
+        choose = partial(context.models.get, context.store, base, sets, match)
+        model = await context.long.run(choose)
         estimate = await context.long.run(partial(survival.estimate, model, dtype))
         found = await context.long.run_each(estimate.works(), context.settings.threads)
     return await described(
