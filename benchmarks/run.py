@@ -10,6 +10,7 @@ SCRIPTS = [
     "apply",
     "mixed",
     "merge",
+    "lab",
     "store",
     "dequantize",
     "merged",

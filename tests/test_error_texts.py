@@ -109,6 +109,24 @@ REQUESTS = [
     ),
     (errors.BodyTooLargeError, "POST", APPLY, {"json": {"inputs": [[1e-30] * 999]}}),
     (
+        errors.InvalidRequestError,
+        "POST",
+        "/v1/combine",
+        {"json": {"name": "new", "sets": [{"set": "plain"}], "rank": 3}},
+    ),
+    (
+        errors.InvalidRequestError,
+        "POST",
+        "/v1/combine",
+        {"json": {"name": "new", "sets": [{"set": "plain"}], "method": "ties"}},
+    ),
+    (
+        errors.InvalidRequestError,
+        "POST",
+        "/v1/combine",
+        {"json": {"name": "new", "sets": [{"set": "plain"}], "method": "slerp"}},
+    ),
+    (
         errors.HeaderTooLargeError,
         "POST",
         APPLY,

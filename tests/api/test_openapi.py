@@ -156,5 +156,8 @@ def test_dtypes_are_enumerated():
     merged = [enum for path, enum in found if "/merged/" in path]
     assert merged == [["F16", "BF16", "F32", "Q8_0"]] * 2
     assert [enum for path, enum in found if path.endswith(".gguf")] == [gguf]
-    others = [enum for path, enum in found if "/merged/" not in path and ".gguf" not in path]
+    survival = [enum for path, enum in found if "/survival/" in path]
+    assert survival == [["BF16", "F16", "Q8_0", "Q1_0"]]
+    apart = ("/merged/", ".gguf", "/survival/")
+    others = [enum for path, enum in found if not any(one in path for one in apart)]
     assert others == [floats] * 4

@@ -38,6 +38,7 @@ from bonsai_lora.api.routes import (
     adapters,
     apply,
     hub,
+    lab,
     merge,
     oip,
     operations,
@@ -85,6 +86,10 @@ _TAGS = [
         "for binary data, statistics, the model repository and shared memory.",
     },
     {"name": "statistics", "description": "Parameter counts, memory and norms."},
+    {
+        "name": "laboratory",
+        "description": "Combine sets, compare them, and look at their singular values.",
+    },
     {"name": "operations", "description": "Health and metrics."},
 ]
 _ROUTERS = [
@@ -98,6 +103,7 @@ _ROUTERS = [
         oip,
         shared_memory,
         stats,
+        lab,
         operations,
         page,
         hub,  # last: its paths match almost anything
@@ -122,7 +128,7 @@ def _heads_of(router: APIRouter) -> APIRouter:
 
 _HEADS = [_heads_of(router) for router in _ROUTERS]
 
-_STRICT_ROUTERS = [one.router for one in (sets, adapters, merge, bases_routes, stats)]
+_STRICT_ROUTERS = [one.router for one in (sets, adapters, merge, bases_routes, stats, lab)]
 """Routers that refuse unknown query parameters. Apply parses its own; clients of the Hub and of the
 Open Inference Protocol send additional ones."""
 

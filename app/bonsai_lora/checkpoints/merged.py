@@ -72,6 +72,11 @@ class MergedModel:
         """Return whether a tensor differs from that of the base."""
         return tensor in self._touched
 
+    @property
+    def changes(self) -> Mapping[str, Touched]:
+        """The changes by tensor of the base."""
+        return self._touched
+
     def values(self, name: str) -> MergedTensor | Tensor:
         """Return a tensor, changed or not, as a matrix; a vector is one row."""
         if name in self._touched:

@@ -12,7 +12,7 @@ from typing import Any
 # OpenBLAS reads this variable when NumPy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from bonsai_lora.cli import client
+from bonsai_lora.cli import client, lab
 
 _LOCAL = {
     "serve": ("serve", "add_flags", "serve the HTTP API"),
@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_local(commands, list(words[:1]))
     client.add_commands(commands)
+    lab.add_commands(commands)
     chosen = parser.parse_args(words)
     code: int = chosen.run(chosen)
     return code

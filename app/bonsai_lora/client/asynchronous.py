@@ -18,7 +18,7 @@ import httpx
 from bonsai_lora.client import connection
 from bonsai_lora.client.answers import Dtype, SetSummary, Weights
 from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, described, opened
-from bonsai_lora.client.calls import adapters, applying, bases, inference, merging, sets, stats
+from bonsai_lora.client.calls import adapters, applying, bases, inference, lab, merging, sets, stats
 from bonsai_lora.client.refusals import refusal_of
 from bonsai_lora.client.retries import Retries
 
@@ -207,6 +207,12 @@ class AsyncClient:
     get_health = _method(stats.get_health)
     get_readiness = _method(stats.get_readiness)
     get_metrics = _method(stats.get_metrics)
+
+    combine = _method(lab.combine)
+    preview_combine = _method(lab.preview_combine)
+    compare = _method(lab.compare)
+    get_spectrum = _method(lab.get_spectrum)
+    get_survival = _method(lab.get_survival)
 
     list_bases = _method(bases.list_bases)
     get_base = _method(bases.get_base)

@@ -75,7 +75,7 @@ def create_set(
             field="target_modules",
         )
     with store.lock(name):
-        _refuse_existing(store, name)
+        refuse_existing(store, name)
         needed = sum(adapter_bytes(*shape, config.rank) for shape in kept.values())
         limits.check_budget(store, name, needed)
         with Reservation(memory) as reserved:
@@ -298,6 +298,22 @@ def _write(
         )
 
 
+def store_new(
+    store: SetView,
+    limits: Limits,
+    lora_set: BonsaiLoraSet,
+    *,
+    origin: str,
+    adapter_config: Mapping[str, Any] | None = None,
+) -> StoredSet:
+    """Store a computed set under a name that is free; raises SetExistsError, MemoryBudgetError."""
+    with store.lock(lora_set.adapter_name):
+        refuse_existing(store, lora_set.adapter_name)
+        return _write(
+            store, limits, lora_set, origin=origin, previous=None, adapter_config=adapter_config
+        )
+
+
 def _refuse_beside_variants(present: StoredSet) -> None:
     """Raise if the set has a kind of adapter that PEFT configures only for a whole set."""
     lora_set = present.lora_set
@@ -364,7 +380,8 @@ def _check_factors(tensors: Mapping[str, Array]) -> tuple[Array, Array]:
     return a_matrix, b_matrix
 
 
-def _refuse_existing(store: SetView, name: str) -> None:
+def refuse_existing(store: SetView, name: str) -> None:
+    """Raise SetExistsError if there is a set of this name."""
     if _record_or_none(store, name) is not None:
         raise SetExistsError(
             f"a set named {name!r} already exists; DELETE /v1/sets/{name} first, or PUT a PEFT "

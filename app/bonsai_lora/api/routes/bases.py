@@ -71,7 +71,7 @@ async def _merged_files(
 
 Merged = Annotated[Mapping[str, MergedFile], Depends(_merged_files)]
 
-_MERGE_ERRORS = (
+MERGE_ERRORS = (
     errors.BaseNotFoundError,
     errors.SetNotFoundError,
     errors.InvalidBaseError,
@@ -120,7 +120,7 @@ async def get_base(context: ContextDep, base: BaseName) -> schemas.BaseInfo:
     "/v1/bases/{base}/merged/{set}",
     operation_id="list_merged_files",
     summary="List the files of a merged model",
-    responses=problems(*_MERGE_ERRORS),
+    responses=problems(*MERGE_ERRORS),
 )
 async def list_merged_files(files: Merged) -> schemas.MergedFiles:
     """Returns names, sizes and ETags. Nothing is computed. Of a GGUF base there are a merged GGUF
@@ -135,7 +135,7 @@ async def list_merged_files(files: Merged) -> schemas.MergedFiles:
     summary="Download a file of a merged model",
     response_class=Response,
     responses=file_responses("application/octet-stream")
-    | problems(*_MERGE_ERRORS, errors.FileNotInModelError, errors.RangeNotSatisfiableError),
+    | problems(*MERGE_ERRORS, errors.FileNotInModelError, errors.RangeNotSatisfiableError),
 )
 async def get_merged_file(
     request: Request,

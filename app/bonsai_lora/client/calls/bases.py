@@ -1,6 +1,5 @@
 """Bases and merged files."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -11,6 +10,7 @@ from bonsai_lora.client.call import (
     Query,
     decode_bytes,
     decode_json,
+    mix_query,
     path_of,
     query_of,
     range_of,
@@ -110,7 +110,4 @@ def resolve(model: str, commit: str, filename: str, *, start: int, tag: str) -> 
 def _mix(
     scale: float, sets: Weights | None, match: str | None, dtype: str | None, widen: str | None
 ) -> Query:
-    names: Sequence[tuple[str, str]] = [("set", name) for name in sets or {}]
-    weights = [("weight", str(weight)) for weight in (sets or {}).values()]
-    plain = query_of(scale=None if scale == 1.0 else scale, match=match, dtype=dtype, widen=widen)
-    return [*plain, *names, *weights]
+    return [*mix_query(scale, sets, match), *query_of(dtype=dtype, widen=widen)]
