@@ -14,7 +14,7 @@ run: setup ## serve on 127.0.0.1:8000 with the store in ./bonsai-lora-data
 	@$(BIN)/bonsai-lora serve
 
 test: setup-dev ## run the tests
-	@$(BIN)/python -m pytest -q -n auto --dist loadfile --cov --cov-report=term:skip-covered
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --cov --cov-report=term:skip-covered
 
 check: setup-dev ## check format, lint, prose, types, imports, Dockerfile and compose file
 	$(BIN)/ruff format --check .

@@ -187,7 +187,8 @@ class Reader:
     def _environment(self):
         scripts = Path(sys.executable).parent
         path = f"{self._bin}:{scripts}:{os.environ['PATH']}"
-        return {**os.environ, "PATH": path, "BONSAI_LORA_PORT": str(self._port)}
+        started = {"BONSAI_LORA_PORT": str(self._port), "BONSAI_LORA_KERNELS": "off"}  # sooner
+        return {**os.environ, "PATH": path, **started}
 
     def _write_command(self):
         """Give client commands, which reach port 8000 unless told, the address of this service."""

@@ -53,8 +53,9 @@ def test_rows_per_second(guarded):
     with serving(start()) as url, caller(url, free) as client, caller(url, slow) as limited:
         prepare(client)
         rows = {"inputs": [[1, 2]] * 8}
-        assert limited.post(APPLY, json=rows).status_code == 200
-        answer = limited.post(APPLY, json=rows)
+        answers = [limited.post(APPLY, json=rows) for _ in range(8)]
+        assert answers[0].status_code == 200
+        answer = next(one for one in answers if one.status_code != 200)
         assert assert_problem(answer, 429, "rate_limited")["limit"] == "rows_per_second"
         mixed = {"module": "m", "sets": ["acme.s"] * 8, "inputs": [[1, 2]] * 8}
         assert limited.post("/v1/apply", json=mixed).status_code == 429
