@@ -193,7 +193,7 @@ class Reader:
         """Give client commands, which reach port 8000 unless told, the address of this service."""
         real = Path(sys.executable).parent / "bonsai-lora"
         client = f'exec {real} "$@" --url http://127.0.0.1:{self._port}'
-        local = "serve | verify | keys | -*"
+        local = "serve | verify | backup | restore | gc | keys | -*"
         script = f'#!/bin/sh\ncase "$1" in {local}) exec {real} "$@" ;; esac\n{client}\n'
         (self._bin / "bonsai-lora").write_text(script)
         (self._bin / "bonsai-lora").chmod(0o755)

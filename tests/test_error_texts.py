@@ -36,6 +36,7 @@ from bonsai_lora.api.app import create_app
 from bonsai_lora.api.errors import failure_response, is_oip, status_of
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
+from bonsai_lora.checkpoints.merged_files import merged_files
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.formats import gguf, gguf_writer, safetensors
@@ -107,6 +108,24 @@ REQUESTS = [
         {"headers": {"If-Match": '"1"'}},
     ),
     (errors.BodyTooLargeError, "POST", APPLY, {"json": {"inputs": [[1e-30] * 999]}}),
+    (
+        errors.InvalidRequestError,
+        "POST",
+        "/v1/combine",
+        {"json": {"name": "new", "sets": [{"set": "plain"}], "rank": 3}},
+    ),
+    (
+        errors.InvalidRequestError,
+        "POST",
+        "/v1/combine",
+        {"json": {"name": "new", "sets": [{"set": "plain"}], "method": "ties"}},
+    ),
+    (
+        errors.InvalidRequestError,
+        "POST",
+        "/v1/combine",
+        {"json": {"name": "new", "sets": [{"set": "plain"}], "method": "slerp"}},
+    ),
     (
         errors.HeaderTooLargeError,
         "POST",
@@ -355,7 +374,7 @@ def base_changed(folder):
     path.write_bytes(safetensors.encode({"q_proj.weight": np.ones((600, 1000), np.float32)}))
     made = BonsaiLoraSet.new(LoraConfig(rank=1), "b", "s").add_adapters({"q_proj": (1000, 600)})
     model = MergedModel(BaseFolder(folder).get("b"), [Ingredient(made, '"e"')])
-    file = model.file(path.name)
+    file = merged_files(model)[path.name]
     pieces = file.pieces(0, file.size_bytes)
     next(pieces)()
     os.utime(path, ns=(1, 1))

@@ -24,8 +24,6 @@ def no_descriptors():
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("GET", "/v1/sets"),
-        ("GET", "/readyz"),
         ("GET", "/v1/bases"),
         ("GET", "/v1/bases/tiny-qwen3"),
         ("POST", "/v1/sets"),
@@ -40,6 +38,17 @@ def test_a_request_that_needs_a_file_gets_503(based, method, path):
     assert_problem(answer, 503, "busy")
     assert answer.headers["retry-after"] == "1"
     assert [one["name"] for one in based.get("/v1/sets").json()["sets"]] == ["made"]
+
+
+@pytest.mark.parametrize("path", ["/v1/sets", "/readyz", "/metrics", "/v1/stats"])
+def test_a_listing_needs_a_file_only_at_first(client, store, path):
+    client.post("/v1/sets", json={"name": "made"}).raise_for_status()
+    with no_descriptors():
+        assert client.get(path).status_code == 200
+    store.listing._close()
+    with no_descriptors():
+        assert_problem(client.get(path), 503, "busy")
+    assert client.get(path).status_code == 200
 
 
 def test_an_apply_that_needs_the_base(based):

@@ -1,15 +1,41 @@
 """GGUF LoRA files over HTTP."""
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
 import gguf_files
+import httpx
 import numpy as np
 import pytest
-from conftest import TINY, assert_problem, peft_config, peft_tensors, upload, upload_parts
+from conftest import (
+    TINY,
+    assert_problem,
+    peft_config,
+    peft_tensors,
+    serving,
+    upload,
+    upload_parts,
+)
+
+from bonsai_lora.api.app import create_app
+from bonsai_lora.api.merged_file import CountedFile
+from bonsai_lora.formats.gguf import read_header, reader_of
+from bonsai_lora.formats.gguf_lora_writer import Model, encode_lora
+from bonsai_lora.formats.peft import decode_adapter
+from bonsai_lora.formats.peft_config import PeftConfig
+from bonsai_lora.formats.peft_options import BaseOptions
+from bonsai_lora.service.budget import Budget
 
 PATH = "/v1/sets/plain/adapter.gguf"
 
 
 def put(client, raw, path="/v1/sets/back"):
     return client.put(path, files={"adapter_gguf": raw})
+
+
+def architecture(answer):
+    assert answer.status_code == 200, answer.text
+    return read_header(reader_of(answer.content), len(answer.content)).architecture
 
 
 def deltas(client, name):
@@ -49,13 +75,84 @@ def test_ranges_tags_and_head(based):
 
 def test_the_architecture_must_be_known(client, rng):
     upload_parts(client, "plain", peft_config(), peft_tensors(rng))
-    assert_problem(client.get(PATH), 422, "invalid_request")
-    assert "architecture=" in client.get(PATH).json()["detail"]
+    assert architecture(client.get(PATH)) == "qwen3"  # the default, as all modules are known in it
+    assert architecture(client.get(f"{PATH}?architecture=qwen2")) == "qwen2"
     assert_problem(client.get(f"{PATH}?architecture=mamba"), 422, "invalid_request")
-    assert client.get(f"{PATH}?architecture=qwen3").status_code == 200
-    client.patch("/v1/sets/plain", json={"base_model_name": "Qwen/Qwen3-8B"})
-    assert client.get(PATH).status_code == 200
+    layer = "model.layers.0.mixer"
+    tensors = peft_tensors(rng, layer)
+    upload_parts(client, "foreign", peft_config(target_modules=["mixer"]), tensors)
+    answer = client.get("/v1/sets/foreign/adapter.gguf")
+    assert_problem(answer, 422, "invalid_request")
+    assert f"{layer!r} is unknown for the default architecture 'qwen3'" in answer.json()["detail"]
     assert_problem(client.get(f"{PATH}?folded=true"), 422, "unsupported_adapter")
+
+
+def test_a_set_keeps_the_architecture_and_base_of_its_file(client, rng):
+    upload_parts(
+        client, "plain", peft_config(base_model_name_or_path="acme/tiny"), peft_tensors(rng)
+    )
+    raw = client.get(f"{PATH}?architecture=qwen2").content
+    assert put(client, raw).json()["base_model_name"] == "acme/tiny"
+    back = "/v1/sets/back/adapter.gguf"
+    assert architecture(client.get(back)) == "qwen2"
+    client.patch("/v1/sets/back", json={"base_model_name": "b"})
+    assert architecture(client.get(back)) == "qwen2"
+    assert architecture(client.get(f"{back}?architecture=qwen3")) == "qwen3"
+    assert "gguf_architecture" not in client.get("/v1/sets/back/adapter_config.json").json()
+    assert put(client, raw, "/v1/sets/other?architecture=qwen3").status_code == 201
+    assert architecture(client.get("/v1/sets/other/adapter.gguf")) == "qwen3"
+
+
+@pytest.mark.parametrize(
+    ("limits", "code"),
+    [({"max_modules": 100}, "too_many_modules"), ({"work_memory_bytes": 4096}, "")],
+)
+def test_experts_are_counted_before_they_are_made(settings, limits, code):
+    """A thousand experts of a few bytes each, and values that take four times their space."""
+    kind, size = ("F16", 2000) if code else ("Q8_0", 34 * 1000)
+    shape = (1000, 1, 1) if code else (1000, 1, 32)
+    pairs = {"general.architecture": "qwen3moe", "general.type": "adapter", "adapter.type": "lora"}
+    name = "blk.0.ffn_up_exps.weight"
+    tensors = {
+        f"{name}.lora_a": (kind, shape, bytes(size)),
+        # NaN, for which the values would be refused if they were read first.
+        f"{name}.lora_b": ("F16", (1000, 1, 1), b"\xff\x7e" * 1000),
+    }
+    raw = gguf_files.file_of(pairs, tensors)
+    app = create_app(settings.model_copy(update=limits))
+    with serving(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+        answer = put(client, raw)
+        assert_problem(answer, 422 if code else 507, code or "memory_budget_exceeded")
+        assert_problem(client.get("/v1/sets/back"), 404, "set_not_found")
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+def test_what_writing_takes_is_counted_before(settings, rng, dtype):
+    app = create_app(settings.model_copy(update={"work_memory_bytes": 1 << 16}))
+    with serving(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+        upload_parts(client, "plain", peft_config(), peft_tensors(rng, d_in=1000))
+        answer = client.get(f"{PATH}?dtype={dtype}")
+        assert_problem(answer, 507, "memory_budget_exceeded")
+        upload_parts(client, "plain", peft_config(), peft_tensors(rng, d_in=500))
+        for _ in range(3):  # what was reserved is released
+            assert client.get(f"{PATH}?dtype={dtype}").status_code == 200
+
+
+def test_memory_is_reserved_while_a_file_is_read(rng):
+    lora_set = decode_adapter(PeftConfig(peft_config()), peft_tensors(rng), "s").lora_set
+    made = encode_lora(lora_set, BaseOptions.of(None), Model("qwen3"), "F32", '"tag"')
+    memory = Budget(made.working_bytes)
+
+    async def read():
+        blocks = CountedFile(made, executor, memory, made.working_bytes).read(0, made.size_bytes)
+        await anext(blocks)
+        held = memory.reserved_bytes
+        await blocks.aclose()
+        return held
+
+    with ThreadPoolExecutor(1) as executor:
+        assert asyncio.run(read()) == made.working_bytes
+    assert memory.reserved_bytes == 0
 
 
 def test_refused_uploads_change_nothing(client, rng):

@@ -100,6 +100,7 @@ def test_any_range_is_a_slice_of_the_whole_file(based):
 def test_random_layouts_agree_with_float64(tmp_path_factory, data):
     from bonsai_lora.checkpoints.bases import BaseFolder
     from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
+    from bonsai_lora.checkpoints.merged_files import merged_files
     from bonsai_lora.core.adapter import LoraAdapter
     from bonsai_lora.core.config import LoraConfig
     from bonsai_lora.core.loraset import BonsaiLoraSet
@@ -124,7 +125,7 @@ def test_random_layouts_agree_with_float64(tmp_path_factory, data):
     write_base(root / "b", tensors, tie_word_embeddings=False)
     base = BaseFolder(root).get("b")
     model = MergedModel(base, [Ingredient(BonsaiLoraSet(registry, "b", "s"), '"e"')])
-    file = model.file("model.safetensors")
+    file = merged_files(model)["model.safetensors"]
     whole = b"".join(bytes(piece()) for piece in file.pieces(0, file.size_bytes))
     assert len(whole) == file.size_bytes
     for _ in range(8):
@@ -291,6 +292,7 @@ def test_a_changed_set_has_a_new_etag_but_downloads_in_flight_continue(based):
 def test_an_overwritten_base_aborts_a_download(tmp_path):
     from bonsai_lora.checkpoints.bases import BaseFolder
     from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
+    from bonsai_lora.checkpoints.merged_files import merged_files
     from bonsai_lora.core.config import LoraConfig
     from bonsai_lora.core.loraset import BonsaiLoraSet
     from bonsai_lora.errors import BaseChangedError
@@ -300,7 +302,7 @@ def test_an_overwritten_base_aborts_a_download(tmp_path):
     folder = BaseFolder(tmp_path)
     made = BonsaiLoraSet.new(LoraConfig(rank=1), "b", "s").add_adapters({"q_proj": (1000, 2000)})
     before = MergedModel(folder.get("b"), [Ingredient(made, '"e"')])
-    file = before.file("model.safetensors")
+    file = merged_files(before)["model.safetensors"]
     pieces = file.pieces(0, file.size_bytes)
     next(pieces)()
     content = path.read_bytes()
@@ -310,7 +312,7 @@ def test_an_overwritten_base_aborts_a_download(tmp_path):
     assert b"".join(bytes(piece()) for piece in file.pieces(0, file.size_bytes)) == content
     after = MergedModel(folder.get("b"), [Ingredient(made, '"e"')])
     assert after.digest != before.digest
-    file = after.file("model.safetensors")
+    file = merged_files(after)["model.safetensors"]
     pieces = file.pieces(0, file.size_bytes)
     next(pieces)()
     with path.open("r+b") as same:

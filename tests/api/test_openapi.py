@@ -146,13 +146,18 @@ def test_no_default_is_null_and_no_request_field_has_one():
 
 def test_dtypes_are_enumerated():
     found = [
-        one["schema"]
-        for item in DOCUMENT["paths"].values()
+        (path, one["schema"]["enum"])
+        for path, item in DOCUMENT["paths"].items()
         for operation in item.values()
         for one in operation["parameters"]
         if one.get("name") == "dtype"
     ]
-    gguf = ["F32", "F16", "BF16", "Q8_0"]
-    assert [one["enum"] for one in found if "Q8_0" in one["enum"]] == [gguf]
-    assert len(found) == 5
-    assert all(one["enum"] in (gguf, ["F32", "F16", "BF16"]) for one in found)
+    gguf, floats = ["F32", "F16", "BF16", "Q8_0"], ["F32", "F16", "BF16"]
+    merged = [enum for path, enum in found if "/merged/" in path]
+    assert merged == [["F16", "BF16", "F32", "Q8_0"]] * 2
+    assert [enum for path, enum in found if path.endswith(".gguf")] == [gguf]
+    survival = [enum for path, enum in found if "/survival/" in path]
+    assert survival == [["BF16", "F16", "Q8_0", "Q1_0"]]
+    apart = ("/merged/", ".gguf", "/survival/")
+    others = [enum for path, enum in found if not any(one in path for one in apart)]
+    assert others == [floats] * 4

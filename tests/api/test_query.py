@@ -38,7 +38,7 @@ def test_an_unknown_query_parameter_is_refused_on_every_route_of_v1(app, client,
 def test_a_misspelled_parameter_is_not_ignored(client):
     answer = client.get("/v1/sets", params={"limits": "2"})
     problem = assert_problem(answer, 422, "invalid_request")
-    assert problem["expected"] == ["limit", "cursor", "base_model_name"]
+    assert problem["expected"] == ["limit", "cursor", "base_model_name", "prefix"]
 
 
 def test_clients_of_other_protocols_may_send_more(client):

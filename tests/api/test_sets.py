@@ -166,6 +166,18 @@ def test_list_pages_and_filters(client):
     assert [one["name"] for one in filtered["sets"]] == ["a", "c", "d"]
     assert filtered["next_cursor"] is None
     assert len(client.get("/v1/sets?cursor=").json()["sets"]) == 4
+    client.post("/v1/sets", json={"name": "cd", "base_model_name": "y"})
+    for query, names in [
+        ({"prefix": "c"}, ["c", "cd"]),
+        ({"prefix": "c", "cursor": "c"}, ["cd"]),
+        ({"prefix": "c", "base_model_name": "x"}, ["c"]),
+        ({"prefix": "e"}, []),
+        ({"prefix": "_%"}, []),
+        ({"prefix": ""}, ["a", "b", "c", "cd", "d"]),
+    ]:
+        page = client.get("/v1/sets", params=query).json()
+        assert ([one["name"] for one in page["sets"]], page["next_cursor"]) == (names, None)
+    assert_problem(client.get("/v1/sets", params={"prefix": "x" * 97}), 422, "invalid_request")
     assert_problem(client.get("/v1/sets", params={"limit": 0}), 422, "invalid_request")
     for wrong in ("/", "a b", "x" * 97):
         refused = client.get("/v1/sets", params={"cursor": wrong})

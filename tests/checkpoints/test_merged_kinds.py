@@ -8,6 +8,7 @@ import reference
 
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
+from bonsai_lora.checkpoints.merged_files import merged_files
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
@@ -45,7 +46,7 @@ def lora_set(adapters, replacements=None):
 
 def merged(base, one, **options):
     model = MergedModel(base, [Ingredient(one, '"x-1"', 1.0, BaseOptions(**options))])
-    file = model.file("model.safetensors")
+    file = merged_files(model)["model.safetensors"]
     raw = b"".join(piece() for piece in file.pieces(0, file.size_bytes))
     return safetensors.decode(raw)[0]
 

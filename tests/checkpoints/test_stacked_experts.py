@@ -6,6 +6,7 @@ from test_merged_kinds import CONFIG, close, lora_set, normal
 
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
+from bonsai_lora.checkpoints.merged_files import merged_files
 from bonsai_lora.checkpoints.tensors import MergedTensor, Touched
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.formats import safetensors
@@ -47,7 +48,7 @@ def test_blocks_may_begin_and_end_within_an_expert(open_base, adapter, stop):
     for start in range(stop):
         # A block is whole rows, or a part of one.
         for columns in [slice(0, D_IN)] + [slice(1, 3)] * (stop - start == 1):
-            got = tensor.compute((slice(start, stop), columns))
+            got = tensor[slice(start, stop), columns]
             assert close(got, expected[start:stop, columns])
 
 
@@ -56,7 +57,7 @@ def test_match_chooses_between_towers(open_base, adapter):
     base, tensors = open_base(*towers)
     options = BaseOptions(target_parameters=("mlp.experts.down_proj",))
     one = Ingredient(lora_set({"layers.0.mlp.experts": adapter}), '"x-1"', 1.0, options)
-    file = MergedModel(base, [one], "text.").file("model.safetensors")
+    file = merged_files(MergedModel(base, [one], "text."))["model.safetensors"]
     raw = b"".join(piece() for piece in file.pieces(0, file.size_bytes))
     got, _ = safetensors.decode(raw)
     assert np.array_equal(got[towers[0]], tensors[towers[0]])

@@ -12,12 +12,12 @@ import pytest
 import bonsai_lora
 from bonsai_lora.client import answers
 from bonsai_lora.client.call import Call
-from bonsai_lora.client.calls import adapters, applying, bases, inference, merging, sets, stats
+from bonsai_lora.client.calls import adapters, applying, bases, inference, lab, merging, sets, stats
 from bonsai_lora.errors import InvalidNameError
 
 ROOT = Path(__file__).parents[2]
 OPENAPI = json.loads((ROOT / "openapi" / "openapi.json").read_text())
-MODULES = (adapters, applying, bases, inference, merging, sets, stats)
+MODULES = (adapters, applying, bases, inference, lab, merging, sets, stats)
 
 X = np.ones((1, 4), np.float32)
 CALLS = [
@@ -49,6 +49,11 @@ CALLS = [
     stats.get_health(),
     stats.get_readiness(),
     stats.get_metrics(),
+    lab.combine("s", {"a": 1.0}),
+    lab.preview_combine("s", {"a": 1.0}),
+    lab.compare(["a", "b"]),
+    lab.get_spectrum("s"),
+    lab.get_survival("b", "s"),
     bases.list_bases(),
     bases.get_base("b"),
     bases.list_merged_files("b", "s"),
@@ -138,6 +143,15 @@ SCHEMAS = {
     "SetStats": answers.SetStats,
     "StoreStatsInfo": answers.StoreStats,
     "Estimate": answers.Estimate,
+    "CombinedModule": answers.CombinedModule,
+    "CombineReport": answers.CombineReport,
+    "CombinedSet": answers.CombinedSet,
+    "ComparedModule": answers.ComparedModule,
+    "ComparisonInfo": answers.Comparison,
+    "ModuleSpectrum": answers.ModuleSpectrum,
+    "SetSpectrum": answers.SetSpectrum,
+    "TensorSurvival": answers.TensorSurvival,
+    "SurvivalInfo": answers.SetSurvival,
     "BaseFile": answers.BaseFile,
     "BaseInfo": answers.BaseInfo,
     "BaseList": answers.BaseList,
@@ -181,6 +195,7 @@ def test_only_what_changes_nothing_is_pure():
     changing = {operation_of(call) for call in CALLS if not call.is_pure}
     assert changing == {
         *("create_set", "upload_set", "change_set", "delete_set", "put_adapter", "delete_adapter"),
+        "combine_sets",
         *("register_shared_memory", "unregister_shared_memory", "unregister_shared_memory_region"),
     }
     assert all(isinstance(call, Call) for call in CALLS)

@@ -20,5 +20,19 @@ def test_pull_resumes_and_push_takes_the_file(based, tmp_path, capsys):
     assert main(["push", "back", str(file), "--url", url]) == 0, capsys.readouterr().err
     assert based.get("/v1/sets/back").json()["origin"] == "gguf"
     refused = ["pull", "tiny-qwen3/plain", "--gguf", "-o", str(file), "--url", url]
+    assert main(refused) == 1
+    assert "no file 'tiny-qwen3.gguf'" in capsys.readouterr().err
+    refused[1] = "bases/tiny-qwen3"
     assert main(refused) == 2
-    assert "--gguf expects adapters/SET" in capsys.readouterr().err
+    assert "a base is no GGUF LoRA" in capsys.readouterr().err
+
+
+def test_folded_is_for_folded_bases(based, tmp_path, capsys):
+    upload(based, "plain", TINY / "plain")
+    pull = ["pull", "adapters/plain", "--folded", "-o", str(tmp_path / "x.gguf")]
+    url = ["--url", str(based.base_url)]
+    assert main([*pull, *url]) == 2
+    assert "--folded and --widen are for GGUF files" in capsys.readouterr().err
+    assert main([*pull, "--gguf", *url]) == 1
+    assert "folded is true, but no base 'tiny-qwen3'" in capsys.readouterr().err
+    assert not (tmp_path / "x.gguf").exists()

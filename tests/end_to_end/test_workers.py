@@ -296,7 +296,7 @@ def test_a_read_only_folder(tmp_path):
 
 
 def test_a_read_only_store_serves_and_refuses_changes(tmp_path):
-    """Remount the store read-only under a running service; skipped if mounting is not allowed."""
+    """Remount the store read-only between two services; skipped if mounting is not allowed."""
     store = tmp_path / "store"
     SetStore(store)
     bound = subprocess.run(
@@ -307,8 +307,12 @@ def test_a_read_only_store_serves_and_refuses_changes(tmp_path):
     try:
         with running("--store", str(store)) as (url, _):
             httpx.post(f"{url}/v1/sets", json={"name": "s"})
-            subprocess.run(["mount", "-o", "remount,ro,bind", str(store)], check=True)
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(store)], check=True)
+        with running("--store", str(store)) as (url, _):
             assert httpx.get(f"{url}/v1/sets/s").status_code == 200
+            assert [one["name"] for one in httpx.get(f"{url}/v1/sets").json()["sets"]] == ["s"]
+            ready = httpx.get(f"{url}/readyz").json()
+            assert (ready["sets"], ready["store_writable"]) == (1, False)
             for answer in (
                 httpx.post(f"{url}/v1/sets", json={"name": "t"}),
                 httpx.delete(f"{url}/v1/sets/s"),

@@ -8,7 +8,7 @@ import pytest
 from bonsai_lora.core.cast import to_float32
 from bonsai_lora.errors import BonsaiLoraError, InvalidAdapterError, UnsupportedAdapterError
 from bonsai_lora.formats.gguf import read_header, reader_of
-from bonsai_lora.formats.gguf_lora import decode_lora
+from bonsai_lora.formats.gguf_lora import copied_bytes, count_modules, decode_lora
 from bonsai_lora.formats.gguf_lora_writer import Model, encode_lora
 from bonsai_lora.formats.gguf_names import Heads
 from bonsai_lora.formats.hadamard import Folding
@@ -64,6 +64,7 @@ def linear(rng, module=Q, rank=4, d_in=64, d_out=32, dtype=np.float32):
 
 def encoded(lora_set, model=Model("qwen3"), dtype="F32", raw=None, folding=None):  # noqa: B008
     file = encode_lora(lora_set, BaseOptions.of(raw), model, dtype, '"tag"', folding)
+    file.check_values()
     content = b"".join(bytes(piece()) for piece in file.pieces(0, file.size_bytes))
     assert len(content) == file.size_bytes
     return file, content
@@ -140,6 +141,9 @@ def test_values_beyond_the_type_are_refused(rng):
     with pytest.raises(UnsupportedAdapterError, match="beyond the largest F16"):
         encoded(peft_set(tensors), dtype="F16")
     assert encoded(peft_set(tensors), dtype="F32")
+    tensors[f"base_model.model.{Q}.lora_A.weight"][0, 0] = 3.4e38  # infinite if rounded to BF16
+    with pytest.raises(UnsupportedAdapterError, match="beyond the largest BF16"):
+        encoded(peft_set(tensors), dtype="BF16")
 
 
 def test_rows_of_query_heads_are_permuted_for_llama(rng):
@@ -172,8 +176,14 @@ def test_experts_of_different_ranks_become_one_stack(rng):
     for expert in range(5):
         name = f"{LAYER}mlp.experts.{expert}.up_proj"
         assert np.allclose(found[name], expected.get(name, 0), rtol=1e-5, atol=1e-6)
-    with pytest.raises(UnsupportedAdapterError, match="2 experts as the base has"):
+    with pytest.raises(UnsupportedAdapterError, match="numbers below 2"):
         encoded(lora_set, Model("qwen3moe", experts=2))
+
+
+def test_the_number_of_an_expert_does_not_make_a_stack_large(rng):
+    lora_set = peft_set(linear(rng, f"{LAYER}mlp.experts.999999999.up_proj"))
+    with pytest.raises(UnsupportedAdapterError, match=r"up to 999999999; .* below 4096"):
+        encoded(lora_set, Model("qwen3moe"))
 
 
 def test_an_untied_embedding_is_transposed(rng):
@@ -233,8 +243,11 @@ def test_what_a_gguf_lora_cannot_express(rng, config, extra, reason):
 
 
 def test_modules_without_a_name_in_gguf(rng):
-    with pytest.raises(UnsupportedAdapterError, match=r"'q_proj\.weight' has no name in GGUF"):
+    with pytest.raises(UnsupportedAdapterError, match=r"'q_proj\.weight' is not a matrix with"):
         encoded(peft_set(linear(rng, "q_proj")))
+    norm = f"{LAYER}input_layernorm"
+    with pytest.raises(UnsupportedAdapterError, match=r"input_layernorm\.weight' is not a matrix"):
+        encoded(peft_set(linear(rng, norm, d_in=64, d_out=1)))
 
 
 def changed(**pairs):
@@ -268,6 +281,10 @@ HOSTILE = {
         PAIRS, {"blk.0.x.weight.lora_a": (4, 64), "blk.0.x.weight.lora_b": (32, 4)},
         "'blk.0.x.weight' is unknown for architecture 'qwen3'",
     ),
+    "a norm": (
+        PAIRS, {"blk.0.attn_norm.weight.lora_a": (4, 64), "blk.0.attn_norm.weight.lora_b": (1, 4)},
+        "applies no adapter to 'blk.0.attn_norm.weight'",
+    ),
     "a stack that is none": (
         PAIRS, {f"{KEY}.lora_a": (2, 4, 64), f"{KEY}.lora_b": (2, 32, 4)}, "expected (r, d_in)",
     ),
@@ -293,6 +310,23 @@ def test_a_file_cut_anywhere_is_refused(rng):
     for length in range(0, len(content), 61):
         with pytest.raises(BonsaiLoraError):
             decode(content[:length])
+
+
+def test_what_decoding_makes_is_counted_before(rng):
+    stack = {"blk.0.ffn_up_exps.weight": ((9, 4, 64), (9, 32, 4))}
+    tensors = halves(rng)
+    for name, shapes in stack.items():
+        tensors |= halves(rng, name, *shapes)
+    small = bytes(34 * 64 // 32 * 4)
+    tensors["blk.0.attn_k.weight.lora_a"] = ("Q8_0", (4, 64), small)
+    tensors["blk.0.attn_k.weight.lora_b"] = f32(np.ones((16, 4)))
+    raw = gguf_files.file_of(changed(general__architecture="qwen3moe"), tensors)
+    header = read_header(reader_of(raw), len(raw))
+    assert count_modules(header) == len(decode(raw).tensors) // 2 == 11
+    assert copied_bytes(header) == 4 * 4 * 64
+    # Query and key rows of llama are put in order, which makes copies.
+    reordered = 4 * (4 * 64 + 32 * 4) + 4 * (4 * 64 + 16 * 4)
+    assert copied_bytes(header, "llama") == reordered
 
 
 def test_norms_are_ignored_as_by_llamacpp_and_the_architecture_can_be_given(rng):

@@ -3,7 +3,7 @@
 import json
 
 import gguf_files
-import llamacpp
+import llamacpp_process
 import numpy as np
 import pytest
 from conftest import TINY, read_tensors, upload, upload_parts
@@ -89,9 +89,9 @@ def test_llamacpp_computes_what_peft_computes(based, adapter, tiny, tmp_path):
     expected = read_tensors(TINY / adapter / "golden.safetensors")["logits"]
     tokens = np.load(TINY / "tokens.npy")
     for row, wanted in zip(tokens, expected, strict=True):
-        got = llamacpp.logits(tiny, row, tmp_path, tmp_path / "lora.gguf")
+        got = llamacpp_process.logits(tiny, row, tmp_path, tmp_path / "lora.gguf")
         assert spread(got, wanted) < TOLERANCE
-    assert spread(llamacpp.logits(tiny, tokens[-1], tmp_path), expected[-1]) > 1e-2
+    assert spread(llamacpp_process.logits(tiny, tokens[-1], tmp_path), expected[-1]) > 1e-2
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("F16", 5e-3), ("BF16", 4e-2), ("Q8_0", 8e-2)])
@@ -102,7 +102,7 @@ def test_llamacpp_reads_every_type(based, dtype, tolerance, tiny, tmp_path):
     (tmp_path / "lora.gguf").write_bytes(based.get(path).content)
     expected = read_tensors(TINY / "plain/golden.safetensors")["logits"][0]
     tokens = np.load(TINY / "tokens.npy")[0]
-    got = llamacpp.logits(tiny, tokens, tmp_path, tmp_path / "lora.gguf")
+    got = llamacpp_process.logits(tiny, tokens, tmp_path, tmp_path / "lora.gguf")
     assert spread(got, expected) < tolerance
 
 
@@ -129,23 +129,25 @@ def made_model(kind, folder):
 
 
 def random_adapter(tensors, rng):
-    """An adapter of every matrix in the layers, and the checkpoint with it merged."""
+    """An adapter of every matrix, embedding and head included, and the merged checkpoint."""
     adapters, merged = {}, dict(tensors)
     for name, tensor in tensors.items():
-        if "layers" in name and tensor.ndim == 2:
+        if tensor.ndim == 2:
             module = f"base_model.model.{name.removesuffix('.weight')}"
-            d_out, d_in = tensor.shape
+            is_embedding = "embed_tokens" in name
+            d_out, d_in = tensor.shape[::-1] if is_embedding else tensor.shape
             a_matrix = rng.standard_normal((3, d_in)).astype(np.float32) / 10
             b_matrix = rng.standard_normal((d_out, 3)).astype(np.float32) / 10
-            adapters[f"{module}.lora_A.weight"] = a_matrix
-            adapters[f"{module}.lora_B.weight"] = b_matrix
-            merged[name] = to_float32(tensor) + 2 * (b_matrix @ a_matrix)
+            half = f"{module}.lora_embedding_{{}}" if is_embedding else f"{module}.lora_{{}}.weight"
+            adapters |= {half.format("A"): a_matrix, half.format("B"): b_matrix}
+            delta = 2 * (b_matrix @ a_matrix)
+            merged[name] = to_float32(tensor) + (delta.T if is_embedding else delta)
     return adapters, merged
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3moe"])
 def test_heads_and_experts(based, kind, rng, tmp_path):
-    """Permuted query and key rows of llama, and one adapter per expert of qwen3moe."""
+    """Permuted rows of llama, one adapter per expert of qwen3moe, an untied embedding and head."""
     import torch
 
     folder = tmp_path / "bases" / "other"
@@ -156,7 +158,9 @@ def test_heads_and_experts(based, kind, rng, tmp_path):
     whole = write_base(tmp_path / "whole.gguf", kind, config, merged)
     peft = {
         "peft_type": "LORA", "r": 3, "lora_alpha": 6, "base_model_name_or_path": "other",
-        "target_modules": sorted({name.split(".")[-3] for name in adapters}),
+        "target_modules": sorted(
+            {name.partition(".lora_")[0].rpartition(".")[2] for name in adapters}
+        ),
     }  # fmt: skip
     assert upload_parts(based, "mine", peft, adapters).status_code == 201
     answer = based.get("/v1/sets/mine/adapter.gguf")
@@ -165,12 +169,13 @@ def test_heads_and_experts(based, kind, rng, tmp_path):
     tokens = np.arange(20) * 7 % 128
     with torch.no_grad():
         plain = model(torch.from_numpy(tokens[None])).logits[0].numpy()
-    assert spread(llamacpp.logits(base, tokens, tmp_path), plain) < TOLERANCE
-    got = llamacpp.logits(base, tokens, tmp_path, tmp_path / "lora.gguf")
-    assert spread(got, llamacpp.logits(whole, tokens, tmp_path)) < TOLERANCE
+    assert spread(llamacpp_process.logits(base, tokens, tmp_path), plain) < TOLERANCE
+    got = llamacpp_process.logits(base, tokens, tmp_path, tmp_path / "lora.gguf")
+    assert spread(got, llamacpp_process.logits(whole, tokens, tmp_path)) < TOLERANCE
     assert spread(got, plain) > 1e-2
-    path = "/v1/sets/back?base_model_name=other"
-    assert based.put(path, files={"adapter_gguf": answer.content}).status_code == 201
+    again = based.put("/v1/sets/back", files={"adapter_gguf": answer.content})
+    assert again.status_code == 201, again.text
+    assert again.json()["base_model_name"] == "other"
     back = based.get("/v1/sets/back/adapter_model.safetensors").content
     (tmp_path / "back.safetensors").write_bytes(back)
     found = read_tensors(tmp_path / "back.safetensors")

@@ -1,6 +1,7 @@
 import asyncio
 import math
 import threading
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +15,7 @@ from bonsai_lora.service.work import (
     INLINE_NANOSECONDS,
     LOOP_NANOSECONDS,
     LOOP_NANOSECONDS_WITH_SPARE_CORES,
+    Lane,
     ShortLane,
 )
 from bonsai_lora.wire.media import Form
@@ -90,3 +92,41 @@ def test_long_json_does_not_hold_the_event_loop():
     assert cost_of_body(adapter, most, Form.JSON, Form.JSON) < LOOP_NANOSECONDS
     assert cost_of_body(adapter, most + 1, Form.JSON, Form.JSON) == math.inf
     assert cost_of_body(adapter, most + 1, Form.BINARY, Form.BINARY) < LOOP_NANOSECONDS
+
+
+def test_pieces_run_some_at_a_time_and_leave_room_in_between():
+    async def run():
+        lane = Lane("long", 4, 1)
+        order = []
+        works = [partial(order.append, number) for number in range(6)]
+        pieces = asyncio.ensure_future(lane.run_each(works, 1))
+        await asyncio.sleep(0)
+        await lane.run(partial(order.append, "other"))
+        await pieces
+        return order, lane.waiting
+
+    order, waiting = asyncio.run(run())
+    assert [one for one in order if one != "other"] == list(range(6))
+    assert order.index("other") <= 2
+    assert waiting == 0
+
+
+def test_results_keep_their_order():
+    works = [partial(lambda number: number * number, number) for number in range(20)]
+    assert asyncio.run(Lane("long", 4, 2).run_each(works, 2)) == [n * n for n in range(20)]
+    assert asyncio.run(Lane("long", 4, 2).run_each([], 2)) == []
+
+
+def test_after_an_error_nothing_more_is_started():
+    begun = []
+
+    def work(number):
+        begun.append(number)
+        if number == 3:
+            raise ValueError("three")
+
+    lane = Lane("long", 4, 2)
+    with pytest.raises(ValueError, match="three"):
+        asyncio.run(lane.run_each([partial(work, number) for number in range(100)], 2))
+    assert len(begun) < 10
+    assert lane.waiting == 0

@@ -35,7 +35,8 @@ def change_record(path, change):
     metadata = header["__metadata__"]
     metadata["bonsai_lora"] = json.dumps(change(json.loads(metadata["bonsai_lora"])))
     text = json.dumps(header, separators=(",", ":")).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    path.with_suffix(".new").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    path.with_suffix(".new").rename(path)  # as every release writes
 
 
 def with_keys(**keys):
@@ -141,7 +142,8 @@ def test_a_newer_file_that_is_deleted_or_replaced_is_forgotten(folder):
     assert (store.records(), list(store.newer_files())) == ([], ["s"])
     path.write_bytes(good)
     assert store.read("s").record.version == 1
-    assert store.newer_files() == {}
+    store.listing.compare()  # only a file's own time tells that it was changed in place
+    assert (len(store.records()), store.newer_files()) == (1, {})
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+import anyio
 import structlog
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.routing import APIRoute
@@ -37,6 +38,7 @@ from bonsai_lora.api.routes import (
     adapters,
     apply,
     hub,
+    lab,
     merge,
     oip,
     operations,
@@ -84,6 +86,10 @@ _TAGS = [
         "for binary data, statistics, the model repository and shared memory.",
     },
     {"name": "statistics", "description": "Parameter counts, memory and norms."},
+    {
+        "name": "laboratory",
+        "description": "Combine sets, compare them, and look at their singular values.",
+    },
     {"name": "operations", "description": "Health and metrics."},
 ]
 _ROUTERS = [
@@ -97,6 +103,7 @@ _ROUTERS = [
         oip,
         shared_memory,
         stats,
+        lab,
         operations,
         page,
         hub,  # last: its paths match almost anything
@@ -121,7 +128,7 @@ def _heads_of(router: APIRouter) -> APIRouter:
 
 _HEADS = [_heads_of(router) for router in _ROUTERS]
 
-_STRICT_ROUTERS = [one.router for one in (sets, adapters, merge, bases_routes, stats)]
+_STRICT_ROUTERS = [one.router for one in (sets, adapters, merge, bases_routes, stats, lab)]
 """Routers that refuse unknown query parameters. Apply parses its own; clients of the Hub and of the
 Open Inference Protocol send additional ones."""
 
@@ -139,6 +146,7 @@ _EXPOSED_HEADERS = (
     "X-Request-Id",
 )
 """Headers that a script of an allowed origin may read."""
+_COMPARE_SECONDS = 15
 _PUBLISH_SECONDS = 1.0
 """Oldest figures of a worker that another worker reports."""
 
@@ -201,12 +209,17 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
 async def _running(app: FastAPI) -> AsyncIterator[None]:
     """Log when this process is ready and when it stops, and publish its load in between."""
     context: Context = app.state.context
-    publishing = asyncio.create_task(_publish_load(context.metrics))
-    _log.info("ready", sets=len(context.store.list_names()), pid=os.getpid())
+    tasks = [
+        asyncio.create_task(_publish_load(context.metrics)),
+        asyncio.create_task(_compare_listing(app.state.store)),
+    ]
+    totals = await anyio.to_thread.run_sync(context.store.totals)
+    _log.info("ready", sets=totals.sets, pid=os.getpid())
     try:
         yield
     finally:
-        publishing.cancel()
+        for task in tasks:
+            task.cancel()
         _log.info("stopped", pid=os.getpid())
 
 
@@ -214,6 +227,16 @@ async def _publish_load(metrics: Metrics) -> None:
     while True:
         metrics.publish_load()
         await asyncio.sleep(_PUBLISH_SECONDS)
+
+
+async def _compare_listing(store: SetStore) -> None:
+    """Find what others have put into the folder of the store within a minute."""
+    while True:
+        await asyncio.sleep(_COMPARE_SECONDS)
+        try:
+            await anyio.to_thread.run_sync(partial(store.listing.compare, only_if_due=True))
+        except Exception:  # noqa: BLE001 - the next try may succeed
+            _log.exception("the listing could not be compared with the files")
 
 
 def create_default_app() -> FastAPI:

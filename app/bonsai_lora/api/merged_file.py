@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from typing import Protocol
 
+from bonsai_lora.service.budget import Budget, Reservation
+
 
 class ComputedFile(Protocol):
     """A file that exists nowhere, such as a merged model's; any of its bytes can be computed."""
@@ -56,3 +58,24 @@ class StreamedFile:
         finally:
             for one in pending:
                 one.cancel()
+
+
+class CountedFile(StreamedFile):
+    """A computed file with large pieces: one is computed while one is sent.
+
+    `working_bytes` of `memory` are reserved while it is read.
+    """
+
+    def __init__(
+        self, file: ComputedFile, executor: Executor, memory: Budget, working_bytes: int
+    ) -> None:
+        super().__init__(file, executor, 0)
+        self._memory = memory
+        self._working_bytes = working_bytes
+
+    async def read(self, start: int, stop: int) -> AsyncIterator[memoryview]:
+        """Yield the bytes [start, stop); raises BusyError, MemoryBudgetError before the first."""
+        with Reservation(self._memory) as reserved:
+            reserved.add(self._working_bytes)
+            async for piece in super().read(start, stop):
+                yield piece

@@ -161,7 +161,7 @@ class SetSummary(InfoModel):
     version: int = Field(description="1 at creation, incremented by each change")
     created_at: str = Field(description="RFC 3339, UTC")
     updated_at: str
-    origin: Literal["initialized", "peft", "mlx", "gguf", "mixed"]
+    origin: Literal["initialized", "peft", "mlx", "gguf", "mixed", "combined"]
     adapter_count: int
     total_trainable_params: int
     total_memory_bytes: int
@@ -307,8 +307,14 @@ class BaseInfo(BaseModel):
     """A base checkpoint."""
 
     name: str
+    format: Literal["safetensors", "gguf"]
+    architecture: str = Field(
+        description="family of the model, such as `qwen3`; empty if it is unknown"
+    )
     files: list[BaseFile]
-    dtypes: dict[str, int] = Field(description="number of parameters by dtype")
+    dtypes: dict[str, int] = Field(
+        description="number of parameters by dtype; of a GGUF file, number of tensors by type"
+    )
     parameter_count: int
     ignored_files: list[str] = Field(
         description="files and folders beside them that are no part of the model"
@@ -320,7 +326,7 @@ class BaseList(BaseModel):
 
     bases: list[BaseInfo]
     bad: dict[str, str] = Field(
-        description="folders that are not a readable checkpoint: the reason by name"
+        description="folders and files that are not a readable checkpoint: the reason by name"
     )
 
 

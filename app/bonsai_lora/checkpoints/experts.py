@@ -7,7 +7,7 @@ model class does (transformers 5, Qwen3MoeExperts and others).
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from bonsai_lora.checkpoints.bases import Base
+from bonsai_lora.checkpoints.base import Base
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.errors import ShapeMismatchError, counted
 

@@ -1,6 +1,6 @@
 """Check that a set fits a base: shapes, dtypes, and sums that one tensor can hold."""
 
-from bonsai_lora.checkpoints.bases import Base
+from bonsai_lora.checkpoints.base import Base
 from bonsai_lora.checkpoints.tensors import Touched
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import (

@@ -1,5 +1,7 @@
 """Select the files of a folder that make up a base, as transformers does.
 
+A folder without safetensors files may have a GGUF file instead.
+
 `model.safetensors` takes precedence; without it the index decides (`from_pretrained` of
 transformers 5). Other weights, such as variants, are not part of the model. Subfolders are, unless
 they are models themselves. Links out of the folder are not followed, except those of a hub cache
@@ -13,10 +15,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+GGUF = ".gguf"
 INDEX_FILE = "model.safetensors.index.json"
 
 _ONE_FILE = "model.safetensors"
-_OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"})
+_OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx"})
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _DEPTH = 4
 
@@ -28,7 +31,7 @@ class FolderFiles:
     files: dict[str, Path] = field(default_factory=dict)
     """Name relative to the folder, with `/` -> path, for each file of the model."""
     weights: set[str] = field(default_factory=set)
-    """Names of the files that hold the model's tensors."""
+    """Names of the files that hold the model's tensors: safetensors, or GGUF."""
     ignored: list[str] = field(default_factory=list)
     """Names of ignored files and folders."""
 
@@ -36,12 +39,21 @@ class FolderFiles:
 def read_folder(folder: Path) -> FolderFiles:
     """Return the files of a base, sorted by name."""
     found = FolderFiles()
+    ggufs: dict[str, Path] = {}
     for name, path in sorted(_walk(folder, _roots(folder), "", found.ignored)):
-        if path.suffix in _OTHER_WEIGHTS:
+        if path.suffix == GGUF:
+            ggufs[name] = path
+        elif path.suffix in _OTHER_WEIGHTS:
             found.ignored.append(name)
         else:
             found.files[name] = path
     _choose_weights(found)
+    if found.weights:
+        found.ignored += ggufs
+    else:
+        found.weights = {name for name in ggufs if "/" not in name}
+        found.files |= {name: ggufs[name] for name in found.weights}
+        found.ignored += ggufs.keys() - found.weights
     found.ignored.sort()
     return found
 

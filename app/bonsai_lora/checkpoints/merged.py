@@ -1,39 +1,23 @@
-"""Merged checkpoints, computed while they are read and never stored.
-
-A merged file has the header, sizes and offsets of its base file; only the bytes of changed tensors
-differ. Each requested byte range is computed from fixed blocks of each tensor, so that a range is
-always the same slice of the whole file.
-"""
+"""Merged models: a base, and what sets change of its tensors. Their files are in merged_files."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 
-from bonsai_lora.checkpoints.bases import Base
+from bonsai_lora.checkpoints.base import Base, Tensor
 from bonsai_lora.checkpoints.experts import expert_weights
 from bonsai_lora.checkpoints.fit import check_not_empty, check_tensor
 from bonsai_lora.checkpoints.orientation import Fit, as_stored, is_any_transposed
 from bonsai_lora.checkpoints.tensors import MergedTensor, TokenRows, Touched
-from bonsai_lora.checkpoints.ties import tied_replacements
+from bonsai_lora.checkpoints.ties import is_embedding, tied_replacements
 from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.cast import Array
 from bonsai_lora.core.loraset import BonsaiLoraSet
-from bonsai_lora.core.merge import Block
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError, counted
-from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.peft_keys import TOKEN_ROWS
 from bonsai_lora.formats.peft_options import PLAIN, BaseOptions
-
-PIECE_BYTES = 1 << 20
-"""Length of the pieces in which unchanged bytes are sent."""
-
-_BYTES = "application/octet-stream"
-
-Piece = Callable[[], memoryview]
-"""Reads or computes a part of a file; callable in any thread. Raises BaseChangedError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +32,7 @@ class Ingredient:
 
 
 class MergedModel:
-    """All files of a base with sets merged into them.
+    """The tensors of a base with sets merged into them; without sets, the base itself.
 
     `match` is the prefix of the base tensors that ambiguous module paths mean. Raises
     ShapeMismatchError, InvalidRequestError or UnsupportedAdapterError, naming the modules, if a set
@@ -63,10 +47,11 @@ class MergedModel:
         self._match = match
         self._touched: dict[str, Touched] = {}
         self._tensors: dict[str, MergedTensor] = {}
-        for one in ingredients:
-            check_not_empty(one.lora_set)
-            self._add_adapters(one)
-            self._add_replacements(one)
+        needs = [self._add(one) for one in ingredients]
+        self.is_untied = any(needs)
+        """Whether the head needs a tensor of its own, which the base does not have."""
+        if self.is_untied:
+            self._check_untied(ingredients)
         for name, touched in self._touched.items():
             check_tensor(base, name, touched, is_one_set=len(ingredients) == 1)
 
@@ -83,19 +68,22 @@ class MergedModel:
             parts.append(f"match={self._match}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
 
-    def files(self) -> list[str]:
-        """Return the names of all files, which are those of the base."""
-        return sorted(self.base.files)
-
-    def file(self, name: str) -> "MergedFile | None":
-        """Return a file of the model; None if the base has no file with this name."""
-        if name not in self.base.files:
-            return None
-        return MergedFile(self, name)
-
     def is_touched(self, tensor: str) -> bool:
         """Return whether a tensor differs from that of the base."""
         return tensor in self._touched
+
+    @property
+    def changes(self) -> Mapping[str, Touched]:
+        """The changes by tensor of the base."""
+        return self._touched
+
+    def values(self, name: str) -> MergedTensor | Tensor:
+        """Return a tensor, changed or not, as a matrix; a vector is one row."""
+        if name in self._touched:
+            return self.tensor(name)
+        found = self.base.tensor(name)
+        assert found is not None
+        return found.as_matrix(found.shape[0] if len(found.shape) == 2 else 1)
 
     def tensor(self, name: str) -> MergedTensor:
         """Return a changed tensor, always as the same object, so that norms are computed once."""
@@ -105,6 +93,24 @@ class MergedModel:
         base = self.base.tensor(name)
         assert base is not None
         return self._tensors.setdefault(name, MergedTensor(base, self._touched[name]))
+
+    def _add(self, one: Ingredient) -> bool:
+        """Add the changes of a set; return whether it needs a head that is not tied."""
+        check_not_empty(one.lora_set)
+        self._add_adapters(one)
+        replacements, is_untied = tied_replacements(self.base, one.lora_set, one.options)
+        self._add_replacements(one, replacements)
+        return is_untied
+
+    def _check_untied(self, ingredients: Sequence[Ingredient]) -> None:
+        for one in ingredients:
+            replaced, is_untied = tied_replacements(self.base, one.lora_set, one.options)
+            if not is_untied and any(is_embedding(name) for name in replaced):
+                raise UnsupportedAdapterError(
+                    f"set {one.lora_set.adapter_name!r} replaces the embedding that is also the "
+                    "head, and another set changes one of the two; merge them one after the other",
+                    base=self.base.name,
+                )
 
     def _add_adapters(self, one: Ingredient) -> None:
         lost: list[str] = []
@@ -146,8 +152,8 @@ class MergedModel:
         for name in self.base.paths.find(f"{module}.weight", self._match):
             yield name, adapter
 
-    def _add_replacements(self, one: Ingredient) -> None:
-        for parameter, array in tied_replacements(self.base, one.lora_set, one.options).items():
+    def _add_replacements(self, one: Ingredient, replacements: Mapping[str, Array]) -> None:
+        for parameter, array in replacements.items():
             module = parameter.removesuffix(TOKEN_ROWS)
             wanted = parameter if module == parameter else f"{module}.weight"
             name = self.base.paths.find_one(wanted, self._match) or wanted
@@ -168,73 +174,6 @@ class MergedModel:
         return self._touched.setdefault(name, Touched())
 
 
-class MergedFile:
-    """One file of a merged model: its size, its ETag, and any range of its bytes."""
-
-    def __init__(self, model: MergedModel, name: str) -> None:
-        self._model = model
-        self._file = model.base.files[name]
-        self._header = model.base.headers.get(name)
-        self.size_bytes = self._file.size_bytes
-        seed = f"{model.digest}/{name}" if self._header else f"{model.base.digest}/{name}"
-        self.etag = f'"{hashlib.sha256(seed.encode()).hexdigest()[:40]}"'
-        self.media_type = "application/json" if name.endswith(".json") else _BYTES
-
-    def pieces(self, start: int, stop: int) -> Iterator[Piece]:
-        """Yield the pieces of the bytes [start, stop), in order."""
-        for name, first, last in self._spans(start, stop):
-            if name is None:
-                for offset in range(first, last, PIECE_BYTES):
-                    yield partial(self._file.read, offset, min(offset + PIECE_BYTES, last))
-            else:
-                yield from self._computed(name, first, last)
-
-    def _spans(self, start: int, stop: int) -> Iterator[tuple[str | None, int, int]]:
-        """Yield (changed tensor or None, start, stop) of the spans within [start, stop)."""
-        position = start
-        for name, first, last in self._touched_spans():
-            if last <= position:
-                continue
-            if first >= stop:
-                break
-            if first > position:
-                yield None, position, first
-                position = first
-            yield name, position, min(last, stop)
-            position = min(last, stop)
-        if position < stop:
-            yield None, position, stop
-
-    def _touched_spans(self) -> Iterator[tuple[str, int, int]]:
-        if self._header is None:
-            return
-        for name, info in self._header.tensors.items():
-            if self._model.is_touched(name) and info.stop > info.start:
-                yield (
-                    name,
-                    self._header.data_start + info.start,
-                    self._header.data_start + info.stop,
-                )
-
-    def _computed(self, name: str, start: int, stop: int) -> Iterator[Piece]:
-        """Yield the pieces of a changed tensor, cut from its fixed blocks."""
-        assert self._header is not None
-        tensor = self._model.tensor(name)
-        offset = self._header.data_start + self._header.tensors[name].start
-        for block, size in tensor.blocks():
-            first, last = max(start, offset), min(stop, offset + size)
-            if first < last:
-                yield partial(_merged_bytes, tensor, block, first - offset, last - offset)
-            offset += size
-            if offset >= stop:
-                return
-
-
-def _merged_bytes(tensor: MergedTensor, block: Block, first: int, last: int) -> memoryview:
-    """Return the bytes [first, last) of a merged block."""
-    return safetensors.as_bytes(tensor.compute(block))[first:last]
-
-
 def _lost(base: Base, lora_set: BonsaiLoraSet, modules: list[str]) -> InvalidRequestError:
     return InvalidRequestError(
         f"base {base.name!r} has no weights for {counted(len(modules), 'module')} of set "
@@ -243,13 +182,3 @@ def _lost(base: Base, lora_set: BonsaiLoraSet, modules: list[str]) -> InvalidReq
         modules=modules[:64],
         base=base.name,
     )
-
-
-def merge_info(model: MergedModel) -> list[Mapping[str, Any]]:
-    """Return the name, size and ETag of each file of a merged model."""
-    found: list[Mapping[str, Any]] = []
-    for name in model.files():
-        file = model.file(name)
-        assert file is not None
-        found.append({"name": name, "size_bytes": file.size_bytes, "etag": file.etag})
-    return found

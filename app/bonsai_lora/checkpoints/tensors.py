@@ -2,17 +2,16 @@
 
 import math
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from bonsai_lora.checkpoints.bases import row_norms
-from bonsai_lora.checkpoints.file import StoredTensor
+from bonsai_lora.checkpoints.base import Tensor, row_norms
 from bonsai_lora.core import backend
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, to_float32
-from bonsai_lora.core.merge import Block, blocks, merge_rows
+from bonsai_lora.core.merge import Block, merge_rows
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -50,7 +49,7 @@ class Touched:
 class MergedTensor:
     """A changed tensor, computed from the base values block by block."""
 
-    def __init__(self, base: StoredTensor, touched: Touched) -> None:
+    def __init__(self, base: Tensor, touched: Touched) -> None:
         is_stacked = any(one.experts is not None for one, _ in touched.deltas)
         rows = math.prod(base.shape[:-1]) if len(base.shape) == 2 or is_stacked else 1
         self._base = base.as_matrix(rows)
@@ -59,14 +58,17 @@ class MergedTensor:
         self._ratio: Array | None = None
         self._lock = threading.Lock()
 
-    def blocks(self) -> Iterator[tuple[Block, int]]:
-        """Yield the fixed blocks in memory order, and their lengths in bytes."""
-        rows, columns = self._base.shape
-        for block in blocks(rows, columns):
-            size = (block[0].stop - block[0].start) * (block[1].stop - block[1].start)
-            yield block, size * self._base.dtype.itemsize
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns."""
+        return self._base.shape
 
-    def compute(self, block: Block) -> Array:
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the merged values, that of the base."""
+        return self._base.dtype
+
+    def __getitem__(self, block: Block) -> Array:
         """Return the merged values of a block, rounded once to the dtype of the base."""
         deltas = self._touched.deltas
         if self._touched.is_plain() and self._dtype is np.float32:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bonsai_lora.checkpoints.bases import Base
+from bonsai_lora.checkpoints.base import Base
 from bonsai_lora.core.cast import Array
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import UnsupportedAdapterError
@@ -18,29 +18,40 @@ _ENDS = (TOKEN_ROWS, ".weight", ".bias")
 
 def tied_replacements(
     base: Base, lora_set: BonsaiLoraSet, options: BaseOptions
-) -> Mapping[str, Array]:
-    """Return the replaced parameters of a set, without the head if the base ties it.
+) -> tuple[Mapping[str, Array], bool]:
+    """Return the replaced parameters of a set, and whether a tied head must be untied for them.
 
     A tied base has no tensor for its head. A replaced head that equals the replaced embedding adds
     nothing: peft saves both after the vocabulary was resized. Raises UnsupportedAdapterError if
-    head and embedding would differ, since one tensor cannot hold both.
+    head and embedding would differ and the base cannot be untied: one tensor cannot hold both.
     """
     replacements = lora_set.replacements
-    if not base.is_tied or any(_last(_module(name)) in _HEADS for name in base.weight_map):
-        return replacements
+    has_head = any(_last(_module(name)) in _HEADS for name in base.tensor_names)
+    if not base.is_tied or (has_head and not base.can_untie):
+        return replacements, False
     adapted = [name for name in lora_set.registry.adapters if _last(name) in _HEADS | _EMBEDDINGS]
     heads = {_ending(name): name for name in replacements if _last(_module(name)) in _HEADS}
     embeddings = {
         _ending(name): name for name in replacements if _last(_module(name)) in _EMBEDDINGS
     }
     own = [name for name in embeddings.values() if options.is_saved(_module(name))]
-    if adapted or (own and not heads):
-        raise _differs(base, [*adapted, *own])
+    differing = [*adapted, *(own if not heads else ())]
     for ending, head in heads.items():
         other = embeddings.get(ending)
         if other is None or not _is_equal(head, other, replacements, options):
-            raise _differs(base, [head, *([other] if other else [])])
-    return {name: one for name, one in replacements.items() if name not in heads.values()}
+            differing += [head, *([other] if other else [])]
+    if not differing:
+        kept = {name: one for name, one in replacements.items() if name not in heads.values()}
+        return kept, False
+    # Replaced rows of the embedding alone are those of the head, too.
+    if base.can_untie and (heads or TOKEN_ROWS not in embeddings):
+        return replacements, True
+    raise _differs(base, differing)
+
+
+def is_embedding(parameter: str) -> bool:
+    """Return whether a replaced parameter is the embedding or its rows."""
+    return _last(_module(parameter)) in _EMBEDDINGS
 
 
 def _is_equal(

@@ -32,6 +32,9 @@ EXIT_INTERRUPTED = 130
 EXIT_CLOSED = 141
 """The reader of standard output has closed it, as `| head` does."""
 
+_GGUF_OPTIONS = ("dtype", "architecture", "folded", "widen")
+_OWNERS = ("adapters", "bases")
+"""First parts of names that are not bases."""
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\t]*)")
 """A header field (RFC 9110 section 5.1)."""
 
@@ -42,14 +45,18 @@ class UsageError(ValueError):
 
 def add_commands(commands: Any) -> None:
     """Add the client commands with their arguments."""
-    _add(commands, "ls", list_sets, "list the sets")
-    show = _add(commands, "show", show_set, "show a set and its modules")
+    listing = add_command(commands, "ls", list_sets, "list the sets")
+    listing.add_argument("prefix", nargs="?", help="only sets whose names begin with this")
+    listing.add_argument("--base-model-name", help="only sets for this model")
+    show = add_command(commands, "show", show_set, "show a set and its modules")
     show.add_argument("name")
-    stats = _add(commands, "stats", show_stats, "show statistics of a set or of the whole store")
+    stats = add_command(
+        commands, "stats", show_stats, "show statistics of a set or of the whole store"
+    )
     stats.add_argument("name", nargs="?")
-    remove = _add(commands, "rm", remove_set, "delete a set")
+    remove = add_command(commands, "rm", remove_set, "delete a set")
     remove.add_argument("name")
-    push = _add(commands, "push", push_set, "upload a PEFT, MLX or GGUF adapter as a set")
+    push = add_command(commands, "push", push_set, "upload a PEFT, MLX or GGUF adapter as a set")
     push.add_argument("name")
     push.add_argument(
         "folder",
@@ -59,22 +66,41 @@ def add_commands(commands: Any) -> None:
     )
     push.add_argument("--architecture", help="whose tensor names a GGUF LoRA has, if not its own")
     push.add_argument("--base-model-name", help="replaces the name in the adapter's configuration")
-    apply = _add(commands, "apply", apply_set, "apply a module's adapter to vectors given as JSON")
+    apply = add_command(
+        commands, "apply", apply_set, "apply a module's adapter to vectors given as JSON"
+    )
     apply.add_argument("name")
     apply.add_argument("module")
     apply.add_argument("file", nargs="?", help="JSON list of vectors (default, or -: stdin)")
-    fetch = _add(commands, "pull", pull_model, "download a merged model, or a set as a PEFT folder")
-    fetch.add_argument("model", help="BASE/SET, or adapters/SET")
+    fetch = add_command(commands, "pull", pull_model, "download a merged model, a set, or a base")
+    fetch.add_argument("model", help="BASE/SET, adapters/SET or bases/BASE")
     fetch.add_argument(
         "-o", "--output", type=Path, required=True, help="folder (or GGUF file) to write"
     )
-    fetch.add_argument("--gguf", action="store_true", help="a GGUF LoRA file, of adapters/SET")
-    fetch.add_argument("--dtype", help="with --gguf: F32 (default), F16, BF16 or Q8_0")
-    fetch.add_argument("--architecture", help="with --gguf: that of the base, such as qwen3")
+    fetch.add_argument(
+        "--gguf",
+        action="store_true",
+        help="a GGUF file: a GGUF LoRA of adapters/SET, or the merged model of a GGUF base",
+    )
+    fetch.add_argument(
+        "--dtype", help="with --gguf: F32, F16, BF16 or Q8_0 (F32 for a GGUF LoRA, else F16)"
+    )
+    fetch.add_argument("--architecture", help="of a GGUF LoRA: that of the base, such as qwen3")
+    fetch.add_argument(
+        "--folded", action="store_true", help="of a GGUF LoRA: for a base with folded weights"
+    )
+    fetch.add_argument(
+        "--widen",
+        choices=("all",),
+        help="of a merged model: write all other quantized tensors in this type, too",
+    )
     fetch.add_argument("--jobs", type=int, default=4, help="files to download at a time (4)")
 
 
-def _add(commands: Any, name: str, run: Callable[..., Any], text: str) -> argparse.ArgumentParser:
+def add_command(
+    commands: Any, name: str, run: Callable[..., Any], text: str
+) -> argparse.ArgumentParser:
+    """Add a command that reaches the service, and return its parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
@@ -152,7 +178,10 @@ def _describe_failure(error: BaseException, address: str) -> tuple[int, str]:
 
 def list_sets(client: Client, arguments: argparse.Namespace) -> Any:
     """Print a line per set."""
-    sets = list(client.list_sets())
+    found = client.list_sets(
+        prefix=arguments.prefix, base_model_name=arguments.base_model_name, page_size=1000
+    )
+    sets = list(found)
     if not arguments.json:
         print_table(
             ["NAME", "BASE", "VERSION", "ORIGIN", "ADAPTERS", "PARAMETERS"],
@@ -167,12 +196,12 @@ def list_sets(client: Client, arguments: argparse.Namespace) -> Any:
 
 def show_set(client: Client, arguments: argparse.Namespace) -> Any:
     """Print a set."""
-    info: dict[str, Any] = {**client.get_set(_set_name(arguments.name))}
+    info: dict[str, Any] = {**client.get_set(set_name(arguments.name))}
     if not arguments.json:
         fields = ("name", "base_model_name", "version", "origin", "updated_at")
         for key in (*fields, "total_trainable_params"):
             print(f"{key}: {printable(str(info[key]))}")
-        _print_rows(("name", "d_in", "d_out", "rank", "alpha", "scaling"), info["modules"])
+        print_rows(("name", "d_in", "d_out", "rank", "alpha", "scaling"), info["modules"])
     return info
 
 
@@ -180,7 +209,7 @@ def show_stats(client: Client, arguments: argparse.Namespace) -> Any:
     """Print the statistics of a set or of the store."""
     name = arguments.name
     stats: dict[str, Any] = {
-        **(client.get_stats() if name is None else client.get_set_stats(_set_name(name)))
+        **(client.get_stats() if name is None else client.get_set_stats(set_name(name)))
     }
     if not arguments.json:
         for key, value in stats.items():
@@ -188,18 +217,18 @@ def show_stats(client: Client, arguments: argparse.Namespace) -> Any:
                 print(f"{key}: {printable(str(value))}")
         if name is not None:
             fields = ("name", "rank", "param_count", "delta_norm", "effective_rank")
-            _print_rows(fields, stats["modules"])
+            print_rows(fields, stats["modules"])
     return stats
 
 
 def remove_set(client: Client, arguments: argparse.Namespace) -> Any:
     """Delete a set."""
-    return client.delete_set(_set_name(arguments.name))
+    return client.delete_set(set_name(arguments.name))
 
 
 def push_set(client: Client, arguments: argparse.Namespace) -> Any:
     """Upload a PEFT or MLX folder; print the new version and warnings."""
-    name, base = _set_name(arguments.name), arguments.base_model_name
+    name, base = set_name(arguments.name), arguments.base_model_name
     try:
         report = (
             client.upload_gguf(
@@ -237,7 +266,7 @@ def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
     call: Call[Any] = Call(
         method="POST",
         path="/v1"
-        + path_of("sets", _set_name(arguments.name), "adapters", arguments.module, "apply"),
+        + path_of("sets", set_name(arguments.name), "adapters", arguments.module, "apply"),
         headers={"Content-Type": "application/json"},
         content=json.dumps(body).encode(),
         decode=decode_json,
@@ -250,33 +279,56 @@ def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
 
 
 def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
-    """Download the files of BASE/SET or adapters/SET."""
+    """Download the files of BASE/SET, adapters/SET or bases/BASE."""
     owner, slash, name = arguments.model.partition("/")
-    if not slash or not is_set_name(name) or (owner != "adapters" and not is_base_name(owner)):
+    if arguments.gguf and owner == "bases":
+        raise UsageError("a base is no GGUF LoRA; with --gguf, expected BASE/SET or adapters/SET")
+    if not slash or not is_set_name(name) or not (owner in _OWNERS or is_base_name(owner)):
         raise UsageError(
-            f"{arguments.model!r} does not name a model; expected BASE/SET or adapters/SET"
+            f"{arguments.model!r} does not name a model; expected BASE/SET, adapters/SET or "
+            "bases/BASE"
         )
-    if arguments.gguf and owner != "adapters":
-        raise UsageError(f"{arguments.model!r} is not a set; --gguf expects adapters/SET")
+    if not arguments.gguf and any(getattr(arguments, one) for one in _GGUF_OPTIONS):
+        raise UsageError(
+            "--dtype, --architecture, --folded and --widen are for GGUF files; add --gguf"
+        )
     with ProgressLine() as line:
         if arguments.gguf:
-            return client.pull_gguf(
-                name,
-                arguments.output,
-                dtype=arguments.dtype,
-                architecture=arguments.architecture,
-                on_progress=line.update,
-            )
+            return _pull_gguf(client, owner, name, arguments, line.update)
         return client.pull(
             arguments.model, arguments.output, jobs=arguments.jobs, on_progress=line.update
         )
 
 
-def _set_name(name: str) -> str:
+def _pull_gguf(
+    client: Client,
+    owner: str,
+    name: str,
+    arguments: argparse.Namespace,
+    on_progress: Callable[[int, int], object],
+) -> Any:
+    output, dtype = arguments.output, arguments.dtype
+    if owner == "adapters":
+        return client.pull_gguf(
+            name,
+            output,
+            dtype=dtype,
+            architecture=arguments.architecture,
+            folded=arguments.folded,
+            on_progress=on_progress,
+        )
+    return client.pull_merged_gguf(
+        owner, name, output, dtype=dtype, widen=arguments.widen, on_progress=on_progress
+    )
+
+
+def set_name(name: str) -> str:
+    """Return `name`; raises UsageError unless it may be the name of a set."""
     if not is_set_name(name):
         raise UsageError(f"{name!r} is not a valid set name; it must match {SET_NAME_PATTERN}")
     return name
 
 
-def _print_rows(fields: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+def print_rows(fields: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    """Print a table of some fields of each row."""
     print_table([name.upper() for name in fields], [[row[name] for name in fields] for row in rows])

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -11,7 +12,17 @@ from typing import Any
 # OpenBLAS reads this variable when NumPy is imported.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from bonsai_lora.cli import client
+from bonsai_lora.cli import client, lab
+
+_LOCAL = {
+    "serve": ("serve", "add_flags", "serve the HTTP API"),
+    "verify": ("verify", "add_arguments", "check the files of a store"),
+    "backup": ("store", "add_backup", "copy a store, which may be in use, to a folder"),
+    "restore": ("store", "add_restore", "add the sets of a backup to a store"),
+    "gc": ("store", "add_gc", "remove leftovers and old bad files from a store"),
+    "keys": ("keys", "add_flags", "make, list and remove the keys of a service"),
+}
+"""Module, function that adds the arguments, and help of each command that needs no service."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,28 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_local(commands, list(words[:1]))
     client.add_commands(commands)
+    lab.add_commands(commands)
     chosen = parser.parse_args(words)
     code: int = chosen.run(chosen)
     return code
 
 
 def _add_local(commands: Any, chosen: list[str]) -> None:
-    """Add `serve`, `verify` and `keys`; what one imports is imported only if it is used."""
-    parser = commands.add_parser("serve", help="serve the HTTP API")
-    if chosen == ["serve"]:
-        from bonsai_lora.cli import serve  # noqa: PLC0415 - the other commands start without it
-
-        serve.add_flags(parser)
-    parser = commands.add_parser("verify", help="check the files of a store")
-    if chosen == ["verify"]:
-        from bonsai_lora.cli import verify  # noqa: PLC0415 - the same
-
-        verify.add_arguments(parser)
-    parser = commands.add_parser("keys", help="make, list and remove the keys of a service")
-    if chosen == ["keys"]:
-        from bonsai_lora.cli import keys  # noqa: PLC0415 - the same
-
-        keys.add_flags(parser)
+    """Add the commands that need no service; what one imports is imported only if it is used."""
+    for command, (module, function, text) in _LOCAL.items():
+        parser = commands.add_parser(command, help=text)
+        if chosen == [command]:
+            getattr(import_module(f"bonsai_lora.cli.{module}"), function)(parser)
 
 
 if __name__ == "__main__":

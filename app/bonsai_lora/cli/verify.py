@@ -1,13 +1,12 @@
 """The `verify` command: read set files and compare their tensors with what was written."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from bonsai_lora.cli.client import EXIT_REFUSED, EXIT_USAGE
+from bonsai_lora.cli.client import EXIT_REFUSED
 from bonsai_lora.cli.progress import ProgressLine
+from bonsai_lora.cli.store import add_store, folder_of, not_a_store
 from bonsai_lora.errors import BonsaiLoraError, SetNotFoundError
-from bonsai_lora.settings import Settings
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.verify import OnPiece
 
@@ -20,17 +19,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The exit code is 1 if a set is bad or missing, and 2 if there is no store."
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="sets (default: all)")
-    parser.add_argument("--store", type=Path, help="the folder (default: the setting `store`)")
+    parser.add_argument(
+        "--rebuild",
+        action="store_true",
+        help="make the index of the sets again from the files, and verify nothing",
+    )
+    add_store(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify the named sets, or all; print a line for each, and return the exit code."""
-    folder = arguments.store or Path(Settings().store)
+    folder = folder_of(arguments)
     if not (folder / "sets").is_dir():
-        print(f"bonsai-lora: {folder} is not a store; name one with --store", file=sys.stderr)
-        return EXIT_USAGE
+        return not_a_store(folder)
     store = SetStore(folder)
+    if arguments.rebuild:
+        store.listing.rebuild()
+        print(f"{len(store.records()):,} sets")
+        return 0
     names = arguments.names or store.list_names()
     sizes = {name: _size_of(folder, name) for name in names}
     with ProgressLine() as progress:

@@ -18,7 +18,7 @@ import httpx
 from bonsai_lora.client import connection
 from bonsai_lora.client.answers import Dtype, SetSummary, Weights
 from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, described, opened
-from bonsai_lora.client.calls import adapters, applying, bases, inference, merging, sets, stats
+from bonsai_lora.client.calls import adapters, applying, bases, inference, lab, merging, sets, stats
 from bonsai_lora.client.refusals import refusal_of
 from bonsai_lora.client.retries import Retries
 
@@ -43,7 +43,7 @@ class AsyncClient:
     >>> async with AsyncClient() as client:
     ...     delta = (await client.apply("my-adapter", "q_proj", x)).outputs
 
-    `pull` is missing, since it writes files; run that of `Client` in a thread.
+    `pull` and its like are missing, since they write files; run those of `Client` in a thread.
     """
 
     def __init__(
@@ -111,13 +111,20 @@ class AsyncClient:
             await asyncio.sleep(retries.after_refusal(refusal_of(answer), answer))
 
     async def list_sets(
-        self, *, base_model_name: str | None = None, page_size: int | None = None
+        self,
+        *,
+        base_model_name: str | None = None,
+        prefix: str | None = None,
+        page_size: int | None = None,
     ) -> AsyncIterator[SetSummary]:
-        """Give the sets by name, those for `base_model_name` if given; pages are read as needed."""
+        """Give the sets by name, a page at a time.
+
+        Gives only those for `base_model_name`, and whose names begin with `prefix`, if given.
+        """
         cursor = None
         while True:
             page = await self.list_page(
-                limit=page_size, cursor=cursor, base_model_name=base_model_name
+                limit=page_size, cursor=cursor, base_model_name=base_model_name, prefix=prefix
             )
             for one in page["sets"]:
                 yield one
@@ -156,11 +163,15 @@ class AsyncClient:
         stop: int | None = None,
         scale: float = 1.0,
         sets: Weights | None = None,
+        match: str | None = None,
+        dtype: str | None = None,
+        widen: str | None = None,
     ) -> AsyncIterator[bytes]:
         """Give a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
         call = bases.get_merged_file(
-            base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets
-        )
+            base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets, match=match,
+            dtype=dtype, widen=widen,
+        )  # fmt: skip
         async with self.stream(call) as answer:
             async for block in answer.aiter_raw(BLOCK_BYTES):
                 yield block
@@ -196,6 +207,12 @@ class AsyncClient:
     get_health = _method(stats.get_health)
     get_readiness = _method(stats.get_readiness)
     get_metrics = _method(stats.get_metrics)
+
+    combine = _method(lab.combine)
+    preview_combine = _method(lab.preview_combine)
+    compare = _method(lab.compare)
+    get_spectrum = _method(lab.get_spectrum)
+    get_survival = _method(lab.get_survival)
 
     list_bases = _method(bases.list_bases)
     get_base = _method(bases.get_base)

@@ -12,7 +12,7 @@ import httpx
 from bonsai_lora.client import connection
 from bonsai_lora.client.answers import Dtype, Pulled, PulledFile, SetSummary, Weights
 from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, described, opened
-from bonsai_lora.client.calls import adapters, applying, bases, inference, merging, sets, stats
+from bonsai_lora.client.calls import adapters, applying, bases, inference, lab, merging, sets, stats
 from bonsai_lora.client.download import OnProgress, download
 from bonsai_lora.client.refusals import refusal_of
 from bonsai_lora.client.retries import Retries
@@ -119,12 +119,21 @@ class Client:
             time.sleep(retries.after_refusal(refusal_of(answer), answer))
 
     def list_sets(
-        self, *, base_model_name: str | None = None, page_size: int | None = None
+        self,
+        *,
+        base_model_name: str | None = None,
+        prefix: str | None = None,
+        page_size: int | None = None,
     ) -> Iterator[SetSummary]:
-        """Give the sets by name, those for `base_model_name` if given; pages are read as needed."""
+        """Give the sets by name, a page at a time.
+
+        Gives only those for `base_model_name`, and whose names begin with `prefix`, if given.
+        """
         cursor = None
         while True:
-            page = self.list_page(limit=page_size, cursor=cursor, base_model_name=base_model_name)
+            page = self.list_page(
+                limit=page_size, cursor=cursor, base_model_name=base_model_name, prefix=prefix
+            )
             yield from page["sets"]
             cursor = page["next_cursor"]
             if cursor is None:
@@ -159,11 +168,15 @@ class Client:
         stop: int | None = None,
         scale: float = 1.0,
         sets: Weights | None = None,
+        match: str | None = None,
+        dtype: str | None = None,
+        widen: str | None = None,
     ) -> Iterator[bytes]:
         """Give a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
         call = bases.get_merged_file(
-            base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets
-        )
+            base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets, match=match,
+            dtype=dtype, widen=widen,
+        )  # fmt: skip
         with self.stream(call) as answer:
             yield from answer.iter_raw(BLOCK_BYTES)
 
@@ -175,7 +188,7 @@ class Client:
         jobs: int = 4,
         on_progress: OnProgress | None = None,
     ) -> Pulled:
-        """Download the merged model BASE/SET, or the set adapters/SET as a PEFT folder.
+        """Download the merged model BASE/SET, the set adapters/SET, or the base bases/BASE.
 
         `jobs` files at a time. Files that are already there are kept, and partial ones are
         resumed, unless the model has changed since. `on_progress` gets the bytes that are there
@@ -204,17 +217,48 @@ class Client:
 
         The size and ETag are read first, and a partial file with that ETag is resumed.
         """
-        target = Path(file)
 
-        def rest_of(_: str, start: int, tag: str | None) -> Call[bytes]:
+        def rest_of(start: int, tag: str | None) -> Call[bytes]:
             return sets.get_adapter_gguf(
                 name, dtype=dtype, architecture=architecture, folded=folded, start=start, tag=tag
             )
 
-        with self.stream(rest_of("", 0, None)) as answer:  # only its head is read
+        return self._pull_file(rest_of, Path(file), on_progress)
+
+    def pull_merged_gguf(
+        self,
+        base: str,
+        set_name: str,
+        file: str | os.PathLike[str],
+        *,
+        dtype: str | None = None,
+        widen: str | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> PulledFile:
+        """Download the merged model of a GGUF base as a GGUF file. Otherwise as `pull_gguf`.
+
+        Changed tensors have the type `dtype` (F16); with `widen="all"`, so have all others that
+        are quantized.
+        """
+
+        def rest_of(start: int, tag: str | None) -> Call[bytes]:
+            return bases.get_merged_file(
+                base, set_name, f"{base}.gguf", start=start, dtype=dtype, widen=widen, tag=tag
+            )
+
+        return self._pull_file(rest_of, Path(file), on_progress)
+
+    def _pull_file(
+        self,
+        rest_of: Callable[[int, str | None], Call[bytes]],
+        target: Path,
+        on_progress: OnProgress | None,
+    ) -> PulledFile:
+        with self.stream(rest_of(0, None)) as answer:  # only its head is read
             size, tag = int(answer.headers["content-length"]), answer.headers["etag"].strip('"')
         found: PulledFile = {"path": target.name, "size": size, "oid": tag}
-        download(self, rest_of, [found], target.parent, 1, on_progress)
+        parts = target.parent
+        download(self, lambda _, *rest: rest_of(*rest), [found], parts, 1, on_progress)
         return found
 
     create_set = _method(sets.create_set)
@@ -248,6 +292,12 @@ class Client:
     get_health = _method(stats.get_health)
     get_readiness = _method(stats.get_readiness)
     get_metrics = _method(stats.get_metrics)
+
+    combine = _method(lab.combine)
+    preview_combine = _method(lab.preview_combine)
+    compare = _method(lab.compare)
+    get_spectrum = _method(lab.get_spectrum)
+    get_survival = _method(lab.get_survival)
 
     list_bases = _method(bases.list_bases)
     get_base = _method(bases.get_base)

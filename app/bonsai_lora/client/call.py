@@ -97,6 +97,13 @@ def query_of(**values: object) -> list[tuple[str, str]]:
     ]
 
 
+def mix_query(scale: float, sets: Mapping[str, float] | None, match: str | None) -> Query:
+    """Return the query of a merged model: its set's weight, further sets, and a prefix."""
+    names = [("set", name) for name in sets or {}]
+    weights = [("weight", str(weight)) for weight in (sets or {}).values()]
+    return [*query_of(scale=None if scale == 1.0 else scale, match=match), *names, *weights]
+
+
 def header_lines(**values: str | None) -> dict[str, str]:
     """Return headers, without those that are None: `if_match` is `If-Match`."""
     return {

@@ -35,11 +35,13 @@ from bonsai_lora.formats.peft_keys import tensor_name
 from bonsai_lora.formats.peft_made import made_config
 
 ALPHA_KEY = "adapter.lora.alpha"
+BASE_NAME_KEY = "general.base_model.0.name"
 FOLDED_KEY = "bonsai_lora.folded"
 """True if the factors are for folded weights (see hadamard); only this project writes it."""
 EMBEDDING = "token_embd.weight"
 
 _HALVES = (".lora_a", ".lora_b")
+_NOT_MULTIPLIED = ("_norm.weight", "ssm_conv1d.weight")
 _KEPT: Mapping[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
@@ -93,6 +95,27 @@ def float32_bytes(header: Header) -> int:
     return 4 * sum(math.prod(one.shape) for one in header.tensors.values())
 
 
+def count_modules(header: Header) -> int:
+    """Return how many modules a GGUF LoRA adapts; each expert of a stack is one."""
+    factors = [one for name, one in header.tensors.items() if name.endswith(_HALVES[0])]
+    return sum(one.shape[0] if len(one.shape) == 3 else 1 for one in factors)
+
+
+def copied_bytes(header: Header, architecture: str | None = None) -> int:
+    """Return how much memory `decode_lora` takes for values that are not views of the file."""
+    names = architecture or header.architecture
+    return sum(
+        4 * math.prod(info.shape)
+        for name, info in header.tensors.items()
+        if info.type.name not in _KEPT or _is_reordered(names, name[: -len(_HALVES[0])])
+    )
+
+
+def _is_reordered(architecture: str, name: str) -> bool:
+    found = to_hugging_face(architecture, name)
+    return found is not None and found.change is not Change.NONE
+
+
 def decode_lora(
     header: Header, read: ReadAt, architecture: str | None = None, heads: Heads | None = None
 ) -> DecodedLora:
@@ -116,7 +139,7 @@ def decode_lora(
             tensors[tensor_name(module, f"{embedding}A")] = a_part
             tensors[tensor_name(module, f"{embedding}B")] = b_part
             ranks[module] = rank
-    base = header.get("general.base_model.0.name")
+    base = header.get(BASE_NAME_KEY)
     alphas = {module: alpha or float(rank) for module, rank in ranks.items()}
     config = made_config(base if isinstance(base, str) else None, ranks, alphas)
     return DecodedLora(config, tensors, ignored)
@@ -244,6 +267,11 @@ def _modules(
 
 def _module(architecture: str, name: str, expert: int | None = None) -> tuple[str, Change]:
     found = to_hugging_face(architecture, name, expert)
+    if not is_multiplied(name):
+        raise UnsupportedAdapterError(
+            f"llama.cpp applies no adapter to {name!r}, which multiplies no input; remove it",
+            key=name,
+        )
     if found is None or not found.name.endswith(".weight"):
         raise UnsupportedAdapterError(
             f"the base tensor {name!r} is unknown for architecture {architecture!r}; if the names "
@@ -253,6 +281,14 @@ def _module(architecture: str, name: str, expert: int | None = None) -> tuple[st
             architecture=architecture,
         )
     return found.name.removesuffix(".weight"), found.change
+
+
+def is_multiplied(name: str) -> bool:
+    """Return whether a tensor of a base may be a matrix; llama.cpp adapts no norm or convolution.
+
+    It loads such factors without an error, and never applies them.
+    """
+    return not name.endswith(_NOT_MULTIPLIED)
 
 
 def orders(

@@ -7,6 +7,7 @@ scaling. The file is planned before it is computed, so any part of it can be com
 bytes depend on the arguments only.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,15 @@ from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, Floats, to_float32
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import UnsupportedAdapterError
-from bonsai_lora.formats.gguf_lora import ALPHA_KEY, EMBEDDING, FOLDED_KEY, orders
+from bonsai_lora.formats.fused import MAX_EXPERTS
+from bonsai_lora.formats.gguf_lora import (
+    ALPHA_KEY,
+    BASE_NAME_KEY,
+    EMBEDDING,
+    FOLDED_KEY,
+    is_multiplied,
+    orders,
+)
 from bonsai_lora.formats.gguf_names import Change, Counterpart, Heads, to_gguf
 from bonsai_lora.formats.gguf_types import BY_NAME, TensorType
 from bonsai_lora.formats.gguf_writer import Plan, Writable, plan
@@ -32,6 +41,8 @@ _SPLIT = {"gate_up_proj": ("gate_proj", "up_proj")}
 _FUSED = re.compile(r"(?P<core>.+\.experts)\.(?P<leaf>gate_up_proj|down_proj)")
 _LARGEST = {"F32": 3.4028234e38, "BF16": 3.3895313e38, "F16": 65504.0, "Q8_0": 127 * 65504.0}
 """Largest finite value of each type."""
+_COPIES = 6
+"""Float32 copies of a tensor: widened, stacked, folded, encoded and padded; and one being sent."""
 _NUMBER = re.compile(r"(\d+)")
 
 Make = Callable[[], Floats]
@@ -120,11 +131,23 @@ class LoraFile:
 
     media_type = "application/octet-stream"
 
-    def __init__(self, made: Plan, values: Mapping[str, Make], etag: str) -> None:
+    def __init__(
+        self, made: Plan, values: Mapping[str, Make], etag: str, *, may_overflow: bool
+    ) -> None:
         self.size_bytes = made.total_bytes
         self.etag = etag
+        largest = max(math.prod(one.shape) for one in made.tensors.values())
+        self.working_bytes = _COPIES * 4 * largest
+        """Memory for one piece, while it is computed and the one before it is sent."""
+        self._may_overflow = may_overflow
         self._plan = made
         self._values = values
+
+    def check_values(self) -> None:
+        """Raise UnsupportedAdapterError for values beyond their type; computes all of them."""
+        if self._may_overflow:
+            for name, info in self._plan.tensors.items():
+                _check_size(name, info.type, self._values[name]())
 
     def pieces(self, start: int, stop: int) -> Iterator[Callable[[], memoryview]]:
         """Yield what computes the bytes [start, stop), a tensor at a time."""
@@ -168,7 +191,7 @@ def encode_lora(
 
     Rows that Q8_0 cannot store, being no multiple of 32 values, become F16, as in llama.cpp's
     converter. With `folding`, that of the base, A is folded for the weights that are. Raises
-    UnsupportedAdapterError for what a GGUF LoRA cannot express, and for values beyond the type.
+    UnsupportedAdapterError for what a GGUF LoRA cannot express. Nothing is computed yet.
     """
     targets = _targets(lora_set, options, model)
     alpha = _common_alpha(targets)
@@ -181,11 +204,10 @@ def encode_lora(
             ("lora_b", one.b_shape, partial(one.b_values, model.heads, is_scaled=alpha == 0)),
         ):
             kind, name = _kind(dtype, shape[-1]), f"{one.name}.{half}"
-            if alpha == 0 or folding is not None or kind.name in ("F16", "Q8_0"):
-                _check_size(name, kind, make())
             layout[name], values[name] = (kind, shape), make
     made = plan(_pairs(lora_set, model, alpha, is_folded=folding is not None), layout)
-    return LoraFile(made, values, etag)
+    may_overflow = dtype != "F32" or alpha == 0 or folding is not None
+    return LoraFile(made, values, etag, may_overflow=may_overflow)
 
 
 def _pairs(
@@ -196,10 +218,15 @@ def _pairs(
         "general.type": "adapter",
         "adapter.type": "lora",
         "general.name": lora_set.adapter_name,
+        **_base_pairs(lora_set.base_model_name),
         ALPHA_KEY: np.float32(alpha),
         **({FOLDED_KEY: True} if is_folded else {}),
         "general.quantization_version": np.uint32(2),
     }
+
+
+def _base_pairs(name: str) -> dict[str, Writable]:
+    return {"general.base_model.count": np.uint32(1), BASE_NAME_KEY: name} if name else {}
 
 
 def _kind(dtype: str, width: int) -> TensorType:
@@ -235,10 +262,11 @@ def _targets(lora_set: BonsaiLoraSet, options: BaseOptions, model: Model) -> lis
     counterparts: dict[str, Counterpart] = {}
     for name, adapter in _weights(lora_set, options):
         counterpart = to_gguf(model.architecture, name)
-        if counterpart is None:
+        if counterpart is None or not is_multiplied(counterpart.name):
             raise UnsupportedAdapterError(
-                f"{name!r} has no name in GGUF for architecture {model.architecture!r}; expected "
-                "one such as model.layers.0.self_attn.q_proj.weight",
+                f"{name!r} is not a matrix with a name in GGUF for architecture "
+                f"{model.architecture!r}; expected one such as "
+                "model.layers.0.self_attn.q_proj.weight",
                 module=name,
                 architecture=model.architecture,
             )
@@ -263,12 +291,12 @@ def _natural(name: str) -> Iterator[tuple[int, str]]:
 def _target(counterpart: Counterpart, adapters: Mapping[int, LoraAdapter], model: Model) -> _Target:
     experts = None
     if counterpart.expert is not None:
-        experts = model.experts or max(adapters) + 1
+        experts = min(model.experts or max(adapters) + 1, MAX_EXPERTS)
         shapes = sorted({(one.d_in, one.d_out) for one in adapters.values()})
         if len(shapes) > 1 or max(adapters) >= experts:
             raise UnsupportedAdapterError(
                 f"the experts of {counterpart.name!r} have the shapes {shapes} and numbers up to "
-                f"{max(adapters)}; expected one shape, and {experts} experts as the base has",
+                f"{max(adapters)}; expected one shape, and numbers below {experts}",
                 module=counterpart.name,
             )
     return _Target(counterpart.name, counterpart.change, adapters, experts)

@@ -30,6 +30,9 @@ from bonsai_lora.formats.peft_keys import (
 )
 from bonsai_lora.formats.peft_patterns import keys_of
 
+GGUF_ARCHITECTURE = "gguf_architecture"
+"""Field of the stored configuration of a GGUF LoRA: whose tensor names it had. Never exported."""
+
 
 @dataclass(frozen=True, slots=True)
 class PeftAdapter:
@@ -133,7 +136,7 @@ def encode_config(lora_set: BonsaiLoraSet, original: Mapping[str, Any] | None) -
     A scaling that is not alpha / r (rsLoRA) is written as the alpha that yields it.
     """
     if original is not None:
-        return dict(original)
+        return {key: one for key, one in original.items() if key != GGUF_ARCHITECTURE}
     config = lora_set.registry.config
     adapters = lora_set.registry.adapters
     alphas = {name: _exported_alpha(one) for name, one in adapters.items()}

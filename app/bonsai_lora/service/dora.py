@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
-from bonsai_lora.checkpoints.bases import Base, BaseFolder, row_norms
+from bonsai_lora.checkpoints.base import Base, row_norms
+from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.orientation import Fit, as_stored, is_any_transposed
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Floats

@@ -1,17 +1,28 @@
 """GGUF LoRA files: import one as a set, and export a set as one."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
+from bonsai_lora.checkpoints.base import Base
 from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.checkpoints.gguf_base import GgufBase
+from bonsai_lora.checkpoints.safetensors_base import SafetensorsBase
 from bonsai_lora.core.shapes import MODELS
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError
 from bonsai_lora.formats import peft
 from bonsai_lora.formats.gguf import read_header, reader_of
-from bonsai_lora.formats.gguf_lora import check_is_lora, decode_lora, float32_bytes
+from bonsai_lora.formats.gguf_lora import (
+    BASE_NAME_KEY,
+    check_is_lora,
+    copied_bytes,
+    count_modules,
+    decode_lora,
+    float32_bytes,
+)
 from bonsai_lora.formats.gguf_lora_writer import LoraFile, Model, encode_lora
-from bonsai_lora.formats.gguf_names import ARCHITECTURES, Heads
+from bonsai_lora.formats.gguf_names import ARCHITECTURES, Heads, to_gguf
 from bonsai_lora.formats.names import base_names, check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig
 from bonsai_lora.formats.peft_options import BaseOptions
@@ -30,6 +41,9 @@ _ARCHITECTURES = {
 _REVISION = 1
 """Part of the ETag; changes with the bytes of the files that are written."""
 
+_DEFAULT = "qwen3"
+"""Architecture of Bonsai and Qwen3. llama.cpp refuses a file of a different one than the base's."""
+
 LoraDtype = Literal["F32", "F16", "BF16", "Q8_0"]
 """Types of the tensors of a GGUF LoRA."""
 
@@ -40,6 +54,7 @@ def import_gguf(
     bases: BaseFolder,
     name: str,
     upload: WholeUpload,
+    reserve: Callable[[int], None],
     precondition: Precondition,
     *,
     base_model_name: str | None = None,
@@ -47,24 +62,28 @@ def import_gguf(
 ) -> Imported:
     """Create or replace a set from a GGUF LoRA.
 
-    `base_model_name` replaces the name in the file, `architecture` the file's own. Raises the
-    errors of `read_header`, `decode_lora`, `peft.decode_adapter` and `store_import`, and then
-    changes nothing.
+    `reserve` counts memory before it is taken. `base_model_name` replaces the name in the file,
+    `architecture` the file's own. Raises the errors of `read_header`, `reserve`, `decode_lora`,
+    `peft.decode_adapter` and `store_import`, and then changes nothing.
     """
     check_set_name(name)
     content = upload.finish()
     read = reader_of(content)
     header = read_header(read, len(content), limit=limits.max_header_bytes)
     check_is_lora(header)
+    # Before anything is made: a stack of a few kilobytes has thousands of experts.
+    limits.check_modules(count_modules(header))
     limits.check_budget(store, name, float32_bytes(header))
-    named = header.get("general.base_model.0.name") if base_model_name is None else base_model_name
+    reserve(copied_bytes(header, architecture))
+    named = header.get(BASE_NAME_KEY) if base_model_name is None else base_model_name
     base = named if isinstance(named, str) else ""
-    model = _model_of(bases, base)
+    model = _model_of(_find(bases, base), base)
     found = decode_lora(header, read, architecture, None if model is None else model.heads)
     config = {**found.config, "base_model_name_or_path": base or None}
     adapter = peft.decode_adapter(PeftConfig(config), found.tensors, name)
     adapter.ignored_keys.extend(found.ignored_keys)
-    return store_import(store, limits, adapter, "gguf", precondition)
+    own = {**adapter.config, peft.GGUF_ARCHITECTURE: architecture or header.architecture}
+    return store_import(store, limits, replace(adapter, config=own), "gguf", precondition)
 
 
 def export_gguf(
@@ -77,55 +96,74 @@ def export_gguf(
 ) -> LoraFile:
     """Return a set as a GGUF LoRA.
 
-    The architecture is the given one, that of the base in the service, or that of a known model.
-    Raises InvalidRequestError if it is unknown, UnsupportedAdapterError for a set that no GGUF LoRA
-    can express.
+    The architecture is the given one, else that of the base in the service or of a known model,
+    else that of the GGUF LoRA that was uploaded, else qwen3 if all modules have names in it. Raises
+    InvalidRequestError if it is unknown, UnsupportedAdapterError for a set that no GGUF LoRA can
+    express.
     """
     lora_set = stored.lora_set
-    model = _model_of(bases, lora_set.base_model_name)
+    base = _find(bases, lora_set.base_model_name)
+    model = _model_of(base, lora_set.base_model_name)
     if model is None or architecture not in (None, model.architecture):
-        model = Model(_given(architecture, lora_set.base_model_name))
-    if is_folded:
+        model = Model(_architecture_of(stored, architecture))
+    folding = base.folding if is_folded and base is not None else None
+    if is_folded and folding is None:
         raise UnsupportedAdapterError(
             f"folded is true, but no base {lora_set.base_model_name!r} with Hadamard-folded "
             "weights is served; remove folded, which only such bases need",
             field="folded",
         )
     options = BaseOptions.of(stored.adapter_config)
-    return encode_lora(lora_set, options, model, dtype, _etag(stored, dtype, model))
+    digest = base.digest if folding is not None and base is not None else ""
+    etag = _etag(stored, dtype, model, digest)
+    return encode_lora(lora_set, options, model, dtype, etag, folding)
 
 
-def _etag(stored: StoredSet, dtype: str, model: Model) -> str:
-    """Return an ETag that differs wherever the bytes do."""
-    digest = hashlib.sha256(repr((_REVISION, dtype, model)).encode()).hexdigest()
+def _etag(stored: StoredSet, dtype: str, model: Model, folded_for: str) -> str:
+    """Return an ETag that differs wherever the bytes do; `folded_for` is the digest of a base."""
+    about = (_REVISION, dtype, model, *([folded_for] if folded_for else ()))
+    digest = hashlib.sha256(repr(about).encode()).hexdigest()
     return f'{stored.record.etag[:-1]}-gguf-{digest[:16]}"'
 
 
-def _given(architecture: str | None, base_model_name: str) -> str:
-    known = ", ".join(sorted(ARCHITECTURES))
-    if architecture is None:
-        raise InvalidRequestError(
-            f"the base {base_model_name[:100]!r} is not served here, so that its architecture, "
-            f"which names the tensors, is unknown; give architecture=, one of {known}",
-            field="architecture",
-            expected=sorted(ARCHITECTURES),
+def _architecture_of(stored: StoredSet, given: str | None) -> str:
+    if given is None:
+        own = (stored.adapter_config or {}).get(peft.GGUF_ARCHITECTURE)
+        if isinstance(own, str) and own in ARCHITECTURES:
+            return own
+        modules = stored.lora_set.registry.adapters
+        foreign = [one for one in modules if to_gguf(_DEFAULT, f"{one}.weight") is None]
+        if not foreign:
+            return _DEFAULT
+        problem = (
+            f"the base {stored.lora_set.base_model_name[:100]!r} is not served here, and module "
+            f"{foreign[0]!r} is unknown for the default architecture {_DEFAULT!r}"
         )
-    if architecture not in ARCHITECTURES:
-        raise InvalidRequestError(
-            f"architecture {architecture!r} is unknown; expected one of {known}",
-            field="architecture",
-            got=architecture,
-            expected=sorted(ARCHITECTURES),
-        )
-    return architecture
+    elif given in ARCHITECTURES:
+        return given
+    else:
+        problem = f"architecture {given!r} is unknown"
+    raise InvalidRequestError(
+        f"{problem}; give as architecture= one of {', '.join(sorted(ARCHITECTURES))}",
+        field="architecture",
+        got=given,
+        expected=sorted(ARCHITECTURES),
+    )
 
 
-def _model_of(bases: BaseFolder, base_model_name: str) -> Model | None:
-    """Return what is known of a base by its config.json, or by its name; None if nothing is."""
-    base = bases.find(base_model_name) if base_model_name else None
-    if base is None:
-        known = any(name.lower() in MODELS for name in base_names(base_model_name))
-        return Model("qwen3") if known else None
+def _find(bases: BaseFolder, base_model_name: str) -> Base | None:
+    return bases.find(base_model_name) if base_model_name else None
+
+
+def _model_of(base: Base | None, base_model_name: str) -> Model | None:
+    """Return what is known of a base by its files, or by its name; None if nothing is."""
+    if isinstance(base, GgufBase):
+        is_known = base.architecture in ARCHITECTURES
+        known = Model(base.architecture, base.heads, base.is_tied, base.experts)
+        return known if is_known else None
+    if not isinstance(base, SafetensorsBase):
+        is_known = any(name.lower() in MODELS for name in base_names(base_model_name))
+        return Model("qwen3") if is_known else None
     architecture = _ARCHITECTURES.get(base.model_type)
     if architecture is None:
         return None

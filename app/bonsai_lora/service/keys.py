@@ -11,7 +11,7 @@ import math
 import re
 import secrets
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -64,6 +64,17 @@ class Key:
         """Whether every name is the key's: it has the prefix "" or the scope admin."""
         return "" in self.prefixes or "admin" in self.scopes
 
+    @property
+    def starts(self) -> list[str]:
+        """The shortest prefixes, of which no name has two."""
+        if self.sees_all:
+            return [""]
+        found: list[str] = []
+        for one in sorted(set(self.prefixes)):
+            if not one.startswith(tuple(found)):
+                found.append(one)
+        return found
+
     def owns(self, name: str) -> bool:
         """Return whether `name` is one that the key may use."""
         return name.startswith(self.prefixes) or "admin" in self.scopes
@@ -78,6 +89,13 @@ NOBODY = Key("nobody", b"", frozenset(), ())
 def may(key: Key, scope: Scope, name: str) -> bool:
     """Return whether `key` may do what `scope` stands for to the set `name`."""
     return scope in key.scopes and key.owns(name)
+
+
+def narrowed(starts: Sequence[str], prefix: str) -> list[str]:
+    """Return the starts of the names that begin with one of `starts` and with `prefix`."""
+    if prefix.startswith(tuple(starts)):
+        return [prefix]
+    return [one for one in starts if one.startswith(prefix)]
 
 
 def missing_scope(key: Key, scope: Scope) -> ForbiddenError:

@@ -3,9 +3,14 @@
 import contextlib
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
-from bonsai_lora.checkpoints.bases import Base, BaseFolder
+from bonsai_lora.checkpoints.base import Base
+from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
+from bonsai_lora.checkpoints.merged_files import DEFAULT, Rendering, hub_files, merged_files
+from bonsai_lora.checkpoints.parts import MergedFile
 from bonsai_lora.errors import BaseNotFoundError, InvalidRequestError, counted
 from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.service.view import SetView
@@ -26,6 +31,9 @@ class MergedModels:
             tuple[str, tuple[tuple[str, float], ...], str | None],
             tuple[Base, list[StoredSet], MergedModel],
         ] = OrderedDict()
+        self._files: WeakKeyDictionary[
+            MergedModel, tuple[Rendering | None, Mapping[str, MergedFile]]
+        ] = WeakKeyDictionary()
 
     def get(
         self, store: SetView, base_name: str, sets: WeightedSets, match: str | None = None
@@ -62,6 +70,32 @@ class MergedModels:
             with contextlib.suppress(KeyError):
                 self._known.popitem(last=False)
         return model
+
+    def files(
+        self,
+        store: SetView,
+        base_name: str,
+        sets: WeightedSets,
+        match: str | None = None,
+        rendering: Rendering = DEFAULT,
+    ) -> Mapping[str, MergedFile]:
+        """Return the files of the merged model by name.
+
+        Raises the errors of `get`, and those of merged_files.
+        """
+        model = self.get(store, base_name, sets, match)
+        return self._cached(model, rendering)
+
+    def hub_files(self, model: MergedModel) -> Mapping[str, MergedFile]:
+        """Return the files of a merged model that Hugging Face clients load."""
+        return self._cached(model, None)
+
+    def _cached(self, model: MergedModel, rendering: Rendering | None) -> Mapping[str, MergedFile]:
+        known = self._files.get(model)
+        if known is None or known[0] != rendering:
+            files = hub_files(model) if rendering is None else merged_files(model, rendering)
+            known = self._files[model] = rendering, files
+        return known[1]
 
     def _forget(self, base_name: str) -> None:
         """Drop a deleted base, whose open mappings would keep its disk space in use."""

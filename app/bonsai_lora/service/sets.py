@@ -1,6 +1,5 @@
 """Create, import, change, list, export and delete sets."""
 
-import bisect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ from bonsai_lora.errors import (
     AdapterNotFoundError,
     InvalidAdapterError,
     InvalidRequestError,
-    NewerFormatError,
     SetExistsError,
     SetNotFoundError,
     UnsupportedAdapterError,
@@ -77,7 +75,7 @@ def create_set(
             field="target_modules",
         )
     with store.lock(name):
-        _refuse_existing(store, name)
+        refuse_existing(store, name)
         needed = sum(adapter_bytes(*shape, config.rank) for shape in kept.values())
         limits.check_budget(store, name, needed)
         with Reservation(memory) as reserved:
@@ -172,22 +170,11 @@ def name_base(
 
 
 def list_sets(
-    store: SetView, *, limit: int, cursor: str | None, base_model_name: str | None
+    store: SetView, *, limit: int, cursor: str | None, base_model_name: str | None, prefix: str
 ) -> tuple[list[SetRecord], str | None]:
     """Return up to `limit` records after `cursor`, sorted by name, and the next cursor."""
-    names = store.list_names()
-    start = bisect.bisect_right(names, cursor) if cursor else 0
-    found: list[SetRecord] = []
-    for name in names[start:]:
-        try:
-            record = store.read_record(name)
-        except (SetNotFoundError, NewerFormatError):
-            continue
-        if base_model_name is None or record.base_model_name == base_model_name:
-            if len(found) == limit:
-                return found, found[-1].name
-            found.append(record)
-    return found, None
+    found = store.page(prefix, after=cursor or "", base_model_name=base_model_name, limit=limit + 1)
+    return found[:limit], found[limit - 1].name if len(found) > limit else None
 
 
 def delete_set(store: SetView, name: str, precondition: Precondition) -> None:
@@ -311,6 +298,22 @@ def _write(
         )
 
 
+def store_new(
+    store: SetView,
+    limits: Limits,
+    lora_set: BonsaiLoraSet,
+    *,
+    origin: str,
+    adapter_config: Mapping[str, Any] | None = None,
+) -> StoredSet:
+    """Store a computed set under a name that is free; raises SetExistsError, MemoryBudgetError."""
+    with store.lock(lora_set.adapter_name):
+        refuse_existing(store, lora_set.adapter_name)
+        return _write(
+            store, limits, lora_set, origin=origin, previous=None, adapter_config=adapter_config
+        )
+
+
 def _refuse_beside_variants(present: StoredSet) -> None:
     """Raise if the set has a kind of adapter that PEFT configures only for a whole set."""
     lora_set = present.lora_set
@@ -377,7 +380,8 @@ def _check_factors(tensors: Mapping[str, Array]) -> tuple[Array, Array]:
     return a_matrix, b_matrix
 
 
-def _refuse_existing(store: SetView, name: str) -> None:
+def refuse_existing(store: SetView, name: str) -> None:
+    """Raise SetExistsError if there is a set of this name."""
     if _record_or_none(store, name) is not None:
         raise SetExistsError(
             f"a set named {name!r} already exists; DELETE /v1/sets/{name} first, or PUT a PEFT "

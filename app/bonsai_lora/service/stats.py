@@ -27,14 +27,14 @@ class StoreStats:
 
 def store_stats(store: SetView) -> StoreStats:
     """Return the statistics of all sets."""
-    records = store.records()
+    sums = store.sums()
     return StoreStats(
-        len(records),
+        sums.sets,
         len(store.bad_files()),
-        len(store.newer_files()),
-        sum(one.adapter_count for one in records),
-        sum(one.total_trainable_params for one in records),
-        sum(one.total_memory_bytes for one in records),
+        sums.newer,
+        sums.adapters,
+        sums.params,
+        sums.held_bytes,
         sum(one.resident_bytes() for one in store.open_sets()),
-        sorted(records, key=lambda one: -one.total_memory_bytes)[:LARGEST_SETS],
+        store.largest(LARGEST_SETS),
     )

@@ -13,7 +13,8 @@ from typing import Any, BinaryIO, TypeVar
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import NameNotYoursError, QuotaExceededError, SetNotFoundError
 from bonsai_lora.formats.names import check_set_name
-from bonsai_lora.service.keys import ANYONE, Key, Scope, may
+from bonsai_lora.service.keys import ANYONE, Key, Scope, may, narrowed
+from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.upload import ReceivedUpload
@@ -81,13 +82,26 @@ class SetView:
         self._check(name)
         return self._store.read_record(name)
 
-    def list_names(self) -> list[str]:
-        """Return the names of the caller's sets, sorted."""
-        return [name for name in self._store.list_names() if self.key.owns(name)]
-
     def records(self) -> list[SetRecord]:
         """Return the records of the caller's sets, sorted by name."""
-        return [one for one in self._store.records() if self.key.owns(one.name)]
+        return self.page("", after="", base_model_name=None, limit=-1)
+
+    def page(
+        self, prefix: str, *, after: str, base_model_name: str | None, limit: int
+    ) -> list[SetRecord]:
+        """Return up to `limit` records (-1: all) of names that begin with `prefix`, by name."""
+        starts = narrowed(self.key.starts, prefix)
+        return self._store.listing.ask(
+            lambda index: index.page(starts, after=after, base=base_model_name, limit=limit)
+        )
+
+    def sums(self) -> Sums:
+        """Return the sums over the caller's sets."""
+        return self._store.listing.ask(lambda index: index.sums(*self.key.starts))
+
+    def largest(self, limit: int) -> list[SetRecord]:
+        """Return the records of the caller's largest sets, the largest first."""
+        return self._store.listing.ask(lambda index: index.largest(self.key.starts, limit))
 
     def open_sets(self) -> list[StoredSet]:
         """Return the caller's sets that this process has open."""
@@ -106,9 +120,8 @@ class SetView:
 
     def totals(self) -> Totals:
         """Return the numbers of all sets and files, whoever asks."""
-        store = self._store
-        records = store.records()
-        return Totals(len(records), len(store.bad_files()), len(store.newer_files()))
+        sums = self._store.listing.ask(lambda index: index.sums(""))
+        return Totals(sums.sets, len(self._store.bad_files()), sums.newer)
 
     def is_writable(self) -> bool:
         """Return whether the store can be changed, whoever asks."""
@@ -132,11 +145,13 @@ class SetView:
         quota = self.key.quota
         if quota.sets is None and quota.bytes is None:
             return
-        others = [one for one in self.records() if one.name != name]
-        count, held = len(others) + 1, sum(one.total_memory_bytes for one in others)
+        total = self.sums()
+        present = self._store.listing.ask(lambda index: index.sums_of(name))
+        others, held = total.sets - present.sets, total.held_bytes - present.held_bytes
+        count = others + 1
         if quota.sets is not None and count > quota.sets:
             raise QuotaExceededError(
-                f"the key's prefixes have {len(others)} sets, and its quota is "
+                f"the key's prefixes have {others} sets, and its quota is "
                 f"{quota.sets}; delete sets, or use another key",
                 got=count,
                 limit=quota.sets,

@@ -7,7 +7,7 @@ lane has places for requests and threads of its own.
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self, TypeVar
 
@@ -64,6 +64,30 @@ class Lane:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         finally:
             self.waiting -= 1
+
+    async def run_each(self, works: Sequence[Callable[[], T]], at_once: int) -> list[T]:
+        """Run each of `works` in a thread, `at_once` at a time, and return their results.
+
+        Other work gets its turn in between. After an error none of the rest is started, and the
+        error is raised when those that run have ended.
+        """
+        results: dict[int, T] = {}
+        pending = deque(enumerate(works))
+
+        async def run_some() -> None:
+            while pending:
+                index, work = pending.popleft()
+                try:
+                    results[index] = await self.run(work)
+                except BaseException:
+                    pending.clear()
+                    raise
+
+        done = await asyncio.gather(*(run_some() for _ in range(at_once)), return_exceptions=True)
+        for error in done:
+            if error is not None:
+                raise error
+        return [results[index] for index in range(len(works))]
 
 
 class Place:

@@ -92,7 +92,7 @@ class SetRecord:
     """RFC 3339, UTC."""
     updated_at: str
     origin: str
-    """initialized, peft, mlx, gguf or mixed."""
+    """initialized, peft, mlx, gguf, mixed or combined."""
     base_model_name: str
     config: LoraConfig
     adapter_count: int
@@ -208,7 +208,7 @@ class NewSet:
             for name, one in self.lora_set.registry.adapters.items()
         }
         metadata = {
-            _RECORD_KEY: _encode_record(replace(self.record, digest=digest)),
+            _RECORD_KEY: record_to_text(replace(self.record, digest=digest)),
             "format": "pt",
             _MODULES_KEY: json.dumps(modules),
         }
@@ -268,6 +268,11 @@ def record_of(path: Path, file: BinaryIO) -> SetRecord:
     return record
 
 
+def record_from_text(name: str, text: str) -> SetRecord:
+    """Return the record of set `name` from JSON; raises the errors of `read_record`."""
+    return _decode_record(Path(f"{name}.safetensors"), {_RECORD_KEY: text})
+
+
 def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord) -> BonsaiLoraSet:
     def tensor(key: str | None) -> Array | None:
         return None if key is None else safetensors.view(mapped, header, key)
@@ -312,7 +317,8 @@ def _check_values(lora_set: BonsaiLoraSet) -> None:
             raise MalformedSafetensorsError(f"{name} has NaN or infinity; expected finite numbers")
 
 
-def _encode_record(record: SetRecord) -> str:
+def record_to_text(record: SetRecord) -> str:
+    """Return a record as JSON, as it stands in the file."""
     known = {name: getattr(record, name) for name in _RECORD_TYPES}
     known["config"] = record.config.to_dict()
     # With the version, as an earlier release keeps this key when it changes the tensors.

@@ -6,7 +6,6 @@ processes do not notify each other.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import logging
@@ -25,7 +24,6 @@ from typing import Any, BinaryIO, TypeVar
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import (
     BonsaiLoraError,
-    BusyError,
     NewerFormatError,
     SetNotFoundError,
     StoreFullError,
@@ -34,7 +32,11 @@ from bonsai_lora.errors import (
 from bonsai_lora.formats.identity import Identity, identity_of
 from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.formats.peft import set_tensors
+from bonsai_lora.storage.disk import storage_errors, synced
 from bonsai_lora.storage.in_use import OpenNames, suspects
+from bonsai_lora.storage.index import SetIndex
+from bonsai_lora.storage.leftovers import remove_leftovers
+from bonsai_lora.storage.listing import SUFFIX, Listing
 from bonsai_lora.storage.setfile import (
     RECORD_FORMAT,
     NewSet,
@@ -48,7 +50,6 @@ from bonsai_lora.storage.setfile import (
 from bonsai_lora.storage.upload import ReceivedUpload
 from bonsai_lora.storage.verify import OnPiece, verify_set_file
 
-_SUFFIX = ".safetensors"
 _LOCKS = 64
 _SIZE = 3
 """Place of a file's length in its identity."""
@@ -56,7 +57,7 @@ _QUICK_BYTES = 1 << 20
 """A file up to this length is opened in milliseconds, whatever is in it."""
 _QUICK_HEADER_BYTES = 1 << 16
 """A longer one is, with a header up to this length."""
-_LEFTOVER_SECONDS = 60
+_MOST_RECORDS = 1 << 12
 _UNREADABLE = (BonsaiLoraError, LookupError, ValueError, TypeError, AttributeError, RecursionError)
 """Exceptions that reading a foreign or damaged file may raise."""
 
@@ -92,10 +93,12 @@ class SetStore:
         self._names = None if shared is None else OpenNames(shared)
         self.on_open: Callable[[SetRecord], None] | None = None
         """Called with the record of each version that `read` opens."""
+        self.listing = Listing(root, self.read_record)
+        """The table of all sets, for pages and sums."""
         for folder in (self._sets, self.temporary, self._locks):
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
+        remove_leftovers(self.temporary)
 
     def is_writable(self) -> bool:
         """Return whether this process may change sets."""
@@ -103,31 +106,27 @@ class SetStore:
 
     def list_names(self) -> list[str]:
         """Return the names of all sets, sorted."""
-        names = (entry.name.removesuffix(_SUFFIX) for entry in os.scandir(self._sets))
+        names = (entry.name.removesuffix(SUFFIX) for entry in os.scandir(self._sets))
         return sorted(name for name in names if is_set_name(name))
 
     def records(self) -> list[SetRecord]:
         """Return the records of all sets, sorted by name.
 
-        Leaves out sets that are deleted meanwhile, and those that a newer release wrote.
+        Leaves out sets that a newer release wrote.
         """
-        found = []
-        names = self.list_names()
-        for name in names:
-            with contextlib.suppress(SetNotFoundError, NewerFormatError):
-                found.append(self.read_record(name))
-        # Release sets that other processes have deleted.
-        for gone in (self._open.keys() | self._records.keys() | self._newer.keys()) - set(names):
-            self.forget(gone)
-        return found
+        return self.listing.ask(lambda index: index.page([""], after="", base=None, limit=-1))
 
     def held_bytes(self, besides: str) -> int:
         """Return the size in bytes of all sets but one, as float32.
 
         Sets that a newer release wrote count as much as their files.
         """
-        held = sum(one.total_memory_bytes for one in self.records() if one.name != besides)
-        return held + sum(self.newer_files().values())
+
+        def held(index: SetIndex) -> int:
+            total, one = index.sums(""), index.sums_of(besides)
+            return total.held_bytes + total.newer_bytes - one.held_bytes - one.newer_bytes
+
+        return self.listing.ask(held)
 
     def read_record(self, name: str) -> SetRecord:
         """Return the record of a set; raises SetNotFoundError, NewerFormatError."""
@@ -136,6 +135,8 @@ class SetStore:
         if known is not None and known[0] == identity:
             return known[1]
         record = self._checked(name, identity, read_record)
+        if len(self._records) >= _MOST_RECORDS:
+            self._records.clear()
         self._records[name] = (identity, record)
         return record
 
@@ -174,7 +175,7 @@ class SetStore:
     def _opens_quickly(self, name: str) -> bool:
         if name in self._suspects or self.read_record(name).digest is None:
             return False
-        with _storage_errors(), self._path(name).open("rb") as file:
+        with storage_errors(), self._path(name).open("rb") as file:
             return int.from_bytes(file.read(8), "little") <= _QUICK_HEADER_BYTES
 
     def verify(self, name: str, on_piece: OnPiece | None = None) -> SetRecord:
@@ -200,7 +201,7 @@ class SetStore:
     @contextlib.contextmanager
     def _locked(self, name: str, *, wait: bool = True) -> Iterator[None]:
         """Hold a lock file; with `wait=False`, raises BlockingIOError if it is held."""
-        with _storage_errors(), (self._locks / name).open("w") as file:
+        with storage_errors(), (self._locks / name).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
 
@@ -236,13 +237,13 @@ class SetStore:
             data_bytes=sum(one.nbytes for one in set_tensors(lora_set).values()),
         )
         new = NewSet(record, lora_set, adapter_config)
-        with _storage_errors():
+        with storage_errors():
             if received is not None and write_header(new, *received):
-                self._commit(received[0].file, record.name)
+                self.commit(received[0].file, record.name)
             else:
                 with self.new_file() as file:
                     write_set_file(file, new)
-                    self._commit(file, record.name)
+                    self.commit(file, record.name)
         return self._open_version(record.name, self._identity(record.name))
 
     @contextlib.contextmanager
@@ -252,7 +253,7 @@ class SetStore:
         It is locked while in use, so that a starting process does not remove it as a leftover.
         """
         path = self.temporary / secrets.token_hex(16)
-        with _storage_errors(), path.open("x+b") as file:
+        with storage_errors(), path.open("x+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 yield file
@@ -263,36 +264,39 @@ class SetStore:
         """Delete a set durably; raises SetNotFoundError. Call with `lock` held."""
         if not is_set_name(name):
             raise SetNotFoundError(name)
-        with _storage_errors(), _synced(self._sets):
+        with storage_errors(), self.lock_all(), synced(self._sets):
             try:
-                self._path(name).unlink()
+                self.listing.change(name, self._path(name).unlink)
             except FileNotFoundError:
                 raise SetNotFoundError(name) from None
         self.forget(name)
 
     def open_sets(self) -> list[StoredSet]:
-        """Return the sets that this process has open."""
+        """Return the sets that this process has open; releases those that others have deleted."""
+        for name in list(self._open):
+            with contextlib.suppress(SetNotFoundError):
+                self._identity(name)
         return [opened for _, opened in list(self._open.values())]
 
-    def _commit(self, file: BinaryIO, name: str) -> None:
-        """Rename a temporary file to the file of `name`, durably."""
+    def commit(self, file: BinaryIO, name: str) -> None:
+        """Rename a file of `new_file` to the file of `name`, durably. Call with `lock` held."""
         # Open the folder first: running out of descriptors must not fail a completed write.
-        with _synced(self._sets):
+        with synced(self._sets):
             file.flush()
             # The kernel's timestamps are milliseconds apart; identities need nanoseconds.
             now = time.time_ns()
             os.utime(file.fileno(), ns=(now, now))
             os.fsync(file.fileno())
-            Path(file.name).rename(self._path(name))
+            self.listing.change(name, partial(os.rename, file.name, self._path(name)))
 
     def _path(self, name: str) -> Path:
-        return self._sets / f"{name}{_SUFFIX}"
+        return self._sets / f"{name}{SUFFIX}"
 
     def _identity(self, name: str) -> Identity:
         if not is_set_name(name):
             raise SetNotFoundError(name)
         try:
-            status = os.stat(f"{self._sets_prefix}{name}{_SUFFIX}")  # noqa: PTH116 - hot path
+            status = os.stat(f"{self._sets_prefix}{name}{SUFFIX}")  # noqa: PTH116 - hot path
         except FileNotFoundError:
             self.forget(name)
             raise SetNotFoundError(name) from None
@@ -341,7 +345,7 @@ class SetStore:
         except FileNotFoundError:
             raise SetNotFoundError(name) from None
         except OSError as error:
-            with _storage_errors():
+            with storage_errors():
                 raise
             raise SetNotFoundError(name) from error
         except NewerFormatError as error:
@@ -365,14 +369,14 @@ class SetStore:
             _log.error("the file of set %r is unreadable and is moved aside: %s", name, reason)
             self._bad.mkdir(exist_ok=True)
             target = self._bad / f"{name}.{secrets.token_hex(4)}"
-            self._path(name).rename(target.with_name(f"{target.name}{_SUFFIX}"))
+            self._path(name).rename(target.with_name(f"{target.name}{SUFFIX}"))
             target.with_name(f"{target.name}.reason").write_text(reason, encoding="utf-8")
             return
         self._unreadable[name] = reason
 
     def newer_files(self) -> dict[str, int]:
         """Return the sizes in bytes, by set name, of files that a newer release wrote."""
-        return {name: identity[3] for name, (identity, _) in sorted(self._newer.items())}
+        return self.listing.ask(SetIndex.newer_files)
 
     def bad_files(self) -> dict[str, str]:
         """Return the reasons, by set name, of unreadable files that still exist."""
@@ -386,44 +390,3 @@ class SetStore:
             for path in sorted(self._bad.glob("*.reason")):
                 found[path.name.rsplit(".", 2)[0]] = path.read_text(encoding="utf-8")
         return found
-
-    def _remove_leftovers(self) -> None:
-        """Remove unlocked temporary files; a new, empty one may be about to be locked."""
-        for path in self.temporary.iterdir():
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                status = path.stat()
-                if status.st_size or time.time() - status.st_mtime > _LEFTOVER_SECONDS:
-                    path.unlink()
-
-
-@contextlib.contextmanager
-def _synced(folder: Path) -> Iterator[None]:
-    """Make changes in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _storage_errors() -> Iterator[None]:
-    """Turn OSErrors of a full, read-only or overloaded system into errors of the API."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise StoreFullError(
-                "the disk of the store is full and nothing was changed; delete sets, or enlarge "
-                "the disk"
-            ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            raise StoreReadOnlyError(
-                "the store is read-only and nothing was changed; give the service write access to "
-                "its folder"
-            ) from error
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise BusyError("too many files are open; retry in a second") from error
-        raise

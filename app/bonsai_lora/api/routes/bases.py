@@ -1,7 +1,8 @@
 """Base checkpoints, and merged files that are computed as they are read."""
 
+from collections.abc import Mapping
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
@@ -13,7 +14,8 @@ from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.openapi import file_responses, problems
 from bonsai_lora.api.query import FiniteNumber
 from bonsai_lora.api.ranges import file_response
-from bonsai_lora.checkpoints.merged import MergedModel, merge_info
+from bonsai_lora.checkpoints.merged_files import Rendering, merge_info
+from bonsai_lora.checkpoints.parts import MergedFile
 from bonsai_lora.service.merged import weighted_sets
 
 router = APIRouter(tags=["merged checkpoints"])
@@ -36,8 +38,20 @@ Match = Annotated[
     ),
 ]
 
+Dtype = Annotated[
+    Literal["F16", "BF16", "F32", "Q8_0"] | None,
+    Query(
+        description="type of the changed tensors of a GGUF base; default: F16 in the GGUF file, "
+        "BF16 in the safetensors files, which cannot be Q8_0"
+    ),
+]
+Widen = Annotated[
+    Literal["all"] | None,
+    Query(description="`all`: write all quantized tensors of the GGUF file in this type"),
+]
 
-async def _merged_model(
+
+async def _merged_files(
     context: ContextDep,
     base: BaseName,
     name: SetName,
@@ -45,20 +59,26 @@ async def _merged_model(
     others: Others = None,
     weights: Weights = None,
     match: Match = None,
-) -> MergedModel:
+    dtype: Dtype = None,
+    widen: Widen = None,
+) -> Mapping[str, MergedFile]:
     sets = weighted_sets(name, scale, others or [], weights or [])
-    return await context.long.run(lambda: context.models.get(context.store, base, sets, match))
+    rendering = Rendering(dtype, is_widened=widen == "all")
+    return await context.long.run(
+        lambda: context.models.files(context.store, base, sets, match, rendering)
+    )
 
 
-Merged = Annotated[MergedModel, Depends(_merged_model)]
+Merged = Annotated[Mapping[str, MergedFile], Depends(_merged_files)]
 
-_MERGE_ERRORS = (
+MERGE_ERRORS = (
     errors.BaseNotFoundError,
     errors.SetNotFoundError,
     errors.InvalidBaseError,
     errors.InvalidRequestError,
     errors.ShapeMismatchError,
     errors.UnsupportedAdapterError,
+    errors.UnsupportedGgufError,
     errors.BaseChangedError,
     errors.BusyError,
 )
@@ -71,8 +91,8 @@ _MERGE_ERRORS = (
     responses=problems(),
 )
 async def list_bases(context: ContextDep) -> schemas.BaseList:
-    """Lists each folder with safetensors files under the setting `bases`. A new folder is
-    available immediately.
+    """Lists each GGUF file, and each folder with safetensors files or one GGUF file, under the
+    setting `bases`. A new one is available immediately.
     """
     found, bad = [], {}
     for name in context.bases.names():
@@ -100,11 +120,13 @@ async def get_base(context: ContextDep, base: BaseName) -> schemas.BaseInfo:
     "/v1/bases/{base}/merged/{set}",
     operation_id="list_merged_files",
     summary="List the files of a merged model",
-    responses=problems(*_MERGE_ERRORS),
+    responses=problems(*MERGE_ERRORS),
 )
-async def list_merged_files(model: Merged) -> schemas.MergedFiles:
-    """Returns names, sizes and ETags. Nothing is computed."""
-    return schemas.MergedFiles(files=[schemas.MergedFileInfo(**one) for one in merge_info(model)])
+async def list_merged_files(files: Merged) -> schemas.MergedFiles:
+    """Returns names, sizes and ETags. Nothing is computed. Of a GGUF base there are a merged GGUF
+    file, named like the base, and the same model as a Hugging Face checkpoint.
+    """
+    return schemas.MergedFiles(files=[schemas.MergedFileInfo(**one) for one in merge_info(files)])
 
 
 @router.get(
@@ -113,23 +135,23 @@ async def list_merged_files(model: Merged) -> schemas.MergedFiles:
     summary="Download a file of a merged model",
     response_class=Response,
     responses=file_responses("application/octet-stream")
-    | problems(*_MERGE_ERRORS, errors.FileNotInModelError, errors.RangeNotSatisfiableError),
+    | problems(*MERGE_ERRORS, errors.FileNotInModelError, errors.RangeNotSatisfiableError),
 )
 async def get_merged_file(
     request: Request,
     context: ContextDep,
-    model: Merged,
+    files: Merged,
     filename: Annotated[
         str, Path(description="name of a listed file", examples=["model.safetensors"])
     ],
 ) -> Response:
-    """The header, sizes and offsets are those of the base's file. Each byte range is computed when
-    it is requested, in float32, and rounded once, to nearest even.
+    """The header, sizes and offsets of a safetensors file are those of the base's file. Each byte
+    range is computed when it is requested, in float32, and rounded once, to nearest even.
     """
     filename = decode_slashes(filename)
-    file = model.file(filename)
+    file = files.get(filename)
     if file is None:
-        raise errors.FileNotInModelError(filename, model.files())
+        raise errors.FileNotInModelError(filename, list(files))
     streamed = StreamedFile(file, context.executor, context.settings.threads)
     return file_response(request, streamed, context.long)
 
@@ -143,7 +165,9 @@ def _info(context: ContextDep, name: str) -> schemas.BaseInfo:
     return schemas.BaseInfo(
         name=name,
         files=files,
-        dtypes=dict(base.parameters),
-        parameter_count=sum(base.parameters.values()),
+        format=base.format,
+        architecture=base.architecture,
+        dtypes=dict(base.dtypes),
+        parameter_count=base.parameter_count,
         ignored_files=list(base.ignored),
     )

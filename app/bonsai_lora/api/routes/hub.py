@@ -1,4 +1,5 @@
-"""The Hugging Face Hub API: `{base}/{set}` is a merged model, `adapters/{set}` the adapter.
+"""The Hugging Face Hub API: `{base}/{set}` is a merged model, `adapters/{set}` the adapter,
+`bases/{base}` the base.
 
 Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request with HF_ENDPOINT set.
 """
@@ -7,9 +8,11 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Annotated, Any
 from urllib.parse import parse_qs
 
+import anyio
 from fastapi import APIRouter, Query, Request, Response
 
 from bonsai_lora import errors
@@ -20,7 +23,7 @@ from bonsai_lora.api.errors import HubError
 from bonsai_lora.api.merged_file import StreamedFile
 from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
-from bonsai_lora.checkpoints.bases import Base
+from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.service import sets
 from bonsai_lora.service.keys import ANYONE
 from bonsai_lora.service.merged import weighted_sets
@@ -29,6 +32,7 @@ from bonsai_lora.storage.setfile import SetRecord
 router = APIRouter(include_in_schema=False)
 
 ADAPTERS = "adapters"
+BASES = "bases"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,9 @@ class _Repo:
 
     id: str
     commit: str
-    record: SetRecord
+    version: int
+    created_at: str
+    updated_at: str
     files: Mapping[str, RangedFile]
     refusal: errors.UnmergeableError | None = None
     """Why the content of the files cannot be read: the set does not fit the base.
@@ -65,8 +71,8 @@ class _Repo:
             "modelId": self.id,
             "author": self.id.partition("/")[0],
             "sha": self.commit,
-            "lastModified": self.record.updated_at,
-            "createdAt": self.record.created_at,
+            "lastModified": self.updated_at,
+            "createdAt": self.created_at,
             "private": False,
             "gated": False,
             "disabled": False,
@@ -106,11 +112,13 @@ async def list_models(
     search: Annotated[str | None, Query()] = None,
     limit: Annotated[int, Query(ge=1)] = 1000,
 ) -> list[dict[str, Any]]:
-    """Return the repositories of an author: the merged models of a base, or the adapters."""
-    owners = [author] if author else [ADAPTERS, *context.bases.names()]
+    """Return the repositories of an author: merged models of a base, adapters, or bases."""
+    bases = context.bases.names()
+    owners = [author] if author else [ADAPTERS, BASES, *bases]
     found: list[dict[str, Any]] = []
+    sets = [one.name for one in await anyio.to_thread.run_sync(context.store.records)]
     for owner in owners:
-        for name in context.store.list_names():
+        for name in bases if owner == BASES else sets:
             if search and search.lower() not in f"{owner}/{name}".lower():
                 continue
             try:
@@ -165,8 +173,8 @@ async def refs(context: ContextDep, owner: str, name: str) -> Response:
 async def commits(context: ContextDep, owner: str, name: str, revision: str) -> Response:
     """Return the current commit; older versions are not kept."""
     repo = await _repo(context, owner, name, revision)
-    title = f"Version {repo.record.version}"
-    date = repo.record.updated_at
+    title = f"Version {repo.version}"
+    date = repo.updated_at
     return _json([{"id": repo.commit, "title": title, "message": "", "authors": [], "date": date}])
 
 
@@ -187,7 +195,7 @@ async def whoami(context: ContextDep) -> Response:
 
 async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo:
     """Return a repository at `revision`: main, the set's version, or the commit."""
-    make = _adapter_repo if owner == ADAPTERS else _merged_repo
+    make = _MAKERS.get(owner, _merged_repo)
     try:
         repo = await context.long.run(lambda: make(context, owner, name))
     except (errors.NotFoundError, errors.InvalidError) as error:
@@ -195,7 +203,7 @@ async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo
             raise HubError("RepoNotFound", error.detail) from None
         # As the Hub answers for what a token does not see, whether it exists or not.
         raise errors.UnauthenticatedError(error.detail) from None
-    version = str(repo.record.version)
+    version = str(repo.version)
     if revision not in ("main", version, repo.commit):
         raise HubError(
             "RevisionNotFound",
@@ -213,7 +221,7 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
         "adapter_model.safetensors": _bytes_file(stored.file, record.etag, "model"),
     }
     commit = hashlib.sha256(record.etag.encode()).hexdigest()[:40]
-    return _Repo(f"{owner}/{name}", commit, record, files)
+    return _of_set(f"{owner}/{name}", commit, record, files)
 
 
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
@@ -222,16 +230,39 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
         model = context.models.get(context.store, owner, weighted_sets(name, 1.0, [], []))
     except errors.InvalidError as error:
         return _refused_repo(
-            context.bases.get(owner), record, errors.UnmergeableError(error.detail, **error.values)
+            context, owner, record, errors.UnmergeableError(error.detail, **error.values)
         )
     if model.etags != [record.etag]:  # changed between the two reads
         return _merged_repo(context, owner, name)
-    files: dict[str, RangedFile] = {}
-    for path in model.files():
-        file = model.file(path)
-        assert file is not None
-        files[path] = StreamedFile(file, context.executor, context.settings.threads)
-    return _Repo(f"{owner}/{name}", model.digest, record, files)
+    return _of_set(f"{owner}/{name}", model.digest, record, _streamed(context, model))
+
+
+def _base_repo(context: Context, owner: str, name: str) -> _Repo:
+    model = context.models.get(context.store, name, [])
+    changed = max(file.modified_ns for file in model.base.files.values())
+    date = f"{datetime.fromtimestamp(changed // 10**9, UTC):%Y-%m-%dT%H:%M:%S.000Z}"
+    return _Repo(f"{owner}/{name}", model.digest, 1, date, date, _streamed(context, model))
+
+
+_MAKERS = {ADAPTERS: _adapter_repo, BASES: _base_repo}
+
+
+def _of_set(
+    repo: str,
+    commit: str,
+    record: SetRecord,
+    files: Mapping[str, RangedFile],
+    refusal: errors.UnmergeableError | None = None,
+) -> _Repo:
+    dates = record.created_at, record.updated_at
+    return _Repo(repo, commit, record.version, *dates, files, refusal)
+
+
+def _streamed(context: Context, model: MergedModel) -> Mapping[str, RangedFile]:
+    return {
+        path: StreamedFile(file, context.executor, context.settings.threads)
+        for path, file in context.models.hub_files(model).items()
+    }
 
 
 @dataclass(slots=True)
@@ -248,15 +279,18 @@ class _RefusedFile:
         raise self.refusal
 
 
-def _refused_repo(base: Base, record: SetRecord, refusal: errors.UnmergeableError) -> _Repo:
+def _refused_repo(
+    context: Context, base: str, record: SetRecord, refusal: errors.UnmergeableError
+) -> _Repo:
     """Return a repository of the base's names and sizes, under tags that no readable file has."""
-    key = f"{base.digest}/{record.etag}/refused"
+    model = context.models.get(context.store, base, [])
+    key = f"{model.digest}/{record.etag}/refused"
     files = {
         path: _RefusedFile(file.size_bytes, _tag(key, path), refusal)
-        for path, file in base.files.items()
+        for path, file in context.models.hub_files(model).items()
     }
     commit = hashlib.sha256(key.encode()).hexdigest()[:40]
-    return _Repo(f"{base.name}/{record.name}", commit, record, files, refusal)
+    return _of_set(f"{base}/{record.name}", commit, record, files, refusal)
 
 
 def _bytes_file(content: bytes | memoryview, etag: str, part: str) -> BytesFile:

@@ -38,7 +38,8 @@ async def get_readiness(context: ContextDep) -> schemas.Readiness:
     totals = await anyio.to_thread.run_sync(store.totals)
     names: dict[str, Any] = {}
     if store.key.sees_all:
-        names = {"bad_files": store.bad_files(), "newer_files": list(store.newer_files())}
+        names["bad_files"] = await anyio.to_thread.run_sync(store.bad_files)
+        names["newer_files"] = list(await anyio.to_thread.run_sync(store.newer_files))
     return schemas.Readiness(
         status="ready",
         sets=totals.sets,

@@ -13,7 +13,7 @@ from bonsai_lora.api.conditions import not_modified, precondition
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.described import described
-from bonsai_lora.api.merged_file import StreamedFile
+from bonsai_lora.api.merged_file import CountedFile
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
@@ -147,12 +147,20 @@ async def list_sets(
         ),
     ] = None,
     base_model_name: Annotated[str | None, Query(description="only sets for this model")] = None,
+    prefix: Annotated[
+        str, Query(max_length=96, description="only sets whose names begin with this")
+    ] = "",
 ) -> schemas.SetPage:
     """Sets are sorted by name. A set created between two pages appears if its name is still
     ahead.
     """
     page = partial(
-        sets.list_sets, context.store, limit=limit, cursor=cursor, base_model_name=base_model_name
+        sets.list_sets,
+        context.store,
+        limit=limit,
+        cursor=cursor,
+        base_model_name=base_model_name,
+        prefix=prefix,
     )
     records, next_cursor = await anyio.to_thread.run_sync(page)
     summaries = [schemas.SetSummary.model_validate(one) for one in records]
@@ -234,6 +242,7 @@ async def upload_set(
         Place(context.long) as place,
         context.store.new_file() as file,
         Reservation(context.spill) as reserved,
+        Reservation(context.memory) as memory,
     ):
         upload = Upload(file, context.limits.max_header_bytes)
         limit = context.limits.max_upload_bytes
@@ -247,6 +256,7 @@ async def upload_set(
                 context.bases,
                 name,
                 gguf,
+                memory.add,
                 check,
                 base_model_name=base_model_name,
                 architecture=architecture,
@@ -364,6 +374,7 @@ async def get_adapter_model(request: Request, context: ContextDep, name: SetName
         errors.UnsupportedAdapterError,
         errors.UnsupportedGgufError,
         errors.InvalidBaseError,
+        errors.MemoryBudgetError,
     ),
 )
 @router.head("/v1/sets/{set}/adapter.gguf", include_in_schema=False)
@@ -383,14 +394,18 @@ async def get_adapter_gguf(
     ] = False,
 ) -> Response:
     """With it, llama.cpp computes exactly this set: rsLoRA and patterns become part of the factors.
-    The architecture is that of the base in the service, or of a known model, unless it is given.
+    The architecture is, unless given, that of the base if it is served here, else that of the GGUF
+    LoRA that was uploaded, else qwen3 if all modules have names in it.
     """
     stored = await context.open(name)
     make = partial(
         gguf_lora.export_gguf, stored, context.bases, dtype, architecture, is_folded=folded
     )
     made = await context.long.run(make)
-    file = StreamedFile(made, context.executor, context.settings.threads)
+    with Reservation(context.memory) as reserved:
+        reserved.add(made.working_bytes)
+        await context.long.run(made.check_values)
+    file = CountedFile(made, context.executor, context.memory, made.working_bytes)
     return file_response(request, file, context.long)
 
 

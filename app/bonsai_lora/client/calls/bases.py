@@ -1,6 +1,5 @@
 """Bases and merged files."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -11,6 +10,7 @@ from bonsai_lora.client.call import (
     Query,
     decode_bytes,
     decode_json,
+    mix_query,
     path_of,
     query_of,
     range_of,
@@ -34,11 +34,15 @@ def list_merged_files(
     scale: float = 1.0,
     sets: Weights | None = None,
     match: str | None = None,
+    dtype: str | None = None,
+    widen: str | None = None,
 ) -> Call[list[MergedFile]]:
     """Return the files of a merged model with their sizes and ETags; nothing is computed.
 
     `scale` weighs the set's deltas, and `sets` merges further sets in, each with its weight.
     `match` is the start of the tensors' names that are meant, if a module path fits several.
+    `dtype` (F16, BF16, F32, Q8_0) is the type of changed tensors of a GGUF base, and
+    `widen="all"` that of all other quantized tensors of the GGUF file, too.
     """
 
     def decode(answer: httpx.Response) -> list[MergedFile]:
@@ -48,7 +52,7 @@ def list_merged_files(
     return Call(
         method="GET",
         path="/v1" + path_of("bases", base, "merged", set_name),
-        query=_mix(scale, sets, match),
+        query=_mix(scale, sets, match, dtype, widen),
         decode=decode,
         is_pure=True,
     )
@@ -64,16 +68,21 @@ def get_merged_file(
     scale: float = 1.0,
     sets: Weights | None = None,
     match: str | None = None,
+    dtype: str | None = None,
+    widen: str | None = None,
+    tag: str | None = None,
 ) -> Call[bytes]:
     """Return a file of a merged model, or its bytes from `start` to `stop` (exclusive).
 
-    Only these bytes are computed. Raises FileNotInModelError, RangeNotSatisfiableError.
+    Only these bytes are computed. With `tag`, an ETag without quotes, all of the file if that has
+    changed. Raises FileNotInModelError, RangeNotSatisfiableError.
     """
+    headers = range_of(start, stop)
     return Call(
         method="GET",
         path="/v1" + path_of("bases", base, "merged", set_name, *filename.split("/")),
-        query=_mix(scale, sets, match),
-        headers=range_of(start, stop),
+        query=_mix(scale, sets, match, dtype, widen),
+        headers=headers | ({"If-Range": f'"{tag}"'} if tag and headers else {}),
         decode=decode_bytes,
         is_pure=True,
     )
@@ -98,7 +107,7 @@ def resolve(model: str, commit: str, filename: str, *, start: int, tag: str) -> 
     return Call(method="GET", path=path, headers=headers, decode=decode_bytes, is_pure=True)
 
 
-def _mix(scale: float, sets: Weights | None, match: str | None) -> Query:
-    names: Sequence[tuple[str, str]] = [("set", name) for name in sets or {}]
-    weights = [("weight", str(weight)) for weight in (sets or {}).values()]
-    return [*query_of(scale=None if scale == 1.0 else scale, match=match), *names, *weights]
+def _mix(
+    scale: float, sets: Weights | None, match: str | None, dtype: str | None, widen: str | None
+) -> Query:
+    return [*mix_query(scale, sets, match), *query_of(dtype=dtype, widen=widen)]

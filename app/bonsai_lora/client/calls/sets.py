@@ -68,13 +68,17 @@ def create_set(
 
 
 def list_page(
-    *, limit: int | None = None, cursor: str | None = None, base_model_name: str | None = None
+    *,
+    limit: int | None = None,
+    cursor: str | None = None,
+    base_model_name: str | None = None,
+    prefix: str | None = None,
 ) -> Call[SetPage]:
     """Return one page of the sets by name; `list_sets` goes through all pages."""
     return Call(
         method="GET",
         path="/v1/sets",
-        query=query_of(limit=limit, cursor=cursor, base_model_name=base_model_name),
+        query=query_of(limit=limit, cursor=cursor, base_model_name=base_model_name, prefix=prefix),
         decode=decode_json,
         is_pure=True,
     )

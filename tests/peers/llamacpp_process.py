@@ -1,4 +1,4 @@
-"""Logits of llama.cpp (xllamacpp), as a program: llamacpp.py MODEL TOKENS.npy OUT.npy [LORA...]
+"""Logits of llama.cpp (xllamacpp), as a program: llamacpp_process.py MODEL TOKENS.npy OUT.npy [LORA...]
 
 The structures of llama.h (release b11549) are passed by value and larger than needed; only a few
 fields, at their offsets, are set.

@@ -1,0 +1,270 @@
+"""Bases that are GGUF files, dequantized when they are read."""
+
+import hashlib
+import math
+import zlib
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from bonsai_lora.checkpoints.base import Base, Description
+from bonsai_lora.checkpoints.file import BaseFile
+from bonsai_lora.checkpoints.gguf_tensor import Conversion, GgufTensor
+from bonsai_lora.errors import (
+    BaseChangedError,
+    BonsaiLoraError,
+    InvalidBaseError,
+    UnsupportedGgufError,
+)
+from bonsai_lora.formats import gguf, gguf_names, gguf_tokenizer
+from bonsai_lora.formats.dequantize import can_dequantize
+from bonsai_lora.formats.gguf_names import ARCHITECTURES, Change, Heads
+from bonsai_lora.formats.gguf_values import ReadAt
+from bonsai_lora.formats.hadamard import Folding, read_folding
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+GGUF_EMBEDDING = "token_embd.weight"
+GGUF_HEAD = "output.weight"
+
+_MOST_NAMES = 1 << 17
+"""Tensors of a checkpoint, each expert counted. DeepSeek V3 has 46,000."""
+_MOST_ALIGNMENT = 1 << 16
+"""Of a merged file, that many zeros may be made at a time."""
+_MODEL_TYPES = {"qwen3moe": "qwen3_moe", "gemma3": "gemma3_text", "qwen35": "qwen3_5_text"}
+"""model_type of the architectures whose names differ (transformers 5)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor of a checkpoint is in the file."""
+
+    name: str
+    """The file's tensor."""
+    change: Change
+    expert: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class GgufBase(Base):
+    """A base whose tensors are in one GGUF file."""
+
+    file: BaseFile
+    header: gguf.Header
+
+    format = "gguf"
+
+    @property
+    def architecture(self) -> str:
+        """`general.architecture`."""
+        return self.header.architecture
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` of the same model in transformers."""
+        return _MODEL_TYPES.get(self.architecture, self.architecture)
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the file has no head, which then is the embedding."""
+        return GGUF_HEAD not in self.header.tensors
+
+    @cached_property
+    def can_untie(self) -> bool:  # type: ignore[override]
+        """Whether the architecture may have a head of its own, but the file has none."""
+        return (
+            self.is_tied
+            and GGUF_EMBEDDING in self.header.tensors
+            and gguf_names.to_gguf(self.architecture, HEAD) is not None
+        )
+
+    @property
+    def dtypes(self) -> Mapping[str, int]:
+        """Number of tensors by type."""
+        return Counter(info.type.name for info in self.header.tensors.values())
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(info.shape) for info in self.header.tensors.values())
+
+    @property
+    def tensor_names(self) -> Collection[str]:
+        """Names of all tensors; a tied head is among them.
+
+        Raises UnsupportedGgufError for an architecture whose names are unknown.
+        """
+        return self.places.keys()
+
+    @cached_property
+    def heads(self) -> Heads:
+        """The head counts on which the order of rows depends."""
+        return Heads.of(self.header)
+
+    @property
+    def experts(self) -> int | None:
+        """Experts of a layer; None if the file says nothing of any."""
+        found = self.header.get(f"{self.architecture}.expert_count")
+        return found if isinstance(found, int) and found > 0 else None
+
+    @cached_property
+    def places(self) -> Mapping[str, Place]:
+        """Tensor name -> place in the file. A tied head is at the place of the embedding.
+
+        Raises UnsupportedGgufError for an architecture whose names are unknown.
+        """
+        if self.architecture not in ARCHITECTURES:
+            raise UnsupportedGgufError(
+                f"base {self.name!r} has the architecture {self.architecture[:100]!r}, whose "
+                f"tensor names are unknown; expected one of {', '.join(sorted(ARCHITECTURES))}",
+                got=self.architecture[:100],
+            )
+        found = {
+            theirs: place for name in self.header.tensors for theirs, place in self.places_in(name)
+        }
+        if self.can_untie:
+            found[HEAD] = Place(GGUF_EMBEDDING, Change.NONE, None)
+        return found
+
+    def places_in(self, name: str) -> Sequence[tuple[str, Place]]:
+        """Return the tensors of a checkpoint that a tensor of the file holds.
+
+        One, or one per expert of a stack; none if the name is unknown.
+        """
+        shape = self.header.tensors[name].shape
+        is_stack = len(shape) == 3 and gguf_names.is_stack(self.architecture, name)
+        experts: Sequence[int | None] = range(min(shape[0], _MOST_NAMES)) if is_stack else [None]
+        found = []
+        for expert in experts:
+            theirs = gguf_names.to_hugging_face(self.architecture, name, expert)
+            if theirs is not None:
+                found.append((theirs.name, Place(name, theirs.change, expert)))
+        return found
+
+    def info(self, name: str) -> Description | None:
+        """Return the dtype and shape of a tensor; None if it does not exist.
+
+        The dtype is F32, whatever the stored type, or that type if it cannot be dequantized.
+        """
+        place = self.places.get(name)
+        if place is None:
+            return None
+        info = self.header.tensors[place.name]
+        return Description(
+            "F32" if can_dequantize(info.type) else info.type.name, _shape_of(place, info.shape)
+        )
+
+    def tensor(self, name: str) -> GgufTensor | None:
+        """Return a tensor, not read yet; None if it does not exist."""
+        place = self.places.get(name)
+        if place is None:
+            return None
+        info = self.header.tensors[place.name]
+        shape = _shape_of(place, info.shape)
+        folding = self.folding_of(place.name)
+        is_grouped = self.folding is not None and self.folding.is_grouped
+        return GgufTensor(
+            self.file,
+            info,
+            shape,
+            Conversion(place.change, self.heads, has_columns=not is_grouped),
+            folding,
+            (place.expert or 0) * shape[0] if place.expert is not None else 0,
+            len(shape) == 2,
+        )
+
+    def stored(self, name: str) -> GgufTensor:
+        """Return a tensor of the file by its own name, in its own order, but unfolded."""
+        info = self.header.tensors[name]
+        rows = math.prod(info.shape[:-1])
+        return GgufTensor(self.file, info, (rows, info.width), Conversion(), self.folding_of(name))
+
+    def folding_of(self, name: str) -> Folding | None:
+        """Return how a tensor of the file is folded; None if it is plain."""
+        is_folded = self.folding is not None and name in self.folding.weights
+        return self.folding if is_folded else None
+
+    @cached_property
+    def tokenizer(self) -> Mapping[str, tuple[int, bytes]]:
+        """Tokenizer files made from the header: name -> length, and compressed content.
+
+        Empty if the base has a tokenizer of its own, or none of the kind that is known.
+        """
+        if "tokenizer.json" in self.files:
+            return {}
+        made = gguf_tokenizer.tokenizer_files(self.header, self.read_at)
+        return {name: (len(raw), zlib.compress(raw, 1)) for name, raw in made.items()}
+
+    def read_at(self, start: int, size: int) -> memoryview:
+        """Return `size` bytes of the file from `start`."""
+        return self.file.read(start, start + size)
+
+
+def _shape_of(place: Place, stored: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape in a checkpoint of a tensor with the `stored` shape."""
+    if place.expert is not None:
+        return stored[1:]
+    if place.change is Change.CONVOLUTION and len(stored) == 2:
+        return stored[0], 1, stored[1]
+    return stored
+
+
+def open_gguf(
+    name: str,
+    file: str,
+    files: Mapping[str, BaseFile],
+    ignored: Sequence[str],
+    digest: "hashlib._Hash",
+) -> GgufBase:
+    """Return the base whose tensors are in `file`; raises InvalidBaseError.
+
+    `digest` covers samples of the files; the header is added to it.
+    """
+    opened = files[file]
+    read = _reader_of(opened)
+    try:
+        header = gguf.read_header(read, opened.size_bytes)
+        folding = read_folding(header, read)
+        base = GgufBase(name, files, "", ignored, opened, header, folding=folding)
+        _check(base)
+    except BaseChangedError:
+        raise
+    except BonsaiLoraError as error:
+        raise InvalidBaseError(f"{file} of base {name!r}: {error.detail}", base=name) from None
+    for start in range(0, header.data_start, 1 << 20):
+        digest.update(opened.read(start, min(start + (1 << 20), header.data_start)))
+    return GgufBase(name, files, digest.hexdigest(), ignored, opened, header, folding=folding)
+
+
+def _reader_of(file: BaseFile) -> ReadAt:
+    return lambda start, size: file.read(start, min(start + size, file.size_bytes))
+
+
+def _check(base: GgufBase) -> None:
+    """Raise UnsupportedGgufError for a file that is no whole model."""
+    kind = base.header.get("general.type")
+    if kind not in (None, "model"):
+        raise UnsupportedGgufError(
+            f"general.type is {str(kind)[:100]!r}, not 'model'; upload adapters as sets"
+        )
+    parts = base.header.get("split.count")
+    if isinstance(parts, int) and parts > 1:
+        raise UnsupportedGgufError(
+            f"it is one of {parts} parts; join them with llama-gguf-split --merge", got=parts
+        )
+    if base.header.alignment > _MOST_ALIGNMENT:
+        raise UnsupportedGgufError(
+            f"general.alignment is {base.header.alignment}, more than {_MOST_ALIGNMENT}"
+        )
+    if not base.header.tensors:
+        raise UnsupportedGgufError("it has no tensors; download it again")
+    experts = [
+        info.shape[0]
+        for name, info in base.header.tensors.items()
+        if len(info.shape) == 3 and gguf_names.is_stack(base.architecture, name)
+    ]
+    if sum(experts) > _MOST_NAMES:
+        raise UnsupportedGgufError(
+            f"its stacks have {sum(experts)} experts, more than {_MOST_NAMES}", got=sum(experts)
+        )

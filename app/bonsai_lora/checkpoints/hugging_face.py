@@ -1,0 +1,122 @@
+"""A model of a GGUF file as a Hugging Face checkpoint, computed while it is read."""
+
+import json
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from math import prod
+
+from bonsai_lora.checkpoints.encodings import computed_as
+from bonsai_lora.checkpoints.folder import INDEX_FILE
+from bonsai_lora.checkpoints.gguf_base import HEAD, GgufBase
+from bonsai_lora.checkpoints.merged import MergedModel
+from bonsai_lora.checkpoints.parts import Made, MergedFile, Part, Stored
+from bonsai_lora.errors import UnsupportedGgufError
+from bonsai_lora.formats import gguf_config, safetensors
+from bonsai_lora.formats.dequantize import can_dequantize
+from bonsai_lora.formats.gguf_types import BY_NAME
+
+SHARD_BYTES = 5_000_000_000
+"""Most bytes of tensors in one file, as `save_pretrained` splits them."""
+
+_Shapes = Mapping[str, tuple[int, ...]]
+
+
+def checkpoint_files(
+    model: MergedModel, base: GgufBase, dtype: str | None
+) -> dict[str, MergedFile]:
+    """Return the files of the checkpoint by name: weights in `dtype` (BF16), configuration, others.
+
+    Raises UnsupportedGgufError if a tensor has no name or no values in such a checkpoint.
+    """
+    kind = dtype or "BF16"
+    shapes = _shapes_of(model, base)
+    shards = _shards(shapes, kind)
+    seed = f"{model.digest}/{kind}"
+    files = {
+        name: MergedFile([Stored(file, 0, file.size_bytes)], f"{base.digest}/{name}", _media(name))
+        for name, file in base.files.items()
+        if file is not base.file
+    }
+    for name, (size, compressed) in base.tokenizer.items():
+        made = Made(size, partial(zlib.decompress, compressed))
+        files.setdefault(name, MergedFile([made], f"{base.digest}/{name}", _media(name)))
+    for name, part in shards.items():
+        files[name] = _weights(model, part, kind, f"{seed}/{name}")
+    if len(shards) > 1:
+        files[INDEX_FILE] = _json_file(_index(shards, kind), f"{seed}/{INDEX_FILE}")
+    config = gguf_config.config_of(
+        base.header, dtype=kind, is_tied=base.is_tied and not model.is_untied
+    )
+    if config is not None:
+        files["config.json"] = _json_file(config, f"{seed}/config.json")
+    return files
+
+
+def _shapes_of(model: MergedModel, base: GgufBase) -> _Shapes:
+    shapes = {}
+    for name, stored in base.header.tensors.items():
+        held = base.places_in(name)
+        if not held or not can_dequantize(stored.type):
+            what = f"has type {stored.type.name}" if held else "has no name there"
+            raise UnsupportedGgufError(
+                f"base {base.name!r} cannot be a Hugging Face checkpoint: its tensor {name!r} "
+                f"{what}; pull it as a GGUF file",
+                tensor=name,
+            )
+        for theirs, _ in held:
+            info = base.info(theirs)
+            assert info is not None
+            shapes[theirs] = info.shape
+    if model.is_untied:
+        info = base.info(HEAD)
+        assert info is not None
+        shapes[HEAD] = info.shape
+    return shapes
+
+
+def _shards(shapes: _Shapes, dtype: str) -> Mapping[str, _Shapes]:
+    """Divide the tensors, in their order, among files of at most SHARD_BYTES."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        size = BY_NAME[dtype].bytes_of(prod(shape))
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {
+        f"model-{number:05}-of-{len(shards):05}.safetensors": one
+        for number, one in enumerate(shards, 1)
+    }
+
+
+def _weights(model: MergedModel, shapes: _Shapes, dtype: str, seed: str) -> MergedFile:
+    layout = {name: (dtype, shape) for name, shape in shapes.items()}
+
+    def head() -> bytes:
+        return safetensors.encode_header(layout, {"format": "pt"})
+
+    parts: list[Part] = [Made(len(head()), head)]
+    parts += [computed_as(dtype, model.values(name)) for name in shapes]
+    return MergedFile(parts, seed, "application/octet-stream")
+
+
+def _index(shards: Mapping[str, _Shapes], dtype: str) -> object:
+    total = sum(prod(shape) for one in shards.values() for shape in one.values())
+    return {
+        "metadata": {"total_size": BY_NAME[dtype].bytes_of(total)},
+        "weight_map": {name: file for file, one in shards.items() for name in one},
+    }
+
+
+def _json_file(value: object, seed: str) -> MergedFile:
+    raw = json.dumps(value, indent=2).encode() + b"\n"
+    return MergedFile([Made(len(raw), lambda: raw)], seed, "application/json")
+
+
+def _media(name: str) -> str:
+    return "application/json" if name.endswith(".json") else "application/octet-stream"

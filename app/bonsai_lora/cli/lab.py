@@ -1,0 +1,131 @@
+"""The commands of the laboratory: combine, compare, spectrum, survival."""
+
+import argparse
+import sys
+from typing import Any
+
+from bonsai_lora.cli.client import UsageError, add_command, print_rows, set_name
+from bonsai_lora.cli.table import print_table
+from bonsai_lora.client.answers import CombineOptions
+from bonsai_lora.client.blocking import Client
+from bonsai_lora.formats.text import printable
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands with their arguments."""
+    combine = add_command(commands, "combine", combine_sets, "combine sets into a new one")
+    combine.add_argument("name", help="name of the new set")
+    combine.add_argument(
+        "sets", nargs="+", metavar="SET[=WEIGHT]", help="the weight is 1 if absent"
+    )
+    combine.add_argument("--method", default="exact", help="see docs/laboratory.md (exact)")
+    combine.add_argument("--rank", type=int, help="highest rank of the new modules")
+    combine.add_argument("--energy", type=float, help="share of the squared norm to keep")
+    combine.add_argument("--density", type=float, help="share of the entries to keep")
+    combine.add_argument("--sign", help="how signs are elected: total or frequency")
+    combine.add_argument("--gamma", type=float, help="breadcrumbs: share of outliers to drop")
+    combine.add_argument("--epsilon", type=float, help="della: half the range of probabilities")
+    combine.add_argument("--seed", type=int, help="of methods that draw at random")
+    combine.add_argument("--dry-run", action="store_true", help="report only, and store nothing")
+    compare = add_command(commands, "compare", compare_sets, "compare sets: norms and cosines")
+    compare.add_argument("sets", nargs="+", metavar="SET")
+    compare.add_argument("--modules", action="store_true", help="show each module too")
+    spectrum = add_command(commands, "spectrum", show_spectrum, "show singular values and ranks")
+    spectrum.add_argument("name")
+    spectrum.add_argument("--module", action="append", default=[], help="only this; repeatable")
+    survival = add_command(
+        commands, "survival", show_survival, "estimate what storing merged weights leaves of a set"
+    )
+    survival.add_argument("base")
+    survival.add_argument("name")
+    survival.add_argument("--dtype", default="BF16", help="BF16 (default), F16, Q8_0 or Q1_0")
+
+
+def combine_sets(client: Client, arguments: argparse.Namespace) -> Any:
+    """Combine sets; print what was lost, and warnings."""
+    name = set_name(arguments.name)
+    weights = dict(map(_weighted, arguments.sets))
+    if len(weights) < len(arguments.sets):
+        raise UsageError("a set is named twice; add up its weights")
+    options: CombineOptions = {
+        "rank": arguments.rank,
+        "energy": arguments.energy,
+        "density": arguments.density,
+        "sign": arguments.sign,
+        "gamma": arguments.gamma,
+        "epsilon": arguments.epsilon,
+        "seed": arguments.seed,
+    }
+    answer: dict[str, Any]
+    if arguments.dry_run:
+        report = client.preview_combine(name, weights, method=arguments.method, **options)
+        answer = {**report}
+    else:
+        made = client.combine(name, weights, method=arguments.method, **options)
+        answer, report = {**made}, made["report"]
+    if not arguments.json:
+        print(
+            f"{printable(name)}: {report['method']}, rank {report['rank']}, "
+            f"energy kept {report['energy_kept']:.4%}, "
+            f"relative error {report['relative_error']:.4g}"
+        )
+        for text in report["warnings"]:
+            print(f"warning: {printable(text)}", file=sys.stderr)
+        fields = ("name", "rank", "energy_kept", "relative_error")
+        print_rows(fields, [{**one} for one in report["modules"]])
+    return answer
+
+
+def _weighted(text: str) -> tuple[str, float]:
+    name, equals, weight = text.partition("=")
+    try:
+        return set_name(name), float(weight) if equals else 1.0
+    except ValueError as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"the weight {weight!r} is not a number; use SET=WEIGHT") from None
+
+
+def compare_sets(client: Client, arguments: argparse.Namespace) -> Any:
+    """Print the cosines of sets, and with --modules those of each module."""
+    names = [set_name(one) for one in arguments.sets]
+    found = client.compare(names)
+    if not arguments.json:
+        _print_cosines(names, found)
+        print(f"interference: {found['interference']:.4g}")
+        for module in found["modules"] if arguments.modules else ():
+            print(f"\n{printable(module['name'])}")
+            _print_cosines(names, module)
+    return found
+
+
+def _print_cosines(names: list[str], found: Any) -> None:
+    rows = [
+        [name, norm, *row]
+        for name, norm, row in zip(names, found["norms"], found["cosine"], strict=True)
+    ]
+    print_table(["SET", "NORM", *names], rows)
+
+
+def show_spectrum(client: Client, arguments: argparse.Namespace) -> Any:
+    """Print norms and ranks of a set's modules, and their largest singular values."""
+    found = client.get_spectrum(set_name(arguments.name), modules=arguments.module)
+    if not arguments.json:
+        fields = (
+            *("name", "rank", "frobenius_norm", "spectral_norm", "stable_rank", "effective_rank"),
+            *("energy_rank_90", "energy_rank_99"),
+        )
+        print_rows(fields, [{**one} for one in found["modules"]])
+    return found
+
+
+def show_survival(client: Client, arguments: argparse.Namespace) -> Any:
+    """Print how much of a set is left in merged weights, whole and by tensor."""
+    found = client.get_survival(
+        arguments.base, set_name(arguments.name), dtype=arguments.dtype.upper()
+    )
+    if not arguments.json:
+        fields = ("name", "unchanged", "gain", "relative_error")
+        whole = {**found, "name": "all"}
+        print_rows(fields, [whole, *({**one} for one in found["modules"])])
+    return found

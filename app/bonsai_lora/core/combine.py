@@ -1,0 +1,259 @@
+"""Combine the adapters of one module: by their factors, without the product of B and A.
+
+The definition of each method is in docs/laboratory.md. Small matrices are float64; the new factors
+are rounded to float32 once.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.cast import Array, Floats, all_finite, to_float32
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.deltas import cut_delta
+from bonsai_lora.core.entries import merge_entries, prune_matrix
+from bonsai_lora.core.factors import Factors, Svd, Term, decompose, doubles, gram, rank_for
+from bonsai_lora.core.recipe import Recipe
+from bonsai_lora.core.targets import TARGETS, Slot, present
+from bonsai_lora.errors import NonFiniteOutputError
+
+
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """The combination of one module, and what it lost; squares of Frobenius norms."""
+
+    adapter: LoraAdapter
+    target_square: float
+    """Of what the method defines."""
+    cut_square: float
+    """Of what was cut off to reach the rank."""
+    error_square: float
+    """Of the difference to the target, or, for PEFT's types on factors, to the weighted sum."""
+
+    @property
+    def energy_kept(self) -> float:
+        """The share of the squared norm that the rank keeps."""
+        return energy_kept([self])
+
+    @property
+    def relative_error(self) -> float:
+        """The norm of the difference over that of the target."""
+        return relative_error([self])
+
+
+def energy_kept(parts: Sequence[Combined]) -> float:
+    """Return the share of the squared norm of all parts that their ranks keep."""
+    total = sum(part.target_square for part in parts)
+    return 1 - sum(part.cut_square for part in parts) / total if total else 1.0
+
+
+def relative_error(parts: Sequence[Combined]) -> float:
+    """Return the norm of the difference over that of the target, for all parts together."""
+    total = sum(part.target_square for part in parts)
+    return math.sqrt(sum(part.error_square for part in parts) / total) if total else 0.0
+
+
+_CANCELLED = 1e-12
+"""Squared differences below this share of their parts are rounding errors."""
+
+Matrices = tuple[Array, Array]
+"""A (r, d_in) and B (d_out, r)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The result for one expert."""
+
+    matrices: Matrices
+    target_square: float = 0.0
+    cut_square: float = 0.0
+    error_square: float = 0.0
+
+
+def combine(
+    module: str,
+    adapters: Sequence[LoraAdapter | None],
+    weights: Sequence[float],
+    recipe: Recipe,
+    default_rank: int,
+) -> Combined:
+    """Return the combination of a module's adapters; None is a set that lacks the module.
+
+    Their shapes, layers and experts agree; with a method on factors, their ranks too.
+    `default_rank` is for methods on deltas and `svd` without a rank. Raises NonFiniteOutputError if
+    a number overflows float32.
+    """
+    first = next(one for one in adapters if one is not None)
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            parts = _combine_experts(module, adapters, weights, recipe, default_rank)
+    except np.linalg.LinAlgError:  # of NaN and infinity
+        raise _overflow(module) from None
+    a_matrix, b_matrix = _join([part.matrices for part in parts])
+    if not (all_finite(a_matrix) and all_finite(b_matrix)):
+        raise _overflow(module)
+    experts = first.experts
+    rank = len(a_matrix) // (experts or 1)
+    config = LoraConfig(rank, float(rank), 0.0, first.config.target_modules)
+    return Combined(
+        LoraAdapter(config, a_matrix, b_matrix, config.scaling, layer=first.layer, experts=experts),
+        sum(part.target_square for part in parts),
+        sum(part.cut_square for part in parts),
+        sum(part.error_square for part in parts),
+    )
+
+
+def _overflow(module: str) -> NonFiniteOutputError:
+    return NonFiniteOutputError(
+        f"the combination of module {module!r} overflows float32; use smaller weights",
+        module=module,
+    )
+
+
+def _combine_experts(
+    module: str,
+    adapters: Sequence[LoraAdapter | None],
+    weights: Sequence[float],
+    recipe: Recipe,
+    default_rank: int,
+) -> list[_Part]:
+    slots = _slots(adapters, weights)
+    if recipe.method in TARGETS:
+        return _by_svd(slots, weights, recipe, default_rank)
+    parts = []
+    for expert, slot in enumerate(slots):
+        terms = present(slot)
+        key = f"{recipe.seed or 0}/{module}/{expert}"
+        if recipe.is_on_factors:
+            parts.append(_on_factors(terms, recipe, key))
+        elif recipe.is_on_deltas:
+            parts.append(_on_deltas(terms, recipe, key, recipe.rank or default_rank))
+        else:
+            parts.append(_Part(_stacked(terms)))
+    return parts
+
+
+def _slots(adapters: Sequence[LoraAdapter | None], weights: Sequence[float]) -> list[Slot]:
+    """Return the terms of each expert; of an ordinary module, one slot."""
+    each = [None if one is None else one.each_expert for one in adapters]
+    count = max(len(one) for one in each if one is not None)
+    return [
+        [
+            None
+            if one is None
+            else Term(one[expert].a_matrix, one[expert].b_matrix, one[expert].scaling, weight)
+            for one, weight in zip(each, weights, strict=True)
+        ]
+        for expert in range(count)
+    ]
+
+
+def _join(parts: Sequence[Matrices]) -> Matrices:
+    """Return fused A (E * r, d_in) and B (d_out, r * E) of each expert's matrices."""
+    if len(parts) == 1:
+        return parts[0]
+    a_matrix = np.concatenate([a for a, _ in parts])
+    b_matrix = np.stack([b for _, b in parts], axis=2)  # (d_out, r, E)
+    return a_matrix, b_matrix.reshape(len(b_matrix), -1)
+
+
+def _stacked(terms: Sequence[Term]) -> Matrices:
+    """Return [factor * A] and [B], whose product is exactly the sum (PEFT's `cat`)."""
+    return (
+        np.concatenate([_times(term.a, term.factor) for term in terms]),
+        np.concatenate([to_float32(term.b) for term in terms], axis=1),
+    )
+
+
+def _times(matrix: Array, factor: float) -> Floats:
+    return (factor * doubles(matrix)).astype(np.float32)
+
+
+# PEFT's types on factors: peft 0.21.2, tuners/lora/model.py,
+# _generalized_task_arithmetic_weighted_adapter. A and B each get the root of |factor|, A its sign.
+
+
+def _on_factors(terms: Sequence[Term], recipe: Recipe, key: str) -> _Part:
+    roots = [math.sqrt(abs(term.factor)) for term in terms]
+    signed = [math.copysign(root, term.factor) for root, term in zip(roots, terms, strict=True)]
+    a_matrix = _merge_arrays([to_float32(term.a) for term in terms], signed, recipe, f"{key}/A")
+    b_matrix = _merge_arrays([to_float32(term.b) for term in terms], roots, recipe, f"{key}/B")
+    if not (all_finite(a_matrix) and all_finite(b_matrix)):
+        return _Part((a_matrix, b_matrix))  # which the caller refuses
+    products = gram([Term(a_matrix, b_matrix, -1.0), *terms])
+    error = float(products.sum())
+    if error < _CANCELLED * float(np.abs(products).sum()):
+        error = 0.0
+    target = max(0.0, float(products[1:, 1:].sum()))
+    return _Part((a_matrix, b_matrix), target, error_square=error)
+
+
+def _merge_arrays(
+    arrays: Sequence[Floats], weights: Sequence[float], recipe: Recipe, key: str
+) -> Floats:
+    """Return one matrix of several, as PEFT merges task tensors (utils/merge_utils.py)."""
+    kept = []
+    for index, array in enumerate(arrays):
+        start = prune_matrix(recipe, partial(_one_block, array), array.size, f"{key}/{index}")
+        kept.append(start()(array))
+    return merge_entries(kept, weights, recipe)
+
+
+def _one_block(array: Floats) -> Iterator[Floats]:
+    yield array
+
+
+def _on_deltas(terms: Sequence[Term], recipe: Recipe, key: str, rank: int) -> _Part:
+    factors, total, cut = cut_delta(terms, recipe, key, rank)
+    return _Part(_rounded(factors), total, cut, cut)
+
+
+def _rounded(factors: Factors) -> Matrices:
+    return factors.right.astype(np.float32), factors.left.astype(np.float32)
+
+
+# Methods whose result is known by factors, and cut to a rank by its singular values.
+
+
+def _by_svd(
+    slots: Sequence[Slot], weights: Sequence[float], recipe: Recipe, default_rank: int
+) -> list[_Part]:
+    """Return the results of the experts, cut to one rank: the highest that any of them needs."""
+    found = [TARGETS[recipe.method](slot, weights, recipe) for slot in slots]
+    is_cut = recipe.energy is not None or (recipe.rank is not None and recipe.method != "tsv")
+    if not is_cut and recipe.method != "svd":
+        most = max(len(one.right) for one in found)
+        return [_Part(_rounded(_padded(one, most))) for one in found]
+    svds = [_svd_of(one, recipe) for one in found]
+    rank = recipe.rank or default_rank
+    if recipe.energy is not None:
+        rank = max(rank_for(one.values, recipe.energy) for one in svds)
+    most = max(min(rank, len(one.values)) for one in svds)
+    return [_cut(svd, rank, most) for svd in svds]
+
+
+def _svd_of(factors: Factors, recipe: Recipe) -> Svd:
+    if recipe.method != "iso_c":
+        return decompose(factors)
+    # All values are equal; the order of the sum's singular vectors must stay.
+    level = np.square(factors.right).sum(axis=1)
+    root = np.diag(np.sqrt(level))
+    return Svd(factors, root, level, root)
+
+
+def _cut(svd: Svd, rank: int, padded_rank: int) -> _Part:
+    squares = svd.values**2
+    cut = float(squares[rank:].sum())
+    return _Part(_rounded(_padded(svd.cut(rank), padded_rank)), float(squares.sum()), cut, cut)
+
+
+def _padded(factors: Factors, rank: int) -> Factors:
+    """Return factors of this rank, and at least 1, by adding zeros: PEFT has no rank 0."""
+    missing = max(1, rank) - len(factors.right)
+    return Factors(
+        np.pad(factors.left, ((0, 0), (0, missing))), np.pad(factors.right, ((0, missing), (0, 0)))
+    )

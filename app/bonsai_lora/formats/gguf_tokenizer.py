@@ -1,0 +1,119 @@
+"""Tokenizer files of transformers, made from the keys of a GGUF file.
+
+Byte-level BPE with Qwen's pre-tokenizer, as Bonsai has it: gguf-py's constants and
+src/llama-vocab.cpp of llama.cpp (release b11434), and the format of tokenizers 0.22.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from bonsai_lora.formats.gguf import Header
+from bonsai_lora.formats.gguf_values import ReadAt, Value, ValueType, read_array
+
+_MODEL, _PRE = "gpt2", "qwen2"
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
+"""Values of token_type."""
+_MOST_TOKENS = 1 << 20
+_MOST_BYTES = 1 << 25
+"""Larger vocabularies are not turned into a tokenizer."""
+
+
+def tokenizer_files(header: Header, read: ReadAt) -> dict[str, bytes]:
+    """Return tokenizer.json and tokenizer_config.json by name.
+
+    Empty for a tokenizer of a different kind, or one that contradicts itself. Raises
+    MalformedGgufError if the file has become shorter.
+    """
+    kind = header.get(_key("model")), header.get(_key("pre"))
+    if kind != (_MODEL, _PRE) or header.get(_key("add_bos_token")) is True:
+        return {}
+    tokens, merges = _strings(header, read, "tokens"), _strings(header, read, "merges")
+    types = _types(header, read)
+    if tokens is None or merges is None or types is None or len(types) != len(tokens):
+        return {}
+    if len({*tokens}) < len(tokens):
+        return {}
+    files = {
+        "tokenizer.json": _tokenizer(tokens, merges, types),
+        "tokenizer_config.json": _configuration(header, tokens),
+    }
+    return {name: json.dumps(one, ensure_ascii=False).encode() for name, one in files.items()}
+
+
+def _key(name: str) -> str:
+    return f"tokenizer.ggml.{name}"
+
+
+def _strings(header: Header, read: ReadAt, name: str) -> list[str] | None:
+    value = header.pairs.get(_key(name))
+    if value is None or value.item is not ValueType.STRING or not _is_moderate(value):
+        return None
+    return list(read_array(read, value))
+
+
+def _types(header: Header, read: ReadAt) -> list[int] | None:
+    value = header.pairs.get(_key("token_type"))
+    if value is None or value.item is None or not _is_moderate(value):
+        return None
+    found = read_array(read, value)
+    is_whole = isinstance(found, np.ndarray) and np.issubdtype(found.dtype, np.integer)
+    return [int(one) for one in found] if is_whole else None
+
+
+def _is_moderate(value: Value) -> bool:
+    return value.count <= _MOST_TOKENS and value.stop - value.start <= _MOST_BYTES
+
+
+def _tokenizer(tokens: list[str], merges: list[str], types: list[int]) -> dict[str, Any]:
+    added = [
+        {
+            "id": number, "content": tokens[number], "single_word": False, "lstrip": False,
+            "rstrip": False, "normalized": False, "special": kind == _CONTROL,
+        }
+        for number, kind in enumerate(types)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]  # fmt: skip
+    bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
+              "use_regex": False}  # fmt: skip
+    split = {"type": "Split", "pattern": {"Regex": _PATTERN}, "behavior": "Isolated",
+             "invert": False}  # fmt: skip
+    vocabulary = {
+        token: number
+        for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind != _UNUSED
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_]},
+        "post_processor": bytes_,
+        "decoder": bytes_,
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+            "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": False, "vocab": vocabulary, "merges": merges,
+        },
+    }  # fmt: skip
+
+
+def _configuration(header: Header, tokens: list[str]) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": header.get("tokenizer.chat_template"),
+        "model_max_length": header.get(f"{header.architecture}.context_length"),
+    }
+    for field, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        number = header.get(_key(f"{key}_token_id"))
+        if isinstance(number, int) and 0 <= number < len(tokens):
+            config[f"{field}_token"] = tokens[number]
+    return {field: value for field, value in config.items() if value is not None}

@@ -1,0 +1,176 @@
+"""What is left of a set's deltas after the merged weights are stored in few bits."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from bonsai_lora.checkpoints.base import Tensor
+from bonsai_lora.checkpoints.merged import MergedModel
+from bonsai_lora.checkpoints.tensors import Touched
+from bonsai_lora.core.cast import BFLOAT16, FLOAT16, Floats, to_float32
+from bonsai_lora.core.merge import Block
+from bonsai_lora.errors import InvalidRequestError, counted
+from bonsai_lora.formats.quantize import quantize_q8_0
+
+SAMPLE_VALUES = 1 << 18
+"""Values of a tensor that are computed, as whole rows at equal distances; smaller ones entirely."""
+
+
+def _q8_0(rows: Floats) -> Floats:
+    raw = quantize_q8_0(rows.reshape(-1)).reshape(-1, 34)
+    scale = raw[:, :2].copy().view("<f2").astype(np.float32)
+    result: Floats = (raw[:, 2:].view(np.int8) * scale).reshape(rows.shape)
+    return result
+
+
+def _q1_0(rows: Floats) -> Floats:
+    """Return sign times mean |value| of each 128, as float16."""
+    groups = rows.reshape(-1, 128)
+    scale = np.abs(groups).mean(axis=1, keepdims=True).astype(np.float16).astype(np.float32)
+    result: Floats = np.where(groups < 0, -scale, scale).reshape(rows.shape)
+    return result
+
+
+STORED: Mapping[str, tuple[int, Callable[[Floats], Floats]]] = {
+    "BF16": (1, lambda rows: rows.astype(BFLOAT16).astype(np.float32)),
+    "F16": (1, lambda rows: rows.astype(FLOAT16).astype(np.float32)),
+    "Q8_0": (32, _q8_0),
+    "Q1_0": (128, _q1_0),
+}
+"""By type: the values of a block, and how rows read after they were stored in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Survival:
+    """Sums over the entries of a delta D, and of D' = stored(W + D) - stored(W)."""
+
+    count: int = 0
+    same: int = 0
+    """Entries with D' = 0."""
+    wanted: float = 0.0
+    """Sum of D^2."""
+    got: float = 0.0
+    """Sum of D'^2."""
+    product: float = 0.0
+    """Sum of D D'."""
+
+    def __add__(self, other: "Survival") -> "Survival":
+        """Return the sums over the entries of both."""
+        return Survival(
+            self.count + other.count,
+            self.same + other.same,
+            self.wanted + other.wanted,
+            self.got + other.got,
+            self.product + other.product,
+        )
+
+    def times(self, factor: float) -> "Survival":
+        """Return the sums as of `factor` times as many entries."""
+        return Survival(
+            round(self.count * factor),
+            round(self.same * factor),
+            self.wanted * factor,
+            self.got * factor,
+            self.product * factor,
+        )
+
+    @property
+    def unchanged(self) -> float:
+        """The share of the entries that are stored as without the delta."""
+        return self.same / self.count if self.count else 1.0
+
+    @property
+    def gain(self) -> float:
+        """<D', D> / |D|^2: 1 if the delta survives, 0 if nothing of it does."""
+        return self.product / self.wanted if self.wanted else 1.0
+
+    @property
+    def relative_error(self) -> float:
+        """|D' - D| / |D|."""
+        error = max(0.0, self.got - 2 * self.product + self.wanted)
+        return math.sqrt(error / self.wanted) if self.wanted else 0.0
+
+
+def survive(weights: Floats, delta: Floats, dtype: str) -> Survival:
+    """Return what is left of `delta` in whole rows (n, width) that are stored in `dtype`."""
+    stored = STORED[dtype][1]
+    with np.errstate(over="ignore", invalid="ignore"):
+        left = (stored(weights + delta) - stored(weights)).astype(np.float64)
+    wide = delta.astype(np.float64)
+    return Survival(
+        delta.size,
+        int(np.count_nonzero(left == 0)),
+        float(np.vdot(wide, wide)),
+        float(np.vdot(left, left)),
+        float(np.vdot(left, wide)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The tensors of a merged model whose deltas are followed; each is computed on its own."""
+
+    tensors: Mapping[str, tuple[Tensor, Touched]]
+    skipped: Sequence[str]
+    """Changed tensors that are not a sum with deltas, or whose rows are not whole blocks."""
+    dtype: str
+
+    def works(self) -> list["partial[Survival]"]:
+        """Return the computation of each tensor."""
+        return [partial(_sample, *one, self.dtype) for one in self.tensors.values()]
+
+
+def estimate(model: MergedModel, dtype: str) -> Estimate:
+    """Choose the tensors to follow; raises InvalidRequestError if none can be."""
+    block = STORED[dtype][0]
+    tensors, skipped = {}, []
+    for name, touched in model.changes.items():
+        weight = model.base.tensor(name)
+        assert weight is not None
+        if _is_sum(touched) and len(weight.shape) == 2 and weight.shape[1] % block == 0:
+            tensors[name] = weight, touched
+        else:
+            skipped.append(name)
+    if not tensors:
+        raise InvalidRequestError(
+            "none of the changed tensors is a matrix with an added delta and rows of whole "
+            f"{dtype} blocks, which have {counted(block, 'value')}; use another dtype",
+            field="dtype",
+        )
+    return Estimate(tensors, skipped, dtype)
+
+
+def _is_sum(touched: Touched) -> bool:
+    return (
+        bool(touched.deltas)
+        and touched.replacement is None
+        and touched.rows is None
+        and all(one.magnitude is None and one.experts is None for one, _ in touched.deltas)
+    )
+
+
+def _sample(weight: Tensor, touched: Touched, dtype: str) -> Survival:
+    """Return the sums of some rows, extended to the whole tensor."""
+    rows, columns = weight.shape
+    found = Survival()
+    for block in _sampled_rows(rows, columns):
+        delta = np.zeros((block[0].stop - block[0].start, columns), np.float32)
+        for adapter, factor in touched.deltas:
+            right, left = adapter.stored_factors_of(*block)
+            delta += np.float32(factor * adapter.scaling) * (left @ to_float32(right))
+        found += survive(to_float32(weight[block]), delta, dtype)
+    return found.times(rows * columns / found.count) if found.count else found
+
+
+def _sampled_rows(rows: int, columns: int) -> Iterator[Block]:
+    """Yield all rows of a small matrix in one block, single rows of a larger one."""
+    count = max(1, SAMPLE_VALUES // max(1, columns))
+    if rows * columns <= SAMPLE_VALUES:
+        if rows * columns:
+            yield slice(0, rows), slice(0, columns)
+        return
+    for row in range(0, rows, max(1, rows // count)):
+        yield slice(row, row + 1), slice(0, columns)

@@ -1,0 +1,505 @@
+"""GGUF files as bases: their tensors under the names of a checkpoint, and merged files."""
+
+import json
+
+import gguf_files
+import gguf_hostile
+import gguf_models
+import ml_dtypes
+import numpy as np
+import pytest
+import reference
+from gguf_models import HEADS, KEYS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
+from bonsai_lora.checkpoints.merged_files import Rendering, hub_files, merged_files
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.core.registry import LoraRegistry
+from bonsai_lora.errors import InvalidBaseError, UnsupportedAdapterError, UnsupportedGgufError
+from bonsai_lora.formats import gguf, safetensors
+from bonsai_lora.formats.dequantize import dequantize
+from bonsai_lora.formats.gguf_names import Change, Heads, column_order
+from bonsai_lora.formats.gguf_types import BY_NAME
+from bonsai_lora.formats.hadamard import PREFIX
+from bonsai_lora.formats.peft_options import PLAIN, BaseOptions
+
+KINDS = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", *gguf_files.ENCODERS]
+DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+CONFIG = LoraConfig(2, 4.0)
+ADAPTED = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj",
+           "model.layers.1.mlp.down_proj"]  # fmt: skip
+READ = settings(max_examples=40)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens the bytes of a GGUF file as the base `b`."""
+
+    def open_(raw):
+        (tmp_path / "b.gguf").write_bytes(raw)
+        return BaseFolder(tmp_path).get("b")
+
+    return open_
+
+
+def adapters(weights, modules, rng, **options):
+    """A set with an adapter for each module, of the size of its weight."""
+    made = {}
+    for module in modules:
+        d_out, d_in = weights[f"{module}.weight"].shape
+        a, b = rng.standard_normal((2, d_in)), rng.standard_normal((d_out, 2)) * 0.02
+        made[module] = LoraAdapter(
+            CONFIG, a.astype(np.float32), b.astype(np.float32), 2.0, **options
+        )
+    return made
+
+
+def merge(base, made, replacements=None, options=PLAIN):
+    one = BonsaiLoraSet(LoraRegistry(CONFIG, made), "", "s", replacements or {})
+    return MergedModel(base, [Ingredient(one, '"s-1"', 1.0, options)])
+
+
+def content(file):
+    raw = b"".join(bytes(piece()) for piece in file.pieces(0, file.size_bytes))
+    assert len(raw) == file.size_bytes
+    return raw
+
+
+def checkpoint_of(model, dtype="F32"):
+    """The tensors and the configuration of the merged checkpoint."""
+    files = merged_files(model, Rendering(dtype))
+    tensors = safetensors.decode(content(files["model.safetensors"]))[0]
+    return tensors, json.loads(content(files["config.json"]))
+
+
+def gguf_of(model, dtype="F32", **options):
+    """The header of the merged GGUF file, and its values by the file's names."""
+    raw = content(merged_files(model, Rendering(dtype, **options))["b.gguf"])
+    header = gguf.read_header(gguf.reader_of(raw), len(raw))
+    values = {
+        name: dequantize(one.type, raw[one.start : one.stop]).reshape(one.shape)
+        for name, one in header.tensors.items()
+    }
+    return header, values
+
+
+def expected(weights, made):
+    """The weights with deltas added in float64."""
+    found = dict(weights)
+    for module, one in made.items():
+        name = f"{module}.weight"
+        found[name] = reference.merge(weights[name], one.a_matrix, one.b_matrix, one.scaling)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_type_is_merged_and_unpacked(opened, rng, kind):
+    raw, weights = gguf_models.model(kind, rng)
+    base = opened(raw)
+    assert base.dtypes == ({"F32": 25} if kind == "F32" else {kind: 16, "F32": 9})
+    assert base.parameter_count == sum(one.size for one in weights.values())
+    made = adapters(weights, ADAPTED, rng)
+    tensors, _ = checkpoint_of(merge(base, made))
+    assert tensors.keys() == weights.keys()
+    for name, want in expected(weights, made).items():
+        if name.removesuffix(".weight") in made:
+            assert reference.relative_error(tensors[name], want) < 1e-6
+        else:
+            assert np.array_equal(tensors[name], want), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_checkpoint_is_rounded_once(opened, rng, dtype):
+    raw, weights = gguf_models.model("Q1_0", rng)
+    made = adapters(weights, ADAPTED, rng)
+    model = merge(opened(raw), made)
+    exact, _ = checkpoint_of(model)
+    rounded, config = checkpoint_of(model, dtype)
+    assert config["torch_dtype"] == {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[dtype]
+    for name, one in exact.items():
+        assert rounded[name].tobytes() == one.astype(DTYPES[dtype]).tobytes()
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "Q8_0"])
+def test_a_gguf_file_has_changed_tensors_in_the_dtype(opened, rng, architecture, dtype):
+    raw, weights = gguf_models.model("Q1_0", rng, architecture=architecture)
+    stored = gguf.read_header(gguf.reader_of(raw), len(raw))
+    made = adapters(weights, ADAPTED, rng)
+    model = merge(opened(raw), made)
+    header, values = gguf_of(model, dtype)
+    want = expected(weights, made)
+    names = {"blk.0.attn_q.weight": HEADS, "blk.1.attn_k.weight": KEYS, "blk.1.ffn_down.weight": 0}
+    for name, one in stored.tensors.items():
+        is_changed = name in names
+        assert header.tensors[name].type.name == (dtype if is_changed else one.type.name)
+        if not is_changed:
+            assert np.array_equal(
+                values[name].reshape(-1), dequantize(one.type, raw[one.start : one.stop])
+            )
+    error = {"F16": 5e-4, "BF16": 4e-3, "F32": 1e-6, "Q8_0": 1e-2}[dtype]
+    for (name, heads), module in zip(names.items(), ADAPTED, strict=True):
+        got = values[name]
+        if architecture == "llama" and heads:
+            got = gguf_models.unrotated(got, heads)
+        assert reference.relative_error(got, want[f"{module}.weight"]) < error
+
+
+def test_the_keys_of_a_gguf_file_are_true(opened, rng):
+    raw, weights = gguf_models.model("Q1_0", rng, **{"tokenizer.ggml.tokens": ["a", "é"]})
+    model = merge(opened(raw), adapters(weights, ADAPTED, rng))
+    before = gguf.read_header(gguf.reader_of(raw), len(raw))
+    mostly_one_bit, _ = gguf_of(model, "F16")
+    widened, values = gguf_of(model, "F16", is_widened=True)
+    assert mostly_one_bit.get("general.file_type") == 40
+    assert widened.get("general.file_type") == 1
+    assert {one.type.name for one in widened.tensors.values()} == {"F16", "F32"}
+    assert [*widened.pairs] == [*before.pairs]
+    assert widened.pairs["tokenizer.ggml.tokens"].count == 2
+    for key in before.pairs.keys() - {"general.file_type"}:
+        assert widened.get(key) == before.get(key)
+    want = weights["model.layers.0.mlp.up_proj.weight"]
+    assert np.array_equal(values["blk.0.ffn_up.weight"], want)
+
+
+def test_the_configuration_is_made_from_the_keys(opened, rng):
+    scaling = {
+        "qwen3.rope.scaling.type": "yarn",
+        "qwen3.rope.scaling.factor": np.float32(4),
+        "qwen3.rope.scaling.original_context_length": np.uint32(32),
+    }
+    raw, weights = gguf_models.model("Q1_0", rng, **scaling)
+    _, config = checkpoint_of(merge(opened(raw), adapters(weights, ADAPTED, rng)))
+    assert config == {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "attention_bias": False,
+        "vocab_size": 96,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    }
+
+
+def test_a_tied_head_that_is_adapted_becomes_a_tensor(opened, rng):
+    raw, weights = gguf_models.model("Q1_0", rng, is_tied=True)
+    base = opened(raw)
+    assert base.is_tied
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding
+    made = adapters(weights, ["lm_head"], rng)
+    model = merge(base, made)
+    tensors, config = checkpoint_of(model)
+    assert config["tie_word_embeddings"] is False
+    assert np.array_equal(tensors["model.embed_tokens.weight"], embedding)
+    want = expected(weights, made)["lm_head.weight"]
+    assert reference.relative_error(tensors["lm_head.weight"], want) < 1e-6
+    header, values = gguf_of(model, "F16")
+    assert header.tensors["token_embd.weight"].type.name == "Q1_0"
+    assert header.tensors["output.weight"].type.name == "F16"
+    assert reference.relative_error(values["output.weight"], want) < 5e-4
+
+
+def test_the_head_of_a_tied_base_stays_when_the_embedding_is_adapted(opened, rng):
+    raw, weights = gguf_models.model("Q2_0", rng, is_tied=True)
+    embedding = weights["model.embed_tokens.weight"]
+    a, b = rng.standard_normal((2, 96)), rng.standard_normal((256, 2))
+    made = {
+        "model.embed_tokens": LoraAdapter(
+            CONFIG, a.astype(np.float32), b.astype(np.float32), 2.0, layer="embedding"
+        )
+    }
+    header, values = gguf_of(merge(opened(raw), made), "F32")
+    assert header.tensors["output.weight"].type.name == "Q2_0"
+    assert np.array_equal(values["output.weight"], embedding)
+    want = embedding + 2.0 * (b @ a).T
+    assert reference.relative_error(values["token_embd.weight"], want) < 1e-6
+
+
+def test_a_tied_base_stays_tied_otherwise(opened, rng):
+    raw, weights = gguf_models.model("Q1_0", rng, is_tied=True)
+    model = merge(opened(raw), adapters(weights, ADAPTED, rng))
+    tensors, config = checkpoint_of(model)
+    assert config["tie_word_embeddings"] is True
+    assert tensors.keys() == weights.keys()
+    assert "output.weight" not in gguf_of(model)[0].tensors
+
+
+def test_replaced_rows_of_a_tied_embedding_are_those_of_the_head(opened, rng):
+    raw, weights = gguf_models.model("Q1_0", rng, is_tied=True)
+    rows = rng.standard_normal((2, 256)).astype(np.float32)
+    name = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+    model = merge(opened(raw), {}, {name: rows}, BaseOptions(token_indices=(3, 5)))
+    tensors, config = checkpoint_of(model)
+    want = weights["model.embed_tokens.weight"].copy()
+    want[[3, 5]] = rows
+    assert config["tie_word_embeddings"] is True
+    assert np.array_equal(tensors["model.embed_tokens.weight"], want)
+    assert "lm_head.weight" not in tensors
+
+
+def test_replaced_vectors_are_stored_as_before(opened, rng):
+    raw, _ = gguf_models.model("Q1_0", rng)
+    norm = rng.standard_normal(256).astype(np.float32)
+    model = merge(opened(raw), {}, {"model.layers.1.input_layernorm.weight": norm})
+    header, values = gguf_of(model, "F16")
+    assert header.tensors["blk.1.attn_norm.weight"].type.name == "F32"
+    assert np.array_equal(values["blk.1.attn_norm.weight"], norm)
+
+
+def test_dora_is_computed_from_dequantized_rows(opened, rng):
+    raw, weights = gguf_models.model("TQ2_0", rng, architecture="llama")
+    module = ADAPTED[0]
+    magnitude = rng.uniform(0.5, 2, 256).astype(np.float32)
+    made = adapters(weights, [module], rng, magnitude=magnitude)
+    tensors, _ = checkpoint_of(merge(opened(raw), made))
+    total = expected(weights, made)[f"{module}.weight"]
+    want = total * (magnitude / np.linalg.norm(total, axis=1))[:, None]
+    assert reference.relative_error(tensors[f"{module}.weight"], want) < 1e-6
+
+
+def test_experts_are_tensors_of_their_own(opened, rng):
+    raw, weights = gguf_models.model("Q1_0", rng, architecture="qwen3moe")
+    module = "model.layers.1.mlp.experts.2.up_proj"
+    made = adapters(weights, [module, "model.layers.0.mlp.gate"], rng)
+    model = merge(opened(raw), made)
+    tensors, config = checkpoint_of(model)
+    assert config["num_experts"] == 4
+    want = expected(weights, made)
+    assert tensors.keys() == want.keys()
+    for name, values in want.items():
+        assert reference.relative_error(tensors[name], values) < 1e-6
+    _, stacks = gguf_of(model, "F32")
+    for number in range(4):
+        name = f"model.layers.1.mlp.experts.{number}.up_proj.weight"
+        assert (
+            reference.relative_error(stacks["blk.1.ffn_up_exps.weight"][number], want[name]) < 1e-6
+        )
+
+
+def test_a_folded_base_is_unfolded_as_a_whole(opened, rng):
+    raw, weights = gguf_models.folded(rng)
+    made = adapters(weights, ADAPTED, rng)
+    base = opened(raw)
+    model = merge(base, made)
+    want = expected(weights, made)
+    tensors, _ = checkpoint_of(model)
+    for name, values in want.items():
+        assert reference.relative_error(tensors[name], values) < 1e-6
+    header, values = gguf_of(model, "F32")
+    assert not [key for key in header.pairs if key.startswith(PREFIX)]
+    for layer in range(2):
+        for part in ("gate", "up", "down"):
+            got = values[f"blk.{layer}.ffn_{part}.weight"]
+            name = f"model.layers.{layer}.mlp.{part}_proj.weight"
+            assert reference.relative_error(got, want[name]) < 1e-6
+    assert header.tensors["blk.0.attn_v.weight"].type.name == "Q2_0"
+    assert base.folding is not None
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_columns_that_a_folded_file_leaves_in_order(opened, rng, is_grouped):
+    """llama.cpp reads the columns of ssm_out in GGUF's order, whatever the folded file says."""
+    theirs = rng.standard_normal((256, 384)).astype(np.float32)
+    heads = Heads(linear_keys=2, linear_values=6)
+    order = column_order(Change.V_COLUMNS, heads, 384)
+    stored = theirs if is_grouped else np.ascontiguousarray(theirs[:, order])
+    keys = {
+        "general.architecture": "qwen35",
+        "qwen35.ssm.group_count": np.uint32(2),
+        "qwen35.ssm.time_step_rank": np.uint32(6),
+        f"{PREFIX}version": np.uint32(1),
+        f"{PREFIX}block_size": np.uint32(1),
+        f"{PREFIX}transform": "normalized-sylvester-walsh-hadamard",
+        f"{PREFIX}axis": "input-last-dimension",
+        f"{PREFIX}sign_mode": "identity",
+        f"{PREFIX}weight_names": ["blk.0.ssm_out.weight"],
+        f"{PREFIX}gdn_v_grouped": is_grouped,
+    }
+    tensors = {"blk.0.ssm_out.weight": ("F32", theirs.shape, stored.tobytes())}
+    name = "model.layers.0.linear_attn.out_proj"
+    for made in (adapters({f"{name}.weight": theirs}, [name], rng), {}):
+        base = opened(gguf_files.file_of(keys, tensors))
+        model = merge(base, made) if made else MergedModel(base, [])
+        want = expected({f"{name}.weight": theirs}, made)[f"{name}.weight"]
+        files = merged_files(model, Rendering("F32"))
+        got = safetensors.decode(content(files["model.safetensors"]))[0][f"{name}.weight"]
+        assert reference.relative_error(got, want) < 1e-6
+        _, values = gguf_of(model, "F32")
+        assert reference.relative_error(values["blk.0.ssm_out.weight"], want[:, order]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["b.gguf", "model.safetensors"])
+@pytest.mark.parametrize("dtype", ["F16", "Q8_0"])
+def test_any_range_is_a_slice_of_the_whole(tmp_path_factory, name, dtype):
+    if (name, dtype) == ("model.safetensors", "Q8_0"):
+        dtype = "BF16"
+    rng = np.random.default_rng(3)
+    raw, weights = gguf_models.model("Q1_0", rng, architecture="llama", is_tied=True)
+    root = tmp_path_factory.mktemp("bases")
+    (root / "b.gguf").write_bytes(raw)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    made = adapters(weights, [*ADAPTED, "lm_head"], rng)
+    model = merge(BaseFolder(root).get("b"), made)
+    file = merged_files(model, Rendering(dtype, is_widened=True))[name]
+    whole = content(file)
+
+    @READ
+    @given(st.data())
+    def check(data):
+        start = data.draw(st.integers(0, len(whole)))
+        stop = data.draw(st.integers(start, min(len(whole), start + 100_000)))
+        assert b"".join(bytes(one()) for one in file.pieces(start, stop)) == whole[start:stop]
+
+    check()
+
+
+def test_files_are_the_same_after_a_restart(tmp_path, rng):
+    raw, weights = gguf_models.model("Q1_0", rng)
+    (tmp_path / "b.gguf").write_bytes(raw)
+    made = adapters(weights, ADAPTED, rng)
+
+    def etags(**options):
+        files = merged_files(merge(BaseFolder(tmp_path).get("b"), made), Rendering(**options))
+        return {name: one.etag for name, one in files.items()}
+
+    first = etags(dtype="F16")
+    assert first == etags(dtype="F16")
+    assert len({*first.values()}) == len(first)
+    others = etags(dtype="BF16"), etags(dtype="F16", is_widened=True)
+    assert first["b.gguf"] not in [one["b.gguf"] for one in others]
+
+
+def test_a_large_checkpoint_is_divided_with_an_index(opened, rng, monkeypatch):
+    monkeypatch.setattr("bonsai_lora.checkpoints.hugging_face.SHARD_BYTES", 600_000)
+    raw, weights = gguf_models.model("Q1_0", rng)
+    model = merge(opened(raw), adapters(weights, ADAPTED, rng))
+    files = hub_files(model)
+    index = json.loads(content(files["model.safetensors.index.json"]))
+    shards = sorted({*index["weight_map"].values()})
+    assert shards == [one for one in files if one.endswith(".safetensors")]
+    assert len(shards) > 1
+    assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
+    found = {}
+    for shard in shards:
+        tensors = safetensors.decode(content(files[shard]))[0]
+        assert {index["weight_map"][name] for name in tensors} == {shard}
+        found |= tensors
+    assert found.keys() == weights.keys()
+    assert index["metadata"]["total_size"] == sum(one.nbytes for one in found.values())
+
+
+def test_files_beside_the_gguf_file_belong_to_the_checkpoint(tmp_path, rng):
+    raw, weights = gguf_models.model("Q1_0", rng)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "any-name.gguf").write_bytes(raw)
+    (tmp_path / "b" / "tokenizer.json").write_text("{}")
+    model = merge(BaseFolder(tmp_path).get("b"), adapters(weights, ADAPTED, rng))
+    files = merged_files(model)
+    assert [*files] == ["b.gguf", "config.json", "model.safetensors", "tokenizer.json"]
+    assert content(files["tokenizer.json"]) == b"{}"
+
+
+def test_a_tensor_without_a_name_stays_in_the_gguf_file_alone(opened, rng):
+    raw, weights = gguf_models.model("Q1_0", rng)
+    header = gguf.read_header(gguf.reader_of(raw), len(raw))
+    tensors = {
+        name: (one.type.name, one.shape, raw[one.start : one.stop])
+        for name, one in header.tensors.items()
+    }
+    tensors["rope_freqs.weight"] = ("F32", (32,), np.ones(32, np.float32).tobytes())
+    base = opened(gguf_files.file_of(gguf_models.keys_of("qwen3"), tensors))
+    model = merge(base, adapters(weights, ADAPTED, rng))
+    assert [*merged_files(model)] == ["b.gguf"]
+    assert (gguf_of(model)[1]["rope_freqs.weight"] == 1).all()
+    with pytest.raises(UnsupportedGgufError, match=r"rope_freqs\.weight.*GGUF file"):
+        hub_files(model)
+
+
+def test_types_without_a_decoder_are_copied_or_refused(opened, rng):
+    raw, weights = gguf_models.model("Q1_0", rng)
+    header = gguf.read_header(gguf.reader_of(raw), len(raw))
+    tensors = {
+        name: (one.type.name, one.shape, raw[one.start : one.stop])
+        for name, one in header.tensors.items()
+    }
+    kind = BY_NAME["Q5_K"]
+    tensors["blk.0.attn_v.weight"] = ("Q5_K", (128, 256), bytes(kind.bytes_of(128 * 256)))
+    base = opened(gguf_files.file_of(gguf_models.keys_of("qwen3"), tensors))
+    model = merge(base, adapters(weights, ADAPTED, rng))
+    assert [*merged_files(model)] == ["b.gguf"]
+    assert content(merged_files(model)["b.gguf"])
+    with pytest.raises(UnsupportedGgufError, match="Q5_K"):
+        merged_files(model, Rendering(is_widened=True))
+    with pytest.raises(UnsupportedAdapterError, match="Q5_K"):
+        merge(base, adapters(weights, ["model.layers.0.self_attn.v_proj"], rng))
+
+
+@pytest.mark.parametrize("name", sorted(gguf_hostile.CASES))
+def test_hostile_files_are_no_bases(opened, name):
+    with pytest.raises(InvalidBaseError, match=r"b\.gguf of base 'b'"):
+        opened(gguf_hostile.CASES[name][0])
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"general.type": "adapter"}, "upload adapters as sets"),
+        ({"split.count": np.uint16(3)}, "llama-gguf-split --merge"),
+        ({f"{PREFIX}version": np.uint32(9)}, "Hadamard"),
+        ({"general.alignment": np.uint32(1 << 17)}, "131072, more than 65536"),
+    ],
+)
+def test_files_that_are_no_whole_model_are_refused(opened, rng, keys, reason):
+    raw, _ = gguf_models.model("Q1_0", rng, **keys)
+    with pytest.raises(InvalidBaseError, match=reason):
+        opened(raw)
+
+
+def test_an_unknown_architecture_is_listed_but_not_merged(opened, rng):
+    raw, weights = gguf_models.model("Q1_0", rng)
+    header = gguf.read_header(gguf.reader_of(raw), len(raw))
+    tensors = {
+        name: (one.type.name, one.shape, raw[one.start : one.stop])
+        for name, one in header.tensors.items()
+    }
+    base = opened(gguf_files.file_of(gguf_models.keys_of("mamba"), tensors))
+    assert base.architecture == "mamba"
+    with pytest.raises(UnsupportedGgufError, match=r"'mamba'.*qwen3"):
+        merge(base, adapters(weights, ADAPTED, rng))
+
+
+def test_names_that_clash_are_refused_with_the_reason(tmp_path, rng):
+    raw, _ = gguf_models.model("Q1_0", rng)
+    (tmp_path / "b").mkdir()
+    for name in ("b.gguf", "b/one.gguf", "b/two.gguf", "c.gguf"):
+        (tmp_path / name).write_bytes(raw)
+    bases = BaseFolder(tmp_path)
+    assert bases.names() == ["b", "c"]
+    with pytest.raises(InvalidBaseError, match=r"both a folder and the file b\.gguf"):
+        bases.get("b")
+    (tmp_path / "b.gguf").unlink()
+    with pytest.raises(InvalidBaseError, match=r"2 GGUF files: one\.gguf, two\.gguf"):
+        bases.get("b")
+    (tmp_path / "b" / "two.gguf").unlink()
+    assert bases.get("b").format == "gguf"
+    assert bases.get("b") is bases.get("b")

@@ -1,0 +1,51 @@
+"""What a combination or a comparison reserves covers what it takes at most."""
+
+import tracemalloc
+
+import ml_dtypes
+import pytest
+from test_combine import random_adapter
+
+from bonsai_lora.core.combine import combine
+from bonsai_lora.core.recipe import OPTIONS, Recipe
+from bonsai_lora.core.similarity import similarity
+from bonsai_lora.service.combine import Plan
+from bonsai_lora.service.compare import Comparison
+
+SETS = [(2, 16, 600, 500, None), (24, 8, 400, 300, None), (2, 32, 300, 200, 8)]
+"""Number of sets, rank, d_in, d_out, experts."""
+
+
+def peak_of(work):
+    """The most bytes that `work` holds at a time."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("shape", SETS)
+@pytest.mark.parametrize("method", OPTIONS)
+def test_combinations(rng, method, shape):
+    count, rank, d_in, d_out, experts = shape
+    if method == "slerp" and count != 2:
+        pytest.skip("slerp takes two sets")
+    adapters = [
+        random_adapter(rng, rank, d_in, d_out, dtype=ml_dtypes.bfloat16, experts=experts)
+        for _ in range(count)
+    ]
+    recipe = Recipe(method, **({"density": 0.5} if "density" in OPTIONS[method] else {}))
+    weights = [1 / count] * count
+    plan = Plan("new", [], weights, recipe, {"m": adapters}, adapters[0].rank)
+    peak = peak_of(lambda: combine("m", adapters, weights, recipe, adapters[0].rank))
+    assert peak <= plan.work_bytes() + plan.result_bytes()
+
+
+@pytest.mark.parametrize("shape", SETS)
+def test_comparisons(rng, shape):
+    count, rank, d_in, d_out, experts = shape
+    adapters = [random_adapter(rng, rank, d_in, d_out, experts=experts) for _ in range(count)]
+    comparison = Comparison([str(number) for number in range(count)], {"m": adapters})
+    assert peak_of(lambda: similarity(adapters)) <= comparison.work_bytes() + 10_000
