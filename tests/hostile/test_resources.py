@@ -346,6 +346,7 @@ def test_a_set_with_a_long_header_is_opened_and_described_in_a_thread(service, m
     ("method", "path", "media"),
     [
         ("POST", "/v1/sets", "application/json"),
+        ("POST", "/v1/combine", "application/json"),
         ("PATCH", "/v1/sets/s", "application/json"),
         ("PUT", "/v1/sets/u", "multipart/form-data; boundary=x"),
         ("PUT", "/v1/sets/s/adapters/n", "application/json"),
