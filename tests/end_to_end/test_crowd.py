@@ -2,10 +2,12 @@
 
 import contextlib
 import socket
+import ssl
 import time
 
 import httpx
 from test_command import COMMAND, running
+from test_tls_and_paths import CERTIFICATE, KEY
 
 
 def test_connections_beyond_the_descriptors_get_503(tmp_path):
@@ -25,3 +27,25 @@ def test_connections_beyond_the_descriptors_get_503(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert httpx.post(f"{url}/v1/sets", json={"name": "t"}).status_code == 201
+
+
+def test_they_get_it_through_tls_too(tmp_path):
+    command = ("prlimit", "--nofile=200:200", COMMAND)
+    flags = ["--tls-cert", str(CERTIFICATE), "--tls-key", str(KEY)]
+    trusted = ssl.create_default_context(cafile=str(CERTIFICATE))
+    with running("--store", str(tmp_path), *flags, command=command) as (url, _):
+        host, _, port = url.removeprefix("https://").partition(":")
+        with contextlib.ExitStack() as stack:
+            status = 200
+            for _ in range(200):
+                raw = socket.create_connection((host, int(port)), timeout=10)
+                wrapped = trusted.wrap_socket(raw, server_hostname=host, suppress_ragged_eofs=False)
+                one = stack.enter_context(wrapped)
+                one.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                answer = one.recv(1 << 16)
+                status = int(answer.split()[1])
+                if status != 200:
+                    break
+            assert status == 503
+            assert one.recv(1) == b""  # closed in TLS's way, not aborted
+        assert httpx.get(f"{url}/healthz", verify=trusted).status_code == 200

@@ -17,6 +17,7 @@ from test_one_way import BINARY, JSON, connect, raw
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.api.connection import LINGER_SECONDS, GuardedProtocol
+from bonsai_lora.api.routes import hub
 from bonsai_lora.formats import safetensors
 from bonsai_lora.storage import store as store_module
 
@@ -339,3 +340,57 @@ def test_a_set_with_a_long_header_is_opened_and_described_in_a_thread(service, m
     assert threads["large"]
     assert all(one.startswith("long") for one in threads["large"])
     assert not any(one.startswith("long") for one in threads["small"])
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "media"),
+    [
+        ("POST", "/v1/sets", "application/json"),
+        ("POST", "/v1/combine", "application/json"),
+        ("PATCH", "/v1/sets/s", "application/json"),
+        ("PUT", "/v1/sets/u", "multipart/form-data; boundary=x"),
+        ("PUT", "/v1/sets/s/adapters/n", "application/json"),
+        ("POST", "/v1/sets/s/adapters/m/merge", "application/json"),
+    ],
+)
+@pytest.mark.parametrize("framing", ["Content-Length: 900000", "Transfer-Encoding: chunked"])
+def test_bodies_that_never_come_take_no_place(service, method, path, media, framing):
+    client, app = service
+    head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {media}\r\n{framing}"
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(connect(client)) for _ in range(9)]
+        for one in connections:
+            one.sendall(f"{head}\r\n\r\n".encode())
+        answer = client.post("/v1/sets", json={"name": "later", "config": {"rank": 1}})
+        assert answer.status_code == 201, answer.text
+        assert held(app)[1] == 0
+        for one in connections:
+            assert read_answer(one)[0] == 408
+    wait_until(lambda: held(app) == (0, 0, 0))
+
+
+def test_unknown_fields_are_counted_before_they_are_reported(service):
+    """Pydantic took 2 s for these, in which no other thread ran."""
+    client, _ = service
+    many = ",".join(f'"a{number}":1' for number in range(300_000))
+    text = f'{{"d_in": 8, "d_out": 8, "config": {{{many}}}}}'
+    began = time.process_time()
+    answer = client.put("/v1/sets/s/adapters/n", content=text, headers=JSON)
+    assert_problem(answer, 422, "invalid_request")
+    assert "300003 fields" in answer.json()["detail"]
+    assert time.process_time() - began < 0.7
+
+
+def test_forms_of_a_hub_client_are_read_in_a_thread(service, monkeypatch):
+    client, _ = service
+    threads = set()
+
+    def parse(text, _parse=hub.parse_qs):
+        threads.add(threading.current_thread().name)
+        return _parse(text)
+
+    monkeypatch.setattr(hub, "parse_qs", parse)
+    path = "/api/models/adapters/s/paths-info/main"
+    answer = client.post(path, content="paths=adapter_config.json&" + "%ff=%ff&" * 1000)
+    assert [one["path"] for one in answer.json()] == ["adapter_config.json"]
+    assert all(one.startswith("long") for one in threads), threads

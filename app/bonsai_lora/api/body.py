@@ -14,13 +14,22 @@ from bonsai_lora.errors import (
     UnsupportedMediaTypeError,
     counted,
 )
+from bonsai_lora.service.work import Place
 from bonsai_lora.wire.media import Form, parse_content_type
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """Return the body; raises BodyTooLargeError if it is longer than `limit` bytes."""
+LONG_BYTES = 1 << 16
+"""Bodies up to this length take a place when they are complete, longer ones before that.
+Their memory, and that of responses up to this length, is bounded by the number of places."""
+
+
+async def read_body(request: Request, limit: int, place: Place | None = None) -> bytes:
+    """Return the body; raises BodyTooLargeError if it is longer than `limit` bytes.
+
+    Takes `place` when the body is whole, or more than LONG_BYTES have come; raises BusyError.
+    """
     declared = content_length(request)
     if declared is not None:
         check_length(declared, limit)
@@ -29,8 +38,12 @@ async def read_body(request: Request, limit: int) -> bytes:
     async for part in request.stream():
         received += len(part)
         check_length(received, limit)
+        if place is not None and received > LONG_BYTES:
+            place.take()
         if part:  # the last one is empty; a single one is not copied
             parts.append(part)
+    if place is not None:
+        place.take()
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
@@ -39,19 +52,32 @@ _LENGTH_DIGITS = 18
 MODEL_BYTES = 1 << 20
 """Longest body parsed into a pydantic model; models hold names and sizes, not tensors."""
 
+_MOST_COLONS = 4096
+"""Most fields of a model's JSON. Pydantic reports each unknown one, and lets no thread run until it
+has reported all."""
 
-async def read_model(request: Request, model: type[Model]) -> Model:
-    """Return the JSON body as a validated `model`.
 
-    Raises UnsupportedMediaTypeError, BodyTooLargeError, MalformedJsonError, InvalidRequestError.
+async def read_model(request: Request, model: type[Model], place: Place) -> Model:
+    """Return the JSON body as a validated `model`, with a `place` as in `read_body`.
+
+    Raises UnsupportedMediaTypeError, BodyTooLargeError, MalformedJsonError, InvalidRequestError,
+    BusyError.
     """
     body_form(request, (Form.JSON,))
-    body = await read_body(request, MODEL_BYTES)
+    body = await read_body(request, MODEL_BYTES, place)
     return parse_model(body, model)
 
 
 def parse_model(body: bytes, model: type[Model]) -> Model:
     """Return JSON text as a validated `model`; raises MalformedJsonError, InvalidRequestError."""
+    count = body.count(b":")
+    if count > _MOST_COLONS:
+        raise InvalidRequestError(
+            f"the body has {count} fields, but the limit is {_MOST_COLONS}; send only the fields "
+            "that this call has",
+            got=count,
+            limit=_MOST_COLONS,
+        )
     try:
         return model.model_validate_json(body)
     except ValidationError as error:

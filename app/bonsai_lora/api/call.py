@@ -9,17 +9,13 @@ from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from bonsai_lora.api.body import check_length, parse_length
+from bonsai_lora.api.body import LONG_BYTES, check_length, parse_length
 from bonsai_lora.api.context import Context, get_context
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.media import Form
 
 JOINED_BYTES = 1 << 16
 """Responses up to this length are joined: one copy costs less than a second write."""
-
-LONG_BYTES = 1 << 16
-"""Bodies up to this length take a place when they are complete, longer ones before they are read.
-Their memory, and that of responses up to this length, is bounded by the number of places."""
 
 _DROPPED_BYTES = 1 << 20
 """Most bytes of a refused body that are read and dropped to keep the connection."""

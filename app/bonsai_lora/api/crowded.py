@@ -53,7 +53,8 @@ class CrowdedConnection(asyncio.Protocol):
         if not self._is_answered:
             self._is_answered = True
             self._transport.write(_answer())
-            self._transport.write_eof()
+            if self._transport.can_write_eof():  # TLS cannot
+                self._transport.write_eof()
 
     def connection_lost(self, _error: Exception | None) -> None:
         """Stop the timer."""

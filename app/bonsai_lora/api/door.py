@@ -17,6 +17,8 @@ from bonsai_lora.settings import Settings
 
 _REMEMBERED = 1024
 """Most callers and hosts to remember by the bytes of their headers."""
+_REMEMBERED_BYTES = 256
+"""Longest header to remember."""
 
 PRIVATE = "private"
 """Cache-Control of answers to callers with keys."""
@@ -110,9 +112,9 @@ class Door:
             host = headers[b"x-forwarded-host"].rpartition(b",")[2].strip()
         if not (self._keys or peer.is_local or host in self._hosts or is_health(path)):
             check_host(host, self._allowed)
-            if len(self._hosts) >= _REMEMBERED:
-                self._hosts.clear()
-            self._hosts.add(host)
+            _forget_some(self._hosts)
+            if len(host) <= _REMEMBERED_BYTES:
+                self._hosts.add(host)
         if b"origin" in headers:
             check_origin(method, path, headers, host, self._origins)
 
@@ -149,9 +151,9 @@ class Door:
         known = self._by_id.get(key.id)
         if known is None or known.key is not key:
             self._by_id[key.id] = known = self._caller(key, known)
-        if len(self._by_header) >= _REMEMBERED:
-            self._by_header.clear()
-        self._by_header[header] = known
+        _forget_some(self._by_header)
+        if len(header) <= _REMEMBERED_BYTES:
+            self._by_header[header] = known
         return known
 
     def _caller(self, key: Key, before: Caller | None = None) -> Caller:
@@ -159,6 +161,11 @@ class Door:
         is_same = before is not None and before.key.rates == key.rates
         meter = before.meter if before and is_same else Meter(key, self._share)
         return Caller(key, meter, self._base)
+
+
+def _forget_some(remembered: dict[bytes, Caller] | set[bytes]) -> None:
+    if len(remembered) >= _REMEMBERED:
+        remembered.clear()
 
 
 def _token_of(header: bytes) -> bytes | None:

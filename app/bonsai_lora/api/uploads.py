@@ -8,9 +8,10 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from bonsai_lora.api.body import check_length, check_not_compressed, content_length
+from bonsai_lora.api.body import LONG_BYTES, check_length, check_not_compressed, content_length
 from bonsai_lora.errors import MalformedMultipartError, UnsupportedMediaTypeError
 from bonsai_lora.formats.foreign import check_config_start, check_start
+from bonsai_lora.service.work import Place
 from bonsai_lora.storage.upload import Upload, WholeUpload
 
 CONFIG_PART = "adapter_config"
@@ -38,14 +39,15 @@ async def receive_adapter(
     gguf: WholeUpload,
     limit: int,
     reserve: Callable[[int], None],
+    place: Place,
 ) -> bytes | None:
     """Write the part `adapter_model` to `upload`; return the part `adapter_config`.
 
     The part `adapter_gguf` is written to `gguf` instead, and None returned.
 
-    `reserve` counts bytes before they are written. Raises its errors, UnsupportedMediaTypeError,
-    BodyTooLargeError, the errors of `Upload.write`, and MalformedMultipartError for a missing,
-    duplicate or unknown part.
+    `reserve` counts bytes before they are written; `place` is taken as in `read_body`. Raises
+    their errors, UnsupportedMediaTypeError, BodyTooLargeError, the errors of `Upload.write`, and
+    MalformedMultipartError for a missing, duplicate or unknown part.
     """
     check_not_compressed(request)
     declared = content_length(request)
@@ -62,6 +64,8 @@ async def receive_adapter(
             check_length(received, limit)
             if declared is None:
                 reserve(len(chunk))
+            if received > LONG_BYTES:
+                place.take()
             parser.write(chunk)
             if len(form.model) >= _WRITE_BYTES:
                 await _flush(form, gguf if form.is_gguf else upload)
@@ -70,6 +74,7 @@ async def receive_adapter(
         raise MalformedMultipartError(
             f"the body is not multipart/form-data: {error}; {_REMEDY}"
         ) from None
+    place.take()
     await _flush(form, gguf if form.is_gguf else upload)
     missing = set() if form.is_gguf else {CONFIG_PART, MODEL_PART} - form.seen
     if missing or not form.ended:

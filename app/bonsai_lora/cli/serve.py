@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import resource
@@ -39,6 +40,8 @@ _MAPPED_BYTES = 8 << 20
 """Blocks up to this size are allocated from the heap; larger ones are mapped and unmapped."""
 _KEPT_BYTES = 256 << 20
 """Most free memory kept at the end of the heap."""
+_COLLECTIONS = 1000
+"""Collections of younger objects before one of all, which is 7 million new objects."""
 _NAMED = 32
 """Most sets named in a log line."""
 
@@ -196,8 +199,10 @@ def _work(
 ) -> None:
     """Serve in this process, a worker of the process `supervisor`."""
     _exit_with(supervisor)
+    app = make_app(settings, shared)
+    _collect_rarely()
     config = uvicorn.Config(
-        make_app(settings, shared),
+        app,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,
@@ -243,6 +248,17 @@ def _keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3
         mallopt(m_mmap_threshold, _MAPPED_BYTES)
         mallopt(m_trim_threshold, _KEPT_BYTES)
+
+
+def _collect_rarely() -> None:
+    """Make Python look through all objects for garbage a hundredth as often.
+
+    Each time stops all threads, for 0.3 s once a set of 32,000 modules is open; half the time of an
+    upload of such a set went into it. Reference counts free almost everything without it.
+    """
+    gc.freeze()  # what there is now stays
+    young, middle, _ = gc.get_threshold()
+    gc.set_threshold(young, middle, _COLLECTIONS)
 
 
 def _raise_file_limit() -> None:

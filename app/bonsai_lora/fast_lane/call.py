@@ -10,7 +10,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from uvicorn.protocols.http.flow_control import FlowControl
 
-from bonsai_lora.api.call import LONG_BYTES, Call, HeaderLines, closes
+from bonsai_lora.api.body import LONG_BYTES
+from bonsai_lora.api.call import Call, HeaderLines, closes
 from bonsai_lora.api.coroutines import resume
 from bonsai_lora.api.door import Peer
 from bonsai_lora.api.errors import (

@@ -5,7 +5,7 @@ from typing import Any, cast
 
 from starlette.requests import ClientDisconnect
 
-from bonsai_lora.api.call import LONG_BYTES
+from bonsai_lora.api.body import LONG_BYTES
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.api.pace import Pace
 from bonsai_lora.fast_lane.call import LaneCall

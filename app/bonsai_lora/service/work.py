@@ -9,7 +9,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Self, TypeVar
 
 from bonsai_lora.errors import BusyError
 
@@ -88,6 +88,27 @@ class Lane:
             if error is not None:
                 raise error
         return [results[index] for index in range(len(works))]
+
+
+class Place:
+    """A request's place in a lane: taken when it is first needed, and freed with the context."""
+
+    def __init__(self, lane: Lane) -> None:
+        self._lane = lane
+        self._is_taken = False
+
+    def take(self) -> None:
+        """Take the place, once; raises BusyError if all are taken."""
+        if not self._is_taken:
+            self._lane.enter()
+            self._is_taken = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_taken:
+            self._lane.leave()
 
 
 class ShortLane(Lane):

@@ -26,6 +26,7 @@ from bonsai_lora.api.query import FiniteNumber
 from bonsai_lora.core.cast import Array
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service import sets
+from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire import json
 from bonsai_lora.wire.media import Form
@@ -114,10 +115,10 @@ async def put_adapter(
     """
     form = body_form(request, (Form.JSON, Form.BINARY))
     context.store.read_record(name)
-    with context.long.admit():
+    with Place(context.long) as place:
         limits = context.limits
         limit = limits.max_json_bytes if form is Form.JSON else limits.max_body_bytes
-        body = await read_body(request, limit)
+        body = await read_body(request, limit, place)
         check = precondition(request)
         put = partial(_put, context, name, module, form, body, alpha, check)
         stored, created = await context.long.run(put)

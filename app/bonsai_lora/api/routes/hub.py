@@ -154,7 +154,8 @@ async def paths_info(
     request: Request, context: ContextDep, owner: str, name: str, revision: str
 ) -> Response:
     """Return the files that the form's `paths` name; like the Hub, leave out unknown paths."""
-    form = parse_qs((await read_body(request, MODEL_BYTES)).decode("utf-8", "replace"))
+    body = await read_body(request, MODEL_BYTES)
+    form = await context.long.run(lambda: parse_qs(body.decode("utf-8", "replace")))
     wanted = set(form.get("paths", ()))
     repo = await _repo(context, owner, name, revision)
     return _json([repo.entry(path) for path in repo.files if path in wanted])

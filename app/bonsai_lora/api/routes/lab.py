@@ -32,6 +32,7 @@ from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.merged import weighted_sets
 from bonsai_lora.service.sets import get_adapter
+from bonsai_lora.service.work import Place
 
 router = APIRouter(tags=["laboratory"])
 
@@ -70,8 +71,8 @@ async def combine_sets(
     """Computes the new set from the factors of the others, one module after the other. DoRA, biases
     and replaced parameters have no sum in LoRA form and are refused.
     """
-    with context.long.admit(), Reservation(context.memory) as reserved:
-        wanted = await read_model(request, lab_schemas.CombineSets)
+    with Place(context.long) as place, Reservation(context.memory) as reserved:
+        wanted = await read_model(request, lab_schemas.CombineSets, place)
         check = partial(
             combine.plan,
             context.store,

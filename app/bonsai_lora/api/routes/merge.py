@@ -20,6 +20,7 @@ from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service.apply import check_no_replaced_bias
 from bonsai_lora.service.merge import WeightMerge, merge_of_header, stored_adapter
+from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire import json
 from bonsai_lora.wire.media import Form, negotiate_form
@@ -75,8 +76,8 @@ async def merge_weights(
 async def _merge_json(
     request: Request, context: Context, stored: StoredSet, module: str, merge: WeightMerge
 ) -> Response:
-    with context.long.admit():
-        body = await read_body(request, context.limits.max_json_bytes)
+    with Place(context.long) as place:
+        body = await read_body(request, context.limits.max_json_bytes, place)
 
         def compute() -> bytes:
             value = json.decode_object(body, frozenset({"weights"}))

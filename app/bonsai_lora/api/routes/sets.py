@@ -31,6 +31,7 @@ from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import SET_NAME_PATTERN
 from bonsai_lora.service import gguf_lora, sets
 from bonsai_lora.service.budget import Reservation
+from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.upload import Upload, WholeUpload
 from bonsai_lora.wire.media import Form
@@ -87,8 +88,8 @@ async def create_set(request: Request, context: ContextDep) -> Response:
     an empty set.
     """
     _check_not_an_upload(request)
-    with context.long.admit():
-        wanted = await read_model(request, schemas.CreateSet)
+    with Place(context.long) as place:
+        wanted = await read_model(request, schemas.CreateSet, place)
         shapes, base_model_name = _wanted_shapes(wanted)
         make = partial(
             sets.create_set,
@@ -238,7 +239,7 @@ async def upload_set(
     """
     context.store.check_name(name)
     with (
-        context.long.admit(),
+        Place(context.long) as place,
         context.store.new_file() as file,
         Reservation(context.spill) as reserved,
         Reservation(context.memory) as memory,
@@ -246,7 +247,7 @@ async def upload_set(
         upload = Upload(file, context.limits.max_header_bytes)
         limit = context.limits.max_upload_bytes
         gguf = WholeUpload(file)
-        config = await receive_adapter(request, upload, gguf, limit, reserved.add)
+        config = await receive_adapter(request, upload, gguf, limit, reserved.add, place)
         check, common = precondition(request), (context.store, context.limits)
         make = (
             partial(
@@ -299,8 +300,8 @@ async def upload_set(
 )
 async def change_set(request: Request, context: ContextDep, name: SetName) -> Response:
     """The weights stay; the set gets its next version, and its exported configuration the name."""
-    with context.long.admit():
-        wanted = await read_model(request, schemas.PatchSet)
+    with Place(context.long) as place:
+        wanted = await read_model(request, schemas.PatchSet, place)
         change = partial(
             sets.name_base,
             context.store,
