@@ -155,11 +155,16 @@ def test_a_short_body_has_no_place_before_it_is_complete(service):
         assert read_answer(connection)[0] == 200
 
 
-def test_a_long_body_is_counted_from_its_head_on(service):
+def test_a_long_body_is_counted_when_it_has_begun(service):
+    """Not by its head alone, which costs its sender nothing."""
     client, app = service
     body = rows(30_000)
+    sent = raw(APPLY, body)
     with connect(client) as connection:
-        connection.sendall(raw(APPLY, body)[: len(body) // 2])
+        connection.sendall(sent[: -len(body)])
+        time.sleep(STALL / 4)
+        assert held(app) == (0, 0, 0)
+        connection.sendall(sent[-len(body) : -len(body) // 2])
         wait_until(lambda: held(app) == (1, 0, 2 * len(body)))
     wait_until(lambda: held(app) == (0, 0, 0))
 
@@ -299,14 +304,18 @@ def test_json_that_is_slow_to_read_is_not_read_on_the_event_loop(service, name, 
     wait_until(lambda: held(app) == (0, 0, 0))
 
 
-def test_uploads_count_against_the_spill_budget_while_they_come(service):
+def test_uploads_count_against_the_spill_budget_as_they_come(service):
+    """Not from their heads on, which cost nothing to send."""
     client, app = service
     spill = app.state.context.spill
-    declared = 3 * MIB
+    begun = b'--x\r\nContent-Disposition: form-data; name="adapter_config"\r\n\r\n' + bytes(1000)
     with connect(client) as connection:
         head = "PUT /v1/sets/u HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x"
-        connection.sendall(f"{head}\r\nContent-Length: {declared}\r\n\r\n--x\r\n".encode())
-        wait_until(lambda: spill.reserved_bytes == declared)
+        connection.sendall(f"{head}\r\nContent-Length: {3 * MIB}\r\n\r\n".encode())
+        time.sleep(STALL / 4)
+        assert spill.reserved_bytes == 0
+        connection.sendall(begun)
+        wait_until(lambda: spill.reserved_bytes == len(begun))
         free = spill.total_bytes - spill.reserved_bytes
         spill.reserve(free)
         files = {"adapter_config": json.dumps({}), "adapter_model": b""}

@@ -68,11 +68,18 @@ class Call(ABC):
             length = parse_length(declared)
             check_length(length, limit)
             if length > LONG_BYTES:
-                self.enter()
-                self.reserve(_COPIES * length)
+                self.context.short.check()  # refuse what has no place now, before it is sent
         body = await self._read(limit)
         self.enter()
         return body
+
+    def begin_long(self, length: int) -> None:
+        """Take a place and memory for a body of up to `length` bytes, once enough has arrived.
+
+        Not at its head: heads cost their sender nothing.
+        """
+        self.enter()
+        self.reserve(_COPIES * length)
 
     def enter(self) -> None:
         """Take a place, once; raises BusyError if all are taken."""
@@ -127,12 +134,12 @@ class RequestCall(Call):
     async def _read(self, limit: int) -> Buffer:
         parts: list[bytes] = []
         received = 0
+        declared = self.headers.get(b"content-length")
         async for part in self._request.stream():
             received += len(part)
             check_length(received, limit)
             if received > LONG_BYTES and not self._reserved:
-                self.enter()
-                self.reserve(_COPIES * limit)  # a chunked body: its length is unknown
+                self.begin_long(limit if declared is None else parse_length(declared))
             if part:  # the last one is empty; a single one is not copied
                 parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,6 +1,5 @@
 """Multipart uploads, whose weights are written to a file as they arrive."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import anyio.to_thread
@@ -11,6 +10,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from bonsai_lora.api.body import LONG_BYTES, check_length, check_not_compressed, content_length
 from bonsai_lora.errors import MalformedMultipartError, UnsupportedMediaTypeError
 from bonsai_lora.formats.foreign import check_config_start, check_start
+from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.upload import Upload, WholeUpload
 
@@ -38,14 +38,14 @@ async def receive_adapter(
     upload: Upload,
     gguf: WholeUpload,
     limit: int,
-    reserve: Callable[[int], None],
+    reserved: Reservation,
     place: Place,
 ) -> bytes | None:
     """Write the part `adapter_model` to `upload`; return the part `adapter_config`.
 
     The part `adapter_gguf` is written to `gguf` instead, and None returned.
 
-    `reserve` counts bytes before they are written; `place` is taken as in `read_body`. Raises
+    `reserved` counts bytes before they are written; `place` is taken as in `read_body`. Raises
     their errors, UnsupportedMediaTypeError, BodyTooLargeError, the errors of `Upload.write`, and
     MalformedMultipartError for a missing, duplicate or unknown part.
     """
@@ -53,7 +53,7 @@ async def receive_adapter(
     declared = content_length(request)
     if declared is not None:
         check_length(declared, limit)
-        reserve(declared)
+        reserved.budget.check(declared)
     form = _AdapterForm()
     boundary = _boundary(request)
     received = 0
@@ -62,8 +62,7 @@ async def receive_adapter(
         async for chunk in request.stream():
             received += len(chunk)
             check_length(received, limit)
-            if declared is None:
-                reserve(len(chunk))
+            reserved.add(len(chunk))
             if received > LONG_BYTES:
                 place.take()
             parser.write(chunk)

@@ -1,7 +1,8 @@
 """One request to a fast-lane route, tied to its connection."""
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -44,7 +45,9 @@ class Connection(Protocol):
     tasks: set[asyncio.Task[None]]
     transport: asyncio.Transport
 
-    async def fill(self, target: memoryview, filled: int, stall_seconds: float) -> None:
+    async def fill(
+        self, target: memoryview, filled: int, stall_seconds: float, begin: Callable[[], None]
+    ) -> None:
         """Read the rest of the body into `target`, starting at `filled`."""
 
     def send_continue(self) -> None:
@@ -207,7 +210,8 @@ class LaneCall(Call):
             filled = len(self._body)
             target[:filled] = self._body
             self._body = target
-            await http.fill(target, filled, stall_seconds)
+            begin = partial(self.begin_long, self._head.length)
+            await http.fill(target, filled, stall_seconds, begin)
         except BaseException:
             self.keep_alive = False  # the rest of the body would be parsed as a request
             self._body = b""

@@ -1,6 +1,7 @@
 """The asyncio protocols: pass received bytes to a `LaneCall` or to uvicorn's parser."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
 
 from starlette.requests import ClientDisconnect
@@ -8,12 +9,15 @@ from starlette.requests import ClientDisconnect
 from bonsai_lora.api.body import LONG_BYTES
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.api.pace import Pace
+from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.fast_lane.call import LaneCall
 from bonsai_lora.fast_lane.routes import FastLane
 from bonsai_lora.service.work import INLINE_NANOSECONDS
 
 _HEAD_BYTES = 1 << 13
 """Longest head parsed here. Longer and incomplete heads go to uvicorn's parser."""
+_BEGUN_BYTES = LONG_BYTES // 2
+"""How much of a long body has to arrive before it has a place."""
 _START = b"POST /v"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -30,6 +34,7 @@ class LaneConnection(asyncio.BufferedProtocol):
         self._target: memoryview | None = None
         """The array that the rest of a body is read into."""
         self._filled = 0
+        self._begin: Callable[[], None] | None = None
         self._complete: asyncio.Future[None] = self._http.loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -46,26 +51,40 @@ class LaneConnection(asyncio.BufferedProtocol):
             self._http.data_received(bytes(self._buffer[:nbytes]))
             return
         self._filled += nbytes
+        self._check_begun()
         if self._filled == len(self._target):
             self._target = None
             if not self._complete.done():
                 self._complete.set_result(None)
 
-    async def fill(self, target: memoryview, filled: int, stall_seconds: float) -> None:
+    async def fill(
+        self, target: memoryview, filled: int, stall_seconds: float, begin: Callable[[], None]
+    ) -> None:
         """Read into `target`, starting at `filled`, until it is full.
 
-        Raises StalledError if the client sends at less than the `Pace`, ClientDisconnect.
+        Calls `begin` when enough has arrived, and raises its errors, StalledError if the client
+        sends at less than the `Pace`, and ClientDisconnect.
         """
         loop = self._http.loop
         self._complete = loop.create_future()
-        self._target, self._filled = target, filled
+        self._target, self._filled, self._begin = target, filled, begin
+        self._check_begun()
         self._watch(Pace(stall_seconds))
         try:
             await self._complete
         finally:
-            self._target = None
+            self._target = self._begin = None
             if self._timer is not None:
                 self._timer.cancel()
+
+    def _check_begun(self) -> None:
+        """Call `begin` once enough of the body has arrived."""
+        if self._begin is not None and self._filled >= _BEGUN_BYTES:
+            begin, self._begin = self._begin, None
+            try:
+                begin()
+            except BonsaiLoraError as error:
+                self._complete.set_exception(error)
 
     def _watch(self, pace: Pace) -> None:
         seconds = pace.left_seconds

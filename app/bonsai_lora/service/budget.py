@@ -27,11 +27,8 @@ class Budget:
         self._never = never
         self._lock = threading.Lock()
 
-    def reserve(self, size: int) -> None:
-        """Count `size` bytes until they are released.
-
-        Raises the error `never` if they are more than the budget, BusyError if they do not fit now.
-        """
+    def check(self, size: int) -> None:
+        """Raise the error `never` if `size` bytes are more than the budget."""
         if size > self.total_bytes:
             raise self._never(
                 f"the request needs {size} bytes of {self._what} at once, but the limit is "
@@ -39,6 +36,13 @@ class Budget:
                 needed_bytes=size,
                 budget_bytes=self.total_bytes,
             )
+
+    def reserve(self, size: int) -> None:
+        """Count `size` bytes until they are released.
+
+        Raises as `check`, and BusyError if they do not fit now.
+        """
+        self.check(size)
         if not self.try_reserve(size):
             raise BusyError(
                 f"the request needs {size} bytes of {self._what}, but other requests hold "
@@ -66,16 +70,16 @@ class Reservation:
     """Bytes of a budget that grow while its context lasts, and are released at its end."""
 
     def __init__(self, budget: Budget) -> None:
-        self._budget = budget
+        self.budget = budget
         self._size = 0
 
     def add(self, size: int) -> None:
         """Reserve `size` more bytes; raises the errors of `Budget.reserve`."""
-        self._budget.reserve(size)
+        self.budget.reserve(size)
         self._size += size
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._budget.release(self._size)
+        self.budget.release(self._size)

@@ -41,12 +41,16 @@ class Lane:
 
     def enter(self) -> None:
         """Admit a request; raises BusyError if all places are taken."""
+        self.check()
+        self.in_progress += 1
+
+    def check(self) -> None:
+        """Raise BusyError if all places are taken."""
         if self.in_progress >= self._places:
             raise BusyError(
                 f"{self._places} requests are in progress, which is the limit; retry in a second",
                 limit=self._places,
             )
-        self.in_progress += 1
 
     def leave(self) -> None:
         """Free the place of a request."""

@@ -247,7 +247,7 @@ async def upload_set(
         upload = Upload(file, context.limits.max_header_bytes)
         limit = context.limits.max_upload_bytes
         gguf = WholeUpload(file)
-        config = await receive_adapter(request, upload, gguf, limit, reserved.add, place)
+        config = await receive_adapter(request, upload, gguf, limit, reserved, place)
         check, common = precondition(request), (context.store, context.limits)
         make = (
             partial(
