@@ -43,6 +43,7 @@ from bonsai_lora.api.routes import (
     oip,
     operations,
     page,
+    set_files,
     sets,
     shared_memory,
     stats,
@@ -96,6 +97,7 @@ _ROUTERS = [
     one.router
     for one in (
         sets,
+        set_files,
         adapters,
         apply,
         merge,
@@ -128,7 +130,9 @@ def _heads_of(router: APIRouter) -> APIRouter:
 
 _HEADS = [_heads_of(router) for router in _ROUTERS]
 
-_STRICT_ROUTERS = [one.router for one in (sets, adapters, merge, bases_routes, stats, lab)]
+_STRICT_ROUTERS = [
+    one.router for one in (sets, set_files, adapters, merge, bases_routes, stats, lab)
+]
 """Routers that refuse unknown query parameters. Apply parses its own; clients of the Hub and of the
 Open Inference Protocol send additional ones."""
 

@@ -38,6 +38,9 @@ _log = logging.getLogger("bonsai_lora")
 
 _MAPPED_BYTES = 8 << 20
 """Blocks up to this size are allocated from the heap; larger ones are mapped and unmapped."""
+_ACCEPTED_AT_ONCE = 8
+"""Connections accepted in one turn of the event loop: libuv accepts one for each listening handle,
+and with a single one, new connections wait for seconds in an overload (benchmarks/overload.py)."""
 _KEPT_BYTES = 256 << 20
 """Most free memory kept at the end of the heap."""
 _COLLECTIONS = 1000
@@ -213,7 +216,8 @@ def _work(
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )
-    uvicorn.Server(config).run(sockets=listeners)
+    copies = [one.dup() for one in listeners for _ in range(_ACCEPTED_AT_ONCE)]
+    uvicorn.Server(config).run(sockets=copies)
 
 
 def _note_death(shared: Path, pid: int) -> None:

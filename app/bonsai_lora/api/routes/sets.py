@@ -1,10 +1,11 @@
-"""Create, list, show, upload and delete sets, and download them as PEFT files."""
+"""Create, list, show, upload and delete sets."""
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
 import anyio.to_thread
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
@@ -13,18 +14,15 @@ from bonsai_lora.api.conditions import not_modified, precondition
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.described import described
-from bonsai_lora.api.merged_file import CountedFile
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
     extra_response,
-    file_responses,
     problems,
     request_body,
 )
 from bonsai_lora.api.openapi_headers import sends
 from bonsai_lora.api.query import DECIMAL
-from bonsai_lora.api.ranges import BytesFile, file_response
 from bonsai_lora.api.uploads import CONFIG_PART, GGUF_PART, MODEL_PART, receive_adapter
 from bonsai_lora.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, layered
 from bonsai_lora.formats.experts import ExpertLayout
@@ -184,6 +182,30 @@ async def get_set(request: Request, context: ContextDep, name: SetName) -> Respo
     return await _info(context, stored)
 
 
+@dataclass(frozen=True, slots=True)
+class _UploadOptions:
+    """The query of an upload."""
+
+    base_model_name: Annotated[
+        str | None,
+        Query(max_length=1024, description="replaces the base model name in the upload"),
+    ] = None
+    expert_b_layout: Annotated[
+        ExpertLayout | None,
+        Query(description="column order of B for fused experts; PEFT writes rank_major"),
+    ] = None
+    architecture: Annotated[
+        str | None,
+        Query(
+            max_length=100,
+            description="whose tensor names a GGUF LoRA has, in place of its general.architecture",
+        ),
+    ] = None
+
+
+UploadOptions = Annotated[_UploadOptions, Depends()]
+
+
 @router.put(
     "/v1/sets/{set}",
     operation_id="upload_set",
@@ -218,21 +240,7 @@ async def upload_set(
     request: Request,
     context: ContextDep,
     name: SetName,
-    base_model_name: Annotated[
-        str | None,
-        Query(max_length=1024, description="replaces the base model name in the upload"),
-    ] = None,
-    expert_b_layout: Annotated[
-        ExpertLayout | None,
-        Query(description="column order of B for fused experts; PEFT writes rank_major"),
-    ] = None,
-    architecture: Annotated[
-        str | None,
-        Query(
-            max_length=100,
-            description="whose tensor names a GGUF LoRA has, in place of its general.architecture",
-        ),
-    ] = None,
+    options: UploadOptions,
 ) -> Response:
     """Creates or replaces the set atomically. An adapter that cannot be applied exactly is refused
     with the reason. The parts may also be named after the files they contain.
@@ -258,8 +266,8 @@ async def upload_set(
                 gguf,
                 memory.add,
                 check,
-                base_model_name=base_model_name,
-                architecture=architecture,
+                base_model_name=options.base_model_name,
+                architecture=options.architecture,
             )
             if config is None
             else partial(
@@ -269,8 +277,8 @@ async def upload_set(
                 config,
                 upload,
                 check,
-                base_model_name=base_model_name,
-                expert_layout=expert_b_layout,
+                base_model_name=options.base_model_name,
+                expert_layout=options.expert_b_layout,
             )
         )
         imported = await context.long.run(make)
@@ -327,86 +335,6 @@ async def delete_set(request: Request, context: ContextDep, name: SetName) -> No
     """Requests in flight finish with the set as it was when they started."""
     remove = partial(sets.delete_set, context.store, name, precondition(request))
     await context.long.run(remove)
-
-
-_FILE_ERRORS = (errors.SetNotFoundError, errors.RangeNotSatisfiableError, errors.BusyError)
-
-
-@router.get(
-    "/v1/sets/{set}/adapter_config.json",
-    operation_id="get_adapter_config",
-    summary="Download a set's PEFT configuration",
-    response_class=Response,
-    responses=file_responses(Form.JSON.value) | problems(*_FILE_ERRORS),
-)
-async def get_adapter_config(request: Request, context: ContextDep, name: SetName) -> Response:
-    """Put it in a folder with `adapter_model.safetensors`, and `peft` loads the folder."""
-    stored = await context.open(name)
-    # The ETag must differ per file: Hub clients name cached files by it.
-    etag = f'{stored.record.etag[:-1]}-config"'
-    file = BytesFile(memoryview(sets.export_config(stored)), etag, Form.JSON.value)
-    return file_response(request, file, context.long)
-
-
-@router.get(
-    "/v1/sets/{set}/adapter_model.safetensors",
-    operation_id="get_adapter_model",
-    summary="Download a set's weights under PEFT's names",
-    response_class=Response,
-    responses=file_responses(Form.BINARY.value) | problems(*_FILE_ERRORS),
-)
-async def get_adapter_model(request: Request, context: ContextDep, name: SetName) -> Response:
-    """Uploaded tensors keep their dtype and are returned bit for bit."""
-    stored = await context.open(name)
-    file = BytesFile(stored.file, stored.record.etag, Form.BINARY.value)
-    return file_response(request, file, context.long)
-
-
-@router.get(
-    "/v1/sets/{set}/adapter.gguf",
-    operation_id="get_adapter_gguf",
-    summary="Download a set as a GGUF LoRA for llama.cpp",
-    response_class=Response,
-    responses=file_responses("application/octet-stream")
-    | problems(
-        *_FILE_ERRORS,
-        errors.InvalidRequestError,
-        errors.UnsupportedAdapterError,
-        errors.UnsupportedGgufError,
-        errors.InvalidBaseError,
-        errors.MemoryBudgetError,
-    ),
-)
-@router.head("/v1/sets/{set}/adapter.gguf", include_in_schema=False)
-async def get_adapter_gguf(
-    request: Request,
-    context: ContextDep,
-    name: SetName,
-    dtype: Annotated[
-        gguf_lora.LoraDtype, Query(description="type of the tensors; F32 is exact")
-    ] = "F32",
-    architecture: Annotated[
-        str | None,
-        Query(max_length=100, description="general.architecture of the base's GGUF file"),
-    ] = None,
-    folded: Annotated[
-        bool, Query(description="fold A for a base whose weights are Hadamard-folded")
-    ] = False,
-) -> Response:
-    """With it, llama.cpp computes exactly this set: rsLoRA and patterns become part of the factors.
-    The architecture is, unless given, that of the base if it is served here, else that of the GGUF
-    LoRA that was uploaded, else qwen3 if all modules have names in it.
-    """
-    stored = await context.open(name)
-    make = partial(
-        gguf_lora.export_gguf, stored, context.bases, dtype, architecture, is_folded=folded
-    )
-    made = await context.long.run(make)
-    with Reservation(context.memory) as reserved:
-        reserved.add(made.working_bytes)
-        await context.long.run(made.check_values)
-    file = CountedFile(made, context.executor, context.memory, made.working_bytes)
-    return file_response(request, file, context.long)
 
 
 def _wanted_shapes(wanted: schemas.CreateSet) -> tuple[Shapes, str]:
