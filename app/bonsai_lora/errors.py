@@ -342,7 +342,7 @@ class UnsupportedAdapterError(InvalidError):
 
 
 class UnmergeableError(InvalidError):
-    """The set does not fit the base, told to clients of the hub: huggingface_hub shows why."""
+    """The set does not fit the base; raised by Hub routes, whose clients show the text."""
 
     code = "unmergeable"
 
