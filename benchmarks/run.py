@@ -15,6 +15,7 @@ SCRIPTS = [
     "dequantize",
     "merged",
     "merged_gguf",
+    "overload",
     "stages",
     "throughput",
     "token_latency",

@@ -29,6 +29,8 @@ from typing import NamedTuple
 
 import httpx
 
+import bonsai_lora
+
 TOLERANCE = 1e-5
 """Relative; absolute below 0.1. The last digits of a float32 sum depend on the processor."""
 
@@ -130,6 +132,9 @@ class Reader:
         return self
 
     def __exit__(self, *_):
+        for value in self._names.values():
+            if isinstance(value, httpx.Client | bonsai_lora.Client):
+                value.close()
         self._stop()
         self._log.close()
 

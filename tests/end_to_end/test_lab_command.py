@@ -112,7 +112,8 @@ def test_survival(run, service):
 def test_calls(run, service):
     with Client(service) as client:
         report = client.preview_combine("new", {"one": 1.0, "two": -2.0}, method="svd", rank=1)
-        assert (report["rank"], report["relative_error"]) == (1, 0.0)
+        assert report["rank"] == 1
+        assert report["relative_error"] < 1e-12
         with pytest.raises(SetNotFoundError):
             client.get_set("new")
         made = client.combine("new", {"one": 0.5, "two": 1.0})

@@ -49,7 +49,8 @@ def test_counters_outlive_a_worker(tmp_path):
 
 def test_workers_number_their_requests_differently(tmp_path):
     with running("--store", str(tmp_path), "--workers", "3") as (url, _):
-        ids = [httpx.get(f"{url}/healthz").headers["x-request-id"] for _ in range(40)]
+        answers = [httpx.get(f"{url}/healthz", timeout=30) for _ in range(40)]
+    ids = [one.headers["x-request-id"] for one in answers]
     assert len(set(ids)) == len(ids)
 
 
