@@ -16,6 +16,8 @@ from test_apply import Q_PROJ
 from uvicorn.server import ServerState
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.api.pace import Pace
+from bonsai_lora.errors import BusyError, StalledError
 from bonsai_lora.fast_lane.call import LONG_BYTES
 from bonsai_lora.fast_lane.protocol import LaneConnection, LaneProtocol
 from bonsai_lora.formats import safetensors
@@ -371,3 +373,21 @@ def test_a_body_and_the_next_request_in_one_read(app, client):
     length = 8 + int.from_bytes(first[:8], "little") + 4 * 128 * ROWS
     got = outputs(first[:length])
     assert np.abs(got[:300] - right).max() < 1e-5
+
+
+def test_a_body_that_stalls_as_it_begins_keeps_its_first_error():
+    """The refusal of its place comes after the stall, and must not break the connection."""
+
+    async def begin():
+        connection = LaneConnection.__new__(LaneConnection)
+        connection._complete = asyncio.get_running_loop().create_future()
+        connection._complete.set_exception(Pace(1.0).too_slow())
+        connection._begin, connection._filled = refuse, LONG_BYTES
+        connection._check_begun()
+        await connection._complete
+
+    def refuse():
+        raise BusyError("full")
+
+    with pytest.raises(StalledError):
+        asyncio.run(begin())

@@ -356,7 +356,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._disconnect()
 
     def _check_closing(self, *, was_closing: bool) -> None:
-        """Disconnect a client that has not read the last of a response in a connection's end."""
+        """Disconnect a client that does not read the rest of a response after the close."""
         is_closing = self.transport.get_write_buffer_size() > 0 and self.transport.is_closing()
         if is_closing and was_closing and not self.flow.write_paused:
             self._disconnect()

@@ -84,7 +84,8 @@ class LaneConnection(asyncio.BufferedProtocol):
             try:
                 begin()
             except BonsaiLoraError as error:
-                self._complete.set_exception(error)
+                if not self._complete.done():  # the body may have stalled already
+                    self._complete.set_exception(error)
 
     def _watch(self, pace: Pace) -> None:
         seconds = pace.left_seconds

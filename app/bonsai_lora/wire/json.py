@@ -32,7 +32,7 @@ _LEAST_NUMBERS = 64
 _MOST_LISTS = 1 << 20
 """Most lists and objects in JSON: each takes up to fifty times as much memory as text."""
 _LONG_TEXT_BYTES = 1 << 18
-"""Parsing more text than this into lists takes milliseconds, which the event loop has not."""
+"""Parsing more text into lists takes milliseconds, too long for the event loop."""
 _PLACEHOLDER = token_hex(8)
 """Marks the position of an array in JSON text; random, so that no client can forge it."""
 

@@ -10,7 +10,7 @@ from bonsai_lora import errors
 from bonsai_lora.api import lab_schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.deps import ContextDep, SetName
-from bonsai_lora.api.described import described
+from bonsai_lora.api.described import described, set_headers
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
@@ -89,11 +89,8 @@ async def combine_sets(
             show = partial(lab_schemas.CombineReport.of, report)
             return await described(context, show, len(combined), {})
         stored = await context.long.run(partial(plan.store, context.store, context.limits, report))
-        headers = {
-            "ETag": stored.record.etag,
-            "Location": f"{context.settings.root_path}/v1/sets/{wanted.name}",
-        }
         made = partial(lab_schemas.CombinedSet.made, stored, report)
+        headers = set_headers(context, stored, 201)
         return await described(context, made, len(combined), headers, 201)
 
 

@@ -13,7 +13,7 @@ from bonsai_lora.api.body import read_model
 from bonsai_lora.api.conditions import not_modified, precondition
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName
-from bonsai_lora.api.described import described
+from bonsai_lora.api.described import described, set_headers
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
@@ -105,15 +105,8 @@ async def create_set(request: Request, context: ContextDep) -> Response:
 
 async def _info(context: Context, stored: StoredSet, status: int = 200) -> Response:
     make = partial(schemas.SetInfo.of, stored)
-    headers = _headers_of(context, stored, status)
+    headers = set_headers(context, stored, status)
     return await described(context, make, stored.record.adapter_count, headers, status)
-
-
-def _headers_of(context: Context, stored: StoredSet, status: int) -> dict[str, str]:
-    headers = {"ETag": stored.record.etag}
-    if status == 201:
-        headers["Location"] = f"{context.settings.root_path}/v1/sets/{stored.record.name}"
-    return headers
 
 
 def _check_not_an_upload(request: Request) -> None:
@@ -287,7 +280,7 @@ async def upload_set(
         context,
         partial(schemas.ImportReport.of, imported),
         stored.record.adapter_count,
-        _headers_of(context, stored, status),
+        set_headers(context, stored, status),
         status,
     )
 
