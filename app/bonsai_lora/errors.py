@@ -38,6 +38,10 @@ class TakesLongError(Exception):
     """
 
 
+class JobCancelledError(Exception):
+    """Somebody has cancelled the job that raises it. Callers never see it."""
+
+
 class MalformedBodyError(BonsaiLoraError):
     """The body cannot be parsed as its Content-Type declares."""
 
@@ -155,6 +159,18 @@ class BaseNotFoundError(NotFoundError):
             f"there is no base named {name!r}; add a folder of that name with safetensors files "
             "under the setting bases (GET /v1/bases lists the bases)",
             base=name,
+        )
+
+
+class JobNotFoundError(NotFoundError):
+    """The caller has no job of this id."""
+
+    code = "job_not_found"
+
+    def __init__(self, number: str) -> None:
+        super().__init__(
+            f"there is no job {number[:64]!r}; GET /v1/jobs lists those of the last day",
+            job=number[:64],
         )
 
 
@@ -358,6 +374,18 @@ class BusyError(BonsaiLoraError):
     """Too many requests are in progress; this one was not started."""
 
     code = "busy"
+
+
+class JobInterruptedError(BusyError):
+    """The process that ran a job has ended; in the job's `error` only."""
+
+    code = "job_interrupted"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the process that ran the job has ended, and the job stored nothing; send its request "
+            "again"
+        )
 
 
 class StalledError(BonsaiLoraError):

@@ -16,6 +16,7 @@ from bonsai_lora.errors import TakesLongError
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.infer import Inference
+from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.keys import Key, Meter, Scope, missing_scope
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
@@ -46,6 +47,7 @@ class Context:
     bases: BaseFolder
     models: MergedModels
     executor: Executor
+    jobs: Jobs
     metrics: Metrics
     started: float = field(default_factory=monotonic)
 

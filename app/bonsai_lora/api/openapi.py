@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from bonsai_lora import errors
-from bonsai_lora.api import lab_schemas, oip_schemas, schemas, tensor_schemas
+from bonsai_lora.api import job_schemas, lab_schemas, oip_schemas, schemas, tensor_schemas
 from bonsai_lora.api.errors import PROBLEM_TYPE, is_oip, status_of
 from bonsai_lora.api.openapi_headers import describe_headers, sends
 from bonsai_lora.api.openapi_schemas import refine_schemas
@@ -209,7 +209,7 @@ def _add_models(document: dict[str, Any]) -> None:
     known = document.setdefault("components", {}).setdefault("schemas", {})
     models = [
         one
-        for module in (schemas, tensor_schemas, oip_schemas, lab_schemas)
+        for module in (schemas, tensor_schemas, oip_schemas, lab_schemas, job_schemas)
         for one in vars(module).values()
         if isinstance(one, type)
         and issubclass(one, BaseModel)

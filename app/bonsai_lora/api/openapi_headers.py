@@ -34,6 +34,11 @@ _RESPONSE_HEADERS: dict[str, dict[str, Any]] = {
         "description": "the range sent, unless there are several; the file's size after a 416",
         "schema": _STRING,
     },
+    "Preference-Applied": {
+        "description": "`respond-async`: the answer is a job",
+        "required": True,
+        "schema": _STRING,
+    },
     "WWW-Authenticate": {"description": "Bearer", "required": True, "schema": _STRING},
     "Retry-After": {
         "description": "seconds after which a retry can succeed",

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 
 from bonsai_lora import errors
 from bonsai_lora.api import lab_schemas
 from bonsai_lora.api.body import read_model
+from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.described import described, set_headers
 from bonsai_lora.api.openapi import (
@@ -27,16 +28,17 @@ from bonsai_lora.api.routes.bases import (
     Scale,
     Weights,
 )
+from bonsai_lora.api.routes.jobs import JOB, start_job, wants_job
 from bonsai_lora.service import combine, compare, survival
 from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.budget import Reservation
+from bonsai_lora.service.jobs import Progress
 from bonsai_lora.service.merged import weighted_sets
 from bonsai_lora.service.sets import get_adapter
-from bonsai_lora.service.work import Place
+from bonsai_lora.service.work import Lane, Place
+from bonsai_lora.storage.setfile import StoredSet
 
 router = APIRouter(tags=["laboratory"])
-
-T = TypeVar("T")
 
 
 @router.post(
@@ -50,6 +52,7 @@ T = TypeVar("T")
         200, "with `dry_run`: the report alone; nothing is stored", lab_schemas.CombineReport
     )
     | sends(201, "ETag", "Location")
+    | JOB
     | problems(
         *BODY_ERRORS,
         *STORE_ERRORS,
@@ -69,7 +72,8 @@ async def combine_sets(
     dry_run: Annotated[bool, Query(description="compute the report, and store nothing")] = False,
 ) -> Response:
     """Computes the new set from the factors of the others, one module after the other. DoRA, biases
-    and replaced parameters have no sum in LoRA form and are refused.
+    and replaced parameters have no sum in LoRA form and are refused. With `Prefer: respond-async`
+    it is checked now and computed as a job.
     """
     with Place(context.long) as place, Reservation(context.memory) as reserved:
         wanted = await read_model(request, lab_schemas.CombineSets, place)
@@ -82,16 +86,43 @@ async def combine_sets(
             wanted.recipe(),
         )
         plan = await context.long.run(check)
-        reserved.add(plan.result_bytes() + context.settings.threads * plan.work_bytes())
-        combined = await context.long.run_each(plan.works(), context.settings.threads)
-        report = await context.long.run(partial(plan.report, combined))
-        if dry_run:
+        needed = plan.result_bytes() + context.settings.threads * plan.work_bytes()
+        if wants_job(request):
+            work = partial(_combine_as_job, context, plan, dry_run)
+            return await start_job(context, "combine", needed, work)
+        reserved.add(needed)
+        report, stored = await _combine(context, context.long, plan, dry_run, Progress())
+        modules = len(report.modules)
+        if stored is None:
             show = partial(lab_schemas.CombineReport.of, report)
-            return await described(context, show, len(combined), {})
-        stored = await context.long.run(partial(plan.store, context.store, context.limits, report))
+            return await described(context, show, modules, {})
         made = partial(lab_schemas.CombinedSet.made, stored, report)
-        headers = set_headers(context, stored, 201)
-        return await described(context, made, len(combined), headers, 201)
+        return await described(context, made, modules, set_headers(context, stored, 201), 201)
+
+
+async def _combine_as_job(
+    context: Context, plan: combine.Plan, dry_run: bool, progress: Progress
+) -> dict[str, Any]:
+    report, stored = await _combine(context, context.jobs.lane, plan, dry_run, progress)
+    made = (
+        partial(lab_schemas.CombineReport.of, report)
+        if stored is None
+        else partial(lab_schemas.CombinedSet.made, stored, report)
+    )
+    return await context.jobs.lane.run(lambda: made().model_dump(mode="json"))
+
+
+async def _combine(
+    context: Context, lane: Lane, plan: combine.Plan, dry_run: bool, progress: Progress
+) -> tuple[combine.Report, StoredSet | None]:
+    """Compute a combination, and store it unless it is a dry run."""
+    works = progress.follow(plan.works(), [1] * len(plan.modules))
+    combined = await lane.run_each(works, context.settings.threads)
+    report = await lane.run(partial(plan.report, combined))
+    progress.check()
+    if dry_run:
+        return report, None
+    return report, await lane.run(partial(plan.store, context.store, context.limits, report))
 
 
 @router.get(
