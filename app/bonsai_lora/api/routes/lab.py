@@ -12,6 +12,7 @@ from bonsai_lora.api.body import read_model
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.described import described, set_headers
+from bonsai_lora.api.job_schemas import Job
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
@@ -29,7 +30,7 @@ from bonsai_lora.api.routes.bases import (
     Weights,
 )
 from bonsai_lora.api.routes.jobs import JOB, start_job, wants_job
-from bonsai_lora.service import combine, compare, survival
+from bonsai_lora.service import combine, compare, extract, survival
 from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.jobs import Progress
@@ -123,6 +124,62 @@ async def _combine(
     if dry_run:
         return report, None
     return report, await lane.run(partial(plan.store, context.store, context.limits, report))
+
+
+@router.post(
+    "/v1/extract",
+    operation_id="extract_set",
+    summary="Extract a set from a fine-tuned model, as a job",
+    status_code=202,
+    response_model=Job,
+    openapi_extra=request_body(lab_schemas.ExtractSet),
+    responses=sends(202, "Location", "Preference-Applied")
+    | problems(
+        *BODY_ERRORS,
+        *STORE_ERRORS,
+        errors.SetExistsError,
+        errors.InvalidNameError,
+        errors.BaseNotFoundError,
+        errors.InvalidBaseError,
+        errors.BaseChangedError,
+        errors.ShapeMismatchError,
+        errors.UnsupportedGgufError,
+        errors.RankTooLargeError,
+    ),
+)
+async def extract_set(request: Request, context: ContextDep) -> Response:
+    """Compares both models tensor by tensor, in bounded memory. The job's result is the new set
+    with a report; until then nothing is stored.
+    """
+    with Place(context.long) as place:
+        wanted = await read_model(request, lab_schemas.ExtractSet, place)
+        check = partial(
+            extract.plan,
+            context.store,
+            context.limits,
+            context.bases,
+            wanted.name,
+            wanted.base,
+            wanted.tuned,
+            wanted.rank,
+            wanted.energy,
+            wanted.modules,
+        )
+        plan = await context.long.run(check)
+        needed = context.settings.threads * plan.work_bytes()
+        return await start_job(context, "extract", needed, partial(_extract, context, plan))
+
+
+async def _extract(context: Context, plan: extract.Plan, progress: Progress) -> dict[str, Any]:
+    lane = context.jobs.lane
+    with Reservation(context.memory) as reserved:
+        works = plan.works(progress, reserved)
+        found = await lane.run_each(works, context.settings.threads)
+        report = plan.report(found)
+        progress.check()
+        stored = await lane.run(partial(plan.store, context.store, context.limits, report))
+        made = partial(lab_schemas.ExtractedSet.made, stored, report)
+        return await lane.run(lambda: made().model_dump(mode="json"))
 
 
 @router.get(
