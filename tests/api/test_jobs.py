@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 
 import httpx
 import pytest
@@ -49,7 +50,11 @@ def gate(monkeypatch):
     compute = combine.Plan.works
 
     def works(plan):
-        return [lambda: opened.wait(10) and one() for one in compute(plan)]
+        return [partial(run, one) for one in compute(plan)]
+
+    def run(one):
+        assert opened.wait(10)
+        return one()
 
     monkeypatch.setattr(combine.Plan, "works", works)
     yield opened
@@ -243,10 +248,10 @@ def test_an_unexpected_error_is_logged_and_not_shown(tmp_path):
             raise ZeroDivisionError("secret")
 
         record = await runner.submit(ANYONE, "combine", 1, work)
-        while not (job := await runner.get(ANYONE, record.id)).is_finished:
-            await asyncio.sleep(0.01)
+        await asyncio.gather(*runner._tasks)
+        await asyncio.sleep(0)  # until the lane knows
         assert lane.in_progress == 0
-        return job
+        return await runner.get(ANYONE, record.id)
 
     job = asyncio.run(run())
     assert (job.state, job.error["code"]) == ("failed", "internal_error")

@@ -56,6 +56,7 @@ from bonsai_lora.core import backend
 from bonsai_lora.errors import StoreFullError
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
+from bonsai_lora.service.gain import Gains
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.limits import Limits
@@ -65,6 +66,7 @@ from bonsai_lora.service.view import SetView
 from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import UNGUARDED, Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile, read_restarts
+from bonsai_lora.storage.exponents import ExponentFolder
 from bonsai_lora.storage.jobs import JobFolder
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
@@ -145,6 +147,7 @@ Open Inference Protocol send additional ones."""
 _CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _EXPOSED_HEADERS = (
     "Accept-Ranges",
+    "Bonsai-Delta-Gain",
     "Content-Range",
     "ETag",
     "Inference-Header-Content-Length",
@@ -308,6 +311,7 @@ def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Me
             Lane("jobs", settings.max_jobs, settings.threads),
             memory,
         ),
+        Gains(ExponentFolder(store.root / "exponents")),
         metrics,
     )
 

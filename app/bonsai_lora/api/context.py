@@ -15,6 +15,7 @@ from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.errors import TakesLongError
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
+from bonsai_lora.service.gain import Gains
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.keys import Key, Meter, Scope, missing_scope
@@ -48,6 +49,7 @@ class Context:
     models: MergedModels
     executor: Executor
     jobs: Jobs
+    gains: Gains
     metrics: Metrics
     started: float = field(default_factory=monotonic)
 

@@ -18,7 +18,7 @@ from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.combine import Report
 from bonsai_lora.service.compare import Comparison, ModuleComparison
 from bonsai_lora.service.extract import Report as Extraction
-from bonsai_lora.service.survival import Estimate, Survival
+from bonsai_lora.service.survival import Followed, Survival
 from bonsai_lora.storage.setfile import StoredSet
 
 Rank = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -311,8 +311,8 @@ class SetSpectrum(BaseModel):
     modules: list[ModuleSpectrum]
 
 
-StoredDtype = Literal["BF16", "F16", "Q8_0", "Q1_0"]
-"""Types whose loss is estimated."""
+StoredDtype = Literal["BF16", "F16", "Q8_0", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0"]
+"""Types whose loss is computed."""
 
 
 class SurvivalFigures(InfoModel):
@@ -333,6 +333,7 @@ class SurvivalInfo(SurvivalFigures):
     """What is left of a set's deltas."""
 
     dtype: StoredDtype
+    exact: bool = Field(description="whether all rows were stored, and not a sample")
     modules: list[TensorSurvival]
     skipped: list[str] = Field(
         description="changed tensors that are not followed: replaced ones, DoRA, stacked experts, "
@@ -340,16 +341,17 @@ class SurvivalInfo(SurvivalFigures):
     )
 
     @classmethod
-    def of(cls, estimate: Estimate, found: Sequence[Survival]) -> "SurvivalInfo":
-        """Return the schema of an estimate."""
+    def of(cls, followed: Followed, found: Sequence[Survival], *, is_exact: bool) -> "SurvivalInfo":
+        """Return the schema of what was found of each tensor."""
         return cls(
-            dtype=cast("StoredDtype", estimate.dtype),
+            dtype=cast("StoredDtype", followed.dtype),
+            exact=is_exact,
             **_survival(sum(found, Survival())),
             modules=[
                 TensorSurvival(name=name, **_survival(one))
-                for name, one in zip(estimate.tensors, found, strict=True)
+                for name, one in zip(followed.tensors, found, strict=True)
             ],
-            skipped=list(estimate.skipped),
+            skipped=list(followed.skipped),
         )
 
 

@@ -127,13 +127,14 @@ def empty_responses() -> Responses:
     return {200: {"description": "done; the response has no body", "content": {}}}
 
 
-def file_responses(media_type: str) -> Responses:
-    """Return the `responses` of a route that serves a file and its byte ranges."""
+def file_responses(media_type: str, *headers: str) -> Responses:
+    """Return the `responses` of a route that serves a file and its byte ranges, with `headers`."""
     schema = {"type": "object"} if media_type == Form.JSON.value else _BINARY
     content = {media_type: {"schema": schema}}
     return {
-        200: {"description": "the whole file", "content": content},
+        200: {"description": "the whole file", "content": content, **sends(200, *headers)[200]},
         206: {
+            **sends(206, *headers)[206],
             "description": "the requested byte ranges",
             "content": {**content, "multipart/byteranges": {"schema": _BINARY}},
         },

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from bonsai_lora import errors
 from bonsai_lora.api import lab_schemas
@@ -259,14 +259,12 @@ def _spectrum(found: Sequence[lab_schemas.ModuleSpectrum]) -> lab_schemas.SetSpe
     return lab_schemas.SetSpectrum(modules=list(found))
 
 
-@router.get(
-    "/v1/bases/{base}/survival/{set}",
-    operation_id="get_survival",
-    summary="Estimate what is left of a set's deltas in stored merged weights",
-    response_model=lab_schemas.SurvivalInfo,
-    responses=problems(*MERGE_ERRORS),
-)
-async def get_survival(
+Stored = Annotated[
+    lab_schemas.StoredDtype, Query(description="type in which the merged weights are stored")
+]
+
+
+async def _followed(
     context: ContextDep,
     base: BaseName,
     name: SetName,
@@ -274,19 +272,59 @@ async def get_survival(
     others: Others = None,
     weights: Weights = None,
     match: Match = None,
-    dtype: Annotated[
-        lab_schemas.StoredDtype, Query(description="type in which the merged weights are stored")
-    ] = "BF16",
-) -> Response:
-    """Stores a sample of the base's rows with and without the deltas, and compares: every row of
-    small tensors, and rows at equal distances, 262,144 values in all, of larger ones.
-    """
+    dtype: Stored = "BF16",
+) -> survival.Followed:
     with context.long.admit():
         sets = weighted_sets(name, scale, others or [], weights or [])
         choose = partial(context.models.get, context.store, base, sets, match)
         model = await context.long.run(choose)
-        estimate = await context.long.run(partial(survival.estimate, model, dtype))
-        found = await context.long.run_each(estimate.works(), context.settings.threads)
-    return await described(
-        context, partial(lab_schemas.SurvivalInfo.of, estimate, found), len(found), {}
-    )
+        context.gains.prepare(model.base)
+        return await context.long.run(partial(survival.follow, model, dtype))
+
+
+Followed = Annotated[survival.Followed, Depends(_followed)]
+
+
+@router.get(
+    "/v1/bases/{base}/survival/{set}",
+    operation_id="get_survival",
+    summary="Estimate what is left of a set's deltas in stored merged weights",
+    response_model=lab_schemas.SurvivalInfo,
+    responses=problems(*MERGE_ERRORS),
+)
+async def get_survival(context: ContextDep, followed: Followed) -> Response:
+    """Stores a sample of the base's rows with and without the deltas, and compares: every row of
+    small tensors, and rows at equal distances, 262,144 values in all, of larger ones.
+    """
+    with context.long.admit():
+        found = await context.long.run_each(followed.estimates(), context.settings.threads)
+    show = partial(lab_schemas.SurvivalInfo.of, followed, found, is_exact=False)
+    return await described(context, show, len(found), {})
+
+
+@router.post(
+    "/v1/bases/{base}/survival/{set}",
+    operation_id="start_survival",
+    summary="Compute what is left of a set's deltas in stored merged weights, as a job",
+    status_code=202,
+    response_model=Job,
+    responses=sends(202, "Location", "Preference-Applied")
+    | problems(
+        *MERGE_ERRORS, errors.MemoryBudgetError, errors.StoreFullError, errors.StoreReadOnlyError
+    ),
+)
+async def start_survival(context: ContextDep, followed: Followed) -> Response:
+    """Stores all rows of the changed tensors with and without the deltas, in memory. The job's
+    result is as that of the GET.
+    """
+    needed = context.settings.threads * followed.work_bytes()
+    return await start_job(context, "survival", needed, partial(_survive, context, followed))
+
+
+async def _survive(
+    context: Context, followed: survival.Followed, progress: Progress
+) -> dict[str, Any]:
+    works = progress.follow(followed.works(progress.check), followed.sizes())
+    found = await context.jobs.lane.run_each(works, context.settings.threads)
+    info = lab_schemas.SurvivalInfo.of(followed, found, is_exact=True)
+    return info.model_dump(mode="json")
