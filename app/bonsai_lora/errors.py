@@ -377,15 +377,12 @@ class BusyError(BonsaiLoraError):
 
 
 class JobInterruptedError(BusyError):
-    """The process that ran a job has ended; in the job's `error` only."""
+    """The process that ran a job has ended, or it was cancelled; never the answer to a request."""
 
     code = "job_interrupted"
 
-    def __init__(self) -> None:
-        super().__init__(
-            "the process that ran the job has ended, and the job stored nothing; send its request "
-            "again"
-        )
+    def __init__(self, what: str = "the process that ran the job has ended") -> None:
+        super().__init__(f"{what}, so it stored nothing; send its request again")
 
 
 class StalledError(BonsaiLoraError):
