@@ -376,7 +376,7 @@ class BusyError(BonsaiLoraError):
     code = "busy"
 
 
-class JobInterruptedError(BusyError):
+class JobInterruptedError(BonsaiLoraError):
     """The process that ran a job has ended, or it was cancelled; never the answer to a request."""
 
     code = "job_interrupted"

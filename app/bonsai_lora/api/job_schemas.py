@@ -11,6 +11,15 @@ from bonsai_lora.storage.jobs import JobRecord, State
 JobKind = Literal["combine", "extract", "survival"]
 
 
+_RESULTS = ("CombinedSet", "CombineReport", "ExtractedSet", "SurvivalInfo")
+"""Names of the schemas of results."""
+
+
+def _list_results(schema: dict[str, Any]) -> None:
+    results = [{"$ref": f"#/components/schemas/{name}"} for name in _RESULTS]
+    schema["anyOf"] = [*results, {"type": "null"}]
+
+
 class Job(BaseModel):
     """Work that goes on after the answer to its request."""
 
@@ -23,7 +32,8 @@ class Job(BaseModel):
         description="seconds that are left at the speed so far; null unless it runs"
     )
     result: dict[str, Any] | None = Field(
-        description="of a job that is done: the answer that its request would have had"
+        description="of a job that is done: what its request would have answered",
+        json_schema_extra=_list_results,
     )
     error: dict[str, Any] | None = Field(
         description="of a job that failed: `code`, `title`, `detail` and values of a problem"

@@ -138,7 +138,10 @@ def file_responses(media_type: str, *headers: str) -> Responses:
             "description": "the requested byte ranges",
             "content": {**content, "multipart/byteranges": {"schema": _BINARY}},
         },
-        304: {"description": "not modified: If-None-Match names the current ETag"},
+        304: {
+            **sends(304, *headers)[304],
+            "description": "not modified: If-None-Match names the current ETag",
+        },
     }
 
 
