@@ -12,6 +12,7 @@ _LINES = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#9c
 _CELL_WIDTH, _CELL_HEIGHT = 64, 16
 _WIDTH, _HEIGHT = 640, 360
 _LEFT, _TOP = 56, 40
+_TICKS = 8
 _DECADES = 6
 """Most powers of ten below the largest singular value that are drawn."""
 
@@ -104,7 +105,7 @@ def _axes(bottom: int, top: int, longest: int) -> Iterable[str]:
         place = _up(power, bottom, top)
         yield f"<path d='M{_LEFT} {place:.1f}h{_WIDTH}' stroke='#ddd'/>"
         yield _text(_LEFT - 6, place + 4, f"1e{power}", "end")
-    for place in sorted({round(share * (longest - 1)) for share in (0, 0.25, 0.5, 0.75, 1)}):
+    for place in range(0, longest, max(1, longest // _TICKS)):
         yield _text(_across(place, longest), _TOP + _HEIGHT + 16, str(place + 1), "middle")
     yield _text(_LEFT + _WIDTH / 2, _TOP + _HEIGHT + 32, "singular value", "middle")
 
