@@ -20,7 +20,7 @@ _BLOCK_VALUES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What one pass over a difference finds; squares of Frobenius norms."""
+    """What reading a difference once finds; squares of Frobenius norms."""
 
     square: float
     base_square: float

@@ -41,7 +41,7 @@ def approximate(
     """Return an approximation of M (d_out, d_in) of at most this rank.
 
     With `energy`, of the least rank that keeps this share of the squared norm. `key` is the seed.
-    Takes four passes over the blocks, with `energy` several times four.
+    Reads the blocks four times, with `energy` several times that.
     """
     columns = columns_for(rank if energy is None else _FEWEST_COLUMNS // 2, *shape)
     while True:

@@ -55,7 +55,7 @@ Widen = Annotated[
 
 @dataclass(frozen=True, slots=True)
 class _Merged:
-    """A merged model, and its files in the form that the caller wants."""
+    """A merged model, and its files as the caller wants them."""
 
     model: MergedModel
     files: Mapping[str, MergedFile]
