@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 
+import gguf_models
 import httpx
 import numpy as np
 import pytest
@@ -260,6 +261,20 @@ def test_conv1d_weights_are_stored_the_other_way(client, put, store, rng):
     np.testing.assert_allclose(
         safetensors.decode(merged)[0][name], base[name] + delta, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_a_gguf_base(client, put, store, bases, rng, architecture):
+    """Of llama the rows of q_proj are in a different order in the file."""
+    raw, weights = gguf_models.model("Q1_0", rng, architecture=architecture)
+    tuned = {name: one.astype(np.float32) for name, one in weights.items()}
+    delta = low_rank(rng, weights[Q].shape, 2, 0.001)
+    put("tuned", tuned | {Q: (weights[Q] + delta).astype(np.float32)}, model_type=architecture)
+    (bases / "base.gguf").write_bytes(raw)
+    report = made_by(extract(client, rank=2))["report"]
+    assert [(one["name"], one["kind"]) for one in report["modules"]] == [(Q, "lora")]
+    assert report["same"] == len(weights) - 1
+    assert relative_error(deltas(store)[Q.removesuffix(".weight")], delta) < 1e-4
 
 
 def test_stacked_experts_are_left_out_and_counted(client, put, rng):
