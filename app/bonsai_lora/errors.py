@@ -38,6 +38,12 @@ class TakesLongError(Exception):
     """
 
 
+class MalformedRequestError(BonsaiLoraError):
+    """The request violates HTTP/1.1 (RFC 9112)."""
+
+    code = "malformed_request"
+
+
 class MalformedBodyError(BonsaiLoraError):
     """The body cannot be parsed as its Content-Type declares."""
 
