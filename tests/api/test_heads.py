@@ -103,7 +103,7 @@ def test_other_versions_are_refused(service, asked, version):
 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_only_http_1_1_is_told_to_continue(service, version):
+def test_only_http_1_1_gets_100_continue(service, version):
     head = f"POST {APPLY} HTTP/{version}\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     head += f"Expect: 100-continue\r\nContent-Length: {len(BODY)}\r\n\r\n"
     with connect(service) as connection:
