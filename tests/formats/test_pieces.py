@@ -60,7 +60,7 @@ def test_what_json_refuses_is_refused(text):
             return
         assert found == expected
     else:
-        with pytest.raises(ValueError, match="."):
+        with pytest.raises(ValueError, match=r"."):
             read(text)
 
 

@@ -9,10 +9,10 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
-import anyio
 from fastapi import APIRouter, Query, Request, Response
 
 from bonsai_lora import errors
@@ -25,14 +25,12 @@ from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
 from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.service import sets
+from bonsai_lora.service.hub import ADAPTERS, BASES, PAGE, page_of
 from bonsai_lora.service.keys import ANYONE
 from bonsai_lora.service.merged import weighted_sets
 from bonsai_lora.storage.setfile import SetRecord
 
 router = APIRouter(include_in_schema=False)
-
-ADAPTERS = "adapters"
-BASES = "bases"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,29 +105,33 @@ async def resolve(
 
 @router.get("/api/models")
 async def list_models(
+    request: Request,
     context: ContextDep,
-    author: Annotated[str | None, Query()] = None,
-    search: Annotated[str | None, Query()] = None,
-    limit: Annotated[int, Query(ge=1)] = 1000,
-) -> list[dict[str, Any]]:
-    """Return the repositories of an author: merged models of a base, adapters, or bases."""
-    bases = context.bases.names()
-    owners = [author] if author else [ADAPTERS, BASES, *bases]
+    author: Annotated[str, Query()] = "",
+    search: Annotated[str, Query()] = "",
+    limit: Annotated[int, Query(ge=1)] = PAGE,
+    cursor: Annotated[str, Query()] = "",
+) -> Response:
+    """Return a page of the repositories of an author: merged models of a base, adapters, or bases.
+
+    Those that do not fit their base are left out. The header Link leads to the next page.
+    """
+    find = partial(page_of, context.store, context.bases, author, search, cursor, min(limit, PAGE))
+    names, more = await context.long.run(find)
     found: list[dict[str, Any]] = []
-    sets = [one.name for one in await anyio.to_thread.run_sync(context.store.records)]
-    for owner in owners:
-        for name in bases if owner == BASES else sets:
-            if search and search.lower() not in f"{owner}/{name}".lower():
-                continue
-            try:
-                repo = await _repo(context, owner, name, "main")
-            except (HubError, errors.UnauthenticatedError, errors.NewerFormatError):
-                continue
-            if repo.refusal is None:
-                found.append(repo.info())
-            if len(found) == min(limit, 1000):
-                return found
-    return found
+    for owner, name in names:
+        try:
+            repo = await _repo(context, owner, name, "main")
+        except (HubError, errors.UnauthenticatedError, errors.NewerFormatError):
+            continue
+        if repo.refusal is None:
+            found.append(repo.info())
+    answer = _json(found)
+    if more:
+        query = {**request.query_params, "cursor": more}
+        address = f"{request.scope['address']}{context.settings.root_path}/api/models"
+        answer.headers["Link"] = f'<{address}?{urlencode(query)}>; rel="next"'
+    return answer
 
 
 @router.get("/api/models/{owner}/{name}")
