@@ -162,8 +162,7 @@ def _model_of(base: Base | None, base_model_name: str) -> Model | None:
         known = Model(base.architecture, base.heads, base.is_tied, base.experts)
         return known if is_known else None
     if not isinstance(base, SafetensorsBase):
-        is_known = any(name.lower() in MODELS for name in base_names(base_model_name))
-        return Model("qwen3") if is_known else None
+        return _model_of_name(base_model_name)
     architecture = _ARCHITECTURES.get(base.model_type)
     if architecture is None:
         return None
@@ -176,6 +175,22 @@ def _model_of(base: Base | None, base_model_name: str) -> Model | None:
         base.is_tied,
         experts if type(experts) is int and experts > 0 else None,
     )
+
+
+def _model_of_name(base_model_name: str) -> Model | None:
+    """Return what is known of a model by its name alone."""
+    known = [MODELS[name.lower()] for name in base_names(base_model_name) if name.lower() in MODELS]
+    if not known:
+        return None
+    linear = known[0].linear_attention
+    if linear is None:
+        return Model("qwen3")
+    heads = Heads(
+        linear_keys=linear.key_heads,
+        linear_values=linear.value_heads,
+        linear_key_width=linear.head_dim,
+    )
+    return Model("qwen35", heads)
 
 
 def _heads_of(config: Mapping[str, Any]) -> Heads:
