@@ -7,9 +7,9 @@ Bonsai models have the architecture of the model that they were made from:
 
 - Bonsai 1.7B, 4B and 8B: the Qwen3 model of their size (1-bit Bonsai 8B whitepaper; the keys of
   Bonsai-8B-Q1_0.gguf are those of Qwen3-8B).
-- Bonsai 27B: Qwen3.6-27B, and Bonsai 2 27B: Qwen3.8-27B (PrismML, Bonsai-demo, README.md), both with
-  the shape of Qwen3.5-27B (THUDM/slime, scripts/models/qwen3.5-27B.sh). The files of Bonsai 2 agree:
-  prism.hadamard.sign_widths are 5120, 6144 and 17408, and 402 matrices are ternary.
+- Bonsai 27B: Qwen3.6-27B, and Bonsai 2 27B: Qwen3.8-27B (PrismML, Bonsai-demo, README.md), with the
+  shape of Qwen3.5-27B (THUDM/slime, scripts/models/qwen3.5-27B.sh). Its files agree: 402
+  matrices are ternary, and prism.hadamard.sign_widths are 5120, 6144 and 17408.
 - Bonsai 2 4B and 9B: Qwen3.5 of that size, unchanged (Ternary Bonsai 2 2B / 4B / 9B whitepaper,
   PrismML, October 2026), whose text_config in config.json has the numbers below.
 """
