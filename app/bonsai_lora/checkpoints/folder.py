@@ -17,6 +17,7 @@ from pathlib import Path
 
 GGUF = ".gguf"
 INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
 
 _ONE_FILE = "model.safetensors"
 _OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx"})
@@ -130,6 +131,6 @@ def _is_model(folder: Path) -> bool:
     if _CHECKPOINT.fullmatch(folder.name) or any(folder.glob("consolidated*")):
         return True
     try:
-        return "model_type" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return "model_type" in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
         return False

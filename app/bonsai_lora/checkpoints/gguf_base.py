@@ -17,7 +17,7 @@ from bonsai_lora.errors import (
     InvalidBaseError,
     UnsupportedGgufError,
 )
-from bonsai_lora.formats import gguf, gguf_names, gguf_tokenizer
+from bonsai_lora.formats import gguf, gguf_config, gguf_names, gguf_tokenizer
 from bonsai_lora.formats.dequantize import can_dequantize
 from bonsai_lora.formats.gguf_names import ARCHITECTURES, Change, Heads
 from bonsai_lora.formats.gguf_values import ReadAt
@@ -32,8 +32,6 @@ _MOST_NAMES = 1 << 17
 """Tensors of a checkpoint, each expert counted. DeepSeek V3 has 46,000."""
 _MOST_ALIGNMENT = 1 << 16
 """Of a merged file, that many zeros may be made at a time."""
-_MODEL_TYPES = {"qwen3moe": "qwen3_moe", "gemma3": "gemma3_text", "qwen35": "qwen3_5_text"}
-"""model_type of the architectures whose names differ (transformers 5)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ class GgufBase(Base):
     @property
     def model_type(self) -> str:
         """`model_type` of the same model in transformers."""
-        return _MODEL_TYPES.get(self.architecture, self.architecture)
+        return gguf_config.MODEL_TYPES.get(self.architecture, self.architecture)
 
     @property
     def is_tied(self) -> bool:
