@@ -342,7 +342,7 @@ class UnsupportedAdapterError(InvalidError):
 
 
 class UnmergeableError(InvalidError):
-    """The set does not fit the base, or the base is no checkpoint.
+    """The set does not fit the base, or the base cannot be a checkpoint.
 
     Raised by Hub routes, whose clients show the text.
     """

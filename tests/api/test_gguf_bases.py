@@ -131,7 +131,7 @@ def test_hub_clients_find_the_base_and_the_merged_model(client, weights):
     assert (missing.status_code, missing.headers["x-error-code"]) == (404, "RepoNotFound")
 
 
-def test_hub_clients_learn_why_a_base_is_no_checkpoint(client, bases, weights, rng):
+def test_hub_clients_learn_why_a_base_has_no_checkpoint(client, bases, weights, rng):
     """huggingface_hub shows the reason of a refused GET only, so the file is described."""
     assert weights
     keys = {"qwen3.rope.dimension_count": np.uint32(32)}

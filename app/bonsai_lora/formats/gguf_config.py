@@ -343,8 +343,8 @@ def _scaling(keys: _Keys) -> Mapping[str, Any] | None:
 def _unknown(why: str) -> UnsupportedGgufError:
     return UnsupportedGgufError(
         f"the GGUF file has no config.json beside it, and none can be made {why}; put the model's "
-        "config.json beside the file, in a folder with the name of the base, or pull the model as a "
-        "GGUF file"
+        "config.json beside the file, in a folder with the name of the base, or pull the model as "
+        "a GGUF file"
     )
 
 
