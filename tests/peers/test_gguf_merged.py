@@ -43,6 +43,10 @@ def llamacpp():
 def merged(folder, raw, weights, modules):
     """The base with a set merged that changes all of `modules` in every layer."""
     (folder / "b.gguf").write_bytes(raw)
+    return MergedModel(BaseFolder(folder).get("b"), ingredients(weights, modules))
+
+
+def ingredients(weights, modules):
     rng = np.random.default_rng(4)
     config = LoraConfig(4, 8.0)
     made = {}
@@ -54,7 +58,7 @@ def merged(folder, raw, weights, modules):
             b = (0.01 * rng.standard_normal((d_out, 4))).astype(np.float32)
             made[module] = LoraAdapter(config, a, b, 2.0)
     one = BonsaiLoraSet(LoraRegistry(config, made), "", "s")
-    return MergedModel(BaseFolder(folder).get("b"), [Ingredient(one, '"s-1"')])
+    return [Ingredient(one, '"s-1"')]
 
 
 def written(file, path):
@@ -142,6 +146,25 @@ def test_an_untied_head(llamacpp, tmp_path, rng):
     want = checkpoint_logits(model, tmp_path)
     got = gguf_logits(llamacpp, model, tmp_path, "F32", is_widened=True)
     assert difference(got, want) < 5e-6
+
+
+def test_a_split_base(llamacpp, tmp_path, rng):
+    """llama.cpp reads the same parts as we do, and the merged file is a whole one."""
+    raw, weights = gguf_models.model("F32", rng)
+    whole = tmp_path / "whole.gguf"
+    whole.write_bytes(raw)
+    (tmp_path / "split").mkdir()
+    for end, part in gguf_files.parts_of(raw, (0, 10, 15)).items():
+        (tmp_path / "split" / f"b{end}").write_bytes(part)
+    split = llamacpp.logits_of(tmp_path / "split" / "b-00001-of-00003.gguf", TOKENS)
+    assert np.array_equal(split, llamacpp.logits_of(whole, TOKENS))
+    base = BaseFolder(tmp_path / "split").get("b")
+    file = merged_files(MergedModel(base, []), Rendering("F32"))["b.gguf"]
+    plain = llamacpp.logits_of(written(file, tmp_path / "plain.gguf"), TOKENS)
+    assert np.array_equal(plain, split)
+    model = MergedModel(base, ingredients(weights, PROJECTIONS))
+    want = checkpoint_logits(model, tmp_path)
+    assert difference(gguf_logits(llamacpp, model, tmp_path, "F32"), want) < 5e-6
 
 
 def test_yarn_is_carried_over(llamacpp, tmp_path, rng):

@@ -53,7 +53,7 @@ def read_folder(folder: Path) -> FolderFiles:
         found.ignored += ggufs
     else:
         found.weights = {name for name in ggufs if "/" not in name}
-        found.files |= {name: ggufs[name] for name in found.weights}
+        found.files |= {name: ggufs[name] for name in sorted(found.weights)}
         found.ignored += ggufs.keys() - found.weights
     found.ignored.sort()
     return found

@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 from bonsai_lora.checkpoints.encodings import computed_as
-from bonsai_lora.checkpoints.folder import CONFIG_FILE, INDEX_FILE
+from bonsai_lora.checkpoints.folder import CONFIG_FILE, GGUF, INDEX_FILE
 from bonsai_lora.checkpoints.gguf_base import HEAD, GgufBase
 from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.checkpoints.parts import Made, MergedFile, Part, Stored
@@ -43,7 +43,7 @@ def checkpoint_files(
     files = {
         name: MergedFile([Stored(file, 0, file.size_bytes)], f"{base.digest}/{name}", _media(name))
         for name, file in base.files.items()
-        if file is not base.file
+        if not name.endswith(GGUF)
     }
     for name, (size, compressed) in base.tokenizer.items():
         made = Made(size, partial(zlib.decompress, compressed))
