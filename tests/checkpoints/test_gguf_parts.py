@@ -86,7 +86,7 @@ def test_a_missing_part_is_named(write, rng):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2])
-def test_one_part_alone_is_no_base(write, rng, kept):
+def test_one_part_alone_is_refused(write, rng, kept):
     raw, _ = gguf_models.model("Q1_0", rng)
     parts = gguf_files.parts_of(raw, COUNTS)
     bases = write(without(parts, *({0, 1, 2} - {kept})), ".")
@@ -103,7 +103,7 @@ def changed(parts, place, raw):
     [
         ("renamed", r"split\.count is 3, which is not what its name says"),
         ("swapped", r"part 2 of 3 by its keys, counted from 0"),
-        ("of another split", r"part 1 of 2 by its keys"),
+        ("of a different split", r"part 1 of 2 by its keys"),
         ("too many", r"b-00004-of-00004\.gguf of base 'b': it is not one of the 3 parts"),
         ("another count", r"split\.tensors\.count is 24, but the parts have 25 tensors"),
         ("a tensor twice", r"its tensor 'token_embd\.weight' is in another part, too"),
@@ -121,7 +121,7 @@ def test_parts_that_do_not_belong_together_are_refused(write, rng, case, reason)
     cases = {
         "renamed": {"-1.gguf": parts[first]},
         "swapped": {first: parts[first], second: parts[third], third: parts[second]},
-        "of another split": changed(parts, 1, [*two.values()][1]),
+        "of a different split": changed(parts, 1, [*two.values()][1]),
         "too many": parts | {"-00004-of-00004.gguf": parts[third]},
         "another count": gguf_files.parts_of(raw, COUNTS, **{"split.tensors.count": np.int32(24)}),
         "a tensor twice": changed(twice, 1, [*gguf_files.parts_of(raw, (0, 1, 24)).values()][1]),
