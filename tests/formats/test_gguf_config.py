@@ -101,8 +101,16 @@ def test_kinds_of_layers_come_from_arrays_too(rng):
     flags = np.array([1, 0, 1, 0, 0], np.int32)
     found = config(rng, "qwen35", attention__recurrent_layers=flags)
     assert found["layer_types"] == ["linear_attention", "full_attention"] * 2
+
+
+def test_kinds_of_layers_come_from_numbers(rng):
+    alternating = ["sliding_attention", "full_attention"]
+    assert config(rng, "gemma3")["layer_types"] == alternating, "the file says 2"
+    assert config(rng, "gemma2")["layer_types"] == alternating, "the default"
+    left_out = ["gemma3.attention.sliding_window_pattern"]
+    assert config(rng, "gemma3", without=left_out)["layer_types"] == alternating[:1] * 2
     found = config(rng, "gemma3", attention__sliding_window=np.uint32(0))
-    assert found["layer_types"] == ["full_attention"] * 2
+    assert found["layer_types"] == alternating[1:] * 2
 
 
 def test_tokens_outside_of_the_vocabulary_are_left_out(rng):

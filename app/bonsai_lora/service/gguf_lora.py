@@ -1,7 +1,9 @@
 """GGUF LoRA files: import one as a set, and export a set as one."""
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,7 +23,8 @@ from bonsai_lora.formats.gguf_lora import (
     decode_lora,
     float32_bytes,
 )
-from bonsai_lora.formats.gguf_lora_writer import LoraFile, Model, encode_lora
+from bonsai_lora.formats.gguf_lora_file import LoraFile
+from bonsai_lora.formats.gguf_lora_writer import Model, encode_lora
 from bonsai_lora.formats.gguf_names import ARCHITECTURES, Heads, to_gguf
 from bonsai_lora.formats.names import base_names, check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig
@@ -38,6 +41,7 @@ _ARCHITECTURES = {
     "qwen3_moe": "qwen3moe", "qwen3_5": "qwen35", "qwen3_5_text": "qwen35",
 }  # fmt: skip
 """`model_type` of a config.json -> `general.architecture` of the model's GGUF file."""
+_REMEMBERED = 4096
 _REVISION = 1
 """Part of the ETag; changes with the bytes of the files that are written."""
 
@@ -46,6 +50,22 @@ _DEFAULT = "qwen3"
 
 LoraDtype = Literal["F32", "F16", "BF16", "Q8_0"]
 """Types of the tensors of a GGUF LoRA."""
+
+
+class CheckedFiles:
+    """ETags of GGUF LoRAs whose values fit their types: they are computed once, to be checked."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, None] = OrderedDict()
+
+    def check(self, file: LoraFile) -> None:
+        """Raise UnsupportedAdapterError for values beyond their type, unless known to fit."""
+        if file.etag not in self._known:
+            file.check_values()
+            self._known[file.etag] = None
+            while len(self._known) > _REMEMBERED:
+                with suppress(KeyError):  # a different thread may drop it meanwhile
+                    self._known.popitem(last=False)
 
 
 def import_gguf(
