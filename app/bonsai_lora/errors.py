@@ -348,7 +348,10 @@ class UnsupportedAdapterError(InvalidError):
 
 
 class UnmergeableError(InvalidError):
-    """The set does not fit the base; raised by Hub routes, whose clients show the text."""
+    """The set does not fit the base, or the base cannot be a checkpoint.
+
+    Raised by Hub routes, whose clients show the text.
+    """
 
     code = "unmergeable"
 

@@ -55,6 +55,7 @@ from bonsai_lora.core import backend
 from bonsai_lora.errors import StoreFullError
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
+from bonsai_lora.service.gguf_lora import CheckedFiles
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
@@ -293,6 +294,7 @@ def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Me
         CountFile(shared),
         bases,
         MergedModels(bases),
+        CheckedFiles(),
         ThreadPoolExecutor(settings.threads, "merge"),
         metrics,
     )

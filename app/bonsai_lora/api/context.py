@@ -15,6 +15,7 @@ from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.errors import TakesLongError
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
+from bonsai_lora.service.gguf_lora import CheckedFiles
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.keys import Key, Meter, Scope, missing_scope
 from bonsai_lora.service.limits import Limits
@@ -45,6 +46,7 @@ class Context:
     counts: CountFile
     bases: BaseFolder
     models: MergedModels
+    checked: CheckedFiles
     executor: Executor
     metrics: Metrics
     started: float = field(default_factory=monotonic)

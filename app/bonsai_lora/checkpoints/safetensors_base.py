@@ -64,15 +64,6 @@ class SafetensorsBase(Base):
         return bool(self.config.get("tie_word_embeddings", "lm_head.weight" not in self.weight_map))
 
     @cached_property
-    def config(self) -> Mapping[str, Any]:
-        """The object in config.json; empty if there is none, or it is malformed."""
-        try:
-            config = json.loads(_content(self.files["config.json"]))
-        except (KeyError, ValueError, RecursionError):
-            return {}
-        return config if isinstance(config, dict) else {}
-
-    @cached_property
     def dtypes(self) -> Mapping[str, int]:
         """Number of parameters by dtype."""
         counts: Counter[str] = Counter()

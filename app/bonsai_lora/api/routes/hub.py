@@ -23,6 +23,7 @@ from bonsai_lora.api.errors import HubError
 from bonsai_lora.api.merged_file import StreamedFile
 from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
+from bonsai_lora.checkpoints.folder import CONFIG_FILE
 from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.service import sets
 from bonsai_lora.service.hub import ADAPTERS, BASES, PAGE, page_of
@@ -236,14 +237,14 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
         )
     if model.etags != [record.etag]:  # changed between the two reads
         return _merged_repo(context, owner, name)
-    return _of_set(f"{owner}/{name}", model.digest, record, _streamed(context, model))
+    return _of_set(f"{owner}/{name}", model.digest, record, *_streamed(context, model))
 
 
 def _base_repo(context: Context, owner: str, name: str) -> _Repo:
     model = context.models.get(context.store, name, [])
     changed = max(file.modified_ns for file in model.base.files.values())
     date = f"{datetime.fromtimestamp(changed // 10**9, UTC):%Y-%m-%dT%H:%M:%S.000Z}"
-    return _Repo(f"{owner}/{name}", model.digest, 1, date, date, _streamed(context, model))
+    return _Repo(f"{owner}/{name}", model.digest, 1, date, date, *_streamed(context, model))
 
 
 _MAKERS = {ADAPTERS: _adapter_repo, BASES: _base_repo}
@@ -260,11 +261,23 @@ def _of_set(
     return _Repo(repo, commit, record.version, *dates, files, refusal)
 
 
-def _streamed(context: Context, model: MergedModel) -> Mapping[str, RangedFile]:
+def _streamed(
+    context: Context, model: MergedModel
+) -> tuple[Mapping[str, RangedFile], errors.UnmergeableError | None]:
+    """Return the files of a model, and why they cannot be read.
+
+    If it cannot be a checkpoint, that is the file which clients read first.
+    """
+    try:
+        files = context.models.hub_files(model)
+    except errors.UnsupportedGgufError as error:
+        refusal = errors.UnmergeableError(error.detail, **error.values)
+        tag = _tag(f"{model.digest}/refused", CONFIG_FILE)
+        return {CONFIG_FILE: _RefusedFile(1, tag, refusal)}, refusal
     return {
         path: StreamedFile(file, context.executor, context.settings.threads)
-        for path, file in context.models.hub_files(model).items()
-    }
+        for path, file in files.items()
+    }, None
 
 
 @dataclass(slots=True)
@@ -289,7 +302,7 @@ def _refused_repo(
     key = f"{model.digest}/{record.etag}/refused"
     files = {
         path: _RefusedFile(file.size_bytes, _tag(key, path), refusal)
-        for path, file in context.models.hub_files(model).items()
+        for path, file in _streamed(context, model)[0].items()
     }
     commit = hashlib.sha256(key.encode()).hexdigest()[:40]
     return _of_set(f"{base}/{record.name}", commit, record, files, refusal)
