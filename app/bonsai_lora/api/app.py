@@ -38,6 +38,7 @@ from bonsai_lora.api.routes import (
     adapters,
     apply,
     hub,
+    jobs,
     lab,
     merge,
     oip,
@@ -55,8 +56,10 @@ from bonsai_lora.core import backend
 from bonsai_lora.errors import StoreFullError
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
+from bonsai_lora.service.gain import Gains
 from bonsai_lora.service.gguf_lora import CheckedFiles
 from bonsai_lora.service.infer import Inference
+from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
 from bonsai_lora.service.stats import store_stats
@@ -64,6 +67,8 @@ from bonsai_lora.service.view import SetView
 from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import UNGUARDED, Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile, read_restarts
+from bonsai_lora.storage.exponents import ExponentFolder
+from bonsai_lora.storage.jobs import JobFolder
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.verify import BackgroundCheck
@@ -90,8 +95,10 @@ _TAGS = [
     {"name": "statistics", "description": "Parameter counts, memory and norms."},
     {
         "name": "laboratory",
-        "description": "Combine sets, compare them, and look at their singular values.",
+        "description": "Combine sets, compare them, extract them, and look at their singular "
+        "values.",
     },
+    {"name": "jobs", "description": "Work that goes on after the answer to its request."},
     {"name": "operations", "description": "Health and metrics."},
 ]
 _ROUTERS = [
@@ -107,6 +114,7 @@ _ROUTERS = [
         shared_memory,
         stats,
         lab,
+        jobs,
         operations,
         page,
         hub,  # last: its paths match almost anything
@@ -132,7 +140,7 @@ def _heads_of(router: APIRouter) -> APIRouter:
 _HEADS = [_heads_of(router) for router in _ROUTERS]
 
 _STRICT_ROUTERS = [
-    one.router for one in (sets, set_files, adapters, merge, bases_routes, stats, lab)
+    one.router for one in (sets, set_files, adapters, merge, bases_routes, stats, lab, jobs)
 ]
 """Routers that refuse unknown query parameters. Apply parses its own; clients of the Hub and of the
 Open Inference Protocol send additional ones."""
@@ -140,10 +148,12 @@ Open Inference Protocol send additional ones."""
 _CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _EXPOSED_HEADERS = (
     "Accept-Ranges",
+    "Bonsai-Delta-Gain",
     "Content-Range",
     "ETag",
     "Inference-Header-Content-Length",
     "Location",
+    "Preference-Applied",
     "Retry-After",
     "WWW-Authenticate",
     "X-Error-Code",
@@ -225,6 +235,7 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
     finally:
         for task in tasks:
             task.cancel()
+        await context.jobs.stop()
         _log.info("stopped", pid=os.getpid())
 
 
@@ -277,11 +288,12 @@ def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Me
     limits = limits_of(settings)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
+    memory = Budget(settings.work_memory_bytes)
     return Context(
         settings,
         view,
         limits,
-        Budget(settings.work_memory_bytes),
+        memory,
         Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
         ShortLane(
             settings.max_concurrency,
@@ -296,6 +308,12 @@ def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Me
         MergedModels(bases),
         CheckedFiles(),
         ThreadPoolExecutor(settings.threads, "merge"),
+        Jobs(
+            JobFolder(store.root / "jobs"),
+            Lane("jobs", settings.max_jobs, settings.threads),
+            memory,
+        ),
+        Gains(ExponentFolder(store.root / "exponents")),
         metrics,
     )
 
@@ -314,7 +332,7 @@ def _collect(app: FastAPI, shared: Path) -> Iterable[Metric]:
 def _read_load(app: FastAPI) -> Load:
     """Return what this process has to do at the moment."""
     context: Context = app.state.context
-    lanes = (context.short, context.long)
+    lanes = (context.short, context.long, context.jobs.lane)
     budgets = {"memory": context.memory, "spill": context.spill}
     return Load(
         {lane.name: lane.in_progress for lane in lanes},

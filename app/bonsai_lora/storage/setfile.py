@@ -93,7 +93,7 @@ class SetRecord:
     """RFC 3339, UTC."""
     updated_at: str
     origin: str
-    """initialized, peft, mlx, gguf, mixed or combined."""
+    """initialized, peft, mlx, gguf, mixed, combined or extracted."""
     base_model_name: str
     config: LoraConfig
     adapter_count: int

@@ -7,7 +7,7 @@ Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request wit
 import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from bonsai_lora.api.body import MODEL_BYTES, read_body
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
 from bonsai_lora.api.errors import HubError
-from bonsai_lora.api.merged_file import StreamedFile
+from bonsai_lora.api.merged_file import StreamedFile, gain_headers
 from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
 from bonsai_lora.checkpoints.folder import CONFIG_FILE
@@ -51,6 +51,8 @@ class _Repo:
     a missing repository or a lost connection, or loads older files from its cache; for a refused
     GET of a file, the reason.
     """
+    model: MergedModel | None = None
+    """The model, if it is a merged one."""
 
     def entry(self, path: str) -> dict[str, Any]:
         """Return the Hub's description of one of the files."""
@@ -101,7 +103,8 @@ async def resolve(
         raise HubError("EntryNotFound", detail)
     if repo.refusal is not None and request.method == "GET":
         raise repo.refusal
-    return file_response(request, file, context.long, {"X-Repo-Commit": repo.commit})
+    gain = {} if repo.model is None else gain_headers(context.gains, repo.model, path)
+    return file_response(request, file, context.long, {"X-Repo-Commit": repo.commit, **gain})
 
 
 @router.get("/api/models")
@@ -237,7 +240,8 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
         )
     if model.etags != [record.etag]:  # changed between the two reads
         return _merged_repo(context, owner, name)
-    return _of_set(f"{owner}/{name}", model.digest, record, *_streamed(context, model))
+    found = _of_set(f"{owner}/{name}", model.digest, record, *_streamed(context, model))
+    return replace(found, model=model)
 
 
 def _base_repo(context: Context, owner: str, name: str) -> _Repo:
