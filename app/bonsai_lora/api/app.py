@@ -38,6 +38,7 @@ from bonsai_lora.api.routes import (
     adapters,
     apply,
     hub,
+    hub_push,
     lab,
     merge,
     oip,
@@ -108,6 +109,7 @@ _ROUTERS = [
         lab,
         operations,
         page,
+        hub_push,
         hub,  # last: its paths match almost anything
     )
 ]

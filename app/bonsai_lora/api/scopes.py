@@ -80,7 +80,14 @@ SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
         )
     },
     "write": {
-        "POST": ("/v1/sets", "/v1/combine"),
+        "POST": (
+            "/v1/sets",
+            "/v1/combine",
+            "/api/repos/create",
+            "/api/validate-yaml",
+            f"{_HUB}/preupload/{{revision}}",
+            f"{_HUB}/commit/{{revision}}",
+        ),
         "PUT": (_SET, _ADAPTER),
         "PATCH": (_SET,),
         "DELETE": (_SET, _ADAPTER),
