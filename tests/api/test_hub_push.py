@@ -19,6 +19,8 @@ from conftest import (
 from keyring import KeysFileMaker, caller
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.api.commits import _Base64
+from bonsai_lora.errors import MalformedBodyError
 from bonsai_lora.formats import safetensors
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
@@ -287,3 +289,19 @@ def test_keys_are_checked(settings, tmp_path):
             assert_problem(refused, 401, "unauthenticated")
             assert refused.headers["x-error-code"] == "RepoNotFound"
         assert [path.stem for path in (app.state.store.root / "sets").iterdir()] == ["acme.one"]
+
+
+@pytest.mark.parametrize("cut", range(9))
+def test_nothing_follows_the_padding_of_base64(cut):
+    decoder = _Base64()
+    with pytest.raises(MalformedBodyError):
+        for piece in (b"AA==AA=="[:cut], b"AA==AA=="[cut:]):
+            decoder.feed(piece)
+
+
+def test_base64_in_single_characters(rng):
+    data = rng.bytes(1000)
+    decoder = _Base64()
+    text = base64.b64encode(data)
+    assert b"".join(decoder.feed(text[at : at + 1]) for at in range(len(text))) == data
+    decoder.end()
