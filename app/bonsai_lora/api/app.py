@@ -38,6 +38,7 @@ from bonsai_lora.api.routes import (
     adapters,
     apply,
     hub,
+    hub_push,
     jobs,
     lab,
     merge,
@@ -117,6 +118,7 @@ _ROUTERS = [
         jobs,
         operations,
         page,
+        hub_push,
         hub,  # last: its paths match almost anything
     )
 ]

@@ -1,13 +1,11 @@
 """Bases that are folders of safetensors files."""
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from bonsai_lora.checkpoints.base import Base, Description
 from bonsai_lora.checkpoints.file import BaseFile, StoredTensor

@@ -201,7 +201,7 @@ def _released(budget: Budget, size: int) -> Iterator[None]:
 
 
 def _seen(key: Key, number: str, record: JobRecord | None) -> JobRecord:
-    """Return a record as the caller sees it; raises JobNotFoundError if a different key started it."""
+    """Return the record that the caller may see; raises JobNotFoundError if it is another's."""
     if record is None or not (record.key == key.id or "admin" in key.scopes):
         raise JobNotFoundError(number)
     return as_seen(record, time.time())

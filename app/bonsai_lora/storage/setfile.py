@@ -106,6 +106,11 @@ class SetRecord:
     """Keys that a later release wrote in this format; they are preserved by changes."""
 
     @property
+    def rank(self) -> int:
+        """Rank of the set's configuration; patterns may give modules others."""
+        return self.config.rank
+
+    @property
     def total_memory_bytes(self) -> int:
         """Size of all matrices as float32, in bytes."""
         return 4 * self.total_trainable_params

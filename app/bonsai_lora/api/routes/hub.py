@@ -33,6 +33,8 @@ from bonsai_lora.storage.setfile import SetRecord
 
 router = APIRouter(include_in_schema=False)
 
+_CARD = "README.md"
+
 
 @dataclass(frozen=True, slots=True)
 class _Repo:
@@ -95,8 +97,11 @@ async def resolve(
     request: Request, context: ContextDep, owner: str, name: str, revision: str, path: str
 ) -> Response:
     """Return one file of a repository."""
-    repo = await _repo(context, owner, name, revision)
     path = decode_slashes(path)
+    if owner == ADAPTERS and path == _CARD:
+        # Asked for before the first push, when huggingface_hub expects an empty repository.
+        raise HubError("EntryNotFound", f"{owner}/{name} has no {_CARD}: sets have no model cards")
+    repo = await _repo(context, owner, name, revision)
     file = repo.files.get(path)
     if file is None:
         detail = f"{repo.id} has no file {path!r}; it has {', '.join(list(repo.files)[:16])}"
@@ -226,8 +231,12 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
         "adapter_config.json": _bytes_file(config, record.etag, "config"),
         "adapter_model.safetensors": _bytes_file(stored.file, record.etag, "model"),
     }
-    commit = hashlib.sha256(record.etag.encode()).hexdigest()[:40]
-    return _of_set(f"{owner}/{name}", commit, record, files)
+    return _of_set(f"{owner}/{name}", commit_of(record), record, files)
+
+
+def commit_of(record: SetRecord) -> str:
+    """Return the commit that stands for a set's version."""
+    return hashlib.sha256(record.etag.encode()).hexdigest()[:40]
 
 
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
