@@ -134,6 +134,7 @@ REQUESTS = [
         {"content": (1 << 20).to_bytes(8, "little"), "headers": BINARY},
     ),
     (errors.HeadTooLargeError, "GET", "/v1/sets", {"headers": {"X-Long": "x" * 70_000}}),
+    (errors.MalformedRequestError, "GET", "/v1/sets", {"headers": {"Host": "a b"}}),
     (errors.TooManyRowsError, "POST", APPLY, {"json": {"inputs": [ROW] * 9}}),
     (errors.AnswerTooLargeError, "POST", APPLY, {"json": {"inputs": [ROW] * 8}}),
     (

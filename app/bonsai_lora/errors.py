@@ -42,6 +42,12 @@ class JobCancelledError(Exception):
     """Somebody has cancelled the job that raises it. Callers never see it."""
 
 
+class MalformedRequestError(BonsaiLoraError):
+    """The request violates HTTP/1.1 (RFC 9112)."""
+
+    code = "malformed_request"
+
+
 class MalformedBodyError(BonsaiLoraError):
     """The body cannot be parsed as its Content-Type declares."""
 
@@ -358,7 +364,10 @@ class UnsupportedAdapterError(InvalidError):
 
 
 class UnmergeableError(InvalidError):
-    """The set does not fit the base; raised by Hub routes, whose clients show the text."""
+    """The set does not fit the base, or the base cannot be a checkpoint.
+
+    Raised by Hub routes, whose clients show the text.
+    """
 
     code = "unmergeable"
 

@@ -24,10 +24,10 @@ def on_grid(weights, dtype):
     return weights.astype(dtype).astype(np.float32)
 
 
-def closed_form(weights, sigma, mantissa_bits):
+def closed_form(weights, sigma, mantissa_bits, least_step):
     """Unchanged share and gain for D ~ N(0, sigma^2) and W on a grid: each entry's step decides."""
     _, exponents = np.frexp(np.abs(weights[weights != 0]).astype(np.float64))
-    steps = 2.0 ** (exponents - 1 - mantissa_bits)
+    steps = np.maximum(2.0 ** (exponents - 1 - mantissa_bits), least_step)
     same = gain = 0.0
     values, counts = np.unique(steps, return_counts=True)
     for step, count in zip(values, counts, strict=True):
@@ -44,7 +44,7 @@ def test_rounding_to_sixteen_bits(rng, dtype, bits, sigma):
     grid = ml_dtypes.bfloat16 if dtype == "BF16" else np.float16
     weights = on_grid(normal(rng, 0.03), grid)
     found = survive(weights, normal(rng, sigma), dtype)
-    unchanged, gain = closed_form(weights, sigma, bits)
+    unchanged, gain = closed_form(weights, sigma, bits, ml_dtypes.finfo(grid).smallest_subnormal)
     assert found.unchanged == pytest.approx(unchanged, abs=0.015)
     assert found.gain == pytest.approx(gain, abs=0.015)
 

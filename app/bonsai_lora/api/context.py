@@ -16,6 +16,7 @@ from bonsai_lora.errors import TakesLongError
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.gain import Gains
+from bonsai_lora.service.gguf_lora import CheckedFiles
 from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.keys import Key, Meter, Scope, missing_scope
@@ -47,6 +48,7 @@ class Context:
     counts: CountFile
     bases: BaseFolder
     models: MergedModels
+    checked: CheckedFiles
     executor: Executor
     jobs: Jobs
     gains: Gains

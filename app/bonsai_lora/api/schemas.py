@@ -165,6 +165,7 @@ class SetSummary(InfoModel):
     adapter_count: int
     total_trainable_params: int
     total_memory_bytes: int
+    rank: int = Field(description="of the set's configuration; modules may have others")
 
 
 class SetInfo(SetSummary):

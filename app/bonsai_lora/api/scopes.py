@@ -87,7 +87,15 @@ SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
         )
     },
     "write": {
-        "POST": ("/v1/sets", "/v1/combine", "/v1/extract"),
+        "POST": (
+            "/v1/sets",
+            "/v1/combine",
+            "/v1/extract",
+            "/api/repos/create",
+            "/api/validate-yaml",
+            f"{_HUB}/preupload/{{revision}}",
+            f"{_HUB}/commit/{{revision}}",
+        ),
         "PUT": (_SET, _ADAPTER),
         "PATCH": (_SET,),
         "DELETE": (_SET, _ADAPTER),

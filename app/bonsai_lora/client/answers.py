@@ -75,6 +75,7 @@ class SetSummary(TypedDict):
     adapter_count: int
     total_trainable_params: int
     total_memory_bytes: int
+    rank: int
 
 
 class SetPage(TypedDict):

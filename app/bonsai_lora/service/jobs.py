@@ -211,7 +211,7 @@ def _released(budget: Budget, size: int) -> Iterator[None]:
 
 
 def _seen(key: Key, number: str, record: JobRecord | None) -> JobRecord:
-    """Return a record as the caller sees it; raises JobNotFoundError if it is not the caller's."""
+    """Return the record that the caller may see; raises JobNotFoundError for a different key."""
     if record is None or not (record.key == key.id or "admin" in key.scopes):
         raise JobNotFoundError(number)
     return as_seen(record, time.time())

@@ -105,7 +105,7 @@ MERGE_ERRORS = (
     responses=problems(),
 )
 async def list_bases(context: ContextDep) -> schemas.BaseList:
-    """Lists each GGUF file, and each folder with safetensors files or one GGUF file, under the
+    """Lists each GGUF model, and each folder with safetensors files or one GGUF model, under the
     setting `bases`. A new one is available immediately.
     """
     found, bad = [], {}
