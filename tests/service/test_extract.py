@@ -14,6 +14,7 @@ from reference import delta_weight, relative_error
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.checkpoints import difference, extraction
+from bonsai_lora.checkpoints.extraction import Size
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service import jobs
 from bonsai_lora.service.jobs import Progress
@@ -338,6 +339,19 @@ def test_a_cancelled_extraction_stops_at_its_next_block(rng, put, app):
     difference_of = difference.Difference(pairs[0].base, pairs[0].tuned, progress.check)
     with pytest.raises(jobs.JobCancelledError):
         difference_of.survey()
+
+
+def test_memory_of_results_is_reserved(rng, put, app):
+    bias = f"{LAYER}self_attn.q_proj.bias"
+    base = base_weights(rng, **{bias: (96,)})
+    put("base", base)
+    put("tuned", change_everything(rng, base))
+    found = app.state.context.bases
+    opened, tuned = found.get("base"), found.get("tuned")
+    for pair in extraction.pairs_of(opened, tuned, []):
+        reserved = []
+        change = extraction.extract(opened, pair, Size(4), lambda: None, reserved.append)
+        assert change.size_bytes <= sum(reserved) <= 2 * change.size_bytes > 0
 
 
 def test_results_count_against_the_memory(settings, bases, put, rng):
