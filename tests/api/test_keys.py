@@ -270,6 +270,7 @@ EXAMPLES = {
     "filename:path": "config.json",
     "path:path": "adapter_config.json",
     "region": "r",
+    "job": "0" * 28,
 }
 
 
