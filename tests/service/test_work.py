@@ -10,6 +10,7 @@ import pytest
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.errors import BusyError
+from bonsai_lora.service import work
 from bonsai_lora.service.apply import cost_of_body
 from bonsai_lora.service.work import (
     INLINE_NANOSECONDS,
@@ -81,6 +82,32 @@ def test_admissions_are_limited_and_released():
         assert lane.in_progress == 1
         with pytest.raises(BusyError), lane.admit():
             pass
+    assert lane.in_progress == 0
+
+
+def test_a_request_is_sure_of_its_place_for_some_time(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(work, "monotonic", lambda: now)
+    lane = ShortLane(2, 1, has_spare_cores=False)
+    names = [f"request {number}" for number in range(12)]
+    for name in names[:2]:
+        lane.enter(name)
+    now = 9.0
+    with pytest.raises(BusyError):
+        lane.check()
+    assert lane.crowded_at < 0
+    for name in names[2:10]:  # each has the place of the oldest
+        now += 10.0
+        lane.enter(name)
+    assert lane.in_progress == 10
+    now += 10.0
+    with pytest.raises(BusyError):  # eight go on without a place, which is the limit
+        lane.enter(names[10])
+    assert lane.crowded_at == now
+    lane.leave(names[0])
+    lane.enter(names[10])
+    for name in names[1:11]:
+        lane.leave(name)
     assert lane.in_progress == 0
 
 

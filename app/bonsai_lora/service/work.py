@@ -7,8 +7,10 @@ lane has places for requests and threads of its own.
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from time import monotonic
 from typing import Self, TypeVar
 
 from bonsai_lora.errors import BusyError
@@ -22,44 +24,74 @@ LOOP_NANOSECONDS = 8_000_000
 LOOP_NANOSECONDS_WITH_SPARE_CORES = 1_000_000
 """The same if worker threads have cores to themselves: arithmetic releases the GIL."""
 
+_LATE_SECONDS = 10.0
+"""How long a request is sure of its place."""
+_LATE_PER_PLACE = 4
+"""Most requests that go on without a place, for each place."""
+
 
 class Lane:
     """Admits requests to `places`, and runs their work in `threads`."""
 
     def __init__(self, name: str, places: int, threads: int) -> None:
         self.name = name
-        self.in_progress = 0
-        """Number of admitted requests."""
         self.waiting = 0
         """Number of pieces of work that are in a thread or wait for one."""
+        self.crowded_at = -math.inf
+        """When a request was last refused because of clients that take long (monotonic)."""
         self._places = places
+        self._holders: dict[object, float] = {}
+        """When each request with a place took it, the oldest first."""
+        self._late: set[object] = set()
+        """Requests that took so long that they had to give up their places."""
         self._threads = ThreadPoolExecutor(threads, name)
 
-    def admit(self) -> "Lane":
-        """Return a context manager that admits a request: it calls `enter` and `leave`."""
-        return self
+    @property
+    def in_progress(self) -> int:
+        """Number of admitted requests."""
+        return len(self._holders) + len(self._late)
 
-    def enter(self) -> None:
+    @contextmanager
+    def admit(self) -> Iterator[None]:
         """Admit a request; raises BusyError if all places are taken."""
+        with Place(self) as place:
+            place.take()
+            yield
+
+    def enter(self, holder: object) -> None:
+        """Give a place to `holder`, which has none; raises BusyError if all are taken."""
         self.check()
-        self.in_progress += 1
+        self._holders[holder] = monotonic()
 
     def check(self) -> None:
         """Raise BusyError if all places are taken."""
-        if self.in_progress >= self._places:
+        if len(self._holders) >= self._places and not self._make_room():
             raise BusyError(
                 f"{self._places} requests are in progress, which is the limit; retry in a second",
                 limit=self._places,
             )
 
-    def leave(self) -> None:
-        """Free the place of a request."""
-        self.in_progress -= 1
+    def leave(self, holder: object) -> None:
+        """Free the place of `holder`."""
+        if self._holders.pop(holder, None) is None:
+            self._late.discard(holder)
 
-    __enter__ = enter
+    def _make_room(self) -> bool:
+        """Free the place that was taken first, if that is long ago; return whether it was.
 
-    def __exit__(self, *_: object) -> None:
-        self.leave()
+        A client may send and read as slowly as it likes, within the stall timeout, so that a few
+        would have all places for hours. Its request goes on without one.
+        """
+        oldest, taken_at = next(iter(self._holders.items()))
+        now = monotonic()
+        if now - taken_at < _LATE_SECONDS:
+            return False
+        if len(self._late) >= _LATE_PER_PLACE * self._places:
+            self.crowded_at = now
+            return False
+        del self._holders[oldest]
+        self._late.add(oldest)
+        return True
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work` in a thread and return its result."""
@@ -104,7 +136,7 @@ class Place:
     def take(self) -> None:
         """Take the place, once; raises BusyError if all are taken."""
         if not self._is_taken:
-            self._lane.enter()
+            self._lane.enter(self)
             self._is_taken = True
 
     def __enter__(self) -> Self:
@@ -112,7 +144,7 @@ class Place:
 
     def __exit__(self, *_: object) -> None:
         if self._is_taken:
-            self._lane.leave()
+            self._lane.leave(self)
 
 
 class ShortLane(Lane):
