@@ -27,6 +27,7 @@ _HUB_PATH = re.compile("/api/|/[^/]+/[^/]+/resolve/")
 
 
 STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
+    errors.MalformedRequestError: HTTPStatus.BAD_REQUEST,
     errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
     errors.UnmergeableError: HTTPStatus.FORBIDDEN,
     errors.UnauthenticatedError: HTTPStatus.UNAUTHORIZED,
@@ -44,6 +45,7 @@ STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.RangeNotSatisfiableError: HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
     errors.InvalidError: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.JobInterruptedError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StalledError: HTTPStatus.REQUEST_TIMEOUT,
     errors.BaseChangedError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StoreReadOnlyError: HTTPStatus.SERVICE_UNAVAILABLE,
@@ -228,7 +230,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             )
             return problem_response(problem, request.scope, {"Allow": ", ".join(allowed)})
         return problem_response(
-            errors.MalformedBodyError(
+            errors.MalformedRequestError(
                 "the request could not be parsed; check its syntax against RFC 9112"
             ),
             request.scope,

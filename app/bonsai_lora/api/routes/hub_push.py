@@ -17,9 +17,10 @@ from bonsai_lora.api.body import MODEL_BYTES, check_length, read_body, read_mode
 from bonsai_lora.api.commits import CONFIG_FILE, MODEL_FILE, Commit, receive_commit
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
-from bonsai_lora.api.routes.hub import ADAPTERS, commit_of
+from bonsai_lora.api.routes.hub import commit_of
 from bonsai_lora.service import sets
 from bonsai_lora.service.budget import Reservation
+from bonsai_lora.service.hub import ADAPTERS
 from bonsai_lora.service.sets import Imported, Precondition
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import SetRecord
