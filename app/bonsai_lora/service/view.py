@@ -16,6 +16,7 @@ from bonsai_lora.formats.names import check_set_name
 from bonsai_lora.service.keys import ANYONE, Key, Scope, may, narrowed
 from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.upload import ReceivedUpload
 
@@ -174,6 +175,7 @@ class SetView:
         previous: SetRecord | None,
         adapter_config: Mapping[str, Any] | None = None,
         received: tuple[ReceivedUpload, Mapping[str, str]] | None = None,
+        source: Source | None = None,
     ) -> StoredSet:
         """Write `lora_set` durably as the next version of its name, and return it opened."""
         self._check(lora_set.adapter_name)
@@ -184,6 +186,7 @@ class SetView:
             previous=previous,
             adapter_config=adapter_config,
             received=received,
+            source=source,
         )
 
     def new_file(self) -> AbstractContextManager[BinaryIO]:

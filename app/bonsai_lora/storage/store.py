@@ -48,6 +48,7 @@ from bonsai_lora.storage.setfile import (
     write_header,
     write_set_file,
 )
+from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.upload import ReceivedUpload
 from bonsai_lora.storage.verify import OnPiece, verify_set_file
 
@@ -228,6 +229,7 @@ class SetStore:
         previous: SetRecord | None,
         adapter_config: Mapping[str, Any] | None = None,
         received: tuple[ReceivedUpload, Mapping[str, str]] | None = None,
+        source: Source | None = None,
     ) -> StoredSet:
         """Write `lora_set` durably as the next version of its name, and return it opened.
 
@@ -243,6 +245,7 @@ class SetStore:
             created_at=previous.created_at if previous else now,
             updated_at=now,
             unknown=previous.unknown if previous else {},
+            source=source,
             origin=origin,
             base_model_name=lora_set.base_model_name,
             config=lora_set.registry.config,
