@@ -360,6 +360,16 @@ class BusyError(BonsaiLoraError):
     code = "busy"
 
 
+class ChangedMeanwhileError(BusyError):
+    """A different process has changed the set; the change is made again, on the new version."""
+
+
+class StoreUnreachableError(BonsaiLoraError):
+    """The bucket does not answer, and what is asked needs it."""
+
+    code = "store_unreachable"
+
+
 class StalledError(BonsaiLoraError):
     """The client stopped sending or reading for longer than the stall timeout."""
 

@@ -63,6 +63,7 @@ from bonsai_lora.service.view import SetView
 from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import UNGUARDED, Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile, read_restarts
+from bonsai_lora.storage.protocol import Store
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.verify import BackgroundCheck
@@ -150,7 +151,7 @@ _EXPOSED_HEADERS = (
     "X-Request-Id",
 )
 """Headers that a script of an allowed origin may read."""
-_COMPARE_SECONDS = 15
+_MAINTENANCE_SECONDS = 15
 _PUBLISH_SECONDS = 1.0
 """Oldest figures of a worker that another worker reports."""
 
@@ -215,7 +216,7 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
     context: Context = app.state.context
     tasks = [
         asyncio.create_task(_publish_load(context.metrics)),
-        asyncio.create_task(_compare_listing(app.state.store)),
+        asyncio.create_task(_maintain(app.state.store)),
     ]
     totals = await anyio.to_thread.run_sync(context.store.totals)
     _log.info("ready", sets=totals.sets, pid=os.getpid())
@@ -233,14 +234,14 @@ async def _publish_load(metrics: Metrics) -> None:
         await asyncio.sleep(_PUBLISH_SECONDS)
 
 
-async def _compare_listing(store: SetStore) -> None:
-    """Find what others have put into the folder of the store within a minute."""
+async def _maintain(store: Store) -> None:
+    """Let the store do what is due, every few seconds."""
     while True:
-        await asyncio.sleep(_COMPARE_SECONDS)
+        await asyncio.sleep(_MAINTENANCE_SECONDS)
         try:
-            await anyio.to_thread.run_sync(partial(store.listing.compare, only_if_due=True))
+            await anyio.to_thread.run_sync(store.maintain)
         except Exception:  # noqa: BLE001 - the next try may succeed
-            _log.exception("the listing could not be compared with the files")
+            _log.exception("the maintenance of the store failed")
 
 
 def create_default_app() -> FastAPI:
@@ -271,7 +272,7 @@ def choose_backend(settings: Settings) -> None:
     backend.prepare()
 
 
-def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Metrics) -> Context:
+def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metrics) -> Context:
     view = SetView(store)
     limits = limits_of(settings)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)

@@ -23,7 +23,7 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.storage.disk import synced
-from bonsai_lora.storage.listing import SUFFIX
+from bonsai_lora.storage.files import SUFFIX
 from bonsai_lora.storage.setfile import read_record
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.verify import verify_set_file

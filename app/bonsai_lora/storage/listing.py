@@ -25,10 +25,10 @@ from bonsai_lora.errors import BonsaiLoraError, NewerFormatError, SetNotFoundErr
 from bonsai_lora.formats.identity import is_unsettled
 from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.storage.disk import storage_errors
+from bonsai_lora.storage.files import SUFFIX
 from bonsai_lora.storage.index import DamagedIndexError, Row, SetIndex
 from bonsai_lora.storage.setfile import SetRecord
 
-SUFFIX = ".safetensors"
 _FOLDER = "index-1"
 """The number is that of the table's columns, so that releases with different ones do not meet."""
 _COMPARE_SECONDS = 30

@@ -164,7 +164,8 @@ async def apply_mixed(call: CallDep) -> BufferResponse:
             return encode_outputs(
                 response_form, inputs[module][:, :0], {"module": module, "versions": {}}, dtype
             )
-        set_segments = group_by_set(batch.stacks, options.scale, context.store.read)
+        read = context.store.reader(may_take_long=applier.may_take_long)
+        set_segments = group_by_set(batch.stacks, options.scale, read)
         outputs = applier.apply(
             set_segments,
             inputs,
@@ -190,7 +191,8 @@ def _stacked(
 ) -> dict[str, Floats]:
     """Return the summed deltas of the set and those stacked on it; add `versions` to `fields`."""
     context = call.context
-    set_segments = stack_on(stored, batches.stack, options.scale, context.store.read)
+    read = context.store.reader(may_take_long=applier.may_take_long)
+    set_segments = stack_on(stored, batches.stack, options.scale, read)
     outputs = applier.apply(
         set_segments,
         batches.inputs,

@@ -40,6 +40,9 @@ async def get_readiness(context: ContextDep) -> schemas.Readiness:
     if store.key.sees_all:
         names["bad_files"] = await anyio.to_thread.run_sync(store.bad_files)
         names["newer_files"] = list(await anyio.to_thread.run_sync(store.newer_files))
+    is_reachable = store.state().is_reachable
+    if is_reachable is not None:
+        names["store"] = "reachable" if is_reachable else "unreachable"
     return schemas.Readiness(
         status="ready",
         sets=totals.sets,

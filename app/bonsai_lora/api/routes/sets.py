@@ -125,6 +125,7 @@ def _check_not_an_upload(request: Request) -> None:
     "/v1/sets",
     operation_id="list_sets",
     summary="List the sets by name, a page at a time",
+    response_model_exclude_unset=True,
     responses=problems(errors.InvalidRequestError),
 )
 async def list_sets(
@@ -153,9 +154,10 @@ async def list_sets(
         base_model_name=base_model_name,
         prefix=prefix,
     )
-    records, next_cursor = await anyio.to_thread.run_sync(page)
-    summaries = [schemas.SetSummary.model_validate(one) for one in records]
-    return schemas.SetPage(sets=summaries, next_cursor=next_cursor)
+    found, next_cursor = await anyio.to_thread.run_sync(page)
+    summaries = [schemas.SetSummary.model_validate(one) for one in found.records]
+    as_of = {} if found.as_of is None else {"as_of": found.as_of}
+    return schemas.SetPage(sets=summaries, next_cursor=next_cursor, **as_of)
 
 
 @router.get(

@@ -62,6 +62,7 @@ async def get_set_stats(
     "/v1/stats",
     operation_id="get_stats",
     summary="Show the statistics of the store",
+    response_model_exclude_unset=True,
     responses=problems(),
 )
 async def get_stats(context: ContextDep) -> schemas.StoreStatsInfo:
@@ -76,6 +77,7 @@ async def get_stats(context: ContextDep) -> schemas.StoreStatsInfo:
         resident_bytes=stats.resident_bytes,
         uptime_seconds=monotonic() - context.started,
         sets=[schemas.SetSummary.model_validate(one) for one in stats.largest],
+        **({} if stats.as_of is None else {"as_of": stats.as_of}),
     )
 
 
