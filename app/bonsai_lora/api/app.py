@@ -187,7 +187,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         lifespan=_running,
     )
     app.state.fast_lane = None
-    metrics = Metrics(partial(_collect, app, shared), partial(_read_load, app))
+    metrics = Metrics(partial(_collect, app, shared), partial(_read_load, app), store.state)
     app.state.store = store
     app.state.door = door = Door(settings, _make_context(settings, store, shared, metrics))
     app.state.context = door.visitor.context(OPEN)
@@ -225,6 +225,7 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
     finally:
         for task in tasks:
             task.cancel()
+        app.state.store.close()
         _log.info("stopped", pid=os.getpid())
 
 
@@ -332,8 +333,22 @@ def _describe(app: FastAPI) -> dict[str, str]:
     }
 
 
-def open_store(settings: Settings, shared: Path | None = None) -> SetStore:
-    """Return the store that `settings` names; a temporary one is deleted with the object."""
+def open_store(settings: Settings, shared: Path | None = None) -> Store:
+    """Return the store that `settings` names; a temporary one is deleted with the object.
+
+    Raises OSError, and ValueError for a bucket or cache that cannot be used.
+    """
+    if settings.is_bucket:
+        from bonsai_lora.storage.bucket_store import open_bucket_store  # noqa: PLC0415 - optional
+
+        return open_bucket_store(
+            settings.store,
+            Path(settings.cache),
+            cache_bytes=settings.cache_bytes,
+            stale_seconds=settings.stale_seconds,
+            stale_if_error_seconds=settings.stale_if_error_seconds,
+            shared=shared,
+        )
     folder = settings.store_folder()
     if folder is not None:
         return SetStore(folder, shared=shared)

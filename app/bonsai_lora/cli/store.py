@@ -116,6 +116,16 @@ def run_gc(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_bucket(url: str) -> None:
+    """Raise ValueError if `url` does not name a bucket, or what connects to it is missing."""
+    if not urlsplit(url).netloc:
+        raise ValueError(f"the store {url!r} names no bucket; expected such as s3://bucket/prefix")
+    if find_spec("obstore") is None:
+        raise ValueError(
+            f"the store {url} needs obstore, which is not installed; pip install 'bonsai-lora[s3]'"
+        )
+
+
 def folder_of(arguments: argparse.Namespace) -> Path:
     """Return the folder of the store that the arguments or the settings name."""
     return arguments.store or Path(Settings().store)

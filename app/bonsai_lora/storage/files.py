@@ -154,14 +154,14 @@ class SetFiles:
 
     def lock(self, name: str) -> AbstractContextManager[None]:
         """Hold the lock to change `name`, across threads and processes."""
-        return self._locked(self._stripe(name))
+        return self.locked(self._stripe(name))
 
     @staticmethod
     def _stripe(name: str) -> str:
         return f"{hashlib.blake2b(name.encode(), digest_size=2).digest()[0] % _LOCKS:02}"
 
     @contextlib.contextmanager
-    def _locked(self, name: str, *, wait: bool = True) -> Iterator[None]:
+    def locked(self, name: str, *, wait: bool = True) -> Iterator[None]:
         """Hold a lock file; with `wait=False`, raises BlockingIOError if it is held."""
         with storage_errors(), (self._locks / name).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -300,7 +300,7 @@ class SetFiles:
         """
         with (
             contextlib.suppress(OSError, StoreFullError, StoreReadOnlyError, SetNotFoundError),
-            self._locked(self._stripe(name), wait=wait),
+            self.locked(self._stripe(name), wait=wait),
         ):
             if self._identity(name) != identity:
                 return

@@ -65,7 +65,7 @@ class SetStore(SetFiles):
 
     def lock_all(self) -> AbstractContextManager[None]:
         """Hold the lock to change the total of all sets; acquire it inside `lock`, if both."""
-        return self._locked("all")
+        return self.locked("all")
 
     def write(
         self,
