@@ -27,10 +27,10 @@ from bonsai_lora.api.crowded import refusing_crowds
 from bonsai_lora.api.keys_file import read_keys
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
+from bonsai_lora.cli.store import check_bucket
 from bonsai_lora.cli.supervisor import Supervisor
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
 from bonsai_lora.settings import UNGUARDED, Settings
-from bonsai_lora.cli.store import check_bucket
 from bonsai_lora.storage.cache_folder import claim
 from bonsai_lora.storage.counts import count_restart
 from bonsai_lora.storage.in_use import suspect_sets_of

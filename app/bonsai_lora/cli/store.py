@@ -4,7 +4,9 @@ import argparse
 import shutil
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from bonsai_lora.cli.client import EXIT_REFUSED, EXIT_USAGE
 from bonsai_lora.cli.progress import ProgressLine

@@ -130,14 +130,24 @@ class Bucket:
             obstore.put(self._large, key, path, chunk_size=PIECE_BYTES, max_concurrency=_AHEAD)
 
     def pieces(self, key: str, size: int) -> Iterator[bytes]:
-        """Yield the first `size` bytes of a large object; raises FileNotFoundError.
+        """Yield a large object in pieces, nothing unless it has `size` bytes.
 
-        The pieces are shorter than asked for if the object is.
+        Raises FileNotFoundError.
         """
+        if size <= PIECE_BYTES:
+            with self._asking("get"):
+                answer = obstore.get(self._large, key)
+                body = bytes(answer.bytes()) if answer.meta["size"] == size else b""
+            yield body
+            return
+        with self._asking("get"):
+            length = obstore.head(self._large, key)["size"]
+        if length != size:
+            return
 
         def read(start: int) -> bytes:
             end = min(start + PIECE_BYTES, size)
-            with self._asking(None if start else "get"):
+            with self._asking(None):
                 return bytes(obstore.get_range(self._large, key, start=start, end=end))
 
         starts = iter(range(0, size, PIECE_BYTES))

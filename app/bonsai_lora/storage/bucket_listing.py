@@ -1,6 +1,7 @@
 """Pages of the sets of a bucket: current ones from its pointers, filtered ones from the index."""
 
 import contextlib
+import string
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -8,6 +9,7 @@ from concurrent.futures import Executor
 from itertools import islice
 
 from bonsai_lora.errors import NewerFormatError, UnsupportedFeatureError
+from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.storage.bucket import Bucket, Listed, SameError
 from bonsai_lora.storage.bucket_index import read_index
 from bonsai_lora.storage.index import Row, SetIndex, Sums
@@ -19,6 +21,9 @@ from bonsai_lora.storage.pointer import (
 )
 from bonsai_lora.storage.protocol import Page
 
+_LETTERS = f"-.{string.digits}{string.ascii_uppercase}_{string.ascii_lowercase}"
+"""What names consist of, in the order of their bytes."""
+_LONGEST = 96
 _REREAD_SECONDS = 30.0
 _MOST_KNOWN = 1 << 13
 _MOST_UNINDEXED = 10_000
@@ -82,7 +87,7 @@ class BucketListing:
         `batch` at a time are read; those that cannot be used are left out.
         """
         size = batch if 0 < batch < _BATCH else _BATCH
-        for start in sorted(starts):
+        for start in filter(_may_start, sorted(starts)):
             first = max(after, _before(start))
             for listed in self._bucket.list(POINTERS, after=first, count=size):
                 names = [one for one in listed if _name_of(one).startswith(start)]
@@ -133,10 +138,18 @@ class BucketListing:
         return index, opened.as_of
 
 
+def _may_start(start: str) -> bool:
+    """Return whether a name can begin with `start`."""
+    return start == "" or is_set_name(start)
+
+
 def _name_of(listed: Listed) -> str:
     return listed.key.rpartition("/")[2]
 
 
 def _before(start: str) -> str:
-    """Return what sorts before all names that begin with `start`, and after all others below."""
-    return f"{start[:-1]}{chr(ord(start[-1]) - 1)}~" if start else ""
+    """Return what sorts before all names that begin with `start`, and after the names before."""
+    if not start:
+        return ""
+    place = _LETTERS.index(start[-1])
+    return start[:-1] + (_LETTERS[place - 1] + "z" * _LONGEST if place else "")

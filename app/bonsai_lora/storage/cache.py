@@ -185,8 +185,8 @@ def receive_blob(file: BinaryIO, pieces: Iterator[bytes], pointer: Pointer) -> N
         file.write(piece)
     if received != pointer.size or digest.hexdigest() != pointer.sha256:
         raise MalformedPointerError(
-            f"its blob {pointer.blob} has {received} bytes and the SHA-256 {digest.hexdigest()}; "
-            f"expected {pointer.size} and {pointer.sha256}"
+            f"its blob {pointer.blob} does not have {pointer.size} bytes with the SHA-256 "
+            f"{pointer.sha256}"
         )
     file.flush()
     file.seek(0)

@@ -1,4 +1,4 @@
-"""The folder of copies of a bucket; it needs nothing of the bucket, as the supervisor looks at it."""
+"""The folder of copies of a bucket, as the supervisor sees it, which must not use the bucket."""
 
 from pathlib import Path
 
