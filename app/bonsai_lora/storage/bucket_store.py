@@ -202,21 +202,28 @@ class BucketStore:
             version=present.version + 1 if present else 1,
         )
         with storage_errors(), file_of(self._files, new, received) as file:
-            pointer = _pointer_of(name, file)
-            self._cache.make_room(pointer.size)
-            change = pointer.sums().minus(self.sums_of(name))
-            self._usage.change(name, change, check)
-            with self._undoing(name, change, StoreUnreachableError):
-                self._bucket.write(pointer.blob, Path(str(file.name)))
-            with self._cache.settling(name):
-                at, wall = time.monotonic(), time.time()
-                # After a lost answer it may be the current version, or become it: `gc` corrects.
-                with self._undoing(name, change, ChangedMeanwhileError):
-                    found = self._swap(name, pointer)
-                self._cache.install(name, file, Note(found, wall))
-                self._looks.note(name, self._looks.new(found, exists=True, at=at))
-                self._locked[name], self._etags[name] = pointer, found.etag
+            self.add(file, name, check)
         return self.read(name)
+
+    def add(self, file: BinaryIO, name: str, check: Callable[[], None] = allowed) -> None:
+        """Make a complete file of `new_file` the current version of a set. Call with `lock` held.
+
+        Raises as `write` does.
+        """
+        pointer = _pointer_of(name, file)
+        self._cache.make_room(pointer.size)
+        change = pointer.sums().minus(self.sums_of(name))
+        self._usage.change(name, change, check)
+        with self._undoing(name, change, StoreUnreachableError):
+            self._bucket.write(pointer.blob, Path(str(file.name)))
+        with storage_errors(), self._cache.settling(name):
+            at, wall = time.monotonic(), time.time()
+            # After a lost answer it may be the current version, or become it: `gc` corrects.
+            with self._undoing(name, change, ChangedMeanwhileError):
+                found = self._swap(name, pointer)
+            self._cache.install(name, file, Note(found, wall))
+            self._looks.note(name, self._looks.new(found, exists=True, at=at))
+            self._locked[name], self._etags[name] = pointer, found.etag
 
     def delete(self, name: str) -> None:
         """Leave a tombstone in place of the pointer. Call with `lock` held."""

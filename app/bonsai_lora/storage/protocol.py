@@ -84,6 +84,9 @@ class Store(Protocol):
         raises.
         """
 
+    def add(self, file: BinaryIO, name: str) -> None:
+        """Make a complete file of `new_file` that of a set; raises as `write` does."""
+
     def delete(self, name: str) -> None:
         """Delete a set durably; raises as `write` does, and SetNotFoundError."""
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.formats.names import is_set_name
@@ -94,6 +94,11 @@ class SetStore(SetFiles):
             with file_of(self, new, received) as file:
                 self.commit(file, name)
         return self._open_version(name, self._identity(name))
+
+    def add(self, file: BinaryIO, name: str) -> None:
+        """Make a complete file of `new_file` that of a set. Call with `lock` held."""
+        with self.lock_all():
+            self.commit(file, name)
 
     def delete(self, name: str) -> None:
         """Delete a set durably; raises SetNotFoundError. Call with `lock` held."""
