@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev mutants mutants-known test-peers test-page check-openapi lock format clean soak
+.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev mutants mutants-known test-peers test-cluster test-page check-openapi lock format clean soak
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,14 @@ soak: setup-dev ## kills, mutated requests and overload for SECONDS=600
 
 test-peers: setup-dev $(VENV)/.peers ## compare results with torch, peft and safetensors
 	@$(BIN)/python -m pytest -q -m peers
+
+test-cluster: setup-dev tests/cluster/.venv/.done ## test services over a bucket of SeaweedFS, installed in its own venv
+	@$(BIN)/python -m pytest -q -m cluster tests/cluster
+
+tests/cluster/.venv/.done: requirements-cluster.txt
+	@$(PYTHON) -m venv tests/cluster/.venv
+	@tests/cluster/.venv/bin/python -m pip --disable-pip-version-check --quiet install --only-binary :all: -r $<
+	@touch $@
 
 test-page: setup-dev $(VENV)/.page ## test the page in Chromium, and the TypeScript of the documentation
 	@$(BIN)/python -m pytest -q -m page

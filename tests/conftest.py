@@ -28,7 +28,17 @@ from bonsai_lora.settings import Settings
 
 sys.path[:0] = [
     str(Path(__file__).parent / part)
-    for part in ("", "client", "core", "api", "end_to_end", "hostile", "peers", "storage")
+    for part in (
+        "",
+        "client",
+        "core",
+        "api",
+        "end_to_end",
+        "hostile",
+        "peers",
+        "storage",
+        "cluster",
+    )
 ]
 
 configure_logging("warning", "console")

@@ -12,7 +12,7 @@ from fastapi import Request
 from bonsai_lora.api.metrics import Metrics
 from bonsai_lora.api.scopes import scope_of
 from bonsai_lora.checkpoints.bases import BaseFolder
-from bonsai_lora.errors import TakesLongError
+from bonsai_lora.errors import SetNotFoundError, TakesLongError
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.infer import Inference
@@ -63,11 +63,24 @@ class Context:
             inference=replace(self.inference, store=store, regions=regions),
         )
 
-    async def open(self, name: str) -> StoredSet:
+    async def open(self, name: str, version: int | None = None) -> StoredSet:
         """Return the current version of a set; it is opened in the long lane if that takes long.
 
-        Raises SetNotFoundError, NewerFormatError.
+        If it is older than `version`, or there is none, the store is asked again, as the caller
+        may have seen a change that has not arrived here. Raises SetNotFoundError,
+        NewerFormatError.
         """
+        try:
+            stored = await self._open(name)
+            if version is None or stored.record.version >= version:
+                return stored
+        except SetNotFoundError:
+            if version is None:
+                raise
+        await self.long.run(partial(self.store.refresh, name))
+        return await self._open(name)
+
+    async def _open(self, name: str) -> StoredSet:
         stored = self.store.read_quickly(name)
         if stored is None:
             stored = await self.long.run(partial(self.store.read, name))

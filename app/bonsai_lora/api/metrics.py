@@ -169,7 +169,7 @@ class _BucketMetrics:
         self._requests = counter("store_requests", "Requests to the bucket.", "kind")
         self._looks = counter("store_looks", "Comparisons with the bucket.", "result")
         self._others = {
-            "hits": counter("cache_hits", "Sets that were served from their copies."),
+            "hits": counter("cache_hits", "Sets that were served without asking the bucket."),
             "fetches": counter("cache_misses", "Sets that were fetched."),
             "fetched_bytes": counter("store_fetched_bytes", "Bytes of sets that were fetched."),
             "fetch_seconds": counter("store_fetch_seconds", "Time that fetching sets took."),

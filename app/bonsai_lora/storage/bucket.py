@@ -247,7 +247,8 @@ def open_bucket(url: str) -> Bucket:
 
 
 def _open(url: str, timeout: str) -> Any:
-    options: Any = {"connect_timeout": "3s", "pool_idle_timeout": "30s", "timeout": timeout}
+    # Whether the connection is encrypted is the choice of whoever named the endpoint.
+    options: Any = {"allow_http": True, "connect_timeout": "3s", "timeout": timeout}
     open_url: Any = from_url  # its overloads are by kind of store, which the URL decides
     return open_url(url, client_options=options, retry_config=_RETRY)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from itertools import islice
 
-from bonsai_lora.errors import NewerFormatError, UnsupportedFeatureError
+from bonsai_lora.errors import NewerFormatError, StoreUnreachableError, UnsupportedFeatureError
 from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.storage.bucket import Bucket, Listed, SameError
 from bonsai_lora.storage.bucket_index import read_index
@@ -113,10 +113,13 @@ class BucketListing:
         return pointer
 
     def _indexed(self) -> tuple[SetIndex, str] | None:
-        """Return the index and the time that it is of; None if there is none."""
+        """Return the index and the time that it is of; None if there is none.
+
+        While the bucket is away, the one that was read last.
+        """
         with self._lock:
             if time.monotonic() >= self._index_due:
-                with contextlib.suppress(SameError):
+                with contextlib.suppress(SameError, StoreUnreachableError):
                     self._index = self._read_index()
                 self._index_due = time.monotonic() + _REREAD_SECONDS
             return self._index
