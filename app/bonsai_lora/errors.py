@@ -31,6 +31,13 @@ class BonsaiLoraError(Exception):
         self.values = values
 
 
+class ChangedMeanwhileError(Exception):
+    """A different process has changed the set; the change is made again, on the new version.
+
+    Callers never see it.
+    """
+
+
 class TakesLongError(Exception):
     """The work takes longer than where it runs allows; it has to begin again in the long lane.
 
@@ -358,10 +365,6 @@ class BusyError(BonsaiLoraError):
     """Too many requests are in progress; this one was not started."""
 
     code = "busy"
-
-
-class ChangedMeanwhileError(BusyError):
-    """A different process has changed the set; the change is made again, on the new version."""
 
 
 class StoreUnreachableError(BonsaiLoraError):

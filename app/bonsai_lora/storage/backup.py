@@ -17,6 +17,7 @@ from typing import Any
 
 from bonsai_lora.errors import (
     BonsaiLoraError,
+    ChangedMeanwhileError,
     NewerFormatError,
     SetExistsError,
     SetNotFoundError,
@@ -75,6 +76,8 @@ def _problem_of(store: Store, path: Path, size: int) -> str | None:
         _add(store, path)
     except FileNotFoundError:
         return f"{path} is missing"
+    except ChangedMeanwhileError:
+        return "it was changed at the same moment; restore it again"
     except BonsaiLoraError as error:
         return error.detail
     return None

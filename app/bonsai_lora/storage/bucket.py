@@ -7,6 +7,7 @@ for timeouts.
 """
 
 import contextlib
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -24,6 +25,8 @@ from obstore import exceptions as failures
 from obstore.store import AzureStore, GCSStore, S3Store, from_url
 
 from bonsai_lora.errors import StoreUnreachableError
+
+_log = logging.getLogger(__name__)
 
 PIECE_BYTES = 8 << 20
 _AHEAD = 4
@@ -214,19 +217,24 @@ class Bucket:
     def _asking(self, kind: str | None) -> Iterator[None]:
         """Count a request and note whether it is answered."""
         if time.monotonic() < self._down_until:
-            raise _unreachable("it did not answer a moment ago")
+            raise _unreachable()
         if kind is not None:
             with self._lock:
                 self.requests[kind] += 1
         try:
             yield
         except (failures.BaseError, httpx.HTTPError, TimeoutError) as error:
+            if self.is_reachable:
+                # Not for callers: it names addresses and keys.
+                _log.warning("the bucket does not answer: %s", str(error).partition("\n")[0])
             self._last_error = time.time()
             self._down_until = time.monotonic() + _DOWN_SECONDS
-            raise _unreachable(str(error).partition("\n")[0][:200]) from error
+            raise _unreachable() from error
         except (FileNotFoundError, ConflictError, SameError):
             self.last_ok = time.time()
             raise
+        if not self.is_reachable:
+            _log.warning("the bucket answers again")
         self.last_ok = time.time()
 
 
@@ -253,8 +261,7 @@ def _open(url: str, timeout: str) -> Any:
     return open_url(url, client_options=options, retry_config=_RETRY)
 
 
-def _unreachable(reason: str) -> StoreUnreachableError:
+def _unreachable() -> StoreUnreachableError:
     return StoreUnreachableError(
-        f"the bucket of the store cannot be reached: {reason}; retry later, or look at the "
-        "bucket's address and credentials"
+        "the bucket of the store does not answer; retry later, or look into the log of the service"
     )

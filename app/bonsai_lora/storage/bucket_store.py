@@ -192,7 +192,7 @@ class BucketStore:
         name = lora_set.adapter_name
         present = self._locked[name]
         if previous != (present and present.record):
-            raise _changed(name)
+            raise ChangedMeanwhileError
         new = next_version(
             lora_set,
             origin=origin,
@@ -332,7 +332,7 @@ class BucketStore:
         try:
             etag = self._bucket.put(f"{POINTERS}/{name}", body, replaces=self._etags.get(name))
         except ConflictError:
-            raise _changed(name) from None
+            raise ChangedMeanwhileError from None
         return Found(body, etag)
 
 
@@ -344,10 +344,3 @@ def _pointer_of(name: str, file: BinaryIO) -> Pointer:
         digest.update(os.pread(file.fileno(), _PIECE_BYTES, start))
     file.seek(0)
     return pointer_of(record_of(Path(f"{name}.safetensors"), file), size, digest.hexdigest())
-
-
-def _changed(name: str) -> ChangedMeanwhileError:
-    return ChangedMeanwhileError(
-        f"a different process has changed the set {name!r} meanwhile, again and again; retry in a "
-        "second"
-    )

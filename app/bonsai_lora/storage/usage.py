@@ -113,10 +113,7 @@ class Usage:
                 else:
                     return
             time.sleep(random.uniform(0, _PAUSE_SECONDS * 2 ** min(number, 5)))  # noqa: S311
-        raise ChangedMeanwhileError(
-            "others write to the store all the time, and the sums could not be changed; retry in "
-            "a second"
-        )
+        raise ChangedMeanwhileError
 
     def _read(self) -> _Read:
         started = time.monotonic()

@@ -126,7 +126,9 @@ def _check_not_an_upload(request: Request) -> None:
     operation_id="list_sets",
     summary="List the sets by name, a page at a time",
     response_model_exclude_unset=True,
-    responses=problems(errors.InvalidRequestError),
+    responses=problems(
+        errors.InvalidRequestError, errors.StoreUnreachableError, errors.UnsupportedFeatureError
+    ),
 )
 async def list_sets(
     context: ContextDep,
