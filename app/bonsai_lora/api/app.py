@@ -124,6 +124,7 @@ def _heads_of(router: APIRouter) -> APIRouter:
                 route.endpoint,
                 methods=["HEAD"],
                 response_model=route.response_model,
+                response_model_exclude_unset=route.response_model_exclude_unset,
                 include_in_schema=False,
             )
     return heads

@@ -51,6 +51,8 @@ class BucketReader:
 
     def refresh(self, name: str) -> None:
         """Compare the pointer of a set with the bucket's now, and fetch the set if it changed."""
+        if not is_set_name(name):
+            return
         with contextlib.suppress(SetNotFoundError):
             asked = time.monotonic()
             self._looks.once(name, asked, partial(self._look, name, may_adopt=False))

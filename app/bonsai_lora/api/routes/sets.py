@@ -12,7 +12,7 @@ from bonsai_lora.api import schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.conditions import not_modified, precondition
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import ContextDep, SetName
+from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
 from bonsai_lora.api.described import described, set_headers
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
@@ -168,11 +168,13 @@ async def list_sets(
     summary="Show a set",
     response_model=schemas.SetInfo,
     responses=extra_response(304, "not modified: If-None-Match names the current ETag")
-    | problems(errors.SetNotFoundError),
+    | problems(errors.SetNotFoundError, errors.VersionNotFoundError),
 )
-async def get_set(request: Request, context: ContextDep, name: SetName) -> Response:
+async def get_set(
+    request: Request, context: ContextDep, name: SetName, version: WantedVersion = None
+) -> Response:
     """Returns the set's configuration and modules, without its weights."""
-    stored = await context.open(name)
+    stored = await context.open_version(name, version)
     etag = stored.record.etag
     if not_modified(request, etag):
         return Response(status_code=304, headers={"ETag": etag})
