@@ -60,12 +60,12 @@ soak: setup-dev ## kills, mutated requests and overload for SECONDS=600
 test-peers: setup-dev $(VENV)/.peers ## compare results with torch, peft and safetensors
 	@$(BIN)/python -m pytest -q -m peers
 
-test-cluster: setup-dev tests/cluster/.venv/.done ## test services over a bucket of SeaweedFS, installed in its own venv
+test-cluster: setup-dev $(VENV)/cluster/.done ## test services over a bucket of SeaweedFS, installed in its own venv
 	@$(BIN)/python -m pytest -q -m cluster tests/cluster
 
-tests/cluster/.venv/.done: requirements-cluster.txt
-	@$(PYTHON) -m venv tests/cluster/.venv
-	@tests/cluster/.venv/bin/python -m pip --disable-pip-version-check --quiet install --only-binary :all: -r $<
+$(VENV)/cluster/.done: requirements-cluster.txt
+	@$(PYTHON) -m venv $(VENV)/cluster
+	@$(VENV)/cluster/bin/python -m pip --disable-pip-version-check --quiet install --only-binary :all: -r $<
 	@touch $@
 
 test-page: setup-dev $(VENV)/.page ## test the page in Chromium, and the TypeScript of the documentation

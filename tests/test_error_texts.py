@@ -374,7 +374,7 @@ def raised(kind, function, *arguments):
 
 
 def nowhere():
-    """A store of objects on a port where nobody listens."""
+    """A store of objects behind a port without a listener."""
     return S3Store(
         "bucket",
         endpoint="http://127.0.0.1:9",

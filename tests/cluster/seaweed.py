@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-WEED = Path(__file__).parent / ".venv" / "bin" / "weed"
+WEED = Path(__file__).parents[2] / ".venv" / "cluster" / "bin" / "weed"
 BUCKET = "sets"
 KEY = "test-key"
 _PARTS = ("master", "volume", "filer", "s3")

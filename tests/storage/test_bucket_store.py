@@ -242,7 +242,7 @@ def test_copies_go_on_while_the_bucket_is_away_and_writes_are_refused(machines, 
 
 
 @pytest.mark.parametrize("if_error", [0.0, 0.3])
-def test_copies_are_served_for_so_long_and_no_longer(machines, monkeypatch, if_error):
+def test_copies_are_served_until_their_time_is_over_and_no_longer(machines, monkeypatch, if_error):
     monkeypatch.setattr(freshness, "_RETRY_SECONDS", 0.05)
     store = machines.store(stale=0.1, if_error=if_error)
     create(store)

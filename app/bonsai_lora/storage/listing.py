@@ -3,7 +3,7 @@
 The files are the truth. Every change by this program commits the table's row right after the
 rename, with the folder's time of modification, which it sets to the nanosecond. So a folder whose
 time differs from the table's was changed by somebody else, or by a process that died in between,
-and is compared. All files are compared when a process begins, and within a minute from then on.
+and is compared. A file that was changed in place is found within a minute, when all are compared.
 
 The table is a file in the folder `index-1` of the store: N.sqlite with the largest N. A new one has
 the next number, so that a process which still has the old one open cannot touch it. Where no file
@@ -118,13 +118,14 @@ class Listing:
             self._opened()
 
     def _opened(self) -> SetIndex:
-        """Return the present table; opens it if needed, and then compares it with the files."""
+        """Return the present table; a newly opened one agrees with the folder's time."""
         if self._index is not None and self._is_current(self._index):
             return self._index
         self._close()
         index = SetIndex(None) if self._must_be_in_memory() else self._open_file()
         self._index, self._pid, self._is_compared = index, os.getpid(), False
-        self._compare(index)
+        if index.folder_time() != self._folder_time():
+            self._compare(index)
         self._is_compared = True
         return index
 
