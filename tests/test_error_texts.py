@@ -76,6 +76,7 @@ OF_TRITON = (
 """Texts that Triton's clients search for have Triton's wording."""
 
 REQUESTS = [
+    (errors.JobNotFoundError, "GET", "/v1/jobs/0000000000000000000000000000", {}),
     (
         errors.MalformedBodyError,
         "POST",
@@ -135,6 +136,7 @@ REQUESTS = [
         {"content": (1 << 20).to_bytes(8, "little"), "headers": BINARY},
     ),
     (errors.HeadTooLargeError, "GET", "/v1/sets", {"headers": {"X-Long": "x" * 70_000}}),
+    (errors.MalformedRequestError, "GET", "/v1/sets", {"headers": {"Host": "a b"}}),
     (errors.TooManyRowsError, "POST", APPLY, {"json": {"inputs": [ROW] * 9}}),
     (errors.AnswerTooLargeError, "POST", APPLY, {"json": {"inputs": [ROW] * 8}}),
     (
@@ -298,6 +300,7 @@ def produce(folder):
         raised(errors.StoreUnreachableError, Bucket(nowhere()).get, "sets/plain")
     )
     texts[errors.NewerFormatError].append(errors.NewerFormatError("plain", 2, 1).detail)
+    texts[errors.JobInterruptedError].append(errors.JobInterruptedError().detail)
     failure = failure_response({"path": "/v1/sets", "request_id": "1"})
     texts[errors.InternalError].append(json.loads(failure.body)["detail"])
     return texts

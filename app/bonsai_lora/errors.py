@@ -45,6 +45,16 @@ class TakesLongError(Exception):
     """
 
 
+class JobCancelledError(Exception):
+    """Somebody has cancelled the job that raises it. Callers never see it."""
+
+
+class MalformedRequestError(BonsaiLoraError):
+    """The request violates HTTP/1.1 (RFC 9112)."""
+
+    code = "malformed_request"
+
+
 class MalformedBodyError(BonsaiLoraError):
     """The body cannot be parsed as its Content-Type declares."""
 
@@ -162,6 +172,18 @@ class BaseNotFoundError(NotFoundError):
             f"there is no base named {name!r}; add a folder of that name with safetensors files "
             "under the setting bases (GET /v1/bases lists the bases)",
             base=name,
+        )
+
+
+class JobNotFoundError(NotFoundError):
+    """The caller has no job of this id."""
+
+    code = "job_not_found"
+
+    def __init__(self, number: str) -> None:
+        super().__init__(
+            f"there is no job {number[:64]!r}; GET /v1/jobs lists those of the last day",
+            job=number[:64],
         )
 
 
@@ -349,7 +371,10 @@ class UnsupportedAdapterError(InvalidError):
 
 
 class UnmergeableError(InvalidError):
-    """The set does not fit the base; raised by Hub routes, whose clients show the text."""
+    """The set does not fit the base, or the base cannot be a checkpoint.
+
+    Raised by Hub routes, whose clients show the text.
+    """
 
     code = "unmergeable"
 
@@ -371,6 +396,15 @@ class StoreUnreachableError(BonsaiLoraError):
     """The bucket does not answer, and what is asked needs it."""
 
     code = "store_unreachable"
+
+
+class JobInterruptedError(BonsaiLoraError):
+    """The process that ran a job has ended, or it was cancelled; never the answer to a request."""
+
+    code = "job_interrupted"
+
+    def __init__(self, what: str = "the process that ran the job has ended") -> None:
+        super().__init__(f"{what}, so it stored nothing; send its request again")
 
 
 class StalledError(BonsaiLoraError):

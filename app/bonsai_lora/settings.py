@@ -196,6 +196,9 @@ class Settings(BaseSettings):
         description="most short requests (applies) and most long ones (uploads, merges, new sets, "
         "downloads) in progress per worker; more get 503 with Retry-After",
     )
+    max_jobs: int = Field(
+        16, ge=1, description="most jobs that run or wait per worker; more get 503"
+    )
     kernels: Literal["auto", "off"] = Field(
         "auto",
         description="auto: compute with compiled kernels if they can run, otherwise in NumPy; off: "

@@ -131,6 +131,24 @@ def test_hub_clients_find_the_base_and_the_merged_model(client, weights):
     assert (missing.status_code, missing.headers["x-error-code"]) == (404, "RepoNotFound")
 
 
+def test_hub_clients_learn_why_a_base_has_no_checkpoint(client, bases, weights, rng):
+    """huggingface_hub shows the reason of a refused GET only, so the file is described."""
+    assert weights
+    keys = {"qwen3.rope.dimension_count": np.uint32(32)}
+    (bases / "half.gguf").write_bytes(gguf_models.model("Q1_0", rng, **keys)[0])
+    for repo in ("bases/half", "half/s"):
+        listed = client.get(f"/api/models/{repo}").json()["siblings"]
+        assert [one["rfilename"] for one in listed] == ["config.json"]
+        path = f"/{repo}/resolve/main/config.json"
+        assert client.head(path).status_code == 200
+        detail = assert_problem(client.get(path), 403, "unmergeable")["detail"]
+        assert "32 of the 64 values" in detail
+        assert "put the model's config.json beside the file" in detail
+    names = [one["name"] for one in client.get("/v1/bases/half/merged/s").json()["files"]]
+    assert names == ["half.gguf", "model.safetensors"]
+    assert "bases/half" not in {one["id"] for one in client.get("/api/models").json()}
+
+
 def test_a_safetensors_base_is_a_repository_too(based):
     info = based.get("/api/models/bases/tiny-qwen3").json()
     name = "model.safetensors"

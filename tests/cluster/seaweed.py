@@ -2,15 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import httpx
 
-WEED = Path(__file__).parents[2] / ".venv" / "cluster" / "bin" / "weed"
+WEED = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 BUCKET = "sets"
 KEY = "test-key"
 _PARTS = ("master", "volume", "filer", "s3")
@@ -48,7 +50,7 @@ class Seaweed:
         log = (self.folder / "log").open("ab")
         self._process = subprocess.Popen(
             [
-                *(str(WEED), "server", f"-dir={self.folder}", "-ip=127.0.0.1"),
+                *(WEED, "server", f"-dir={self.folder}", "-ip=127.0.0.1"),
                 *("-ip.bind=127.0.0.1", "-filer", "-s3", *ports),
                 f"-s3.port.iceberg={self.ports['iceberg']}",
                 f"-s3.config={self.folder}/s3.json",

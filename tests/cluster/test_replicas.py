@@ -33,7 +33,7 @@ STORAGE = str(Path(__file__).parents[1] / "storage")
 @pytest.fixture(scope="module")
 def weed(tmp_path_factory):
     """A server of S3, for all tests."""
-    assert WEED.exists(), f"{WEED} is missing; run make test-cluster"
+    assert WEED, "weed is missing; run make test-cluster"
     server = Seaweed(tmp_path_factory.mktemp("weed"))
     server.start()
     yield server

@@ -118,6 +118,65 @@ def test_modules_of_a_set(settings, modules):
         assert same.status_code == 200
 
 
+LISTED = [
+    ("POST", "/v1/sets", {"name": "n", "config": {"target_modules": [0] * 100_000}}),
+    ("POST", "/v1/combine", {"name": "n", "sets": [0] * 100_000, "method": "cat"}),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), LISTED)
+def test_long_lists_of_wrong_values_are_refused_before_each_is_reported(
+    service, method, path, body
+):
+    client, app = service
+    files = snapshot(app.state.store)
+    answer = client.request(method, path, json=body)
+    assert_problem(answer, 422, "invalid_request")
+    assert "commas" in answer.json()["detail"]
+    assert len(answer.content) < 1000
+    assert snapshot(app.state.store) == files
+
+
+def test_uploads_with_too_many_values_or_names_are_refused_before_they_are_parsed(service):
+    client, app = service
+    files = snapshot(app.state.store)
+    weights = {"a": np.ones((1, 1), np.float32)}
+    config = {"peft_type": "LORA", "r": 1, "rank_pattern": {}, "target_modules": [""] * 70_000}
+    parts = {"adapter_config": json.dumps(config), "adapter_model": safetensors.encode(weights)}
+    assert_problem(client.put("/v1/sets/n", files=parts), 422, "invalid_adapter")
+    parts["adapter_config"] = json.dumps({**config, "target_modules": ["a"]})
+    entry = '"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    most = 8 * app.state.context.limits.max_modules
+    header = "{" + ",".join(entry % number for number in range(most + 1)) + "}"
+    parts["adapter_model"] = len(header).to_bytes(8, "little") + header.encode()
+    answer = client.put("/v1/sets/n", files=parts)
+    assert_problem(answer, 422, "too_many_modules")
+    assert answer.json()["got"] == most + 1
+    assert snapshot(app.state.store) == files
+
+
+def test_a_long_header_of_an_apply_is_parsed_in_the_long_lane(service):
+    client, app = service
+    context, release = app.state.context, threading.Event()
+    tensors = {"inputs": np.ones((1, NARROW), np.float32)}
+    body = safetensors.encode(tensors, {"sets": '["s"]', "padding": "x" * 100_000})
+    with contextlib.ExitStack() as stack:
+        stack.callback(release.set)
+        for _ in range(context.settings.threads + 3):
+            context.long._threads.submit(release.wait, 20)
+        answers = []
+        waiting = threading.Thread(
+            target=lambda: answers.append(client.post(APPLY, content=body, headers=BINARY))
+        )
+        waiting.start()
+        wait_until(lambda: context.long.waiting == 1)
+        with httpx.Client(base_url=client.base_url, timeout=10) as other:
+            assert other.post(APPLY, content=rows(1), headers=BINARY).status_code == 200
+        release.set()
+        waiting.join(10)
+    assert answers[0].status_code == 200
+
+
 def test_applies_are_answered_while_all_long_threads_work(service):
     client, app = service
     context, release = app.state.context, threading.Event()

@@ -312,13 +312,30 @@ def test_a_blob_is_checked_before_it_is_served(machines):
         assert "blob" in other.bad_files()["s"]
         assert os.listdir(machines.folder / "other" / "sets") == []
         other.forget("s")
-    obstore.delete(machines.memory, pointer.blob)
-    with pytest.raises(SetNotFoundError):
-        other.read("s")
-    assert "missing" in other.bad_files()["s"]
     obstore.put(machines.memory, pointer.blob, body)
     other.forget("s")
     assert other.read("s").record == record
+    assert other.bad_files() == {}
+
+
+def test_a_blob_that_has_not_arrived_is_waited_for(machines, monkeypatch):
+    """As where a bucket is replicated: the older copy goes on, and no copy is no set yet."""
+    monkeypatch.setattr(freshness, "_RETRY_SECONDS", 0.05)
+    one, other, cold = machines.store("one"), machines.store("other", stale=0), machines.store("c")
+    create(one)
+    assert other.read("s").record.version == 1
+    add(one, "more")
+    pointer = decode_pointer("s", bytes(obstore.get(machines.memory, "sets/s").bytes()))
+    body = bytes(obstore.get(machines.memory, pointer.blob).bytes())
+    obstore.delete(machines.memory, pointer.blob)
+    assert other.read("s").record.version == 1
+    with pytest.raises(StoreUnreachableError, match="not its content"):
+        cold.read("s")
+    assert "missing" in other.bad_files()["s"]
+    obstore.put(machines.memory, pointer.blob, body)
+    time.sleep(0.1)
+    assert other.read("s").record.version == 2
+    assert cold.read("s").record.version == 2
     assert other.bad_files() == {}
 
 
@@ -454,10 +471,10 @@ def test_an_answer_that_is_lost_is_found_out(machines):
     assert store.sums("").adapters == 2
 
 
-def test_the_folder_of_something_else_is_not_a_cache(tmp_path, machines):
+def test_a_store_and_the_cache_of_a_different_bucket_are_not_a_cache(tmp_path, machines):
     create(machines.store("one"))
     with pytest.raises(ValueError, match="of the store"):
         Cache(machines.folder / "one", "s3://elsewhere", 1 << 20)
     (tmp_path / "folder" / "sets").mkdir(parents=True)
-    with pytest.raises(ValueError, match="something else"):
+    with pytest.raises(ValueError, match="folder of a store"):
         Cache(tmp_path / "folder", URL, 1 << 20)

@@ -15,7 +15,10 @@ from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.errors import SetNotFoundError, TakesLongError, VersionNotFoundError
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
+from bonsai_lora.service.gain import Gains
+from bonsai_lora.service.gguf_lora import CheckedFiles
 from bonsai_lora.service.infer import Inference
+from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.keys import Key, Meter, Scope, missing_scope
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
@@ -45,7 +48,10 @@ class Context:
     counts: CountFile
     bases: BaseFolder
     models: MergedModels
+    checked: CheckedFiles
     executor: Executor
+    jobs: Jobs
+    gains: Gains
     metrics: Metrics
     started: float = field(default_factory=monotonic)
 

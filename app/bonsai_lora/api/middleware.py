@@ -44,9 +44,8 @@ class Observer:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._busy_second = 0
-        self._busy_lines = 0
-        self._left_out = 0
+        self._busy_refusals = 0
+        """Since the first one of this second."""
         self._logs_all = logging.getLogger("bonsai_lora.requests").isEnabledFor(logging.DEBUG)
 
     def observe(self, scope: Mapping[str, Any], status: int, seconds: float) -> None:
@@ -71,15 +70,16 @@ class Observer:
 
     def _leaves_out(self) -> bool:
         """Return whether to log nothing about a busy refusal; say later how many were left out."""
-        second = int(perf_counter())
-        if second != self._busy_second:
-            if self._left_out:
-                _log.info("more requests were refused as busy", left_out=self._left_out)
-            self._busy_second, self._busy_lines, self._left_out = second, 0, 0
-        self._busy_lines += 1
-        is_over = self._busy_lines > _BUSY_LINES_PER_SECOND
-        self._left_out += is_over
-        return is_over
+        if not self._busy_refusals:
+            asyncio.get_running_loop().call_later(1.0, self._end_second)
+        self._busy_refusals += 1
+        return self._busy_refusals > _BUSY_LINES_PER_SECOND
+
+    def _end_second(self) -> None:
+        left_out = self._busy_refusals - _BUSY_LINES_PER_SECOND
+        self._busy_refusals = 0
+        if left_out > 0:
+            _log.info("more requests were refused as busy", left_out=left_out)
 
     @staticmethod
     def note_disconnect(scope: Mapping[str, Any]) -> None:

@@ -161,10 +161,11 @@ class SetSummary(InfoModel):
     version: int = Field(description="1 at creation, incremented by each change")
     created_at: str = Field(description="RFC 3339, UTC")
     updated_at: str
-    origin: Literal["initialized", "peft", "mlx", "gguf", "mixed", "combined"]
+    origin: Literal["initialized", "peft", "mlx", "gguf", "mixed", "combined", "extracted"]
     adapter_count: int
     total_trainable_params: int
     total_memory_bytes: int
+    rank: int = Field(description="of the set's configuration; modules may have others")
 
 
 class SetInfo(SetSummary):

@@ -1,4 +1,4 @@
-"""A merged model as a GGUF file, computed while it is read.
+"""A merged model as one GGUF file, computed while it is read, also of a base that is split.
 
 Changed tensors are dequantized, merged and written in a wider type; all others stay as they are.
 Of a Hadamard-folded base, every folded tensor is unfolded and widened, and the keys that say so are
@@ -145,8 +145,9 @@ def _part(
     model: MergedModel, base: GgufBase, name: str, info: TensorInfo, *, is_changed: bool
 ) -> Part:
     if not is_changed:
-        stored = base.header.tensors[_stored_name(base, name)]
-        return Stored(base.file, stored.start, stored.stop)
+        held = _stored_name(base, name)
+        stored = base.header.tensors[held]
+        return Stored(base.holders[held], stored.start, stored.stop)
     return computed_as(info.type.name, _values(model, base, name))
 
 

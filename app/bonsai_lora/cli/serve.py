@@ -11,7 +11,6 @@ import signal
 import socket
 import ssl
 import sys
-import tempfile
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,12 +22,13 @@ from prometheus_client import values
 from pydantic import ValidationError
 
 from bonsai_lora.api.connection import GuardedProtocol
-from bonsai_lora.api.crowded import refusing_crowds
 from bonsai_lora.api.keys_file import read_keys
+from bonsai_lora.cli.accept import Server
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.cli.store import check_bucket
-from bonsai_lora.cli.supervisor import Supervisor
+from bonsai_lora.cli.supervisor import Supervisor, end_by_signals
+from bonsai_lora.cli.temporary import temporary_folder
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
 from bonsai_lora.settings import UNGUARDED, Settings
 from bonsai_lora.storage.cache_folder import claim
@@ -40,9 +40,6 @@ _log = logging.getLogger("bonsai_lora")
 
 _MAPPED_BYTES = 8 << 20
 """Blocks up to this size are allocated from the heap; larger ones are mapped and unmapped."""
-_ACCEPTED_AT_ONCE = 8
-"""Connections accepted in one turn of the event loop: libuv accepts one for each listening handle,
-and with a single one, new connections wait for seconds in an overload (benchmarks/overload.py)."""
 _KEPT_BYTES = 256 << 20
 """Most free memory kept at the end of the heap."""
 _COLLECTIONS = 1000
@@ -77,7 +74,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT; return 0, or 2 if the service cannot start."""
+    """Serve until a signal ends the service; return 0, or 2 if the service cannot start."""
     given: dict[str, Any] = {
         name: ",".join(value) if isinstance(value, list) else value
         for name, value in vars(arguments).items()
@@ -91,6 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
             variable = f"BONSAI_LORA_{name.upper()}"
             _print_error(f"{_flag(name)} ({variable}): {one['msg']}; got {one['input']!r}")
         return 2
+    end_by_signals()
     configure_logging(settings.log_level, settings.log_format)
     try:
         settings = _guarded(settings)
@@ -102,12 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
         _log.warning("the folder of bases %s does not exist; check --bases", settings.bases)
     _raise_file_limit()
     try:
-        with (
-            listening(settings) as listeners,
-            tempfile.TemporaryDirectory(prefix="bonsai-lora-") as temporary,
-        ):
+        with listening(settings) as listeners, temporary_folder() as temporary:
             if settings.store_folder() is None:
-                settings = settings.model_copy(update={"store": temporary})
+                settings = settings.model_copy(update={"store": str(temporary)})
             return _serve(settings, listeners, temporary)
     except ListenError as error:
         _print_error(str(error))
@@ -172,7 +167,7 @@ def connection_class(settings: Settings) -> Any:
     return GuardedProtocol
 
 
-def _serve(settings: Settings, listeners: list[socket.socket], temporary: str) -> int:
+def _serve(settings: Settings, listeners: list[socket.socket], temporary: Path) -> int:
     try:
         _check_store(settings)
     except (OSError, ValueError) as error:
@@ -180,7 +175,7 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: str) -
         return 2
     # prometheus_client keeps the workers' metrics here: each reports all of them, and they outlive
     # a worker that is replaced.
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = temporary
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(temporary)
     # It was imported before the variable was set.
     values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
     from bonsai_lora.api.app import choose_backend  # noqa: PLC0415 - slow to import
@@ -191,9 +186,8 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: str) -
     addresses = " and ".join(address_of(one, scheme) for one in listeners)
     place = settings.store if settings.is_bucket else Path(settings.store).resolve()
     _log.info("serving on %s, sets in %s", addresses, place)
-    shared = Path(temporary)
-    work = partial(_work, settings, listeners, shared, os.getpid())
-    return Supervisor(work, settings.workers, partial(_note_death, shared)).run()
+    work = partial(_work, settings, listeners, temporary, os.getpid())
+    return Supervisor(work, settings.workers, partial(_note_death, temporary)).run()
 
 
 def _check_store(settings: Settings) -> None:
@@ -225,14 +219,13 @@ def _work(
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,
         server_header=False,
-        http=refusing_crowds(connection_class(settings)),  # type: ignore[arg-type]
+        http=connection_class(settings),
         ws="none",
         proxy_headers=False,  # api/door.py reads what trusted proxies say
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )
-    copies = [one.dup() for one in listeners for _ in range(_ACCEPTED_AT_ONCE)]
-    uvicorn.Server(config).run(sockets=copies)
+    Server(config, settings.stall_seconds).run(sockets=listeners)
 
 
 def _note_death(shared: Path, pid: int) -> None:

@@ -10,8 +10,9 @@ from bonsai_lora.core import combine
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.combine import Combined
 from bonsai_lora.core.config import LoraConfig
-from bonsai_lora.core.deltas import columns_for, pass_bytes
+from bonsai_lora.core.deltas import pass_bytes
 from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.core.lowrank import columns_for
 from bonsai_lora.core.recipe import Recipe
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError

@@ -128,9 +128,9 @@ class SetView:
         """Return the sizes in bytes, by set name, of the caller's files of a newer release."""
         return self._own(self._store.newer_files())
 
-    def bad_files(self) -> dict[str, str]:
-        """Return the reasons, by set name, of the caller's unreadable files."""
-        return self._own(self._store.bad_files())
+    def bad_files(self, most: int | None = None) -> dict[str, str]:
+        """Return the reasons, by set name, of the caller's unreadable files among `most`."""
+        return self._own(self._store.bad_files(most))
 
     def _own(self, found: Mapping[str, T]) -> dict[str, T]:
         return {name: value for name, value in found.items() if self.key.owns(name)}
@@ -138,7 +138,7 @@ class SetView:
     def totals(self) -> Totals:
         """Return the numbers of all sets and files, whoever asks."""
         sums = self._store.sums("")
-        return Totals(sums.sets, len(self._store.bad_files()), sums.newer)
+        return Totals(sums.sets, self._store.count_bad_files(), sums.newer)
 
     def is_writable(self) -> bool:
         """Return whether the store can be changed, whoever asks."""

@@ -100,7 +100,10 @@ class BucketReader:
         return known if known is not None and known.exists and known.at > noted.at else noted
 
     def settle(self, name: str) -> Look:
-        """Make the copy of a set what the pointer says; fetch it if it is a different version."""
+        """Make the copy of a set what the pointer says; fetch it if it is a different version.
+
+        Raises StoreUnreachableError also if the blob is missing: an older copy goes on then.
+        """
         with storage_errors(), self._cache.settling(name):
             for _ in range(_TRIES):
                 at, wall = time.monotonic(), time.time()
@@ -118,7 +121,12 @@ class BucketReader:
                     return self._refuse(name, getattr(error, "detail", str(error)), at)
                 self.bad.pop(name, None)
                 return self._looks.note(name, self._looks.new(found, exists=True, at=at))
-            return self._refuse(name, "the blob that its pointer names is missing", at)
+            self.bad[name] = "the blob that its pointer names is missing"
+            raise StoreUnreachableError(
+                f"the bucket has a pointer to a version of set {name!r}, but not its content, which "
+                "may be on its way from a different region; retry later",
+                set=name,
+            )
 
     def _bring(self, name: str, pointer: Pointer, note: Note) -> None:
         """Put the blob of a pointer in place, unless the copy is that already."""

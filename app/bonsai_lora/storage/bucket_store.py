@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,7 +86,7 @@ class BucketStore:
         self._bucket = bucket
         self._cache = cache
         self._files = cache.files
-        self.temporary = cache.files.temporary
+        self.root, self.temporary = cache.files.root, cache.files.temporary
         self._looks = Looks(stale_seconds, stale_if_error_seconds)
         self._reader = BucketReader(bucket, cache, self._looks)
         self._threads = ThreadPoolExecutor(_THREADS, "bucket")
@@ -271,9 +272,14 @@ class BucketStore:
         self._looks.forget(name)
         self._files.forget(name)
 
-    def bad_files(self) -> dict[str, str]:
+    def bad_files(self, most: int | None = None) -> dict[str, str]:
         """Return the reasons, by set name, of pointers, blobs and copies that cannot be used."""
-        return {**self._files.bad_files(), **self._reader.bad}
+        found = {**self._files.bad_files(most), **self._reader.bad}
+        return dict(islice(found.items(), most))
+
+    def count_bad_files(self) -> int:
+        """Return the number of names of pointers, blobs and copies that cannot be used."""
+        return self._files.count_bad_files() + len(self._reader.bad)
 
     def newer_files(self) -> dict[str, int]:
         """Return nothing: requests for sets of a newer release are refused one by one."""

@@ -8,7 +8,7 @@ _OWNER = "bucket-url"
 def claim(root: Path, url: str) -> None:
     """Make `root` the cache of the bucket at `url`.
 
-    Raises ValueError if it is the folder of something else, which must not lose its files.
+    Raises ValueError if it is that of a different bucket, or a store, which must keep its files.
     """
     owner = root / _OWNER
     if owner.is_file():
@@ -18,9 +18,9 @@ def claim(root: Path, url: str) -> None:
                 f"the cache {root} is of the store {found}; choose a different folder with --cache"
             )
         return
-    if root.is_dir() and any(root.iterdir()):
+    if (root / "sets").exists():
         raise ValueError(
-            f"the cache {root} is a folder of something else; choose a different one with --cache"
+            f"the cache {root} is the folder of a store; choose a different one with --cache"
         )
     root.mkdir(parents=True, exist_ok=True)
     owner.write_text(f"{url}\n", encoding="utf-8")

@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -220,18 +221,28 @@ class SetFiles:
         self._records.pop(name, None)
         self._newer.pop(name, None)
 
-    def bad_files(self) -> dict[str, str]:
-        """Return the reasons, by set name, of unreadable files that still exist."""
+    def bad_files(self, most: int | None = None) -> dict[str, str]:
+        """Return the reasons, by set name, of up to `most` unreadable files that still exist."""
+        found = dict(islice(self._still_unreadable().items(), most))
+        for path in self._set_aside_reasons()[: None if most is None else most - len(found)]:
+            with contextlib.suppress(FileNotFoundError):
+                found[_name_of(path)] = path.read_text(encoding="utf-8")
+        return found
+
+    def count_bad_files(self) -> int:
+        """Return the number of names of unreadable files."""
+        return len({*self._still_unreadable(), *map(_name_of, self._set_aside_reasons())})
+
+    def _still_unreadable(self) -> dict[str, str]:
         self._unreadable = {
             name: reason
             for name, reason in self._unreadable.items()
             if os.path.lexists(self._path(name))
         }
-        found = dict(self._unreadable)
-        if self._bad.is_dir():
-            for path in sorted(self._bad.glob("*.reason")):
-                found[path.name.rsplit(".", 2)[0]] = path.read_text(encoding="utf-8")
-        return found
+        return self._unreadable
+
+    def _set_aside_reasons(self) -> list[Path]:
+        return sorted(self._bad.glob("*.reason")) if self._bad.is_dir() else []
 
     def _path(self, name: str) -> Path:
         return self._sets / f"{name}{SUFFIX}"
@@ -311,3 +322,8 @@ class SetFiles:
             target.with_name(f"{target.name}.reason").write_text(reason, encoding="utf-8")
             return
         self._unreadable[name] = reason
+
+
+def _name_of(reason: Path) -> str:
+    """Return the name of the set that was moved aside with the file `reason`."""
+    return reason.name.rsplit(".", 2)[0]

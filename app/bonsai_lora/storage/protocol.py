@@ -41,6 +41,8 @@ class StoreState:
 class Store(Protocol):
     """Named sets. Thread-safe; all methods raise StoreUnreachableError if the store is away."""
 
+    root: Path
+    """Folder on this machine, also for what other modules keep beside the sets."""
     temporary: Path
     """Folder for temporary files of requests."""
     on_open: Callable[[SetRecord], None] | None
@@ -108,8 +110,11 @@ class Store(Protocol):
     def forget(self, name: str) -> None:
         """Release this process's state of a set."""
 
-    def bad_files(self) -> dict[str, str]:
-        """Return the reasons, by set name, of files that cannot be read."""
+    def bad_files(self, most: int | None = None) -> dict[str, str]:
+        """Return the reasons, by set name, of up to `most` files that cannot be read."""
+
+    def count_bad_files(self) -> int:
+        """Return the number of names of files that cannot be read."""
 
     def newer_files(self) -> dict[str, int]:
         """Return the sizes in bytes, by set name, of files that a newer release wrote."""

@@ -32,6 +32,7 @@ from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.mapped import map_file
 from bonsai_lora.formats.peft import set_tensors
 from bonsai_lora.formats.peft_keys import group_keys
+from bonsai_lora.formats.pieces import ObjectReader, dump
 from bonsai_lora.storage.residency import resident_bytes
 from bonsai_lora.storage.upload import ReceivedUpload
 
@@ -92,7 +93,7 @@ class SetRecord:
     """RFC 3339, UTC."""
     updated_at: str
     origin: str
-    """initialized, peft, mlx, gguf, mixed or combined."""
+    """initialized, peft, mlx, gguf, mixed, combined or extracted."""
     base_model_name: str
     config: LoraConfig
     adapter_count: int
@@ -103,6 +104,11 @@ class SetRecord:
     """SHA-256 of the file's bytes after its header, in hexadecimal; earlier releases wrote none."""
     unknown: Mapping[str, Any] = field(default_factory=dict)
     """Keys that a later release wrote in this format; they are preserved by changes."""
+
+    @property
+    def rank(self) -> int:
+        """Rank of the set's configuration; patterns may give modules others."""
+        return self.config.rank
 
     @property
     def total_memory_bytes(self) -> int:
@@ -210,7 +216,7 @@ class NewSet:
         metadata = {
             _RECORD_KEY: record_to_text(replace(self.record, digest=digest)),
             "format": "pt",
-            _MODULES_KEY: json.dumps(modules),
+            _MODULES_KEY: dump(modules),
         }
         if self.adapter_config is not None:
             metadata[_CONFIG_KEY] = json.dumps(self.adapter_config)
@@ -279,7 +285,9 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
 
     modules, others = group_keys(header.tensors)
     adapters = {}
-    for module, (alpha, scaling, layer, *more) in json.loads(header.metadata[_MODULES_KEY]).items():
+    reader = ObjectReader(header.metadata[_MODULES_KEY])
+    for module in reader.names():
+        alpha, scaling, layer, *more = reader.value()
         experts = more[0] if more else None
         is_valid = _is_finite(alpha) and _is_finite(scaling) and layer in get_args(LayerKind)
         if not is_valid or not (experts is None or (type(experts) is int and experts > 0)):

@@ -7,10 +7,13 @@ import numpy as np
 from bonsai_lora.core import backend
 from bonsai_lora.core.batch import Integers
 from bonsai_lora.core.cast import Array, Floats, to_float32
-from bonsai_lora.errors import MalformedSafetensorsError, ShapeMismatchError
+from bonsai_lora.errors import MalformedSafetensorsError, ShapeMismatchError, TakesLongError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
 from bonsai_lora.wire.finite import check_finite
+
+_LONG_HEADER_BYTES = 1 << 16
+"""Parsing a longer header takes milliseconds."""
 
 EXPERTS = "experts"
 """Tensor or field with the number of the expert of each row."""
@@ -30,14 +33,17 @@ def decode_tensors(
 
 
 def decode_batch(
-    body: bytes | memoryview, max_header_bytes: int
+    body: bytes | memoryview, max_header_bytes: int, *, may_take_long: bool = True
 ) -> tuple[dict[str, Floats], dict[str, str], Integers | None]:
     """Return tensors and metadata as `decode_tensors` does, and the tensor `experts` (rows,).
 
     That is I32 or I64; a float tensor named `experts` is decoded like any other. Raises the errors
-    of `decode_tensors`, and ShapeMismatchError if `experts` has a different number of dimensions.
+    of `decode_tensors`, ShapeMismatchError if `experts` has a different number of dimensions, and
+    TakesLongError for a long header, unless it `may_take_long`.
     """
     _check_not_json(body)
+    if not may_take_long and int.from_bytes(body[:8], "little") > _LONG_HEADER_BYTES:
+        raise TakesLongError
     header = safetensors.decode_header(body, limit=max_header_bytes)
     info = header.tensors.get(EXPERTS)
     if info is None or info.dtype not in safetensors.INTEGERS:

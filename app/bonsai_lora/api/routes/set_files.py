@@ -100,6 +100,6 @@ async def get_adapter_gguf(
     made = await context.long.run(make)
     with Reservation(context.memory) as reserved:
         reserved.add(made.working_bytes)
-        await context.long.run(made.check_values)
+        await context.long.run(partial(context.checked.check, made))
     file = CountedFile(made, context.executor, context.memory, made.working_bytes)
     return file_response(request, file, context.long)

@@ -1,6 +1,6 @@
 """Create, list, show, upload and delete sets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
@@ -343,7 +343,6 @@ def _wanted_shapes(wanted: schemas.CreateSet) -> tuple[Shapes, str]:
     """
     attention = AttentionShape(**wanted.attention.model_dump()) if wanted.attention else None
     mlp = MlpShape(**wanted.mlp.model_dump()) if wanted.mlp else None
-    num_layers = wanted.num_layers
     if wanted.model is not None:
         model = MODELS.get(wanted.model)
         if model is None:
@@ -352,14 +351,19 @@ def _wanted_shapes(wanted: schemas.CreateSet) -> tuple[Shapes, str]:
                 field="model",
                 expected=list(MODELS),
             )
-        attention, mlp = attention or model.attention, mlp or model.mlp
-        num_layers = num_layers or model.num_layers
+        own = replace(
+            model,
+            attention=attention or model.attention,
+            mlp=mlp or model.mlp,
+            num_layers=wanted.num_layers or model.num_layers,
+        )
+        return own.modules(), wanted.base_model_name or wanted.model
     shapes = {**(attention.modules() if attention else {}), **(mlp.modules() if mlp else {})}
-    if num_layers is None:
+    if wanted.num_layers is None:
         return shapes, wanted.base_model_name
     if not shapes:
         raise errors.InvalidRequestError(
             "num_layers is given without attention or mlp; add the shapes of one layer",
             field="num_layers",
         )
-    return layered(shapes, num_layers), wanted.base_model_name or wanted.model or ""
+    return layered(shapes, wanted.num_layers), wanted.base_model_name
