@@ -367,3 +367,23 @@ def test_a_rebuild_takes_all_processes_along(tmp_path):
     SetStore(tmp_path).listing.rebuild()
     assert_agrees(store)
     assert [path.name for path in (tmp_path / "index-1").glob("*.sqlite")] == ["2.sqlite"]
+
+
+def test_a_large_folder_that_has_not_changed_is_not_looked_at_when_a_process_begins(
+    tmp_path, monkeypatch
+):
+    write(SetStore(tmp_path), "a")
+    write(SetStore(tmp_path), "b")
+    looked = []
+    real = listing.Listing._stamps
+    monkeypatch.setattr(listing.Listing, "_stamps", lambda one: looked.append(1) or real(one))
+    monkeypatch.setattr(listing, "_FEW", 1)
+    assert SetStore(tmp_path).sums("").sets == 2
+    assert looked == []
+    (tmp_path / "sets" / "a.safetensors").unlink()
+    assert SetStore(tmp_path).sums("").sets == 1
+    assert looked == [1]
+    (tmp_path / "sets" / "b.safetensors").write_bytes(b"changed in place")
+    store = SetStore(tmp_path)
+    store.listing.compare()
+    assert store.sums("").sets == 0

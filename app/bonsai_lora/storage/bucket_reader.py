@@ -123,7 +123,7 @@ class BucketReader:
                 return self._looks.note(name, self._looks.new(found, exists=True, at=at))
             self.bad[name] = "the blob that its pointer names is missing"
             raise StoreUnreachableError(
-                f"the bucket has a pointer to a version of set {name!r}, but not its content, which "
+                f"the bucket has a pointer for set {name!r}, but not its content, which "
                 "may be on its way from a different region; retry later",
                 set=name,
             )
