@@ -31,6 +31,13 @@ class BonsaiLoraError(Exception):
         self.values = values
 
 
+class ChangedMeanwhileError(Exception):
+    """A different process has changed the set; the change is made again, on the new version.
+
+    Callers never see it.
+    """
+
+
 class TakesLongError(Exception):
     """The work takes longer than where it runs allows; it has to begin again in the long lane.
 
@@ -383,6 +390,12 @@ class BusyError(BonsaiLoraError):
     """Too many requests are in progress; this one was not started."""
 
     code = "busy"
+
+
+class StoreUnreachableError(BonsaiLoraError):
+    """The bucket does not answer, and what is asked needs it."""
+
+    code = "store_unreachable"
 
 
 class JobInterruptedError(BonsaiLoraError):
