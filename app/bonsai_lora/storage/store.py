@@ -146,7 +146,9 @@ class SetStore:
 
         Costs one `stat` if this process has the version open, else it is memory-mapped.
         """
-        identity = self._identity(name)
+        return self._read(name, self._identity(name))
+
+    def _read(self, name: str, identity: Identity) -> StoredSet:
         known = self._open.get(name)
         if known is not None and known[0] == identity:
             with contextlib.suppress(KeyError):  # another thread may evict it meanwhile
@@ -171,7 +173,7 @@ class SetStore:
             size = identity[_SIZE]
             if size > _QUICK_BYTES and not self._opens_quickly(name):
                 return None
-        return self.read(name)
+        return self._read(name, identity)
 
     def _opens_quickly(self, name: str) -> bool:
         if name in self._suspects or self.read_record(name).digest is None:
