@@ -22,11 +22,12 @@ test: setup-dev ## run the tests
 coverage: COVERAGE = --cov --cov-report=term:skip-covered
 coverage: test ## run the tests and measure the branches they reach, which takes a fifth longer
 
-check: setup-dev ## check format, lint, prose, types, imports, Dockerfile and compose file
+check: setup-dev ## check format, lint, prose, lengths, types, imports, Dockerfile and compose file
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
 	$(BIN)/python tests/prose.py
+	$(BIN)/python tests/lengths.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
