@@ -55,8 +55,8 @@ benchmarks/rivals/.venv/.done: benchmarks/rivals/requirements.txt
 docker: ## build the image and start it
 	docker compose up --build
 
-mutants: setup-dev $(VENV)/.mutants ## change FOLDER=formats (core, wire, …) in every small way; count what tests detect (SAMPLE=100 of them)
-	@$(BIN)/python tests/mutants/all.py $(FOLDER) $(if $(SAMPLE),--sample $(SAMPLE))
+mutants: setup-dev $(VENV)/.mutants ## change FOLDER=formats (core, wire, …) in every small way; count what tests detect (SAMPLE=100 of them, SEED=2 for others)
+	@$(BIN)/python tests/mutants/all.py $(FOLDER) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED))
 
 mutants-known: setup-dev ## check that the tests detect known mistakes, put into a copy of the code
 	@$(BIN)/python tests/mutants/run.py
