@@ -22,11 +22,12 @@ test: setup-dev ## run the tests
 coverage: COVERAGE = --cov --cov-report=term:skip-covered
 coverage: test ## run the tests and measure the branches they reach, which takes a fifth longer
 
-check: setup-dev ## check format, lint, prose, types, imports, Dockerfile and compose file
+check: setup-dev ## check format, lint, prose, lengths, types, imports, Dockerfile and compose file
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
 	$(BIN)/python tests/prose.py
+	$(BIN)/python tests/lengths.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
@@ -54,8 +55,8 @@ benchmarks/rivals/.venv/.done: benchmarks/rivals/requirements.txt
 docker: ## build the image and start it
 	docker compose up --build
 
-mutants: setup-dev $(VENV)/.mutants ## change FOLDER=formats (core, wire, …) in every small way; count what tests detect (SAMPLE=100 of them)
-	@$(BIN)/python tests/mutants/all.py $(FOLDER) $(if $(SAMPLE),--sample $(SAMPLE))
+mutants: setup-dev $(VENV)/.mutants ## change FOLDER=formats (core, wire, …) in every small way; count what tests detect (SAMPLE=100 of them, SEED=2 for others)
+	@$(BIN)/python tests/mutants/all.py $(FOLDER) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED))
 
 mutants-known: setup-dev ## check that the tests detect known mistakes, put into a copy of the code
 	@$(BIN)/python tests/mutants/run.py

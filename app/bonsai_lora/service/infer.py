@@ -143,8 +143,7 @@ class Inference:
             if one is not sets and one.rows != len(stacks):
                 raise ShapeMismatchError(
                     f"input '{one.name}' has {counted(one.rows, 'row')}, but '{SETS}' has "
-                    f"{len(stacks)}; send "
-                    "as many rows in each",
+                    f"{len(stacks)}; send as many rows in each",
                     field=one.name,
                     got=one.rows,
                     expected=len(stacks),

@@ -254,9 +254,7 @@ def put_weights(
 
     def make(present: StoredSet) -> LoraAdapter:
         base = present.record.config
-        own = LoraConfig(
-            rank, base.alpha if alpha is None else alpha, base.dropout, base.target_modules
-        )
+        own = replace(base, rank=rank, alpha=base.alpha if alpha is None else alpha)
         return LoraAdapter(own, a_matrix, b_matrix, own.scaling)
 
     return _put_adapter(store, limits, name, module, make, precondition, initialized=False)

@@ -113,7 +113,9 @@ class SetFiles:
         Costs one `stat` if this process has the version open, else it is memory-mapped. A file that
         was written in place since this process opened it is read in full and verified first.
         """
-        identity = self._identity(name)
+        return self._read(name, self._identity(name))
+
+    def _read(self, name: str, identity: Identity) -> StoredSet:
         known = self._open.get(name)
         if known is not None and known[0] == identity:
             with contextlib.suppress(KeyError):  # another thread may evict it meanwhile
@@ -139,7 +141,7 @@ class SetFiles:
             self._note_change(name, identity)
             if identity[_SIZE] > _QUICK_BYTES and not self._opens_quickly(name):
                 return None
-        return self.read(name)
+        return self._read(name, identity)
 
     def _note_change(self, name: str, identity: Identity) -> None:
         """Suspect an open set whose file was written in place; this program replaces files.
