@@ -385,6 +385,12 @@ class BusyError(BonsaiLoraError):
     code = "busy"
 
 
+class ShuttingDownError(BonsaiLoraError):
+    """The service is about to stop; a balancer should send it nothing more."""
+
+    code = "shutting_down"
+
+
 class JobInterruptedError(BonsaiLoraError):
     """The process that ran a job has ended, or it was cancelled; never the answer to a request."""
 
