@@ -3,7 +3,7 @@
 //     npm install
 //     npm run client                        makes ./client of the running service's openapi.json
 //     npm start -- FOLDER MODULE [URL]      FOLDER is a PEFT adapter, MODULE one of its modules
-import { readFile } from "node:fs/promises";
+import { openAsBlob } from "node:fs";
 import { client } from "./client/client.gen.ts";
 import { applyAdapter, getAdapterModel, uploadSet } from "./client/index.ts";
 import { decode, encode } from "./safetensors.ts";
@@ -13,7 +13,7 @@ const [folder, module, baseUrl = "http://localhost:8000"] = process.argv.slice(2
 if (!folder || !module) throw new Error("usage: npm start -- FOLDER MODULE [URL]");
 client.setConfig({ baseUrl, auth: process.env.BONSAI_LORA_TOKEN, throwOnError: true });
 
-const part = async (name: string) => new Blob([await readFile(`${folder}/${name}`)]);
+const part = (name: string) => openAsBlob(`${folder}/${name}`);
 const uploaded = await uploadSet({
   path: { set: "typescript" },
   body: { adapter_config: await part("adapter_config.json"), adapter_model: await part("adapter_model.safetensors") },
