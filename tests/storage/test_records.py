@@ -84,7 +84,7 @@ def test_a_file_of_the_first_release_opens_unchanged(tmp_path, name, modules, ra
         assert (adapter.a_matrix == tensors[f"{prefix}.lora_A.weight"]).all()
         assert (adapter.b_matrix == tensors[f"{prefix}.lora_B.weight"]).all()
     assert path.read_bytes() == before
-    assert store.bad_files() == store.newer_files() == {}
+    assert store.bad.reasons() == store.newer_files() == {}
     again = rewrite(store, name)
     assert record_of(path)["format"] == RECORD_FORMAT == 1
     assert (again.record.uid, again.record.version) == (was["uid"], 2)
@@ -101,7 +101,7 @@ def test_unknown_keys_are_kept_when_a_set_is_rewritten(folder):
     change_record(path, with_keys(**more))
     store = SetStore(folder.parent)
     assert store.read("s").record.version == 1
-    assert store.bad_files() == {}
+    assert store.bad.reasons() == {}
     for version in (2, 3):
         assert rewrite(store, "s").record.version == version
         record = record_of(path)
@@ -123,7 +123,7 @@ def test_a_file_in_a_newer_format_is_left_in_place(folder, read):
         assert got.value.values == {"set": "s", "got": 2, "expected": 1}
     assert store.records() == []
     assert store.newer_files() == {"s": len(before)}
-    assert store.bad_files() == {}
+    assert store.bad.reasons() == {}
     assert path.read_bytes() == before
     assert not (folder.parent / "bad").exists()
 
@@ -186,8 +186,8 @@ def test_a_record_with_wrong_types_is_bad(folder, change, reason):
     change_record(folder / "s.safetensors", change)
     store = SetStore(folder.parent)
     assert store.records() == []
-    assert list(store.bad_files()) == ["s"]
-    assert reason in store.bad_files()["s"]
+    assert list(store.bad.reasons()) == ["s"]
+    assert reason in store.bad.reasons()["s"]
     assert store.newer_files() == {}
     assert list(folder.iterdir()) == []
 
@@ -246,7 +246,7 @@ def test_a_file_whose_parts_do_not_fit_together_is_moved_aside(folder, tensors, 
     store = write_file(folder, tensors, metadata)
     with pytest.raises(SetNotFoundError):
         store.read("s")
-    assert list(store.bad_files()) == ["s"]
+    assert list(store.bad.reasons()) == ["s"]
     assert list(folder.iterdir()) == []
 
 

@@ -33,7 +33,6 @@ from bonsai_lora.formats.mapped import map_file
 from bonsai_lora.formats.peft import set_tensors
 from bonsai_lora.formats.peft_keys import group_keys
 from bonsai_lora.formats.pieces import ObjectReader, dump
-from bonsai_lora.storage.residency import resident_bytes
 from bonsai_lora.storage.source import SOURCE_KEY, Source, decode_source, encode_source
 from bonsai_lora.storage.upload import ReceivedUpload
 
@@ -135,10 +134,6 @@ class StoredSet:
     file: memoryview
     """The whole file, memory-mapped; remains readable after the set is replaced or deleted."""
 
-    def resident_bytes(self) -> int:
-        """Return how many bytes of the file are in memory."""
-        return resident_bytes(self.file)
-
 
 def write_set_file(file: BinaryIO, stored: "NewSet") -> None:
     """Write the file of a set; constant zero arrays become holes of a sparse file."""
@@ -147,7 +142,7 @@ def write_set_file(file: BinaryIO, stored: "NewSet") -> None:
     file.truncate(len(header) + stored.record.data_bytes)
     digest = hashlib.sha256()
     for array in set_tensors(stored.lora_set).values():
-        if _is_zero_constant(array):
+        if array.size and not any(array.strides) and not array.flat[0]:  # one zero, broadcast
             file.seek(array.nbytes, os.SEEK_CUR)
             for piece in _zeros(array.nbytes):
                 digest.update(piece)
@@ -208,12 +203,7 @@ class NewSet:
 
     def _metadata(self, digest: str) -> dict[str, str]:
         modules = {
-            name: [
-                one.config.alpha,
-                one.scaling,
-                one.layer,
-                *([one.experts] if one.experts else []),
-            ]
+            name: [one.config.alpha, one.scaling, one.layer, *filter(None, [one.experts])]
             for name, one in self.lora_set.registry.adapters.items()
         }
         metadata = {
@@ -224,10 +214,6 @@ class NewSet:
         if self.adapter_config is not None:
             metadata[_CONFIG_KEY] = json.dumps(self.adapter_config)
         return metadata
-
-
-def _is_zero_constant(array: Array) -> bool:
-    return array.size > 0 and not any(array.strides) and not array.flat[0]
 
 
 def read_record(path: Path) -> SetRecord:
