@@ -67,7 +67,7 @@ soak: setup-dev ## kills, mutated requests and overload for SECONDS=600
 test-peers: setup-dev $(VENV)/.peers ## compare results with torch, peft and safetensors
 	@$(BIN)/python -m pytest -q -m peers
 
-test-page: setup-dev $(VENV)/.page ## test the page in Chromium, and the TypeScript of the documentation
+test-page: setup-dev $(VENV)/.page ## test the page in Chromium (PICTURES=1: make its pictures), and the TypeScript of the documentation
 	@$(BIN)/python -m pytest -q -m page
 	@$(BIN)/python -m pytest -q tests/test_documents_run.py
 

@@ -87,6 +87,11 @@ class Settings(BaseSettings):
     bases: str | None = Field(
         None, description="folder of base checkpoints, each a subfolder of safetensors files"
     )
+    sets: Path | None = Field(
+        None,
+        description="folder of adapters to import at the start: each PEFT or MLX subfolder, and "
+        "each GGUF LoRA, is a set with its name",
+    )
     workers: int = Field(
         1, ge=1, le=256, description="worker processes; all see changes to the store immediately"
     )

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 
+import gguf_models
 import httpx
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from reference import delta_weight, relative_error
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.checkpoints import difference, extraction
+from bonsai_lora.checkpoints.extraction import Size
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service import jobs
 from bonsai_lora.service.jobs import Progress
@@ -262,6 +264,20 @@ def test_conv1d_weights_are_stored_the_other_way(client, put, store, rng):
     )
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_a_gguf_base(client, put, store, bases, rng, architecture):
+    """Of llama the rows of q_proj are in a different order in the file."""
+    raw, weights = gguf_models.model("Q1_0", rng, architecture=architecture)
+    tuned = {name: one.astype(np.float32) for name, one in weights.items()}
+    delta = low_rank(rng, weights[Q].shape, 2, 0.001)
+    put("tuned", tuned | {Q: (weights[Q] + delta).astype(np.float32)}, model_type=architecture)
+    (bases / "base.gguf").write_bytes(raw)
+    report = made_by(extract(client, rank=2))["report"]
+    assert [(one["name"], one["kind"]) for one in report["modules"]] == [(Q, "lora")]
+    assert report["same"] == len(weights) - 1
+    assert relative_error(deltas(store)[Q.removesuffix(".weight")], delta) < 1e-4
+
+
 def test_stacked_experts_are_left_out_and_counted(client, put, rng):
     stack = f"{LAYER}mlp.experts.down_proj"
     base = base_weights(rng, **{stack: (4, 16, 8)})
@@ -323,6 +339,19 @@ def test_a_cancelled_extraction_stops_at_its_next_block(rng, put, app):
     difference_of = difference.Difference(pairs[0].base, pairs[0].tuned, progress.check)
     with pytest.raises(jobs.JobCancelledError):
         difference_of.survey()
+
+
+def test_memory_of_results_is_reserved(rng, put, app):
+    bias = f"{LAYER}self_attn.q_proj.bias"
+    base = base_weights(rng, **{bias: (96,)})
+    put("base", base)
+    put("tuned", change_everything(rng, base))
+    found = app.state.context.bases
+    opened, tuned = found.get("base"), found.get("tuned")
+    for pair in extraction.pairs_of(opened, tuned, []):
+        reserved = []
+        change = extraction.extract(opened, pair, Size(4), lambda: None, reserved.append)
+        assert change.size_bytes <= sum(reserved) <= 2 * change.size_bytes > 0
 
 
 def test_results_count_against_the_memory(settings, bases, put, rng):

@@ -230,9 +230,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
             expose_headers=_EXPOSED_HEADERS,
         )
     app.state.observer = Observer(metrics)
-    app.add_middleware(
-        ObserveMiddleware, observer=app.state.observer, stall_seconds=settings.stall_seconds
-    )
+    app.add_middleware(ObserveMiddleware, observer=app.state.observer, context=app.state.context)
     return app
 
 

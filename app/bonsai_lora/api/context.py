@@ -55,6 +55,11 @@ class Context:
     metrics: Metrics
     started: float = field(default_factory=monotonic)
 
+    def is_crowded(self) -> bool:
+        """Return whether requests were refused of late because of clients that take long."""
+        last = max(self.short.crowded_at, self.long.crowded_at, self.memory.crowded_at)
+        return monotonic() - last < self.settings.stall_seconds
+
     def seen_by(self, key: Key, scope: Scope, meter: Meter) -> "Context":
         """Return the context of a caller: the sets that it may use for `scope`, and its rates."""
         store = self.store.seen_by(key, scope)

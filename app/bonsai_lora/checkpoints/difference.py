@@ -85,21 +85,18 @@ class Difference:
             found[place] = self._tuned[slice(number, number + 1), columns][0]
         return found
 
-    def _read(self) -> Iterator[tuple[slice, Array, Floats]]:
+    def _read(self) -> Iterator[tuple[slice, Floats, Floats]]:
         for place in blocks(*self.shape, most=_BLOCK_VALUES, whole_rows=True):
             self._check()
             base, tuned = self._base[place], self._tuned[place]
-            yield place[0], base, _minus(tuned, base)
+            narrow = to_float32(base)
+            if 8 in (tuned.dtype.itemsize, base.dtype.itemsize):
+                wide: Any = tuned.astype(np.float64) - base.astype(np.float64)
+                yield place[0], narrow, wide.astype(np.float32)
+            else:
+                yield place[0], narrow, to_float32(tuned) - narrow
 
 
-def _minus(tuned: Array, base: Array) -> Floats:
-    if 8 in (tuned.dtype.itemsize, base.dtype.itemsize):
-        wide: Any = tuned.astype(np.float64) - base.astype(np.float64)
-        found: Floats = wide.astype(np.float32)
-        return found
-    return to_float32(tuned) - to_float32(base)
-
-
-def _square(values: Array) -> float:
-    narrow = to_float32(values).reshape(-1)
-    return float(np.einsum("i,i->", narrow, narrow, dtype=np.float64))
+def _square(values: Floats) -> float:
+    flat = values.reshape(-1)
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))

@@ -11,6 +11,7 @@ import signal
 import socket
 import ssl
 import sys
+from collections import Counter
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,12 +24,15 @@ from pydantic import ValidationError
 
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.api.keys_file import read_keys
+from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.cli.accept import Server
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.cli.supervisor import Supervisor, end_by_signals
 from bonsai_lora.cli.temporary import temporary_folder
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
+from bonsai_lora.service.budget import Budget
+from bonsai_lora.service.view import SetView
 from bonsai_lora.settings import UNGUARDED, Settings
 from bonsai_lora.storage.counts import count_restart
 from bonsai_lora.storage.in_use import suspect_sets_of
@@ -184,11 +188,39 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: Path) 
 
     _keep_freed_memory()
     choose_backend(settings)  # once for all workers
+    if settings.sets is not None:
+        try:
+            _import_sets(settings, settings.sets)
+        except OSError as error:
+            _print_error(f"the sets of {settings.sets} cannot be imported: {error}; check --sets")
+            return 2
     scheme = "http" if settings.tls_cert is None else "https"
     addresses = " and ".join(address_of(one, scheme) for one in listeners)
     _log.info("serving on %s, sets in %s", addresses, Path(settings.store).resolve())
     work = partial(_work, settings, listeners, temporary, os.getpid())
     return Supervisor(work, settings.workers, partial(_note_death, temporary)).run()
+
+
+def _import_sets(settings: Settings, folder: Path) -> None:
+    """Import the adapters of `folder`, and log what became of them; raises OSError."""
+    from bonsai_lora.api.app import limits_of, open_store  # noqa: PLC0415 - slow to import
+    from bonsai_lora.service.sets_folder import import_folder  # noqa: PLC0415 - loads NumPy
+
+    inside = Path(settings.store).resolve()
+    if folder.resolve().is_relative_to(inside) or inside.is_relative_to(folder.resolve()):
+        raise OSError(f"it shares a folder with the store {settings.store}")
+    store = SetView(open_store(settings))
+    memory = Budget(settings.work_memory_bytes)
+    bases = BaseFolder(Path(settings.bases) if settings.bases else None)
+    outcomes: Counter[str] = Counter()
+    for one in import_folder(store, limits_of(settings), memory, bases, folder):
+        outcomes[one.outcome] += 1
+        if one.outcome == "refused":
+            _log.error("the adapter %r in %s is refused: %s", one.name, folder, one.reason)
+        for warning in one.warnings:
+            _log.warning("the adapter %r in %s: %s", one.name, folder, warning)
+    counts = [f"{outcomes[outcome]} {outcome}" for outcome in ("imported", "unchanged", "refused")]
+    _log.info("sets of %s: %s", folder, ", ".join(counts))
 
 
 def _work(

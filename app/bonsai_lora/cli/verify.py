@@ -68,7 +68,7 @@ def _verify(store: SetStore, name: str, on_piece: OnPiece) -> tuple[bool, str]:
         record = store.verify(name, on_piece)
         store.read(name)  # checks the tensors of a file without a digest
     except SetNotFoundError:
-        reason = store.bad_files().get(name)
+        reason = store.bad.reasons().get(name)
         return False, "missing" if reason is None else f"bad: {reason}"
     except BonsaiLoraError as error:  # written by a newer release, or too many open files
         return False, f"not verified: {error.detail}"

@@ -29,6 +29,7 @@ from bonsai_lora.service.budget import Budget, Reservation
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.upload import ReceivedUpload, Upload
 
 Precondition = Callable[[SetRecord | None], None]
@@ -94,6 +95,7 @@ def import_adapter(
     *,
     base_model_name: str | None = None,
     expert_layout: ExpertLayout | None = None,
+    source: Source | None = None,
 ) -> Imported:
     """Create or replace a set from a PEFT or MLX adapter: its configuration and safetensors file.
 
@@ -115,7 +117,7 @@ def import_adapter(
     adapter = peft.decode_adapter(PeftConfig(raw), tensors, name, expert_layout)
     origin = "mlx" if is_mlx else "peft"
     kept = received if adapter.is_as_it_came and not is_mlx else None
-    return store_import(store, limits, adapter, origin, precondition, received=kept)
+    return store_import(store, limits, adapter, origin, precondition, received=kept, source=source)
 
 
 def store_import(
@@ -126,6 +128,7 @@ def store_import(
     precondition: Precondition,
     *,
     received: ReceivedUpload | None = None,
+    source: Source | None = None,
 ) -> Imported:
     """Create or replace the set of a decoded upload, whose file is kept if it is `received`.
 
@@ -147,6 +150,7 @@ def store_import(
             previous=previous,
             adapter_config=adapter.config,
             received=None if received is None else (received, adapter.names),
+            source=source,
         )
     norms = {module: delta_norm(one) for module, one in stored.lora_set.registry.adapters.items()}
     return Imported(stored, previous is None, adapter.ignored_keys, adapter.warnings, norms)
@@ -283,6 +287,7 @@ def _write(
     previous: SetRecord | None,
     adapter_config: Mapping[str, Any] | None = None,
     received: tuple[ReceivedUpload, Mapping[str, str]] | None = None,
+    source: Source | None = None,
 ) -> StoredSet:
     """Write a set within the memory budget, under the lock that guards the budget."""
     with store.lock_all():
@@ -294,6 +299,7 @@ def _write(
             previous=previous,
             adapter_config=adapter_config,
             received=received,
+            source=source,
         )
 
 

@@ -16,6 +16,7 @@ from bonsai_lora.formats.names import check_set_name
 from bonsai_lora.service.keys import ANYONE, Key, Scope, may, narrowed
 from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.upload import ReceivedUpload
 
@@ -113,7 +114,7 @@ class SetView:
 
     def bad_files(self, most: int | None = None) -> dict[str, str]:
         """Return the reasons, by set name, of the caller's unreadable files among `most`."""
-        return self._own(self._store.bad_files(most))
+        return self._own(self._store.bad.reasons(most))
 
     def _own(self, found: Mapping[str, T]) -> dict[str, T]:
         return {name: value for name, value in found.items() if self.key.owns(name)}
@@ -121,7 +122,7 @@ class SetView:
     def totals(self) -> Totals:
         """Return the numbers of all sets and files, whoever asks."""
         sums = self._store.listing.ask(lambda index: index.sums(""))
-        return Totals(sums.sets, self._store.count_bad_files(), sums.newer)
+        return Totals(sums.sets, self._store.bad.count(), sums.newer)
 
     def is_writable(self) -> bool:
         """Return whether the store can be changed, whoever asks."""
@@ -174,6 +175,7 @@ class SetView:
         previous: SetRecord | None,
         adapter_config: Mapping[str, Any] | None = None,
         received: tuple[ReceivedUpload, Mapping[str, str]] | None = None,
+        source: Source | None = None,
     ) -> StoredSet:
         """Write `lora_set` durably as the next version of its name, and return it opened."""
         self._check(lora_set.adapter_name)
@@ -184,6 +186,7 @@ class SetView:
             previous=previous,
             adapter_config=adapter_config,
             received=received,
+            source=source,
         )
 
     def new_file(self) -> AbstractContextManager[BinaryIO]:

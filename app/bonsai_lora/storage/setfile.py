@@ -33,6 +33,7 @@ from bonsai_lora.formats.mapped import map_file
 from bonsai_lora.formats.peft import set_tensors
 from bonsai_lora.formats.peft_keys import group_keys
 from bonsai_lora.formats.pieces import ObjectReader, dump
+from bonsai_lora.storage.source import SOURCE_KEY, Source, decode_source, encode_source
 from bonsai_lora.storage.upload import ReceivedUpload
 
 RECORD_FORMAT = 1
@@ -101,6 +102,8 @@ class SetRecord:
     """Length of the tensor data in the file."""
     digest: str | None = None
     """SHA-256 of the file's bytes after its header, in hexadecimal; earlier releases wrote none."""
+    source: Source | None = None
+    """Where this version came from; None if somebody sent it."""
     unknown: Mapping[str, Any] = field(default_factory=dict)
     """Keys that a later release wrote in this format; they are preserved by changes."""
 
@@ -317,6 +320,8 @@ def record_to_text(record: SetRecord) -> str:
     known["config"] = record.config.to_dict()
     # With the version, as an earlier release keeps this key when it changes the tensors.
     known[_DIGEST_KEY] = {"version": record.version, "sha256": record.digest}
+    if record.source is not None:
+        known[SOURCE_KEY] = encode_source(record.source, record.version)
     return json.dumps({"format": RECORD_FORMAT, **known, **record.unknown})
 
 
@@ -336,7 +341,8 @@ def _decode_record(path: Path, metadata: Any) -> SetRecord:
     known = {name: fields.pop(name) for name in _RECORD_TYPES}
     known["config"] = _decode_config(path, known["config"])
     digest = _decode_digest(fields.pop(_DIGEST_KEY, None), known["version"])
-    return SetRecord(**known, digest=digest, unknown=fields)
+    source = decode_source(fields.pop(SOURCE_KEY, None), known["version"])
+    return SetRecord(**known, digest=digest, source=source, unknown=fields)
 
 
 def _decode_digest(value: Any, version: int) -> str | None:
