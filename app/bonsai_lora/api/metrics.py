@@ -21,6 +21,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 
 from bonsai_lora.service.stats import StoreStats
+from bonsai_lora.storage.protocol import StoreState
 
 _LATENCY_SECONDS = (
     *(5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -50,7 +51,10 @@ class Metrics:
     """
 
     def __init__(
-        self, collect_service: Callable[[], Iterable[Metric]], read_load: Callable[[], Load]
+        self,
+        collect_service: Callable[[], Iterable[Metric]],
+        read_load: Callable[[], Load],
+        read_store: Callable[[], StoreState] = StoreState,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
@@ -75,6 +79,10 @@ class Metrics:
             "Requests refused, by the code of the error.",
             ["code"],
             registry=registry,
+        )
+        self._read_store = read_store
+        self._of_bucket = (
+            None if read_store().is_reachable is None else _BucketMetrics(self._registry)
         )
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.rows_applied = Counter(
@@ -125,7 +133,9 @@ class Metrics:
         self._refusals.labels(code).inc()
 
     def publish_load(self) -> None:
-        """Update this process's gauges, which other workers read."""
+        """Update this process's gauges and the store's counters, which other workers read."""
+        if self._of_bucket is not None:
+            self._of_bucket.publish(self._read_store())
         load = self._read_load()
         for gauge, figures in (
             (self._in_flight, load.in_flight),
@@ -147,6 +157,46 @@ class Metrics:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry) + generate_latest(self._service_registry)
+
+
+class _BucketMetrics:
+    """What this process did with the bucket that is its store, and with the copies of its sets."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, description: str, *labels: str) -> Counter:
+            return Counter(f"bonsai_lora_{name}", description, labels, registry=registry)
+
+        self._requests = counter("store_requests", "Requests to the bucket.", "kind")
+        self._looks = counter("store_looks", "Comparisons with the bucket.", "result")
+        self._others = {
+            "hits": counter("cache_hits", "Sets that were served without asking the bucket."),
+            "fetches": counter("cache_misses", "Sets that were fetched."),
+            "fetched_bytes": counter("store_fetched_bytes", "Bytes of sets that were fetched."),
+            "fetch_seconds": counter("store_fetch_seconds", "Time that fetching sets took."),
+            "evictions": counter("cache_evictions", "Copies that were removed to make room."),
+            "looks_stale": counter("stale_served", "Sets served late as the bucket is away."),
+        }
+        self._published: dict[str, float] = {}
+        self._bytes, self._last_ok = (
+            Gauge(f"bonsai_lora_{name}", text, registry=registry, multiprocess_mode="livemax")
+            for name, text in (
+                ("cache_bytes", "Size of the copies of sets."),
+                ("store_last_ok_timestamp_seconds", "Unix time of the bucket's last answer."),
+            )
+        )
+
+    def publish(self, state: StoreState) -> None:
+        """Add what has happened since the last time."""
+        self._bytes.set(state.cache_bytes)
+        self._last_ok.set(state.last_ok)
+        for key, total in list(state.counts.items()):
+            new = total - self._published.get(key, 0)
+            self._published[key] = total
+            counter = self._others.get(key)
+            if counter is None:
+                kind, _, label = key.partition("_")
+                counter = (self._requests if kind == "requests" else self._looks).labels(label)
+            counter.inc(new)
 
 
 def _gauge(

@@ -192,6 +192,10 @@ class SetPage(BaseModel):
     next_cursor: str | None = Field(
         description="pass it as `cursor` to get the next page; null on the last page"
     )
+    as_of: str | None = Field(
+        None,
+        description="time of the index that was read (RFC 3339); absent if the page is current",
+    )
 
 
 class ImportedModule(ModuleInfo):
@@ -288,6 +292,10 @@ class StoreStatsInfo(BaseModel):
     resident_bytes: int
     uptime_seconds: float
     sets: list[SetSummary] = Field(description="largest first, at most 100")
+    as_of: str | None = Field(
+        None,
+        description="time of the index that `sets` are of (RFC 3339); absent if they are current",
+    )
 
 
 class Estimate(BaseModel):
@@ -367,6 +375,11 @@ class Readiness(BaseModel):
         None, description="the names of sets of a newer release; absent if there are keys"
     )
     store_writable: bool = Field(description="whether sets can be created, changed and deleted")
+    store: Literal["reachable", "unreachable"] | None = Field(
+        None,
+        description="whether the bucket answers; cached sets are served meanwhile; absent if the "
+        "store is a folder",
+    )
     bases_readable: bool | None = Field(
         description="whether the folder of bases exists; null if the service has no such folder",
     )

@@ -28,12 +28,14 @@ from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.cli.accept import Server
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
+from bonsai_lora.cli.store import check_bucket
 from bonsai_lora.cli.supervisor import Supervisor, end_by_signals
 from bonsai_lora.cli.temporary import temporary_folder
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.view import SetView
 from bonsai_lora.settings import UNGUARDED, Settings
+from bonsai_lora.storage.cache_folder import claim
 from bonsai_lora.storage.counts import count_restart
 from bonsai_lora.storage.in_use import suspect_sets_of
 from bonsai_lora.storage.store import SetStore
@@ -171,13 +173,9 @@ def connection_class(settings: Settings) -> Any:
 
 def _serve(settings: Settings, listeners: list[socket.socket], temporary: Path) -> int:
     try:
-        if not SetStore(Path(settings.store)).is_writable():
-            _log.warning("the store %s is read-only; sets cannot be changed", settings.store)
-    except OSError as error:
-        _print_error(
-            f"the store {settings.store!r} cannot be opened: {error}; choose another folder with "
-            "--store"
-        )
+        _check_store(settings)
+    except (OSError, ValueError) as error:
+        _print_error(str(error))
         return 2
     # prometheus_client keeps the workers' metrics here: each reports all of them, and they outlive
     # a worker that is replaced.
@@ -196,7 +194,8 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: Path) 
             return 2
     scheme = "http" if settings.tls_cert is None else "https"
     addresses = " and ".join(address_of(one, scheme) for one in listeners)
-    _log.info("serving on %s, sets in %s", addresses, Path(settings.store).resolve())
+    place = settings.store if settings.is_bucket else Path(settings.store).resolve()
+    _log.info("serving on %s, sets in %s", addresses, place)
     work = partial(_work, settings, listeners, temporary, os.getpid())
     return Supervisor(work, settings.workers, partial(_note_death, temporary)).run()
 
@@ -221,6 +220,22 @@ def _import_sets(settings: Settings, folder: Path) -> None:
             _log.warning("the adapter %r in %s: %s", one.name, folder, warning)
     counts = [f"{outcomes[outcome]} {outcome}" for outcome in ("imported", "unchanged", "refused")]
     _log.info("sets of %s: %s", folder, ", ".join(counts))
+
+
+def _check_store(settings: Settings) -> None:
+    """Raise OSError or ValueError if the store cannot be opened; warn if it is read-only."""
+    if settings.is_bucket:
+        check_bucket(settings.store)
+        claim(Path(settings.cache), settings.store)
+        return
+    try:
+        if not SetStore(Path(settings.store)).is_writable():
+            _log.warning("the store %s is read-only; sets cannot be changed", settings.store)
+    except OSError as error:
+        raise OSError(
+            f"the store {settings.store!r} cannot be opened: {error}; choose another folder with "
+            "--store"
+        ) from error
 
 
 def _work(

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from bonsai_lora.core.adapter import LoraAdapter, check_factors
@@ -27,7 +28,10 @@ from bonsai_lora.formats.names import check_module_name, check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig, parse_config
 from bonsai_lora.service.budget import Budget, Reservation
 from bonsai_lora.service.limits import Limits
+from bonsai_lora.service.retry import repeated
 from bonsai_lora.service.view import SetView
+from bonsai_lora.storage.newset import Received
+from bonsai_lora.storage.protocol import Page
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.upload import ReceivedUpload, Upload
@@ -50,6 +54,7 @@ class Imported:
     delta_norms: Mapping[str, float]
 
 
+@repeated
 def create_set(
     store: SetView,
     limits: Limits,
@@ -120,6 +125,7 @@ def import_adapter(
     return store_import(store, limits, adapter, origin, precondition, received=kept, source=source)
 
 
+@repeated
 def store_import(
     store: SetView,
     limits: Limits,
@@ -156,6 +162,7 @@ def store_import(
     return Imported(stored, previous is None, adapter.ignored_keys, adapter.warnings, norms)
 
 
+@repeated
 def name_base(
     store: SetView, limits: Limits, name: str, base_model_name: str, precondition: Precondition
 ) -> StoredSet:
@@ -176,12 +183,16 @@ def name_base(
 
 def list_sets(
     store: SetView, *, limit: int, cursor: str | None, base_model_name: str | None, prefix: str
-) -> tuple[list[SetRecord], str | None]:
+) -> tuple[Page, str | None]:
     """Return up to `limit` records after `cursor`, sorted by name, and the next cursor."""
-    found = store.page(prefix, after=cursor or "", base_model_name=base_model_name, limit=limit + 1)
-    return found[:limit], found[limit - 1].name if len(found) > limit else None
+    page = store.page(prefix, after=cursor or "", base_model_name=base_model_name, limit=limit + 1)
+    found = page.records
+    return replace(page, records=found[:limit]), (
+        found[limit - 1].name if len(found) > limit else None
+    )
 
 
+@repeated
 def delete_set(store: SetView, name: str, precondition: Precondition) -> None:
     """Delete a set; raises SetNotFoundError and the errors of `precondition`."""
     with store.lock(name):
@@ -249,6 +260,7 @@ def put_weights(
     return _put_adapter(store, limits, name, module, make, precondition, initialized=False)
 
 
+@repeated
 def delete_adapter(
     store: SetView, limits: Limits, name: str, module: str, precondition: Precondition
 ) -> None:
@@ -286,23 +298,24 @@ def _write(
     origin: str,
     previous: SetRecord | None,
     adapter_config: Mapping[str, Any] | None = None,
-    received: tuple[ReceivedUpload, Mapping[str, str]] | None = None,
+    received: Received | None = None,
     source: Source | None = None,
 ) -> StoredSet:
-    """Write a set within the memory budget, under the lock that guards the budget."""
-    with store.lock_all():
-        limits.check_budget(store, lora_set.adapter_name, lora_set.total_memory_bytes())
-        return store.write(
-            lora_set,
-            origin=origin,
-            now=_now(),
-            previous=previous,
-            adapter_config=adapter_config,
-            received=received,
-            source=source,
-        )
+    """Write a set within the memory budget and the caller's quota."""
+    name, size = lora_set.adapter_name, lora_set.total_memory_bytes()
+    return store.write(
+        lora_set,
+        origin=origin,
+        now=_now(),
+        previous=previous,
+        adapter_config=adapter_config,
+        received=received,
+        source=source,
+        check=partial(limits.check_budget, store, name, size),
+    )
 
 
+@repeated
 def store_new(
     store: SetView,
     limits: Limits,
@@ -337,6 +350,7 @@ def _refuse_beside_variants(present: StoredSet) -> None:
         )
 
 
+@repeated
 def _put_adapter(
     store: SetView,
     limits: Limits,

@@ -24,11 +24,13 @@ class StoreStats:
     total_memory_bytes: int
     resident_bytes: int
     largest: list[SetRecord]
+    as_of: str | None
+    """When the index with the largest sets was made (RFC 3339); None if they are current."""
 
 
 def store_stats(store: SetView) -> StoreStats:
     """Return the statistics of all sets."""
-    sums = store.sums()
+    sums, largest = store.sums(), store.largest(LARGEST_SETS)
     return StoreStats(
         sums.sets,
         len(store.bad_files()),
@@ -37,5 +39,6 @@ def store_stats(store: SetView) -> StoreStats:
         sums.params,
         sums.held_bytes,
         sum(resident_bytes(one.file) for one in store.open_sets()),
-        store.largest(LARGEST_SETS),
+        largest.records,
+        largest.as_of,
     )

@@ -12,7 +12,7 @@ from bonsai_lora.api import schemas
 from bonsai_lora.api.body import body_form, parse_model, read_body
 from bonsai_lora.api.conditions import precondition
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import ContextDep, ModuleName, SetName
+from bonsai_lora.api.deps import ContextDep, ModuleName, SetName, WantedVersion
 from bonsai_lora.api.described import described
 from bonsai_lora.api.openapi import (
     STORE_ERRORS,
@@ -50,11 +50,13 @@ _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
     operation_id="list_adapters",
     summary="List the adapters of a set",
     response_model=schemas.AdapterList,
-    responses=sends(200, "ETag") | problems(errors.SetNotFoundError),
+    responses=sends(200, "ETag") | problems(errors.SetNotFoundError, errors.VersionNotFoundError),
 )
-async def list_adapters(context: ContextDep, name: SetName) -> Response:
+async def list_adapters(
+    context: ContextDep, name: SetName, version: WantedVersion = None
+) -> Response:
     """Adapters are listed in the order in which they were added."""
-    stored = await context.open(name)
+    stored = await context.open_version(name, version)
     adapters = stored.lora_set.registry.adapters
 
     def describe() -> schemas.AdapterList:
@@ -68,13 +70,18 @@ async def list_adapters(context: ContextDep, name: SetName) -> Response:
     "/v1/sets/{set}/adapters/{module}",
     operation_id="get_adapter",
     summary="Show one adapter of a set",
-    responses=sends(200, "ETag") | problems(errors.SetNotFoundError, errors.AdapterNotFoundError),
+    responses=sends(200, "ETag")
+    | problems(errors.SetNotFoundError, errors.VersionNotFoundError, errors.AdapterNotFoundError),
 )
 async def get_adapter(
-    response: Response, context: ContextDep, name: SetName, module: ModuleName
+    response: Response,
+    context: ContextDep,
+    name: SetName,
+    module: ModuleName,
+    version: WantedVersion = None,
 ) -> schemas.ModuleInfo:
     """Returns the adapter's dimensions, rank, scaling and size, without its weights."""
-    stored = await context.open(name)
+    stored = await context.open_version(name, version)
     response.headers["ETag"] = stored.record.etag
     return schemas.ModuleInfo.of(module, sets.get_adapter(stored, module))
 

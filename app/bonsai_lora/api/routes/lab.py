@@ -9,7 +9,7 @@ from bonsai_lora import errors
 from bonsai_lora.api import lab_schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import ContextDep, SetName
+from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
 from bonsai_lora.api.described import described, set_headers
 from bonsai_lora.api.job_schemas import Job
 from bonsai_lora.api.openapi import (
@@ -228,6 +228,7 @@ async def compare_sets(
     responses=problems(
         errors.InvalidRequestError,
         errors.SetNotFoundError,
+        errors.VersionNotFoundError,
         errors.AdapterNotFoundError,
         errors.BusyError,
     ),
@@ -238,11 +239,12 @@ async def get_spectrum(
     modules: Annotated[
         list[str], Query(alias="module", description="only these modules; repeatable")
     ] = [],  # noqa: B006 - FastAPI copies it
+    version: WantedVersion = None,
 ) -> Response:
     """Returns singular values, norms and ranks of scaling * B @ A, from small matrices. They are
     remembered as long as the version of the set is open.
     """
-    stored = await context.open(name)
+    stored = await context.open_version(name, version)
     adapters = {one: get_adapter(stored, one) for one in modules} or dict(
         stored.lora_set.registry.adapters
     )

@@ -5,6 +5,7 @@ statuses (`app/bonsai_lora/api/errors.py`).
 """
 
 import math
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -62,6 +63,7 @@ _EXTENSIONS = (
 Endpoint = TypeVar("Endpoint", bound=Callable[..., Any])
 
 _MODEL = "/models/{model}"
+_NUMBER = re.compile("[0-9]{1,16}")
 _VERSION = "/models/{model}/versions/{version}"
 
 ModelPath = Annotated[
@@ -94,7 +96,8 @@ _INFER_RESPONSES = tensor_responses(oip_schemas.InferResponse, Form.RAW) | oip_e
 
 async def _find_model(context: Context, name: str, version: str | None) -> Model:
     """Return a model; raises SetNotFoundError, VersionNotFoundError."""
-    return model_of(name, None if name == MIXED else await context.open(name), version)
+    wanted = int(version) if version is not None and _NUMBER.fullmatch(version) else None
+    return model_of(name, None if name == MIXED else await context.open(name, wanted), version)
 
 
 async def _find(request: Request, context: ContextDep, model: ModelPath) -> Model:

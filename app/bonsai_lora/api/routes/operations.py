@@ -47,6 +47,9 @@ def _readiness(context: Context) -> schemas.Readiness:
     if store.key.sees_all:
         names["bad_files"] = store.bad_files(_MOST_NAMES)
         names["newer_files"] = [*store.newer_files()][:_MOST_NAMES]
+    is_reachable = store.state().is_reachable
+    if is_reachable is not None:
+        names["store"] = "reachable" if is_reachable else "unreachable"
     return schemas.Readiness(
         status="ready",
         sets=totals.sets,
