@@ -291,6 +291,10 @@ class StoreUnreachableError(BonsaiLoraError, code="store_unreachable"):
     """The bucket does not answer, and what is asked needs it."""
 
 
+class ShuttingDownError(BonsaiLoraError, code="shutting_down"):
+    """The service is about to stop; a balancer should send it nothing more."""
+
+
 class JobInterruptedError(BonsaiLoraError, code="job_interrupted"):
     """The process that ran a job has ended, or it was cancelled; never the answer to a request."""
 

@@ -226,6 +226,12 @@ class Settings(BaseSettings):
     shutdown_seconds: int = Field(
         30, ge=0, description="how long to wait for requests in flight after SIGTERM"
     )
+    drain_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="how long to go on serving after SIGTERM while /readyz answers 503, so that a "
+        "balancer sends nothing more",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info",
         description="lowest level to log; debug logs every request, info those that change "

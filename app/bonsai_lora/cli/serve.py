@@ -257,7 +257,9 @@ def _work(
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )
-    Server(config, settings.stall_seconds).run(sockets=listeners)
+    stopping = app.state.context.stopping
+    server = Server(config, settings.stall_seconds, settings.drain_seconds, stopping.set)
+    server.run(sockets=listeners)
 
 
 def _note_death(shared: Path, pid: int) -> None:

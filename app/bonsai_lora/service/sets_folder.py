@@ -1,7 +1,7 @@
 """Sets of a folder of adapters, which are imported when the service starts.
 
 Each subfolder that PEFT or MLX wrote, and each GGUF LoRA, is a set with its name. The folder is
-the truth: a set is imported if it is absent, or if what is stored did not come from these files.
+the truth: a set is imported if it is absent, or if what is stored was made of different files.
 """
 
 import contextlib

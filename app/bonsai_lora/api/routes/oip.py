@@ -151,9 +151,17 @@ async def get_live() -> oip_schemas.ServerLive:
     return oip_schemas.ServerLive()
 
 
-@router.get("/health/ready", operation_id="get_server_ready", summary="Is the server ready?")
-async def get_ready() -> oip_schemas.ServerReady:
-    """The server is ready as soon as it responds: sets are opened on first use."""
+@router.get(
+    "/health/ready",
+    operation_id="get_server_ready",
+    summary="Is the server ready?",
+    responses=oip_errors(503),
+)
+async def get_ready(context: ContextDep) -> oip_schemas.ServerReady:
+    """The server is ready from its first answer until it is about to stop: sets are opened on first
+    use.
+    """
+    context.check_ready()
     return oip_schemas.ServerReady()
 
 
