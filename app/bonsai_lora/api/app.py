@@ -70,6 +70,7 @@ from bonsai_lora.settings import UNGUARDED, Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile, read_restarts
 from bonsai_lora.storage.exponents import ExponentFolder
 from bonsai_lora.storage.jobs import JobFolder
+from bonsai_lora.storage.protocol import Store
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.verify import BackgroundCheck
@@ -134,6 +135,7 @@ def _heads_of(router: APIRouter) -> APIRouter:
                 route.endpoint,
                 methods=["HEAD"],
                 response_model=route.response_model,
+                response_model_exclude_unset=route.response_model_exclude_unset,
                 include_in_schema=False,
             )
     return heads
@@ -177,7 +179,7 @@ _EXPOSED_HEADERS = (
     "X-Request-Id",
 )
 """Headers that a script of an allowed origin may read."""
-_COMPARE_SECONDS = 15
+_MAINTENANCE_SECONDS = 15
 _PUBLISH_SECONDS = 1.0
 """Oldest figures of a worker that another worker reports."""
 
@@ -213,7 +215,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         lifespan=_running,
     )
     app.state.fast_lane = None
-    metrics = Metrics(partial(_collect, app, shared), partial(_read_load, app))
+    metrics = Metrics(partial(_collect, app, shared), partial(_read_load, app), store.state)
     app.state.store = store
     app.state.door = door = Door(settings, _make_context(settings, store, shared, metrics))
     app.state.context = door.visitor.context(OPEN)
@@ -230,9 +232,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
             expose_headers=_EXPOSED_HEADERS,
         )
     app.state.observer = Observer(metrics)
-    app.add_middleware(
-        ObserveMiddleware, observer=app.state.observer, stall_seconds=settings.stall_seconds
-    )
+    app.add_middleware(ObserveMiddleware, observer=app.state.observer, context=app.state.context)
     return app
 
 
@@ -242,7 +242,7 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
     context: Context = app.state.context
     tasks = [
         asyncio.create_task(_publish_load(context.metrics)),
-        asyncio.create_task(_compare_listing(app.state.store)),
+        asyncio.create_task(_maintain(app.state.store)),
     ]
     totals = await anyio.to_thread.run_sync(context.store.totals)
     _log.info("ready", sets=totals.sets, pid=os.getpid())
@@ -252,6 +252,7 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
         for task in tasks:
             task.cancel()
         await context.jobs.stop()
+        app.state.store.close()
         _log.info("stopped", pid=os.getpid())
 
 
@@ -261,14 +262,14 @@ async def _publish_load(metrics: Metrics) -> None:
         await asyncio.sleep(_PUBLISH_SECONDS)
 
 
-async def _compare_listing(store: SetStore) -> None:
-    """Find what others have put into the folder of the store within a minute."""
+async def _maintain(store: Store) -> None:
+    """Let the store do what is due, every few seconds."""
     while True:
-        await asyncio.sleep(_COMPARE_SECONDS)
+        await asyncio.sleep(_MAINTENANCE_SECONDS)
         try:
-            await anyio.to_thread.run_sync(partial(store.listing.compare, only_if_due=True))
+            await anyio.to_thread.run_sync(store.maintain)
         except Exception:  # noqa: BLE001 - the next try may succeed
-            _log.exception("the listing could not be compared with the files")
+            _log.exception("the maintenance of the store failed")
 
 
 def create_default_app() -> FastAPI:
@@ -294,7 +295,7 @@ def choose_backend(settings: Settings) -> None:
     backend.prepare()
 
 
-def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Metrics) -> Context:
+def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metrics) -> Context:
     view = SetView(store)
     limits = limits_of(settings)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
@@ -321,7 +322,7 @@ def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Me
         ThreadPoolExecutor(settings.threads, "merge"),
         Jobs(
             JobFolder(store.root / "jobs"),
-            Lane("jobs", settings.max_jobs, settings.threads),
+            Lane("jobs", settings.max_jobs, settings.threads, late_per_place=0),
             memory,
         ),
         Gains(ExponentFolder(store.root / "exponents")),
@@ -362,14 +363,26 @@ def _describe(app: FastAPI) -> dict[str, str]:
     }
 
 
-def open_store(settings: Settings, shared: Path | None = None) -> SetStore:
-    """Return the store that `settings` names; a temporary one is deleted with the object."""
+def open_store(settings: Settings, shared: Path | None = None) -> Store:
+    """Return the store that `settings` names; a temporary one is deleted with the object.
+
+    Raises OSError, and ValueError for a bucket or cache that cannot be used.
+    """
+    if settings.is_bucket:
+        from bonsai_lora.storage.bucket_store import open_bucket_store  # noqa: PLC0415 - optional
+
+        return open_bucket_store(
+            settings.store,
+            Path(settings.cache),
+            cache_bytes=settings.cache_bytes,
+            stale_seconds=settings.stale_seconds,
+            stale_if_error_seconds=settings.stale_if_error_seconds,
+            shared=shared,
+        )
     folder = settings.store_folder()
-    if folder is not None:
-        return SetStore(folder, shared=shared)
-    temporary = _new_folder()
-    store = SetStore(temporary)
-    _remove_with(store, temporary)
+    store = SetStore(folder or _new_folder(), shared=shared)
+    if folder is None:
+        _remove_with(store, store.root)
     return store
 
 

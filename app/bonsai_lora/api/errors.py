@@ -21,7 +21,12 @@ from bonsai_lora.errors import BonsaiLoraError
 
 PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
-_PASSING = (errors.BusyError, errors.BaseChangedError, errors.RateLimitedError)
+_PASSING = (
+    errors.BusyError,
+    errors.BaseChangedError,
+    errors.RateLimitedError,
+    errors.StoreUnreachableError,
+)
 """Errors that the same request need not meet again."""
 _HUB_PATH = re.compile("/api/|/[^/]+/[^/]+/resolve/")
 
@@ -45,9 +50,11 @@ STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.RangeNotSatisfiableError: HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
     errors.InvalidError: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.ShuttingDownError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.JobInterruptedError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StalledError: HTTPStatus.REQUEST_TIMEOUT,
     errors.BaseChangedError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.StoreUnreachableError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StoreReadOnlyError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.NewerFormatError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.QuotaExceededError: HTTPStatus.INSUFFICIENT_STORAGE,

@@ -64,7 +64,9 @@ STORE_ERRORS: Kinds = (
     errors.StoreFullError,
     errors.StoreReadOnlyError,
     errors.NewerFormatError,
+    errors.StoreUnreachableError,
 )
+STORED_ERRORS: Kinds = (errors.NewerFormatError, errors.StoreUnreachableError)
 
 
 Responses = dict[int | str, dict[str, Any]]
@@ -81,9 +83,9 @@ def extra_response(
 def problems(*kinds: type[BonsaiLoraError]) -> Responses:
     """Return the `responses` of a route that raises these errors."""
     by_status: dict[int, list[str]] = defaultdict(list)
-    # Any route that names a set may find one that a newer release wrote.
-    newer = (errors.NewerFormatError,) if errors.SetNotFoundError in kinds else ()
-    for kind in dict.fromkeys((*kinds, *newer, *ANY_ERRORS)):
+    # Any route that names a set may find one that a newer release wrote, or a bucket that is away.
+    more = STORED_ERRORS if errors.SetNotFoundError in kinds else ()
+    for kind in dict.fromkeys((*kinds, *more, *ANY_ERRORS)):
         by_status[int(status_of(kind))].append(kind.code)
     return {
         status: {

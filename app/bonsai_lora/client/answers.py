@@ -83,6 +83,7 @@ class SetPage(TypedDict):
 
     sets: list[SetSummary]
     next_cursor: str | None
+    as_of: NotRequired[str]
 
 
 class SetInfo(SetSummary):
@@ -143,6 +144,7 @@ class StoreStats(TypedDict):
     resident_bytes: int
     uptime_seconds: float
     sets: list[SetSummary]
+    as_of: NotRequired[str]
 
 
 class Estimate(TypedDict):
@@ -202,6 +204,7 @@ class Readiness(TypedDict):
     bad_files: NotRequired[dict[str, str]]
     newer_files: NotRequired[list[str]]
     store_writable: bool
+    store: NotRequired[str]
     bases_readable: bool | None
 
 

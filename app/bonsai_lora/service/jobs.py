@@ -95,14 +95,14 @@ class Jobs:
         the errors of a store that cannot be written to.
         """
         self._memory.check(needed_bytes)
-        self.lane.enter()
         record = new_record(kind, key.id)
+        self.lane.enter(record.id)
         try:
             await asyncio.to_thread(self._folder.add, record)
         except BaseException:
-            self.lane.leave()
+            self.lane.leave(record.id)
             raise
-        task = asyncio.create_task(self._run(record.id, needed_bytes, work))
+        task = asyncio.create_task(self._run(record.id, needed_bytes, work), name=record.id)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return record
@@ -150,7 +150,7 @@ class Jobs:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self.lane.leave()
+        self.lane.leave(task.get_name())
         if not task.cancelled() and task.exception() is not None:
             _log.error("the record of a job could not be written", exc_info=task.exception())
 

@@ -1,6 +1,5 @@
 """The laboratory: combine sets, compare them, and look at their spectra."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ from bonsai_lora import errors
 from bonsai_lora.api import lab_schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import ContextDep, SetName
+from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
 from bonsai_lora.api.described import described, set_headers
 from bonsai_lora.api.job_schemas import Job
 from bonsai_lora.api.openapi import (
@@ -31,11 +30,11 @@ from bonsai_lora.api.routes.bases import (
 )
 from bonsai_lora.api.routes.jobs import JOB, start_job, wants_job
 from bonsai_lora.service import combine, compare, extract, survival
+from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.jobs import Progress
 from bonsai_lora.service.merged import weighted_sets
-from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.service.work import Lane, Place
 from bonsai_lora.storage.setfile import StoredSet
 
@@ -229,6 +228,7 @@ async def compare_sets(
     responses=problems(
         errors.InvalidRequestError,
         errors.SetNotFoundError,
+        errors.VersionNotFoundError,
         errors.AdapterNotFoundError,
         errors.BusyError,
     ),
@@ -239,11 +239,12 @@ async def get_spectrum(
     modules: Annotated[
         list[str], Query(alias="module", description="only these modules; repeatable")
     ] = [],  # noqa: B006 - FastAPI copies it
+    version: WantedVersion = None,
 ) -> Response:
     """Returns singular values, norms and ranks of scaling * B @ A, from small matrices. They are
     remembered as long as the version of the set is open.
     """
-    stored = await context.open(name)
+    stored = await context.open_version(name, version)
     adapters = {one: get_adapter(stored, one) for one in modules} or dict(
         stored.lora_set.registry.adapters
     )
@@ -252,11 +253,7 @@ async def get_spectrum(
             partial(lab_schemas.ModuleSpectrum.of, module, one) for module, one in adapters.items()
         ]
         found = await context.long.run_each(works, context.settings.threads)
-    return await described(context, partial(_spectrum, found), len(found), {})
-
-
-def _spectrum(found: Sequence[lab_schemas.ModuleSpectrum]) -> lab_schemas.SetSpectrum:
-    return lab_schemas.SetSpectrum(modules=list(found))
+    return await described(context, lambda: lab_schemas.SetSpectrum(modules=found), len(found), {})
 
 
 Stored = Annotated[
