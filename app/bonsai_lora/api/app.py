@@ -69,7 +69,6 @@ from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import UNGUARDED, Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile, read_restarts
 from bonsai_lora.storage.exponents import ExponentFolder
-from bonsai_lora.storage.jobs import JobFolder
 from bonsai_lora.storage.protocol import Store
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
@@ -321,7 +320,7 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
         CheckedFiles(),
         ThreadPoolExecutor(settings.threads, "merge"),
         Jobs(
-            JobFolder(store.root / "jobs"),
+            store.jobs,
             Lane("jobs", settings.max_jobs, settings.threads, late_per_place=0),
             memory,
         ),
