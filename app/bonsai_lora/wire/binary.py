@@ -7,13 +7,20 @@ import numpy as np
 from bonsai_lora.core import backend
 from bonsai_lora.core.batch import Integers
 from bonsai_lora.core.cast import Array, Floats, to_float32
-from bonsai_lora.errors import MalformedSafetensorsError, ShapeMismatchError, TakesLongError
+from bonsai_lora.errors import (
+    HeaderTooLargeError,
+    MalformedSafetensorsError,
+    ShapeMismatchError,
+    TakesLongError,
+)
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
 from bonsai_lora.wire.finite import check_finite
 
 _LONG_HEADER_BYTES = 1 << 16
 """Parsing a longer header takes milliseconds."""
+_MOST_TENSORS = 1 << 16
+"""Most tensors of a request."""
 
 EXPERTS = "experts"
 """Tensor or field with the number of the expert of each row."""
@@ -42,8 +49,11 @@ def decode_batch(
     TakesLongError for a long header, unless it `may_take_long`.
     """
     _check_not_json(body)
-    if not may_take_long and int.from_bytes(body[:8], "little") > _LONG_HEADER_BYTES:
-        raise TakesLongError
+    length = int.from_bytes(body[:8], "little")
+    if length > _LONG_HEADER_BYTES:
+        if not may_take_long:
+            raise TakesLongError
+        _check_few(body, min(length, max_header_bytes))
     header = safetensors.decode_header(body, limit=max_header_bytes)
     info = header.tensors.get(EXPERTS)
     if info is None or info.dtype not in safetensors.INTEGERS:
@@ -63,6 +73,18 @@ def decode_batch(
         if name != EXPERTS
     }
     return tensors, dict(header.metadata), numbers
+
+
+def _check_few(body: bytes | memoryview, length: int) -> None:
+    """Raise HeaderTooLargeError if a header of `length` bytes has far too many tensors."""
+    count = bytes(body[: 8 + length]).count(b'"data_offsets"')
+    if count > _MOST_TENSORS:
+        raise HeaderTooLargeError(
+            f"the safetensors header has {count} tensors, but the limit is {_MOST_TENSORS}; send "
+            "fewer modules at once",
+            got=count,
+            limit=_MOST_TENSORS,
+        )
 
 
 def _check_not_json(body: bytes | memoryview) -> None:
