@@ -171,6 +171,19 @@ COUNTED = {
         BINARY,
         header_only("{" + ",".join(EMPTY % n for n in range(70_000)) + "}"),
     ),
+    "tensors of a module": (
+        "/v1/sets/s/adapters/m/merge",
+        BINARY,
+        header_only("{" + ",".join(EMPTY % n for n in range(10_000)) + "}"),
+    ),
+    "nulls in metadata": (
+        "/v1/apply",
+        BINARY,
+        safetensors.encode(
+            {"inputs": np.ones((1, NARROW), np.float32)},
+            {"module": "m", "sets": "[" + "null," * (MANY + 1) + "null]"},
+        ),
+    ),
     "lists in metadata": (
         "/v1/apply",
         BINARY,
