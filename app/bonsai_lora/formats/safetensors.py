@@ -96,7 +96,8 @@ def decode_header(
     """Return the checked header of a file whose first bytes are `raw` (data may follow).
 
     Raises MalformedSafetensorsError for a broken rule, HeaderTooLargeError over `limit` bytes, or
-    for more than `most` tensors in a long header. The length of the data is not compared: see `Header.total_bytes`.
+    for more than `most` tensors in a long header. The length of the data is not compared: see
+    `Header.total_bytes`.
     """
     length = header_length(raw, limit)
     stop = _LENGTH_BYTES + length
