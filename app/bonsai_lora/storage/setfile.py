@@ -199,15 +199,8 @@ class NewSet:
         return header
 
     def _metadata(self, digest: str) -> dict[str, str]:
-        modules = {
-            name: [
-                one.config.alpha,
-                one.scaling,
-                one.layer,
-                *([one.experts] if one.experts else []),
-            ]
-            for name, one in self.lora_set.registry.adapters.items()
-        }
+        adapters = self.lora_set.registry.adapters.items()
+        modules = {name: _described(one) for name, one in adapters}
         metadata = {
             _RECORD_KEY: record_to_text(replace(self.record, digest=digest)),
             "format": "pt",
@@ -216,6 +209,10 @@ class NewSet:
         if self.adapter_config is not None:
             metadata[_CONFIG_KEY] = json.dumps(self.adapter_config)
         return metadata
+
+
+def _described(one: LoraAdapter) -> list[Any]:
+    return [one.config.alpha, one.scaling, one.layer, *([one.experts] if one.experts else [])]
 
 
 def _is_zero_constant(array: Array) -> bool:
