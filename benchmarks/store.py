@@ -25,7 +25,7 @@ import numpy as np
 
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
-from bonsai_lora.core.shapes import MODELS, layered
+from bonsai_lora.core.shapes import MODELS
 from bonsai_lora.formats import safetensors
 from bonsai_lora.storage.store import SetStore
 
@@ -34,8 +34,7 @@ ROUNDS = 5
 
 def adapter_files(folder: Path) -> tuple[Path, Path]:
     """Write a Qwen3-8B rank-16 adapter in bfloat16 (87 MB) as peft would."""
-    model = MODELS["qwen3-8b"]
-    shapes = layered({**model.attention.modules(), **model.mlp.modules()}, model.num_layers)
+    shapes = MODELS["qwen3-8b"].modules()
     rng = np.random.default_rng(1)
     tensors = {}
     for module, (d_in, d_out) in shapes.items():

@@ -33,12 +33,12 @@ from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
-from bonsai_lora.core.shapes import MODELS, layered
+from bonsai_lora.core.shapes import MODELS
 from bonsai_lora.formats import safetensors
 from bonsai_lora.storage.store import SetStore
 
 MODEL, RANK = MODELS["qwen3-8b"], 16
-MODULES = layered(MODEL.attention.modules() | MODEL.mlp.modules(), MODEL.num_layers)
+MODULES = MODEL.modules()
 KINDS = {
     "q, k, v": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     "o": ["self_attn.o_proj"],

@@ -3,12 +3,13 @@
 Written from the descriptions of the types in ggml-common.h, independently of the package.
 """
 
+import itertools
 import struct
 
 import ml_dtypes
 import numpy as np
 
-from bonsai_lora.formats import gguf_writer
+from bonsai_lora.formats import gguf, gguf_writer
 from bonsai_lora.formats.gguf_types import BY_NAME
 
 F32 = np.float32
@@ -190,6 +191,35 @@ def file_of(pairs, tensors):
     return gguf_writer.encode(
         pairs, {name: (BY_NAME[kind], shape, raw) for name, (kind, shape, raw) in tensors.items()}
     )
+
+
+def parts_of(raw, counts, **more):
+    """The files of a split model by the ends of their names, with these numbers of tensors.
+
+    As llama.cpp's gguf-split writes them: all keys are in the first one. `more` are keys of it.
+    """
+    read = gguf.reader_of(raw)
+    header = gguf.read_header(read, len(raw))
+    carried = {key: gguf_writer.encoded_value(read, one) for key, one in header.pairs.items()}
+    names, made = iter(header.tensors), {}
+    for number, count in enumerate(counts):
+        keys = {
+            **({} if number else carried),
+            "split.no": np.uint16(number),
+            "split.count": np.uint16(len(counts)),
+            "split.tensors.count": np.int32(len(header.tensors)),
+            **({} if number else more),
+        }
+        tensors = {name: header.tensors[name] for name in itertools.islice(names, count)}
+        made[f"-{number + 1:05}-of-{len(counts):05}.gguf"] = gguf_writer.encode(
+            keys,
+            {
+                name: (one.type, one.shape, bytes(raw[one.start : one.stop]))
+                for name, one in tensors.items()
+            },
+        )
+    assert not [*names]
+    return made
 
 
 def text(value):

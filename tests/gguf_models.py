@@ -34,6 +34,65 @@ STACKS = {
     for one in ("gate", "up", "down")
 }
 ROTATED = {"attn_q": HEADS, "attn_k": KEYS}
+FOUR_NORMS = {
+    "post_attention_layernorm": ("post_attention_norm", (HIDDEN,)),
+    "pre_feedforward_layernorm": ("ffn_norm", (HIDDEN,)),
+    "post_feedforward_layernorm": ("post_ffw_norm", (HIDDEN,)),
+}
+FUSED = {
+    "self_attn.qkv_proj": ("attn_qkv", ((HEADS + 2 * KEYS) * WIDTH, HIDDEN)),
+    "self_attn.o_proj": LAYER["self_attn.o_proj"],
+    "mlp.gate_up_proj": ("ffn_up", (2 * INNER, HIDDEN)),
+    "mlp.down_proj": LAYER["mlp.down_proj"],
+    "input_layernorm": LAYER["input_layernorm"],
+    "post_attention_layernorm": LAYER["post_attention_layernorm"],
+}
+LINEAR_KEYS, LINEAR_VALUES, LINEAR_WIDTH = 2, 4, 32
+QUERIES_KEYS = 2 * LINEAR_KEYS * LINEAR_WIDTH
+VALUES = LINEAR_VALUES * LINEAR_WIDTH
+MLP = {name: one for name, one in LAYER.items() if name.startswith("mlp.")}
+POST_NORM = {"post_attention_layernorm": ("post_attention_norm", (HIDDEN,))}
+GATED = {**LAYER, "self_attn.q_proj": ("attn_q", (2 * HEADS * WIDTH, HIDDEN))}
+LINEAR = {
+    "linear_attn.in_proj_qkv": ("attn_qkv", (QUERIES_KEYS + VALUES, HIDDEN)),
+    "linear_attn.in_proj_z": ("attn_gate", (VALUES, HIDDEN)),
+    "linear_attn.in_proj_a": ("ssm_alpha", (LINEAR_VALUES, HIDDEN)),
+    "linear_attn.in_proj_b": ("ssm_beta", (LINEAR_VALUES, HIDDEN)),
+    "linear_attn.out_proj": ("ssm_out", (HIDDEN, VALUES)),
+    "linear_attn.norm": ("ssm_norm", (LINEAR_WIDTH,)),
+    "input_layernorm": LAYER["input_layernorm"],
+}
+PLUS_ONE = ("gemma", "gemma2", "gemma3", "qwen35")
+
+
+def layer_of(architecture, layer):
+    """The tensors of a layer but for a stack of experts: names in a checkpoint, in the file, shape."""
+    if architecture == "phi3":
+        return FUSED
+    if architecture == "qwen35":
+        return {**(GATED | QK_NORMS if layer % 4 == 3 else LINEAR), **MLP, **POST_NORM}
+    norms = QK_NORMS if architecture.startswith(("qwen3", "gemma3")) else {}
+    return {**LAYER, **norms, **(FOUR_NORMS if architecture in ("gemma2", "gemma3") else {})}
+
+
+def grouped(values):
+    """Value heads in the order of a checkpoint, by key head; the file has them the other way."""
+    tail = values.shape[1:]
+    heads = values.reshape(LINEAR_VALUES // LINEAR_KEYS, LINEAR_KEYS, -1, *tail)
+    return np.ascontiguousarray(heads.swapaxes(0, 1)).reshape(values.shape)
+
+
+def grouped_qkv(values):
+    return np.concatenate([values[:QUERIES_KEYS], grouped(values[QUERIES_KEYS:])])
+
+
+ORDERED = {
+    "linear_attn.in_proj_qkv": grouped_qkv,
+    "linear_attn.in_proj_z": grouped,
+    "linear_attn.in_proj_a": grouped,
+    "linear_attn.in_proj_b": grouped,
+    "linear_attn.out_proj": lambda values: np.ascontiguousarray(grouped(values.T).T),
+}
 
 
 def stored_values(kind, count, rng):
@@ -70,6 +129,53 @@ def unrotated(values, heads):
     return values.reshape(heads, -1, 2, width).swapaxes(1, 2).reshape(rows, width)
 
 
+def own_keys(architecture):
+    """Keys that only this architecture has, as llama.cpp's converter writes them."""
+    if architecture == "gemma2":
+        return {
+            "attention.sliding_window": np.uint32(4),
+            "attn_logit_softcapping": np.float32(50),
+            "final_logit_softcapping": np.float32(30),
+        }
+    if architecture == "gemma3":
+        return {
+            "attention.sliding_window": np.uint32(4),
+            "attention.sliding_window_pattern": np.uint32(2),
+            "rope.freq_base": np.float32(1e6),
+            "rope.freq_base_swa": np.float32(1e4),
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": np.float32(8),
+        }
+    if architecture == "qwen3moe":
+        return {
+            "expert_count": np.uint32(EXPERTS),
+            "expert_used_count": np.uint32(2),
+            "expert_feed_forward_length": np.uint32(INNER),
+        }
+    if architecture == "phi3":
+        return {
+            "attention.sliding_window": np.uint32(0),
+            "rope.dimension_count": np.uint32(48),
+            # Below 256, llama.cpp takes the long factors.
+            "rope.scaling.original_context_length": np.uint32(256),
+            "context_length": np.uint32(512),
+            "rope.scaling.attn_factor": np.float32(1.25),
+        }
+    if architecture == "qwen35":
+        return {
+            "block_count": np.uint32(4),
+            "full_attention_interval": np.uint32(4),
+            "rope.dimension_count": np.uint32(16),
+            "rope.dimension_sections": np.array([3, 3, 2, 0], np.int32),
+            "ssm.conv_kernel": np.uint32(4),
+            "ssm.state_size": np.uint32(LINEAR_WIDTH),
+            "ssm.group_count": np.uint32(LINEAR_KEYS),
+            "ssm.time_step_rank": np.uint32(LINEAR_VALUES),
+            "ssm.inner_size": np.uint32(VALUES),
+        }
+    return {}
+
+
 def keys_of(architecture, **more):
     def key(name):
         return f"{architecture}.{name}"
@@ -92,6 +198,7 @@ def keys_of(architecture, **more):
         key("attention.layer_norm_rms_epsilon"): np.float32(1e-6),
         key("vocab_size"): np.uint32(VOCABULARY),
         "tokenizer.ggml.model": "none",
+        **{key(name): value for name, value in own_keys(architecture).items()},
         **more,
     }
 
@@ -104,10 +211,10 @@ class Builder:
         self.tensors = {}
         self.weights = {}
 
-    def vector(self, name, ours, count):
+    def vector(self, name, ours, count, less=0):
         values = (1 + 0.1 * self.rng.standard_normal(count)).astype(np.float32)
         self.tensors[ours] = ("F32", (count,), values.tobytes())
-        self.weights[name] = values
+        self.weights[name] = values - np.float32(less)
 
     def matrix(self, kind, name, ours, shape):
         raw, values = stored_values(kind, int(np.prod(shape)), self.rng)
@@ -122,27 +229,51 @@ def model(kind, rng, *, architecture="qwen3", is_tied=False, **more):
     """
     built = Builder(rng)
     built.matrix(kind, "model.embed_tokens.weight", "token_embd.weight", (VOCABULARY, HIDDEN))
-    built.vector("model.norm.weight", "output_norm.weight", HIDDEN)
+    built.vector("model.norm.weight", "output_norm.weight", HIDDEN, architecture in PLUS_ONE)
     if not is_tied:
         built.matrix(kind, "lm_head.weight", "output.weight", (VOCABULARY, HIDDEN))
-    modules = {**LAYER, **(QK_NORMS if architecture.startswith("qwen3") else {})}
-    for layer in range(LAYERS):
-        for theirs, (ours, shape) in modules.items():
-            name, own = f"model.layers.{layer}.{theirs}.weight", f"blk.{layer}.{ours}.weight"
-            if len(shape) == 1:
-                built.vector(name, own, *shape)
-            elif not (architecture == "qwen3moe" and theirs.startswith("mlp.")):
-                built.matrix(kind, name, own, shape)
-                if architecture == "llama" and ours in ROTATED:
-                    built.weights[name] = unrotated(built.weights[name], ROTATED[ours])
+    for layer in range(4 if architecture == "qwen35" else LAYERS):
+        add_modules(built, kind, architecture, layer)
+        if architecture == "qwen35" and layer % 4 != 3:
+            add_delta_net(built, layer)
         if architecture == "qwen3moe":
             add_experts(built, kind, layer)
-            more |= {
-                "qwen3moe.expert_count": np.uint32(EXPERTS),
-                "qwen3moe.expert_used_count": np.uint32(2),
-                "qwen3moe.expert_feed_forward_length": np.uint32(INNER),
-            }
+    if architecture == "phi3":
+        for half in ("long", "short"):
+            factors = rng.uniform(1, 4, 24).astype(np.float32)
+            built.tensors[f"rope_factors_{half}.weight"] = ("F32", (24,), factors.tobytes())
     return gguf_files.file_of(keys_of(architecture, **more), built.tensors), built.weights
+
+
+def add_modules(built, kind, architecture, layer):
+    for theirs, (ours, shape) in layer_of(architecture, layer).items():
+        name, own = f"model.layers.{layer}.{theirs}.weight", f"blk.{layer}.{ours}.weight"
+        if len(shape) == 1:
+            built.vector(name, own, *shape, architecture in PLUS_ONE and ours != "ssm_norm")
+        elif not (architecture == "qwen3moe" and theirs.startswith("mlp.")):
+            built.matrix(kind, name, own, shape)
+            if architecture == "llama" and ours in ROTATED:
+                built.weights[name] = unrotated(built.weights[name], ROTATED[ours])
+            if theirs in ORDERED:
+                built.weights[name] = ORDERED[theirs](built.weights[name])
+
+
+def add_delta_net(built, layer):
+    """The parameters of linear attention that are no matrices."""
+    own, theirs = f"blk.{layer}", f"model.layers.{layer}.linear_attn"
+    conv = built.rng.standard_normal((QUERIES_KEYS + VALUES, 4)).astype(np.float32) / 2
+    decay = built.rng.uniform(0.1, 2, LINEAR_VALUES).astype(np.float32)
+    bias = built.rng.standard_normal(LINEAR_VALUES).astype(np.float32)
+    built.tensors |= {
+        f"{own}.ssm_conv1d.weight": ("F32", conv.shape, conv.tobytes()),
+        f"{own}.ssm_a": ("F32", decay.shape, (-decay).tobytes()),
+        f"{own}.ssm_dt.bias": ("F32", bias.shape, bias.tobytes()),
+    }
+    built.weights |= {
+        f"{theirs}.conv1d.weight": grouped_qkv(conv)[:, None],
+        f"{theirs}.A_log": grouped(np.log(decay)),
+        f"{theirs}.dt_bias": grouped(bias),
+    }
 
 
 def add_experts(built, kind, layer):

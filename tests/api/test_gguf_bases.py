@@ -131,6 +131,24 @@ def test_hub_clients_find_the_base_and_the_merged_model(client, weights):
     assert (missing.status_code, missing.headers["x-error-code"]) == (404, "RepoNotFound")
 
 
+def test_hub_clients_learn_why_a_base_has_no_checkpoint(client, bases, weights, rng):
+    """huggingface_hub shows the reason of a refused GET only, so the file is described."""
+    assert weights
+    keys = {"qwen3.rope.dimension_count": np.uint32(32)}
+    (bases / "half.gguf").write_bytes(gguf_models.model("Q1_0", rng, **keys)[0])
+    for repo in ("bases/half", "half/s"):
+        listed = client.get(f"/api/models/{repo}").json()["siblings"]
+        assert [one["rfilename"] for one in listed] == ["config.json"]
+        path = f"/{repo}/resolve/main/config.json"
+        assert client.head(path).status_code == 200
+        detail = assert_problem(client.get(path), 403, "unmergeable")["detail"]
+        assert "32 of the 64 values" in detail
+        assert "put the model's config.json beside the file" in detail
+    names = [one["name"] for one in client.get("/v1/bases/half/merged/s").json()["files"]]
+    assert names == ["half.gguf", "model.safetensors"]
+    assert "bases/half" not in {one["id"] for one in client.get("/api/models").json()}
+
+
 def test_a_safetensors_base_is_a_repository_too(based):
     info = based.get("/api/models/bases/tiny-qwen3").json()
     name = "model.safetensors"
@@ -165,6 +183,26 @@ def test_hostile_files_are_listed_as_bad(client, bases):
     assert listed["bad"].keys() == names.keys()
     for name in names:
         assert_problem(client.get(f"/v1/bases/{name}"), 422, "invalid_base")
+
+
+@pytest.mark.parametrize("keys", [0, 3])
+def test_heads_that_do_not_fit_are_refused_before_the_first_byte(client, bases, rng, keys):
+    raw, _ = gguf_models.model(
+        "Q1_0",
+        rng,
+        architecture="llama",
+        **{"llama.attention.head_count_kv": np.uint32(keys)},
+    )
+    (bases / "bonsai.gguf").write_bytes(raw)
+    module = "model.layers.0.self_attn.k_proj"
+    tensors = peft_tensors(rng, module, d_in=256, d_out=128)
+    config = peft_config(target_modules=["k_proj"])
+    assert upload_parts(client, "s", config, tensors).status_code == 201
+    for path in (PATH, f"{PATH}/bonsai.gguf", f"{PATH}/model.safetensors"):
+        detail = assert_problem(client.get(path), 422, "unsupported_gguf")["detail"]
+        assert f"128 values are not divided by {2 * keys} parts" in detail
+    path = "/bases/bonsai/resolve/main/config.json"
+    assert_problem(client.get(path), 403, "unmergeable")
 
 
 def test_a_base_that_is_overwritten_is_read_again(client, bases, weights):

@@ -20,6 +20,7 @@ from conftest import (
 from bonsai_lora.api.app import create_app
 from bonsai_lora.api.merged_file import CountedFile
 from bonsai_lora.formats.gguf import read_header, reader_of
+from bonsai_lora.formats.gguf_lora_file import LoraFile
 from bonsai_lora.formats.gguf_lora_writer import Model, encode_lora
 from bonsai_lora.formats.peft import decode_adapter
 from bonsai_lora.formats.peft_config import PeftConfig
@@ -136,6 +137,36 @@ def test_what_writing_takes_is_counted_before(settings, rng, dtype):
         upload_parts(client, "plain", peft_config(), peft_tensors(rng, d_in=500))
         for _ in range(3):  # what was reserved is released
             assert client.get(f"{PATH}?dtype={dtype}").status_code == 200
+
+
+def test_values_are_checked_once(client, rng, monkeypatch):
+    """A download in many ranges must not compute all values for each of them."""
+    checked = []
+    check = LoraFile.check_values
+    monkeypatch.setattr(
+        LoraFile, "check_values", lambda one: (checked.append(one.etag), check(one))
+    )
+    upload_parts(client, "plain", peft_config(use_rslora=True), peft_tensors(rng))
+    whole = client.get(f"{PATH}?dtype=F16").content
+    for start in range(0, len(whole), 4000):
+        part = client.get(f"{PATH}?dtype=F16", headers={"Range": f"bytes={start}-{start + 3999}"})
+        assert part.content == whole[start : start + 4000]
+    assert len(checked) == 1
+    client.get(f"{PATH}?dtype=Q8_0")
+    upload_parts(client, "plain", peft_config(use_rslora=True), peft_tensors(rng))
+    client.get(f"{PATH}?dtype=F16")
+    assert len({*checked}) == len(checked) == 3
+
+
+def test_values_that_do_not_fit_are_refused_each_time(client, rng):
+    tensors = peft_tensors(rng)
+    upload_parts(client, "plain", peft_config(), {name: one * 1e5 for name, one in tensors.items()})
+    for _ in range(2):
+        detail = assert_problem(client.get(f"{PATH}?dtype=F16"), 422, "unsupported_adapter")[
+            "detail"
+        ]
+        assert "beyond the largest F16 value" in detail
+        assert client.get(PATH).status_code == 200
 
 
 def test_memory_is_reserved_while_a_file_is_read(rng):

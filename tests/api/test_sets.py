@@ -21,6 +21,7 @@ from conftest import (
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.core.kaiming import kaiming_uniform
+from bonsai_lora.formats.gguf import read_header, reader_of
 from bonsai_lora.settings import Settings
 
 FULL = {
@@ -77,6 +78,18 @@ def test_create_from_a_known_model(client, model, params):
     assert info["total_trainable_params"] == params
     assert info["base_model_name"] == model
     assert info["adapter_count"] == 28 * 7
+
+
+def test_the_linear_attention_of_bonsai_2_is_created_and_exported(client):
+    config = {"rank": 1, "target_modules": []}
+    body = {"name": "m", "model": "bonsai-2-4b", "num_layers": 4, "config": config}
+    info = client.post("/v1/sets", json=body).json()
+    assert info["adapter_count"] == 3 * 8 + 7
+    raw = client.get("/v1/sets/m/adapter.gguf").content
+    header = read_header(reader_of(raw), len(raw))
+    assert header.architecture == "qwen35"
+    assert header.tensors["blk.2.ssm_out.weight.lora_a"].shape == (1, 32 * 128)
+    assert "blk.3.attn_q.weight.lora_a" in header.tensors
 
 
 def test_target_modules_select_modules(client):

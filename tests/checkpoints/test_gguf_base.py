@@ -1,5 +1,6 @@
 """GGUF files as bases: their tensors under the names of a checkpoint, and merged files."""
 
+import functools
 import json
 
 import gguf_files
@@ -10,8 +11,7 @@ import numpy as np
 import pytest
 import reference
 from gguf_models import HEADS, KEYS
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
@@ -19,11 +19,12 @@ from bonsai_lora.checkpoints.merged_files import Rendering, hub_files, merged_fi
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.core.merge import blocks
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidBaseError, UnsupportedAdapterError, UnsupportedGgufError
 from bonsai_lora.formats import gguf, safetensors
 from bonsai_lora.formats.dequantize import dequantize
-from bonsai_lora.formats.gguf_names import Change, Heads, column_order
+from bonsai_lora.formats.gguf_names import ARCHITECTURES, Change, Heads, column_order
 from bonsai_lora.formats.gguf_types import BY_NAME
 from bonsai_lora.formats.hadamard import PREFIX
 from bonsai_lora.formats.peft_options import PLAIN, BaseOptions
@@ -88,6 +89,17 @@ def gguf_of(model, dtype="F32", **options):
     return header, values
 
 
+def with_tensors(raw, architecture, **more):
+    """The file with further float32 tensors."""
+    header = gguf.read_header(gguf.reader_of(raw), len(raw))
+    tensors = {
+        name: (one.type.name, one.shape, raw[one.start : one.stop])
+        for name, one in header.tensors.items()
+    }
+    tensors |= {name: ("F32", one.shape, one.tobytes()) for name, one in more.items()}
+    return gguf_files.file_of(gguf_models.keys_of(architecture), tensors)
+
+
 def expected(weights, made):
     """The weights with deltas added in float64."""
     found = dict(weights)
@@ -111,6 +123,17 @@ def test_every_type_is_merged_and_unpacked(opened, rng, kind):
             assert reference.relative_error(tensors[name], want) < 1e-6
         else:
             assert np.array_equal(tensors[name], want), name
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_every_architecture_is_unpacked_under_its_names(opened, rng, architecture):
+    raw, weights = gguf_models.model("Q8_0", rng, architecture=architecture, is_tied=True)
+    tensors, config = checkpoint_of(MergedModel(opened(raw), []))
+    assert config["tie_word_embeddings"] is True
+    assert tensors.keys() == weights.keys()
+    for name, want in weights.items():
+        assert tensors[name].shape == want.shape
+        assert np.allclose(tensors[name], want, rtol=1e-6, atol=1e-6), name
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -197,6 +220,9 @@ def test_the_configuration_is_made_from_the_keys(opened, rng):
             "factor": 4.0,
             "original_max_position_embeddings": 32,
         },
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
     }
 
 
@@ -348,29 +374,58 @@ def test_columns_that_a_folded_file_leaves_in_order(opened, rng, is_grouped):
         assert reference.relative_error(values["blk.0.ssm_out.weight"], want[:, order]) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["b.gguf", "model.safetensors"])
-@pytest.mark.parametrize("dtype", ["F16", "Q8_0"])
-def test_any_range_is_a_slice_of_the_whole(tmp_path_factory, name, dtype):
-    if (name, dtype) == ("model.safetensors", "Q8_0"):
-        dtype = "BF16"
-    rng = np.random.default_rng(3)
-    raw, weights = gguf_models.model("Q1_0", rng, architecture="llama", is_tied=True)
-    root = tmp_path_factory.mktemp("bases")
-    (root / "b.gguf").write_bytes(raw)
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    made = adapters(weights, [*ADAPTED, "lm_head"], rng)
-    model = merge(BaseFolder(root).get("b"), made)
-    file = merged_files(model, Rendering(dtype, is_widened=True))[name]
-    whole = content(file)
+LINEAR = [f"model.layers.0.linear_attn.{one}" for one in ("in_proj_qkv", "out_proj")]
+STACK = [f"model.layers.1.mlp.experts.{one}.up_proj" for one in (0, 3)]
+KINDS_OF_BASES = {
+    "tied, rotated": ("Q1_0", "llama", {}, [*ADAPTED, "lm_head"]),
+    "experts": ("Q4_0", "qwen3moe", {}, STACK),
+    "linear attention": ("Q8_0", "qwen35", {}, LINEAR),
+    "not aligned": ("TQ1_0", "qwen3", {"general.alignment": np.uint32(1)}, ADAPTED),
+    "folded": (None, "qwen3", {"general.alignment": np.uint32(4096)}, ADAPTED[:1]),
+    "no set": ("Q6_K", "phi3", {}, []),
+}
+"""Bases and adapted modules that between them use every way to compute a part of a file."""
 
-    @READ
-    @given(st.data())
-    def check(data):
-        start = data.draw(st.integers(0, len(whole)))
-        stop = data.draw(st.integers(start, min(len(whole), start + 100_000)))
-        assert b"".join(bytes(one()) for one in file.pieces(start, stop)) == whole[start:stop]
 
-    check()
+def of_kind(kind, rng):
+    type_, architecture, keys, modules = KINDS_OF_BASES[kind]
+    if type_ is None:
+        raw, weights = gguf_models.folded(rng, **keys)
+    else:
+        raw, weights = gguf_models.model(
+            type_, rng, architecture=architecture, is_tied=architecture == "llama", **keys
+        )
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    return raw, adapters(weights, modules, rng)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "is_widened"),
+    [
+        ("b.gguf", "F16", False),
+        ("b.gguf", "F32", False),
+        ("b.gguf", "Q8_0", True),
+        ("model.safetensors", "BF16", False),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS_OF_BASES)
+def test_any_range_is_a_slice_of_the_whole(tmp_path, monkeypatch, kind, name, dtype, is_widened):
+    raw, made = of_kind(kind, np.random.default_rng(3))
+    (tmp_path / "b.gguf").write_bytes(raw)
+    base = BaseFolder(tmp_path).get("b")
+    model = merge(base, made) if made else MergedModel(base, [])
+    whole = content(merged_files(model, Rendering(dtype, is_widened=is_widened))[name])
+    # Tiny tensors are one block each, unless blocks are smaller.
+    smaller = functools.partial(blocks, most=3 * 512)
+    monkeypatch.setattr("bonsai_lora.checkpoints.parts.blocks", smaller)
+    file = merged_files(model, Rendering(dtype, is_widened=is_widened))[name]
+    assert file.size_bytes == len(whole)
+    rng = np.random.default_rng(5)
+    starts = rng.integers(0, len(whole), 25)
+    for start, size in zip(starts, rng.integers(1, 20_000, 25), strict=True):
+        stop = min(len(whole), int(start) + int(size))
+        got = b"".join(bytes(one()) for one in file.pieces(int(start), stop))
+        assert got == whole[start:stop]
 
 
 def test_files_are_the_same_after_a_restart(tmp_path, rng):
@@ -419,19 +474,45 @@ def test_files_beside_the_gguf_file_belong_to_the_checkpoint(tmp_path, rng):
     assert content(files["tokenizer.json"]) == b"{}"
 
 
+def test_a_configuration_beside_the_gguf_file_is_preferred(tmp_path, rng):
+    """It makes checkpoints of files whose keys do not say enough, and stays true to the weights."""
+    raw, weights = gguf_models.model("Q1_0", rng, architecture="llama", is_tied=True)
+    raw = with_tensors(raw, "llama", **{"rope_freqs.weight": np.ones(32, np.float32)})
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "b.gguf").write_bytes(raw)
+    base = BaseFolder(tmp_path).get("b")
+    with pytest.raises(UnsupportedGgufError, match=r"rope_freqs\.weight.*config\.json"):
+        hub_files(MergedModel(base, []))
+    own = {"model_type": "llama", "rope_scaling": {"rope_type": "llama3"}, "torch_dtype": "float16"}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(own))
+    base = BaseFolder(tmp_path).get("b")
+    files = hub_files(MergedModel(base, []))
+    expected = {**own, "torch_dtype": "bfloat16", "tie_word_embeddings": True}
+    assert json.loads(content(files["config.json"])) == expected
+    tensors = safetensors.decode(content(files["model.safetensors"]))[0]
+    assert tensors.keys() == weights.keys()
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    files = hub_files(merge(base, adapters(weights, ["lm_head"], rng)))
+    assert json.loads(content(files["config.json"]))["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "", '{"a": ' * 100_000])
+def test_a_malformed_configuration_is_not_used(tmp_path, rng, text):
+    raw, _ = gguf_models.model("Q1_0", rng)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "b.gguf").write_bytes(raw)
+    (tmp_path / "b" / "config.json").write_text(text)
+    files = hub_files(MergedModel(BaseFolder(tmp_path).get("b"), []))
+    assert json.loads(content(files["config.json"]))["model_type"] == "qwen3"
+
+
 def test_a_tensor_without_a_name_stays_in_the_gguf_file_alone(opened, rng):
     raw, weights = gguf_models.model("Q1_0", rng)
-    header = gguf.read_header(gguf.reader_of(raw), len(raw))
-    tensors = {
-        name: (one.type.name, one.shape, raw[one.start : one.stop])
-        for name, one in header.tensors.items()
-    }
-    tensors["rope_freqs.weight"] = ("F32", (32,), np.ones(32, np.float32).tobytes())
-    base = opened(gguf_files.file_of(gguf_models.keys_of("qwen3"), tensors))
-    model = merge(base, adapters(weights, ADAPTED, rng))
+    raw = with_tensors(raw, "qwen3", **{"blk.0.attn_sinks.weight": np.ones(32, np.float32)})
+    model = merge(opened(raw), adapters(weights, ADAPTED, rng))
     assert [*merged_files(model)] == ["b.gguf"]
-    assert (gguf_of(model)[1]["rope_freqs.weight"] == 1).all()
-    with pytest.raises(UnsupportedGgufError, match=r"rope_freqs\.weight.*GGUF file"):
+    assert (gguf_of(model)[1]["blk.0.attn_sinks.weight"] == 1).all()
+    with pytest.raises(UnsupportedGgufError, match=r"attn_sinks\.weight.*GGUF file"):
         hub_files(model)
 
 
@@ -464,7 +545,7 @@ def test_hostile_files_are_no_bases(opened, name):
     ("keys", "reason"),
     [
         ({"general.type": "adapter"}, "upload adapters as sets"),
-        ({"split.count": np.uint16(3)}, "llama-gguf-split --merge"),
+        ({"split.count": np.uint16(3)}, r"split\.count is 3.*llama-gguf-split"),
         ({f"{PREFIX}version": np.uint32(9)}, "Hadamard"),
         ({"general.alignment": np.uint32(1 << 17)}, "131072, more than 65536"),
     ],

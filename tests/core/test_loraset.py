@@ -2,10 +2,10 @@ import pytest
 
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
-from bonsai_lora.core.shapes import MODELS, layered
+from bonsai_lora.core.shapes import MODELS
 from bonsai_lora.errors import InvalidRequestError
 
-# Parameters of rank-16 sets over all seven modules: the formula of the field, worked out by hand.
+# Parameters of rank-16 sets over all modules of all layers: 16 * (d_in + d_out), worked out by hand.
 RANK_16_PARAMS = {
     "qwen3-0.6b": 10_092_544,
     "qwen3-1.7b": 17_432_576,
@@ -16,6 +16,10 @@ RANK_16_PARAMS = {
     "bonsai-1.7b": 17_432_576,
     "bonsai-4b": 33_030_144,
     "bonsai-8b": 43_646_976,
+    "bonsai-27b": 116_727_808,
+    "bonsai-2-4b": 32_464_896,
+    "bonsai-2-9b": 43_278_336,
+    "bonsai-2-27b": 116_727_808,
 }
 
 
@@ -66,9 +70,22 @@ def test_per_layer_names():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_presets_have_the_published_sizes(model):
-    shape = MODELS[model]
-    shapes = layered({**shape.attention.modules(), **shape.mlp.modules()}, shape.num_layers)
+    shapes = MODELS[model].modules()
     assert sum(16 * (d_in + d_out) for d_in, d_out in shapes.values()) == RANK_16_PARAMS[model]
+
+
+def test_linear_attention_is_in_three_of_four_layers():
+    shapes = MODELS["bonsai-2-27b"].modules()
+    assert len(shapes) == 16 * 7 + 48 * 8
+    # What the folded file says: 402 ternary matrices, which are all of these but a and b, with the
+    # embedding and the head, and three input widths.
+    ternary = {
+        name: one for name, one in shapes.items() if name[-9:] not in ("in_proj_a", "in_proj_b")
+    }
+    assert len(ternary) + 2 == 402
+    assert {d_in for d_in, _ in ternary.values()} == {5120, 6144, 17408}
+    assert shapes["model.layers.3.self_attn.q_proj"] == (5120, 2 * 24 * 256)
+    assert shapes["model.layers.4.linear_attn.in_proj_qkv"] == (5120, (16 + 16 + 48) * 128)
 
 
 def test_registry_keeps_insertion_order_and_is_immutable():

@@ -113,12 +113,62 @@ def test_the_delta_survives_the_round_trip(rng, config, dtype):
     assert_same(set_of(content), lora_set)
 
 
-def test_any_range_is_that_slice_of_the_file(rng):
-    lora_set = peft_set(linear(rng) | linear(rng, f"{LAYER}mlp.up_proj", 3, 33, 7), rank_pattern={
-        "up_proj": 3
-    })  # fmt: skip
-    file, content = encoded(lora_set, dtype="F16")
-    assert encoded(lora_set, dtype="F16")[1] == content
+def cases_of_ranges(rng):
+    """Sets with everything that rows are made of, and the models that they are for."""
+    embedding = "base_model.model.model.embed_tokens.lora_embedding_"
+    experts = linear(rng, f"{LAYER}mlp.experts.2.up_proj", 4) | linear(
+        rng, f"{LAYER}mlp.experts.0.up_proj", 2
+    )
+    up = f"{LAYER}mlp.up_proj"
+    signs = {64: rng.choice([-1, 1], 64).astype(np.float32)}
+    return {
+        "plain": (
+            peft_set(linear(rng) | linear(rng, up, 3, 33, 7), rank_pattern={"up_proj": 3}),
+            Model("qwen3"),
+            None,
+        ),
+        "embedding": (
+            peft_set(
+                {
+                    f"{embedding}A": rng.standard_normal((4, 50)).astype(np.float32),
+                    f"{embedding}B": rng.standard_normal((32, 4)).astype(np.float32),
+                },
+                target_modules=["embed_tokens"],
+            ),
+            Model("qwen3", is_tied=False),
+            None,
+        ),
+        "experts": (
+            peft_set(experts, rank_pattern={"experts.0.up_proj": 2}, use_rslora=True),
+            Model("qwen3moe", experts=4),
+            None,
+        ),
+        "ordered rows": (peft_set(linear(rng)), Model("llama", Heads(queries=4)), None),
+        "folded": (
+            peft_set(linear(rng, up)),
+            Model("qwen3"),
+            Folding(16, signs, frozenset({"blk.0.ffn_up.weight"})),
+        ),
+    }
+
+
+def test_an_adapter_of_a_folded_embedding_is_refused(rng):
+    lora_set, model, _ = cases_of_ranges(rng)["embedding"]
+    folding = Folding(16, {}, frozenset({"token_embd.weight"}))
+    with pytest.raises(UnsupportedAdapterError, match="rows are Hadamard-folded"):
+        encoded(lora_set, model, folding=folding)
+    assert encoded(lora_set, model, folding=Folding(16, {}, frozenset({KEY})))
+
+
+@pytest.mark.parametrize("case", ["plain", "embedding", "experts", "ordered rows", "folded"])
+@pytest.mark.parametrize("dtype", ["F32", "F16", "Q8_0"])
+def test_any_range_is_that_slice_of_the_file(rng, case, dtype, monkeypatch):
+    lora_set, model, folding = cases_of_ranges(rng)[case]
+    _, content = encoded(lora_set, model, dtype, folding=folding)
+    monkeypatch.setattr("bonsai_lora.formats.gguf_lora_file._PIECE_VALUES", 100)
+    file, again = encoded(lora_set, model, dtype, folding=folding)
+    assert again == content
+    assert len([*file.pieces(0, file.size_bytes)]) > 4, "more than the head and two tensors"
     for start in range(0, len(content), 37):
         for stop in (start + 1, start + 1000, len(content)):
             got = b"".join(bytes(piece()) for piece in file.pieces(start, min(stop, len(content))))

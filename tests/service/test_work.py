@@ -94,7 +94,7 @@ def test_admissions_are_limited_and_released():
     assert lane.in_progress == 0
 
 
-def test_many_that_are_refused_retry_later_and_not_all_at_once(monkeypatch):
+def test_many_refusals_say_later_and_different_times_to_retry(monkeypatch):
     now = 100.0
     monkeypatch.setattr(work, "monotonic", lambda: now)
     lane = Lane("long", 4, 1)

@@ -13,6 +13,7 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import NewerFormatError, SetNotFoundError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.storage.setfile import RECORD_FORMAT
+from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.store import SetStore
 
 NOW = "2026-01-01T00:00:00.000000Z"
@@ -96,7 +97,7 @@ def test_a_record_is_written_with_its_format(folder):
 
 def test_unknown_keys_are_kept_when_a_set_is_rewritten(folder):
     path = folder / "s.safetensors"
-    more = {"source": {"from": "hub", "é": [1, 2.5, None]}, "pinned": True}
+    more = {"pulled": {"from": "hub", "é": [1, 2.5, None]}, "pinned": True}
     change_record(path, with_keys(**more))
     store = SetStore(folder.parent)
     assert store.read("s").record.version == 1
@@ -247,3 +248,21 @@ def test_a_file_whose_parts_do_not_fit_together_is_moved_aside(folder, tensors, 
         store.read("s")
     assert list(store.bad.reasons()) == ["s"]
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"version": 1, "reference": "folder:s", "sha256": "00"}, Source("folder:s", "00")),
+        ({"version": 2, "reference": "folder:s", "sha256": "00"}, None),
+        ({"version": 1, "reference": "folder:s"}, None),
+        ({"version": 1, "reference": 3, "sha256": "00"}, None),
+        ("folder:s", None),
+    ],
+)
+def test_a_source_is_that_of_one_version(folder, value, expected):
+    """An earlier release keeps the key when it changes the set."""
+    change_record(folder / "s.safetensors", with_keys(source=value))
+    store = SetStore(folder.parent)
+    assert store.read("s").record.source == expected
+    assert rewrite(store, "s").record.source is None

@@ -1,5 +1,6 @@
 """What a base checkpoint offers, whatever its format."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,11 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from bonsai_lora.checkpoints.file import BaseFile
+from bonsai_lora.checkpoints.folder import CONFIG_FILE
 from bonsai_lora.checkpoints.paths import TensorPaths, prefixes_of
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, Floats, to_float32
 from bonsai_lora.core.merge import Block, blocks, merge_rows
 from bonsai_lora.formats.hadamard import Folding
+
+_MOST_CONFIG_BYTES = 1 << 24
 
 
 class Tensor(Protocol):
@@ -104,6 +108,18 @@ class Base(ABC):
     @abstractmethod
     def parameter_count(self) -> int:
         """Number of parameters."""
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The object in config.json; empty if there is none, or it is malformed or too large."""
+        file = self.files.get(CONFIG_FILE)
+        if file is None or file.size_bytes > _MOST_CONFIG_BYTES:
+            return {}
+        try:
+            config = json.loads(bytes(file.read(0, file.size_bytes)))
+        except (ValueError, RecursionError):
+            return {}
+        return config if isinstance(config, dict) else {}
 
     @cached_property
     def paths(self) -> TensorPaths:

@@ -1,4 +1,7 @@
-"""Base checkpoints by name: folders of safetensors files, and GGUF files."""
+"""Base checkpoints by name: folders of safetensors files, and GGUF files.
+
+The parts of a split GGUF file, NAME-00001-of-00003.gguf and so on, are the base NAME.
+"""
 
 import hashlib
 import os
@@ -9,6 +12,7 @@ from bonsai_lora.checkpoints.base import Base
 from bonsai_lora.checkpoints.file import BaseFile
 from bonsai_lora.checkpoints.folder import GGUF, FolderFiles, read_folder
 from bonsai_lora.checkpoints.gguf_base import open_gguf
+from bonsai_lora.checkpoints.gguf_parts import model_of
 from bonsai_lora.checkpoints.safetensors_base import open_safetensors
 from bonsai_lora.errors import BaseNotFoundError, InvalidBaseError
 from bonsai_lora.formats.identity import identity_of
@@ -20,7 +24,7 @@ _SAMPLE_BYTES = 1 << 12
 
 
 class BaseFolder:
-    """The folder of bases: subfolders with safetensors files or one GGUF file, and GGUF files."""
+    """The folder of bases: subfolders with safetensors files or a GGUF model, and GGUF models."""
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
@@ -63,20 +67,27 @@ class BaseFolder:
             return None
         folder, file = self._root / name, self._root / f"{name}{GGUF}"
         is_folder = _has_weights(folder)
-        if not file.is_file():
-            return read_folder(folder) if is_folder else None
-        if is_folder:
+        if is_folder and file.is_file():
             raise InvalidBaseError(
                 f"base {name!r} is both a folder and the file {file.name}; rename one of them",
                 base=name,
             )
-        return FolderFiles({file.name: file}, {file.name})
+        if is_folder:
+            return read_folder(folder)
+        files = [file] if file.is_file() else _parts_of(self._root, name)
+        found = {one.name: one for one in sorted(files)}
+        return FolderFiles(found, {*found}) if found else None
+
+
+def _parts_of(root: Path, name: str) -> list[Path]:
+    entries = root.iterdir() if root.is_dir() else ()
+    return [path for path in entries if model_of(path.name) == name and path.is_file()]
 
 
 def _names_in(root: Path) -> Iterator[str]:
     for entry in os.scandir(root):
         if entry.name.endswith(GGUF) and entry.is_file():
-            yield entry.name.removesuffix(GGUF)
+            yield model_of(entry.name) or entry.name.removesuffix(GGUF)
         elif entry.is_dir() and _has_weights(Path(entry.path)):
             yield entry.name
 
@@ -100,13 +111,13 @@ def _open(name: str, found: FolderFiles) -> Base:
     ggufs = sorted(file for file in found.weights if file.endswith(GGUF))
     if not ggufs:
         return open_safetensors(name, found, files, digest)
-    if len(ggufs) > 1:
+    if len(ggufs) > 1 and (len({*map(model_of, ggufs)}) > 1 or model_of(ggufs[0]) is None):
         raise InvalidBaseError(
             f"base {name!r} has {len(ggufs)} GGUF files: {', '.join(ggufs[:8])}; give each a "
-            "folder of its own, and join the parts of a split model with llama-gguf-split --merge",
+            "folder of its own",
             base=name,
         )
-    return open_gguf(name, ggufs[0], files, found.ignored, digest)
+    return open_gguf(name, ggufs, files, found.ignored, digest)
 
 
 def _digest_of(files: Mapping[str, BaseFile]) -> "hashlib._Hash":

@@ -20,6 +20,7 @@ from bonsai_lora.formats.pieces import ObjectReader
 
 GGUF = ".gguf"
 INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
 
 MOST_JSON_BYTES = 1 << 26
 """Longest index and configuration that are read."""
@@ -58,7 +59,7 @@ def read_folder(folder: Path) -> FolderFiles:
         found.ignored += ggufs
     else:
         found.weights = {name for name in ggufs if "/" not in name}
-        found.files |= {name: ggufs[name] for name in found.weights}
+        found.files |= {name: ggufs[name] for name in sorted(found.weights)}
         found.ignored += ggufs.keys() - found.weights
     found.ignored.sort()
     return found
@@ -154,6 +155,6 @@ def _is_model(folder: Path) -> bool:
     if _CHECKPOINT.fullmatch(folder.name) or any(folder.glob("consolidated*")):
         return True
     try:
-        return "model_type" in json.loads(_read(folder / "config.json"))
+        return "model_type" in json.loads(_read(folder / CONFIG_FILE))
     except (OSError, ValueError, TypeError):
         return False

@@ -5,11 +5,12 @@ import math
 import zlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from bonsai_lora.checkpoints.base import Base, Description
 from bonsai_lora.checkpoints.file import BaseFile
+from bonsai_lora.checkpoints.gguf_parts import read_parts, reader_of
 from bonsai_lora.checkpoints.gguf_tensor import Conversion, GgufTensor
 from bonsai_lora.errors import (
     BaseChangedError,
@@ -17,10 +18,9 @@ from bonsai_lora.errors import (
     InvalidBaseError,
     UnsupportedGgufError,
 )
-from bonsai_lora.formats import gguf, gguf_names, gguf_tokenizer
+from bonsai_lora.formats import gguf, gguf_config, gguf_names, gguf_tokenizer
 from bonsai_lora.formats.dequantize import can_dequantize
 from bonsai_lora.formats.gguf_names import ARCHITECTURES, Change, Heads
-from bonsai_lora.formats.gguf_values import ReadAt
 from bonsai_lora.formats.hadamard import Folding, read_folding
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -32,8 +32,6 @@ _MOST_NAMES = 1 << 17
 """Tensors of a checkpoint, each expert counted. DeepSeek V3 has 46,000."""
 _MOST_ALIGNMENT = 1 << 16
 """Of a merged file, that many zeros may be made at a time."""
-_MODEL_TYPES = {"qwen3moe": "qwen3_moe", "gemma3": "gemma3_text", "qwen35": "qwen3_5_text"}
-"""model_type of the architectures whose names differ (transformers 5)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +46,13 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class GgufBase(Base):
-    """A base whose tensors are in one GGUF file."""
+    """A base whose tensors are in one GGUF file, or in the parts of one."""
 
     file: BaseFile
+    """The only file, or the first part, which has the keys."""
     header: gguf.Header
+    holders: Mapping[str, BaseFile]
+    """Tensor of the header -> the file that has it."""
 
     format = "gguf"
 
@@ -63,7 +64,7 @@ class GgufBase(Base):
     @property
     def model_type(self) -> str:
         """`model_type` of the same model in transformers."""
-        return _MODEL_TYPES.get(self.architecture, self.architecture)
+        return gguf_config.MODEL_TYPES.get(self.architecture, self.architecture)
 
     @property
     def is_tied(self) -> bool:
@@ -156,7 +157,10 @@ class GgufBase(Base):
         )
 
     def tensor(self, name: str) -> GgufTensor | None:
-        """Return a tensor, not read yet; None if it does not exist."""
+        """Return a tensor, not read yet; None if it does not exist.
+
+        Raises UnsupportedGgufError if its rows cannot be brought into the order of a checkpoint.
+        """
         place = self.places.get(name)
         if place is None:
             return None
@@ -164,8 +168,8 @@ class GgufBase(Base):
         shape = _shape_of(place, info.shape)
         folding = self.folding_of(place.name)
         is_grouped = self.folding is not None and self.folding.is_grouped
-        return GgufTensor(
-            self.file,
+        found = GgufTensor(
+            self.holders[place.name],
             info,
             shape,
             Conversion(place.change, self.heads, has_columns=not is_grouped),
@@ -173,12 +177,17 @@ class GgufBase(Base):
             (place.expert or 0) * shape[0] if place.expert is not None else 0,
             len(shape) == 2,
         )
+        found.check()
+        return found
 
     def stored(self, name: str) -> GgufTensor:
         """Return a tensor of the file by its own name, in its own order, but unfolded."""
         info = self.header.tensors[name]
         rows = math.prod(info.shape[:-1])
-        return GgufTensor(self.file, info, (rows, info.width), Conversion(), self.folding_of(name))
+        file, shape = self.holders[name], (rows, info.width)
+        found = GgufTensor(file, info, shape, Conversion(), self.folding_of(name))
+        found.check()
+        return found
 
     def folding_of(self, name: str) -> Folding | None:
         """Return how a tensor of the file is folded; None if it is plain."""
@@ -197,7 +206,7 @@ class GgufBase(Base):
         return {name: (len(raw), zlib.compress(raw, 1)) for name, raw in made.items()}
 
     def read_at(self, start: int, size: int) -> memoryview:
-        """Return `size` bytes of the file from `start`."""
+        """Return `size` bytes from `start` of the file with the keys."""
         return self.file.read(start, start + size)
 
 
@@ -212,33 +221,29 @@ def _shape_of(place: Place, stored: tuple[int, ...]) -> tuple[int, ...]:
 
 def open_gguf(
     name: str,
-    file: str,
+    ggufs: Sequence[str],
     files: Mapping[str, BaseFile],
     ignored: Sequence[str],
     digest: "hashlib._Hash",
 ) -> GgufBase:
-    """Return the base whose tensors are in `file`; raises InvalidBaseError.
+    """Return the base whose tensors are in `ggufs`, one file or all parts of a split model.
 
-    `digest` covers samples of the files; the header is added to it.
+    `digest` covers samples of the files; the headers are added to it. Raises InvalidBaseError.
     """
-    opened = files[file]
-    read = _reader_of(opened)
+    parts = read_parts(name, {file: files[file] for file in ggufs})
+    header, opened = parts.header, files[ggufs[0]]
     try:
-        header = gguf.read_header(read, opened.size_bytes)
-        folding = read_folding(header, read)
-        base = GgufBase(name, files, "", ignored, opened, header, folding=folding)
+        folding = read_folding(header, reader_of(opened))
+        base = GgufBase(name, files, "", ignored, opened, header, parts.holders, folding=folding)
         _check(base)
     except BaseChangedError:
         raise
     except BonsaiLoraError as error:
-        raise InvalidBaseError(f"{file} of base {name!r}: {error.detail}", base=name) from None
-    for start in range(0, header.data_start, 1 << 20):
-        digest.update(opened.read(start, min(start + (1 << 20), header.data_start)))
-    return GgufBase(name, files, digest.hexdigest(), ignored, opened, header, folding=folding)
-
-
-def _reader_of(file: BaseFile) -> ReadAt:
-    return lambda start, size: file.read(start, min(start + size, file.size_bytes))
+        raise InvalidBaseError(f"{ggufs[0]} of base {name!r}: {error.detail}", base=name) from None
+    for file, size in parts.header_bytes.items():
+        for start in range(0, size, 1 << 20):
+            digest.update(files[file].read(start, min(start + (1 << 20), size)))
+    return replace(base, digest=digest.hexdigest())
 
 
 def _check(base: GgufBase) -> None:
@@ -247,11 +252,6 @@ def _check(base: GgufBase) -> None:
     if kind not in (None, "model"):
         raise UnsupportedGgufError(
             f"general.type is {str(kind)[:100]!r}, not 'model'; upload adapters as sets"
-        )
-    parts = base.header.get("split.count")
-    if isinstance(parts, int) and parts > 1:
-        raise UnsupportedGgufError(
-            f"it is one of {parts} parts; join them with llama-gguf-split --merge", got=parts
         )
     if base.header.alignment > _MOST_ALIGNMENT:
         raise UnsupportedGgufError(

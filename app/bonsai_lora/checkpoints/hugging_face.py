@@ -3,17 +3,20 @@
 import json
 import zlib
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from functools import partial
 from math import prod
+from typing import Any
 
 from bonsai_lora.checkpoints.encodings import computed_as
-from bonsai_lora.checkpoints.folder import INDEX_FILE
+from bonsai_lora.checkpoints.folder import CONFIG_FILE, GGUF, INDEX_FILE
 from bonsai_lora.checkpoints.gguf_base import HEAD, GgufBase
 from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.checkpoints.parts import Made, MergedFile, Part, Stored
 from bonsai_lora.errors import UnsupportedGgufError
-from bonsai_lora.formats import gguf_config, safetensors
+from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.dequantize import can_dequantize
+from bonsai_lora.formats.gguf_config import ROPE_TABLES, config_of, weights_fields
 from bonsai_lora.formats.gguf_types import BY_NAME
 
 SHARD_BYTES = 5_000_000_000
@@ -23,20 +26,24 @@ _Shapes = Mapping[str, tuple[int, ...]]
 
 
 def checkpoint_files(
-    model: MergedModel, base: GgufBase, dtype: str | None
+    model: MergedModel, base: GgufBase, dtype: str | None, *, needs_config: bool
 ) -> dict[str, MergedFile]:
     """Return the files of the checkpoint by name: weights in `dtype` (BF16), configuration, others.
 
-    Raises UnsupportedGgufError if a tensor has no name or no values in such a checkpoint.
+    Raises UnsupportedGgufError if a tensor has no name or no values in such a checkpoint, and if it
+    `needs_config` and no configuration can be made.
     """
     kind = dtype or "BF16"
-    shapes = _shapes_of(model, base)
+    config: Mapping[str, Any] = {}
+    with nullcontext() if needs_config else suppress(UnsupportedGgufError):
+        config = _config_of(model, base, kind)
+    shapes = _shapes_of(model, base, ROPE_TABLES if config else frozenset())
     shards = _shards(shapes, kind)
     seed = f"{model.digest}/{kind}"
     files = {
         name: MergedFile([Stored(file, 0, file.size_bytes)], f"{base.digest}/{name}", _media(name))
         for name, file in base.files.items()
-        if file is not base.file
+        if not name.endswith(GGUF)
     }
     for name, (size, compressed) in base.tokenizer.items():
         made = Made(size, partial(zlib.decompress, compressed))
@@ -45,18 +52,25 @@ def checkpoint_files(
         files[name] = _weights(model, part, kind, f"{seed}/{name}")
     if len(shards) > 1:
         files[INDEX_FILE] = _json_file(_index(shards, kind), f"{seed}/{INDEX_FILE}")
-    config = gguf_config.config_of(
-        base.header, dtype=kind, is_tied=base.is_tied and not model.is_untied
-    )
-    if config is not None:
-        files["config.json"] = _json_file(config, f"{seed}/config.json")
+    if config:
+        files[CONFIG_FILE] = _json_file(config, f"{seed}/{CONFIG_FILE}")
     return files
 
 
-def _shapes_of(model: MergedModel, base: GgufBase) -> _Shapes:
+def _config_of(model: MergedModel, base: GgufBase, dtype: str) -> Mapping[str, Any]:
+    """Return the configuration beside the GGUF file, or one made from its keys."""
+    is_tied = base.is_tied and not model.is_untied
+    if not base.config:
+        return config_of(base.header, base.read_at, dtype=dtype, is_tied=is_tied)
+    return {**base.config, **weights_fields(dtype, is_tied=is_tied)}
+
+
+def _shapes_of(model: MergedModel, base: GgufBase, left_out: frozenset[str]) -> _Shapes:
     shapes = {}
     for name, stored in base.header.tensors.items():
         held = base.places_in(name)
+        if name in left_out:
+            continue
         if not held or not can_dequantize(stored.type):
             what = f"has type {stored.type.name}" if held else "has no name there"
             raise UnsupportedGgufError(

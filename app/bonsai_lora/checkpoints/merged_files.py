@@ -59,7 +59,7 @@ def _of_gguf(model: MergedModel, base: GgufBase, rendering: Rendering) -> dict[s
     files: dict[str, MergedFile] = {}
     if rendering.dtype in (None, *SAFETENSORS_DTYPES):
         with suppress(UnsupportedGgufError):  # its tensors have no names or values there
-            files = checkpoint_files(model, base, rendering.dtype)
+            files = checkpoint_files(model, base, rendering.dtype, needs_config=False)
     dtype = rendering.dtype or GGUF_DTYPES[0]
     gguf = merged_gguf(model, base, dtype, is_widened=rendering.is_widened)
     files[f"{base.name}.gguf"] = gguf
@@ -70,7 +70,7 @@ def hub_files(model: MergedModel) -> Mapping[str, MergedFile]:
     """Return the files that Hugging Face clients load: no GGUF file."""
     base = model.base
     return (
-        dict(sorted(checkpoint_files(model, base, None).items()))
+        dict(sorted(checkpoint_files(model, base, None, needs_config=True).items()))
         if isinstance(base, GgufBase)
         else merged_files(model)
     )

@@ -1,14 +1,14 @@
-"""A merged model as a GGUF file, computed while it is read.
+"""A merged model as one GGUF file, computed while it is read, also of a base that is split.
 
 Changed tensors are dequantized, merged and written in a wider type; all others stay as they are.
 Of a Hadamard-folded base, every folded tensor is unfolded and widened, and the keys that say so are
-dropped: llama.cpp itself does not know them, and PrismML's fork shares one transformed input among
-the tensors of a layer, so a file that is folded in part would be read wrongly by both.
+dropped. Only PrismML's fork follows these keys; llama.cpp itself ignores them and computes nonsense
+from folded tensors (github.com/av/harbor/wiki, Backend PrismML llama.cpp), so that a file which is
+still folded in part could not be read by both.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import partial
 from math import prod
 
 import numpy as np
@@ -45,8 +45,7 @@ def merged_gguf(model: MergedModel, base: GgufBase, dtype: str, *, is_widened: b
     }
     layout = _layout(model, base, changed, dtype)
     planned = _plan(base, layout)
-    make = partial(_head_of, base, layout)
-    parts: list[Part] = [Made(len(planned.head), make)]
+    parts: list[Part] = [Made(len(planned.head), lambda: _plan(base, layout).head)]
     position = len(planned.head)
     for name, info in planned.tensors.items():
         parts.append(_zeros(info.start - position))
@@ -137,16 +136,13 @@ def _quantization(layout: Layout) -> Mapping[str, Writable]:
     return {_FILE_TYPE: np.uint32(FILE_TYPES[known[0]])} if known else {}
 
 
-def _head_of(base: GgufBase, layout: Layout) -> bytes:
-    return _plan(base, layout).head
-
-
 def _part(
     model: MergedModel, base: GgufBase, name: str, info: TensorInfo, *, is_changed: bool
 ) -> Part:
     if not is_changed:
-        stored = base.header.tensors[_stored_name(base, name)]
-        return Stored(base.file, stored.start, stored.stop)
+        held = _stored_name(base, name)
+        stored = base.header.tensors[held]
+        return Stored(base.holders[held], stored.start, stored.stop)
     return computed_as(info.type.name, _values(model, base, name))
 
 

@@ -1,13 +1,11 @@
 """Bases that are folders of safetensors files."""
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from bonsai_lora.checkpoints.base import Base, Description
 from bonsai_lora.checkpoints.file import BaseFile, StoredTensor
@@ -62,15 +60,6 @@ class SafetensorsBase(Base):
     def is_tied(self) -> bool:
         """Whether the head shares the embedding, by config.json or because there is no head."""
         return bool(self.config.get("tie_word_embeddings", "lm_head.weight" not in self.weight_map))
-
-    @cached_property
-    def config(self) -> Mapping[str, Any]:
-        """The object in config.json; empty if there is none, or it is malformed."""
-        try:
-            config = json.loads(_content(self.files["config.json"]))
-        except (KeyError, ValueError, RecursionError):
-            return {}
-        return config if isinstance(config, dict) else {}
 
     @cached_property
     def dtypes(self) -> Mapping[str, int]:

@@ -7,17 +7,15 @@ scaling. The file is planned before it is computed, so any part of it can be com
 bytes depend on the arguments only.
 """
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import numpy as np
 
-from bonsai_lora.core import backend
 from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.core.cast import BFLOAT16, FLOAT16, Floats, to_float32
+from bonsai_lora.core.cast import Floats, to_float32
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import UnsupportedAdapterError
 from bonsai_lora.formats.fused import MAX_EXPERTS
@@ -29,23 +27,17 @@ from bonsai_lora.formats.gguf_lora import (
     is_multiplied,
     orders,
 )
+from bonsai_lora.formats.gguf_lora_file import LoraFile, MakeRows
 from bonsai_lora.formats.gguf_names import Change, Counterpart, Heads, to_gguf
 from bonsai_lora.formats.gguf_types import BY_NAME, TensorType
-from bonsai_lora.formats.gguf_writer import Plan, Writable, plan
+from bonsai_lora.formats.gguf_writer import Writable, plan
 from bonsai_lora.formats.hadamard import Folding
 from bonsai_lora.formats.peft_options import BaseOptions
-from bonsai_lora.formats.quantize import quantize_q8_0
 
 _SPLIT = {"gate_up_proj": ("gate_proj", "up_proj")}
 """Fused parameters -> the separate tensors of an expert, in the order of their outputs."""
 _FUSED = re.compile(r"(?P<core>.+\.experts)\.(?P<leaf>gate_up_proj|down_proj)")
-_LARGEST = {"F32": 3.4028234e38, "BF16": 3.3895313e38, "F16": 65504.0, "Q8_0": 127 * 65504.0}
-"""Largest finite value of each type."""
-_COPIES = 6
-"""Float32 copies of a tensor: widened, stacked, folded, encoded and padded; and one being sent."""
 _NUMBER = re.compile(r"(\d+)")
-
-Make = Callable[[], Floats]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,85 +90,49 @@ class _Target:
         """Raise UnsupportedAdapterError or UnsupportedGgufError unless the heads fit."""
         orders(self.name, self.change, heads, self.first.d_out, self.first.d_in)
 
-    def a_values(self, heads: Heads | None, folding: Folding | None) -> Floats:
-        """Return lora_a."""
+    def a_rows(self, rows: slice, heads: Heads | None, folding: Folding | None) -> Floats:
+        """Return rows of lora_a, counted over all experts, (n, width)."""
         if self.first.layer == "embedding":
-            return np.ascontiguousarray(to_float32(self.first.a_matrix).T)
-        out = np.zeros((self.experts or 1, self.rank, self.first.d_in), np.float32)
+            return to_float32(np.ascontiguousarray(self.first.a_matrix[:, rows].T))
+        out = np.zeros((rows.stop - rows.start, self.first.d_in), np.float32)
         own = folding if folding is not None and self.name in folding.weights else None
-        for number, adapter in self.adapters.items():
-            values = to_float32(adapter.a_matrix)
+        for number, inside, place in _spans(rows, self.rank):
+            adapter = self.adapters.get(number)
+            if adapter is None or inside.start >= adapter.rank:
+                continue
+            values = to_float32(adapter.a_matrix[inside])
             _, order = orders(self.name, self.change, heads, adapter.d_out, adapter.d_in)
             if order is not None and not (own is not None and own.is_grouped):
                 values = values[:, order]
-            out[number, : adapter.rank] = values if own is None else own.fold(values)
-        return out.reshape(self.a_shape)
+            part = out[place]
+            part[: len(values)] = values if own is None else own.fold(values)
+        return out
 
-    def b_values(self, heads: Heads | None, *, is_scaled: bool) -> Floats:
-        """Return lora_b, times the scaling of each adapter if it `is_scaled`."""
-        out = np.zeros((self.experts or 1, self.first.d_out, self.rank), np.float32)
-        for number, adapter in self.adapters.items():
-            values = to_float32(adapter.b_matrix)
+    def b_rows(self, rows: slice, heads: Heads | None, *, is_scaled: bool) -> Floats:
+        """Return rows of lora_b, times the scaling of each adapter if it `is_scaled`."""
+        out = np.zeros((rows.stop - rows.start, self.rank), np.float32)
+        for number, inside, place in _spans(rows, self.first.d_out):
+            adapter = self.adapters.get(number)
+            if adapter is None:
+                continue
             order, _ = orders(self.name, self.change, heads, adapter.d_out, adapter.d_in)
-            if order is not None:
-                values = values[order]
+            values = to_float32(adapter.b_matrix[inside if order is None else order[inside]])
             factor = np.float32(adapter.scaling if is_scaled else 1)
             with np.errstate(over="ignore"):  # infinities are refused afterwards
-                np.multiply(values, factor, out=out[number, :, : adapter.rank])
-        return out.reshape(self.b_shape)
+                np.multiply(values, factor, out=out[place, : adapter.rank])
+        return out
 
 
-class LoraFile:
-    """A GGUF LoRA file, of which any bytes can be computed."""
-
-    media_type = "application/octet-stream"
-
-    def __init__(
-        self, made: Plan, values: Mapping[str, Make], etag: str, *, may_overflow: bool
-    ) -> None:
-        self.size_bytes = made.total_bytes
-        self.etag = etag
-        largest = max(math.prod(one.shape) for one in made.tensors.values())
-        self.working_bytes = _COPIES * 4 * largest
-        """Memory for one piece, while it is computed and the one before it is sent."""
-        self._may_overflow = may_overflow
-        self._plan = made
-        self._values = values
-
-    def check_values(self) -> None:
-        """Raise UnsupportedAdapterError for values beyond their type; computes all of them."""
-        if self._may_overflow:
-            for name, info in self._plan.tensors.items():
-                _check_size(name, info.type, self._values[name]())
-
-    def pieces(self, start: int, stop: int) -> Iterator[Callable[[], memoryview]]:
-        """Yield what computes the bytes [start, stop), a tensor at a time."""
-        infos = self._plan.tensors
-        bounds = [*(one.start for one in infos.values()), self.size_bytes]
-        spans: list[tuple[int, int, Callable[[], bytes]]] = [
-            (0, len(self._plan.head), lambda: self._plan.head)
-        ]
-        for name, first, last in zip(infos, bounds, bounds[1:], strict=False):
-            spans.append((first, last, partial(_content, infos[name].type, self._values[name])))
-        for first, last, content in spans:
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                yield partial(_cut, content, last - first, low - first, high - first)
-
-
-def _cut(content: Callable[[], bytes], size: int, start: int, stop: int) -> memoryview:
-    return memoryview(content().ljust(size, b"\0"))[start:stop]
-
-
-def _content(kind: TensorType, make: Make) -> bytes:
-    values = make()
-    if kind.name == "F32":
-        return values.tobytes()
-    if kind.name == "Q8_0":
-        return quantize_q8_0(values.reshape(-1)).tobytes()
-    out = np.empty(values.shape, BFLOAT16 if kind.name == "BF16" else FLOAT16)
-    backend.cast(values, out)
-    return out.tobytes()
+def _spans(rows: slice, height: int) -> Iterator[tuple[int, slice, slice]]:
+    """Yield number, rows inside, and place among `rows`, of the experts that have `rows`."""
+    for number in range(rows.start // height, -(-rows.stop // height)):
+        start = number * height
+        first, last = max(rows.start, start), min(rows.stop, start + height)
+        yield (
+            number,
+            slice(first - start, last - start),
+            slice(first - rows.start, last - rows.start),
+        )
 
 
 def encode_lora(
@@ -195,19 +151,34 @@ def encode_lora(
     """
     targets = _targets(lora_set, options, model)
     alpha = _common_alpha(targets)
-    values: dict[str, Make] = {}
+    values: dict[str, MakeRows] = {}
     layout: dict[str, tuple[TensorType, tuple[int, ...]]] = {}
     for one in targets:
         one.check_heads(model.heads)
+        _check_folded(one, folding)
         for half, shape, make in (
-            ("lora_a", one.a_shape, partial(one.a_values, model.heads, folding)),
-            ("lora_b", one.b_shape, partial(one.b_values, model.heads, is_scaled=alpha == 0)),
+            ("lora_a", one.a_shape, partial(one.a_rows, heads=model.heads, folding=folding)),
+            (
+                "lora_b",
+                one.b_shape,
+                partial(one.b_rows, heads=model.heads, is_scaled=alpha == 0),
+            ),
         ):
             kind, name = _kind(dtype, shape[-1]), f"{one.name}.{half}"
             layout[name], values[name] = (kind, shape), make
     made = plan(_pairs(lora_set, model, alpha, is_folded=folding is not None), layout)
     may_overflow = dtype != "F32" or alpha == 0 or folding is not None
     return LoraFile(made, values, etag, may_overflow=may_overflow)
+
+
+def _check_folded(target: _Target, folding: Folding | None) -> None:
+    """Raise UnsupportedAdapterError for a folded embedding: its rows, not inputs, are folded."""
+    if folding is not None and target.name == EMBEDDING and EMBEDDING in folding.weights:
+        raise UnsupportedAdapterError(
+            f"the set adapts {EMBEDDING!r}, whose rows are Hadamard-folded; an adapter beside them "
+            "cannot be folded. Download the merged model instead",
+            module=EMBEDDING,
+        )
 
 
 def _pairs(
@@ -232,17 +203,6 @@ def _base_pairs(name: str) -> dict[str, Writable]:
 def _kind(dtype: str, width: int) -> TensorType:
     kind = BY_NAME[dtype]
     return BY_NAME["F16"] if width % kind.block else kind
-
-
-def _check_size(name: str, kind: TensorType, values: Floats) -> None:
-    """Raise UnsupportedAdapterError if a value is beyond the largest of its type."""
-    largest = float(max(values.max(initial=0), -values.min(initial=0)))
-    if largest > _LARGEST[kind.name]:
-        raise UnsupportedAdapterError(
-            f"{name} has values up to {largest:.6g}, beyond the largest {kind.name} value; use "
-            "dtype=F32, or train with a smaller scaling",
-            key=name,
-        )
 
 
 def _common_alpha(targets: Sequence[_Target]) -> float:

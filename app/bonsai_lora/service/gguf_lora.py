@@ -1,7 +1,9 @@
 """GGUF LoRA files: import one as a set, and export a set as one."""
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,7 +23,8 @@ from bonsai_lora.formats.gguf_lora import (
     decode_lora,
     float32_bytes,
 )
-from bonsai_lora.formats.gguf_lora_writer import LoraFile, Model, encode_lora
+from bonsai_lora.formats.gguf_lora_file import LoraFile
+from bonsai_lora.formats.gguf_lora_writer import Model, encode_lora
 from bonsai_lora.formats.gguf_names import ARCHITECTURES, Heads, to_gguf
 from bonsai_lora.formats.names import base_names, check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig
@@ -30,6 +33,7 @@ from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import Imported, Precondition, store_import
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.setfile import StoredSet
+from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.upload import WholeUpload
 
 _ARCHITECTURES = {
@@ -38,6 +42,7 @@ _ARCHITECTURES = {
     "qwen3_moe": "qwen3moe", "qwen3_5": "qwen35", "qwen3_5_text": "qwen35",
 }  # fmt: skip
 """`model_type` of a config.json -> `general.architecture` of the model's GGUF file."""
+_REMEMBERED = 4096
 _REVISION = 1
 """Part of the ETag; changes with the bytes of the files that are written."""
 
@@ -46,6 +51,22 @@ _DEFAULT = "qwen3"
 
 LoraDtype = Literal["F32", "F16", "BF16", "Q8_0"]
 """Types of the tensors of a GGUF LoRA."""
+
+
+class CheckedFiles:
+    """ETags of GGUF LoRAs whose values fit their types: they are computed once, to be checked."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, None] = OrderedDict()
+
+    def check(self, file: LoraFile) -> None:
+        """Raise UnsupportedAdapterError for values beyond their type, unless known to fit."""
+        if file.etag not in self._known:
+            file.check_values()
+            self._known[file.etag] = None
+            while len(self._known) > _REMEMBERED:
+                with suppress(KeyError):  # a different thread may drop it meanwhile
+                    self._known.popitem(last=False)
 
 
 def import_gguf(
@@ -59,6 +80,7 @@ def import_gguf(
     *,
     base_model_name: str | None = None,
     architecture: str | None = None,
+    source: Source | None = None,
 ) -> Imported:
     """Create or replace a set from a GGUF LoRA.
 
@@ -83,7 +105,9 @@ def import_gguf(
     adapter = peft.decode_adapter(PeftConfig(config), found.tensors, name)
     adapter.ignored_keys.extend(found.ignored_keys)
     own = {**adapter.config, peft.GGUF_ARCHITECTURE: architecture or header.architecture}
-    return store_import(store, limits, replace(adapter, config=own), "gguf", precondition)
+    return store_import(
+        store, limits, replace(adapter, config=own), "gguf", precondition, source=source
+    )
 
 
 def export_gguf(
@@ -162,8 +186,7 @@ def _model_of(base: Base | None, base_model_name: str) -> Model | None:
         known = Model(base.architecture, base.heads, base.is_tied, base.experts)
         return known if is_known else None
     if not isinstance(base, SafetensorsBase):
-        is_known = any(name.lower() in MODELS for name in base_names(base_model_name))
-        return Model("qwen3") if is_known else None
+        return _model_of_name(base_model_name)
     architecture = _ARCHITECTURES.get(base.model_type)
     if architecture is None:
         return None
@@ -176,6 +199,22 @@ def _model_of(base: Base | None, base_model_name: str) -> Model | None:
         base.is_tied,
         experts if type(experts) is int and experts > 0 else None,
     )
+
+
+def _model_of_name(base_model_name: str) -> Model | None:
+    """Return what is known of a model by its name alone."""
+    known = [MODELS[name.lower()] for name in base_names(base_model_name) if name.lower() in MODELS]
+    if not known:
+        return None
+    linear = known[0].linear_attention
+    if linear is None:
+        return Model("qwen3")
+    heads = Heads(
+        linear_keys=linear.key_heads,
+        linear_values=linear.value_heads,
+        linear_key_width=linear.head_dim,
+    )
+    return Model("qwen35", heads)
 
 
 def _heads_of(config: Mapping[str, Any]) -> Heads:

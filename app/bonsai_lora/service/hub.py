@@ -47,6 +47,6 @@ def _after(store: SetView, owners: list[str], bases: list[str], cursor: str) -> 
 
 
 def _sets(store: SetView, after: str) -> Iterator[str]:
-    while page := store.page("", after=after, base_model_name=None, limit=PAGE):
+    while page := store.page("", after=after, base_model_name=None, limit=PAGE).records:
         yield from (one.name for one in page)
         after = page[-1].name

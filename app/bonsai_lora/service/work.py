@@ -30,8 +30,12 @@ LOOP_NANOSECONDS_WITH_SPARE_CORES = 1_000_000
 
 _LATE_SECONDS = 10.0
 """How long a request is sure of its place."""
-_LATE_PER_PLACE = 4
-"""Most requests that go on without a place, for each place."""
+LATE_PER_PLACE = 4
+"""Most requests of clients that go on without a place, for each place."""
+
+_RETRIES_PER_PLACE = 2
+"""How many a second may be told to retry in a second, for each place."""
+_MOST_RETRY_SECONDS = 15
 
 _RETRIES_PER_PLACE = 2
 """How many a second may be told to retry in a second, for each place."""
@@ -39,15 +43,21 @@ _MOST_RETRY_SECONDS = 15
 
 
 class Lane:
-    """Admits requests to `places`, and runs their work in `threads`."""
+    """Admits requests to `places`, and runs their work in `threads`.
 
-    def __init__(self, name: str, places: int, threads: int) -> None:
+    `late_per_place` bounds the requests that go on without a place, for each place.
+    """
+
+    def __init__(
+        self, name: str, places: int, threads: int, late_per_place: int = LATE_PER_PLACE
+    ) -> None:
         self.name = name
         self.waiting = 0
         """Number of pieces of work that are in a thread or wait for one."""
         self.crowded_at = -math.inf
         """When a request was last refused because of clients that take long (monotonic)."""
         self._places = places
+        self._most_late = late_per_place * places
         self._holders: dict[object, float] = {}
         """When each request with a place took it, the oldest first."""
         self._second = 0
@@ -113,7 +123,7 @@ class Lane:
         now = monotonic()
         if now - taken_at < _LATE_SECONDS:
             return False
-        if len(self._late) >= _LATE_PER_PLACE * self._places:
+        if len(self._late) >= self._most_late:
             self.crowded_at = now
             return False
         del self._holders[oldest]

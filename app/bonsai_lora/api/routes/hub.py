@@ -7,7 +7,7 @@ Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request wit
 import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
@@ -20,9 +20,10 @@ from bonsai_lora.api.body import MODEL_BYTES, read_body
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
 from bonsai_lora.api.errors import HubError
-from bonsai_lora.api.merged_file import StreamedFile
+from bonsai_lora.api.merged_file import StreamedFile, gain_headers
 from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
+from bonsai_lora.checkpoints.folder import CONFIG_FILE
 from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.service import sets
 from bonsai_lora.service.hub import ADAPTERS, BASES, PAGE, page_of
@@ -31,6 +32,8 @@ from bonsai_lora.service.merged import weighted_sets
 from bonsai_lora.storage.setfile import SetRecord
 
 router = APIRouter(include_in_schema=False)
+
+_CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,8 @@ class _Repo:
     a missing repository or a lost connection, or loads older files from its cache; for a refused
     GET of a file, the reason.
     """
+    model: MergedModel | None = None
+    """The model, if it is a merged one."""
 
     def entry(self, path: str) -> dict[str, Any]:
         """Return the Hub's description of one of the files."""
@@ -92,15 +97,19 @@ async def resolve(
     request: Request, context: ContextDep, owner: str, name: str, revision: str, path: str
 ) -> Response:
     """Return one file of a repository."""
-    repo = await _repo(context, owner, name, revision)
     path = decode_slashes(path)
+    if owner == ADAPTERS and path == _CARD:
+        # Asked for before the first push, when huggingface_hub expects an empty repository.
+        raise HubError("EntryNotFound", f"{owner}/{name} has no {_CARD}: sets have no model cards")
+    repo = await _repo(context, owner, name, revision)
     file = repo.files.get(path)
     if file is None:
         detail = f"{repo.id} has no file {path!r}; it has {', '.join(list(repo.files)[:16])}"
         raise HubError("EntryNotFound", detail)
     if repo.refusal is not None and request.method == "GET":
         raise repo.refusal
-    return file_response(request, file, context.long, {"X-Repo-Commit": repo.commit})
+    gain = {} if repo.model is None else gain_headers(context.gains, repo.model, path)
+    return file_response(request, file, context.long, {"X-Repo-Commit": repo.commit, **gain})
 
 
 @router.get("/api/models")
@@ -222,8 +231,12 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
         "adapter_config.json": _bytes_file(config, record.etag, "config"),
         "adapter_model.safetensors": _bytes_file(stored.file, record.etag, "model"),
     }
-    commit = hashlib.sha256(record.etag.encode()).hexdigest()[:40]
-    return _of_set(f"{owner}/{name}", commit, record, files)
+    return _of_set(f"{owner}/{name}", commit_of(record), record, files)
+
+
+def commit_of(record: SetRecord) -> str:
+    """Return the commit that stands for a set's version."""
+    return hashlib.sha256(record.etag.encode()).hexdigest()[:40]
 
 
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
@@ -236,14 +249,15 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
         )
     if model.etags != [record.etag]:  # changed between the two reads
         return _merged_repo(context, owner, name)
-    return _of_set(f"{owner}/{name}", model.digest, record, _streamed(context, model))
+    found = _of_set(f"{owner}/{name}", model.digest, record, *_streamed(context, model))
+    return replace(found, model=model)
 
 
 def _base_repo(context: Context, owner: str, name: str) -> _Repo:
     model = context.models.get(context.store, name, [])
     changed = max(file.modified_ns for file in model.base.files.values())
     date = f"{datetime.fromtimestamp(changed // 10**9, UTC):%Y-%m-%dT%H:%M:%S.000Z}"
-    return _Repo(f"{owner}/{name}", model.digest, 1, date, date, _streamed(context, model))
+    return _Repo(f"{owner}/{name}", model.digest, 1, date, date, *_streamed(context, model))
 
 
 _MAKERS = {ADAPTERS: _adapter_repo, BASES: _base_repo}
@@ -260,11 +274,23 @@ def _of_set(
     return _Repo(repo, commit, record.version, *dates, files, refusal)
 
 
-def _streamed(context: Context, model: MergedModel) -> Mapping[str, RangedFile]:
+def _streamed(
+    context: Context, model: MergedModel
+) -> tuple[Mapping[str, RangedFile], errors.UnmergeableError | None]:
+    """Return the files of a model, and why they cannot be read.
+
+    If it cannot be a checkpoint, that is the file which clients read first.
+    """
+    try:
+        files = context.models.hub_files(model)
+    except errors.UnsupportedGgufError as error:
+        refusal = errors.UnmergeableError(error.detail, **error.values)
+        tag = _tag(f"{model.digest}/refused", CONFIG_FILE)
+        return {CONFIG_FILE: _RefusedFile(1, tag, refusal)}, refusal
     return {
         path: StreamedFile(file, context.executor, context.settings.threads)
-        for path, file in context.models.hub_files(model).items()
-    }
+        for path, file in files.items()
+    }, None
 
 
 @dataclass(slots=True)
@@ -289,7 +315,7 @@ def _refused_repo(
     key = f"{model.digest}/{record.etag}/refused"
     files = {
         path: _RefusedFile(file.size_bytes, _tag(key, path), refusal)
-        for path, file in context.models.hub_files(model).items()
+        for path, file in _streamed(context, model)[0].items()
     }
     commit = hashlib.sha256(key.encode()).hexdigest()[:40]
     return _of_set(f"{base}/{record.name}", commit, record, files, refusal)
