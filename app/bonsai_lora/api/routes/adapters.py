@@ -147,7 +147,9 @@ def _put(
     store, limits = context.store, context.limits
     tensors: Mapping[str, Array]
     if form is Form.BINARY:
-        tensors, _ = safetensors.decode(body, limit=limits.max_header_bytes)
+        tensors, _ = safetensors.decode(
+            body, limit=limits.max_header_bytes, most=safetensors.FEW_TENSORS
+        )
     else:
         value = json.decode_object(body, _PUT_FIELDS)
         if not value:
