@@ -13,6 +13,7 @@ SCRIPTS = [
     "lab",
     "store",
     "dequantize",
+    "open_gguf",
     "merged",
     "merged_gguf",
     "overload",
