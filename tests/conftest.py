@@ -12,6 +12,9 @@ import threading
 import time
 from pathlib import Path
 
+# Like the command, before NumPy loads. More threads than cores wait for each other.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import httpx
 import hypothesis
 import numpy as np
@@ -28,7 +31,17 @@ from bonsai_lora.settings import Settings
 
 sys.path[:0] = [
     str(Path(__file__).parent / part)
-    for part in ("", "client", "core", "api", "end_to_end", "hostile", "peers", "storage")
+    for part in (
+        "",
+        "client",
+        "core",
+        "api",
+        "end_to_end",
+        "hostile",
+        "peers",
+        "storage",
+        "cluster",
+    )
 ]
 
 configure_logging("warning", "console")

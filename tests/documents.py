@@ -3,7 +3,7 @@
 - `console`: each line that starts with `$ ` is a command; the lines below it are its output. What a
   command exports stays for those that follow.
 - `sh`: the whole block is one script. `make run` and `bonsai-lora serve …` start the service, in place
-  of the one that runs (every page begins with one that has only defaults).
+  of the one that runs (a page that begins with anything else has one with only defaults).
 - `python`: the blocks of a page share their names. `typescript`: each block is a module of its own.
 - `print(…)  # text` and `console.log(…); // text`: what the block prints, line by line.
 - Every other language is shown, not run. So is a block below `<!-- not run: reason -->`.
@@ -128,7 +128,6 @@ class Reader:
         """TypeScript blocks that could not be run."""
 
     def __enter__(self):
-        self._serve([])
         return self
 
     def __exit__(self, *_):
@@ -143,6 +142,8 @@ class Reader:
         text = block.text
         for documented, real in self._rewrites:
             text = text.replace(documented, real)
+        if self._server is None and not _SERVE.search(text):
+            self._serve([])
         getattr(self, f"_{block.language}")(text, block.line)
 
     def _console(self, text, _):

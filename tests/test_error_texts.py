@@ -30,6 +30,7 @@ from conftest import (
     upload_parts,
 )
 from keyring import KeysFileMaker, caller
+from obstore.store import S3Store
 
 from bonsai_lora import errors
 from bonsai_lora.api.app import create_app
@@ -43,6 +44,7 @@ from bonsai_lora.formats import gguf, gguf_writer, safetensors
 from bonsai_lora.formats.dequantize import dequantize
 from bonsai_lora.formats.gguf_types import BY_NAME
 from bonsai_lora.settings import Settings
+from bonsai_lora.storage.bucket import Bucket
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.wire.media import Form
 
@@ -74,6 +76,7 @@ OF_TRITON = (
 """Texts that Triton's clients search for have Triton's wording."""
 
 REQUESTS = [
+    (errors.JobNotFoundError, "GET", "/v1/jobs/0000000000000000000000000000", {}),
     (
         errors.MalformedBodyError,
         "POST",
@@ -133,6 +136,7 @@ REQUESTS = [
         {"content": (1 << 20).to_bytes(8, "little"), "headers": BINARY},
     ),
     (errors.HeadTooLargeError, "GET", "/v1/sets", {"headers": {"X-Long": "x" * 70_000}}),
+    (errors.MalformedRequestError, "GET", "/v1/sets", {"headers": {"Host": "a b"}}),
     (errors.TooManyRowsError, "POST", APPLY, {"json": {"inputs": [ROW] * 9}}),
     (errors.AnswerTooLargeError, "POST", APPLY, {"json": {"inputs": [ROW] * 8}}),
     (
@@ -277,6 +281,9 @@ def produce(folder):
             answer = client.post(APPLY, json={"inputs": [ROW]})
             texts[errors.BusyError].append(text_of(answer, errors.BusyError, APPLY))
         texts[errors.StalledError].append(stalled(url))
+        app.state.context.stopping.set()
+        answer = client.get("/readyz")
+        texts[errors.ShuttingDownError].append(text_of(answer, errors.ShuttingDownError, "/readyz"))
         for kind, number in (
             (errors.StoreFullError, errno.ENOSPC),
             (errors.StoreReadOnlyError, errno.EROFS),
@@ -292,7 +299,11 @@ def produce(folder):
     for kind, *arguments in GGUF:
         texts[kind].append(raised(kind, *arguments))
     texts[errors.BaseChangedError].append(base_changed(folder / "changed"))
+    texts[errors.StoreUnreachableError].append(
+        raised(errors.StoreUnreachableError, Bucket(nowhere()).get, "sets/plain")
+    )
     texts[errors.NewerFormatError].append(errors.NewerFormatError("plain", 2, 1).detail)
+    texts[errors.JobInterruptedError].append(errors.JobInterruptedError().detail)
     failure = failure_response({"path": "/v1/sets", "request_id": "1"})
     texts[errors.InternalError].append(json.loads(failure.body)["detail"])
     return texts
@@ -366,6 +377,18 @@ def raised(kind, function, *arguments):
     with pytest.raises(kind) as found:
         function(*arguments)
     return found.value.detail
+
+
+def nowhere():
+    """A store of objects behind a port without a listener."""
+    return S3Store(
+        "bucket",
+        endpoint="http://127.0.0.1:9",
+        access_key_id="key",
+        secret_access_key="key",
+        client_options={"allow_http": True},
+        retry_config={"max_retries": 0},
+    )
 
 
 def base_changed(folder):

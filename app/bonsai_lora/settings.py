@@ -52,6 +52,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def is_bucket(store: str) -> bool:
+    """Return whether a store is the URL of a bucket, and not a folder."""
+    return store.startswith(("s3://", "gs://", "az://"))
+
+
 def _split(value: Any) -> Any:
     """Return the parts of a list given as text, separated by commas or spaces."""
     return re.split(r"[,\s]+", value.strip(", \t")) if isinstance(value, str) and value else value
@@ -82,10 +87,37 @@ class Settings(BaseSettings):
     store: str = Field(
         "./bonsai-lora-data",
         min_length=1,
-        description="folder of the sets; 'memory:' for a temporary one, deleted on exit",
+        description="folder of the sets; 'memory:' for a temporary one, deleted on exit; or a "
+        "bucket, such as s3://bucket/prefix, gs://bucket/prefix or az://container/prefix",
+    )
+    cache: str = Field(
+        "./bonsai-lora-cache",
+        min_length=1,
+        description="folder for copies of the sets of a bucket, on this machine's disk",
+    )
+    cache_bytes: int = Field(
+        16 * _GIB,
+        ge=1,
+        description="most disk space for copies of sets; the least recently used ones are removed",
+    )
+    stale_seconds: float = Field(
+        5.0,
+        ge=0,
+        description="how long a set of a bucket is served before it is compared with the bucket "
+        "again; changes made through other machines are seen within this time",
+    )
+    stale_if_error_seconds: float = Field(
+        3600.0,
+        ge=0,
+        description="how long copies are served while the bucket does not answer",
     )
     bases: str | None = Field(
         None, description="folder of base checkpoints, each a subfolder of safetensors files"
+    )
+    sets: Path | None = Field(
+        None,
+        description="folder of adapters to import at the start: each PEFT or MLX subfolder, and "
+        "each GGUF LoRA, is a set with its name",
     )
     workers: int = Field(
         1, ge=1, le=256, description="worker processes; all see changes to the store immediately"
@@ -169,6 +201,9 @@ class Settings(BaseSettings):
         description="most short requests (applies) and most long ones (uploads, merges, new sets, "
         "downloads) in progress per worker; more get 503 with Retry-After",
     )
+    max_jobs: int = Field(
+        16, ge=1, description="most jobs that run or wait per worker; more get 503"
+    )
     kernels: Literal["auto", "off"] = Field(
         "auto",
         description="auto: compute with compiled kernels if they can run, otherwise in NumPy; off: "
@@ -190,6 +225,12 @@ class Settings(BaseSettings):
     )
     shutdown_seconds: int = Field(
         30, ge=0, description="how long to wait for requests in flight after SIGTERM"
+    )
+    drain_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="how long to go on serving after SIGTERM while /readyz answers 503, so that a "
+        "balancer sends nothing more",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info",
@@ -257,6 +298,11 @@ class Settings(BaseSettings):
     def tcp_port(self) -> int | None:
         """Return the port to listen on; None to listen on the Unix socket only."""
         return _PORT if self.port is None and self.uds is None else self.port
+
+    @property
+    def is_bucket(self) -> bool:
+        """Whether the store is a bucket."""
+        return is_bucket(self.store)
 
     def store_folder(self) -> Path | None:
         """Return the store's folder, or None for a temporary one."""

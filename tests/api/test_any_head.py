@@ -35,7 +35,7 @@ VARIABLE = re.compile(
     rb"|(?i:date|connection|content-length): [^\r]*\r\n|x-request-id: [0-9a-f]{16}\r\n"
     rb'|"request_id":"[0-9a-f]{16}"'
     # What is no request behind one that is being served ends the connection without an answer.
-    rb"|(?<=[^\n])HTTP/1.1 400 Bad Request\r\n[^{]*Invalid HTTP request received\.\Z"
+    rb"|(?<=[^\n])HTTP/1.1 400 Bad Request\r\n[^{]*{[^}]*:malformed_request[^}]*}\Z"
 )
 """What may differ."""
 VERSIONS = [b"HTTP/1.0", b"HTTP/1.2", b"HTTP/2.0", b"http/1.1", b"HTTP/1.1 ", b""]

@@ -92,7 +92,7 @@ def test_a_chunk_that_is_none_is_refused_at_once(guarded, path, before):
         began = time.monotonic()
         connection.sendall(bad)
         status, answer, _ = read_answer(connection)
-        assert (status, answer) == (400, b"Invalid HTTP request received.")
+        assert (status, json.loads(answer)["code"]) == (400, "malformed_request")
         assert time.monotonic() - began < STALL
         assert ends(connection)
     assert guarded.get("/v1/sets/plain").status_code == 200

@@ -157,7 +157,7 @@ def test_dtypes_are_enumerated():
     assert merged == [["F16", "BF16", "F32", "Q8_0"]] * 2
     assert [enum for path, enum in found if path.endswith(".gguf")] == [gguf]
     survival = [enum for path, enum in found if "/survival/" in path]
-    assert survival == [["BF16", "F16", "Q8_0", "Q1_0"]]
+    assert survival == [["BF16", "F16", "Q8_0", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0"]] * 2
     apart = ("/merged/", ".gguf", "/survival/")
     others = [enum for path, enum in found if not any(one in path for one in apart)]
     assert others == [floats] * 4

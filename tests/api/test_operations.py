@@ -14,7 +14,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.core import backend
+from bonsai_lora.storage.bad_files import BadFiles
 from bonsai_lora.storage.counts import count_restart
+from bonsai_lora.storage.store import SetStore
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -232,3 +234,26 @@ def test_metrics_report_versions_and_work(app, client):
     kernels = "off" if backend.running() is None else "on"
     info = f'{{fast_lane="on",kernels="{kernels}",version="{app.version}"}}'
     assert f"bonsai_lora_info{info} 1.0" in text
+
+
+def test_readiness_is_looked_up_in_a_thread_and_names_a_thousand_files(settings, monkeypatch):
+    app = create_app(settings)
+    store, threads = app.state.store, set()
+    bad = store.root / "bad"
+    bad.mkdir()
+    for number in range(1005):
+        (bad / f"s{number}.00000000.reason").write_text("cut off")
+    looked_at = [(SetStore, "is_writable"), (SetStore, "newer_files")]
+    for kind, name in [*looked_at, (BadFiles, "reasons"), (BadFiles, "count")]:
+        original = getattr(kind, name)
+
+        def noted(*arguments, original=original):
+            threads.add(threading.current_thread().name)
+            return original(*arguments)
+
+        monkeypatch.setattr(kind, name, noted)
+    with serving(app) as url:
+        ready = httpx.get(f"{url}/readyz").json()
+    assert ready["bad_file_count"] == 1005
+    assert len(ready["bad_files"]) == 1000
+    assert {name.partition(" ")[0] for name in threads} == {"AnyIO"}

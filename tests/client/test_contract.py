@@ -10,14 +10,24 @@ import numpy as np
 import pytest
 
 import bonsai_lora
-from bonsai_lora.client import answers
+from bonsai_lora.client import answers, lab_answers
 from bonsai_lora.client.call import Call
-from bonsai_lora.client.calls import adapters, applying, bases, inference, lab, merging, sets, stats
+from bonsai_lora.client.calls import (
+    adapters,
+    applying,
+    bases,
+    inference,
+    jobs,
+    lab,
+    merging,
+    sets,
+    stats,
+)
 from bonsai_lora.errors import InvalidNameError
 
 ROOT = Path(__file__).parents[2]
 OPENAPI = json.loads((ROOT / "openapi" / "openapi.json").read_text())
-MODULES = (adapters, applying, bases, inference, lab, merging, sets, stats)
+MODULES = (adapters, applying, bases, inference, jobs, lab, merging, sets, stats)
 
 X = np.ones((1, 4), np.float32)
 CALLS = [
@@ -54,6 +64,12 @@ CALLS = [
     lab.compare(["a", "b"]),
     lab.get_spectrum("s"),
     lab.get_survival("b", "s"),
+    lab.start_combine("s", {"a": 1.0}),
+    lab.start_extract("s", "b", "t", rank=4),
+    lab.start_survival("b", "s"),
+    jobs.list_jobs(),
+    jobs.get_job("j"),
+    jobs.cancel_job("j"),
     bases.list_bases(),
     bases.get_base("b"),
     bases.list_merged_files("b", "s"),
@@ -108,8 +124,8 @@ def functions():
                 yield make
 
 
-HUB = {"get_repository", "list_repository", "resolve"}
-"""What `pull` asks."""
+HUB = {"get_repository", "list_repository", "resolve", "result_of"}
+"""What `pull` asks, and what `wait_for` does with an answer."""
 
 
 @pytest.mark.parametrize("client", [bonsai_lora.Client, bonsai_lora.AsyncClient])
@@ -143,15 +159,20 @@ SCHEMAS = {
     "SetStats": answers.SetStats,
     "StoreStatsInfo": answers.StoreStats,
     "Estimate": answers.Estimate,
-    "CombinedModule": answers.CombinedModule,
-    "CombineReport": answers.CombineReport,
-    "CombinedSet": answers.CombinedSet,
-    "ComparedModule": answers.ComparedModule,
-    "ComparisonInfo": answers.Comparison,
-    "ModuleSpectrum": answers.ModuleSpectrum,
-    "SetSpectrum": answers.SetSpectrum,
-    "TensorSurvival": answers.TensorSurvival,
-    "SurvivalInfo": answers.SetSurvival,
+    "CombinedModule": lab_answers.CombinedModule,
+    "CombineReport": lab_answers.CombineReport,
+    "CombinedSet": lab_answers.CombinedSet,
+    "ComparedModule": lab_answers.ComparedModule,
+    "ComparisonInfo": lab_answers.Comparison,
+    "ModuleSpectrum": lab_answers.ModuleSpectrum,
+    "SetSpectrum": lab_answers.SetSpectrum,
+    "TensorSurvival": lab_answers.TensorSurvival,
+    "SurvivalInfo": lab_answers.SetSurvival,
+    "ExtractedTensor": lab_answers.ExtractedTensor,
+    "ExtractReport": lab_answers.ExtractReport,
+    "ExtractedSet": lab_answers.ExtractedSet,
+    "Job": lab_answers.Job,
+    "JobPage": lab_answers.JobPage,
     "BaseFile": answers.BaseFile,
     "BaseInfo": answers.BaseInfo,
     "BaseList": answers.BaseList,
@@ -195,7 +216,7 @@ def test_only_what_changes_nothing_is_pure():
     changing = {operation_of(call) for call in CALLS if not call.is_pure}
     assert changing == {
         *("create_set", "upload_set", "change_set", "delete_set", "put_adapter", "delete_adapter"),
-        "combine_sets",
+        *("combine_sets", "extract_set", "start_survival", "cancel_job"),
         *("register_shared_memory", "unregister_shared_memory", "unregister_shared_memory_region"),
     }
     assert all(isinstance(call, Call) for call in CALLS)

@@ -2,14 +2,22 @@
 
 import asyncio
 import json
+import sys
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
 from conftest import TINY
 
 from bonsai_lora import AsyncClient, Client
+from bonsai_lora.cli import pictures, progress
 from bonsai_lora.cli.main import main
-from bonsai_lora.errors import SetExistsError, SetNotFoundError
+from bonsai_lora.errors import (
+    InvalidRequestError,
+    JobInterruptedError,
+    SetExistsError,
+    SetNotFoundError,
+)
 
 
 @pytest.fixture
@@ -79,7 +87,9 @@ def test_compare(run):
         ["two", "2.449", "1", "1"],
         ["interference:", "0"],
     ], out
-    assert "\nq_proj\n" in run("compare", "one", "two", "--modules")[1]
+    by_module = run("compare", "one", "two", "--modules")[1]
+    assert "\nq_proj\n" in by_module
+    assert by_module.endswith("subspace similarity: 1\n")
     found = json.loads(run("compare", "one", "two", "--json")[1])
     assert found["modules"][0]["subspace_similarity"] == pytest.approx(1)
 
@@ -107,6 +117,118 @@ def test_survival(run, service):
     assert float(whole[2]) == pytest.approx(found["gain"], rel=1e-3)
     assert len(rows) == 14
     assert run("survival", "absent", "plain")[2].endswith("[base_not_found]\n")
+
+
+def test_exact_survival(run, service):
+    with Client(service) as client:
+        client.upload_set("plain", TINY / "plain")
+        estimate = client.get_survival("tiny-qwen3", "plain", dtype="BF16")
+    code, out, _ = run("survival", "tiny-qwen3", "plain", "--exact", "--json")
+    assert code == 0
+    exact = json.loads(out)
+    assert exact["exact"] is True
+    assert exact["gain"] == pytest.approx(estimate["gain"], rel=1e-5)
+
+
+def test_extract(run, service, tmp_path):
+    with Client(service) as client:
+        client.upload_set("plain", TINY / "plain")
+        folder = tmp_path / "bases" / "merged"
+        assert client.pull("tiny-qwen3/plain", folder)["delta_gain"] in (
+            None,
+            pytest.approx(1, abs=0.1),
+        )
+    code, out, err = run("extract", "new", "tiny-qwen3", "merged", "--rank", "8")
+    assert (code, err) == (0, "")
+    first, head, *rows = out.splitlines()
+    assert first.startswith("new: rank 8, energy kept 9")
+    assert first.endswith("14 tensors changed, 11 the same")
+    assert head.split()[:3] == ["NAME", "KIND", "RANK"]
+    assert {tuple(row.split()[1:3]) for row in rows} == {("lora", "8")}
+    code, _, err = run("extract", "same", "tiny-qwen3", "tiny-qwen3", "--rank", "8")
+    assert (code, err.split()[-1]) == (1, "[invalid_request]")
+    assert run("extract", "new", "tiny-qwen3", "merged", "--energy", "0.9")[2].endswith(
+        "[set_exists]\n"
+    )
+    found = json.loads(run("compare", "plain", "new", "--json")[1])
+    assert found["cosine"][0][1] == pytest.approx(1, abs=0.01)
+
+
+def cells(path):
+    """The labels of a picture's shapes; it must be well-formed."""
+    tree = ET.fromstring(path.read_text("utf-8"))
+    return [one.text for one in tree.iter("{http://www.w3.org/2000/svg}title")]
+
+
+def test_pictures(run, service, tmp_path):
+    with Client(service) as client:
+        for name in ("plain", "attention-only"):
+            client.upload_set(name, TINY / name)
+        cosines = {
+            one["name"]: one["cosine"][0][1]
+            for one in client.compare(["plain", "attention-only"])["modules"]
+        }
+    path = tmp_path / "plot.svg"
+    assert run("compare", "plain", "attention-only", "--plot", path)[0] == 0
+    assert len(cells(path)) == len(cosines) == 14
+    assert f"1 q_proj: {cosines['model.layers.1.self_attn.q_proj']:.4g}" in cells(path)
+    assert run("compare", "plain", "plain", "attention-only", "--plot", path)[0] == 0
+    assert "interference of plain" in path.read_text()
+    assert run("spectrum", "plain", "--plot", path, "--json")[0] == 0
+    assert len(cells(path)) == 14
+    assert cells(path)[0] == "model.layers.0.mlp.down_proj"
+    code, _, err = run("spectrum", "plain", "--plot", tmp_path / "absent" / "plot.svg")
+    assert code == 2
+    assert "absent" in err
+
+
+def test_pictures_of_odd_values(tmp_path):
+    path = tmp_path / "plot.svg"
+    spectra = {"a<b": [1.0, 1e-30, 0.0], "zero": [0.0], "empty": []}
+    path.write_text(pictures.curves("a & b", spectra))
+    assert cells(path) == ["a<b", "zero", "empty"]
+    path.write_text(pictures.heat_map("none", {}, 0, 1))
+    assert cells(path) == []
+    assert pictures._color(-1) == pictures._color(0) != pictures._color(1) == pictures._color(2)
+
+
+def test_jobs_of_the_client(run, service):
+    shares = []
+    with Client(service) as client:
+        job = client.start_combine("later", {"one": 1.0}, dry_run=True)
+        report = client.wait_for(job, shares.append)
+        assert report["rank"] == 2
+        assert shares[-1] == 1.0
+        assert client.get_job(job["id"])["state"] == "done"
+        assert client.cancel_job(job["id"])["state"] == "done"
+        failing = client.start_extract("new", "tiny-qwen3", "tiny-qwen3", energy=0.9)
+        with pytest.raises(InvalidRequestError, match="have the same") as refused:
+            client.wait_for(failing)
+        assert refused.value.values["field"] == "tuned"
+        with pytest.raises(JobInterruptedError, match="was cancelled"):
+            client.wait_for({**job, "state": "cancelled"})
+
+    async def wait():
+        async with AsyncClient(service) as client:
+            return await client.wait_for(await client.start_combine("made", {"two": 2.0}))
+
+    assert asyncio.run(wait())["name"] == "made"
+
+
+def test_a_little_gain_is_a_line_of_pull(service, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Client, "pull", lambda *_, **__: {"delta_gain": 0.125})
+    assert main(["pull", "--url", service, "tiny-qwen3/plain", "-o", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.startswith("warning: rounding left 12% of the deltas; ")
+
+
+def test_a_job_line_is_shown_after_a_second(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with progress.JobLine() as line:
+        line.update(0.1)
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(progress, "_SHOWN_AFTER_SECONDS", 0.0)
+        line.update(0.5)
+    assert capsys.readouterr().err.startswith("\r[###############               ]  50%, ")
 
 
 def test_calls(run, service):

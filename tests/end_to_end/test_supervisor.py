@@ -2,12 +2,12 @@
 
 import os
 import signal
+import subprocess
 import time
-from pathlib import Path
 
 import httpx
 import pytest
-from test_command import running, workers_of
+from test_command import COMMAND, running, workers_of
 
 
 def wait_for_other_workers(process, before):
@@ -63,9 +63,88 @@ def test_an_interrupt_of_the_terminal_ends_it(tmp_path):
         assert process.wait(timeout=20) == 0
 
 
-def test_nothing_is_left_behind(tmp_path):
+ENDINGS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("is_whole_group", [False, True], ids=["supervisor", "all processes"])
+def test_nothing_is_left_behind(tmp_path, ending, is_whole_group):
+    path = tmp_path / "x.sock"
+    flags = ["--store", "memory:", "--uds", str(path)]
+    with running(*flags, TMPDIR=str(tmp_path)) as (address, process):
+        url = address.partition(" and ")[0]
+        httpx.post(f"{url}/v1/sets", json={"name": "s"}).raise_for_status()
+        for pid in workers_of(process) if is_whole_group else []:
+            os.kill(pid, ending)
+        process.send_signal(ending)
+        assert process.wait(timeout=20) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_nothing_is_left_by_a_service_that_ends_while_it_starts(tmp_path, ending):
+    command = [COMMAND, "serve", "--store", "memory:", "--port", "0"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 20
+        while not any(tmp_path.iterdir()):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(ending)
+        assert process.wait(timeout=20) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_service_leaves_is_removed_by_the_next(tmp_path):
     with running("--store", "memory:", TMPDIR=str(tmp_path)) as (url, process):
         httpx.post(f"{url}/v1/sets", json={"name": "s"}).raise_for_status()
+        mine = list(tmp_path.iterdir())
+        # That of a service that runs stays.
+        with running("--store", "memory:", TMPDIR=str(tmp_path)):
+            os.utime(mine[0] / "service.lock", (0, 0))
+            with running("--store", "memory:", TMPDIR=str(tmp_path)):
+                assert httpx.get(f"{url}/v1/sets/s").status_code == 200
+        process.kill()
+    assert list(tmp_path.iterdir()) == mine
+    (other := tmp_path / "bonsai-lora-data").mkdir()
+    with running("--store", "memory:", TMPDIR=str(tmp_path)):
+        assert not mine[0].exists()
+    assert list(tmp_path.iterdir()) == [other]
+
+
+def test_nohup_is_respected(tmp_path):
+    command = ("nohup", COMMAND)
+    with running("--store", str(tmp_path), command=command) as (url, process):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        assert httpx.get(f"{url}/healthz").status_code == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
-    assert list(Path(tmp_path).iterdir()) == []
+
+
+def test_a_draining_service_serves_but_is_not_ready(tmp_path):
+    flags = ("--workers", "2", "--drain-seconds", "1.5")
+    with running("--store", str(tmp_path), *flags) as (url, process):
+        httpx.post(f"{url}/v1/sets", json={"name": "s"}).raise_for_status()
+        before = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        deadline = before + 1
+        while httpx.get(f"{url}/readyz").status_code == 200:
+            assert time.monotonic() < deadline
+        for path in ("/readyz", "/v2/health/ready"):
+            assert httpx.get(url + path).status_code == 503
+        assert httpx.get(f"{url}/readyz").json()["code"] == "shutting_down"
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        assert httpx.get(f"{url}/v1/sets/s").status_code == 200
+        assert process.wait(timeout=20) == 0
+        assert time.monotonic() - before >= 1.5
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM, signal.SIGTERM)])
+def test_a_second_signal_or_an_interrupt_does_not_drain(tmp_path, numbers):
+    with running("--store", str(tmp_path), "--drain-seconds", "60") as (url, process):
+        httpx.get(f"{url}/healthz").raise_for_status()
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.3)
+        assert process.wait(timeout=20) == 0

@@ -1,6 +1,9 @@
 """HTTPS, and a path prefix that a proxy removes."""
 
+import contextlib
+import socket
 import ssl
+import time
 
 import httpx
 import pytest
@@ -33,6 +36,39 @@ def test_https(tmp_path, lane):
             assert client.delete("/v1/sets/plain", headers=own).status_code == 204
         with pytest.raises(httpx.ConnectError):
             httpx.get(address)
+
+
+TLS = ["--tls-cert", str(CERTIFICATE), "--tls-key", str(KEY)]
+HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"
+"""The beginning of a ClientHello of 512 bytes."""
+
+
+@pytest.mark.parametrize("sent", [b"", HELLO], ids=["nothing", "a part"])
+def test_a_stalled_handshake_ends_with_the_stall_timeout(tmp_path, sent):
+    flags = ["--store", str(tmp_path), *TLS, "--stall-seconds", "1"]
+    with running(*flags) as (address, _), connection_to(address) as connection:
+        began = time.monotonic()
+        connection.sendall(sent)
+        with contextlib.suppress(ConnectionResetError):
+            while connection.recv(1000):  # an alert
+                pass
+        assert 0.9 < time.monotonic() - began < 5
+        trusted = ssl.create_default_context(cafile=str(CERTIFICATE))
+        assert httpx.get(f"{address}/healthz", verify=trusted).status_code == 200
+
+
+def test_a_stalled_handshake_does_not_delay_the_end(tmp_path):
+    flags = ["--store", str(tmp_path), *TLS, "--stall-seconds", "60"]
+    with running(*flags) as (address, process), connection_to(address) as connection:
+        connection.sendall(HELLO)
+        time.sleep(0.2)
+        process.terminate()
+        assert process.wait(10) == 0
+
+
+def connection_to(address):
+    host, _, port = address.partition("://")[2].partition(":")
+    return socket.create_connection((host, int(port)), timeout=10)
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,7 @@ def test_other_users_can_never_connect(path):
         for _ in range(200):
             with listening(Settings(uds=path)) as (listener,):
                 assert listener.family == socket.AF_UNIX
+                time.sleep(0)  # lets the watcher look
         assert os.umask(0) == 0
     finally:
         ended.set()
@@ -288,3 +289,13 @@ def test_client_commands_over_the_socket(path, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["ls", "--uds", str(path), "--url", URL])
     assert "not allowed with" in capsys.readouterr().err
+
+
+def test_copies_of_a_listener_never_block(path):
+    """Blocking is a flag of the socket itself: one worker's copies would make all others wait."""
+    with listening(Settings(uds=path, port=0, no_auth=True)) as listeners:
+        assert {one.family for one in listeners} == {socket.AF_INET, socket.AF_UNIX}
+        for one in listeners:
+            with one.dup() as copy:
+                assert not os.get_blocking(copy.fileno())
+            assert not os.get_blocking(one.fileno())

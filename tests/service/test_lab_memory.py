@@ -12,7 +12,7 @@ from bonsai_lora.core.similarity import similarity
 from bonsai_lora.service.combine import Plan
 from bonsai_lora.service.compare import Comparison
 
-SETS = [(2, 16, 600, 500, None), (24, 8, 400, 300, None), (2, 32, 300, 200, 8)]
+SETS = [(2, 16, 400, 300, None), (24, 8, 200, 150, None), (2, 32, 150, 100, 8)]
 """Number of sets, rank, d_in, d_out, experts."""
 
 

@@ -1,13 +1,18 @@
 """What storing in few bits leaves of a delta: against closed forms, and exactly for small bases."""
 
+import json
 import math
+import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 from conftest import TINY, assert_problem, read_tensors, upload
 
-from bonsai_lora.service import survival
+from bonsai_lora.checkpoints import exponents
+from bonsai_lora.core import rounding
+from bonsai_lora.service import gain, survival
 from bonsai_lora.service.survival import Survival, survive
 
 
@@ -19,10 +24,10 @@ def on_grid(weights, dtype):
     return weights.astype(dtype).astype(np.float32)
 
 
-def closed_form(weights, sigma, mantissa_bits):
+def closed_form(weights, sigma, mantissa_bits, least_step):
     """Unchanged share and gain for D ~ N(0, sigma^2) and W on a grid: each entry's step decides."""
     _, exponents = np.frexp(np.abs(weights[weights != 0]).astype(np.float64))
-    steps = 2.0 ** (exponents - 1 - mantissa_bits)
+    steps = np.maximum(2.0 ** (exponents - 1 - mantissa_bits), least_step)
     same = gain = 0.0
     values, counts = np.unique(steps, return_counts=True)
     for step, count in zip(values, counts, strict=True):
@@ -39,18 +44,44 @@ def test_rounding_to_sixteen_bits(rng, dtype, bits, sigma):
     grid = ml_dtypes.bfloat16 if dtype == "BF16" else np.float16
     weights = on_grid(normal(rng, 0.03), grid)
     found = survive(weights, normal(rng, sigma), dtype)
-    unchanged, gain = closed_form(weights, sigma, bits)
+    unchanged, gain = closed_form(weights, sigma, bits, ml_dtypes.finfo(grid).smallest_subnormal)
     assert found.unchanged == pytest.approx(unchanged, abs=0.015)
     assert found.gain == pytest.approx(gain, abs=0.015)
 
 
-@pytest.mark.parametrize(("ratio", "gain"), [(0.01, 1 / 128), (0.2, 0.009), (1.0, 0.57)])
-def test_one_bit_keeps_a_direction_of_128(rng, ratio, gain):
+@pytest.mark.parametrize(("ratio", "expected"), [(0.01, 1 / 128), (0.2, 0.009), (1.0, 0.57)])
+def test_one_bit_keeps_a_direction_of_128(rng, ratio, expected):
     weights = np.where(rng.random((64, 4096)) < 0.5, -0.03125, 0.03125).astype(np.float32)
     found = survive(weights, normal(rng, 0.03125 * ratio), "Q1_0")
-    assert found.gain == pytest.approx(gain, abs=0.1 * gain + 0.001)
+    assert found.gain == pytest.approx(expected, abs=0.1 * expected + 0.001)
     if ratio < 0.1:
         assert found.relative_error == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("dtype", ["Q2_0", "TQ2_0"])
+def test_ternary_storage_is_worse_than_no_delta(rng, dtype):
+    """The scale is the largest entry, which grows by the largest delta of a group."""
+    codes = rng.integers(-1, 2, (64, 4096))
+    found = survive((codes * 0.03125).astype(np.float32), normal(rng, 0.03125 * 0.03), dtype)
+    assert found.gain < 0.03
+    assert found.relative_error > 1.5
+
+
+@pytest.mark.parametrize("dtype", ["Q1_0", "Q2_0", "TQ1_0", "TQ2_0"])
+def test_few_bits_read_back_as_the_files_of_other_programs_do(rng, dtype):
+    """Quantized and read by the codecs of GGUF files; weights of the type itself stay as they are."""
+    width, stored = survival.STORED[dtype]
+    values = normal(rng, 0.03, (32, 512))
+    got = stored(values)
+    groups, found = values.reshape(-1, width), got.reshape(-1, width)
+    scale = (
+        (np.abs(groups).mean(axis=1) if dtype == "Q1_0" else np.abs(groups).max(axis=1))
+        .astype(np.float16)
+        .astype(np.float32)[:, None]
+    )
+    codes = np.sign(groups) if dtype == "Q1_0" else np.rint(groups / np.abs(groups).max(1)[:, None])
+    np.testing.assert_allclose(found, codes * scale, rtol=1e-3, atol=1e-9)
+    np.testing.assert_array_equal(stored(got), got)
 
 
 def test_q8_0_is_noise_of_its_step(rng):
@@ -99,6 +130,93 @@ def test_large_tensors_are_sampled(based, monkeypatch):
     assert sampled != exact
     assert sampled["gain"] == pytest.approx(exact["gain"], abs=0.05)
     assert sampled["relative_error"] == pytest.approx(exact["relative_error"], rel=0.2)
+
+
+def test_the_exact_figures_are_a_job(based, monkeypatch):
+    upload(based, "plain", TINY / "plain")
+    path = "/v1/bases/tiny-qwen3/survival/plain?dtype=BF16&scale=0.5"
+    small = based.get(path).json()  # all rows of small tensors
+    assert small.pop("exact") is False
+    monkeypatch.setattr(survival, "_BLOCK_VALUES", 1000)
+    started = based.post(path)
+    assert started.status_code == 202
+    job = started.json()
+    while job["state"] in ("queued", "running"):
+        job = based.get(started.headers["location"]).json()
+    assert (job["state"], job["result"].pop("exact")) == ("done", True)
+    assert job["result"]["skipped"] == small["skipped"] == []
+    for exact, sampled in zip(
+        [job["result"], *job["result"]["modules"]], [small, *small["modules"]], strict=True
+    ):
+        assert exact["unchanged"] == sampled["unchanged"]
+        assert exact["gain"] == pytest.approx(sampled["gain"], rel=1e-5)
+    assert_problem(based.post("/v1/bases/absent/survival/plain"), 404, "base_not_found")
+
+
+@pytest.mark.parametrize(
+    ("z", "expected"), [(0.5, 1), (1, 1), (2, 0.9856), (3, 0.7772), (4, 0.4319), (6, 0.0532)]
+)
+def test_the_gain_of_rounding(z, expected):
+    assert rounding.gain(z) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("sigma", [1e-5, 3e-5, 1e-4, 1e-3])
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_the_closed_form_is_what_storing_finds(rng, dtype, sigma):
+    grid = ml_dtypes.bfloat16 if dtype == "BF16" else np.float16
+    weights = on_grid(normal(rng, 0.03), grid)
+    delta = normal(rng, sigma)
+    delta[:32] *= 3
+    _, exponents = np.frexp(weights[weights != 0])
+    counts = dict(zip(*np.unique(exponents - 1, return_counts=True), strict=True))
+    squares = np.square(delta, dtype=np.float64).sum(axis=1)
+    kept = rounding.kept_squares(squares, delta.shape[1], counts, dtype)
+    assert kept / squares.sum() == pytest.approx(survive(weights, delta, dtype).gain, abs=0.01)
+
+
+def test_merged_downloads_say_what_is_left_once_it_is_known(based, settings, monkeypatch):
+    upload(based, "plain", TINY / "plain")
+    path = "/v1/bases/tiny-qwen3/merged/plain/model-00001-of-00003.safetensors"
+    hub = "/tiny-qwen3/plain/resolve/main/model-00001-of-00003.safetensors"
+
+    def gain_of(path):
+        for _ in range(500):
+            found = based.head(path).headers.get("bonsai-delta-gain")
+            if found is not None:
+                return float(found)
+            time.sleep(0.01)
+        raise AssertionError(path)
+
+    got = gain_of(path)
+    exact = based.get("/v1/bases/tiny-qwen3/survival/plain").json()["gain"]
+    assert got == pytest.approx(exact, abs=0.02)
+    assert gain_of(hub) == got
+    assert based.get(path).headers["bonsai-delta-gain"] == f"{got:.4f}"
+    logged = []
+    monkeypatch.setattr(gain._log, "warning", lambda text, *values: logged.append(text % values))
+    little = gain_of(f"{path}?scale=0.00001")
+    assert little < 0.5
+    (text,) = logged
+    assert text.startswith(f"merging 'plain' into base 'tiny-qwen3' keeps {100 * little:.0f} %")
+    (file,) = (Path(settings.store) / "exponents").iterdir()
+    assert len(json.loads(file.read_bytes())) == 16  # every matrix
+    plain = based.get("/bases/tiny-qwen3/resolve/main/model-00001-of-00003.safetensors")
+    assert "bonsai-delta-gain" not in plain.headers
+
+
+def test_every_64th_row_of_a_large_tensor_is_counted(monkeypatch, rng):
+    weights = (rng.standard_normal((640, 32)) * 0.03).astype(np.float32)
+
+    class InMemory(np.ndarray):
+        def __getitem__(self, block):
+            return np.asarray(self)[block]
+
+    whole = exponents._count(weights.view(InMemory))
+    assert sum(whole.values()) == weights.size
+    monkeypatch.setattr(exponents, "SMALL_VALUES", 1000)
+    some = exponents._count(weights.view(InMemory))
+    _, expected = np.unique(np.frexp(weights[::64])[1], return_counts=True)
+    assert list(some.values()) == expected.tolist()
 
 
 def test_a_scale_makes_the_delta_smaller(based):

@@ -38,6 +38,8 @@ from bonsai_lora.api.routes import (
     adapters,
     apply,
     hub,
+    hub_push,
+    jobs,
     lab,
     merge,
     oip,
@@ -55,8 +57,10 @@ from bonsai_lora.core import backend
 from bonsai_lora.errors import StoreFullError
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
+from bonsai_lora.service.gain import Gains
 from bonsai_lora.service.gguf_lora import CheckedFiles
 from bonsai_lora.service.infer import Inference
+from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
 from bonsai_lora.service.stats import store_stats
@@ -64,6 +68,9 @@ from bonsai_lora.service.view import SetView
 from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import UNGUARDED, Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile, read_restarts
+from bonsai_lora.storage.exponents import ExponentFolder
+from bonsai_lora.storage.jobs import JobFolder
+from bonsai_lora.storage.protocol import Store
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.verify import BackgroundCheck
@@ -90,8 +97,10 @@ _TAGS = [
     {"name": "statistics", "description": "Parameter counts, memory and norms."},
     {
         "name": "laboratory",
-        "description": "Combine sets, compare them, and look at their singular values.",
+        "description": "Combine sets, compare them, extract them, and look at their singular "
+        "values.",
     },
+    {"name": "jobs", "description": "Work that goes on after the answer to its request."},
     {"name": "operations", "description": "Health and metrics."},
 ]
 _ROUTERS = [
@@ -107,8 +116,10 @@ _ROUTERS = [
         shared_memory,
         stats,
         lab,
+        jobs,
         operations,
         page,
+        hub_push,
         hub,  # last: its paths match almost anything
     )
 ]
@@ -124,26 +135,43 @@ def _heads_of(router: APIRouter) -> APIRouter:
                 route.endpoint,
                 methods=["HEAD"],
                 response_model=route.response_model,
+                response_model_exclude_unset=route.response_model_exclude_unset,
                 include_in_schema=False,
             )
     return heads
 
 
-_HEADS = [_heads_of(router) for router in _ROUTERS]
-
 _STRICT_ROUTERS = [
-    one.router for one in (sets, set_files, adapters, merge, bases_routes, stats, lab)
+    one.router for one in (sets, set_files, adapters, merge, bases_routes, stats, lab, jobs)
 ]
 """Routers that refuse unknown query parameters. Apply parses its own; clients of the Hub and of the
 Open Inference Protocol send additional ones."""
 
+
+def _router_of_all() -> tuple[APIRouter, list[BaseRoute]]:
+    """Return a router that includes all routes, and the routes."""
+    whole, routes = APIRouter(), list[BaseRoute]()
+    for router in _ROUTERS:
+        strict = [Depends(refuse_unknown_query)] if router in _STRICT_ROUTERS else []
+        for one in (router, _heads_of(router)):
+            # get_context checks the scope of the key; routes that use no context need it too.
+            whole.include_router(one, dependencies=[Depends(get_context), *strict])
+            routes += one.routes
+    return whole, routes
+
+
+# Made once: FastAPI analyzes the functions of an included router upon its first request, in 35 ms.
+_ROUTER, _ROUTES = _router_of_all()
+
 _CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _EXPOSED_HEADERS = (
     "Accept-Ranges",
+    "Bonsai-Delta-Gain",
     "Content-Range",
     "ETag",
     "Inference-Header-Content-Length",
     "Location",
+    "Preference-Applied",
     "Retry-After",
     "WWW-Authenticate",
     "X-Error-Code",
@@ -151,7 +179,7 @@ _EXPOSED_HEADERS = (
     "X-Request-Id",
 )
 """Headers that a script of an allowed origin may read."""
-_COMPARE_SECONDS = 15
+_MAINTENANCE_SECONDS = 15
 _PUBLISH_SECONDS = 1.0
 """Oldest figures of a worker that another worker reports."""
 
@@ -187,11 +215,11 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         lifespan=_running,
     )
     app.state.fast_lane = None
-    metrics = Metrics(partial(_collect, app, shared), partial(_read_load, app))
+    metrics = Metrics(partial(_collect, app, shared), partial(_read_load, app), store.state)
     app.state.store = store
     app.state.door = door = Door(settings, _make_context(settings, store, shared, metrics))
     app.state.context = door.visitor.context(OPEN)
-    app.state.routes = _include_routers(app)
+    app.state.routes = _include_routes(app)
     install_error_handlers(app, app.state.routes)
     install_openapi(app, settings.root_path)
     app.add_middleware(EntranceMiddleware, door=door)
@@ -204,9 +232,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
             expose_headers=_EXPOSED_HEADERS,
         )
     app.state.observer = Observer(metrics)
-    app.add_middleware(
-        ObserveMiddleware, observer=app.state.observer, stall_seconds=settings.stall_seconds
-    )
+    app.add_middleware(ObserveMiddleware, observer=app.state.observer, context=app.state.context)
     return app
 
 
@@ -216,7 +242,7 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
     context: Context = app.state.context
     tasks = [
         asyncio.create_task(_publish_load(context.metrics)),
-        asyncio.create_task(_compare_listing(app.state.store)),
+        asyncio.create_task(_maintain(app.state.store)),
     ]
     totals = await anyio.to_thread.run_sync(context.store.totals)
     _log.info("ready", sets=totals.sets, pid=os.getpid())
@@ -225,6 +251,8 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
     finally:
         for task in tasks:
             task.cancel()
+        await context.jobs.stop()
+        app.state.store.close()
         _log.info("stopped", pid=os.getpid())
 
 
@@ -234,14 +262,14 @@ async def _publish_load(metrics: Metrics) -> None:
         await asyncio.sleep(_PUBLISH_SECONDS)
 
 
-async def _compare_listing(store: SetStore) -> None:
-    """Find what others have put into the folder of the store within a minute."""
+async def _maintain(store: Store) -> None:
+    """Let the store do what is due, every few seconds."""
     while True:
-        await asyncio.sleep(_COMPARE_SECONDS)
+        await asyncio.sleep(_MAINTENANCE_SECONDS)
         try:
-            await anyio.to_thread.run_sync(partial(store.listing.compare, only_if_due=True))
+            await anyio.to_thread.run_sync(store.maintain)
         except Exception:  # noqa: BLE001 - the next try may succeed
-            _log.exception("the listing could not be compared with the files")
+            _log.exception("the maintenance of the store failed")
 
 
 def create_default_app() -> FastAPI:
@@ -249,15 +277,10 @@ def create_default_app() -> FastAPI:
     return create_app(Settings())
 
 
-def _include_routers(app: FastAPI) -> list[BaseRoute]:
+def _include_routes(app: FastAPI) -> list[BaseRoute]:
     """Add all routes to `app`, and return them."""
-    routes: list[BaseRoute] = [route for route in app.routes if isinstance(route, Route)]
-    for router, heads in zip(_ROUTERS, _HEADS, strict=True):
-        strict = [Depends(refuse_unknown_query)] if router in _STRICT_ROUTERS else []
-        for one in (router, heads):
-            # get_context checks the scope of the key; routes that use no context need it too.
-            app.include_router(one, dependencies=[Depends(get_context), *strict])
-            routes += one.routes
+    routes = [*(route for route in app.routes if isinstance(route, Route)), *_ROUTES]
+    app.router.routes.extend(_ROUTER.routes)
     for route in routes:
         for method in getattr(route, "methods", None) or ():
             scope_of(method, getattr(route, "path", ""))  # raises KeyError for a forgotten one
@@ -272,16 +295,17 @@ def choose_backend(settings: Settings) -> None:
     backend.prepare()
 
 
-def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Metrics) -> Context:
+def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metrics) -> Context:
     view = SetView(store)
     limits = limits_of(settings)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
+    memory = Budget(settings.work_memory_bytes)
     return Context(
         settings,
         view,
         limits,
-        Budget(settings.work_memory_bytes),
+        memory,
         Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
         ShortLane(
             settings.max_concurrency,
@@ -296,6 +320,12 @@ def _make_context(settings: Settings, store: SetStore, shared: Path, metrics: Me
         MergedModels(bases),
         CheckedFiles(),
         ThreadPoolExecutor(settings.threads, "merge"),
+        Jobs(
+            JobFolder(store.root / "jobs"),
+            Lane("jobs", settings.max_jobs, settings.threads, late_per_place=0),
+            memory,
+        ),
+        Gains(ExponentFolder(store.root / "exponents")),
         metrics,
     )
 
@@ -314,7 +344,7 @@ def _collect(app: FastAPI, shared: Path) -> Iterable[Metric]:
 def _read_load(app: FastAPI) -> Load:
     """Return what this process has to do at the moment."""
     context: Context = app.state.context
-    lanes = (context.short, context.long)
+    lanes = (context.short, context.long, context.jobs.lane)
     budgets = {"memory": context.memory, "spill": context.spill}
     return Load(
         {lane.name: lane.in_progress for lane in lanes},
@@ -333,14 +363,26 @@ def _describe(app: FastAPI) -> dict[str, str]:
     }
 
 
-def open_store(settings: Settings, shared: Path | None = None) -> SetStore:
-    """Return the store that `settings` names; a temporary one is deleted with the object."""
+def open_store(settings: Settings, shared: Path | None = None) -> Store:
+    """Return the store that `settings` names; a temporary one is deleted with the object.
+
+    Raises OSError, and ValueError for a bucket or cache that cannot be used.
+    """
+    if settings.is_bucket:
+        from bonsai_lora.storage.bucket_store import open_bucket_store  # noqa: PLC0415 - optional
+
+        return open_bucket_store(
+            settings.store,
+            Path(settings.cache),
+            cache_bytes=settings.cache_bytes,
+            stale_seconds=settings.stale_seconds,
+            stale_if_error_seconds=settings.stale_if_error_seconds,
+            shared=shared,
+        )
     folder = settings.store_folder()
-    if folder is not None:
-        return SetStore(folder, shared=shared)
-    temporary = _new_folder()
-    store = SetStore(temporary)
-    _remove_with(store, temporary)
+    store = SetStore(folder or _new_folder(), shared=shared)
+    if folder is None:
+        _remove_with(store, store.root)
     return store
 
 

@@ -52,9 +52,9 @@ _LENGTH_DIGITS = 18
 MODEL_BYTES = 1 << 20
 """Longest body parsed into a pydantic model; models hold names and sizes, not tensors."""
 
-_MOST_COLONS = 4096
-"""Most fields of a model's JSON. Pydantic reports each unknown one, and lets no thread run until it
-has reported all."""
+_MOST_COLONS, _MOST_COMMAS = 4096, 16384
+"""Most fields of a model's JSON, and most values in its lists. Pydantic reports each that is wrong,
+and lets no thread run until it has reported all."""
 
 
 async def read_model(request: Request, model: type[Model], place: Place) -> Model:
@@ -77,6 +77,13 @@ def parse_model(body: bytes, model: type[Model]) -> Model:
             "that this call has",
             got=count,
             limit=_MOST_COLONS,
+        )
+    count = body.count(b",")
+    if count > _MOST_COMMAS:
+        raise InvalidRequestError(
+            f"the body has {count} commas, but the limit is {_MOST_COMMAS}; send shorter lists",
+            got=count,
+            limit=_MOST_COMMAS,
         )
     try:
         return model.model_validate_json(body)
@@ -128,8 +135,7 @@ def check_length(length: int, limit: int) -> None:
     if length > limit:
         raise BodyTooLargeError(
             f"the body has at least {counted(length, 'byte')}, but the limit is {limit}; send "
-            "less per "
-            "request, send tensors as safetensors, or raise the limit (see serve --help)",
+            "less per request, send tensors as safetensors, or raise the limit (see serve --help)",
             got_bytes=length,
             limit_bytes=limit,
         )
@@ -172,7 +178,6 @@ class BodyReader:
             self._rest = memoryview(await anext(self._parts))
         except StopAsyncIteration:
             raise MalformedBodyError(
-                f"the body ended {counted(missing, 'byte')} before the end of a block of "
-                "weights; send "
-                "all weights"
+                f"the body ended {counted(missing, 'byte')} before the end of a block of weights; "
+                "send all weights"
             ) from None

@@ -22,9 +22,10 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from bonsai_lora.api.call import JOINED_BYTES, HeaderLines
 from bonsai_lora.api.errors import problem_response
+from bonsai_lora.api.heads import check_version, resolve_target
 from bonsai_lora.api.middleware import request_id_of
 from bonsai_lora.api.pace import Pace
-from bonsai_lora.errors import HeadTooLargeError
+from bonsai_lora.errors import BonsaiLoraError, HeadTooLargeError, MalformedRequestError
 from bonsai_lora.wire.buffers import Buffer
 
 MAX_HEAD_BYTES = 1 << 16
@@ -38,6 +39,16 @@ _PAUSE_SECONDS = 0.1
 """How long nothing is read at first."""
 _LINGER_BYTES = 1 << 20
 """Most bytes to read and drop meanwhile."""
+
+_TOO_LARGE = HeadTooLargeError(
+    f"the request head is longer than {MAX_HEAD_BYTES} bytes or {MAX_HEAD_LINES} lines; send fewer "
+    "or shorter headers",
+    limit_bytes=MAX_HEAD_BYTES,
+    limit_lines=MAX_HEAD_LINES,
+)
+_UNREADABLE = MalformedRequestError(
+    "the request is not HTTP/1.1 as RFC 9112 defines it; check the client, and what is between"
+)
 
 _log = structlog.get_logger("bonsai_lora.requests")
 
@@ -63,9 +74,11 @@ class GuardedProtocol(HttpToolsProtocol):
         """Bytes of a header line that is not complete."""
         self._plain_head = b""
         """A head to be parsed again."""
+        self._refusal = _UNREADABLE
+        """The error for a request that the parser refuses."""
         self._head_timer: asyncio.TimerHandle | None = None
         self._start_head_timer()
-        self._read_pace = Pace(self.stall_seconds)
+        self._read_pace = Pace(self.stall_seconds, self.app.state.context.is_crowded)
         self._read_timer: asyncio.TimerHandle | None = None
         """Runs while the client has to read."""
         self._read_since = 0.0
@@ -94,7 +107,7 @@ class GuardedProtocol(HttpToolsProtocol):
             elif counted == self._head_bytes:
                 self._partial_bytes += len(data)
             if self._is_too_large:
-                self.send_400_response("")
+                self._refuse_unreadable()
                 return
         elif self.cycle is not None:
             if not self.cycle.response_complete:
@@ -111,9 +124,7 @@ class GuardedProtocol(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as upgrade:
                 data, self._plain_head = self._plain_head + data[upgrade.args[0] :], b""
             except httptools.HttpParserError:
-                message = "Invalid HTTP request received."
-                self.logger.warning(message)
-                self.send_400_response(message)
+                self._refuse_unreadable()
                 return
             else:
                 return
@@ -142,15 +153,23 @@ class GuardedProtocol(HttpToolsProtocol):
         self.stop_head_timer()
         if self.parser.should_upgrade():
             self._plain_head = self._head_without_upgrade()
-        else:
-            super().on_headers_complete()
+            return
+        version = self.parser.get_http_version()
+        try:
+            check_version(version)
+            self.url = resolve_target(self.url, self.headers, version)
+        except MalformedRequestError as error:
+            self._refusal = error
+            raise
+        self.expect_100_continue &= version == "1.1"
+        super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """Note that the request is complete."""
         if not self._plain_head:
             super().on_message_complete()
 
-    def send_400_response(self, msg: str) -> None:
+    def _refuse_unreadable(self) -> None:
         """Reject an unreadable request and close, once earlier requests have their responses."""
         self._drop_incomplete()
         cycle = self.cycle
@@ -164,13 +183,7 @@ class GuardedProtocol(HttpToolsProtocol):
             if cycle.response_started:
                 self.transport.close()
                 return
-        if self._is_too_large:
-            self._refuse_head()
-            return
-        lines = [(b"content-type", b"text/plain; charset=utf-8")]
-        lines.append((b"content-length", b"%d" % len(msg)))
-        self.write_response(400, lines, (msg.encode("ascii"),), keep_alive=False)
-        self.linger()
+        self._refuse(_TOO_LARGE if self._is_too_large else self._refusal)
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection for the responses to complete requests; close it otherwise.
@@ -281,21 +294,14 @@ class GuardedProtocol(HttpToolsProtocol):
         lines = [b"%b: %b" % line for line in self.headers if line[0] != b"upgrade"]
         return b"\r\n".join((b"%b %b HTTP/%b" % (method, self.url, version), *lines, b"", b""))
 
-    def _refuse_head(self) -> None:
+    def _refuse(self, error: BonsaiLoraError) -> None:
         request_id = request_id_of(None)
         scope = {"method": "any", "path": "*", "request_id": request_id}
-        refusal: Response = problem_response(
-            HeadTooLargeError(
-                f"the request head is longer than {MAX_HEAD_BYTES} bytes or {MAX_HEAD_LINES} "
-                "lines; send fewer or shorter headers",
-                limit_bytes=MAX_HEAD_BYTES,
-                limit_lines=MAX_HEAD_LINES,
-            ),
-            scope,
-        )
+        refusal: Response = problem_response(error, scope)
         lines = [*refusal.raw_headers, (b"x-request-id", request_id.encode())]
-        self.app.state.observer.observe(scope, 431, 0.0)
-        self.write_response(431, lines, (bytes(refusal.body),), keep_alive=False)
+        status = refusal.status_code
+        self.app.state.observer.observe(scope, status, 0.0)
+        self.write_response(status, lines, (bytes(refusal.body),), keep_alive=False)
         self.linger()
 
     def linger(self) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import Event
 from time import monotonic
 from typing import TypeVar, cast
 
@@ -12,11 +13,18 @@ from fastapi import Request
 from bonsai_lora.api.metrics import Metrics
 from bonsai_lora.api.scopes import scope_of
 from bonsai_lora.checkpoints.bases import BaseFolder
-from bonsai_lora.errors import TakesLongError
+from bonsai_lora.errors import (
+    SetNotFoundError,
+    ShuttingDownError,
+    TakesLongError,
+    VersionNotFoundError,
+)
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
+from bonsai_lora.service.gain import Gains
 from bonsai_lora.service.gguf_lora import CheckedFiles
 from bonsai_lora.service.infer import Inference
+from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.keys import Key, Meter, Scope, missing_scope
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
@@ -48,8 +56,25 @@ class Context:
     models: MergedModels
     checked: CheckedFiles
     executor: Executor
+    jobs: Jobs
+    gains: Gains
     metrics: Metrics
+    stopping: Event = field(default_factory=Event)
+    """Set once the service is about to stop, for balancers that ask whether it is ready."""
     started: float = field(default_factory=monotonic)
+
+    def is_crowded(self) -> bool:
+        """Return whether requests were refused of late because of clients that take long."""
+        last = max(self.short.crowded_at, self.long.crowded_at, self.memory.crowded_at)
+        return monotonic() - last < self.settings.stall_seconds
+
+    def check_ready(self) -> None:
+        """Raise ShuttingDownError if the service is about to stop."""
+        if self.stopping.is_set():
+            raise ShuttingDownError(
+                f"the service stops {self.settings.drain_seconds:g} s after SIGTERM; send requests "
+                "to a different one"
+            )
 
     def seen_by(self, key: Key, scope: Scope, meter: Meter) -> "Context":
         """Return the context of a caller: the sets that it may use for `scope`, and its rates."""
@@ -65,11 +90,28 @@ class Context:
             inference=replace(self.inference, store=store, regions=regions),
         )
 
-    async def open(self, name: str) -> StoredSet:
+    async def open(self, name: str, version: int | None = None) -> StoredSet:
         """Return the current version of a set; it is opened in the long lane if that takes long.
 
-        Raises SetNotFoundError, NewerFormatError.
+        If it is older than `version`, or there is none, the store is asked again, as the caller
+        may have seen a change that has not arrived here. Raises SetNotFoundError,
+        NewerFormatError.
         """
+        try:
+            stored = await self._open(name)
+            if version is None or stored.record.version >= version:
+                return stored
+        except SetNotFoundError:
+            if version is None:
+                raise
+        await self.long.run(partial(self.store.refresh, name))
+        return await self._open(name)
+
+    async def open_version(self, name: str, version: int | None) -> StoredSet:
+        """Return `version` of a set, or the current one; raises VersionNotFoundError too."""
+        return checked_version(await self.open(name, version), version)
+
+    async def _open(self, name: str) -> StoredSet:
         stored = self.store.read_quickly(name)
         if stored is None:
             stored = await self.long.run(partial(self.store.read, name))
@@ -85,6 +127,20 @@ class Context:
         except TakesLongError:
             patient = replace(self.applier, may_take_long=True)
             return await self.long.run(partial(work, patient))
+
+
+def checked_version(stored: StoredSet, version: int | None) -> StoredSet:
+    """Return `stored`; raises VersionNotFoundError if it is not `version`."""
+    current, name = stored.record.version, stored.record.name
+    if version not in (None, current):
+        raise VersionNotFoundError(
+            f"set {name!r} is at version {current}, not {version}; request this one, or leave the "
+            "version out",
+            set=name,
+            got=version,
+            expected=current,
+        )
+    return stored
 
 
 async def get_context(request: Request) -> Context:

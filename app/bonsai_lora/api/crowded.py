@@ -1,42 +1,14 @@
-"""Refuse connections before file descriptors run out: sets and bases need them to be opened."""
+"""Answer connections that would take the last file descriptors."""
 
 import asyncio
-import os
-import resource
-from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from bonsai_lora.api.errors import problem_response, too_many_files
 from bonsai_lora.api.middleware import request_id_of
 
-_RESERVED = 32
-"""Descriptors that connections leave to files."""
 _LINGER_SECONDS = 1.0
-
-
-def refusing_crowds(
-    connect: Callable[..., asyncio.BaseProtocol],
-) -> Callable[..., asyncio.BaseProtocol]:
-    """Return a factory of protocols that calls `connect` while enough descriptors are left."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-    def make(*args: Any, **options: Any) -> asyncio.BaseProtocol:
-        is_crowded = _lowest_free() + _RESERVED > limit
-        return CrowdedConnection() if is_crowded else connect(*args, **options)
-
-    return make
-
-
-def _lowest_free() -> int:
-    """Return the number of the next descriptor, which is at least the number of open ones."""
-    try:
-        descriptor = os.dup(2)
-    except OSError:
-        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    os.close(descriptor)
-    return descriptor
 
 
 class CrowdedConnection(asyncio.Protocol):

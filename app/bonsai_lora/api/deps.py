@@ -2,14 +2,20 @@
 
 from typing import Annotated
 
-from fastapi import Depends, Path
+from fastapi import Depends, Path, Query
 
 from bonsai_lora.api.call import Call, get_call
 from bonsai_lora.api.context import Context, get_context
+from bonsai_lora.api.query import DECIMAL
+
+VERSION_DESCRIPTION = "the version that is wanted: this one, or 404 `version_not_found`"
 
 ContextDep = Annotated[Context, Depends(get_context)]
 CallDep = Annotated[Call, Depends(get_call)]
 SetName = Annotated[str, Path(alias="set", description="name of a set", examples=["my-adapter"])]
 ModuleName = Annotated[
     str, Path(description="module name", examples=["q_proj", "model.layers.0.self_attn.q_proj"])
+]
+WantedVersion = Annotated[
+    int | None, Query(alias="version", ge=1, lt=1 << 53, description=VERSION_DESCRIPTION), DECIMAL
 ]

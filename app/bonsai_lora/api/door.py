@@ -107,9 +107,7 @@ class Door:
 
         Raises MisdirectedRequestError, CrossSiteError, UnsupportedMediaTypeError.
         """
-        host = headers.get(b"host", b"")
-        if peer.is_proxy and b"x-forwarded-host" in headers:
-            host = headers[b"x-forwarded-host"].rpartition(b",")[2].strip()
+        host = _host_of(headers, peer)
         if not (self._keys or peer.is_local or host in self._hosts or is_health(path)):
             check_host(host, self._allowed)
             _forget_some(self._hosts)
@@ -161,6 +159,19 @@ class Door:
         is_same = before is not None and before.key.rates == key.rates
         meter = before.meter if before and is_same else Meter(key, self._share)
         return Caller(key, meter, self._base)
+
+
+def address_of(scheme: str, headers: Headers, peer: Peer) -> str:
+    """Return the address that the client called, such as `http://localhost:8000`."""
+    if peer.is_proxy and b"x-forwarded-proto" in headers:
+        scheme = headers[b"x-forwarded-proto"].rpartition(b",")[2].strip().decode("latin-1")
+    return f"{scheme}://{_host_of(headers, peer).decode('latin-1')}"
+
+
+def _host_of(headers: Headers, peer: Peer) -> bytes:
+    if peer.is_proxy and b"x-forwarded-host" in headers:
+        return headers[b"x-forwarded-host"].rpartition(b",")[2].strip()
+    return headers.get(b"host", b"")
 
 
 def _forget_some(remembered: dict[bytes, Caller] | set[bytes]) -> None:

@@ -4,7 +4,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bonsai_lora.api.call import join_headers
-from bonsai_lora.api.door import PRIVATE, Caller, Door
+from bonsai_lora.api.door import PRIVATE, Caller, Door, address_of
 from bonsai_lora.api.errors import problem_response
 from bonsai_lora.api.scopes import is_open
 from bonsai_lora.errors import BonsaiLoraError
@@ -35,6 +35,7 @@ class EntranceMiddleware:
         door, path, headers = self._door, scope["path"], join_headers(scope["headers"])
         peer = door.peer_of(scope.get("server"), scope.get("client"))
         door.check_site(scope["method"], path, headers, peer)
+        scope["address"] = address_of(scope["scheme"], headers, peer)
         return door.visitor if is_open(path) else door.identify(headers)
 
 

@@ -21,12 +21,18 @@ from bonsai_lora.errors import BonsaiLoraError
 
 PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
-_PASSING = (errors.BusyError, errors.BaseChangedError, errors.RateLimitedError)
+_PASSING = (
+    errors.BusyError,
+    errors.BaseChangedError,
+    errors.RateLimitedError,
+    errors.StoreUnreachableError,
+)
 """Errors that the same request need not meet again."""
 _HUB_PATH = re.compile("/api/|/[^/]+/[^/]+/resolve/")
 
 
 STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
+    errors.MalformedRequestError: HTTPStatus.BAD_REQUEST,
     errors.MalformedBodyError: HTTPStatus.BAD_REQUEST,
     errors.UnmergeableError: HTTPStatus.FORBIDDEN,
     errors.UnauthenticatedError: HTTPStatus.UNAUTHORIZED,
@@ -44,8 +50,11 @@ STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.RangeNotSatisfiableError: HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
     errors.InvalidError: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.ShuttingDownError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.JobInterruptedError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StalledError: HTTPStatus.REQUEST_TIMEOUT,
     errors.BaseChangedError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.StoreUnreachableError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StoreReadOnlyError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.NewerFormatError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.QuotaExceededError: HTTPStatus.INSUFFICIENT_STORAGE,
@@ -81,24 +90,26 @@ def problem_response(
 
 def _headers_of(error: BonsaiLoraError, scope: Scope) -> dict[str, str]:
     """Return the headers that belong to an error."""
+    headers = _hub_headers(error, scope) if _HUB_PATH.match(scope["path"]) else {}
     if isinstance(error, errors.RangeNotSatisfiableError):
-        return {"Content-Range": f"bytes */{error.values['size_bytes']}"}
-    if isinstance(error, HubError):
-        return {"X-Error-Code": error.kind, **_hub_message(error, scope)}
-    if isinstance(error, errors.UnmergeableError):
-        return _hub_message(error, scope)
+        headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
     if isinstance(error, errors.UnauthenticatedError):
-        hub = {"X-Error-Code": "RepoNotFound", **_hub_message(error, scope)}
-        return {"WWW-Authenticate": "Bearer", **(hub if _HUB_PATH.match(scope["path"]) else {})}
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, _PASSING):
-        return {"Retry-After": str(error.values.get("retry_seconds", RETRY_AFTER_SECONDS))}
-    return {}
+        headers["Retry-After"] = str(error.values.get("retry_seconds", RETRY_AFTER_SECONDS))
+    return headers
 
 
-def _hub_message(error: BonsaiLoraError, scope: Scope) -> dict[str, str]:
+def _hub_headers(error: BonsaiLoraError, scope: Scope) -> dict[str, str]:
+    """Return what Hub clients read of an error."""
     # With the request id, which huggingface_hub would otherwise put before the message.
-    text = f"{error.detail} (request {scope.get('request_id')})"
-    return {"X-Error-Message": text.encode("ascii", "replace").decode()}
+    text = f"{error.detail} (request {scope.get('request_id')})".encode("ascii", "replace").decode()
+    message = {"X-Error-Message": "".join(one if one.isprintable() else "?" for one in text)[:2000]}
+    if isinstance(error, HubError):
+        return {"X-Error-Code": error.kind, **message}
+    if isinstance(error, errors.UnauthenticatedError):
+        return {"X-Error-Code": "RepoNotFound", **message}
+    return message
 
 
 def _problem_body(error: BonsaiLoraError, status: HTTPStatus, scope: Scope) -> dict[str, Any]:
@@ -226,7 +237,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             )
             return problem_response(problem, request.scope, {"Allow": ", ".join(allowed)})
         return problem_response(
-            errors.MalformedBodyError(
+            errors.MalformedRequestError(
                 "the request could not be parsed; check its syntax against RFC 9112"
             ),
             request.scope,

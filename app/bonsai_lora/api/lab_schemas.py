@@ -1,12 +1,14 @@
 """The JSON of the laboratory as pydantic models; their docstrings appear in OpenAPI."""
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat
 
-from bonsai_lora.api.schemas import InfoModel, RequestModel, SetInfo
+from bonsai_lora.api.schemas import InfoModel, Names, RequestModel, SetInfo
+from bonsai_lora.checkpoints.extraction import Change, Kind
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.factors import rank_for
 from bonsai_lora.core.recipe import Method, Recipe, Sign
@@ -15,7 +17,8 @@ from bonsai_lora.core.spectrum import effective_rank, singular_values
 from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.combine import Report
 from bonsai_lora.service.compare import Comparison, ModuleComparison
-from bonsai_lora.service.survival import Estimate, Survival
+from bonsai_lora.service.extract import Report as Extraction
+from bonsai_lora.service.survival import Followed, Survival
 from bonsai_lora.storage.setfile import StoredSet
 
 Rank = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -126,6 +129,90 @@ class CombinedSet(SetInfo):
         return cls(**dict(SetInfo.of(stored)), report=CombineReport.of(report))
 
 
+class ExtractSet(RequestModel):
+    """A set to extract from a fine-tuned model; needs `rank` or `energy`."""
+
+    name: str = Field(description="name of the new set")
+    base: str = Field(description="name of the base from which the model was tuned")
+    tuned: str = Field(description="name of the fine-tuned model, which is among the bases too")
+    rank: Rank | None = Field(None, description="rank; with `energy`, the highest (128)")
+    energy: Share | None = Field(
+        None,
+        description="choose the rank of each module so that it keeps this share of the sum of "
+        "squared singular values",
+    )
+    modules: Names = Field(
+        [], description="only these, by full name or last components; empty for all"
+    )
+
+
+class ExtractedTensor(BaseModel):
+    """What became of a tensor that the fine-tuning changed."""
+
+    name: str = Field(description="of the tensor")
+    kind: Kind = Field(
+        description="a LoRA; token_rows: the changed rows of an embedding; replaced: the whole "
+        "tensor, which is smaller; left_out: it cannot be part of an adapter"
+    )
+    rank: int | None = Field(description="of a LoRA")
+    rows: int | None = Field(description="of token_rows")
+    delta_norm: float = Field(description="Frobenius norm of the difference")
+    relative_norm: float | None = Field(description="over the norm of the base's tensor, if not 0")
+    energy_kept: float
+    relative_error: float = Field(
+        description="Frobenius norm of what is left out, over that of the difference"
+    )
+
+    @classmethod
+    def of(cls, change: Change) -> "ExtractedTensor":
+        """Return the schema of a change."""
+        lost = change.lost_square / change.square
+        return cls(
+            name=change.pair.name,
+            kind=change.kind,
+            rank=None if change.adapter is None else change.adapter.rank,
+            rows=None if change.rows is None else len(change.rows),
+            delta_norm=math.sqrt(change.square),
+            relative_norm=math.sqrt(change.square / change.base_square)
+            if change.base_square
+            else None,
+            energy_kept=1 - lost,
+            relative_error=math.sqrt(lost),
+        )
+
+
+class ExtractReport(BaseModel):
+    """What an extraction found, and what it lost."""
+
+    rank: int = Field(description="highest rank of a module")
+    energy_kept: float = Field(description="share of the squared Frobenius norm of all differences")
+    relative_error: float = Field(
+        description="Frobenius norm of what is left out, over that of all differences"
+    )
+    same: int = Field(description="tensors that are the same in both models")
+    warnings: list[str]
+    modules: list[ExtractedTensor]
+
+
+class ExtractedSet(SetInfo):
+    """The set that an extraction made."""
+
+    report: ExtractReport
+
+    @classmethod
+    def made(cls, stored: StoredSet, report: Extraction) -> "ExtractedSet":
+        """Return the schema of a new set with its report."""
+        found = ExtractReport(
+            rank=report.rank,
+            energy_kept=report.energy_kept,
+            relative_error=report.relative_error,
+            same=report.same,
+            warnings=report.warnings,
+            modules=[ExtractedTensor.of(one) for one in report.changes],
+        )
+        return cls(**dict(SetInfo.of(stored)), report=found)
+
+
 Norms = Annotated[list[float], Field(description="Frobenius norms, in the order of the sets")]
 Cosines = Annotated[list[list[float]], Field(description="0 with a delta that is zero")]
 Interference = Annotated[
@@ -224,8 +311,8 @@ class SetSpectrum(BaseModel):
     modules: list[ModuleSpectrum]
 
 
-StoredDtype = Literal["BF16", "F16", "Q8_0", "Q1_0"]
-"""Types whose loss is estimated."""
+StoredDtype = Literal["BF16", "F16", "Q8_0", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0"]
+"""Types whose loss is computed."""
 
 
 class SurvivalFigures(InfoModel):
@@ -246,6 +333,7 @@ class SurvivalInfo(SurvivalFigures):
     """What is left of a set's deltas."""
 
     dtype: StoredDtype
+    exact: bool = Field(description="whether all rows were stored, and not a sample")
     modules: list[TensorSurvival]
     skipped: list[str] = Field(
         description="changed tensors that are not followed: replaced ones, DoRA, stacked experts, "
@@ -253,16 +341,17 @@ class SurvivalInfo(SurvivalFigures):
     )
 
     @classmethod
-    def of(cls, estimate: Estimate, found: Sequence[Survival]) -> "SurvivalInfo":
-        """Return the schema of an estimate."""
+    def of(cls, followed: Followed, found: Sequence[Survival], *, is_exact: bool) -> "SurvivalInfo":
+        """Return the schema of what was found of each tensor."""
         return cls(
-            dtype=cast("StoredDtype", estimate.dtype),
+            dtype=cast("StoredDtype", followed.dtype),
+            exact=is_exact,
             **_survival(sum(found, Survival())),
             modules=[
                 TensorSurvival(name=name, **_survival(one))
-                for name, one in zip(estimate.tensors, found, strict=True)
+                for name, one in zip(followed.tensors, found, strict=True)
             ],
-            skipped=list(estimate.skipped),
+            skipped=list(followed.skipped),
         )
 
 

@@ -6,7 +6,26 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor
 from typing import Protocol
 
+from bonsai_lora.checkpoints.merged import MergedModel
+from bonsai_lora.checkpoints.merged_files import GGUF_DTYPES, SAFETENSORS_DTYPES
 from bonsai_lora.service.budget import Budget, Reservation
+from bonsai_lora.service.gain import Gains
+
+
+def gain_headers(
+    gains: Gains, model: MergedModel, file: str, dtype: str | None = None
+) -> dict[str, str]:
+    """Return the header with what a merged file keeps of the deltas, once that is known.
+
+    `dtype` is that of changed tensors of a GGUF base, if one is given.
+    """
+    if not model.etags:
+        return {}
+    if model.base.format == "gguf":
+        default = GGUF_DTYPES if file.endswith(".gguf") else SAFETENSORS_DTYPES
+        dtype = dtype or default[0]
+    gain = gains.known(model, dtype)
+    return {} if gain is None else {"Bonsai-Delta-Gain": f"{gain:.4f}"}
 
 
 class ComputedFile(Protocol):

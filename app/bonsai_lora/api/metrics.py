@@ -21,6 +21,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 
 from bonsai_lora.service.stats import StoreStats
+from bonsai_lora.storage.protocol import StoreState
 
 _LATENCY_SECONDS = (
     *(5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
@@ -43,6 +44,15 @@ class Load:
     """Most bytes that can be reserved, by resource."""
 
 
+_LOAD_GAUGES = (
+    ("in_flight", "requests_in_flight", "Requests admitted and not yet answered.", "lane"),
+    ("queued", "queued_work", "Work that is in a thread or waits for one.", "lane"),
+    ("reserved", "reserved_bytes", "Bytes reserved for requests in flight.", "resource"),
+    ("budgets", "budget_bytes", "Most bytes that can be reserved.", "resource"),
+)
+"""Field of `Load`, and name, description and label of its gauge."""
+
+
 class Metrics:
     """Request counters, and gauges that are read on each scrape.
 
@@ -50,7 +60,10 @@ class Metrics:
     """
 
     def __init__(
-        self, collect_service: Callable[[], Iterable[Metric]], read_load: Callable[[], Load]
+        self,
+        collect_service: Callable[[], Iterable[Metric]],
+        read_load: Callable[[], Load],
+        read_store: Callable[[], StoreState] = StoreState,
     ) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
@@ -76,6 +89,10 @@ class Metrics:
             ["code"],
             registry=registry,
         )
+        self._read_store = read_store
+        self._of_bucket = (
+            None if read_store().is_reachable is None else _BucketMetrics(self._registry)
+        )
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
         self.rows_applied = Counter(
             "bonsai_lora_rows_applied",
@@ -88,20 +105,10 @@ class Metrics:
             registry=registry,
         )
         self._read_load = read_load
-        self._in_flight = _gauge(
-            registry, "requests_in_flight", "Requests admitted and not yet answered.", ["lane"]
-        )
-        self._queued = _gauge(
-            registry, "queued_work", "Work that is in a thread or waits for one.", ["lane"]
-        )
-
-        self._reserved = _gauge(
-            registry, "reserved_bytes", "Bytes reserved for requests in flight.", ["resource"]
-        )
-        self._budgets = _gauge(
-            registry, "budget_bytes", "Most bytes that can be reserved.", ["resource"]
-        )
-
+        self._load = {
+            field: _gauge(registry, name, description, [label])
+            for field, name, description, label in _LOAD_GAUGES
+        }
         self.keys_file_errors = Counter(
             "bonsai_lora_keys_file_errors",
             "Times that the keys file was changed to one that cannot be used.",
@@ -125,15 +132,12 @@ class Metrics:
         self._refusals.labels(code).inc()
 
     def publish_load(self) -> None:
-        """Update this process's gauges, which other workers read."""
+        """Update this process's gauges and the store's counters, which other workers read."""
+        if self._of_bucket is not None:
+            self._of_bucket.publish(self._read_store())
         load = self._read_load()
-        for gauge, figures in (
-            (self._in_flight, load.in_flight),
-            (self._queued, load.queued),
-            (self._reserved, load.reserved),
-            (self._budgets, load.budgets),
-        ):
-            for label, number in figures.items():
+        for field, gauge in self._load.items():
+            for label, number in getattr(load, field).items():
                 gauge.labels(label).set(number)
 
     def render(self) -> bytes:
@@ -147,6 +151,46 @@ class Metrics:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry) + generate_latest(self._service_registry)
+
+
+class _BucketMetrics:
+    """What this process did with the bucket that is its store, and with the copies of its sets."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, description: str, *labels: str) -> Counter:
+            return Counter(f"bonsai_lora_{name}", description, labels, registry=registry)
+
+        self._requests = counter("store_requests", "Requests to the bucket.", "kind")
+        self._looks = counter("store_looks", "Comparisons with the bucket.", "result")
+        self._others = {
+            "hits": counter("cache_hits", "Sets that were served without asking the bucket."),
+            "fetches": counter("cache_misses", "Sets that were fetched."),
+            "fetched_bytes": counter("store_fetched_bytes", "Bytes of sets that were fetched."),
+            "fetch_seconds": counter("store_fetch_seconds", "Time that fetching sets took."),
+            "evictions": counter("cache_evictions", "Copies that were removed to make room."),
+            "looks_stale": counter("stale_served", "Sets served late as the bucket is away."),
+        }
+        self._published: dict[str, float] = {}
+        self._bytes, self._last_ok = (
+            Gauge(f"bonsai_lora_{name}", text, registry=registry, multiprocess_mode="livemax")
+            for name, text in (
+                ("cache_bytes", "Size of the copies of sets."),
+                ("store_last_ok_timestamp_seconds", "Unix time of the bucket's last answer."),
+            )
+        )
+
+    def publish(self, state: StoreState) -> None:
+        """Add what has happened since the last time."""
+        self._bytes.set(state.cache_bytes)
+        self._last_ok.set(state.last_ok)
+        for key, total in list(state.counts.items()):
+            new = total - self._published.get(key, 0)
+            self._published[key] = total
+            counter = self._others.get(key)
+            if counter is None:
+                kind, _, label = key.partition("_")
+                counter = (self._requests if kind == "requests" else self._looks).labels(label)
+            counter.inc(new)
 
 
 def _gauge(

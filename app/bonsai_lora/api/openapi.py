@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from bonsai_lora import errors
-from bonsai_lora.api import lab_schemas, oip_schemas, schemas, tensor_schemas
+from bonsai_lora.api import job_schemas, lab_schemas, oip_schemas, schemas, tensor_schemas
 from bonsai_lora.api.errors import PROBLEM_TYPE, is_oip, status_of
 from bonsai_lora.api.openapi_headers import describe_headers, sends
 from bonsai_lora.api.openapi_schemas import refine_schemas
@@ -64,7 +64,9 @@ STORE_ERRORS: Kinds = (
     errors.StoreFullError,
     errors.StoreReadOnlyError,
     errors.NewerFormatError,
+    errors.StoreUnreachableError,
 )
+STORED_ERRORS: Kinds = (errors.NewerFormatError, errors.StoreUnreachableError)
 
 
 Responses = dict[int | str, dict[str, Any]]
@@ -81,9 +83,9 @@ def extra_response(
 def problems(*kinds: type[BonsaiLoraError]) -> Responses:
     """Return the `responses` of a route that raises these errors."""
     by_status: dict[int, list[str]] = defaultdict(list)
-    # Any route that names a set may find one that a newer release wrote.
-    newer = (errors.NewerFormatError,) if errors.SetNotFoundError in kinds else ()
-    for kind in dict.fromkeys((*kinds, *newer, *ANY_ERRORS)):
+    # Any route that names a set may find one that a newer release wrote, or a bucket that is away.
+    more = STORED_ERRORS if errors.SetNotFoundError in kinds else ()
+    for kind in dict.fromkeys((*kinds, *more, *ANY_ERRORS)):
         by_status[int(status_of(kind))].append(kind.code)
     return {
         status: {
@@ -127,17 +129,21 @@ def empty_responses() -> Responses:
     return {200: {"description": "done; the response has no body", "content": {}}}
 
 
-def file_responses(media_type: str) -> Responses:
-    """Return the `responses` of a route that serves a file and its byte ranges."""
+def file_responses(media_type: str, *headers: str) -> Responses:
+    """Return the `responses` of a route that serves a file and its byte ranges, with `headers`."""
     schema = {"type": "object"} if media_type == Form.JSON.value else _BINARY
     content = {media_type: {"schema": schema}}
     return {
-        200: {"description": "the whole file", "content": content},
+        200: {"description": "the whole file", "content": content, **sends(200, *headers)[200]},
         206: {
+            **sends(206, *headers)[206],
             "description": "the requested byte ranges",
             "content": {**content, "multipart/byteranges": {"schema": _BINARY}},
         },
-        304: {"description": "not modified: If-None-Match names the current ETag"},
+        304: {
+            **sends(304, *headers)[304],
+            "description": "not modified: If-None-Match names the current ETag",
+        },
     }
 
 
@@ -209,7 +215,7 @@ def _add_models(document: dict[str, Any]) -> None:
     known = document.setdefault("components", {}).setdefault("schemas", {})
     models = [
         one
-        for module in (schemas, tensor_schemas, oip_schemas, lab_schemas)
+        for module in (schemas, tensor_schemas, oip_schemas, lab_schemas, job_schemas)
         for one in vars(module).values()
         if isinstance(one, type)
         and issubclass(one, BaseModel)

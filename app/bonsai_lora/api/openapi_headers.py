@@ -34,6 +34,16 @@ _RESPONSE_HEADERS: dict[str, dict[str, Any]] = {
         "description": "the range sent, unless there are several; the file's size after a 416",
         "schema": _STRING,
     },
+    "Bonsai-Delta-Gain": {
+        "description": "estimate of <D', D> / |D|^2 for the deltas D and what D' is left of them "
+        "after the merged weights were rounded: 1 if all, 0 if nothing; missing until it is known",
+        "schema": {"type": "number"},
+    },
+    "Preference-Applied": {
+        "description": "`respond-async`: the answer is a job",
+        "required": True,
+        "schema": _STRING,
+    },
     "WWW-Authenticate": {"description": "Bearer", "required": True, "schema": _STRING},
     "Retry-After": {
         "description": "seconds after which a retry can succeed",

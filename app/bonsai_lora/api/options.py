@@ -4,6 +4,7 @@ Parsing is a pure function of the query string and a few headers. Clients send t
 thousands of times, so the results for short ones are cached.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,7 @@ from urllib.parse import parse_qsl
 
 from bonsai_lora.api.body import check_coding
 from bonsai_lora.api.call import Call
+from bonsai_lora.api.deps import VERSION_DESCRIPTION
 from bonsai_lora.api.query import check_known, plain_number
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError
 from bonsai_lora.wire.compress import parse_content_encoding, response_coding
@@ -30,6 +32,8 @@ T = TypeVar("T")
 HEADER_LENGTH = b"inference-header-content-length"
 """Length in bytes of an inference's JSON header (Triton's extension binary_tensor_data)."""
 
+_VERSION = re.compile("[1-9][0-9]{0,15}")
+_VERSION_HINT = re.compile(rb"(?:^|&)version=([1-9][0-9]{0,15})(?:&|$)")
 _REMEMBERED_BYTES = 1 << 10
 _HEADER_LENGTH_DIGITS = 15
 
@@ -120,6 +124,8 @@ class ApplyOptions:
     scale: float
     match: str | None
     modules: Sequence[str]
+    version: int | None
+    """The version of the path's set that is wanted."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "ApplyOptions":
@@ -135,6 +141,7 @@ class ApplyOptions:
             values["scale"],
             values["match"],
             values.get("module", []),
+            values.get("version"),
         )
 
 
@@ -157,6 +164,22 @@ def _scale(values: list[str]) -> float:
             field="scale",
         )
     return scale
+
+
+def _version(values: list[str]) -> int | None:
+    if not values:
+        return None
+    if _VERSION.fullmatch(values[-1]) is None:
+        raise InvalidRequestError(
+            f"version is {values[-1][:100]!r}; expected a whole number from 1", field="version"
+        )
+    return int(values[-1])
+
+
+def version_hint(query: bytes) -> int | None:
+    """Return the version in a query that may be malformed; None if there is none."""
+    found = _VERSION_HINT.search(query) if b"version" in query else None
+    return None if found is None else int(found[1])
 
 
 _MEDIA = (
@@ -189,6 +212,16 @@ APPLY_OPTIONS: Options = (
     ),
     *_MEDIA,
 )
+APPLY_ONE_OPTIONS: Options = (
+    Option(
+        "version",
+        "query",
+        _version,
+        VERSION_DESCRIPTION,
+        {"type": "integer", "minimum": 1},
+    ),
+    *APPLY_OPTIONS,
+)
 APPLY_MANY_OPTIONS: Options = (
     Option(
         "module",
@@ -197,7 +230,7 @@ APPLY_MANY_OPTIONS: Options = (
         "module to apply to the shared batch `inputs`; repeatable",
         {"type": "array", "items": {"type": "string"}},
     ),
-    *APPLY_OPTIONS,
+    *APPLY_ONE_OPTIONS,
 )
 
 

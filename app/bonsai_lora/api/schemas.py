@@ -161,10 +161,11 @@ class SetSummary(InfoModel):
     version: int = Field(description="1 at creation, incremented by each change")
     created_at: str = Field(description="RFC 3339, UTC")
     updated_at: str
-    origin: Literal["initialized", "peft", "mlx", "gguf", "mixed", "combined"]
+    origin: Literal["initialized", "peft", "mlx", "gguf", "mixed", "combined", "extracted"]
     adapter_count: int
     total_trainable_params: int
     total_memory_bytes: int
+    rank: int = Field(description="of the set's configuration; modules may have others")
 
 
 class SetInfo(SetSummary):
@@ -190,6 +191,10 @@ class SetPage(BaseModel):
     sets: list[SetSummary]
     next_cursor: str | None = Field(
         description="pass it as `cursor` to get the next page; null on the last page"
+    )
+    as_of: str | None = Field(
+        None,
+        description="time of the index that was read (RFC 3339); absent if the page is current",
     )
 
 
@@ -287,6 +292,10 @@ class StoreStatsInfo(BaseModel):
     resident_bytes: int
     uptime_seconds: float
     sets: list[SetSummary] = Field(description="largest first, at most 100")
+    as_of: str | None = Field(
+        None,
+        description="time of the index that `sets` are of (RFC 3339); absent if they are current",
+    )
 
 
 class Estimate(BaseModel):
@@ -294,54 +303,6 @@ class Estimate(BaseModel):
 
     adapters: int
     bytes_per_adapter: int
-
-
-class BaseFile(BaseModel):
-    """A file of a base checkpoint."""
-
-    name: str
-    size_bytes: int
-
-
-class BaseInfo(BaseModel):
-    """A base checkpoint."""
-
-    name: str
-    format: Literal["safetensors", "gguf"]
-    architecture: str = Field(
-        description="family of the model, such as `qwen3`; empty if it is unknown"
-    )
-    files: list[BaseFile]
-    dtypes: dict[str, int] = Field(
-        description="number of parameters by dtype; of a GGUF file, number of tensors by type"
-    )
-    parameter_count: int
-    ignored_files: list[str] = Field(
-        description="files and folders beside them that are no part of the model"
-    )
-
-
-class BaseList(BaseModel):
-    """The base checkpoints."""
-
-    bases: list[BaseInfo]
-    bad: dict[str, str] = Field(
-        description="folders and files that are not a readable checkpoint: the reason by name"
-    )
-
-
-class MergedFileInfo(BaseModel):
-    """A file of a merged model."""
-
-    name: str
-    size_bytes: int
-    etag: str
-
-
-class MergedFiles(BaseModel):
-    """The files of a merged model."""
-
-    files: list[MergedFileInfo]
 
 
 class Health(BaseModel):
@@ -366,6 +327,11 @@ class Readiness(BaseModel):
         None, description="the names of sets of a newer release; absent if there are keys"
     )
     store_writable: bool = Field(description="whether sets can be created, changed and deleted")
+    store: Literal["reachable", "unreachable"] | None = Field(
+        None,
+        description="whether the bucket answers; cached sets are served meanwhile; absent if the "
+        "store is a folder",
+    )
     bases_readable: bool | None = Field(
         description="whether the folder of bases exists; null if the service has no such folder",
     )

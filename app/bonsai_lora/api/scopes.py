@@ -44,6 +44,8 @@ SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
             "/v1/stats",
             "/v1/compare",
             "/v1/estimate",
+            "/v1/jobs",
+            "/v1/jobs/{job}",
             "/v1/bases",
             "/v1/bases/{base}",
             "/v1/bases/{base}/merged/{set}",
@@ -67,7 +69,12 @@ SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
             "/api/whoami-v2",
             "/{owner}/{name}/resolve/{revision}/{path:path}",
         ),
-        "POST": ("/v2/repository/index", f"{_HUB}/paths-info/{{revision}}"),
+        "POST": (
+            "/v1/bases/{base}/survival/{set}",
+            "/v2/repository/index",
+            f"{_HUB}/paths-info/{{revision}}",
+        ),
+        "DELETE": ("/v1/jobs/{job}",),
     },
     "apply": {
         "POST": (
@@ -80,7 +87,15 @@ SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
         )
     },
     "write": {
-        "POST": ("/v1/sets", "/v1/combine"),
+        "POST": (
+            "/v1/sets",
+            "/v1/combine",
+            "/v1/extract",
+            "/api/repos/create",
+            "/api/validate-yaml",
+            f"{_HUB}/preupload/{{revision}}",
+            f"{_HUB}/commit/{{revision}}",
+        ),
         "PUT": (_SET, _ADAPTER),
         "PATCH": (_SET,),
         "DELETE": (_SET, _ADAPTER),

@@ -27,9 +27,10 @@ _FILE_NAMES = {
 """Parts that are named after the file that they hold."""
 
 _REMEDY = f"send the two files {CONFIG_PART} and {MODEL_PART}, or {GGUF_PART} alone"
-_CONFIG_BYTES = 1 << 20
 _WRITE_BYTES = 1 << 20
-_START_BYTES = 1 << 12
+CONFIG_BYTES = 1 << 20
+"""Longest adapter_config.json."""
+START_BYTES = 1 << 12
 """How much of a file is looked at to say what it is."""
 
 
@@ -85,7 +86,7 @@ async def receive_adapter(
         )
     if form.is_gguf:
         return None
-    check_config_start(bytes(form.config[:_START_BYTES]))
+    check_config_start(bytes(form.config[:START_BYTES]))
     return bytes(form.config)
 
 
@@ -104,10 +105,19 @@ def _boundary(request: Request) -> bytes:
 
 async def _flush(form: "_AdapterForm", upload: Upload | WholeUpload) -> None:
     model, form.model = form.model, bytearray()
-    if model:
-        if not upload.received and not form.is_gguf:
-            check_start(bytes(model[:_START_BYTES]))
-        await anyio.to_thread.run_sync(upload.write, model)
+    await write_weights(upload, model)
+
+
+async def write_weights(upload: Upload | WholeUpload, piece: bytearray) -> None:
+    """Write the next piece of a file to `upload`.
+
+    Raises the errors of `Upload.write`, and UnsupportedAdapterError if a safetensors file begins
+    like one of a different format.
+    """
+    if piece:
+        if not upload.received and isinstance(upload, Upload):
+            check_start(bytes(piece[:START_BYTES]))
+        await anyio.to_thread.run_sync(upload.write, piece)
 
 
 @dataclass
@@ -177,7 +187,7 @@ class _AdapterForm:
             self.model += data[start:end]
             return
         self.config += data[start:end]
-        check_length(len(self.config), _CONFIG_BYTES)
+        check_length(len(self.config), CONFIG_BYTES)
 
     def _on_end(self) -> None:
         self.ended = True

@@ -14,10 +14,16 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from bonsai_lora.formats.pieces import ObjectReader
 
 GGUF = ".gguf"
 INDEX_FILE = "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+
+MOST_JSON_BYTES = 1 << 26
+"""Longest index and configuration that are read."""
 
 _ONE_FILE = "model.safetensors"
 _OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx"})
@@ -79,10 +85,28 @@ def _choose_weights(found: FolderFiles) -> None:
 def _named_by_index(files: Mapping[str, Path]) -> set[str] | None:
     """Return the files that the index lists; None without a valid index."""
     try:
-        index = json.loads(files[INDEX_FILE].read_text(encoding="utf-8"))["weight_map"]
-        return set(index.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set(weight_map_of(_read(files[INDEX_FILE])).values())
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def weight_map_of(index: bytes) -> dict[str, Any]:
+    """Return the object `weight_map` of an index, read in pieces; raises ValueError."""
+    reader = ObjectReader(index.decode())
+    for name in reader.names():
+        if name == "weight_map":
+            return {tensor: reader.value() for tensor in reader.names()}
+        reader.any_value()
+    raise ValueError("there is no weight_map")
+
+
+def _read(path: Path) -> bytes:
+    """Return a file of JSON; raises ValueError if it is far longer than any should be."""
+    with path.open("rb") as file:
+        content = file.read(MOST_JSON_BYTES + 1)
+    if len(content) > MOST_JSON_BYTES:
+        raise ValueError(f"{path.name} has more than {MOST_JSON_BYTES} bytes")
+    return content
 
 
 def _walk(
@@ -133,6 +157,6 @@ def _is_model(folder: Path) -> bool:
     if _CHECKPOINT.fullmatch(folder.name) or any(folder.glob("consolidated*")):
         return True
     try:
-        return "model_type" in json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return "model_type" in json.loads(_read(folder / CONFIG_FILE))
     except (OSError, ValueError, TypeError):
         return False

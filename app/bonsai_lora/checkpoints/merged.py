@@ -61,6 +61,11 @@ class MergedModel:
         return [one.etag for one in self._ingredients]
 
     @property
+    def set_names(self) -> list[str]:
+        """Names of the merged sets."""
+        return [one.lora_set.adapter_name for one in self._ingredients]
+
+    @property
     def digest(self) -> str:
         """Forty hexadecimal digits that identify the content of all files."""
         parts = [self.base.digest, *(f"{one.etag}*{one.weight!r}" for one in self._ingredients)]

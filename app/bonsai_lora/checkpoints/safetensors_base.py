@@ -1,17 +1,15 @@
 """Bases that are folders of safetensors files."""
 
 import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from bonsai_lora.checkpoints.base import Base, Description
 from bonsai_lora.checkpoints.file import BaseFile, StoredTensor
-from bonsai_lora.checkpoints.folder import INDEX_FILE, FolderFiles
+from bonsai_lora.checkpoints.folder import INDEX_FILE, MOST_JSON_BYTES, FolderFiles, weight_map_of
 from bonsai_lora.errors import BonsaiLoraError, InvalidBaseError
 from bonsai_lora.formats import safetensors
 
@@ -102,6 +100,8 @@ def open_safetensors(
 
 
 def _content(file: BaseFile) -> bytes:
+    if file.size_bytes > MOST_JSON_BYTES:
+        raise ValueError(f"the file has more than {MOST_JSON_BYTES} bytes")
     return bytes(file.read(0, file.size_bytes))
 
 
@@ -120,9 +120,9 @@ def _check_index(name: str, files: Mapping[str, BaseFile], weight_map: Mapping[s
     if INDEX_FILE not in files:
         return
     try:
-        listed: Any = json.loads(_content(files[INDEX_FILE]))["weight_map"]
+        listed = weight_map_of(_content(files[INDEX_FILE]))
         wrong = [tensor for tensor, file in listed.items() if weight_map.get(tensor) != file]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except ValueError:
         raise InvalidBaseError(
             f"{INDEX_FILE} of base {name!r} is not a valid index; download it again or remove it",
             base=name,

@@ -33,6 +33,7 @@ EXIT_CLOSED = 141
 """The reader of standard output has closed it, as `| head` does."""
 
 _GGUF_OPTIONS = ("dtype", "architecture", "folded", "widen")
+_LITTLE_GAIN = 0.5
 _OWNERS = ("adapters", "bases")
 """First parts of names that are not bases."""
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\t]*)")
@@ -295,9 +296,17 @@ def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
     with ProgressLine() as line:
         if arguments.gguf:
             return _pull_gguf(client, owner, name, arguments, line.update)
-        return client.pull(
+        pulled = client.pull(
             arguments.model, arguments.output, jobs=arguments.jobs, on_progress=line.update
         )
+    gain = pulled["delta_gain"]
+    if gain is not None and gain < _LITTLE_GAIN:
+        print(
+            f"warning: rounding left {gain:.0%} of the deltas; apply the set beside the base "
+            "instead, or merge it into a base with more bits",
+            file=sys.stderr,
+        )
+    return pulled
 
 
 def _pull_gguf(

@@ -1,13 +1,17 @@
-"""The commands of the laboratory: combine, compare, spectrum, survival."""
+"""The commands of the laboratory: combine, compare, spectrum, survival, extract."""
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Any
 
 from bonsai_lora.cli.client import UsageError, add_command, print_rows, set_name
+from bonsai_lora.cli.pictures import curves, heat_map
+from bonsai_lora.cli.progress import JobLine
 from bonsai_lora.cli.table import print_table
-from bonsai_lora.client.answers import CombineOptions
 from bonsai_lora.client.blocking import Client
+from bonsai_lora.client.lab_answers import CombineOptions, Comparison, Job
+from bonsai_lora.errors import counted
 from bonsai_lora.formats.text import printable
 
 
@@ -30,15 +34,33 @@ def add_commands(commands: Any) -> None:
     compare = add_command(commands, "compare", compare_sets, "compare sets: norms and cosines")
     compare.add_argument("sets", nargs="+", metavar="SET")
     compare.add_argument("--modules", action="store_true", help="show each module too")
+    _add_plot(compare, "heat map of layers and modules: cosines of two sets, interference of more")
     spectrum = add_command(commands, "spectrum", show_spectrum, "show singular values and ranks")
     spectrum.add_argument("name")
     spectrum.add_argument("--module", action="append", default=[], help="only this; repeatable")
+    _add_plot(spectrum, "singular values of each module")
     survival = add_command(
         commands, "survival", show_survival, "estimate what storing merged weights leaves of a set"
     )
     survival.add_argument("base")
     survival.add_argument("name")
-    survival.add_argument("--dtype", default="BF16", help="BF16 (default), F16, Q8_0 or Q1_0")
+    survival.add_argument(
+        "--dtype", default="BF16", help="BF16 (default), F16, Q8_0, Q1_0, Q2_0, TQ1_0 or TQ2_0"
+    )
+    survival.add_argument("--exact", action="store_true", help="store all rows, not a sample")
+    extract = add_command(
+        commands, "extract", extract_set, "extract a set from a fine-tuned model and its base"
+    )
+    extract.add_argument("name", help="name of the new set")
+    extract.add_argument("base", help="base from which the model was tuned")
+    extract.add_argument("tuned", help="fine-tuned model, which is among the bases too")
+    extract.add_argument("--rank", type=int, help="rank; with --energy, the highest (128)")
+    extract.add_argument("--energy", type=float, help="share of the squared norm to keep")
+    extract.add_argument("--module", action="append", default=[], help="only this; repeatable")
+
+
+def _add_plot(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help=f"draw a picture: {text}")
 
 
 def combine_sets(client: Client, arguments: argparse.Namespace) -> Any:
@@ -56,13 +78,11 @@ def combine_sets(client: Client, arguments: argparse.Namespace) -> Any:
         "epsilon": arguments.epsilon,
         "seed": arguments.seed,
     }
-    answer: dict[str, Any]
-    if arguments.dry_run:
-        report = client.preview_combine(name, weights, method=arguments.method, **options)
-        answer = {**report}
-    else:
-        made = client.combine(name, weights, method=arguments.method, **options)
-        answer, report = {**made}, made["report"]
+    job = client.start_combine(
+        name, weights, method=arguments.method, dry_run=arguments.dry_run, **options
+    )
+    answer = _result(client, job)
+    report = answer if arguments.dry_run else answer["report"]
     if not arguments.json:
         print(
             f"{printable(name)}: {report['method']}, rank {report['rank']}, "
@@ -74,6 +94,16 @@ def combine_sets(client: Client, arguments: argparse.Namespace) -> Any:
         fields = ("name", "rank", "energy_kept", "relative_error")
         print_rows(fields, [{**one} for one in report["modules"]])
     return answer
+
+
+def _result(client: Client, job: Job) -> dict[str, Any]:
+    """Return the result of a job, with a progress line; Ctrl-C cancels it."""
+    try:
+        with JobLine() as line:
+            return client.wait_for(job, line.update)
+    except KeyboardInterrupt:
+        client.cancel_job(job["id"])
+        raise
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -90,13 +120,27 @@ def compare_sets(client: Client, arguments: argparse.Namespace) -> Any:
     """Print the cosines of sets, and with --modules those of each module."""
     names = [set_name(one) for one in arguments.sets]
     found = client.compare(names)
+    if arguments.plot:
+        _draw_comparison(arguments.plot, names, found)
     if not arguments.json:
         _print_cosines(names, found)
         print(f"interference: {found['interference']:.4g}")
         for module in found["modules"] if arguments.modules else ():
             print(f"\n{printable(module['name'])}")
             _print_cosines(names, module)
+            if module["subspace_similarity"] is not None:
+                print(f"subspace similarity: {module['subspace_similarity']:.4g}")
     return found
+
+
+def _draw_comparison(file: Path, names: list[str], found: Comparison) -> None:
+    if len(names) == 2:
+        values = {one["name"]: one["cosine"][0][1] for one in found["modules"]}
+        picture = heat_map(f"cosine of {names[0]} and {names[1]}", values, -1, 1)
+    else:
+        values = {one["name"]: one["interference"] for one in found["modules"]}
+        picture = heat_map(f"interference of {', '.join(names)}", values, 0, 1)
+    file.write_text(picture, encoding="utf-8")
 
 
 def _print_cosines(names: list[str], found: Any) -> None:
@@ -110,6 +154,10 @@ def _print_cosines(names: list[str], found: Any) -> None:
 def show_spectrum(client: Client, arguments: argparse.Namespace) -> Any:
     """Print norms and ranks of a set's modules, and their largest singular values."""
     found = client.get_spectrum(set_name(arguments.name), modules=arguments.module)
+    if arguments.plot:
+        spectra = {one["name"]: one["singular_values"] for one in found["modules"]}
+        picture = curves(f"singular values of {arguments.name}", spectra)
+        arguments.plot.write_text(picture, encoding="utf-8")
     if not arguments.json:
         fields = (
             *("name", "rank", "frobenius_norm", "spectral_norm", "stable_rank", "effective_rank"),
@@ -121,11 +169,41 @@ def show_spectrum(client: Client, arguments: argparse.Namespace) -> Any:
 
 def show_survival(client: Client, arguments: argparse.Namespace) -> Any:
     """Print how much of a set is left in merged weights, whole and by tensor."""
-    found = client.get_survival(
-        arguments.base, set_name(arguments.name), dtype=arguments.dtype.upper()
+    base, name, dtype = arguments.base, set_name(arguments.name), arguments.dtype.upper()
+    found: dict[str, Any] = (
+        _result(client, client.start_survival(base, name, dtype=dtype))
+        if arguments.exact
+        else {**client.get_survival(base, name, dtype=dtype)}
     )
     if not arguments.json:
         fields = ("name", "unchanged", "gain", "relative_error")
         whole = {**found, "name": "all"}
         print_rows(fields, [whole, *({**one} for one in found["modules"])])
     return found
+
+
+def extract_set(client: Client, arguments: argparse.Namespace) -> Any:
+    """Extract a set; print what became of each changed tensor, and warnings."""
+    name = set_name(arguments.name)
+    job = client.start_extract(
+        name,
+        arguments.base,
+        arguments.tuned,
+        rank=arguments.rank,
+        energy=arguments.energy,
+        modules=arguments.module,
+    )
+    answer = _result(client, job)
+    report = answer["report"]
+    if not arguments.json:
+        print(
+            f"{printable(name)}: rank {report['rank']}, energy kept {report['energy_kept']:.4%}, "
+            f"relative error {report['relative_error']:.4g}, "
+            f"{counted(len(report['modules']), 'tensor')} changed, {report['same']} the same"
+        )
+        for text in report["warnings"]:
+            print(f"warning: {printable(text)}", file=sys.stderr)
+        fields = ("name", "kind", "rank", "delta_norm", "relative_norm", "relative_error")
+        rows = [{**one, "rank": one["rank"] or one["rows"] or ""} for one in report["modules"]]
+        print_rows(fields, rows)
+    return answer

@@ -26,6 +26,9 @@ class ListenError(Exception):
 def listening(settings: Settings) -> Iterator[list[socket.socket]]:
     """Open the listening sockets of `settings`; the Unix socket's file is removed on exit.
 
+    They never block: the flag belongs to the socket that all workers share, so a worker that made
+    its copies blocking for an instant would leave another one waiting in accept(2).
+
     Raises ListenError if one cannot be opened, and closes the others.
     """
     with contextlib.ExitStack() as stack:
@@ -35,6 +38,8 @@ def listening(settings: Settings) -> Iterator[list[socket.socket]]:
             sockets.append(stack.enter_context(_listen_tcp(settings.host, port)))
         if settings.uds is not None:
             sockets.append(stack.enter_context(_listening_unix(settings.uds.absolute())))
+        for one in sockets:
+            one.setblocking(False)
         yield sockets
 
 

@@ -1,4 +1,4 @@
-"""The progress line of a download."""
+"""The progress lines of downloads and jobs."""
 
 import contextlib
 import sys
@@ -6,6 +6,7 @@ import time
 from typing import Self
 
 _REFRESH_SECONDS = 0.1
+_SHOWN_AFTER_SECONDS = 1.0
 
 
 class ProgressLine:
@@ -48,3 +49,35 @@ class ProgressLine:
             file=sys.stderr,
             flush=True,
         )
+
+
+class JobLine:
+    """A progress line of a job on standard error, once it takes longer than a second.
+
+    Silent unless that is a terminal.
+    """
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._is_terminal = sys.stderr.isatty()
+        self._is_shown = False
+
+    def __enter__(self) -> Self:
+        """Return self."""
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        """End the line."""
+        if self._is_shown:
+            with contextlib.suppress(OSError):
+                print(file=sys.stderr)
+
+    def update(self, share: float) -> None:
+        """Show the share that is done, from 0 to 1."""
+        seconds = time.monotonic() - self._started
+        if not self._is_terminal or seconds < _SHOWN_AFTER_SECONDS:
+            return
+        left = f", {seconds * (1 - share) / share:.0f} s left" if share else ""
+        bar = "#" * round(30 * share)
+        print(f"\r[{bar:<30}] {share:4.0%}{left} ", end="", file=sys.stderr, flush=True)
+        self._is_shown = True

@@ -11,11 +11,12 @@ import signal
 import socket
 import ssl
 import sys
-import tempfile
+from collections import Counter
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,13 +24,20 @@ from prometheus_client import values
 from pydantic import ValidationError
 
 from bonsai_lora.api.connection import GuardedProtocol
-from bonsai_lora.api.crowded import refusing_crowds
 from bonsai_lora.api.keys_file import read_keys
+from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.cli.accept import Server
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
-from bonsai_lora.cli.supervisor import Supervisor
+from bonsai_lora.cli.store import check_bucket
+from bonsai_lora.cli.supervisor import Supervisor, end_by_signals
+from bonsai_lora.cli.temporary import temporary_folder
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
+from bonsai_lora.errors import BonsaiLoraError
+from bonsai_lora.service.budget import Budget
+from bonsai_lora.service.view import SetView
 from bonsai_lora.settings import UNGUARDED, Settings
+from bonsai_lora.storage.cache_folder import claim
 from bonsai_lora.storage.counts import count_restart
 from bonsai_lora.storage.in_use import suspect_sets_of
 from bonsai_lora.storage.store import SetStore
@@ -38,9 +46,6 @@ _log = logging.getLogger("bonsai_lora")
 
 _MAPPED_BYTES = 8 << 20
 """Blocks up to this size are allocated from the heap; larger ones are mapped and unmapped."""
-_ACCEPTED_AT_ONCE = 8
-"""Connections accepted in one turn of the event loop: libuv accepts one for each listening handle,
-and with a single one, new connections wait for seconds in an overload (benchmarks/overload.py)."""
 _KEPT_BYTES = 256 << 20
 """Most free memory kept at the end of the heap."""
 _COLLECTIONS = 1000
@@ -75,7 +80,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT; return 0, or 2 if the service cannot start."""
+    """Serve until a signal ends the service; return 0, or 2 if the service cannot start."""
     given: dict[str, Any] = {
         name: ",".join(value) if isinstance(value, list) else value
         for name, value in vars(arguments).items()
@@ -89,6 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
             variable = f"BONSAI_LORA_{name.upper()}"
             _print_error(f"{_flag(name)} ({variable}): {one['msg']}; got {one['input']!r}")
         return 2
+    end_by_signals()
     configure_logging(settings.log_level, settings.log_format)
     try:
         settings = _guarded(settings)
@@ -100,12 +106,9 @@ def run(arguments: argparse.Namespace) -> int:
         _log.warning("the folder of bases %s does not exist; check --bases", settings.bases)
     _raise_file_limit()
     try:
-        with (
-            listening(settings) as listeners,
-            tempfile.TemporaryDirectory(prefix="bonsai-lora-") as temporary,
-        ):
+        with listening(settings) as listeners, temporary_folder() as temporary:
             if settings.store_folder() is None:
-                settings = settings.model_copy(update={"store": temporary})
+                settings = settings.model_copy(update={"store": str(temporary)})
             return _serve(settings, listeners, temporary)
     except ListenError as error:
         _print_error(str(error))
@@ -170,31 +173,88 @@ def connection_class(settings: Settings) -> Any:
     return GuardedProtocol
 
 
-def _serve(settings: Settings, listeners: list[socket.socket], temporary: str) -> int:
+def _serve(settings: Settings, listeners: list[socket.socket], temporary: Path) -> int:
     try:
-        if not SetStore(Path(settings.store)).is_writable():
-            _log.warning("the store %s is read-only; sets cannot be changed", settings.store)
-    except OSError as error:
-        _print_error(
-            f"the store {settings.store!r} cannot be opened: {error}; choose another folder with "
-            "--store"
-        )
+        _check_store(settings)
+    except (OSError, ValueError) as error:
+        _print_error(str(error))
         return 2
     # prometheus_client keeps the workers' metrics here: each reports all of them, and they outlive
     # a worker that is replaced.
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = temporary
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(temporary)
     # It was imported before the variable was set.
     values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
     from bonsai_lora.api.app import choose_backend  # noqa: PLC0415 - slow to import
 
     _keep_freed_memory()
     choose_backend(settings)  # once for all workers
+    if settings.sets is not None and not _import_sets(settings):
+        return 2
     scheme = "http" if settings.tls_cert is None else "https"
     addresses = " and ".join(address_of(one, scheme) for one in listeners)
-    _log.info("serving on %s, sets in %s", addresses, Path(settings.store).resolve())
-    shared = Path(temporary)
-    work = partial(_work, settings, listeners, shared, os.getpid())
-    return Supervisor(work, settings.workers, partial(_note_death, shared)).run()
+    place = settings.store if settings.is_bucket else Path(settings.store).resolve()
+    _log.info("serving on %s, sets in %s", addresses, place)
+    work = partial(_work, settings, listeners, temporary, os.getpid())
+    return Supervisor(work, settings.workers, partial(_note_death, temporary)).run()
+
+
+def _import_sets(settings: Settings) -> bool:
+    """Import the adapters of the folder `sets`; return whether the folder could be read.
+
+    In a process of its own, as an open store may have threads and locks, which workers must not
+    inherit.
+    """
+    importer = get_context("fork").Process(target=_import_folder, args=(settings,), daemon=True)
+    importer.start()
+    importer.join()
+    return importer.exitcode == 0
+
+
+def _import_folder(settings: Settings) -> None:
+    """Import the adapters of the folder `sets`, and log what became of them; exit 2 on errors."""
+    _exit_with(os.getppid())
+    try:
+        _import_each(settings, cast("Path", settings.sets))
+    except (OSError, ValueError, BonsaiLoraError) as error:
+        _print_error(f"the sets of {settings.sets} cannot be imported: {error}; check --sets")
+        sys.exit(2)
+
+
+def _import_each(settings: Settings, folder: Path) -> None:
+    from bonsai_lora.api.app import limits_of, open_store  # noqa: PLC0415 - slow to import
+    from bonsai_lora.service.sets_folder import import_folder  # noqa: PLC0415 - loads NumPy
+
+    inside = Path(settings.cache if settings.is_bucket else settings.store).resolve()
+    if folder.resolve().is_relative_to(inside) or inside.is_relative_to(folder.resolve()):
+        raise OSError(f"it shares a folder with the store {inside}")
+    store = SetView(open_store(settings))
+    memory = Budget(settings.work_memory_bytes)
+    bases = BaseFolder(Path(settings.bases) if settings.bases else None)
+    outcomes: Counter[str] = Counter()
+    for one in import_folder(store, limits_of(settings), memory, bases, folder):
+        outcomes[one.outcome] += 1
+        if one.outcome == "refused":
+            _log.error("the adapter %r in %s is refused: %s", one.name, folder, one.reason)
+        for warning in one.warnings:
+            _log.warning("the adapter %r in %s: %s", one.name, folder, warning)
+    counts = [f"{outcomes[outcome]} {outcome}" for outcome in ("imported", "unchanged", "refused")]
+    _log.info("sets of %s: %s", folder, ", ".join(counts))
+
+
+def _check_store(settings: Settings) -> None:
+    """Raise OSError or ValueError if the store cannot be opened; warn if it is read-only."""
+    if settings.is_bucket:
+        check_bucket(settings.store)
+        claim(Path(settings.cache), settings.store)
+        return
+    try:
+        if not SetStore(Path(settings.store)).is_writable():
+            _log.warning("the store %s is read-only; sets cannot be changed", settings.store)
+    except OSError as error:
+        raise OSError(
+            f"the store {settings.store!r} cannot be opened: {error}; choose another folder with "
+            "--store"
+        ) from error
 
 
 def _work(
@@ -210,14 +270,15 @@ def _work(
         access_log=False,
         timeout_graceful_shutdown=settings.shutdown_seconds,
         server_header=False,
-        http=refusing_crowds(connection_class(settings)),  # type: ignore[arg-type]
+        http=connection_class(settings),
         ws="none",
         proxy_headers=False,  # api/door.py reads what trusted proxies say
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )
-    copies = [one.dup() for one in listeners for _ in range(_ACCEPTED_AT_ONCE)]
-    uvicorn.Server(config).run(sockets=copies)
+    stopping = app.state.context.stopping
+    server = Server(config, settings.stall_seconds, settings.drain_seconds, stopping.set)
+    server.run(sockets=listeners)
 
 
 def _note_death(shared: Path, pid: int) -> None:

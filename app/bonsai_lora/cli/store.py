@@ -1,24 +1,32 @@
-"""Commands over the folder of a store, which a running service may use: backup, restore and gc."""
+"""Commands over a store, which a running service may use: backup, restore and gc."""
 
 import argparse
+import contextlib
 import shutil
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from bonsai_lora.cli.client import EXIT_REFUSED, EXIT_USAGE
 from bonsai_lora.cli.progress import ProgressLine
-from bonsai_lora.settings import Settings
+from bonsai_lora.settings import Settings, is_bucket
 from bonsai_lora.storage.backup import back_up, restore
 from bonsai_lora.storage.leftovers import bad_files, old_folders, remove_leftovers
+from bonsai_lora.storage.protocol import Store
 from bonsai_lora.storage.store import SetStore
 
 _BAD_DAYS = 30.0
+_GRACE_HOURS = 24.0
+_CACHE_BYTES = 16 << 30
 
 
 def add_store(parser: argparse.ArgumentParser) -> None:
-    """Add the argument for the folder."""
-    parser.add_argument("--store", type=Path, help="the folder (default: the setting `store`)")
+    """Add the argument for the store."""
+    parser.add_argument("--store", help="the store (default: the setting `store`)")
 
 
 def add_backup(parser: argparse.ArgumentParser) -> None:
@@ -47,11 +55,19 @@ def add_restore(parser: argparse.ArgumentParser) -> None:
 def add_gc(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `gc`."""
     parser.description = (
-        "Remove what nobody needs from a store: temporary files of processes that died, and, "
-        "after a question, files that could not be read and were moved to the folder `bad`."
+        "Remove what nobody needs from a store. From a folder: temporary files of processes that "
+        "died, and, after a question, files that could not be read and were moved to the folder "
+        "`bad`. From a bucket: blobs that no set needs and what is left of deleted sets, both once "
+        "they are older than the grace; it also counts the sums again, and writes the index."
     )
     parser.add_argument(
         "--days", type=float, default=_BAD_DAYS, help="keep bad files so long (%(default)g)"
+    )
+    parser.add_argument(
+        "--grace-hours",
+        type=float,
+        default=_GRACE_HOURS,
+        help="keep what a bucket does not need so long (%(default)g)",
     )
     parser.add_argument("--yes", action="store_true", help="remove bad files without a question")
     add_store(parser)
@@ -60,14 +76,19 @@ def add_gc(parser: argparse.ArgumentParser) -> None:
 
 def run_backup(arguments: argparse.Namespace) -> int:
     """Write a backup; return the exit code."""
-    root = folder_of(arguments)
+    if is_bucket(store_of(arguments)):
+        return failed(
+            "a bucket is not backed up to a folder; use the versions or the replication of the "
+            "bucket, or copy its prefix"
+        )
+    root = Path(store_of(arguments))
     if not (root / "sets").is_dir():
         return not_a_store(root)
     try:
         with ProgressLine() as progress:
             entries = back_up(SetStore(root), arguments.folder, progress.update)
     except OSError as error:
-        return _failed(f"no backup was made: {error}")
+        return failed(f"no backup was made: {error}")
     size = sum(one["bytes"] for one in entries)
     print(f"{len(entries):,} sets, {size:,} bytes: {arguments.folder}")
     return 0
@@ -75,24 +96,27 @@ def run_backup(arguments: argparse.Namespace) -> int:
 
 def run_restore(arguments: argparse.Namespace) -> int:
     """Restore a backup; print each set that could not be, and return the exit code."""
-    wrong = count = 0
+    place, wrong, count = store_of(arguments), 0, 0
     try:
-        with ProgressLine() as progress:
-            store = SetStore(folder_of(arguments))
+        with ProgressLine() as progress, _opened(place) as store:
             for name, problem in restore(store, arguments.folder, progress.update):
                 count += 1
                 if problem is not None:
                     wrong += 1
                     print(f"{name}: {problem}", file=sys.stderr)
     except (OSError, ValueError) as error:
-        return _failed(str(error))
-    print(f"{count - wrong:,} of {count:,} sets are in {store.root}")
+        return failed(str(error))
+    print(f"{count - wrong:,} of {count:,} sets are in {place}")
     return EXIT_REFUSED if wrong else 0
 
 
 def run_gc(arguments: argparse.Namespace) -> int:
     """Remove leftovers and old bad files; return the exit code."""
-    root = folder_of(arguments)
+    if is_bucket(store_of(arguments)):
+        from bonsai_lora.cli.bucket import collect_bucket  # noqa: PLC0415 - optional
+
+        return collect_bucket(store_of(arguments), arguments.grace_hours)
+    root = Path(store_of(arguments))
     if not (root / "sets").is_dir():
         return not_a_store(root)
     removed = remove_leftovers(root / "tmp")
@@ -116,17 +140,49 @@ def run_gc(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def folder_of(arguments: argparse.Namespace) -> Path:
-    """Return the folder of the store that the arguments or the settings name."""
-    return arguments.store or Path(Settings().store)
+def check_bucket(url: str) -> None:
+    """Raise ValueError if `url` does not name a bucket, or what connects to it is missing."""
+    if not urlsplit(url).netloc:
+        raise ValueError(f"the store {url!r} names no bucket; expected such as s3://bucket/prefix")
+    if find_spec("obstore") is None:
+        raise ValueError(
+            f"the store {url} needs obstore, which is not installed; pip install 'bonsai-lora[s3]'"
+        )
+
+
+def store_of(arguments: argparse.Namespace) -> str:
+    """Return the store that the arguments or the settings name: a folder, or a bucket's URL."""
+    return arguments.store or Settings().store
+
+
+@contextlib.contextmanager
+def _opened(place: str) -> Iterator[Store]:
+    """Give the store at a place; that of a bucket has a cache of its own, which is removed."""
+    if not is_bucket(place):
+        yield SetStore(Path(place))
+        return
+    check_bucket(place)
+    from bonsai_lora.storage.bucket_store import open_bucket_store  # noqa: PLC0415 - optional
+
+    with tempfile.TemporaryDirectory(prefix="bonsai-lora-") as cache:
+        store = open_bucket_store(
+            place,
+            Path(cache) / "cache",
+            cache_bytes=_CACHE_BYTES,
+            stale_seconds=0,
+            stale_if_error_seconds=0,
+        )
+        yield store
+        store.close()
 
 
 def not_a_store(folder: Path) -> int:
     """Print that there is no store at `folder`, and return the exit code."""
-    return _failed(f"{folder} is not a store; name one with --store")
+    return failed(f"{folder} is not a store; name one with --store")
 
 
-def _failed(text: str) -> int:
+def failed(text: str) -> int:
+    """Print why a command cannot run, and return the exit code."""
     print(f"bonsai-lora: {text}", file=sys.stderr)
     return EXIT_USAGE
 

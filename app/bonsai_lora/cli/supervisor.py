@@ -13,7 +13,10 @@ from typing import NoReturn
 
 _log = logging.getLogger("bonsai_lora")
 
-_ENDINGS = (signal.SIGTERM, signal.SIGINT)
+_FOR_WORKERS = (signal.SIGTERM, signal.SIGINT)
+"""They let a worker finish its requests and end."""
+_OTHERS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2)
+_ENDINGS = (*_FOR_WORKERS, *_OTHERS)
 _SIGNALS = {*_ENDINGS, signal.SIGCHLD}
 _YOUNG_SECONDS = 1.0
 """A worker that dies younger is replaced only after this time."""
@@ -37,9 +40,10 @@ class Supervisor:
         self._code = 0
 
     def run(self) -> int:
-        """Supervise until SIGTERM or SIGINT; return 0, or the exit code of a worker that failed.
+        """Supervise until a signal of `_ENDINGS`.
 
-        The first signal lets requests in flight finish; a second SIGINT does not.
+        Returns 0, or the exit code of a worker that failed. The first signal lets requests in
+        flight finish; a second SIGINT does not.
         """
         signal.signal(signal.SIGCHLD, lambda *_: None)  # ignored signals cannot be waited for
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -49,10 +53,12 @@ class Supervisor:
             received = signal.sigwait(_SIGNALS)
             if received == signal.SIGCHLD:
                 self._collect()
+            elif signal.getsignal(received) == signal.SIG_IGN:
+                continue  # as nohup(1) asks
             elif self._is_ending:
                 self._send(received)
             else:
-                self._end()
+                self._end(signal.SIGINT if received == signal.SIGINT else signal.SIGTERM)
         return self._code
 
     def _start(self) -> None:
@@ -61,9 +67,9 @@ class Supervisor:
             _become_worker(self._work)
         self._started[pid] = time.monotonic()
 
-    def _end(self) -> None:
+    def _end(self, number: int = signal.SIGTERM) -> None:
         self._is_ending = True
-        self._send(signal.SIGTERM)
+        self._send(number)
 
     def _send(self, number: int) -> None:
         for pid in self._started:
@@ -103,7 +109,8 @@ def _become_worker(work: Callable[[], None]) -> NoReturn:
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for ending in _ENDINGS:
-            signal.signal(ending, _exit)
+            # The others are the supervisor's, though a terminal sends them to all its processes.
+            signal.signal(ending, _exit if ending in _FOR_WORKERS else signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         work()
         code = 0
@@ -113,6 +120,13 @@ def _become_worker(work: Callable[[], None]) -> NoReturn:
         _log.exception("a worker failed")
     finally:
         os._exit(code)
+
+
+def end_by_signals() -> None:
+    """Make this process exit in an orderly way by the signals that end a service."""
+    for ending in _ENDINGS:
+        if signal.getsignal(ending) != signal.SIG_IGN:
+            signal.signal(ending, _exit)
 
 
 def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from bonsai_lora.cli.client import EXIT_REFUSED
 from bonsai_lora.cli.progress import ProgressLine
-from bonsai_lora.cli.store import add_store, folder_of, not_a_store
+from bonsai_lora.cli.store import add_store, failed, not_a_store, store_of
 from bonsai_lora.errors import BonsaiLoraError, SetNotFoundError
+from bonsai_lora.settings import is_bucket
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.verify import OnPiece
 
@@ -16,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Read set files and compare the SHA-256 of their tensors with what was written. A file "
         "that differs is moved to the folder `bad` of the store, which a running service may use. "
+        "The blobs of a bucket are downloaded, and left where they are. "
         "The exit code is 1 if a set is bad or missing, and 2 if there is no store."
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="sets (default: all)")
@@ -30,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verify the named sets, or all; print a line for each, and return the exit code."""
-    folder = folder_of(arguments)
+    place = store_of(arguments)
+    if is_bucket(place):
+        return _run_bucket(place, arguments)
+    folder = Path(place)
     if not (folder / "sets").is_dir():
         return not_a_store(folder)
     store = SetStore(folder)
@@ -47,6 +52,14 @@ def run(arguments: argparse.Namespace) -> int:
     for name, (_, text) in results.items():
         print(f"{name:<{width}}  {sizes[name]:>14,} B  {text}")
     return 0 if all(is_sound for is_sound, _ in results.values()) else EXIT_REFUSED
+
+
+def _run_bucket(place: str, arguments: argparse.Namespace) -> int:
+    from bonsai_lora.cli.bucket import verify_bucket  # noqa: PLC0415 - optional
+
+    if arguments.rebuild:
+        return failed("the index of a bucket is made by bonsai-lora gc; leave out --rebuild")
+    return verify_bucket(place, arguments.names)
 
 
 class _Counter:

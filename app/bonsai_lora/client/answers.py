@@ -75,6 +75,7 @@ class SetSummary(TypedDict):
     adapter_count: int
     total_trainable_params: int
     total_memory_bytes: int
+    rank: int
 
 
 class SetPage(TypedDict):
@@ -82,6 +83,7 @@ class SetPage(TypedDict):
 
     sets: list[SetSummary]
     next_cursor: str | None
+    as_of: NotRequired[str]
 
 
 class SetInfo(SetSummary):
@@ -142,104 +144,7 @@ class StoreStats(TypedDict):
     resident_bytes: int
     uptime_seconds: float
     sets: list[SetSummary]
-
-
-class CombineOptions(TypedDict, total=False):
-    """Options of a combination; those that the method does not take are refused."""
-
-    rank: int | None
-    energy: float | None
-    density: float | None
-    sign: str | None
-    gamma: float | None
-    epsilon: float | None
-    seed: int | None
-
-
-class CombinedModule(TypedDict):
-    """What the combination of one module lost."""
-
-    name: str
-    rank: int
-    energy_kept: float
-    relative_error: float
-
-
-class CombineReport(TypedDict):
-    """What a combination lost."""
-
-    method: str
-    rank: int
-    energy_kept: float
-    relative_error: float
-    warnings: list[str]
-    modules: list[CombinedModule]
-
-
-class CombinedSet(SetInfo):
-    """The set that a combination made, and its report."""
-
-    report: CombineReport
-
-
-class ComparedModule(TypedDict):
-    """One module of several sets."""
-
-    name: str
-    norms: list[float]
-    cosine: list[list[float]]
-    interference: float
-    subspace_similarity: float | None
-
-
-class Comparison(TypedDict):
-    """Several sets, whole and by module."""
-
-    sets: list[str]
-    norms: list[float]
-    cosine: list[list[float]]
-    interference: float
-    modules: list[ComparedModule]
-
-
-class ModuleSpectrum(TypedDict):
-    """The singular values of one delta, largest first."""
-
-    name: str
-    rank: int
-    singular_values: list[float]
-    frobenius_norm: float
-    spectral_norm: float
-    stable_rank: float
-    effective_rank: float
-    energy_rank_90: int
-    energy_rank_99: int
-
-
-class SetSpectrum(TypedDict):
-    """The singular values of a set's deltas."""
-
-    modules: list[ModuleSpectrum]
-
-
-class TensorSurvival(TypedDict):
-    """What is left of the delta of one tensor of the base."""
-
-    name: str
-    unchanged: float
-    gain: float
-    relative_error: float
-
-
-class SetSurvival(TypedDict):
-    """What is left of a set's deltas in stored merged weights."""
-
-    dtype: str
-    unchanged: float
-    gain: float
-    relative_error: float
-    modules: list[TensorSurvival]
-    skipped: list[str]
+    as_of: NotRequired[str]
 
 
 class Estimate(TypedDict):
@@ -299,6 +204,7 @@ class Readiness(TypedDict):
     bad_files: NotRequired[dict[str, str]]
     newer_files: NotRequired[list[str]]
     store_writable: bool
+    store: NotRequired[str]
     bases_readable: bool | None
 
 
@@ -360,6 +266,8 @@ class Pulled(TypedDict):
     folder: str
     commit: str
     files: list[PulledFile]
+    delta_gain: float | None
+    """Of a merged model: what its rounding left of the deltas, if the service knows it already."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)

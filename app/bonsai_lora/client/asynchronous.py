@@ -18,7 +18,18 @@ import httpx
 from bonsai_lora.client import connection
 from bonsai_lora.client.answers import Dtype, SetSummary, Weights
 from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, described, opened
-from bonsai_lora.client.calls import adapters, applying, bases, inference, lab, merging, sets, stats
+from bonsai_lora.client.calls import (
+    adapters,
+    applying,
+    bases,
+    inference,
+    jobs,
+    lab,
+    merging,
+    sets,
+    stats,
+)
+from bonsai_lora.client.lab_answers import Job
 from bonsai_lora.client.refusals import refusal_of
 from bonsai_lora.client.retries import Retries
 
@@ -132,6 +143,23 @@ class AsyncClient:
             if cursor is None:
                 return
 
+    async def wait_for(
+        self, job: Job, on_progress: Callable[[float], object] | None = None
+    ) -> dict[str, Any]:
+        """Return the result of a job when it is done, what its request would have answered.
+
+        `on_progress` gets the share that is done, from 0 to 1. Raises the error of a job that
+        failed, and JobInterruptedError if it was cancelled.
+        """
+        wait, longest = jobs.WAIT_SECONDS
+        while (result := jobs.result_of(job)) is None:
+            await asyncio.sleep(wait)
+            wait = min(1.5 * wait, longest)
+            job = await self.get_job(job["id"])
+            if on_progress is not None:
+                on_progress(job["progress"])
+        return result
+
     async def merge_stream(
         self,
         set_name: str,
@@ -213,6 +241,13 @@ class AsyncClient:
     compare = _method(lab.compare)
     get_spectrum = _method(lab.get_spectrum)
     get_survival = _method(lab.get_survival)
+    start_combine = _method(lab.start_combine)
+    start_extract = _method(lab.start_extract)
+    start_survival = _method(lab.start_survival)
+
+    list_jobs = _method(jobs.list_jobs)
+    get_job = _method(jobs.get_job)
+    cancel_job = _method(jobs.cancel_job)
 
     list_bases = _method(bases.list_bases)
     get_base = _method(bases.get_base)

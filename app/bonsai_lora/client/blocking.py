@@ -12,8 +12,19 @@ import httpx
 from bonsai_lora.client import connection
 from bonsai_lora.client.answers import Dtype, Pulled, PulledFile, SetSummary, Weights
 from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, described, opened
-from bonsai_lora.client.calls import adapters, applying, bases, inference, lab, merging, sets, stats
+from bonsai_lora.client.calls import (
+    adapters,
+    applying,
+    bases,
+    inference,
+    jobs,
+    lab,
+    merging,
+    sets,
+    stats,
+)
 from bonsai_lora.client.download import OnProgress, download
+from bonsai_lora.client.lab_answers import Job
 from bonsai_lora.client.refusals import refusal_of
 from bonsai_lora.client.retries import Retries
 
@@ -139,6 +150,23 @@ class Client:
             if cursor is None:
                 return
 
+    def wait_for(
+        self, job: Job, on_progress: Callable[[float], object] | None = None
+    ) -> dict[str, Any]:
+        """Return the result of a job when it is done, what its request would have answered.
+
+        `on_progress` gets the share that is done, from 0 to 1. Raises the error of a job that
+        failed, and JobInterruptedError if it was cancelled.
+        """
+        wait, longest = jobs.WAIT_SECONDS
+        while (result := jobs.result_of(job)) is None:
+            time.sleep(wait)
+            wait = min(1.5 * wait, longest)
+            job = self.get_job(job["id"])
+            if on_progress is not None:
+                on_progress(job["progress"])
+        return result
+
     def merge_stream(
         self,
         set_name: str,
@@ -201,7 +229,18 @@ class Client:
             return bases.resolve(model, commit, path, start=start, tag=tag)
 
         download(self, rest_of, files, Path(folder), jobs, on_progress)
-        return {"folder": os.fspath(folder), "commit": commit, "files": files}
+        gain = self._gain_of(rest_of, files)
+        return {"folder": os.fspath(folder), "commit": commit, "files": files, "delta_gain": gain}
+
+    def _gain_of(
+        self, rest_of: Callable[[str, int, str], Call[bytes]], files: list[PulledFile]
+    ) -> float | None:
+        """Return what the head of a file says of the deltas that are left."""
+        for one in sorted(files, key=lambda one: -one["size"])[:1]:
+            with self.stream(rest_of(one["path"], one["size"] - 1, one["oid"])) as answer:
+                found = answer.headers.get("bonsai-delta-gain")
+                return None if found is None else float(found)
+        return None
 
     def pull_gguf(
         self,
@@ -298,6 +337,13 @@ class Client:
     compare = _method(lab.compare)
     get_spectrum = _method(lab.get_spectrum)
     get_survival = _method(lab.get_survival)
+    start_combine = _method(lab.start_combine)
+    start_extract = _method(lab.start_extract)
+    start_survival = _method(lab.start_survival)
+
+    list_jobs = _method(jobs.list_jobs)
+    get_job = _method(jobs.get_job)
+    cancel_job = _method(jobs.cancel_job)
 
     list_bases = _method(bases.list_bases)
     get_base = _method(bases.get_base)

@@ -57,15 +57,22 @@ def refusal_of(answer: httpx.Response) -> BonsaiLoraError:
         body = None
     status = answer.status_code
     if isinstance(body, dict) and isinstance(body.get("code"), str):
-        kind = _BY_CODE.get(body["code"]) or _BY_STATUS.get(status, BonsaiLoraError)
-        values = {name: value for name, value in body.items() if name not in _STANDARD}
-        return _made(kind, body["code"], str(body.get("detail")), {"status": status, **values})
+        return error_of({"status": status, **body}, _BY_STATUS.get(status, BonsaiLoraError))
     kind = _BY_STATUS.get(status, BonsaiLoraError)
     if isinstance(body, dict) and isinstance(body.get("error"), str):  # Open Inference Protocol
         kind = errors.InvalidError if status == httpx.codes.BAD_REQUEST else kind
         return _made(kind, kind.code, body["error"], {"status": status})
     phrase = f"the service answered {status} {answer.reason_phrase}".rstrip()
     return _made(kind, f"http_{status}", phrase, {"status": status})
+
+
+def error_of(
+    problem: Mapping[str, Any], unknown: type[BonsaiLoraError] = BonsaiLoraError
+) -> BonsaiLoraError:
+    """Return the error that a problem with a `code` stands for; `unknown` for an unknown code."""
+    kind = _BY_CODE.get(problem["code"]) or unknown
+    values = {name: value for name, value in problem.items() if name not in _STANDARD}
+    return _made(kind, problem["code"], str(problem.get("detail")), values)
 
 
 def _made(

@@ -9,23 +9,16 @@ from functools import partial
 
 import numpy as np
 
-from bonsai_lora.core.cast import Array, Floats, to_float32
+from bonsai_lora.core.cast import Floats, to_float32
 from bonsai_lora.core.entries import merge_entries, prune_matrix
-from bonsai_lora.core.factors import Factors, Term, Values, decompose
+from bonsai_lora.core.factors import Factors, Term, decompose
+from bonsai_lora.core.lowrank import columns_for, range_of
 from bonsai_lora.core.merge import blocks
-from bonsai_lora.core.prune import Blocks, Draws
+from bonsai_lora.core.prune import Blocks
 from bonsai_lora.core.recipe import Recipe
 
 _BLOCK_VALUES = 1 << 18
 """Values of a block: 1 MiB, so that a block per summand stays in the cache."""
-_FEWEST_COLUMNS = 32
-"""Fewest columns of the range finder. It has at least twice the rank, as trimmed deltas have slowly
-falling singular values (Halko et al. 2011, section 4.2, which adds 5 or 10 to the rank)."""
-
-
-def columns_for(rank: int, d_out: int, d_in: int) -> int:
-    """Return the number of columns of the range finder."""
-    return min(max(2 * rank, _FEWEST_COLUMNS), d_out, d_in)
 
 
 def pass_bytes(d_out: int, d_in: int, summands: int) -> int:
@@ -43,7 +36,7 @@ def cut_delta(
     """
     shape = len(terms[0].b), terms[0].a.shape[1]
     merged = _merged(terms, recipe, key)
-    factors, total = _range_of(merged, shape, columns_for(rank, *shape), f"{key}/range")
+    factors, total = range_of(merged, shape, columns_for(rank, *shape), f"{key}/range")
     svd = decompose(factors)
     kept = float(np.sum(svd.values[:rank] ** 2))
     return svd.cut(rank), total, max(0.0, total - kept)
@@ -77,29 +70,3 @@ def _blocks_of(term: Term) -> Iterator[Floats]:
     shape = len(b_matrix), a_matrix.shape[1]
     for rows, _ in blocks(*shape, most=_BLOCK_VALUES, whole_rows=True):
         yield (b_matrix[rows] @ a_matrix) * scaling
-
-
-def _range_of(
-    merged: Blocks, shape: tuple[int, int], columns: int, key: str
-) -> tuple[Factors, float]:
-    """Return M V V^T, where V (d_in, columns) spans nearly the first right singular vectors of M.
-
-    And the squared Frobenius norm of M. V comes from three subspace iterations with M^T M (Halko et
-    al. 2011, algorithm 4.4).
-    """
-    d_out, d_in = shape
-    basis: Values = Draws(key).uniform((d_in, columns)) - 0.5
-    for dtype in (np.float32, np.float32, np.float64):  # the last one decides the accuracy
-        start: Array = np.linalg.qr(basis)[0].astype(dtype)
-        basis = np.zeros((d_in, columns))
-        for block in merged():
-            wide: Array = block.astype(dtype, copy=False)
-            basis += wide.T @ (wide @ start)
-    basis = np.linalg.qr(basis)[0]
-    left, row, total = np.empty((d_out, columns)), 0, 0.0
-    for block in merged():
-        last = block.astype(np.float64)
-        left[row : row + len(block)] = last @ basis
-        total += float(np.vdot(last, last))
-        row += len(block)
-    return Factors(left, basis.T), total

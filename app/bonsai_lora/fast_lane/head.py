@@ -9,6 +9,7 @@ import httptools
 from bonsai_lora.api.body import parse_length
 from bonsai_lora.api.call import join_headers
 from bonsai_lora.api.connection import MAX_HEAD_LINES
+from bonsai_lora.api.heads import is_host
 from bonsai_lora.api.middleware import REQUEST_ID, TRACEPARENT, trace_id_of
 from bonsai_lora.api.options import HEADER_LENGTH
 
@@ -37,7 +38,8 @@ def read_head(raw: bytes) -> RequestHead | None:
     """Parse `raw`, a request head up to and including its empty line.
 
     Returns None for anything but an HTTP/1.1 keep-alive POST with a Content-Length, at most
-    MAX_HEAD_LINES header lines, and no Origin. uvicorn's parser handles the others.
+    MAX_HEAD_LINES header lines, a path, one Host, and no Origin. uvicorn's parser handles the
+    others.
     """
     collected = _Collected()
     try:
@@ -48,7 +50,9 @@ def read_head(raw: bytes) -> RequestHead | None:
         return None
     headers = join_headers(collected.headers)
     declared = headers.get(b"content-length", b"")
-    if not declared.isdigit() or b"transfer-encoding" in headers or not collected.is_plain:
+    has_host = is_host(headers.get(b"host", b" ")) and collected.url.startswith(b"/")
+    is_plain = collected.is_plain and has_host and b"transfer-encoding" not in headers
+    if not (is_plain and declared.isdigit()):
         return None
     if b"origin" in headers:  # from a web page: CORS belongs to the framework
         return None

@@ -4,13 +4,13 @@ Byte-level BPE with Qwen's pre-tokenizers, as Bonsai and Bonsai 2 have them: ggu
 src/llama-vocab.cpp of llama.cpp (release b11434), and the format of tokenizers 0.22.
 """
 
-import json
 from typing import Any
 
 import numpy as np
 
 from bonsai_lora.formats.gguf import Header
 from bonsai_lora.formats.gguf_values import ReadAt, Value, ValueType, read_array
+from bonsai_lora.formats.pieces import dump
 
 _MODEL = "gpt2"
 _PATTERN = (
@@ -47,7 +47,7 @@ def tokenizer_files(header: Header, read: ReadAt) -> dict[str, bytes]:
         "tokenizer.json": _tokenizer(tokens, merges, types, letters),
         "tokenizer_config.json": _configuration(header, tokens),
     }
-    return {name: json.dumps(one, ensure_ascii=False).encode() for name, one in files.items()}
+    return {name: dump(one, ensure_ascii=False).encode() for name, one in files.items()}
 
 
 def _key(name: str) -> str:

@@ -21,6 +21,8 @@ from bonsai_lora.formats.peft_patterns import STEPS_PER_LOOKUP, Choice, Steps, c
 MAX_ROWS = 1 << 31
 """Limit on the rows of an embedding."""
 
+_MOST_VALUES = 1 << 16
+"""Most values of a configuration, as far as commas separate them: other threads wait meanwhile."""
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 """A literal module name; anything else is an expression."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -227,9 +229,15 @@ def decode_config(raw: bytes) -> PeftConfig:
 
 def parse_config(raw: bytes) -> dict[str, Any]:
     """Return the fields of an adapter_config.json; raises InvalidAdapterError unless it is JSON."""
+    if raw.count(b",") > _MOST_VALUES:
+        raise InvalidAdapterError(
+            f"adapter_config.json has {raw.count(b',')} commas, but the limit is {_MOST_VALUES}; "
+            "send the file that was saved with the weights"
+        )
     try:
         value = json.loads(raw, parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
+        if b"\\u" in raw:  # half a surrogate pair cannot be written
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidAdapterError(
             f"adapter_config.json is not JSON: {error}; send the file that "

@@ -5,9 +5,7 @@ Format: https://huggingface.co/docs/safetensors, checked as strictly as by its R
 does not report which rule was broken (docs/decisions/0004-safetensors.md).
 """
 
-import json
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,10 +24,12 @@ from bonsai_lora.errors import (
     counted,
 )
 from bonsai_lora.formats.dtypes import DTYPE_NAMES, ELEMENT_BITS, FLOAT_DTYPES
+from bonsai_lora.formats.pieces import ObjectReader, dump
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
+_METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 _ALIGNMENT = 64
 _MAX_SIZE = 2**63 - 1
@@ -38,6 +38,7 @@ _SHORT_BYTES = 1 << 10
 _REMEMBERED = 1024
 """Size of the header caches: a decode step of a 36-layer model has 144 different headers."""
 _FEW = 8
+_MOST_METADATA = 1 << 14
 _MAX_DIMENSIONS = 64  # NumPy's limit
 
 
@@ -104,16 +105,23 @@ def decode_header(raw: bytes | memoryview, *, limit: int = MAX_HEADER_BYTES) -> 
 
 
 def _decode_text(text: bytes) -> Header:
-    if not text.startswith(b"{"):
-        raise _malformed("the header does not start with '{'")
-    entries = _parse_object(text)
-    metadata = _check_metadata(entries.pop("__metadata__", {}))
-    infos = {name: _check_entry(name, entry) for name, entry in entries.items()}
-    ordered = dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].stop)))
+    infos, metadata = _parse(text)
+    ordered = _in_data_order(infos)
     _check_contiguous(ordered)
     start = _LENGTH_BYTES + len(text)
     stop = max((info.stop for info in ordered.values()), default=0)
     return Header(MappingProxyType(ordered), MappingProxyType(metadata), start, start + stop)
+
+
+def _in_data_order(infos: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    if len(infos) <= _FEW:
+        return dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].stop)))
+    starts = np.fromiter((one.start for one in infos.values()), np.int64, len(infos))
+    stops = np.fromiter((one.stop for one in infos.values()), np.int64, len(infos))
+    names = [*infos]
+    # NumPy sorts a million tensors in a tenth of the time, in which no other thread runs.
+    order = [names[place] for place in np.lexsort((stops, starts))]
+    return {name: infos[name] for name in order}
 
 
 # Requests with the same shapes have the same header: 3 µs from the cache instead of 30 µs.
@@ -233,13 +241,13 @@ def _encode_short(
 
 
 def _encode_text(tensors: Layout, metadata: Mapping[str, str] | None, length: int | None) -> bytes:
-    entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    entries: dict[str, Any] = {} if metadata is None else {_METADATA: dict(metadata)}
     offset = 0
     for name, (dtype, shape) in tensors.items():
         stop = offset + math.prod(shape) * ELEMENT_BITS[dtype] // 8
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
         offset = stop
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text = dump(entries, separators=(",", ":"), ensure_ascii=False).encode()
     needed = _LENGTH_BYTES + len(text)
     total = -(-needed // _ALIGNMENT) * _ALIGNMENT if length is None else length
     if total < needed:
@@ -273,42 +281,51 @@ def _malformed(reason: str) -> MalformedSafetensorsError:
     )
 
 
-def _parse_object(text: bytes) -> dict[str, Any]:
+def _parse(raw: bytes) -> tuple[dict[str, TensorInfo], Mapping[str, str]]:
+    """Return the tensors and the metadata of a header, in the order of the text."""
+    if not raw.startswith(b"{"):
+        raise _malformed("the header does not start with '{'")
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] | None = None
     try:
-        value = json.loads(
-            text.decode("utf-8"),
-            object_pairs_hook=_unique_pairs,
-            parse_constant=_refuse_constant,
-        )
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be written
+        text = raw.decode("utf-8")
+        reader = ObjectReader(text)
+        for name in reader.names():
+            if name in tensors or (name == _METADATA and metadata is not None):
+                raise _malformed(f"the key {name[:100]!r} occurs twice")
+            if name == _METADATA:
+                metadata = _read_metadata(reader)
+            else:
+                tensors[name] = _check_entry(name, reader.value())
+        reader.end()
+        if "\\u" in text:  # half a surrogate pair cannot be written
+            for one in (*tensors, *(metadata or {}), *(metadata or {}).values()):
+                one.encode()
     except UnicodeError:
         raise _malformed("the header is not UTF-8, or has an unpaired surrogate") from None
     except RecursionError:
         raise _malformed("the header is nested too deeply") from None
     except ValueError as error:
-        raise _malformed(f"the header is not JSON: {error}") from None
-    assert isinstance(value, dict)  # it starts with '{'
-    return value
+        raise _malformed(f"the header is not as JSON should be: {error}") from None
+    return tensors, metadata or {}
 
 
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        raise _malformed(f"the key {counts.most_common(1)[0][0][:100]!r} occurs twice")
-    return result
-
-
-def _refuse_constant(text: str) -> None:
-    raise _malformed(f"{text} is not JSON")
-
-
-def _check_metadata(value: Any) -> dict[str, str]:
-    if value is None:  # accepted by the Rust reader
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+def _read_metadata(reader: ObjectReader) -> dict[str, str]:
+    if not reader.is_at_object():
+        if reader.value() is None:  # accepted by the Rust reader
+            return {}
         raise _malformed("__metadata__ must map strings to strings")
-    return value
+    metadata: dict[str, str] = {}
+    for name in reader.names():
+        if name in metadata:
+            raise _malformed(f"the key {name[:100]!r} occurs twice")
+        value = reader.value()
+        if not isinstance(value, str):
+            raise _malformed("__metadata__ must map strings to strings")
+        metadata[name] = value
+        if len(metadata) > _MOST_METADATA:
+            raise _malformed(f"__metadata__ has more than {_MOST_METADATA} entries")
+    return metadata
 
 
 def _check_entry(name: str, entry: Any) -> TensorInfo:

@@ -14,6 +14,7 @@ from bonsai_lora.core.batch import Integers
 from bonsai_lora.core.cast import Array, Floats, count_rows
 from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError, counted
 from bonsai_lora.formats.safetensors import as_bytes
+from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.service.apply import (
     Applier,
     Inputs,
@@ -23,9 +24,7 @@ from bonsai_lora.service.apply import (
     group_by_set,
     total_rows,
 )
-from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.models import MIXED, SHARED_INPUT, Model
-from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.storage.regions import SharedRegions, Span
@@ -103,7 +102,7 @@ class Inference:
         applier.limits.check_region_bytes(sum(sizes))
         experts, request = _take_experts(model, request, tensors)
         set_segments = (
-            self._mixed_segments(request, tensors, applier.limits)
+            self._mixed_segments(request, tensors, applier)
             if model.stored is None
             else [SetSegment(model.stored, request.scale)]
         )
@@ -130,7 +129,7 @@ class Inference:
         )
 
     def _mixed_segments(
-        self, request: InferRequest, tensors: "_Tensors", limits: Limits
+        self, request: InferRequest, tensors: "_Tensors", applier: Applier
     ) -> list[SetSegment]:
         sets = request.inputs.get(SETS)
         if sets is None:
@@ -138,19 +137,19 @@ class Inference:
                 f"model '{MIXED}' has no input '{SETS}'; send one set's name per row, as BYTES",
                 field=SETS,
             )
-        limits.check_rows(sets.shape[0] if sets.shape else 0)
+        applier.limits.check_rows(sets.shape[0] if sets.shape else 0)
         stacks = [_stack_of(text, row) for row, text in enumerate(tensors.strings(sets))]
         for one in request.inputs.values():
             if one is not sets and one.rows != len(stacks):
                 raise ShapeMismatchError(
                     f"input '{one.name}' has {counted(one.rows, 'row')}, but '{SETS}' has "
-                    f"{len(stacks)}; send "
-                    "as many rows in each",
+                    f"{len(stacks)}; send as many rows in each",
                     field=one.name,
                     got=one.rows,
                     expected=len(stacks),
                 )
-        return group_by_set(stacks, request.scale, self.store.read)
+        read = self.store.reader(may_take_long=applier.may_take_long)
+        return group_by_set(stacks, request.scale, read)
 
     def _check_places(
         self,

@@ -13,6 +13,9 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.service.view import SetView
 
+_TENSORS_PER_MODULE = 8
+"""A and B, bias and magnitude, those of an embedding, and some of a replaced module."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -72,10 +75,20 @@ class Limits:
         if count > self.max_modules:
             raise TooManyModulesError(
                 f"the set has {counted(count, 'module')}, but the limit is {self.max_modules}; "
-                "split it, or "
-                "raise max_modules",
+                "split it, or raise max_modules",
                 got=count,
                 limit=self.max_modules,
+            )
+
+    def check_tensors(self, count: int) -> None:
+        """Raise TooManyModulesError if a file has more tensors than max_modules modules have."""
+        most = _TENSORS_PER_MODULE * self.max_modules
+        if count > most:
+            raise TooManyModulesError(
+                f"the file has {counted(count, 'tensor')}, but {self.max_modules} modules, which "
+                f"is the limit, have at most {most}; split it, or raise max_modules",
+                got=count,
+                limit=most,
             )
 
     def check_budget(self, store: SetView, name: str, new_bytes: int) -> None:

@@ -71,19 +71,8 @@ class MergedModels:
                 self._known.popitem(last=False)
         return model
 
-    def files(
-        self,
-        store: SetView,
-        base_name: str,
-        sets: WeightedSets,
-        match: str | None = None,
-        rendering: Rendering = DEFAULT,
-    ) -> Mapping[str, MergedFile]:
-        """Return the files of the merged model by name.
-
-        Raises the errors of `get`, and those of merged_files.
-        """
-        model = self.get(store, base_name, sets, match)
+    def files(self, model: MergedModel, rendering: Rendering = DEFAULT) -> Mapping[str, MergedFile]:
+        """Return the files of a merged model by name; raises the errors of merged_files."""
         return self._cached(model, rendering)
 
     def hub_files(self, model: MergedModel) -> Mapping[str, MergedFile]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from bonsai_lora.service.view import SetView
+from bonsai_lora.storage.residency import resident_bytes
 from bonsai_lora.storage.setfile import SetRecord
 
 LARGEST_SETS = 100
@@ -23,11 +24,13 @@ class StoreStats:
     total_memory_bytes: int
     resident_bytes: int
     largest: list[SetRecord]
+    as_of: str | None
+    """When the index with the largest sets was made (RFC 3339); None if they are current."""
 
 
 def store_stats(store: SetView) -> StoreStats:
     """Return the statistics of all sets."""
-    sums = store.sums()
+    sums, largest = store.sums(), store.largest(LARGEST_SETS)
     return StoreStats(
         sums.sets,
         len(store.bad_files()),
@@ -35,6 +38,7 @@ def store_stats(store: SetView) -> StoreStats:
         sums.adapters,
         sums.params,
         sums.held_bytes,
-        sum(one.resident_bytes() for one in store.open_sets()),
-        store.largest(LARGEST_SETS),
+        sum(resident_bytes(one.file) for one in store.open_sets()),
+        largest.records,
+        largest.as_of,
     )

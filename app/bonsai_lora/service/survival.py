@@ -11,10 +11,13 @@ from bonsai_lora.checkpoints.base import Tensor
 from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.checkpoints.tensors import Touched
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, Floats, to_float32
-from bonsai_lora.core.merge import Block
+from bonsai_lora.core.merge import Block, blocks
 from bonsai_lora.errors import InvalidRequestError, counted
 from bonsai_lora.formats.quantize import quantize_q8_0
 
+_BLOCK_VALUES = 1 << 18
+_COPIES = 12
+"""Copies of a block, as float64, that the computation holds at most."""
 SAMPLE_VALUES = 1 << 18
 """Values of a tensor that are computed, as whole rows at equal distances; smaller ones entirely."""
 
@@ -29,8 +32,21 @@ def _q8_0(rows: Floats) -> Floats:
 def _q1_0(rows: Floats) -> Floats:
     """Return sign times mean |value| of each 128, as float16."""
     groups = rows.reshape(-1, 128)
-    scale = np.abs(groups).mean(axis=1, keepdims=True).astype(np.float16).astype(np.float32)
+    # A sum over the first axis adds one value after the other, as llama.cpp does.
+    sums = np.ascontiguousarray(np.abs(groups).T).sum(axis=0) / np.float32(128)
+    scale = sums.astype(np.float16).astype(np.float32)[:, None]
     result: Floats = np.where(groups < 0, -scale, scale).reshape(rows.shape)
+    return result
+
+
+def _ternary(width: int, rows: Floats) -> Floats:
+    """Return -scale, 0 or scale of each `width` values, where scale is max |value| as float16."""
+    groups = rows.reshape(-1, width)
+    largest = np.abs(groups).max(axis=1, keepdims=True)
+    inverse = np.divide(1, largest, out=np.zeros_like(largest), where=largest > 0)
+    codes = np.sign(groups) * np.floor(np.abs(groups * inverse) + np.float32(0.5))
+    scale = largest.astype(np.float16).astype(np.float32)
+    result: Floats = (codes * scale).reshape(rows.shape)
     return result
 
 
@@ -39,6 +55,9 @@ STORED: Mapping[str, tuple[int, Callable[[Floats], Floats]]] = {
     "F16": (1, lambda rows: rows.astype(FLOAT16).astype(np.float32)),
     "Q8_0": (32, _q8_0),
     "Q1_0": (128, _q1_0),
+    "Q2_0": (64, partial(_ternary, 64)),
+    "TQ1_0": (256, partial(_ternary, 256)),
+    "TQ2_0": (256, partial(_ternary, 256)),
 }
 """By type: the values of a block, and how rows read after they were stored in it."""
 
@@ -110,7 +129,7 @@ def survive(weights: Floats, delta: Floats, dtype: str) -> Survival:
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class Followed:
     """The tensors of a merged model whose deltas are followed; each is computed on its own."""
 
     tensors: Mapping[str, tuple[Tensor, Touched]]
@@ -118,19 +137,32 @@ class Estimate:
     """Changed tensors that are not a sum with deltas, or whose rows are not whole blocks."""
     dtype: str
 
-    def works(self) -> list["partial[Survival]"]:
-        """Return the computation of each tensor."""
+    def estimates(self) -> list["partial[Survival]"]:
+        """Return the computation of each tensor from a sample of its rows."""
         return [partial(_sample, *one, self.dtype) for one in self.tensors.values()]
 
+    def works(self, check: Callable[[], None]) -> list["partial[Survival]"]:
+        """Return the exact computation of each tensor; `check` is called before each block."""
+        return [partial(_exact, *one, self.dtype, check) for one in self.tensors.values()]
 
-def estimate(model: MergedModel, dtype: str) -> Estimate:
+    def sizes(self) -> list[int]:
+        """Return the number of values of each tensor."""
+        return [math.prod(weight.shape) for weight, _ in self.tensors.values()]
+
+    def work_bytes(self) -> int:
+        """Return the most that the exact computation of one tensor takes."""
+        widest = max(weight.shape[1] for weight, _ in self.tensors.values())
+        return _COPIES * 8 * max(_BLOCK_VALUES, widest)
+
+
+def follow(model: MergedModel, dtype: str) -> Followed:
     """Choose the tensors to follow; raises InvalidRequestError if none can be."""
     block = STORED[dtype][0]
     tensors, skipped = {}, []
     for name, touched in model.changes.items():
         weight = model.base.tensor(name)
         assert weight is not None
-        if _is_sum(touched) and len(weight.shape) == 2 and weight.shape[1] % block == 0:
+        if is_sum(touched) and len(weight.shape) == 2 and weight.shape[1] % block == 0:
             tensors[name] = weight, touched
         else:
             skipped.append(name)
@@ -140,10 +172,11 @@ def estimate(model: MergedModel, dtype: str) -> Estimate:
             f"{dtype} blocks, which have {counted(block, 'value')}; use another dtype",
             field="dtype",
         )
-    return Estimate(tensors, skipped, dtype)
+    return Followed(tensors, skipped, dtype)
 
 
-def _is_sum(touched: Touched) -> bool:
+def is_sum(touched: Touched) -> bool:
+    """Return whether a tensor is changed by added deltas only."""
     return (
         bool(touched.deltas)
         and touched.replacement is None
@@ -157,12 +190,25 @@ def _sample(weight: Tensor, touched: Touched, dtype: str) -> Survival:
     rows, columns = weight.shape
     found = Survival()
     for block in _sampled_rows(rows, columns):
-        delta = np.zeros((block[0].stop - block[0].start, columns), np.float32)
-        for adapter, factor in touched.deltas:
-            right, left = adapter.stored_factors_of(*block)
-            delta += np.float32(factor * adapter.scaling) * (left @ to_float32(right))
-        found += survive(to_float32(weight[block]), delta, dtype)
+        found += _of_rows(weight, touched, dtype, block)
     return found.times(rows * columns / found.count) if found.count else found
+
+
+def _exact(weight: Tensor, touched: Touched, dtype: str, check: Callable[[], None]) -> Survival:
+    """Return the sums of all rows."""
+    found = Survival()
+    for block in blocks(*weight.shape, most=_BLOCK_VALUES, whole_rows=True):
+        check()
+        found += _of_rows(weight, touched, dtype, block)
+    return found
+
+
+def _of_rows(weight: Tensor, touched: Touched, dtype: str, block: Block) -> Survival:
+    delta = np.zeros((block[0].stop - block[0].start, weight.shape[1]), np.float32)
+    for adapter, factor in touched.deltas:
+        right, left = adapter.stored_factors_of(*block)
+        delta += np.float32(factor * adapter.scaling) * (left @ to_float32(right))
+    return survive(to_float32(weight[block]), delta, dtype)
 
 
 def _sampled_rows(rows: int, columns: int) -> Iterator[Block]:

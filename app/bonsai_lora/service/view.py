@@ -4,20 +4,26 @@ Routes and use cases have a `SetView` and nothing else of the store, so every na
 path, body, metadata, query, tensor or cursor) and every name that goes out passes through it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from bonsai_lora.core.loraset import BonsaiLoraSet
-from bonsai_lora.errors import NameNotYoursError, QuotaExceededError, SetNotFoundError
+from bonsai_lora.errors import (
+    NameNotYoursError,
+    QuotaExceededError,
+    SetNotFoundError,
+    TakesLongError,
+)
 from bonsai_lora.formats.names import check_set_name
 from bonsai_lora.service.keys import ANYONE, Key, Scope, may, narrowed
 from bonsai_lora.storage.index import Sums
+from bonsai_lora.storage.newset import Received
+from bonsai_lora.storage.protocol import Page, Store, StoreState
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
-from bonsai_lora.storage.store import SetStore
-from bonsai_lora.storage.upload import ReceivedUpload
+from bonsai_lora.storage.source import Source
 
 T = TypeVar("T")
 
@@ -35,10 +41,10 @@ class SetView:
     """The sets that `key` may use for `scope`. Thread-safe.
 
     A name that is not the key's does not exist (SetNotFoundError), but to write to it is refused
-    (NameNotYoursError). The methods are those of `SetStore`, and raise its errors too.
+    (NameNotYoursError). The methods are those of `Store`, and raise its errors too.
     """
 
-    def __init__(self, store: SetStore, key: Key = ANYONE, scope: Scope = "read") -> None:
+    def __init__(self, store: Store, key: Key = ANYONE, scope: Scope = "read") -> None:
         self._store = store
         self.key = key
         self._scope = scope
@@ -82,26 +88,38 @@ class SetView:
         self._check(name)
         return self._store.read_record(name)
 
+    def reader(self, *, may_take_long: bool) -> Callable[[str], StoredSet]:
+        """Return `read`, or what raises TakesLongError in its place for a set that takes long."""
+
+        def read(name: str) -> StoredSet:
+            stored = self.read_quickly(name)
+            if stored is None:
+                raise TakesLongError
+            return stored
+
+        return self.read if may_take_long else read
+
+    def refresh(self, name: str) -> None:
+        """Make the next look-up of `name` see all changes that were made before this call."""
+        self._check(name)
+        self._store.refresh(name)
+
     def records(self) -> list[SetRecord]:
         """Return the records of the caller's sets, sorted by name."""
-        return self.page("", after="", base_model_name=None, limit=-1)
+        return self.page("", after="", base_model_name=None, limit=-1).records
 
-    def page(
-        self, prefix: str, *, after: str, base_model_name: str | None, limit: int
-    ) -> list[SetRecord]:
+    def page(self, prefix: str, *, after: str, base_model_name: str | None, limit: int) -> Page:
         """Return up to `limit` records (-1: all) of names that begin with `prefix`, by name."""
         starts = narrowed(self.key.starts, prefix)
-        return self._store.listing.ask(
-            lambda index: index.page(starts, after=after, base=base_model_name, limit=limit)
-        )
+        return self._store.page(starts, after=after, base=base_model_name, limit=limit)
 
     def sums(self) -> Sums:
         """Return the sums over the caller's sets."""
-        return self._store.listing.ask(lambda index: index.sums(*self.key.starts))
+        return self._store.sums(*self.key.starts)
 
-    def largest(self, limit: int) -> list[SetRecord]:
+    def largest(self, limit: int) -> Page:
         """Return the records of the caller's largest sets, the largest first."""
-        return self._store.listing.ask(lambda index: index.largest(self.key.starts, limit))
+        return self._store.largest(self.key.starts, limit)
 
     def open_sets(self) -> list[StoredSet]:
         """Return the caller's sets that this process has open."""
@@ -111,34 +129,38 @@ class SetView:
         """Return the sizes in bytes, by set name, of the caller's files of a newer release."""
         return self._own(self._store.newer_files())
 
-    def bad_files(self) -> dict[str, str]:
-        """Return the reasons, by set name, of the caller's unreadable files."""
-        return self._own(self._store.bad_files())
+    def bad_files(self, most: int | None = None) -> dict[str, str]:
+        """Return the reasons, by set name, of the caller's unreadable files among `most`."""
+        return self._own(self._store.bad_files(most))
 
     def _own(self, found: Mapping[str, T]) -> dict[str, T]:
         return {name: value for name, value in found.items() if self.key.owns(name)}
 
     def totals(self) -> Totals:
         """Return the numbers of all sets and files, whoever asks."""
-        sums = self._store.listing.ask(lambda index: index.sums(""))
-        return Totals(sums.sets, len(self._store.bad_files()), sums.newer)
+        sums = self._store.sums("")
+        return Totals(sums.sets, self._store.count_bad_files(), sums.newer)
 
     def is_writable(self) -> bool:
         """Return whether the store can be changed, whoever asks."""
         return self._store.is_writable()
 
+    def state(self) -> StoreState:
+        """Return how the store is doing, whoever asks."""
+        return self._store.state()
+
     def held_bytes(self, besides: str) -> int:
-        """Return the size of all sets but one, whoever asks: they share the memory budget."""
-        return self._store.held_bytes(besides)
+        """Return the size as float32 of all sets but one, whoever asks: they share the budget.
+
+        Sets that a newer release wrote count as much as their files.
+        """
+        total, one = self._store.sums(""), self._store.sums_of(besides)
+        return total.held_bytes + total.newer_bytes - one.held_bytes - one.newer_bytes
 
     def lock(self, name: str) -> AbstractContextManager[None]:
         """Hold the lock to change `name`."""
         self._check(name)
         return self._store.lock(name)
-
-    def lock_all(self) -> AbstractContextManager[None]:
-        """Hold the lock to change the total of all sets."""
-        return self._store.lock_all()
 
     def check_quota(self, name: str, new_bytes: int) -> None:
         """Raise QuotaExceededError if the caller's sets, with `name` at `new_bytes`, exceed it."""
@@ -146,7 +168,7 @@ class SetView:
         if quota.sets is None and quota.bytes is None:
             return
         total = self.sums()
-        present = self._store.listing.ask(lambda index: index.sums_of(name))
+        present = self._store.sums_of(name)
         others, held = total.sets - present.sets, total.held_bytes - present.held_bytes
         count = others + 1
         if quota.sets is not None and count > quota.sets:
@@ -173,7 +195,9 @@ class SetView:
         now: str,
         previous: SetRecord | None,
         adapter_config: Mapping[str, Any] | None = None,
-        received: tuple[ReceivedUpload, Mapping[str, str]] | None = None,
+        received: Received | None = None,
+        source: Source | None = None,
+        check: Callable[[], None],
     ) -> StoredSet:
         """Write `lora_set` durably as the next version of its name, and return it opened."""
         self._check(lora_set.adapter_name)
@@ -184,6 +208,8 @@ class SetView:
             previous=previous,
             adapter_config=adapter_config,
             received=received,
+            source=source,
+            check=check,
         )
 
     def new_file(self) -> AbstractContextManager[BinaryIO]:

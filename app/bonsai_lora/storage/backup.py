@@ -17,13 +17,15 @@ from typing import Any
 
 from bonsai_lora.errors import (
     BonsaiLoraError,
+    ChangedMeanwhileError,
     NewerFormatError,
     SetExistsError,
     SetNotFoundError,
 )
 from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.storage.disk import synced
-from bonsai_lora.storage.listing import SUFFIX
+from bonsai_lora.storage.files import SUFFIX
+from bonsai_lora.storage.protocol import Store
 from bonsai_lora.storage.setfile import read_record
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.verify import verify_set_file
@@ -52,7 +54,7 @@ def back_up(store: SetStore, target: Path, on_bytes: OnSet) -> list[dict[str, An
     return entries
 
 
-def restore(store: SetStore, source: Path, on_bytes: OnSet) -> Iterator[tuple[str, str | None]]:
+def restore(store: Store, source: Path, on_bytes: OnSet) -> Iterator[tuple[str, str | None]]:
     """Add the sets of a backup to `store`, durably; give the name of each, and what is wrong.
 
     A set that is there already in the same version is left. Raises OSError, and ValueError if
@@ -66,7 +68,7 @@ def restore(store: SetStore, source: Path, on_bytes: OnSet) -> Iterator[tuple[st
         on_bytes(done, total)
 
 
-def _problem_of(store: SetStore, path: Path, size: int) -> str | None:
+def _problem_of(store: Store, path: Path, size: int) -> str | None:
     """Add the set of one file; return what is wrong with it."""
     try:
         if path.stat().st_size != size:
@@ -74,19 +76,21 @@ def _problem_of(store: SetStore, path: Path, size: int) -> str | None:
         _add(store, path)
     except FileNotFoundError:
         return f"{path} is missing"
+    except ChangedMeanwhileError:
+        return "it was changed at the same moment; restore it again"
     except BonsaiLoraError as error:
         return error.detail
     return None
 
 
-def _add(store: SetStore, path: Path) -> None:
+def _add(store: Store, path: Path) -> None:
     """Add a set from a copy of its file, unless this version of it is there already.
 
     Raises SetExistsError if a different one is, and the errors of `verify_set_file`, and then
     changes nothing.
     """
     record = verify_set_file(path)
-    with store.lock(record.name), store.lock_all():
+    with store.lock(record.name):
         with suppress(SetNotFoundError):
             if store.read_record(record.name) == record:
                 return
@@ -97,7 +101,7 @@ def _add(store: SetStore, path: Path) -> None:
             )
         with store.new_file() as file, path.open("rb") as source:
             shutil.copyfileobj(source, file)
-            store.commit(file, record.name)
+            store.add(file, record.name)
 
 
 @contextmanager

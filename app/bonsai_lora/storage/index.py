@@ -81,6 +81,10 @@ class Sums:
         """Return the sums of both."""
         return Sums(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
 
+    def minus(self, other: "Sums") -> "Sums":
+        """Return how much more these are than `other`."""
+        return Sums(*(a - b for a, b in zip(_values(self), _values(other), strict=True)))
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -104,14 +108,19 @@ class Row:
 class SetIndex:
     """The table at `path`, or in memory. Thread-safe: one connection, used by one thread at a time.
 
+    One in memory that `may_spill` uses a temporary file when it is large.
+
     All methods raise sqlite3.Error if the file is damaged, cannot be written or stays locked.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, *, may_spill: bool = False) -> None:
         self.path = path
         self._lock = threading.RLock()
         self._connection = sqlite3.connect(
-            path or ":memory:", _BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            path or ("" if may_spill else ":memory:"),
+            _BUSY_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
         )
         self.close = weakref.finalize(self, self._connection.close)
         if path is not None:
@@ -165,15 +174,14 @@ class SetIndex:
     def put(self, row: Row) -> None:
         """Insert or replace a row. Call in a transaction."""
         self.remove(row.name)
-        one, sums = row.record, row.sums()
-        text = "" if one is None else record_to_text(one)
-        base = "" if one is None else one.base_model_name
-        self._ask(
-            "INSERT INTO sets VALUES(?, ?, ?, ?, ?, ?, ?, ?)",
-            *(row.name, row.stamp, one is None, base, sums.adapters, sums.params),
-            *(row.file_bytes if one is None else sums.held_bytes, text),
+        self._ask("INSERT INTO sets VALUES(?, ?, ?, ?, ?, ?, ?, ?)", *_columns(row))
+        self._add(row.name, _values(row.sums()))
+
+    def fill(self, rows: Iterable[Row]) -> None:
+        """Insert rows of a new table, whose sums are not asked for. Call in a transaction."""
+        self._connection.executemany(
+            "INSERT OR REPLACE INTO sets VALUES(?, ?, ?, ?, ?, ?, ?, ?)", map(_columns, rows)
         )
-        self._add(row.name, _values(sums))
 
     def remove(self, name: str) -> None:
         """Remove the row of a set, if there is one. Call in a transaction."""
@@ -250,6 +258,14 @@ class SetIndex:
         """Add to the sums of every start of `name` that has sums."""
         starts = [name[:length] for length in range(len(name) + 1)]
         self._ask(_ADD, *change, json.dumps(starts))
+
+
+def _columns(row: Row) -> tuple[object, ...]:
+    one, sums = row.record, row.sums()
+    text = "" if one is None else record_to_text(one)
+    base = "" if one is None else one.base_model_name
+    held = row.file_bytes if one is None else sums.held_bytes
+    return row.name, row.stamp, one is None, base, sums.adapters, sums.params, held, text
 
 
 def _record_of(row: tuple[str, str]) -> SetRecord:

@@ -3,7 +3,8 @@
 The files are the truth. Every change by this program commits the table's row right after the
 rename, with the folder's time of modification, which it sets to the nanosecond. So a folder whose
 time differs from the table's was changed by somebody else, or by a process that died in between,
-and is compared. All files are compared when a process begins, and within a minute from then on.
+and is compared. A file that was changed in place is found when all are compared: within a minute,
+and in a small folder also when a process begins.
 
 The table is a file in the folder `index-1` of the store: N.sqlite with the largest N. A new one has
 the next number, so that a process which still has the old one open cannot touch it. Where no file
@@ -25,16 +26,16 @@ from bonsai_lora.errors import BonsaiLoraError, NewerFormatError, SetNotFoundErr
 from bonsai_lora.formats.identity import is_unsettled
 from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.storage.disk import storage_errors
+from bonsai_lora.storage.files import SUFFIX
 from bonsai_lora.storage.index import DamagedIndexError, Row, SetIndex
 from bonsai_lora.storage.setfile import SetRecord
 
-SUFFIX = ".safetensors"
 _FOLDER = "index-1"
 """The number is that of the table's columns, so that releases with different ones do not meet."""
 _COMPARE_SECONDS = 30
 _BATCH = 256
 _FEW = 2000
-"""So few files are compared at once whenever others change the folder."""
+"""So few files are compared when a process begins, and whenever others change the folder."""
 _REST = 10
 """A large folder that others keep changing is compared for a tenth of the time."""
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
@@ -118,13 +119,14 @@ class Listing:
             self._opened()
 
     def _opened(self) -> SetIndex:
-        """Return the present table; opens it if needed, and then compares it with the files."""
+        """Return the present table; a newly opened one agrees with the folder's time."""
         if self._index is not None and self._is_current(self._index):
             return self._index
         self._close()
         index = SetIndex(None) if self._must_be_in_memory() else self._open_file()
         self._index, self._pid, self._is_compared = index, os.getpid(), False
-        self._compare(index)
+        if index.folder_time() != self._folder_time() or index.sums("").sets <= _FEW:
+            self._compare(index)
         self._is_compared = True
         return index
 

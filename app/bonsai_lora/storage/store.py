@@ -1,108 +1,38 @@
 """A store of named sets: a folder with one file per set, shared by any number of processes.
 
-A write is durable when it returns: temporary file, fsync, atomic rename, fsync of the folder. A
-reader checks the identity of the file with one `stat`, and memory-maps it again if it has changed;
-processes do not notify each other.
+A write is durable when it returns: temporary file, fsync, atomic rename, fsync of the folder.
 """
 
-import contextlib
-import fcntl
-import hashlib
-import logging
 import os
-import resource
-import secrets
-import stat
-import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 from bonsai_lora.core.loraset import BonsaiLoraSet
-from bonsai_lora.errors import (
-    BonsaiLoraError,
-    NewerFormatError,
-    SetNotFoundError,
-    StoreFullError,
-    StoreReadOnlyError,
-)
-from bonsai_lora.formats.identity import Identity, identity_of
 from bonsai_lora.formats.names import is_set_name
-from bonsai_lora.formats.peft import set_tensors
-from bonsai_lora.storage.disk import storage_errors, synced
-from bonsai_lora.storage.in_use import OpenNames, suspects
-from bonsai_lora.storage.index import SetIndex
-from bonsai_lora.storage.leftovers import remove_leftovers
-from bonsai_lora.storage.listing import SUFFIX, Listing
-from bonsai_lora.storage.setfile import (
-    RECORD_FORMAT,
-    NewSet,
-    SetRecord,
-    StoredSet,
-    open_set_file,
-    read_record,
-    write_header,
-    write_set_file,
-)
-from bonsai_lora.storage.upload import ReceivedUpload
-from bonsai_lora.storage.verify import OnPiece, verify_set_file
-
-_LOCKS = 64
-_SIZE = 3
-"""Place of a file's length in its identity."""
-_QUICK_BYTES = 1 << 20
-"""A file up to this length is opened in milliseconds, whatever is in it."""
-_QUICK_HEADER_BYTES = 1 << 16
-"""A longer one is, with a header up to this length."""
-_MOST_RECORDS = 1 << 12
-_UNREADABLE = (BonsaiLoraError, LookupError, ValueError, TypeError, AttributeError, RecursionError)
-"""Exceptions that reading a foreign or damaged file may raise."""
-
-T = TypeVar("T")
-_log = logging.getLogger(__name__)
+from bonsai_lora.storage.disk import storage_errors
+from bonsai_lora.storage.files import SUFFIX, SetFiles
+from bonsai_lora.storage.index import SetIndex, Sums
+from bonsai_lora.storage.listing import Listing
+from bonsai_lora.storage.newset import Received, file_of, next_version
+from bonsai_lora.storage.protocol import Page, StoreState, allowed
+from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.source import Source
 
 
-class SetStore:
-    """A folder of sets. Thread-safe.
+class SetStore(SetFiles):
+    """A folder of sets, with a table of them. Thread-safe; a `Store`.
 
-    `root` is created if missing. Up to `max_open` sets stay memory-mapped, by default half of the
-    process's file descriptor limit, at most 1024. `shared` is a folder of all workers of a service,
-    where each finds what others had open when they died. Raises OSError if `root` cannot be made.
+    The arguments are those of `SetFiles`.
     """
 
     def __init__(
         self, root: Path, *, max_open: int | None = None, shared: Path | None = None
     ) -> None:
-        self.root = root
-        self._unreadable: dict[str, str] = {}
-        self.temporary = root / "tmp"
-        """Folder for temporary files, on the same file system as the sets."""
-        self._sets = root / "sets"
-        self._sets_prefix = f"{self._sets}{os.sep}"
-        self._locks = root / "locks"
-        self._bad = root / "bad"
-        # Before Python 3.13, each mapping keeps a file descriptor open.
-        self._max_open = max_open or min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-        self._open: OrderedDict[str, tuple[Identity, StoredSet]] = OrderedDict()
-        self._records: dict[str, tuple[Identity, SetRecord]] = {}
-        self._newer: dict[str, tuple[Identity, int]] = {}
-        self._suspects = set() if shared is None else suspects(shared)
-        self._names = None if shared is None else OpenNames(shared)
-        self.on_open: Callable[[SetRecord], None] | None = None
-        """Called with the record of each version that `read` opens."""
+        super().__init__(root, max_open=max_open, shared=shared)
         self.listing = Listing(root, self.read_record)
         """The table of all sets, for pages and sums."""
-        for folder in (self._sets, self.temporary, self._locks):
-            if not folder.is_dir():
-                folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.temporary)
-
-    def is_writable(self) -> bool:
-        """Return whether this process may change sets."""
-        return all(os.access(one, os.W_OK) for one in (self._sets, self.temporary, self._locks))
 
     def list_names(self) -> list[str]:
         """Return the names of all sets, sorted."""
@@ -114,96 +44,29 @@ class SetStore:
 
         Leaves out sets that a newer release wrote.
         """
-        return self.listing.ask(lambda index: index.page([""], after="", base=None, limit=-1))
+        return self.page([""], after="", base=None, limit=-1).records
 
-    def held_bytes(self, besides: str) -> int:
-        """Return the size in bytes of all sets but one, as float32.
+    def page(self, starts: Iterable[str], *, after: str, base: str | None, limit: int) -> Page:
+        """Return up to `limit` records (-1: all) of names that begin with one of `starts`."""
+        return Page(
+            self.listing.ask(lambda index: index.page(starts, after=after, base=base, limit=limit))
+        )
 
-        Sets that a newer release wrote count as much as their files.
-        """
+    def largest(self, starts: Iterable[str], limit: int) -> Page:
+        """Return up to `limit` records, the largest sets first."""
+        return Page(self.listing.ask(lambda index: index.largest(starts, limit)))
 
-        def held(index: SetIndex) -> int:
-            total, one = index.sums(""), index.sums_of(besides)
-            return total.held_bytes + total.newer_bytes - one.held_bytes - one.newer_bytes
+    def sums(self, *starts: str) -> Sums:
+        """Return the sums over the sets whose names begin with one of `starts`."""
+        return self.listing.ask(lambda index: index.sums(*starts))
 
-        return self.listing.ask(held)
-
-    def read_record(self, name: str) -> SetRecord:
-        """Return the record of a set; raises SetNotFoundError, NewerFormatError."""
-        identity = self._identity(name)
-        known = self._records.get(name)
-        if known is not None and known[0] == identity:
-            return known[1]
-        record = self._checked(name, identity, read_record)
-        if len(self._records) >= _MOST_RECORDS:
-            self._records.clear()
-        self._records[name] = (identity, record)
-        return record
-
-    def read(self, name: str) -> StoredSet:
-        """Return the current version of a set; raises SetNotFoundError, NewerFormatError.
-
-        Costs one `stat` if this process has the version open, else it is memory-mapped.
-        """
-        identity = self._identity(name)
-        known = self._open.get(name)
-        if known is not None and known[0] == identity:
-            with contextlib.suppress(KeyError):  # another thread may evict it meanwhile
-                self._open.move_to_end(name)
-            return known[1]
-        if name in self._suspects:
-            self._checked(name, identity, verify_set_file)
-            self._suspects.discard(name)
-        opened = self._open_version(name, identity)
-        if self.on_open is not None:
-            self.on_open(opened.record)
-        return opened
-
-    def read_quickly(self, name: str) -> StoredSet | None:
-        """Return `read(name)`, or None if it is not open and opening it may take long.
-
-        It does if the file has a long header, or if all of it has to be checked first.
-        """
-        identity = self._identity(name)
-        known = self._open.get(name)
-        if known is None or known[0] != identity:
-            size = identity[_SIZE]
-            if size > _QUICK_BYTES and not self._opens_quickly(name):
-                return None
-        return self.read(name)
-
-    def _opens_quickly(self, name: str) -> bool:
-        if name in self._suspects or self.read_record(name).digest is None:
-            return False
-        with storage_errors(), self._path(name).open("rb") as file:
-            return int.from_bytes(file.read(8), "little") <= _QUICK_HEADER_BYTES
-
-    def verify(self, name: str, on_piece: OnPiece | None = None) -> SetRecord:
-        """Read the file of a set, and move it aside if its tensors are not what was written.
-
-        Raises SetNotFoundError, with the reason in `bad_files`, and NewerFormatError.
-        """
-        reader = partial(verify_set_file, on_piece=on_piece)
-        return self._checked(name, self._identity(name), reader, wait=True)
-
-    def lock(self, name: str) -> AbstractContextManager[None]:
-        """Hold the lock to change `name`, across threads and processes."""
-        return self._locked(self._stripe(name))
+    def sums_of(self, name: str) -> Sums:
+        """Return what one set adds to the sums."""
+        return self.listing.ask(lambda index: index.sums_of(name))
 
     def lock_all(self) -> AbstractContextManager[None]:
         """Hold the lock to change the total of all sets; acquire it inside `lock`, if both."""
-        return self._locked("all")
-
-    @staticmethod
-    def _stripe(name: str) -> str:
-        return f"{hashlib.blake2b(name.encode(), digest_size=2).digest()[0] % _LOCKS:02}"
-
-    @contextlib.contextmanager
-    def _locked(self, name: str, *, wait: bool = True) -> Iterator[None]:
-        """Hold a lock file; with `wait=False`, raises BlockingIOError if it is held."""
-        with storage_errors(), (self._locks / name).open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
+        return self.locked("all")
 
     def write(
         self,
@@ -213,180 +76,59 @@ class SetStore:
         now: str,
         previous: SetRecord | None,
         adapter_config: Mapping[str, Any] | None = None,
-        received: tuple[ReceivedUpload, Mapping[str, str]] | None = None,
+        received: Received | None = None,
+        source: Source | None = None,
+        check: Callable[[], None] = allowed,
     ) -> StoredSet:
         """Write `lora_set` durably as the next version of its name, and return it opened.
 
         Call with `lock` held. `now` is RFC 3339; `previous` is the version to replace. `received`
-        is an upload of exactly these tensors into a file of `new_file`, and the mapping from its
-        tensor names to the set's: only the header is written then. Raises StoreFullError or
-        StoreReadOnlyError, and then changes nothing.
+        is an upload of exactly these tensors into a file of `new_file`: only the header is written
+        then. `check` raises if the set may not be written; the sums do not change between it and
+        the write. Raises StoreFullError or StoreReadOnlyError, and then changes nothing.
         """
-        record = SetRecord(
-            name=lora_set.adapter_name,
-            uid=previous.uid if previous else secrets.token_hex(8),
-            version=previous.version + 1 if previous else 1,
-            created_at=previous.created_at if previous else now,
-            updated_at=now,
-            unknown=previous.unknown if previous else {},
+        new = next_version(
+            lora_set,
             origin=origin,
-            base_model_name=lora_set.base_model_name,
-            config=lora_set.registry.config,
-            adapter_count=lora_set.registry.adapter_count(),
-            total_trainable_params=lora_set.total_trainable_params(),
-            data_bytes=sum(one.nbytes for one in set_tensors(lora_set).values()),
+            now=now,
+            previous=previous,
+            adapter_config=adapter_config,
+            source=source,
         )
-        new = NewSet(record, lora_set, adapter_config)
-        with storage_errors():
-            if received is not None and write_header(new, *received):
-                self.commit(received[0].file, record.name)
-            else:
-                with self.new_file() as file:
-                    write_set_file(file, new)
-                    self.commit(file, record.name)
-        return self._open_version(record.name, self._identity(record.name))
+        name = lora_set.adapter_name
+        with self.lock_all(), storage_errors():
+            check()
+            with file_of(self, new, received) as file:
+                self.commit(file, name)
+        return self._open_version(name, self._identity(name))
 
-    @contextlib.contextmanager
-    def new_file(self) -> Iterator[BinaryIO]:
-        """Create a temporary file on the store's file system; it is removed on exit.
-
-        It is locked while in use, so that a starting process does not remove it as a leftover.
-        """
-        path = self.temporary / secrets.token_hex(16)
-        with storage_errors(), path.open("x+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                yield file
-            finally:
-                path.unlink(missing_ok=True)
+    def add(self, file: BinaryIO, name: str) -> None:
+        """Make a complete file of `new_file` that of a set. Call with `lock` held."""
+        with self.lock_all():
+            self.commit(file, name)
 
     def delete(self, name: str) -> None:
         """Delete a set durably; raises SetNotFoundError. Call with `lock` held."""
-        if not is_set_name(name):
-            raise SetNotFoundError(name)
-        with storage_errors(), self.lock_all(), synced(self._sets):
-            try:
-                self.listing.change(name, self._path(name).unlink)
-            except FileNotFoundError:
-                raise SetNotFoundError(name) from None
-        self.forget(name)
-
-    def open_sets(self) -> list[StoredSet]:
-        """Return the sets that this process has open; releases those that others have deleted."""
-        for name in list(self._open):
-            with contextlib.suppress(SetNotFoundError):
-                self._identity(name)
-        return [opened for _, opened in list(self._open.values())]
-
-    def commit(self, file: BinaryIO, name: str) -> None:
-        """Rename a file of `new_file` to the file of `name`, durably. Call with `lock` held."""
-        # Open the folder first: running out of descriptors must not fail a completed write.
-        with synced(self._sets):
-            file.flush()
-            # The kernel's timestamps are milliseconds apart; identities need nanoseconds.
-            now = time.time_ns()
-            os.utime(file.fileno(), ns=(now, now))
-            os.fsync(file.fileno())
-            self.listing.change(name, partial(os.rename, file.name, self._path(name)))
-
-    def _path(self, name: str) -> Path:
-        return self._sets / f"{name}{SUFFIX}"
-
-    def _identity(self, name: str) -> Identity:
-        if not is_set_name(name):
-            raise SetNotFoundError(name)
-        try:
-            status = os.stat(f"{self._sets_prefix}{name}{SUFFIX}")  # noqa: PTH116 - hot path
-        except FileNotFoundError:
-            self.forget(name)
-            raise SetNotFoundError(name) from None
-        except OSError as error:  # a loop of links, a failing disk
-            self._unreadable[name] = str(error)
-            raise SetNotFoundError(name) from None
-        if not stat.S_ISREG(status.st_mode):
-            self._unreadable[name] = "it is not a regular file"
-            raise SetNotFoundError(name)
-        return identity_of(status)
-
-    def forget(self, name: str) -> None:
-        """Release this process's state of a set; it is read again on next use."""
-        self._open.pop(name, None)
-        self._records.pop(name, None)
-        self._newer.pop(name, None)
-
-    def _open_version(self, name: str, identity: Identity) -> StoredSet:
-        if self._names is not None:
-            self._names.add(name, list(self._open))
-        opened = self._checked(name, identity, open_set_file)
-        self._open[name] = (identity, opened)
-        with contextlib.suppress(KeyError):
-            self._open.move_to_end(name)
-        while len(self._open) > self._max_open:
-            with contextlib.suppress(KeyError):
-                self._open.popitem(last=False)
-        return opened
-
-    def _checked(
-        self, name: str, identity: Identity, reader: Callable[[Path], T], *, wait: bool = False
-    ) -> T:
-        """Read the file of `name` with `reader`.
-
-        Moves an unreadable file aside; `wait` is that of `_set_aside`. A file that a newer release
-        wrote is kept, and remembered so that totals over all sets need not read it again.
-        """
-        newer = self._newer.get(name)
-        if newer is not None and newer[0] == identity:
-            raise NewerFormatError(name, newer[1], RECORD_FORMAT)
-        try:
-            found = reader(self._path(name))
-            self._unreadable.pop(name, None)
-            self._newer.pop(name, None)
-            return found
-        except FileNotFoundError:
-            raise SetNotFoundError(name) from None
-        except OSError as error:
-            with storage_errors():
-                raise
-            raise SetNotFoundError(name) from error
-        except NewerFormatError as error:
-            self._newer[name] = (identity, error.values["got"])
-            raise
-        except _UNREADABLE as error:
-            self._set_aside(name, identity, getattr(error, "detail", repr(error)), wait=wait)
-            raise SetNotFoundError(name) from None
-
-    def _set_aside(self, name: str, identity: Identity, reason: str, *, wait: bool) -> None:
-        """Move an unreadable file to the folder `bad`, with its reason, unless it was changed.
-
-        Without `wait`, only if the lock is free: the calling thread may hold it.
-        """
-        with (
-            contextlib.suppress(OSError, StoreFullError, StoreReadOnlyError, SetNotFoundError),
-            self._locked(self._stripe(name), wait=wait),
-        ):
-            if self._identity(name) != identity:
-                return
-            _log.error("the file of set %r is unreadable and is moved aside: %s", name, reason)
-            self._bad.mkdir(exist_ok=True)
-            target = self._bad / f"{name}.{secrets.token_hex(4)}"
-            self._path(name).rename(target.with_name(f"{target.name}{SUFFIX}"))
-            target.with_name(f"{target.name}.reason").write_text(reason, encoding="utf-8")
-            return
-        self._unreadable[name] = reason
+        with self.lock_all():
+            self.remove(name)
 
     def newer_files(self) -> dict[str, int]:
         """Return the sizes in bytes, by set name, of files that a newer release wrote."""
         return self.listing.ask(SetIndex.newer_files)
 
-    def bad_files(self) -> dict[str, str]:
-        """Return the reasons, by set name, of unreadable files that still exist."""
-        self._unreadable = {
-            name: reason
-            for name, reason in self._unreadable.items()
-            if os.path.lexists(self._path(name))
-        }
-        found = dict(self._unreadable)
-        if self._bad.is_dir():
-            for path in sorted(self._bad.glob("*.reason")):
-                found[path.name.rsplit(".", 2)[0]] = path.read_text(encoding="utf-8")
-        return found
+    def refresh(self, name: str) -> None:
+        """Do nothing: every look-up asks the file."""
+
+    def maintain(self) -> None:
+        """Find what others have put into the folder within a minute."""
+        self.listing.compare(only_if_due=True)
+
+    def state(self) -> StoreState:
+        """Return that the folder needs nothing else."""
+        return StoreState()
+
+    def close(self) -> None:
+        """Do nothing: everything is closed with the object."""
+
+    def _change(self, name: str, work: Callable[[], None]) -> None:
+        self.listing.change(name, work)

@@ -86,6 +86,10 @@ class Upload:
             self._file.write(rest)
             self._digest.update(rest)
 
+    def count_tensors(self) -> int:
+        """Return how many tensors the header has at most; cheap, before it is parsed."""
+        return self._head.count(b'"data_offsets"')
+
     def finish(self) -> ReceivedUpload:
         """Return the complete upload.
 

@@ -90,7 +90,7 @@ def decode_with_arrays(
     left to parse beside these tensors, unless it `may_take_long`.
     """
     if len(body) > _MOST_LISTS:
-        _check_lists(bytes(body), what)
+        check_lists(bytes(body), what)
     text, arrays = _extract_lists(body)
     if len(text) > _LONG_TEXT_BYTES and not may_take_long:
         raise TakesLongError
@@ -103,7 +103,7 @@ def decode_with_arrays(
     return decode(body, what, hint)
 
 
-def _check_lists(text: bytes, what: str) -> None:
+def check_lists(text: bytes, what: str) -> None:
     """Raise InvalidRequestError if JSON has so many lists that they would fill the memory."""
     count = text.count(b"[") + text.count(b"{")
     if count > _MOST_LISTS:
@@ -262,8 +262,7 @@ def _check_rows(value: list[Any], name: str) -> None:
         if len(row) != len(value[0]):
             raise RaggedInputError(
                 f"row {index} of {name!r} has {counted(len(row), 'number')}, but row 0 has "
-                f"{len(value[0])}; "
-                "send rows of equal length",
+                f"{len(value[0])}; send rows of equal length",
                 field=name,
                 row=index,
                 got=len(row),

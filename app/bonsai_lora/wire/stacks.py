@@ -21,9 +21,12 @@ MAX_SCALE = 1e6
 
 def sets_of_metadata(metadata: Mapping[str, str]) -> Any:
     """Return the parsed `sets` of safetensors metadata; None if it is missing."""
-    text = metadata.get(SETS)
+    if SETS not in metadata:
+        return None
+    text = metadata[SETS].encode()
     where = f'the metadata {SETS!r} (such as ["my-adapter", null])'
-    return None if text is None else json.decode(text.encode(), where)
+    json.check_lists(text, where)
+    return json.decode(text, where)
 
 
 def decode_row(value: Any, where: str) -> Stack:

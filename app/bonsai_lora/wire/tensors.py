@@ -71,7 +71,7 @@ def decode_one(
 
     Arrays are float32 (d_in,) or (rows, d_in). `sets` (in binary: JSON in the metadata) are
     additional sets for all rows. Raises the errors of `json.decode_with_arrays` and
-    `json.decode_tensor`, or `binary.decode_tensors`, and InvalidRequestError for unknown or missing
+    `json.decode_tensor`, or `binary.decode_batch`, and InvalidRequestError for unknown or missing
     fields or tensors.
     """
     if form is Form.JSON:
@@ -80,7 +80,9 @@ def decode_one(
         sets, experts = fields.pop(SETS, None), decode_experts(fields.pop(EXPERTS, None))
         found = _arrays(fields, text)
     else:
-        found, metadata, experts = binary.decode_batch(body, max_header_bytes)
+        found, metadata, experts = binary.decode_batch(
+            body, max_header_bytes, may_take_long=may_take_long
+        )
         sets = sets_of_metadata(metadata)
         _check_names(found)
     shared = found.get(BASE_OUTPUTS)
@@ -102,7 +104,9 @@ def decode_many(
     `<module>.base_outputs` is W x of a DoRA module. Raises the errors of `decode_one`.
     """
     if form is not Form.JSON:
-        tensors, metadata, experts = binary.decode_batch(body, max_header_bytes)
+        tensors, metadata, experts = binary.decode_batch(
+            body, max_header_bytes, may_take_long=may_take_long
+        )
         batches = _shared(tensors, modules) if modules else _split(tensors)
         return replace(batches, stack=_stack(sets_of_metadata(metadata)), experts=experts)
     text = json.Text(body)
@@ -143,7 +147,9 @@ def decode_mixed(
         experts = decode_experts(fields.pop(EXPERTS, None))
         tensors = _arrays(fields, text)
     else:
-        tensors, metadata, experts = binary.decode_batch(body, max_header_bytes)
+        tensors, metadata, experts = binary.decode_batch(
+            body, max_header_bytes, may_take_long=may_take_long
+        )
         _check_names(tensors)
         module, sets = metadata.get(MODULE), sets_of_metadata(metadata)
         if module is not None and module.startswith('"'):

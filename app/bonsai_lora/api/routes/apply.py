@@ -7,19 +7,24 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
+from bonsai_lora import errors
 from bonsai_lora.api import tensor_schemas
 from bonsai_lora.api.call import BufferResponse, Call
+from bonsai_lora.api.context import checked_version
 from bonsai_lora.api.deps import CallDep, ModuleName, SetName
 from bonsai_lora.api.openapi import APPLY_ERRORS, problems, request_body, tensor_responses
 from bonsai_lora.api.options import (
     APPLY_MANY_OPTIONS,
+    APPLY_ONE_OPTIONS,
     APPLY_OPTIONS,
     ApplyOptions,
     parameters,
     read_options,
+    version_hint,
 )
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Floats
+from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.service.apply import (
     Applier,
     cost_of_body,
@@ -28,7 +33,6 @@ from bonsai_lora.service.apply import (
     total_rows,
     versions_of,
 )
-from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.media import Form
@@ -54,8 +58,9 @@ ResponseFields = dict[str, Any]
     openapi_extra=request_body(
         tensor_schemas.ApplyRequest, Form.BINARY, example={"inputs": [[0.5, -1.0, 2.0, 0.25]]}
     )
-    | {"parameters": parameters(APPLY_OPTIONS)},
-    responses=tensor_responses(tensor_schemas.ApplyAnswer, Form.BINARY) | problems(*APPLY_ERRORS),
+    | {"parameters": parameters(APPLY_ONE_OPTIONS)},
+    responses=tensor_responses(tensor_schemas.ApplyAnswer, Form.BINARY)
+    | problems(*APPLY_ERRORS, errors.VersionNotFoundError),
 )
 async def apply_one(call: CallDep, name: SetName, module: ModuleName) -> BufferResponse:
     """Returns scaling · B·A·x for each row x, to be added to the base layer's output. A binary
@@ -65,9 +70,10 @@ async def apply_one(call: CallDep, name: SetName, module: ModuleName) -> BufferR
     I32 or I64 tensor) is the number of the expert of each row.
     """
     context = call.context
-    stored = await context.open(name)
+    stored = await context.open(name, version_hint(call.query_string))
     adapter = get_adapter(stored, module)
-    options = read_options(call, APPLY_OPTIONS, ApplyOptions.of)
+    options = read_options(call, APPLY_ONE_OPTIONS, ApplyOptions.of)
+    checked_version(stored, options.version)
 
     def compute(body: Buffer, applier: Applier) -> Sequence[Buffer]:
         batches = decode_one(
@@ -96,7 +102,7 @@ async def apply_one(call: CallDep, name: SetName, module: ModuleName) -> BufferR
     )
     | {"parameters": parameters(APPLY_MANY_OPTIONS)},
     responses=tensor_responses(tensor_schemas.ApplyManyAnswer, Form.BINARY)
-    | problems(*APPLY_ERRORS),
+    | problems(*APPLY_ERRORS, errors.VersionNotFoundError),
 )
 async def apply_many(call: CallDep, name: SetName) -> BufferResponse:
     """Each module has its own inputs (in binary: a tensor with its name), or the modules named by
@@ -105,8 +111,9 @@ async def apply_many(call: CallDep, name: SetName) -> BufferResponse:
     path's own set to give it a weight too.
     """
     context = call.context
-    stored = await context.open(name)
+    stored = await context.open(name, version_hint(call.query_string))
     options = read_options(call, APPLY_MANY_OPTIONS, ApplyOptions.of)
+    checked_version(stored, options.version)
 
     def compute(body: Buffer, applier: Applier) -> Sequence[Buffer]:
         limit = context.limits.max_header_bytes
@@ -164,7 +171,8 @@ async def apply_mixed(call: CallDep) -> BufferResponse:
             return encode_outputs(
                 response_form, inputs[module][:, :0], {"module": module, "versions": {}}, dtype
             )
-        set_segments = group_by_set(batch.stacks, options.scale, context.store.read)
+        read = context.store.reader(may_take_long=applier.may_take_long)
+        set_segments = group_by_set(batch.stacks, options.scale, read)
         outputs = applier.apply(
             set_segments,
             inputs,
@@ -190,7 +198,8 @@ def _stacked(
 ) -> dict[str, Floats]:
     """Return the summed deltas of the set and those stacked on it; add `versions` to `fields`."""
     context = call.context
-    set_segments = stack_on(stored, batches.stack, options.scale, context.store.read)
+    read = context.store.reader(may_take_long=applier.may_take_long)
+    set_segments = stack_on(stored, batches.stack, options.scale, read)
     outputs = applier.apply(
         set_segments,
         batches.inputs,

@@ -1,19 +1,21 @@
 """Base checkpoints, and merged files that are computed as they are read."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
 from bonsai_lora import errors
-from bonsai_lora.api import schemas
+from bonsai_lora.api import base_schemas
 from bonsai_lora.api.deps import ContextDep, SetName
-from bonsai_lora.api.merged_file import StreamedFile
+from bonsai_lora.api.merged_file import StreamedFile, gain_headers
 from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.openapi import file_responses, problems
 from bonsai_lora.api.query import FiniteNumber
 from bonsai_lora.api.ranges import file_response
+from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.checkpoints.merged_files import Rendering, merge_info
 from bonsai_lora.checkpoints.parts import MergedFile
 from bonsai_lora.service.merged import weighted_sets
@@ -51,6 +53,15 @@ Widen = Annotated[
 ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    """A merged model, and its files as the caller wants them."""
+
+    model: MergedModel
+    files: Mapping[str, MergedFile]
+    dtype: str | None
+
+
 async def _merged_files(
     context: ContextDep,
     base: BaseName,
@@ -61,15 +72,18 @@ async def _merged_files(
     match: Match = None,
     dtype: Dtype = None,
     widen: Widen = None,
-) -> Mapping[str, MergedFile]:
+) -> _Merged:
     sets = weighted_sets(name, scale, others or [], weights or [])
     rendering = Rendering(dtype, is_widened=widen == "all")
-    return await context.long.run(
-        lambda: context.models.files(context.store, base, sets, match, rendering)
-    )
+
+    def read() -> _Merged:
+        model = context.models.get(context.store, base, sets, match)
+        return _Merged(model, context.models.files(model, rendering), dtype)
+
+    return await context.long.run(read)
 
 
-Merged = Annotated[Mapping[str, MergedFile], Depends(_merged_files)]
+Merged = Annotated[_Merged, Depends(_merged_files)]
 
 MERGE_ERRORS = (
     errors.BaseNotFoundError,
@@ -90,7 +104,7 @@ MERGE_ERRORS = (
     summary="List the base checkpoints",
     responses=problems(),
 )
-async def list_bases(context: ContextDep) -> schemas.BaseList:
+async def list_bases(context: ContextDep) -> base_schemas.BaseList:
     """Lists each GGUF model, and each folder with safetensors files or one GGUF model, under the
     setting `bases`. A new one is available immediately.
     """
@@ -102,7 +116,7 @@ async def list_bases(context: ContextDep) -> schemas.BaseList:
             bad[name] = error.detail
         except errors.BaseNotFoundError:
             continue
-    return schemas.BaseList(bases=found, bad=bad)
+    return base_schemas.BaseList(bases=found, bad=bad)
 
 
 @router.get(
@@ -111,7 +125,7 @@ async def list_bases(context: ContextDep) -> schemas.BaseList:
     summary="Show a base checkpoint",
     responses=problems(errors.BaseNotFoundError, errors.InvalidBaseError),
 )
-async def get_base(context: ContextDep, base: BaseName) -> schemas.BaseInfo:
+async def get_base(context: ContextDep, base: BaseName) -> base_schemas.BaseInfo:
     """Returns the checkpoint's files, dtypes and parameter counts."""
     return await context.long.run(partial(_info, context, base))
 
@@ -122,11 +136,12 @@ async def get_base(context: ContextDep, base: BaseName) -> schemas.BaseInfo:
     summary="List the files of a merged model",
     responses=problems(*MERGE_ERRORS),
 )
-async def list_merged_files(files: Merged) -> schemas.MergedFiles:
+async def list_merged_files(merged: Merged) -> base_schemas.MergedFiles:
     """Returns names, sizes and ETags. Nothing is computed. Of a GGUF base there are a merged GGUF
     file, named like the base, and the same model as a Hugging Face checkpoint.
     """
-    return schemas.MergedFiles(files=[schemas.MergedFileInfo(**one) for one in merge_info(files)])
+    found = merge_info(merged.files)
+    return base_schemas.MergedFiles(files=[base_schemas.MergedFileInfo(**one) for one in found])
 
 
 @router.get(
@@ -134,35 +149,37 @@ async def list_merged_files(files: Merged) -> schemas.MergedFiles:
     operation_id="get_merged_file",
     summary="Download a file of a merged model",
     response_class=Response,
-    responses=file_responses("application/octet-stream")
+    responses=file_responses("application/octet-stream", "Bonsai-Delta-Gain")
     | problems(*MERGE_ERRORS, errors.FileNotInModelError, errors.RangeNotSatisfiableError),
 )
 async def get_merged_file(
     request: Request,
     context: ContextDep,
-    files: Merged,
+    merged: Merged,
     filename: Annotated[
         str, Path(description="name of a listed file", examples=["model.safetensors"])
     ],
 ) -> Response:
     """The header, sizes and offsets of a safetensors file are those of the base's file. Each byte
-    range is computed when it is requested, in float32, and rounded once, to nearest even.
+    range is computed when it is requested, in float32, and rounded once, to nearest even. Once it
+    is known, the header Bonsai-Delta-Gain says how much of the deltas this rounding leaves.
     """
     filename = decode_slashes(filename)
-    file = files.get(filename)
+    file = merged.files.get(filename)
     if file is None:
-        raise errors.FileNotInModelError(filename, list(files))
+        raise errors.FileNotInModelError(filename, list(merged.files))
     streamed = StreamedFile(file, context.executor, context.settings.threads)
-    return file_response(request, streamed, context.long)
+    headers = gain_headers(context.gains, merged.model, filename, merged.dtype)
+    return file_response(request, streamed, context.long, headers)
 
 
-def _info(context: ContextDep, name: str) -> schemas.BaseInfo:
+def _info(context: ContextDep, name: str) -> base_schemas.BaseInfo:
     base = context.bases.get(name)
     files = [
-        schemas.BaseFile(name=file, size_bytes=opened.size_bytes)
+        base_schemas.BaseFile(name=file, size_bytes=opened.size_bytes)
         for file, opened in sorted(base.files.items())
     ]
-    return schemas.BaseInfo(
+    return base_schemas.BaseInfo(
         name=name,
         files=files,
         format=base.format,

@@ -7,12 +7,12 @@ Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request wit
 import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
-import anyio
 from fastapi import APIRouter, Query, Request, Response
 
 from bonsai_lora import errors
@@ -20,20 +20,20 @@ from bonsai_lora.api.body import MODEL_BYTES, read_body
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
 from bonsai_lora.api.errors import HubError
-from bonsai_lora.api.merged_file import StreamedFile
+from bonsai_lora.api.merged_file import StreamedFile, gain_headers
 from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
 from bonsai_lora.checkpoints.folder import CONFIG_FILE
 from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.service import sets
+from bonsai_lora.service.hub import ADAPTERS, BASES, PAGE, page_of
 from bonsai_lora.service.keys import ANYONE
 from bonsai_lora.service.merged import weighted_sets
 from bonsai_lora.storage.setfile import SetRecord
 
 router = APIRouter(include_in_schema=False)
 
-ADAPTERS = "adapters"
-BASES = "bases"
+_CARD = "README.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,8 @@ class _Repo:
     a missing repository or a lost connection, or loads older files from its cache; for a refused
     GET of a file, the reason.
     """
+    model: MergedModel | None = None
+    """The model, if it is a merged one."""
 
     def entry(self, path: str) -> dict[str, Any]:
         """Return the Hub's description of one of the files."""
@@ -95,42 +97,50 @@ async def resolve(
     request: Request, context: ContextDep, owner: str, name: str, revision: str, path: str
 ) -> Response:
     """Return one file of a repository."""
-    repo = await _repo(context, owner, name, revision)
     path = decode_slashes(path)
+    if owner == ADAPTERS and path == _CARD:
+        # Asked for before the first push, when huggingface_hub expects an empty repository.
+        raise HubError("EntryNotFound", f"{owner}/{name} has no {_CARD}: sets have no model cards")
+    repo = await _repo(context, owner, name, revision)
     file = repo.files.get(path)
     if file is None:
         detail = f"{repo.id} has no file {path!r}; it has {', '.join(list(repo.files)[:16])}"
         raise HubError("EntryNotFound", detail)
     if repo.refusal is not None and request.method == "GET":
         raise repo.refusal
-    return file_response(request, file, context.long, {"X-Repo-Commit": repo.commit})
+    gain = {} if repo.model is None else gain_headers(context.gains, repo.model, path)
+    return file_response(request, file, context.long, {"X-Repo-Commit": repo.commit, **gain})
 
 
 @router.get("/api/models")
 async def list_models(
+    request: Request,
     context: ContextDep,
-    author: Annotated[str | None, Query()] = None,
-    search: Annotated[str | None, Query()] = None,
-    limit: Annotated[int, Query(ge=1)] = 1000,
-) -> list[dict[str, Any]]:
-    """Return the repositories of an author: merged models of a base, adapters, or bases."""
-    bases = context.bases.names()
-    owners = [author] if author else [ADAPTERS, BASES, *bases]
+    author: Annotated[str, Query()] = "",
+    search: Annotated[str, Query()] = "",
+    limit: Annotated[int, Query(ge=1)] = PAGE,
+    cursor: Annotated[str, Query()] = "",
+) -> Response:
+    """Return a page of the repositories of an author: merged models of a base, adapters, or bases.
+
+    Those that do not fit their base are left out. The header Link leads to the next page.
+    """
+    find = partial(page_of, context.store, context.bases, author, search, cursor, min(limit, PAGE))
+    names, more = await context.long.run(find)
     found: list[dict[str, Any]] = []
-    sets = [one.name for one in await anyio.to_thread.run_sync(context.store.records)]
-    for owner in owners:
-        for name in bases if owner == BASES else sets:
-            if search and search.lower() not in f"{owner}/{name}".lower():
-                continue
-            try:
-                repo = await _repo(context, owner, name, "main")
-            except (HubError, errors.UnauthenticatedError, errors.NewerFormatError):
-                continue
-            if repo.refusal is None:
-                found.append(repo.info())
-            if len(found) == min(limit, 1000):
-                return found
-    return found
+    for owner, name in names:
+        try:
+            repo = await _repo(context, owner, name, "main")
+        except (HubError, errors.UnauthenticatedError, errors.NewerFormatError):
+            continue
+        if repo.refusal is None:
+            found.append(repo.info())
+    answer = _json(found)
+    if more:
+        query = {**request.query_params, "cursor": more}
+        address = f"{request.scope['address']}{context.settings.root_path}/api/models"
+        answer.headers["Link"] = f'<{address}?{urlencode(query)}>; rel="next"'
+    return answer
 
 
 @router.get("/api/models/{owner}/{name}")
@@ -221,8 +231,12 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
         "adapter_config.json": _bytes_file(config, record.etag, "config"),
         "adapter_model.safetensors": _bytes_file(stored.file, record.etag, "model"),
     }
-    commit = hashlib.sha256(record.etag.encode()).hexdigest()[:40]
-    return _of_set(f"{owner}/{name}", commit, record, files)
+    return _of_set(f"{owner}/{name}", commit_of(record), record, files)
+
+
+def commit_of(record: SetRecord) -> str:
+    """Return the commit that stands for a set's version."""
+    return hashlib.sha256(record.etag.encode()).hexdigest()[:40]
 
 
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
@@ -235,7 +249,8 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
         )
     if model.etags != [record.etag]:  # changed between the two reads
         return _merged_repo(context, owner, name)
-    return _of_set(f"{owner}/{name}", model.digest, record, *_streamed(context, model))
+    found = _of_set(f"{owner}/{name}", model.digest, record, *_streamed(context, model))
+    return replace(found, model=model)
 
 
 def _base_repo(context: Context, owner: str, name: str) -> _Repo:

@@ -1,16 +1,17 @@
 """The laboratory: combine sets, compare them, and look at their spectra."""
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, TypeVar
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 
 from bonsai_lora import errors
 from bonsai_lora.api import lab_schemas
 from bonsai_lora.api.body import read_model
-from bonsai_lora.api.deps import ContextDep, SetName
+from bonsai_lora.api.context import Context
+from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
 from bonsai_lora.api.described import described, set_headers
+from bonsai_lora.api.job_schemas import Job
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
@@ -27,16 +28,17 @@ from bonsai_lora.api.routes.bases import (
     Scale,
     Weights,
 )
-from bonsai_lora.service import combine, compare, survival
+from bonsai_lora.api.routes.jobs import JOB, start_job, wants_job
+from bonsai_lora.service import combine, compare, extract, survival
+from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.budget import Reservation
+from bonsai_lora.service.jobs import Progress
 from bonsai_lora.service.merged import weighted_sets
-from bonsai_lora.service.sets import get_adapter
-from bonsai_lora.service.work import Place
+from bonsai_lora.service.work import Lane, Place
+from bonsai_lora.storage.setfile import StoredSet
 
 router = APIRouter(tags=["laboratory"])
-
-T = TypeVar("T")
 
 
 @router.post(
@@ -50,6 +52,7 @@ T = TypeVar("T")
         200, "with `dry_run`: the report alone; nothing is stored", lab_schemas.CombineReport
     )
     | sends(201, "ETag", "Location")
+    | JOB
     | problems(
         *BODY_ERRORS,
         *STORE_ERRORS,
@@ -69,7 +72,8 @@ async def combine_sets(
     dry_run: Annotated[bool, Query(description="compute the report, and store nothing")] = False,
 ) -> Response:
     """Computes the new set from the factors of the others, one module after the other. DoRA, biases
-    and replaced parameters have no sum in LoRA form and are refused.
+    and replaced parameters have no sum in LoRA form and are refused. With `Prefer: respond-async`
+    it is checked now and computed as a job.
     """
     with Place(context.long) as place, Reservation(context.memory) as reserved:
         wanted = await read_model(request, lab_schemas.CombineSets, place)
@@ -82,16 +86,99 @@ async def combine_sets(
             wanted.recipe(),
         )
         plan = await context.long.run(check)
-        reserved.add(plan.result_bytes() + context.settings.threads * plan.work_bytes())
-        combined = await context.long.run_each(plan.works(), context.settings.threads)
-        report = await context.long.run(partial(plan.report, combined))
-        if dry_run:
+        needed = plan.result_bytes() + context.settings.threads * plan.work_bytes()
+        if wants_job(request):
+            work = partial(_combine_as_job, context, plan, dry_run)
+            return await start_job(context, "combine", needed, work)
+        reserved.add(needed)
+        report, stored = await _combine(context, context.long, plan, dry_run, Progress())
+        modules = len(report.modules)
+        if stored is None:
             show = partial(lab_schemas.CombineReport.of, report)
-            return await described(context, show, len(combined), {})
-        stored = await context.long.run(partial(plan.store, context.store, context.limits, report))
+            return await described(context, show, modules, {})
         made = partial(lab_schemas.CombinedSet.made, stored, report)
-        headers = set_headers(context, stored, 201)
-        return await described(context, made, len(combined), headers, 201)
+        return await described(context, made, modules, set_headers(context, stored, 201), 201)
+
+
+async def _combine_as_job(
+    context: Context, plan: combine.Plan, dry_run: bool, progress: Progress
+) -> dict[str, Any]:
+    report, stored = await _combine(context, context.jobs.lane, plan, dry_run, progress)
+    made = (
+        partial(lab_schemas.CombineReport.of, report)
+        if stored is None
+        else partial(lab_schemas.CombinedSet.made, stored, report)
+    )
+    return await context.jobs.lane.run(lambda: made().model_dump(mode="json"))
+
+
+async def _combine(
+    context: Context, lane: Lane, plan: combine.Plan, dry_run: bool, progress: Progress
+) -> tuple[combine.Report, StoredSet | None]:
+    """Compute a combination, and store it unless it is a dry run."""
+    works = progress.follow(plan.works(), [1] * len(plan.modules))
+    combined = await lane.run_each(works, context.settings.threads)
+    report = await lane.run(partial(plan.report, combined))
+    progress.check()
+    if dry_run:
+        return report, None
+    return report, await lane.run(partial(plan.store, context.store, context.limits, report))
+
+
+@router.post(
+    "/v1/extract",
+    operation_id="extract_set",
+    summary="Extract a set from a fine-tuned model, as a job",
+    status_code=202,
+    response_model=Job,
+    openapi_extra=request_body(lab_schemas.ExtractSet),
+    responses=sends(202, "Location", "Preference-Applied")
+    | problems(
+        *BODY_ERRORS,
+        *STORE_ERRORS,
+        errors.SetExistsError,
+        errors.InvalidNameError,
+        errors.BaseNotFoundError,
+        errors.InvalidBaseError,
+        errors.BaseChangedError,
+        errors.ShapeMismatchError,
+        errors.UnsupportedGgufError,
+        errors.RankTooLargeError,
+    ),
+)
+async def extract_set(request: Request, context: ContextDep) -> Response:
+    """Compares both models tensor by tensor, in bounded memory. The job's result is the new set
+    with a report; until then nothing is stored.
+    """
+    with Place(context.long) as place:
+        wanted = await read_model(request, lab_schemas.ExtractSet, place)
+        check = partial(
+            extract.plan,
+            context.store,
+            context.limits,
+            context.bases,
+            wanted.name,
+            wanted.base,
+            wanted.tuned,
+            wanted.rank,
+            wanted.energy,
+            wanted.modules,
+        )
+        plan = await context.long.run(check)
+        needed = context.settings.threads * plan.work_bytes()
+        return await start_job(context, "extract", needed, partial(_extract, context, plan))
+
+
+async def _extract(context: Context, plan: extract.Plan, progress: Progress) -> dict[str, Any]:
+    lane = context.jobs.lane
+    with Reservation(context.memory) as reserved:
+        works = plan.works(progress, reserved)
+        found = await lane.run_each(works, context.settings.threads)
+        report = plan.report(found)
+        progress.check()
+        stored = await lane.run(partial(plan.store, context.store, context.limits, report))
+        made = partial(lab_schemas.ExtractedSet.made, stored, report)
+        return await lane.run(lambda: made().model_dump(mode="json"))
 
 
 @router.get(
@@ -141,6 +228,7 @@ async def compare_sets(
     responses=problems(
         errors.InvalidRequestError,
         errors.SetNotFoundError,
+        errors.VersionNotFoundError,
         errors.AdapterNotFoundError,
         errors.BusyError,
     ),
@@ -151,11 +239,12 @@ async def get_spectrum(
     modules: Annotated[
         list[str], Query(alias="module", description="only these modules; repeatable")
     ] = [],  # noqa: B006 - FastAPI copies it
+    version: WantedVersion = None,
 ) -> Response:
     """Returns singular values, norms and ranks of scaling * B @ A, from small matrices. They are
     remembered as long as the version of the set is open.
     """
-    stored = await context.open(name)
+    stored = await context.open_version(name, version)
     adapters = {one: get_adapter(stored, one) for one in modules} or dict(
         stored.lora_set.registry.adapters
     )
@@ -164,11 +253,33 @@ async def get_spectrum(
             partial(lab_schemas.ModuleSpectrum.of, module, one) for module, one in adapters.items()
         ]
         found = await context.long.run_each(works, context.settings.threads)
-    return await described(context, partial(_spectrum, found), len(found), {})
+    return await described(context, lambda: lab_schemas.SetSpectrum(modules=found), len(found), {})
 
 
-def _spectrum(found: Sequence[lab_schemas.ModuleSpectrum]) -> lab_schemas.SetSpectrum:
-    return lab_schemas.SetSpectrum(modules=list(found))
+Stored = Annotated[
+    lab_schemas.StoredDtype, Query(description="type in which the merged weights are stored")
+]
+
+
+async def _followed(
+    context: ContextDep,
+    base: BaseName,
+    name: SetName,
+    scale: Scale = 1.0,
+    others: Others = None,
+    weights: Weights = None,
+    match: Match = None,
+    dtype: Stored = "BF16",
+) -> survival.Followed:
+    with context.long.admit():
+        sets = weighted_sets(name, scale, others or [], weights or [])
+        choose = partial(context.models.get, context.store, base, sets, match)
+        model = await context.long.run(choose)
+        context.gains.prepare(model.base)
+        return await context.long.run(partial(survival.follow, model, dtype))
+
+
+Followed = Annotated[survival.Followed, Depends(_followed)]
 
 
 @router.get(
@@ -178,27 +289,39 @@ def _spectrum(found: Sequence[lab_schemas.ModuleSpectrum]) -> lab_schemas.SetSpe
     response_model=lab_schemas.SurvivalInfo,
     responses=problems(*MERGE_ERRORS),
 )
-async def get_survival(
-    context: ContextDep,
-    base: BaseName,
-    name: SetName,
-    scale: Scale = 1.0,
-    others: Others = None,
-    weights: Weights = None,
-    match: Match = None,
-    dtype: Annotated[
-        lab_schemas.StoredDtype, Query(description="type in which the merged weights are stored")
-    ] = "BF16",
-) -> Response:
+async def get_survival(context: ContextDep, followed: Followed) -> Response:
     """Stores a sample of the base's rows with and without the deltas, and compares: every row of
     small tensors, and rows at equal distances, 262,144 values in all, of larger ones.
     """
     with context.long.admit():
-        sets = weighted_sets(name, scale, others or [], weights or [])
-        choose = partial(context.models.get, context.store, base, sets, match)
-        model = await context.long.run(choose)
-        estimate = await context.long.run(partial(survival.estimate, model, dtype))
-        found = await context.long.run_each(estimate.works(), context.settings.threads)
-    return await described(
-        context, partial(lab_schemas.SurvivalInfo.of, estimate, found), len(found), {}
-    )
+        found = await context.long.run_each(followed.estimates(), context.settings.threads)
+    show = partial(lab_schemas.SurvivalInfo.of, followed, found, is_exact=False)
+    return await described(context, show, len(found), {})
+
+
+@router.post(
+    "/v1/bases/{base}/survival/{set}",
+    operation_id="start_survival",
+    summary="Compute what is left of a set's deltas in stored merged weights, as a job",
+    status_code=202,
+    response_model=Job,
+    responses=sends(202, "Location", "Preference-Applied")
+    | problems(
+        *MERGE_ERRORS, errors.MemoryBudgetError, errors.StoreFullError, errors.StoreReadOnlyError
+    ),
+)
+async def start_survival(context: ContextDep, followed: Followed) -> Response:
+    """Stores all rows of the changed tensors with and without the deltas, in memory. The job's
+    result is as that of the GET.
+    """
+    needed = context.settings.threads * followed.work_bytes()
+    return await start_job(context, "survival", needed, partial(_survive, context, followed))
+
+
+async def _survive(
+    context: Context, followed: survival.Followed, progress: Progress
+) -> dict[str, Any]:
+    works = progress.follow(followed.works(progress.check), followed.sizes())
+    found = await context.jobs.lane.run_each(works, context.settings.threads)
+    info = lab_schemas.SurvivalInfo.of(followed, found, is_exact=True)
+    return info.model_dump(mode="json")

@@ -12,7 +12,7 @@ from bonsai_lora import errors
 from bonsai_lora.api import tensor_schemas
 from bonsai_lora.api.body import BodyReader, body_form, content_length, read_body
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import ContextDep, ModuleName, SetName
+from bonsai_lora.api.deps import ContextDep, ModuleName, SetName, WantedVersion
 from bonsai_lora.api.merge_stream import MergeStream
 from bonsai_lora.api.openapi import TENSOR_ERRORS, problems, request_body, tensor_responses
 from bonsai_lora.api.spool import Spool
@@ -42,6 +42,7 @@ _SMALL_HEADER_BYTES = 1 << 13
     | problems(
         *TENSOR_ERRORS,
         errors.SetNotFoundError,
+        errors.VersionNotFoundError,
         errors.AdapterNotFoundError,
         errors.NonFiniteOutputError,
         errors.UnsupportedAdapterError,
@@ -57,11 +58,12 @@ async def merge_weights(
         Query(description="required for application/octet-stream"),
     ] = None,
     unmerge: Annotated[bool, Query(description="subtract the delta instead of adding it")] = False,
+    version: WantedVersion = None,
 ) -> StarletteResponse:
     """Takes W (d_out, d_in) and returns W + scaling · B·A in the same form and dtype, streamed in
     constant memory. The sum is computed in float32 and rounded once, to nearest even.
     """
-    stored = await context.open(name)
+    stored = await context.open_version(name, version)
     adapter = stored_adapter(stored, module)
     check_no_replaced_bias(stored, module)
     form = body_form(request, _FORMS)
@@ -154,8 +156,7 @@ class _StreamedMerge(StarletteResponse):
         if declared is not None and declared != expected:
             raise errors.ShapeMismatchError(
                 f"the body has {errors.counted(declared, 'byte')}, but weights of shape "
-                f"{list(merge.shape)} have "
-                f"{expected}; check their shape and dtype",
+                f"{list(merge.shape)} have {expected}; check their shape and dtype",
                 got_bytes=declared,
                 expected_bytes=expected,
             )

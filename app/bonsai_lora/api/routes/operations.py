@@ -8,10 +8,13 @@ from fastapi import APIRouter, Response
 
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
+from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
 from bonsai_lora.api.openapi import problems
 
 router = APIRouter(tags=["operations"])
+
+_MOST_NAMES = 1000
 
 
 @router.get(
@@ -27,19 +30,27 @@ async def get_health() -> schemas.Health:
     operation_id="get_readiness",
     summary="Is the store readable?",
     response_model_exclude_unset=True,
-    responses=problems(errors.BusyError),
+    responses=problems(errors.BusyError, errors.ShuttingDownError),
 )
 async def get_readiness(context: ContextDep) -> schemas.Readiness:
     """Also reports what needs a person: files that could not be read, sets that a newer release
-    wrote, a read-only store, and a folder of bases that does not exist. Files are named only if the
-    service needs no keys.
+    wrote, a read-only store, and a folder of bases that does not exist. Files are named, up to
+    1,000, only if the service needs no keys. Answers 503 while the service drains before it stops.
     """
+    context.check_ready()
+    return await anyio.to_thread.run_sync(_readiness, context)
+
+
+def _readiness(context: Context) -> schemas.Readiness:
     store, bases = context.store, context.settings.bases
-    totals = await anyio.to_thread.run_sync(store.totals)
+    totals = store.totals()
     names: dict[str, Any] = {}
     if store.key.sees_all:
-        names["bad_files"] = await anyio.to_thread.run_sync(store.bad_files)
-        names["newer_files"] = list(await anyio.to_thread.run_sync(store.newer_files))
+        names["bad_files"] = store.bad_files(_MOST_NAMES)
+        names["newer_files"] = [*store.newer_files()][:_MOST_NAMES]
+    is_reachable = store.state().is_reachable
+    if is_reachable is not None:
+        names["store"] = "reachable" if is_reachable else "unreachable"
     return schemas.Readiness(
         status="ready",
         sets=totals.sets,

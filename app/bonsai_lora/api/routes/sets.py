@@ -12,7 +12,7 @@ from bonsai_lora.api import schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.conditions import not_modified, precondition
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import ContextDep, SetName
+from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
 from bonsai_lora.api.described import described, set_headers
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
@@ -125,7 +125,10 @@ def _check_not_an_upload(request: Request) -> None:
     "/v1/sets",
     operation_id="list_sets",
     summary="List the sets by name, a page at a time",
-    responses=problems(errors.InvalidRequestError),
+    response_model_exclude_unset=True,
+    responses=problems(
+        errors.InvalidRequestError, errors.StoreUnreachableError, errors.UnsupportedFeatureError
+    ),
 )
 async def list_sets(
     context: ContextDep,
@@ -153,9 +156,10 @@ async def list_sets(
         base_model_name=base_model_name,
         prefix=prefix,
     )
-    records, next_cursor = await anyio.to_thread.run_sync(page)
-    summaries = [schemas.SetSummary.model_validate(one) for one in records]
-    return schemas.SetPage(sets=summaries, next_cursor=next_cursor)
+    found, next_cursor = await anyio.to_thread.run_sync(page)
+    summaries = [schemas.SetSummary.model_validate(one) for one in found.records]
+    as_of = {} if found.as_of is None else {"as_of": found.as_of}
+    return schemas.SetPage(sets=summaries, next_cursor=next_cursor, **as_of)
 
 
 @router.get(
@@ -164,11 +168,13 @@ async def list_sets(
     summary="Show a set",
     response_model=schemas.SetInfo,
     responses=extra_response(304, "not modified: If-None-Match names the current ETag")
-    | problems(errors.SetNotFoundError),
+    | problems(errors.SetNotFoundError, errors.VersionNotFoundError),
 )
-async def get_set(request: Request, context: ContextDep, name: SetName) -> Response:
+async def get_set(
+    request: Request, context: ContextDep, name: SetName, version: WantedVersion = None
+) -> Response:
     """Returns the set's configuration and modules, without its weights."""
-    stored = await context.open(name)
+    stored = await context.open_version(name, version)
     etag = stored.record.etag
     if not_modified(request, etag):
         return Response(status_code=304, headers={"ETag": etag})

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query
 
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
-from bonsai_lora.api.deps import ContextDep, SetName
+from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
 from bonsai_lora.api.openapi import problems
 from bonsai_lora.api.query import Count
 from bonsai_lora.core.registry import LoraRegistry, adapter_bytes
@@ -26,7 +26,12 @@ Budget = Annotated[Count, Query(description="memory for all adapters, in bytes")
     "/v1/sets/{set}/stats",
     operation_id="get_set_stats",
     summary="Show the statistics of a set",
-    responses=problems(errors.SetNotFoundError, errors.InvalidRequestError, errors.BusyError),
+    responses=problems(
+        errors.SetNotFoundError,
+        errors.VersionNotFoundError,
+        errors.InvalidRequestError,
+        errors.BusyError,
+    ),
 )
 async def get_set_stats(
     context: ContextDep,
@@ -34,11 +39,12 @@ async def get_set_stats(
     base_param_count: Annotated[
         Count | None, Query(description="parameters of the base model")
     ] = None,
+    version: WantedVersion = None,
 ) -> schemas.SetStats:
     """Returns parameter counts, and the norm and effective rank of each delta, computed from r x r
     Gram matrices.
     """
-    stored = await context.open(name)
+    stored = await context.open_version(name, version)
     with context.long.admit():
         # One module at a time, so that other work can run in between.
         adapters = stored.lora_set.registry.adapters
@@ -62,6 +68,7 @@ async def get_set_stats(
     "/v1/stats",
     operation_id="get_stats",
     summary="Show the statistics of the store",
+    response_model_exclude_unset=True,
     responses=problems(),
 )
 async def get_stats(context: ContextDep) -> schemas.StoreStatsInfo:
@@ -76,6 +83,7 @@ async def get_stats(context: ContextDep) -> schemas.StoreStatsInfo:
         resident_bytes=stats.resident_bytes,
         uptime_seconds=monotonic() - context.started,
         sets=[schemas.SetSummary.model_validate(one) for one in stats.largest],
+        **({} if stats.as_of is None else {"as_of": stats.as_of}),
     )
 
 

@@ -1,17 +1,9 @@
-"""The laboratory: combine sets, compare them, look at their spectra."""
+"""The laboratory: combine sets, compare and extract them, look at their spectra."""
 
 from collections.abc import Sequence
 from typing import Any, Unpack
 
-from bonsai_lora.client.answers import (
-    CombinedSet,
-    CombineOptions,
-    CombineReport,
-    Comparison,
-    SetSpectrum,
-    SetSurvival,
-    Weights,
-)
+from bonsai_lora.client.answers import Weights
 from bonsai_lora.client.call import (
     Call,
     decode_json,
@@ -20,6 +12,15 @@ from bonsai_lora.client.call import (
     mix_query,
     path_of,
     query_of,
+)
+from bonsai_lora.client.lab_answers import (
+    CombinedSet,
+    CombineOptions,
+    CombineReport,
+    Comparison,
+    Job,
+    SetSpectrum,
+    SetSurvival,
 )
 
 
@@ -48,6 +49,44 @@ def preview_combine(
         is_pure=True,
         **json_body(_body(name, sets, method, options)),
     )
+
+
+def start_combine(
+    name: str,
+    sets: Weights,
+    *,
+    method: str = "exact",
+    dry_run: bool = False,
+    **options: Unpack[CombineOptions],
+) -> Call[Job]:
+    """Begin what `combine` does, or with `dry_run` what `preview_combine` does, and return the job.
+
+    Raises the refusals of `combine` that need no computation.
+    """
+    body = json_body(_body(name, sets, method, options))
+    body["headers"] |= {"Prefer": "respond-async"}
+    query = query_of(dry_run=True) if dry_run else []
+    return Call(method="POST", path="/v1/combine", query=query, decode=decode_json, **body)
+
+
+def start_extract(
+    name: str,
+    base: str,
+    tuned: str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    modules: Sequence[str] = (),
+) -> Call[Job]:
+    """Begin to extract a set from a fine-tuned model and its base, both bases of the service.
+
+    `rank` is that of each module; with `energy`, it is the highest. The result of the job is an
+    `ExtractedSet`. Raises BaseNotFoundError, SetExistsError, ShapeMismatchError.
+    """
+    wanted = {"rank": rank, "energy": energy, "modules": list(modules)}
+    given = {key: value for key, value in wanted.items() if value}
+    body = json_body({"name": name, "base": base, "tuned": tuned, **given})
+    return Call(method="POST", path="/v1/extract", decode=decode_json, **body)
 
 
 def _body(name: str, sets: Weights, method: str, options: CombineOptions) -> dict[str, Any]:
@@ -89,8 +128,8 @@ def get_survival(
 ) -> Call[SetSurvival]:
     """Return an estimate of what is left of a set's deltas in merged weights of a `dtype`.
 
-    BF16 (the default), F16, Q8_0 or Q1_0. `scale`, `sets` and `match` as for merged files. Raises
-    BaseNotFoundError, SetNotFoundError.
+    BF16 (the default), F16, Q8_0, Q1_0, Q2_0, TQ1_0 or TQ2_0. `scale`, `sets` and `match` as for
+    merged files. Raises BaseNotFoundError, SetNotFoundError.
     """
     return Call(
         method="GET",
@@ -98,4 +137,22 @@ def get_survival(
         query=[*query_of(dtype=dtype), *mix_query(scale, sets, match)],
         decode=decode_json,
         is_pure=True,
+    )
+
+
+def start_survival(
+    base: str,
+    name: str,
+    *,
+    dtype: str | None = None,
+    scale: float = 1.0,
+    sets: Weights | None = None,
+    match: str | None = None,
+) -> Call[Job]:
+    """Begin to compute exactly what `get_survival` estimates, and return the job."""
+    return Call(
+        method="POST",
+        path="/v1" + path_of("bases", base, "survival", name),
+        query=[*query_of(dtype=dtype), *mix_query(scale, sets, match)],
+        decode=decode_json,
     )

@@ -1,0 +1,45 @@
+"""How large the weights of a base are: the distribution of each tensor's exponents."""
+
+import numpy as np
+
+from bonsai_lora.checkpoints.base import Base, Tensor
+from bonsai_lora.core.cast import to_float32
+from bonsai_lora.core.merge import blocks
+from bonsai_lora.core.rounding import Counts
+from bonsai_lora.formats.dtypes import FLOAT_DTYPES
+
+SMALL_VALUES = 1 << 18
+"""Tensors up to this size are counted entirely."""
+EVERY = 64
+"""Of larger tensors every 64th row is counted."""
+
+_OFFSET = 256
+
+
+def exponents_of(base: Base) -> dict[str, Counts]:
+    """Return the distribution of floor(log2 |W|) of each matrix of floats; raises BaseChangedError.
+
+    Reads a 64th of a large base.
+    """
+    found = {}
+    for name in base.tensor_names:
+        info = base.info(name)
+        if info is not None and info.dtype in FLOAT_DTYPES and len(info.shape) == 2:
+            tensor = base.tensor(name)
+            assert tensor is not None
+            found[name] = _count(tensor)
+    return found
+
+
+def _count(tensor: Tensor) -> Counts:
+    rows, columns = tensor.shape
+    counts = np.zeros(2 * _OFFSET, np.int64)
+    step = 1 if rows * columns <= SMALL_VALUES else EVERY
+    for place, whole in blocks(rows, columns, most=SMALL_VALUES, whole_rows=True):
+        first = -(-place.start // step) * step
+        for start in range(first, place.stop, step) if step > 1 else [place.start]:
+            stop = start + 1 if step > 1 else place.stop
+            values = to_float32(tensor[slice(start, stop), whole])
+            _, exponents = np.frexp(values[np.isfinite(values) & (values != 0)])
+            counts += np.bincount(exponents - 1 + _OFFSET, minlength=len(counts))
+    return {int(one) - _OFFSET: int(counts[one]) for one in np.flatnonzero(counts)}

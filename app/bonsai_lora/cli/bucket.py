@@ -1,0 +1,85 @@
+"""`gc` and `verify` over a bucket, which running services may use."""
+
+import tempfile
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import BinaryIO, cast
+
+from bonsai_lora.cli.client import EXIT_REFUSED
+from bonsai_lora.cli.store import check_bucket, failed
+from bonsai_lora.errors import BonsaiLoraError, NewerFormatError, StoreUnreachableError
+from bonsai_lora.storage.bucket import Bucket, open_bucket
+from bonsai_lora.storage.bucket_gc import Collected, collect
+from bonsai_lora.storage.cache import receive_blob
+from bonsai_lora.storage.pointer import POINTERS, MalformedPointerError, decode_pointer
+
+
+def collect_bucket(url: str, grace_hours: float) -> int:
+    """Run `gc` over a bucket; return the exit code."""
+    try:
+        check_bucket(url)
+        with tempfile.NamedTemporaryFile(prefix="bonsai-lora-") as file:
+            found = collect(open_bucket(url), cast("BinaryIO", file), timedelta(hours=grace_hours))
+    except (ValueError, StoreUnreachableError) as error:
+        return failed(str(error))
+    for line in _report(found):
+        print(line)
+    return EXIT_REFUSED if found.unreadable else 0
+
+
+def _report(found: Collected) -> Iterator[str]:
+    sums = found.sums
+    yield f"{sums.sets:,} sets, {sums.held_bytes:,} bytes as float32; the index is written"
+    if not found.is_corrected:
+        yield "the sums were not counted again: others wrote all the time; run it again"
+    yield f"{found.blobs:,} blobs removed, {found.blob_bytes:,} bytes"
+    yield f"{found.tombstones:,} deleted sets removed"
+    if found.kept_tombstones:
+        yield f"{found.kept_tombstones:,} deleted sets kept: the bucket has no conditional delete"
+    for name in found.unreadable:
+        yield f"{name}: its pointer cannot be read; no blob was removed"
+
+
+def verify_bucket(url: str, names: list[str]) -> int:
+    """Compare the blobs of the named sets, or of all, with their pointers; return the exit code."""
+    is_sound = True
+    try:
+        check_bucket(url)
+        bucket = open_bucket(url)
+        for name in names or _names(bucket):
+            line = _verified(bucket, name)
+            if line is not None:
+                is_sound = is_sound and line == "ok"
+                print(f"{name}  {line}")
+    except (ValueError, StoreUnreachableError) as error:
+        return failed(str(error))
+    return 0 if is_sound else EXIT_REFUSED
+
+
+def _names(bucket: Bucket) -> Iterator[str]:
+    for chunk in bucket.list(POINTERS):
+        for listed in chunk:
+            yield listed.key.rpartition("/")[2]
+
+
+def _verified(bucket: Bucket, name: str) -> str | None:
+    """Return the result for one set as text; None if it is deleted."""
+    found = bucket.get(f"{POINTERS}/{name}")
+    if found is None:
+        return "missing"
+    try:
+        pointer = decode_pointer(name, found.body)
+        if pointer.record is None:
+            return None
+        with tempfile.TemporaryFile() as file:
+            pieces = bucket.pieces(pointer.blob, pointer.size)
+            receive_blob(cast("BinaryIO", file), pieces, pointer)
+    except NewerFormatError as error:
+        return f"not verified: {error.detail}"
+    except StoreUnreachableError:
+        raise
+    except FileNotFoundError:
+        return f"bad: its blob {pointer.blob} is missing"
+    except (MalformedPointerError, BonsaiLoraError) as error:
+        return f"bad: {error}"
+    return "ok"

@@ -1,0 +1,1 @@
+"""The service on engines of others."""

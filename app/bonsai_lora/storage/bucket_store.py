@@ -1,0 +1,355 @@
+"""A store of named sets in a bucket, shared by any number of machines.
+
+    {prefix}/sets/{name}         pointer: the record of the current version, and which blob it is
+    {prefix}/blobs/{hh}/{blob}   immutable; byte for byte the file of a set
+    {prefix}/usage               sums over all sets
+    {prefix}/index.jsonl.gz      all records as of a time, written by `gc`
+
+A write puts the blob first and then changes the pointer by compare-and-swap, which decides between
+writers. A reader asks for the pointer, at most every `stale_seconds`, and fetches the blob if the
+copy on this machine is a different one. No clock decides the order of anything.
+"""
+
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.errors import (
+    BusyError,
+    ChangedMeanwhileError,
+    SetNotFoundError,
+    StoreUnreachableError,
+)
+from bonsai_lora.formats.names import is_set_name
+from bonsai_lora.storage.bucket import Bucket, ConflictError, Found, open_bucket
+from bonsai_lora.storage.bucket_listing import BucketListing
+from bonsai_lora.storage.bucket_reader import BucketReader
+from bonsai_lora.storage.cache import Cache, Note
+from bonsai_lora.storage.disk import storage_errors
+from bonsai_lora.storage.freshness import Looks
+from bonsai_lora.storage.index import Sums
+from bonsai_lora.storage.newset import Received, file_of, next_version
+from bonsai_lora.storage.pointer import (
+    POINTERS,
+    Pointer,
+    encode_pointer,
+    pointer_of,
+)
+from bonsai_lora.storage.protocol import Page, StoreState, allowed
+from bonsai_lora.storage.setfile import SetRecord, StoredSet, record_of
+from bonsai_lora.storage.source import Source
+from bonsai_lora.storage.usage import Usage
+from bonsai_lora.storage.verify import OnPiece
+
+_THREADS = 16
+_TRIES = 3
+_PROBE_SECONDS = 15
+_PIECE_BYTES = 1 << 20
+
+
+def open_bucket_store(
+    url: str,
+    cache: Path,
+    *,
+    cache_bytes: int,
+    stale_seconds: float,
+    stale_if_error_seconds: float,
+    shared: Path | None = None,
+) -> "BucketStore":
+    """Return the store at a URL; raises ValueError and OSError, but does not ask the bucket yet."""
+    return BucketStore(
+        open_bucket(url),
+        Cache(cache, url, cache_bytes, shared=shared),
+        stale_seconds=stale_seconds,
+        stale_if_error_seconds=stale_if_error_seconds,
+    )
+
+
+class BucketStore:
+    """The sets of `bucket`, with copies in `cache`. Thread-safe; a `Store`."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        cache: Cache,
+        *,
+        stale_seconds: float = 5.0,
+        stale_if_error_seconds: float = 3600.0,
+    ) -> None:
+        self._bucket = bucket
+        self._cache = cache
+        self._files = cache.files
+        self.root, self.temporary = cache.files.root, cache.files.temporary
+        self._looks = Looks(stale_seconds, stale_if_error_seconds)
+        self._reader = BucketReader(bucket, cache, self._looks)
+        self._threads = ThreadPoolExecutor(_THREADS, "bucket")
+        self._listing = BucketListing(bucket, self._threads)
+        self._usage = Usage(bucket, stale_seconds, self._listing.count)
+        self._locked: dict[str, Pointer | None] = {}
+        self._etags: dict[str, str] = {}
+        """Pointers of the names whose lock is held, and their ETags: what a write replaces."""
+
+    @property
+    def on_open(self) -> Callable[[SetRecord], None] | None:
+        """Called with the record of each version that `read` opens."""
+        return self._files.on_open
+
+    @on_open.setter
+    def on_open(self, call: Callable[[SetRecord], None] | None) -> None:
+        self._files.on_open = call
+
+    def read_quickly(self, name: str) -> StoredSet | None:
+        """Return the set if it is on this machine and was compared lately; None if not.
+
+        Nothing waits for the bucket.
+        """
+        now = time.monotonic()
+        look = self._looks.fresh(name, now)
+        if look is None or name in self._locked:
+            return None
+        if not look.exists:
+            if self._cache.has(name):  # a different worker has created it meanwhile
+                return None
+            raise SetNotFoundError(name)
+        if self._looks.is_due_beside(name, look, now):
+            with contextlib.suppress(RuntimeError):  # the store is closed
+                self._threads.submit(self._looks.beside, name, self.refresh)
+        try:
+            stored = self._files.read_quickly(name)
+        except SetNotFoundError:  # evicted, or deleted by a different worker
+            return None
+        self._reader.counts["hits"] += stored is not None
+        return stored
+
+    def read(self, name: str) -> StoredSet:
+        """Return the current version of a set, which is fetched if it is not on this machine."""
+        for _ in range(_TRIES):
+            self._look_up(name)
+            try:
+                return self._files.read(name)
+            except SetNotFoundError:  # evicted or moved aside; the next look fetches it again
+                self._looks.forget(name)
+        raise BusyError(f"the copy of set {name!r} was removed three times; retry in a second")
+
+    def read_record(self, name: str) -> SetRecord:
+        """Return the record of a set."""
+        if name in self._locked:
+            pointer = self._locked[name]
+            if pointer is None or pointer.record is None:
+                raise SetNotFoundError(name)
+            return pointer.record
+        return self.read(name).record
+
+    def refresh(self, name: str) -> None:
+        """Compare the pointer of a set with the bucket's now, and fetch the set if it changed."""
+        self._reader.refresh(name)
+
+    def verify(self, name: str, on_piece: OnPiece | None = None) -> SetRecord:
+        """Read the copy of a set, and move it aside if it is damaged; it is fetched again then."""
+        return self._files.verify(name, on_piece)
+
+    @contextlib.contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold the lock to change `name` among the workers of this machine.
+
+        Asks the bucket for the pointer, which a write then replaces.
+        """
+        if not is_set_name(name):
+            raise SetNotFoundError(name)
+        with self._cache.writing(name):
+            found = self._bucket.get(f"{POINTERS}/{name}")
+            self._locked[name] = None if found is None else self._reader.decode(name, found)
+            if found is not None:
+                self._etags[name] = found.etag
+            try:
+                yield
+            finally:
+                del self._locked[name]
+                self._etags.pop(name, None)
+
+    def new_file(self) -> AbstractContextManager[BinaryIO]:
+        """Create a temporary file in `temporary`; it is removed on exit."""
+        return self._files.new_file()
+
+    def write(
+        self,
+        lora_set: BonsaiLoraSet,
+        *,
+        origin: str,
+        now: str,
+        previous: SetRecord | None,
+        adapter_config: Mapping[str, Any] | None = None,
+        received: Received | None = None,
+        source: Source | None = None,
+        check: Callable[[], None] = allowed,
+    ) -> StoredSet:
+        """Write the next version of a set: sums, blob, pointer, then the copy. Call with `lock`."""
+        name = lora_set.adapter_name
+        present = self._locked[name]
+        if previous != (present and present.record):
+            raise ChangedMeanwhileError
+        new = next_version(
+            lora_set,
+            origin=origin,
+            now=now,
+            previous=previous,
+            adapter_config=adapter_config,
+            source=source,
+            version=present.version + 1 if present else 1,
+        )
+        with storage_errors(), file_of(self._files, new, received) as file:
+            self.add(file, name, check)
+        return self.read(name)
+
+    def add(self, file: BinaryIO, name: str, check: Callable[[], None] = allowed) -> None:
+        """Make a complete file of `new_file` the current version of a set. Call with `lock` held.
+
+        Raises as `write` does.
+        """
+        pointer = _pointer_of(name, file)
+        self._cache.make_room(pointer.size)
+        change = pointer.sums().minus(self.sums_of(name))
+        self._usage.change(name, change, check)
+        with self._undoing(name, change, StoreUnreachableError):
+            self._bucket.write(pointer.blob, Path(str(file.name)))
+        with storage_errors(), self._cache.settling(name):
+            at, wall = time.monotonic(), time.time()
+            # After a lost answer it may be the current version, or become it: `gc` corrects.
+            with self._undoing(name, change, ChangedMeanwhileError):
+                found = self._swap(name, pointer)
+            self._cache.install(name, file, Note(found, wall))
+            self._looks.note(name, self._looks.new(found, exists=True, at=at))
+            self._locked[name], self._etags[name] = pointer, found.etag
+
+    def delete(self, name: str) -> None:
+        """Leave a tombstone in place of the pointer. Call with `lock` held."""
+        present = self._locked.get(name)
+        if present is None or present.record is None:
+            raise SetNotFoundError(name)
+        tombstone = Pointer(present.uid, present.version, None)
+        with storage_errors(), self._cache.settling(name):
+            at = time.monotonic()
+            found = self._swap(name, tombstone)
+            self._cache.drop(name)
+            self._looks.note(name, self._looks.new(found, exists=False, at=at))
+            self._locked[name], self._etags[name] = tombstone, found.etag
+        with contextlib.suppress(StoreUnreachableError, ChangedMeanwhileError):
+            self._usage.change(name, Sums().minus(present.sums()), allowed)
+
+    def page(self, starts: Iterable[str], *, after: str, base: str | None, limit: int) -> Page:
+        """Return up to `limit` records (-1: all) of names that begin with one of `starts`."""
+        return self._listing.page(starts, after=after, base=base, limit=limit)
+
+    def largest(self, starts: Iterable[str], limit: int) -> Page:
+        """Return up to `limit` records of the index, the largest sets first."""
+        return self._listing.largest(starts, limit)
+
+    def sums(self, *starts: str) -> Sums:
+        """Return the sums over the sets whose names begin with one of `starts`."""
+        return self._usage.sums(*starts)
+
+    def sums_of(self, name: str) -> Sums:
+        """Return what one set adds to the sums."""
+        if name in self._locked:
+            pointer = self._locked[name]
+            return Sums() if pointer is None else pointer.sums()
+        look = self._looks.get(name)
+        if look is None or look.found is None:
+            return Sums()
+        return self._reader.decode(name, look.found).sums()
+
+    def open_sets(self) -> list[StoredSet]:
+        """Return the sets that this process has open; releases those that were evicted."""
+        return self._files.open_sets()
+
+    def forget(self, name: str) -> None:
+        """Release this process's state of a set; it is compared and opened again on next use."""
+        self._looks.forget(name)
+        self._files.forget(name)
+
+    def bad_files(self, most: int | None = None) -> dict[str, str]:
+        """Return the reasons, by set name, of pointers, blobs and copies that cannot be used."""
+        found = {**self._files.bad_files(most), **self._reader.bad}
+        return dict(islice(found.items(), most))
+
+    def count_bad_files(self) -> int:
+        """Return the number of names of pointers, blobs and copies that cannot be used."""
+        return self._files.count_bad_files() + len(self._reader.bad)
+
+    def newer_files(self) -> dict[str, int]:
+        """Return nothing: requests for sets of a newer release are refused one by one."""
+        return {}
+
+    def is_writable(self) -> bool:
+        """Return whether this process can make copies."""
+        return self._files.is_writable()
+
+    def maintain(self) -> None:
+        """Release maps of copies that were evicted, keep the cache small, probe a silent bucket."""
+        self._files.open_sets()
+        self._cache.trim()
+        if time.time() - self._bucket.last_ok > _PROBE_SECONDS:
+            with contextlib.suppress(StoreUnreachableError):
+                self._bucket.get("usage")
+
+    def state(self) -> StoreState:
+        """Return how the bucket and the cache are doing."""
+        counts = {
+            **{f"requests_{kind}": number for kind, number in self._bucket.requests.items()},
+            **{f"looks_{result}": number for result, number in self._looks.counts.items()},
+            **self._reader.counts,
+            "evictions": self._cache.evictions,
+        }
+        bucket = self._bucket
+        return StoreState(bucket.is_reachable, bucket.last_ok, self._cache.bytes, counts)
+
+    def close(self) -> None:
+        """Stop looking beside requests."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _look_up(self, name: str) -> None:
+        """Make sure that the copy of a set may be acted on; raises SetNotFoundError.
+
+        Who holds the lock acts on the version that a write would replace.
+        """
+        if name not in self._locked:
+            self._reader.look_up(name)
+        elif self._cache.record(name) != self.read_record(name):
+            self._reader.settle(name)
+
+    @contextlib.contextmanager
+    def _undoing(self, name: str, change: Sums, error: type[Exception]) -> Iterator[None]:
+        """Change the sums back after an error, if the bucket answers; else `gc` corrects them."""
+        try:
+            yield
+        except error:
+            with contextlib.suppress(StoreUnreachableError, ChangedMeanwhileError):
+                self._usage.change(name, Sums().minus(change), allowed)
+            raise
+
+    def _swap(self, name: str, pointer: Pointer) -> Found:
+        """Replace the pointer that was read with the lock, or raise ChangedMeanwhileError."""
+        body = encode_pointer(pointer)
+        try:
+            etag = self._bucket.put(f"{POINTERS}/{name}", body, replaces=self._etags.get(name))
+        except ConflictError:
+            raise ChangedMeanwhileError from None
+        return Found(body, etag)
+
+
+def _pointer_of(name: str, file: BinaryIO) -> Pointer:
+    """Return the pointer to the content of a complete file of a set."""
+    file.flush()
+    digest, size = hashlib.sha256(), os.fstat(file.fileno()).st_size
+    for start in range(0, size, _PIECE_BYTES):
+        digest.update(os.pread(file.fileno(), _PIECE_BYTES, start))
+    file.seek(0)
+    return pointer_of(record_of(Path(f"{name}.safetensors"), file), size, digest.hexdigest())

@@ -1,0 +1,114 @@
+"""JSON in pieces reads and writes what the json module does, and lets other threads run."""
+
+import json
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bonsai_lora.errors import MalformedSafetensorsError
+from bonsai_lora.formats import pieces, safetensors
+from bonsai_lora.formats.pieces import ObjectReader, dump
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+FLAT = SCALARS | st.lists(st.integers() | st.floats(allow_nan=False, allow_infinity=False))
+VALUES = st.recursive(SCALARS, lambda some: st.lists(some) | st.dictionaries(st.text(), some))
+SPACE = st.sampled_from(["", " ", "\n\t\r "])
+
+
+@given(VALUES, st.booleans(), st.integers(1, 3))
+def test_what_is_written_is_what_json_writes(value, is_ascii, piece):
+    before, pieces._PIECE = pieces._PIECE, piece
+    try:
+        for separators in (None, (",", ":")):
+            options = {
+                "ensure_ascii": is_ascii,
+                **({"separators": separators} if separators else {}),
+            }
+            assert dump(value, **options) == json.dumps(value, **options)
+    finally:
+        pieces._PIECE = before
+
+
+def read(text):
+    reader = ObjectReader(text)
+    found = {name: reader.value() for name in reader.names()}
+    reader.end()
+    return found
+
+
+@given(
+    st.dictionaries(st.text(), FLAT.filter(lambda one: one not in (float("inf"), -float("inf"))))
+)
+def test_what_is_read_is_what_json_reads(value):
+    for indent in (None, 3):
+        assert read(json.dumps(value, indent=indent)) == value
+
+
+@given(st.text(alphabet='{}[]",:0123 \\un', max_size=12))
+def test_what_json_refuses_is_refused(text):
+    try:
+        expected = json.loads(text)
+    except (ValueError, RecursionError):
+        expected = None
+    if isinstance(expected, dict):
+        try:
+            found = read(text)
+        except ValueError:  # nested, or with a key twice
+            return
+        assert found == expected
+    else:
+        with pytest.raises(ValueError, match=r"."):
+            read(text)
+
+
+MANY = 300_000
+FLAT_NAMES = "{" + ",".join(f'"{number}":0' for number in range(MANY)) + "}"
+HOSTILE = {
+    "names": FLAT_NAMES,
+    "names in a tensor": f'{{"a":{FLAT_NAMES}}}',
+    "names in the metadata": f'{{"__metadata__":{FLAT_NAMES}}}'.replace(":0", ':""'),
+    "numbers in a tensor": f'{{"a":[{"0," * 10 * MANY}0]}}',
+    "numbers in the metadata": f'{{"__metadata__":[{"0," * 10 * MANY}0]}}',
+    "lists": f'{{"a":{"[" * MANY}{"]" * MANY}}}',
+    "digits": f'{{"a":{"1" * 10 * MANY}}}',
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_header_is_refused_long_before_json_would_have_read_it(name):
+    raw = HOSTILE[name].encode()
+    began = time.perf_counter()
+    json.loads(FLAT_NAMES)
+    allowed = time.perf_counter() - began
+    began = time.perf_counter()
+    with pytest.raises(MalformedSafetensorsError):
+        safetensors.decode_header(len(raw).to_bytes(8, "little") + raw)
+    assert time.perf_counter() - began < allowed
+
+
+def test_other_threads_run_while_a_long_header_is_read_and_written():
+    names = [f"model.layers.{number}.self_attn.q_proj.lora_A.weight" for number in range(60_000)]
+    layout = dict.fromkeys(reversed(names), ("F32", (2, 2)))
+    metadata = {"a": "b"}
+    gaps, done = [0.0], threading.Event()
+
+    def watch():
+        last = time.perf_counter()
+        while not done.is_set():
+            time.sleep(0)
+            now = time.perf_counter()
+            gaps.append(now - last)
+            last = now
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    began = time.perf_counter()
+    header = safetensors.encode_header(layout, metadata)
+    assert len(safetensors.decode_header(header).tensors) == len(names)
+    seconds = time.perf_counter() - began
+    done.set()
+    watching.join()
+    assert max(gaps) < seconds / 3
