@@ -28,9 +28,12 @@ from bonsai_lora.errors import StoreUnreachableError
 
 _log = logging.getLogger(__name__)
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 4 << 20
+_PART_BYTES = 8 << 20
 _AHEAD = 4
-"""Pieces that are read ahead or written at once: 32 MiB of memory for each transfer."""
+"""Pieces that are read ahead and parts that are written at once: 16 and 32 MiB of memory."""
+_MOST_FETCHES = 8
+"""Large objects that are read at once."""
 _MOST_SMALL_BYTES = 4 << 20
 _SMALL_SECONDS, _LARGE_SECONDS = "5s", "60s"
 _DOWN_SECONDS = 1.0
@@ -80,6 +83,7 @@ class Bucket:
         self._small = small
         self._large = small if large is None else large
         self._lock = threading.Lock()
+        self._fetches = threading.BoundedSemaphore(_MOST_FETCHES)
         self.requests: Counter[str] = Counter()
         """Requests by kind: get, list, put, delete; a large object counts once."""
         self.last_ok = 0.0
@@ -120,7 +124,9 @@ class Bucket:
                     return obstore.put(self._small, key, body, mode=mode)["e_tag"] or ""
                 except _LOST as error:
                     raise ConflictError(key) from error
-        except (ConflictError, StoreUnreachableError):
+        except (ConflictError, StoreUnreachableError) as error:
+            if error.__cause__ is None:  # it was not sent
+                raise
             self._down_until = 0.0
             found = self.get(key)
             if found is not None and found.body == body:
@@ -130,19 +136,23 @@ class Bucket:
     def write(self, key: str, path: Path) -> None:
         """Write the large object `key` from a file."""
         with self._asking("put"):
-            obstore.put(self._large, key, path, chunk_size=PIECE_BYTES, max_concurrency=_AHEAD)
+            obstore.put(self._large, key, path, chunk_size=_PART_BYTES, max_concurrency=_AHEAD)
 
     def pieces(self, key: str, size: int) -> Iterator[bytes]:
         """Yield a large object in pieces, nothing unless it has `size` bytes.
 
         Raises FileNotFoundError.
         """
-        if size <= PIECE_BYTES:
+        with self._fetches:
+            if size > PIECE_BYTES:
+                yield from self._many_pieces(key, size)
+                return
             with self._asking("get"):
                 answer = obstore.get(self._large, key)
                 body = bytes(answer.bytes()) if answer.meta["size"] == size else b""
             yield body
-            return
+
+    def _many_pieces(self, key: str, size: int) -> Iterator[bytes]:
         with self._asking("get"):
             length = obstore.head(self._large, key)["size"]
         if length != size:
