@@ -50,6 +50,10 @@ class ConflictError(Exception):
     """An object is not what a conditional write expected."""
 
 
+class _NoBucketError(Exception):
+    """There is no such bucket; a missing object looks like that only to who reads it."""
+
+
 class SameError(Exception):
     """An object has not changed since it was read."""
 
@@ -123,6 +127,8 @@ class Bucket:
                 try:
                     return obstore.put(self._small, key, body, mode=mode)["e_tag"] or ""
                 except _LOST as error:
+                    if replaces is None and isinstance(error, FileNotFoundError):
+                        raise _NoBucketError(str(error)) from error
                     raise ConflictError(key) from error
         except (ConflictError, StoreUnreachableError) as error:
             if error.__cause__ is None:  # it was not sent
@@ -175,7 +181,7 @@ class Bucket:
 
         Each thousand costs a request.
         """
-        with self._asking("list"):
+        with self._asking("list"), _listing():
             chunks = obstore.list(
                 self._small, folder, offset=f"{folder}/{after}" if after else None, chunk_size=count
             )
@@ -185,7 +191,7 @@ class Bucket:
                 Listed(one["path"], one["e_tag"] or "", one["size"], one["last_modified"])
                 for one in chunk
             ]
-            with self._asking("list"):
+            with self._asking("list"), _listing():
                 chunk = next(chunks, [])
 
     def delete(self, key: str) -> None:
@@ -233,7 +239,7 @@ class Bucket:
                 self.requests[kind] += 1
         try:
             yield
-        except (failures.BaseError, httpx.HTTPError, TimeoutError) as error:
+        except (failures.BaseError, httpx.HTTPError, TimeoutError, _NoBucketError) as error:
             if self.is_reachable:
                 # Not for callers: it names addresses and keys.
                 _log.warning("the bucket does not answer: %s", str(error).partition("\n")[0])
@@ -246,6 +252,14 @@ class Bucket:
         if not self.is_reachable:
             _log.warning("the bucket answers again")
         self.last_ok = time.time()
+
+
+@contextlib.contextmanager
+def _listing() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise _NoBucketError(str(error).partition("\n")[0]) from error
 
 
 def open_bucket(url: str) -> Bucket:
