@@ -154,3 +154,19 @@ def test_requests_within_the_stale_time_ask_the_bucket_nothing(bucket, line):
         assert bucket.post(APPLY, json=ROW).status_code == 200
         assert bucket.get("/v1/sets/s/adapter_model.safetensors").status_code == 200
     assert line.requests == before
+
+
+def test_a_version_that_is_wanted_is_fetched_at_once(start, bucket):
+    create(bucket)
+    with serving(start("other")) as url, httpx.Client(base_url=url, timeout=30) as other:
+        assert other.post(APPLY, json=ROW).json()["version"] == 2
+        assert bucket.patch("/v1/sets/s", json={"base_model_name": "b"}).json()["version"] == 3
+        assert other.post(APPLY, json=ROW).json()["version"] == 2, "within the stale time"
+        assert other.post(f"{APPLY}?version=3", json=ROW).json()["version"] == 3
+        assert bucket.patch("/v1/sets/s", json={"base_model_name": "c"}).json()["version"] == 4
+        assert other.get("/v1/sets/s?version=4").json()["base_model_name"] == "c"
+        assert_problem(other.get("/v1/sets/s?version=5"), 404, "version_not_found")
+        assert other.get("/v1/sets/new").status_code == 404
+        create(bucket, "new")
+        assert other.get("/v1/sets/new").status_code == 404, "within the stale time"
+        assert other.get("/v1/sets/new?version=2").status_code == 200
