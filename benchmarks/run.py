@@ -11,6 +11,7 @@ SCRIPTS = [
     "mixed",
     "merge",
     "lab",
+    "extract",
     "store",
     "dequantize",
     "merged",

@@ -281,6 +281,9 @@ def produce(folder):
             answer = client.post(APPLY, json={"inputs": [ROW]})
             texts[errors.BusyError].append(text_of(answer, errors.BusyError, APPLY))
         texts[errors.StalledError].append(stalled(url))
+        app.state.context.stopping.set()
+        answer = client.get("/readyz")
+        texts[errors.ShuttingDownError].append(text_of(answer, errors.ShuttingDownError, "/readyz"))
         for kind, number in (
             (errors.StoreFullError, errno.ENOSPC),
             (errors.StoreReadOnlyError, errno.EROFS),

@@ -154,7 +154,7 @@ def test_client_and_library_import_no_posix_only_modules():
         "from bonsai_lora.cli.main import main\n"
         f"assert main(['ls', '--url', {DEAD!r}]) == 3\n"
         "made = [getattr(bonsai_lora, name) for name in bonsai_lora.__all__]\n"
-        "assert len(made) == 7\n"
+        "assert len(made) == 8\n"
         "import numpy as np\n"
         "adapter = bonsai_lora.LoraAdapter.new(4, 3, bonsai_lora.LoraConfig(rank=2))\n"
         "print(adapter.apply(np.ones((2, 4), np.float32)).shape)\n"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bonsai_lora.client.asynchronous import AsyncClient
     from bonsai_lora.client.blocking import Client
+    from bonsai_lora.client.layer import Layer
     from bonsai_lora.core.adapter import LoraAdapter
     from bonsai_lora.core.config import LoraConfig
     from bonsai_lora.core.loraset import BonsaiLoraSet
@@ -21,6 +22,7 @@ __all__ = [
     "AsyncClient",
     "BonsaiLoraSet",
     "Client",
+    "Layer",
     "LoraAdapter",
     "LoraConfig",
     "LoraRegistry",
@@ -31,6 +33,7 @@ _MODULES = {
     "AsyncClient": "bonsai_lora.client.asynchronous",
     "BonsaiLoraSet": "bonsai_lora.core.loraset",
     "Client": "bonsai_lora.client.blocking",
+    "Layer": "bonsai_lora.client.layer",
     "LoraAdapter": "bonsai_lora.core.adapter",
     "LoraConfig": "bonsai_lora.core.config",
     "LoraRegistry": "bonsai_lora.core.registry",

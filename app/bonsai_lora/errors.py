@@ -20,10 +20,10 @@ class BonsaiLoraError(Exception):
     title: ClassVar[str] = "Error"
     """Short name for people; by default the words of `code`."""
 
-    def __init_subclass__(cls) -> None:
-        """Set the default title."""
-        if "title" not in vars(cls):
-            cls.title = cls.code.replace("_", " ").capitalize()
+    def __init_subclass__(cls, code: str | None = None, title: str | None = None) -> None:
+        """Set the code, by default the parent's, and the title."""
+        cls.code = code or cls.code
+        cls.title = title or cls.code.replace("_", " ").capitalize()
 
     def __init__(self, detail: str, **values: Any) -> None:
         super().__init__(detail)
@@ -49,97 +49,66 @@ class JobCancelledError(Exception):
     """Somebody has cancelled the job that raises it. Callers never see it."""
 
 
-class MalformedRequestError(BonsaiLoraError):
+class MalformedRequestError(BonsaiLoraError, code="malformed_request"):
     """The request violates HTTP/1.1 (RFC 9112)."""
 
-    code = "malformed_request"
 
-
-class MalformedBodyError(BonsaiLoraError):
+class MalformedBodyError(BonsaiLoraError, code="malformed_body"):
     """The body cannot be parsed as its Content-Type declares."""
 
-    code = "malformed_body"
 
-
-class MalformedJsonError(MalformedBodyError):
+class MalformedJsonError(MalformedBodyError, code="malformed_json", title="Malformed JSON"):
     """The body is not JSON (RFC 8259)."""
 
-    code = "malformed_json"
-    title = "Malformed JSON"
 
-
-class MalformedMultipartError(MalformedBodyError):
+class MalformedMultipartError(
+    MalformedBodyError, code="malformed_multipart", title="Malformed multipart form"
+):
     """The body is not multipart/form-data, or a part is missing, duplicate or unknown."""
 
-    code = "malformed_multipart"
-    title = "Malformed multipart form"
 
-
-class MalformedSafetensorsError(MalformedBodyError):
+class MalformedSafetensorsError(MalformedBodyError, code="malformed_safetensors"):
     """The bytes violate the safetensors format."""
 
-    code = "malformed_safetensors"
 
-
-class MalformedGgufError(MalformedBodyError):
+class MalformedGgufError(MalformedBodyError, code="malformed_gguf", title="Malformed GGUF"):
     """The bytes violate the GGUF format, or a limit of llama.cpp."""
 
-    code = "malformed_gguf"
-    title = "Malformed GGUF"
 
-
-class UnauthenticatedError(BonsaiLoraError):
+class UnauthenticatedError(BonsaiLoraError, code="unauthenticated"):
     """The request carries no key, or one that is unknown or has expired."""
 
-    code = "unauthenticated"
 
-
-class ForbiddenError(BonsaiLoraError):
+class ForbiddenError(BonsaiLoraError, code="forbidden"):
     """The caller may not do this."""
 
-    code = "forbidden"
 
-
-class NameNotYoursError(ForbiddenError):
+class NameNotYoursError(ForbiddenError, code="name_not_yours"):
     """A write to a name that starts with none of the key's prefixes."""
 
-    code = "name_not_yours"
 
-
-class CrossSiteError(ForbiddenError):
+class CrossSiteError(ForbiddenError, code="cross_site"):
     """A web page of a different site sent a request that may change something."""
 
-    code = "cross_site"
 
-
-class MisdirectedRequestError(BonsaiLoraError):
+class MisdirectedRequestError(BonsaiLoraError, code="misdirected_request"):
     """The request is for a host name that the service does not answer to."""
 
-    code = "misdirected_request"
 
-
-class RateLimitedError(BonsaiLoraError):
+class RateLimitedError(BonsaiLoraError, code="rate_limited"):
     """The key has used up its requests or rows for now."""
 
-    code = "rate_limited"
 
-
-class QuotaExceededError(BonsaiLoraError):
+class QuotaExceededError(BonsaiLoraError, code="quota_exceeded"):
     """The sets under the key's prefixes would exceed its quota."""
 
-    code = "quota_exceeded"
 
-
-class NotFoundError(BonsaiLoraError):
+class NotFoundError(BonsaiLoraError, code="not_found"):
     """The named resource does not exist."""
 
-    code = "not_found"
 
-
-class SetNotFoundError(NotFoundError):
+class SetNotFoundError(NotFoundError, code="set_not_found"):
     """No set has this name."""
-
-    code = "set_not_found"
 
     def __init__(self, name: str) -> None:
         super().__init__(
@@ -147,10 +116,8 @@ class SetNotFoundError(NotFoundError):
         )
 
 
-class AdapterNotFoundError(NotFoundError):
+class AdapterNotFoundError(NotFoundError, code="module_not_found"):
     """The set has no adapter for this module."""
-
-    code = "module_not_found"
 
     def __init__(self, module: str, set_name: str, known: tuple[str, ...]) -> None:
         shown = ", ".join(known[:8]) + (", …" if len(known) > 8 else "")
@@ -162,10 +129,8 @@ class AdapterNotFoundError(NotFoundError):
         )
 
 
-class BaseNotFoundError(NotFoundError):
+class BaseNotFoundError(NotFoundError, code="base_not_found"):
     """No base checkpoint has this name."""
-
-    code = "base_not_found"
 
     def __init__(self, name: str) -> None:
         super().__init__(
@@ -175,10 +140,8 @@ class BaseNotFoundError(NotFoundError):
         )
 
 
-class JobNotFoundError(NotFoundError):
+class JobNotFoundError(NotFoundError, code="job_not_found"):
     """The caller has no job of this id."""
-
-    code = "job_not_found"
 
     def __init__(self, number: str) -> None:
         super().__init__(
@@ -187,10 +150,8 @@ class JobNotFoundError(NotFoundError):
         )
 
 
-class FileNotInModelError(NotFoundError):
+class FileNotInModelError(NotFoundError, code="file_not_found"):
     """A merged model has no file of this name."""
-
-    code = "file_not_found"
 
     def __init__(self, name: str, known: list[str]) -> None:
         super().__init__(
@@ -199,250 +160,172 @@ class FileNotInModelError(NotFoundError):
         )
 
 
-class VersionNotFoundError(NotFoundError):
+class VersionNotFoundError(NotFoundError, code="version_not_found"):
     """The model has a different version now."""
 
-    code = "version_not_found"
 
-
-class RegionNotFoundError(NotFoundError):
+class RegionNotFoundError(NotFoundError, code="region_not_found"):
     """No shared-memory region has this name."""
-
-    code = "region_not_found"
 
 
 class RouteNotFoundError(NotFoundError):
     """The path does not exist."""
 
 
-class MethodNotAllowedError(BonsaiLoraError):
+class MethodNotAllowedError(BonsaiLoraError, code="method_not_allowed"):
     """The path exists, but not with this method."""
 
-    code = "method_not_allowed"
 
-
-class NotAcceptableError(BonsaiLoraError):
+class NotAcceptableError(BonsaiLoraError, code="not_acceptable"):
     """The response has no form that the client accepts."""
 
-    code = "not_acceptable"
 
-
-class SetExistsError(BonsaiLoraError):
+class SetExistsError(BonsaiLoraError, code="set_exists"):
     """A set with this name already exists."""
 
-    code = "set_exists"
 
-
-class PreconditionFailedError(BonsaiLoraError):
+class PreconditionFailedError(BonsaiLoraError, code="precondition_failed"):
     """`If-Match` or `If-None-Match` evaluates to false."""
 
-    code = "precondition_failed"
 
-
-class TooLargeError(BonsaiLoraError):
+class TooLargeError(BonsaiLoraError, code="too_large"):
     """The request exceeds a limit of the settings."""
 
-    code = "too_large"
 
-
-class BodyTooLargeError(TooLargeError):
+class BodyTooLargeError(TooLargeError, code="body_too_large"):
     """The body is longer than the limit, as declared or as received."""
 
-    code = "body_too_large"
 
-
-class HeaderTooLargeError(TooLargeError):
+class HeaderTooLargeError(TooLargeError, code="header_too_large", title="Tensor header too large"):
     """The header of a safetensors or GGUF file is longer than the limit."""
 
-    code = "header_too_large"
-    title = "Tensor header too large"
 
-
-class HeadTooLargeError(TooLargeError):
+class HeadTooLargeError(TooLargeError, code="head_too_large", title="Request head too large"):
     """The request head is too long, or has too many lines."""
 
-    code = "head_too_large"
-    title = "Request head too large"
 
-
-class TooManyRowsError(TooLargeError):
+class TooManyRowsError(TooLargeError, code="too_many_rows"):
     """A batch has more rows than the limit."""
 
-    code = "too_many_rows"
 
-
-class AnswerTooLargeError(TooLargeError):
+class AnswerTooLargeError(TooLargeError, code="answer_too_large"):
     """The response would be longer than the limit."""
 
-    code = "answer_too_large"
 
-
-class UnsupportedMediaTypeError(BonsaiLoraError):
+class UnsupportedMediaTypeError(BonsaiLoraError, code="unsupported_media_type"):
     """The path does not support the media type or content coding of the body."""
 
-    code = "unsupported_media_type"
 
-
-class RangeNotSatisfiableError(BonsaiLoraError):
+class RangeNotSatisfiableError(BonsaiLoraError, code="range_not_satisfiable"):
     """The requested range is beyond the end of the file."""
 
-    code = "range_not_satisfiable"
 
-
-class InvalidError(BonsaiLoraError):
+class InvalidError(BonsaiLoraError, code="invalid"):
     """The request is well-formed, but its content is invalid."""
 
-    code = "invalid"
 
-
-class InvalidRequestError(InvalidError):
+class InvalidRequestError(InvalidError, code="invalid_request"):
     """A field, parameter or tensor is missing, unknown or of the wrong type."""
 
-    code = "invalid_request"
 
-
-class InvalidNameError(InvalidError):
+class InvalidNameError(InvalidError, code="invalid_name"):
     """The name of a set or module is not valid."""
 
-    code = "invalid_name"
 
-
-class ShapeMismatchError(InvalidError):
+class ShapeMismatchError(InvalidError, code="shape_mismatch"):
     """An array does not have the shape that the adapter needs."""
 
-    code = "shape_mismatch"
 
-
-class NonFiniteInputError(InvalidError):
+class NonFiniteInputError(InvalidError, code="non_finite_input", title="Non-finite input"):
     """An input has NaN, infinity or a number beyond float32."""
 
-    code = "non_finite_input"
-    title = "Non-finite input"
 
-
-class NonFiniteOutputError(InvalidError):
+class NonFiniteOutputError(InvalidError, code="non_finite_output", title="Non-finite output"):
     """A result overflows float32, which JSON cannot carry."""
 
-    code = "non_finite_output"
-    title = "Non-finite output"
 
-
-class RaggedInputError(InvalidError):
+class RaggedInputError(InvalidError, code="ragged_input"):
     """The rows of a batch have different lengths."""
 
-    code = "ragged_input"
 
-
-class RankTooLargeError(InvalidError):
+class RankTooLargeError(InvalidError, code="rank_too_large"):
     """The rank exceeds the limit of the settings."""
 
-    code = "rank_too_large"
 
-
-class TooManyModulesError(InvalidError):
+class TooManyModulesError(InvalidError, code="too_many_modules"):
     """The set would have more modules than the limit of the settings."""
 
-    code = "too_many_modules"
 
-
-class DoraNeedsBaseError(InvalidError):
+class DoraNeedsBaseError(InvalidError, code="dora_needs_base", title="DoRA needs the base"):
     """A DoRA module's outputs need the base checkpoint and W x, and one is missing."""
 
-    code = "dora_needs_base"
-    title = "DoRA needs the base"
 
-
-class InvalidBaseError(InvalidError):
+class InvalidBaseError(InvalidError, code="invalid_base"):
     """The files of a base are not a readable checkpoint."""
 
-    code = "invalid_base"
 
-
-class InvalidAdapterError(InvalidError):
+class InvalidAdapterError(InvalidError, code="invalid_adapter"):
     """The files of an adapter contradict each other or hold invalid values."""
 
-    code = "invalid_adapter"
 
-
-class UnsupportedAdapterError(InvalidError):
+class UnsupportedAdapterError(InvalidError, code="unsupported_adapter"):
     """The adapter is of a kind that cannot be applied exactly."""
 
-    code = "unsupported_adapter"
 
-
-class UnmergeableError(InvalidError):
+class UnmergeableError(InvalidError, code="unmergeable"):
     """The set does not fit the base, or the base cannot be a checkpoint.
 
     Raised by Hub routes, whose clients show the text.
     """
 
-    code = "unmergeable"
 
-
-class UnsupportedGgufError(InvalidError):
+class UnsupportedGgufError(InvalidError, code="unsupported_gguf", title="Unsupported GGUF"):
     """A GGUF file has a type or a transformation that cannot be read or written exactly."""
 
-    code = "unsupported_gguf"
-    title = "Unsupported GGUF"
 
-
-class BusyError(BonsaiLoraError):
+class BusyError(BonsaiLoraError, code="busy"):
     """Too many requests are in progress; this one was not started."""
 
-    code = "busy"
 
-
-class StoreUnreachableError(BonsaiLoraError):
+class StoreUnreachableError(BonsaiLoraError, code="store_unreachable"):
     """The bucket does not answer, and what is asked needs it."""
 
-    code = "store_unreachable"
+
+class ShuttingDownError(BonsaiLoraError, code="shutting_down"):
+    """The service is about to stop; a balancer should send it nothing more."""
 
 
-class JobInterruptedError(BonsaiLoraError):
+class JobInterruptedError(BonsaiLoraError, code="job_interrupted"):
     """The process that ran a job has ended, or it was cancelled; never the answer to a request."""
-
-    code = "job_interrupted"
 
     def __init__(self, what: str = "the process that ran the job has ended") -> None:
         super().__init__(f"{what}, so it stored nothing; send its request again")
 
 
-class StalledError(BonsaiLoraError):
+class StalledError(BonsaiLoraError, code="stalled"):
     """The client stopped sending or reading for longer than the stall timeout."""
 
-    code = "stalled"
 
-
-class BaseChangedError(BonsaiLoraError):
+class BaseChangedError(BonsaiLoraError, code="base_changed"):
     """A file of a base was overwritten or truncated while it was read."""
 
-    code = "base_changed"
 
-
-class MemoryBudgetError(BonsaiLoraError):
+class MemoryBudgetError(
+    BonsaiLoraError, code="memory_budget_exceeded", title="Over the memory budget"
+):
     """All sets together, or one request, would take more memory than allowed."""
 
-    code = "memory_budget_exceeded"
-    title = "Over the memory budget"
 
-
-class StoreFullError(BonsaiLoraError):
+class StoreFullError(BonsaiLoraError, code="store_full"):
     """The disk under the store is full."""
 
-    code = "store_full"
 
-
-class StoreReadOnlyError(BonsaiLoraError):
+class StoreReadOnlyError(BonsaiLoraError, code="store_read_only", title="Store read-only"):
     """The store is read-only."""
 
-    code = "store_read_only"
-    title = "Store read-only"
 
-
-class NewerFormatError(BonsaiLoraError):
+class NewerFormatError(BonsaiLoraError, code="newer_format"):
     """A newer release wrote the set; its file is left untouched."""
-
-    code = "newer_format"
 
     def __init__(self, name: str, written: int, known: int) -> None:
         super().__init__(
@@ -454,13 +337,9 @@ class NewerFormatError(BonsaiLoraError):
         )
 
 
-class UnsupportedFeatureError(BonsaiLoraError):
+class UnsupportedFeatureError(BonsaiLoraError, code="unsupported_feature"):
     """The feature is not supported, or not enabled."""
 
-    code = "unsupported_feature"
 
-
-class InternalError(BonsaiLoraError):
+class InternalError(BonsaiLoraError, code="internal_error"):
     """The service failed; its log has the cause under the request id."""
-
-    code = "internal_error"

@@ -119,6 +119,11 @@ class Settings(BaseSettings):
     bases: str | None = Field(
         None, description="folder of base checkpoints, each a subfolder of safetensors files"
     )
+    sets: Path | None = Field(
+        None,
+        description="folder of adapters to import at the start: each PEFT or MLX subfolder, and "
+        "each GGUF LoRA, is a set with its name",
+    )
     workers: int = Field(
         1, ge=1, le=256, description="worker processes; all see changes to the store immediately"
     )
@@ -226,6 +231,12 @@ class Settings(BaseSettings):
     )
     shutdown_seconds: int = Field(
         30, ge=0, description="how long to wait for requests in flight after SIGTERM"
+    )
+    drain_seconds: float = Field(
+        0.0,
+        ge=0,
+        description="how long to go on serving after SIGTERM while /readyz answers 503, so that a "
+        "balancer sends nothing more",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info",

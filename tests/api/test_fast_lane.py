@@ -381,7 +381,7 @@ def test_a_body_that_stalls_as_it_begins_keeps_its_first_error():
     async def begin():
         connection = LaneConnection.__new__(LaneConnection)
         connection._complete = asyncio.get_running_loop().create_future()
-        connection._complete.set_exception(Pace(1.0).too_slow())
+        connection._complete.set_exception(Pace(1.0, bool).too_slow())
         connection._begin, connection._filled = refuse, LONG_BYTES
         connection._check_begun()
         await connection._complete

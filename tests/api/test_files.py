@@ -1,5 +1,6 @@
 """Files over HTTP: parts of ranges as RFC 9110 writes them, and tags that name one content each."""
 
+import contextlib
 import itertools
 import os
 import re
@@ -234,18 +235,13 @@ def test_a_tag_names_one_content(tmp_path):
 def test_only_content_needs_a_place_in_the_long_lane(service, app_of_files, path):
     tag = service.head(path).headers["etag"]
     lane = app_of_files.state.context.long
-    places = 0
-    try:
+    with contextlib.ExitStack() as stack:
         while lane.in_progress < lane._places:
-            lane.enter()
-            places += 1
+            stack.enter_context(lane.admit())
         assert_problem(service.get(path), 503, "busy")
         assert_problem(service.get(path, headers={"Range": "bytes=0-3"}), 503, "busy")
         assert service.head(path).status_code == 200
         assert service.get(path, headers={"If-None-Match": tag}).status_code == 304
-    finally:
-        for _ in range(places):
-            lane.leave()
     assert service.get(path).status_code == 200
 
 

@@ -185,6 +185,26 @@ def test_hostile_files_are_listed_as_bad(client, bases):
         assert_problem(client.get(f"/v1/bases/{name}"), 422, "invalid_base")
 
 
+@pytest.mark.parametrize("keys", [0, 3])
+def test_heads_that_do_not_fit_are_refused_before_the_first_byte(client, bases, rng, keys):
+    raw, _ = gguf_models.model(
+        "Q1_0",
+        rng,
+        architecture="llama",
+        **{"llama.attention.head_count_kv": np.uint32(keys)},
+    )
+    (bases / "bonsai.gguf").write_bytes(raw)
+    module = "model.layers.0.self_attn.k_proj"
+    tensors = peft_tensors(rng, module, d_in=256, d_out=128)
+    config = peft_config(target_modules=["k_proj"])
+    assert upload_parts(client, "s", config, tensors).status_code == 201
+    for path in (PATH, f"{PATH}/bonsai.gguf", f"{PATH}/model.safetensors"):
+        detail = assert_problem(client.get(path), 422, "unsupported_gguf")["detail"]
+        assert f"128 values are not divided by {2 * keys} parts" in detail
+    path = "/bases/bonsai/resolve/main/config.json"
+    assert_problem(client.get(path), 403, "unmergeable")
+
+
 def test_a_base_that_is_overwritten_is_read_again(client, bases, weights):
     path = f"{PATH}/model.safetensors?dtype=F32"
     before = client.get(path)

@@ -193,8 +193,11 @@ def test_jobs_are_kept_for_a_day(tmp_path):
     old = tmp_path / "jobs" / f"{records[0].id}.json"
     os.utime(old, (0, time.time() - 86_401))
     (tmp_path / "jobs" / f"{records[1].id}.json").write_text(json.dumps({"format": 9}))
+    folder.write_result(records[0].id, {"rank": 1})
+    assert folder.read_result(records[0].id) == {"rank": 1}
     added = new_record("combine", "anyone")
     folder.add(added)
+    assert folder.read_result(records[0].id) is None
     assert set(folder.ids()) == {records[1].id, records[2].id, added.id}
     assert folder.read(records[1].id) is None
     assert folder.read("../lock") is None

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.core import backend
+from bonsai_lora.storage.bad_files import BadFiles
 from bonsai_lora.storage.counts import count_restart
 from bonsai_lora.storage.store import SetStore
 
@@ -242,14 +243,15 @@ def test_readiness_is_looked_up_in_a_thread_and_names_a_thousand_files(settings,
     bad.mkdir()
     for number in range(1005):
         (bad / f"s{number}.00000000.reason").write_text("cut off")
-    for name in ("is_writable", "bad_files", "count_bad_files", "newer_files"):
-        original = getattr(SetStore, name)
+    looked_at = [(SetStore, "is_writable"), (SetStore, "newer_files")]
+    for kind, name in [*looked_at, (BadFiles, "reasons"), (BadFiles, "count")]:
+        original = getattr(kind, name)
 
         def noted(*arguments, original=original):
             threads.add(threading.current_thread().name)
             return original(*arguments)
 
-        monkeypatch.setattr(SetStore, name, noted)
+        monkeypatch.setattr(kind, name, noted)
     with serving(app) as url:
         ready = httpx.get(f"{url}/readyz").json()
     assert ready["bad_file_count"] == 1005

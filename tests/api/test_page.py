@@ -1,18 +1,22 @@
-"""The documentation page loads files of this service only, and they are the vendored ones."""
+"""The pages load files of this service only, and what others wrote is vendored."""
 
 import hashlib
 import json
 import re
 from html.parser import HTMLParser
 
+import httpx
 import pytest
-from conftest import assert_problem
+from conftest import assert_problem, serving
+from keyring import KeysFileMaker
 
+from bonsai_lora.api.app import create_app
 from bonsai_lora.api.routes.page import FOLDER
 
 VENDORED = json.loads((FOLDER / "vendored.json").read_text())
-OWN = {"docs.html", "swagger-init.js", "vendored.json"}
-LICENCES = {"Apache-2.0"}
+SCRIPTS = sorted(path.name for path in FOLDER.glob("*.js"))
+OWN = {"docs.html", "index.html", "page.css", "vendored.json", *SCRIPTS}
+LICENCES = {"Apache-2.0", "MIT"}
 
 
 class Tags(HTMLParser):
@@ -48,14 +52,9 @@ def test_vendored_files_are_those_of_the_manifest():
             assert hashlib.sha256(content).hexdigest() == expected, name
 
 
-def test_the_root_redirects_to_the_page(client):
-    assert client.get("/").headers["location"] == "docs"
-    assert client.get("/", follow_redirects=True).url.path == "/docs"
-    assert client.head("/").status_code == 307
-
-
-def test_the_page_has_nothing_inline_and_nothing_from_elsewhere(client):
-    page = client.get("/docs")
+@pytest.mark.parametrize(("path", "files"), [("/", 7), ("/docs", 5)])
+def test_the_page_has_nothing_inline_and_nothing_from_elsewhere(client, path, files):
+    page = client.get(path)
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     tags = Tags(page.text)
     assert tags.inline == ""
@@ -63,7 +62,8 @@ def test_the_page_has_nothing_inline_and_nothing_from_elsewhere(client):
     for _, attributes in tags.found:
         assert not [name for name in attributes if name.startswith("on") or name == "style"]
         addresses += [attributes[name] for name in ("src", "href") if name in attributes]
-    assert len(addresses) == 5
+    addresses = [one for one in addresses if not one.startswith("#")]
+    assert len(addresses) == files
     for address in addresses:
         assert address == "data:," or client.get(f"/{address}").status_code == 200
 
@@ -86,6 +86,9 @@ def test_no_other_documentation_is_served(client):
         ("/docs", "text/html; charset=utf-8"),
         ("/page/swagger-init.js", "text/javascript; charset=utf-8"),
         ("/page/swagger-ui/swagger-ui.css", "text/css; charset=utf-8"),
+        ("/", "text/html; charset=utf-8"),
+        ("/page/app.js", "text/javascript; charset=utf-8"),
+        ("/page/page.css", "text/css; charset=utf-8"),
         ("/page/swagger-ui/LICENSE", "text/plain; charset=utf-8"),
     ],
 )
@@ -110,3 +113,28 @@ def test_only_files_of_the_folder_are_served(client, path):
 def test_other_methods_are_refused(client):
     problem = assert_problem(client.post("/page/swagger-init.js"), 405, "method_not_allowed")
     assert problem["expected"] == ["GET", "HEAD"]
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "swagger-init.js"])
+def test_scripts_import_what_is_there_and_write_text_only(client, name):
+    """Names of sets are anybody's text, so no script may write HTML or run text."""
+    script = (FOLDER / name).read_text()
+    for address in re.findall(r'from "([^"]+)"', script):
+        assert address.startswith("./")
+        assert client.get(f"/page/{address}").status_code == 200
+    unsafe = (
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|localStorage"
+    )
+    assert not re.search(unsafe, script)
+    assert "://" not in script
+
+
+def test_the_page_is_for_everybody(settings, tmp_path):
+    """A browser's navigation sends no key."""
+    made = KeysFileMaker(tmp_path / "keys.json")
+    made.add()
+    app = create_app(settings.model_copy(update={"keys_file": made.path}))
+    with serving(app) as url, httpx.Client(base_url=url) as client:
+        for path in ("/", "/page/app.js", "/page/uplot/uPlot.esm.js", "/openapi.json"):
+            assert client.get(path).status_code == 200
+        assert_problem(client.get("/v1/sets"), 401, "unauthenticated")

@@ -1,5 +1,6 @@
 """GGUF files as bases: their tensors under the names of a checkpoint, and merged files."""
 
+import functools
 import json
 
 import gguf_files
@@ -10,8 +11,7 @@ import numpy as np
 import pytest
 import reference
 from gguf_models import HEADS, KEYS
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import settings
 
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
@@ -19,6 +19,7 @@ from bonsai_lora.checkpoints.merged_files import Rendering, hub_files, merged_fi
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.core.merge import blocks
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidBaseError, UnsupportedAdapterError, UnsupportedGgufError
 from bonsai_lora.formats import gguf, safetensors
@@ -373,29 +374,58 @@ def test_columns_that_a_folded_file_leaves_in_order(opened, rng, is_grouped):
         assert reference.relative_error(values["blk.0.ssm_out.weight"], want[:, order]) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["b.gguf", "model.safetensors"])
-@pytest.mark.parametrize("dtype", ["F16", "Q8_0"])
-def test_any_range_is_a_slice_of_the_whole(tmp_path_factory, name, dtype):
-    if (name, dtype) == ("model.safetensors", "Q8_0"):
-        dtype = "BF16"
-    rng = np.random.default_rng(3)
-    raw, weights = gguf_models.model("Q1_0", rng, architecture="llama", is_tied=True)
-    root = tmp_path_factory.mktemp("bases")
-    (root / "b.gguf").write_bytes(raw)
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    made = adapters(weights, [*ADAPTED, "lm_head"], rng)
-    model = merge(BaseFolder(root).get("b"), made)
-    file = merged_files(model, Rendering(dtype, is_widened=True))[name]
-    whole = content(file)
+LINEAR = [f"model.layers.0.linear_attn.{one}" for one in ("in_proj_qkv", "out_proj")]
+STACK = [f"model.layers.1.mlp.experts.{one}.up_proj" for one in (0, 3)]
+KINDS_OF_BASES = {
+    "tied, rotated": ("Q1_0", "llama", {}, [*ADAPTED, "lm_head"]),
+    "experts": ("Q4_0", "qwen3moe", {}, STACK),
+    "linear attention": ("Q8_0", "qwen35", {}, LINEAR),
+    "not aligned": ("TQ1_0", "qwen3", {"general.alignment": np.uint32(1)}, ADAPTED),
+    "folded": (None, "qwen3", {"general.alignment": np.uint32(4096)}, ADAPTED[:1]),
+    "no set": ("Q6_K", "phi3", {}, []),
+}
+"""Bases and adapted modules that between them use every way to compute a part of a file."""
 
-    @READ
-    @given(st.data())
-    def check(data):
-        start = data.draw(st.integers(0, len(whole)))
-        stop = data.draw(st.integers(start, min(len(whole), start + 100_000)))
-        assert b"".join(bytes(one()) for one in file.pieces(start, stop)) == whole[start:stop]
 
-    check()
+def of_kind(kind, rng):
+    type_, architecture, keys, modules = KINDS_OF_BASES[kind]
+    if type_ is None:
+        raw, weights = gguf_models.folded(rng, **keys)
+    else:
+        raw, weights = gguf_models.model(
+            type_, rng, architecture=architecture, is_tied=architecture == "llama", **keys
+        )
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    return raw, adapters(weights, modules, rng)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "is_widened"),
+    [
+        ("b.gguf", "F16", False),
+        ("b.gguf", "F32", False),
+        ("b.gguf", "Q8_0", True),
+        ("model.safetensors", "BF16", False),
+    ],
+)
+@pytest.mark.parametrize("kind", KINDS_OF_BASES)
+def test_any_range_is_a_slice_of_the_whole(tmp_path, monkeypatch, kind, name, dtype, is_widened):
+    raw, made = of_kind(kind, np.random.default_rng(3))
+    (tmp_path / "b.gguf").write_bytes(raw)
+    base = BaseFolder(tmp_path).get("b")
+    model = merge(base, made) if made else MergedModel(base, [])
+    whole = content(merged_files(model, Rendering(dtype, is_widened=is_widened))[name])
+    # Tiny tensors are one block each, unless blocks are smaller.
+    smaller = functools.partial(blocks, most=3 * 512)
+    monkeypatch.setattr("bonsai_lora.checkpoints.parts.blocks", smaller)
+    file = merged_files(model, Rendering(dtype, is_widened=is_widened))[name]
+    assert file.size_bytes == len(whole)
+    rng = np.random.default_rng(5)
+    starts = rng.integers(0, len(whole), 25)
+    for start, size in zip(starts, rng.integers(1, 20_000, 25), strict=True):
+        stop = min(len(whole), int(start) + int(size))
+        got = b"".join(bytes(one()) for one in file.pieces(int(start), stop))
+        assert got == whole[start:stop]
 
 
 def test_files_are_the_same_after_a_restart(tmp_path, rng):

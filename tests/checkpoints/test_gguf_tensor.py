@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from bonsai_lora.checkpoints.file import BaseFile
 from bonsai_lora.checkpoints.gguf_tensor import (
+    MAX_ROWS,
     MAX_VECTOR,
     MAX_WIDTH,
     Conversion,
@@ -102,20 +103,32 @@ def test_long_rows_are_read_in_parts(stored, rng):
     for start in (0, MAX_WIDTH):
         block = slice(1, 2), slice(start, start + MAX_WIDTH)
         assert np.array_equal(matrix[block], want[block])
-    part = slice(0, 1), slice(0, MAX_WIDTH)
-    folded = stored("Q1_0", (3, width), raw, folding=Folding(128, {}))
-    with pytest.raises(UnsupportedGgufError, match="folded or reordered rows of 1048576"):
-        folded[part]
-    reordered = Conversion(Change.V_COLUMNS, HEADS)
-    wide = stored("F32", (1, 12 * MAX_WIDTH), bytes(48 * MAX_WIDTH))
-    with pytest.raises(UnsupportedGgufError, match="reordered rows"):
-        InGgufOrder(wide, reordered, wide.shape)[part]
 
 
-def test_vectors_beyond_reason_are_refused(stored):
-    vector = stored("F32", (MAX_VECTOR + 1,), bytes(4 * MAX_VECTOR + 4), is_matrix=False)
-    with pytest.raises(UnsupportedGgufError, match="vectors of 4194305 values"):
-        vector.as_matrix(1)[slice(0, 1), slice(0, 1)]
+@pytest.mark.parametrize(
+    ("shape", "options", "reason"),
+    [
+        ((3, 2 * MAX_WIDTH), {"folding": Folding(128, {})}, "folded rows of 1048576 values"),
+        (
+            (1, 2 * MAX_WIDTH),
+            {"conversion": Conversion(Change.V_COLUMNS, HEADS)},
+            "reordered rows of 1048576 values",
+        ),
+        (
+            (MAX_ROWS + 128, 1),
+            {"conversion": Conversion(Change.Q_ROWS, HEADS)},
+            "reordered tensors of 1048704 rows",
+        ),
+        ((MAX_VECTOR + 1,), {"is_matrix": False}, "vectors of 4194305 values"),
+        ((6, 8), {"conversion": Conversion(Change.Q_ROWS, Heads(queries=4))}, "not divided by 8"),
+        ((6, 8), {"conversion": Conversion(Change.K_ROWS, Heads(keys=0))}, "divided by 0 parts"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_it_is(stored, shape, options, reason):
+    """An order of rows is in memory, and a hole in a file makes any number of rows cheap."""
+    tensor = stored("F32", shape, b"", **options)
+    with pytest.raises(UnsupportedGgufError, match=reason):
+        tensor.check()
 
 
 def test_a_stack_is_one_matrix(rng):

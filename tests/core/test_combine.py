@@ -14,6 +14,8 @@ from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import BFLOAT16
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.recipe import OPTIONS, Recipe
+from bonsai_lora.core.similarity import similarity
+from bonsai_lora.core.spectrum import delta_norm, effective_rank, singular_values
 from bonsai_lora.errors import InvalidRequestError, NonFiniteOutputError
 
 # The case of two deltas of rank 1 that can be checked by hand.
@@ -81,6 +83,20 @@ def test_worked_values():
         0.772645 * D1 + 0.356822 * D2,
         atol=1e-6,
     )
+
+
+def test_worked_figures():
+    pair = adapter(A1, B1), adapter(A2, B2)
+    found = similarity(pair)
+    assert found.gram.tolist() == [[1, 1], [1, 4]]
+    assert found.cosine[0, 1] == pytest.approx(0.5)
+    difference = combined(pair, (1.0, -1.0), "exact").adapter
+    assert delta_norm(difference) == pytest.approx(math.sqrt(3))
+    total = by_hand("exact").adapter
+    values = singular_values(total)
+    np.testing.assert_allclose(values, [(3 + 5**0.5) / 2, (3 - 5**0.5) / 2], rtol=1e-6)
+    assert np.sum(values**2) / values[0] ** 2 == pytest.approx(1.021286, abs=1e-6)
+    assert effective_rank(total) == pytest.approx(1.464134, abs=1e-6)
 
 
 @given(

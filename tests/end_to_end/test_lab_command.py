@@ -87,7 +87,9 @@ def test_compare(run):
         ["two", "2.449", "1", "1"],
         ["interference:", "0"],
     ], out
-    assert "\nq_proj\n" in run("compare", "one", "two", "--modules")[1]
+    by_module = run("compare", "one", "two", "--modules")[1]
+    assert "\nq_proj\n" in by_module
+    assert by_module.endswith("subspace similarity: 1\n")
     found = json.loads(run("compare", "one", "two", "--json")[1])
     assert found["modules"][0]["subspace_similarity"] == pytest.approx(1)
 

@@ -120,3 +120,31 @@ def test_nohup_is_respected(tmp_path):
         assert httpx.get(f"{url}/healthz").status_code == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
+
+
+def test_a_draining_service_serves_but_is_not_ready(tmp_path):
+    flags = ("--workers", "2", "--drain-seconds", "1.5")
+    with running("--store", str(tmp_path), *flags) as (url, process):
+        httpx.post(f"{url}/v1/sets", json={"name": "s"}).raise_for_status()
+        before = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        deadline = before + 1
+        while httpx.get(f"{url}/readyz").status_code == 200:
+            assert time.monotonic() < deadline
+        for path in ("/readyz", "/v2/health/ready"):
+            assert httpx.get(url + path).status_code == 503
+        assert httpx.get(f"{url}/readyz").json()["code"] == "shutting_down"
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        assert httpx.get(f"{url}/v1/sets/s").status_code == 200
+        assert process.wait(timeout=20) == 0
+        assert time.monotonic() - before >= 1.5
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM, signal.SIGTERM)])
+def test_a_second_signal_or_an_interrupt_does_not_drain(tmp_path, numbers):
+    with running("--store", str(tmp_path), "--drain-seconds", "60") as (url, process):
+        httpx.get(f"{url}/healthz").raise_for_status()
+        for number in numbers:
+            process.send_signal(number)
+            time.sleep(0.3)
+        assert process.wait(timeout=20) == 0

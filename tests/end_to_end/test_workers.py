@@ -192,7 +192,7 @@ def test_kill_9_at_any_moment_loses_nothing_acknowledged(tmp_path, round_):
     assert stored.record.config.alpha == stored.record.version
     assert stored.lora_set.registry.get("up_proj").rank == stored.record.version % 7 + 1
     assert np.isfinite(stored.lora_set.registry.get("up_proj").a_matrix).all()
-    assert store.bad_files() == {}
+    assert store.bad.reasons() == {}
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["s.safetensors"]
 
 

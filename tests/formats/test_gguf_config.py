@@ -63,6 +63,14 @@ TABLE = {"rope_freqs.weight": ("F32", (32,), np.ones(32, np.float32).tobytes())}
             {"attention__layer_norm_rms_epsilon": np.float32("nan")},
             r"epsilon is 'nan', not a finite number",
         ),
+        (
+            {"architecture": "phi3", "attention__head_count": np.uint32(2**31)},
+            r"phi3\.embedding_length is less than the heads",
+        ),
+        (
+            {"rope__scaling__type": "linear", "rope__scaling__factor": np.float64(1e300)},
+            r"factor is '1e\+300', not a finite number",
+        ),
         ({"rope__dimension_count": np.uint32(32)}, r"32 of the 64 values of a head are rotated"),
         ({"rope__scaling__type": "longrope", "rope__scaling__factor": np.float32(4)}, "longrope"),
         ({"rope__scaling__type": "yarn", "rope__scaling__factor": "4"}, r"factor is '4'"),

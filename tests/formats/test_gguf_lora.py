@@ -152,6 +152,14 @@ def cases_of_ranges(rng):
     }
 
 
+def test_an_adapter_of_a_folded_embedding_is_refused(rng):
+    lora_set, model, _ = cases_of_ranges(rng)["embedding"]
+    folding = Folding(16, {}, frozenset({"token_embd.weight"}))
+    with pytest.raises(UnsupportedAdapterError, match="rows are Hadamard-folded"):
+        encoded(lora_set, model, folding=folding)
+    assert encoded(lora_set, model, folding=Folding(16, {}, frozenset({KEY})))
+
+
 @pytest.mark.parametrize("case", ["plain", "embedding", "experts", "ordered rows", "folded"])
 @pytest.mark.parametrize("dtype", ["F32", "F16", "Q8_0"])
 def test_any_range_is_that_slice_of_the_file(rng, case, dtype, monkeypatch):

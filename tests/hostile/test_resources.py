@@ -19,8 +19,10 @@ from bonsai_lora.api.app import create_app
 from bonsai_lora.api.connection import LINGER_SECONDS, GuardedProtocol
 from bonsai_lora.api.routes import hub
 from bonsai_lora.formats import safetensors
+from bonsai_lora.service import work
 from bonsai_lora.storage import store as store_module
 
+RAW = {"Content-Type": "application/octet-stream"}
 APPLY = "/v1/sets/s/adapters/m/apply"
 NARROW, WIDE = 8, 100_000
 BUDGET = 64 << 20
@@ -28,13 +30,29 @@ STALL = 0.5
 MIB = 1 << 20
 
 
-@pytest.fixture(params=[None, GuardedProtocol], ids=["fast lane", "framework"])
+LANES = {"params": [None, GuardedProtocol], "ids": ["fast lane", "framework"]}
+
+
+@pytest.fixture(**LANES)
 def service(request, settings):
     """A client and the app; the set `s` has the module m, (8 -> 100000), of rank 1."""
-    changes = {"work_memory_bytes": BUDGET, "max_concurrency": 8, "stall_seconds": STALL}
+    with serving_with(settings, request.param, STALL) as found:
+        yield found
+
+
+@pytest.fixture(**LANES)
+def patient(request, settings):
+    """The same with a long stall timeout."""
+    with serving_with(settings, request.param, 60) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def serving_with(settings, http, stall_seconds):
+    changes = {"work_memory_bytes": BUDGET, "max_concurrency": 8, "stall_seconds": stall_seconds}
     app = create_app(settings.model_copy(update=changes))
     with (
-        serving(app, http=request.param) as url,
+        serving(app, http=http) as url,
         httpx.Client(base_url=url, timeout=30) as client,
     ):
         client.post("/v1/sets", json={"name": "s", "config": {"rank": 1}})
@@ -201,6 +219,53 @@ def test_applies_are_answered_while_all_long_threads_work(service):
         release.set()
         waiting.join(10)
     assert client.get("/v1/sets/later").status_code == 200
+
+
+MERGE = "/v1/sets/s/adapters/m/merge?dtype=F32"
+SLOW = {
+    "body of an apply": ("/v1/sets/s/adapters/n/apply", BINARY, rows(4000)),
+    "body of a merge": (MERGE, RAW, bytes(4 * NARROW * WIDE)),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_slow_clients_do_not_keep_others_from_the_lanes(patient, name, monkeypatch):
+    """They give up their places after some time, and are served to the end nevertheless."""
+    monkeypatch.setattr(work, "_LATE_SECONDS", 0.3)
+    client, app = patient
+    client.put("/v1/sets/s/adapters/n", json={"d_in": NARROW, "d_out": NARROW})
+    path, headers, body = SLOW[name]
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(connect(client)) for _ in range(8)]
+        for one in slow:
+            one.sendall(raw(path, body, headers)[: -len(body) // 3])
+        wait_until(lambda: 8 in held(app)[:2])
+        with httpx.Client(base_url=client.base_url, timeout=10) as other:
+            wait_until(lambda: other.post(path, content=body, headers=headers).status_code == 200)
+        for one in slow:
+            one.sendall(body[-len(body) // 3 :])
+            assert read_answer(one)[0] == 200
+    wait_until(lambda: held(app) == (0, 0, 0))
+
+
+def test_while_others_are_refused_because_of_slow_clients_more_is_asked_of_them(service):
+    client, app = service
+    body = rows(20_000)
+    with connect(client) as connection:
+        connection.sendall(raw(APPLY, body, BINARY)[: -len(body) // 2])
+        wait_until(lambda: held(app)[0] == 1)
+        began, sent = time.monotonic(), 0
+        app.state.context.memory.crowded_at = began + 60
+        connection.settimeout(STALL / 10)
+        while time.monotonic() - began < 20 * STALL:
+            connection.sendall(bytes(1000))  # 20 KB a second
+            sent += 1000
+            with contextlib.suppress(TimeoutError):
+                assert connection.recv(12) == b"HTTP/1.1 408"
+                break
+        assert time.monotonic() - began < 10 * STALL
+        assert sent > 1024 * STALL
+    wait_until(lambda: held(app) == (0, 0, 0))
 
 
 def test_a_short_body_has_no_place_before_it_is_complete(service):

@@ -2,6 +2,7 @@
 
     python tests/mutants/all.py formats                as long as it takes; go on where it stopped
     python tests/mutants/all.py formats --sample 150   the same 150 mutants each time
+    python tests/mutants/all.py formats --sample 150 --seed 2   150 chosen otherwise
     python tests/mutants/all.py formats --again        judge what no test detected once more
     python tests/mutants/all.py formats --list         show what no test detected, and is not accepted
 
@@ -143,14 +144,14 @@ def lines_of(work, mutant):
     return "\n".join(out), "\n".join(new)
 
 
-def sample(mutants, size):
-    """Return `size` of `mutants`, from each file its share, chosen by the hash of their names."""
+def sample(mutants, size, seed):
+    """Return `size` of `mutants`, from each file its share, by the hash of `seed` and the name."""
     files = defaultdict(list)
     for mutant in mutants:
         files[mutant.rpartition(".")[0]].append(mutant)
     places = {}
     for names in files.values():
-        names.sort(key=lambda name: hashlib.sha256(name.encode()).digest())
+        names.sort(key=lambda name: hashlib.sha256(f"{seed}{name}".encode()).digest())
         places |= {name: (rank + 0.5) / len(names) for rank, name in enumerate(names)}
     return sorted(mutants, key=lambda name: (places[name], name))[:size]
 
@@ -163,7 +164,7 @@ def interval(killed, judged):
     return (middle - spread) / (1 + z * z / judged), (middle + spread) / (1 + z * z / judged)
 
 
-def judge(folder, work, size, processes, *, again):
+def judge(folder, work, size, seed, processes, *, again):
     """Judge the mutants of a sample (all if `size` is None) that have no verdict yet."""
     shutil.rmtree(work / "mutants" / "tests", ignore_errors=True)
     stage(folder)
@@ -173,7 +174,7 @@ def judge(folder, work, size, processes, *, again):
         sys.exit(made.stdout + made.stderr)
     found = verdicts(work)
     open_ = ["not checked", *UNDETECTED * again]
-    names = [one for one in sample(found, size) if found[one] in open_]
+    names = [one for one in sample(found, size, seed) if found[one] in open_]
     if not names:
         return
     log = work / "run.log"
@@ -184,10 +185,10 @@ def judge(folder, work, size, processes, *, again):
         sys.exit(log.read_text()[-4000:])
 
 
-def report(folder, work, size, *, show):
+def report(folder, work, size, seed, *, show):
     """Print the score; with `show`, also each change that no test detected."""
     found = verdicts(work)
-    chosen = sample(found, size)
+    chosen = sample(found, size, seed)
     accepted = {
         (one["old"], one["new"]): f"bonsai_lora.{one.get('module', '')}"
         for one in tomllib.loads(ACCEPTED.read_text())["accepted"]
@@ -218,14 +219,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", choices=FOLDERS)
     parser.add_argument("--sample", type=int, help="judge this many, chosen by hash")
+    parser.add_argument("--seed", default="", help="choose others for the sample")
     parser.add_argument("--again", action="store_true", help="also what no test detected before")
     parser.add_argument("--list", action="store_true", help="only show what was found so far")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     chosen = parser.parse_args()
     work = ROOT / ".mutants" / chosen.folder
     if not chosen.list:
-        judge(chosen.folder, work, chosen.sample, chosen.processes, again=chosen.again)
-    report(chosen.folder, work, chosen.sample, show=chosen.list)
+        judge(chosen.folder, work, chosen.sample, chosen.seed, chosen.processes, again=chosen.again)
+    report(chosen.folder, work, chosen.sample, chosen.seed, show=chosen.list)
 
 
 if __name__ == "__main__":

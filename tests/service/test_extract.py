@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 
+import gguf_models
 import httpx
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from reference import delta_weight, relative_error
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.checkpoints import difference, extraction
+from bonsai_lora.checkpoints.extraction import Size
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service import jobs
 from bonsai_lora.service.jobs import Progress
@@ -240,7 +242,14 @@ def test_a_changed_embedding_is_of_low_rank_or_all_rows_if_the_head_shares_it(cl
     body = {"name": "rows", "base": "tied", "rank": 2}
     (module,) = made_by(extract(client, "tuned-tied", **body))["report"]["modules"]
     assert (module["kind"], module["rows"], module["relative_error"]) == ("token_rows", 400, 0)
-    merged = client.get("/v1/bases/tied/merged/rows/model.safetensors").content
+    exported = {
+        part: client.get(f"/v1/sets/rows/{part}{ending}").content
+        for part, ending in (("adapter_config", ".json"), ("adapter_model", ".safetensors"))
+    }
+    assert json.loads(exported["adapter_config"])["target_modules"] is None
+    again = client.put("/v1/sets/again", files=exported)
+    assert again.status_code == 201, again.text
+    merged = client.get("/v1/bases/tied/merged/again/model.safetensors").content
     got = safetensors.decode(merged)[0][EMBEDDING]
     np.testing.assert_array_equal(got, tuned[EMBEDDING].astype(bfloat16))
     failed = extract(client, "tuned", **body | {"name": "untied"})
@@ -260,6 +269,20 @@ def test_conv1d_weights_are_stored_the_other_way(client, put, store, rng):
     np.testing.assert_allclose(
         safetensors.decode(merged)[0][name], base[name] + delta, rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "llama"])
+def test_a_gguf_base(client, put, store, bases, rng, architecture):
+    """Of llama the rows of q_proj are in a different order in the file."""
+    raw, weights = gguf_models.model("Q1_0", rng, architecture=architecture)
+    tuned = {name: one.astype(np.float32) for name, one in weights.items()}
+    delta = low_rank(rng, weights[Q].shape, 2, 0.001)
+    put("tuned", tuned | {Q: (weights[Q] + delta).astype(np.float32)}, model_type=architecture)
+    (bases / "base.gguf").write_bytes(raw)
+    report = made_by(extract(client, rank=2))["report"]
+    assert [(one["name"], one["kind"]) for one in report["modules"]] == [(Q, "lora")]
+    assert report["same"] == len(weights) - 1
+    assert relative_error(deltas(store)[Q.removesuffix(".weight")], delta) < 1e-4
 
 
 def test_stacked_experts_are_left_out_and_counted(client, put, rng):
@@ -323,6 +346,19 @@ def test_a_cancelled_extraction_stops_at_its_next_block(rng, put, app):
     difference_of = difference.Difference(pairs[0].base, pairs[0].tuned, progress.check)
     with pytest.raises(jobs.JobCancelledError):
         difference_of.survey()
+
+
+def test_memory_of_results_is_reserved(rng, put, app):
+    bias = f"{LAYER}self_attn.q_proj.bias"
+    base = base_weights(rng, **{bias: (96,)})
+    put("base", base)
+    put("tuned", change_everything(rng, base))
+    found = app.state.context.bases
+    opened, tuned = found.get("base"), found.get("tuned")
+    for pair in extraction.pairs_of(opened, tuned, []):
+        reserved = []
+        change = extraction.extract(opened, pair, Size(4), lambda: None, reserved.append)
+        assert change.size_bytes <= sum(reserved) <= 2 * change.size_bytes > 0
 
 
 def test_results_count_against_the_memory(settings, bases, put, rng):

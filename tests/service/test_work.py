@@ -10,9 +10,10 @@ import pytest
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.errors import BusyError
+from bonsai_lora.service import work
 from bonsai_lora.service.apply import cost_of_body
 from bonsai_lora.service.work import (
-    INLINE_NANOSECONDS,
+    ITERATION_NANOSECONDS,
     LOOP_NANOSECONDS,
     LOOP_NANOSECONDS_WITH_SPARE_CORES,
     Lane,
@@ -40,11 +41,20 @@ def order_of(nanoseconds):
 
 
 def test_short_work_runs_immediately():
-    assert order_of(INLINE_NANOSECONDS)[:3] == ["work"] * 3
+    assert order_of(ITERATION_NANOSECONDS / 3)[:3] == ["work"] * 3
+    assert order_of(1)[:3] == ["work"] * 3
 
 
-def test_longer_work_takes_turns():
-    seen = order_of(INLINE_NANOSECONDS + 1)
+def test_an_iteration_has_little_work():
+    """Two pieces fill one; the third runs in the next, after other callbacks."""
+    seen = order_of(ITERATION_NANOSECONDS / 2)
+    assert seen[:3] == ["work", "work", "look"]
+    assert seen.count("work") == 3
+
+
+@pytest.mark.parametrize("nanoseconds", [ITERATION_NANOSECONDS, 3 * ITERATION_NANOSECONDS])
+def test_longer_work_takes_turns(nanoseconds):
+    seen = order_of(nanoseconds)
     assert seen.count("work") == 3
     places = [place for place, what in enumerate(seen) if what == "work"]
     assert all(after - before > 1 for before, after in pairwise(places))
@@ -66,8 +76,8 @@ def test_the_longest_work_runs_in_a_thread(has_spare_cores, most):
 def test_a_cancelled_turn_does_not_block_the_next():
     async def main():
         lane = ShortLane(2, 1, has_spare_cores=False)
-        first = asyncio.create_task(lane.run(lambda: 1, INLINE_NANOSECONDS + 1))
-        second = asyncio.create_task(lane.run(lambda: 2, INLINE_NANOSECONDS + 1))
+        first = asyncio.create_task(lane.run(lambda: 1, 2 * ITERATION_NANOSECONDS))
+        second = asyncio.create_task(lane.run(lambda: 2, 2 * ITERATION_NANOSECONDS))
         await asyncio.sleep(0)
         first.cancel()
         assert await asyncio.wait_for(second, 5) == 2
@@ -81,6 +91,54 @@ def test_admissions_are_limited_and_released():
         assert lane.in_progress == 1
         with pytest.raises(BusyError), lane.admit():
             pass
+    assert lane.in_progress == 0
+
+
+def test_many_refusals_say_later_and_different_times_to_retry(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(work, "monotonic", lambda: now)
+    lane = Lane("long", 4, 1)
+    for number in range(4):
+        lane.enter(number)
+
+    def refuse():
+        with pytest.raises(BusyError) as caught:
+            lane.check()
+        return caught.value.values["retry_seconds"]
+
+    assert [refuse() for _ in range(7)] == [1] * 7
+    many = [refuse() for _ in range(1000)]
+    assert max(many[:100]) < 30
+    assert {*many[500:]} == {*range(15, 30)}
+    now = 101.0
+    assert refuse() >= 15
+    now = 102.0
+    assert refuse() == 1
+
+
+def test_a_request_is_sure_of_its_place_for_some_time(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(work, "monotonic", lambda: now)
+    lane = ShortLane(2, 1, has_spare_cores=False)
+    names = [f"request {number}" for number in range(12)]
+    for name in names[:2]:
+        lane.enter(name)
+    now = 9.0
+    with pytest.raises(BusyError):
+        lane.check()
+    assert lane.crowded_at < 0
+    for name in names[2:10]:  # each has the place of the oldest
+        now += 10.0
+        lane.enter(name)
+    assert lane.in_progress == 10
+    now += 10.0
+    with pytest.raises(BusyError):  # eight go on without a place, which is the limit
+        lane.enter(names[10])
+    assert lane.crowded_at == now
+    lane.leave(names[0])
+    lane.enter(names[10])
+    for name in names[1:11]:
+        lane.leave(name)
     assert lane.in_progress == 0
 
 

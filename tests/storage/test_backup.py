@@ -144,9 +144,9 @@ def test_gc_removes_leftovers_and_old_bad_files(tmp_path, capsys, monkeypatch):
     store = SetStore(tmp_path)
     write(store, "good")
     (tmp_path / "sets" / "bad.safetensors").write_bytes(b"noise")
-    assert list(store.bad_files()) == []
+    assert list(store.bad.reasons()) == []
     assert len(store.records()) == 1
-    assert list(store.bad_files()) == ["bad"]
+    assert list(store.bad.reasons()) == ["bad"]
     leftover, folder = tmp_path / "tmp" / "0123", tmp_path / "tmp" / "backup-01"
     folder.mkdir()
     os.utime(folder, (1, 1))

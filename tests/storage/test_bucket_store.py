@@ -343,7 +343,7 @@ def test_a_blob_is_checked_before_it_is_served(machines):
 
 
 def test_a_blob_that_has_not_arrived_is_waited_for(machines, monkeypatch):
-    """As where a bucket is replicated: the older copy goes on, and no copy is no set yet."""
+    """As where a bucket is replicated: the older copy goes on, and without a copy there is no set yet."""
     monkeypatch.setattr(freshness, "_RETRY_SECONDS", 0.05)
     one, other, cold = machines.store("one"), machines.store("other", stale=0), machines.store("c")
     create(one)

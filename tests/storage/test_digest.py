@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import threading
@@ -18,6 +19,7 @@ from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import SetNotFoundError
 from bonsai_lora.formats import safetensors
+from bonsai_lora.storage import files as files_module
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.verify import BackgroundCheck
 
@@ -70,7 +72,7 @@ def test_a_changed_bit_is_found_and_the_file_moved_aside(store):
     with pytest.raises(SetNotFoundError):
         store.verify("s", sizes.append)
     assert sum(sizes) == len(header_of_bytes(before))
-    assert "is damaged" in store.bad_files()["s"]
+    assert "is damaged" in store.bad.reasons()["s"]
     (moved,) = (store.root / "bad").glob("s.*.safetensors")
     assert moved.read_bytes() == before
     assert not path_of(store).exists()
@@ -172,8 +174,8 @@ def test_a_file_made_by_hand_is_checked_as_an_upload_is(store, change, reason):
     fresh = SetStore(store.root)
     with pytest.raises(SetNotFoundError):
         fresh.read("s")
-    assert fresh.bad_files().keys() == {"s"}
-    assert re.search(reason, fresh.bad_files()["s"])
+    assert fresh.bad.reasons().keys() == {"s"}
+    assert re.search(reason, fresh.bad.reasons()["s"])
 
 
 def test_a_sound_file_made_by_hand_is_served(store):
@@ -188,3 +190,40 @@ def test_a_digest_that_is_not_one_counts_as_none(store):
         change_record(path_of(store), with_keys(digest=value))
         assert store.read("s").record.digest is None
         assert record_of(path_of(store))["digest"] == value
+
+
+def overwrite(path, change):
+    """Write changed content into the same file, as `cp` does."""
+    content = bytearray(path.read_bytes())
+    change(content)
+    with path.open("r+b") as file:
+        file.write(content)
+
+
+def flip(content):
+    content[-1] ^= 1
+
+
+@pytest.mark.parametrize("size", [8, 1 << 19], ids=["short", "long"])
+def test_a_file_written_in_place_is_verified_before_it_is_served(settings, size):
+    app = create_app(settings)
+    with serving(app) as url, httpx.Client(base_url=url) as client:
+        client.post("/v1/sets", json={"name": "s", "config": {"rank": 1}})
+        client.put("/v1/sets/s/adapters/m", json={"d_in": size, "d_out": size})
+        path = app.state.store.root / "sets" / "s.safetensors"
+        apply = "/v1/sets/s/adapters/m/apply"
+        body = {"inputs": [0] * size}
+        first = client.post(apply, json=body).json()
+        # The same bytes again are the same set.
+        overwrite(path, bytes)
+        assert client.post(apply, json=body).json() == first
+        overwrite(path, flip)
+        assert client.post(apply, json=body).status_code == 404
+        assert "is damaged" in client.get("/readyz").json()["bad_files"]["s"]
+
+
+def test_a_hard_link_is_no_reason_to_verify(tmp_path, store, monkeypatch):
+    store.read("s")
+    os.link(path_of(store), tmp_path / "link")
+    monkeypatch.setattr(files_module, "verify_set_file", None)
+    assert store.read("s").record.name == "s"

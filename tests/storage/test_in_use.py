@@ -45,11 +45,10 @@ def test_a_suspect_is_verified_before_it_is_served(tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    store.read("bad")  # no suspect yet
     assert suspect_sets_of(shared, os.getpid()) == ["bad", "good"]
     after = SetStore(root, shared=shared)
     assert after.read("good").record.name == "good"
     with pytest.raises(SetNotFoundError):
         after.read("bad")
-    assert "is damaged" in after.bad_files()["bad"]
+    assert "is damaged" in after.bad.reasons()["bad"]
     assert rewrite(after, "good").record.version == 2

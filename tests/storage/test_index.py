@@ -189,7 +189,7 @@ def test_a_comparison_is_shared_by_the_workers(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: later)
     stores[1].listing.compare(only_if_due=True)
     assert stores[0].records() == []
-    assert list(stores[1].bad_files()) == ["s"]
+    assert list(stores[1].bad.reasons()) == ["s"]
 
 
 def states_of_index(root, tmp_path):

@@ -198,7 +198,7 @@ def opened(folder, files):
         found = None
     else:
         found = (stored.record.version, bytes(stored.file))
-    assert store.bad_files() == {}
+    assert store.bad.reasons() == {}
     return found
 
 

@@ -13,6 +13,7 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import NewerFormatError, SetNotFoundError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.storage.setfile import RECORD_FORMAT
+from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.store import SetStore
 
 NOW = "2026-01-01T00:00:00.000000Z"
@@ -83,7 +84,7 @@ def test_a_file_of_the_first_release_opens_unchanged(tmp_path, name, modules, ra
         assert (adapter.a_matrix == tensors[f"{prefix}.lora_A.weight"]).all()
         assert (adapter.b_matrix == tensors[f"{prefix}.lora_B.weight"]).all()
     assert path.read_bytes() == before
-    assert store.bad_files() == store.newer_files() == {}
+    assert store.bad.reasons() == store.newer_files() == {}
     again = rewrite(store, name)
     assert record_of(path)["format"] == RECORD_FORMAT == 1
     assert (again.record.uid, again.record.version) == (was["uid"], 2)
@@ -96,11 +97,11 @@ def test_a_record_is_written_with_its_format(folder):
 
 def test_unknown_keys_are_kept_when_a_set_is_rewritten(folder):
     path = folder / "s.safetensors"
-    more = {"source": {"from": "hub", "é": [1, 2.5, None]}, "pinned": True}
+    more = {"pulled": {"from": "hub", "é": [1, 2.5, None]}, "pinned": True}
     change_record(path, with_keys(**more))
     store = SetStore(folder.parent)
     assert store.read("s").record.version == 1
-    assert store.bad_files() == {}
+    assert store.bad.reasons() == {}
     for version in (2, 3):
         assert rewrite(store, "s").record.version == version
         record = record_of(path)
@@ -122,7 +123,7 @@ def test_a_file_in_a_newer_format_is_left_in_place(folder, read):
         assert got.value.values == {"set": "s", "got": 2, "expected": 1}
     assert store.records() == []
     assert store.newer_files() == {"s": len(before)}
-    assert store.bad_files() == {}
+    assert store.bad.reasons() == {}
     assert path.read_bytes() == before
     assert not (folder.parent / "bad").exists()
 
@@ -185,8 +186,8 @@ def test_a_record_with_wrong_types_is_bad(folder, change, reason):
     change_record(folder / "s.safetensors", change)
     store = SetStore(folder.parent)
     assert store.records() == []
-    assert list(store.bad_files()) == ["s"]
-    assert reason in store.bad_files()["s"]
+    assert list(store.bad.reasons()) == ["s"]
+    assert reason in store.bad.reasons()["s"]
     assert store.newer_files() == {}
     assert list(folder.iterdir()) == []
 
@@ -245,5 +246,23 @@ def test_a_file_whose_parts_do_not_fit_together_is_moved_aside(folder, tensors, 
     store = write_file(folder, tensors, metadata)
     with pytest.raises(SetNotFoundError):
         store.read("s")
-    assert list(store.bad_files()) == ["s"]
+    assert list(store.bad.reasons()) == ["s"]
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"version": 1, "reference": "folder:s", "sha256": "00"}, Source("folder:s", "00")),
+        ({"version": 2, "reference": "folder:s", "sha256": "00"}, None),
+        ({"version": 1, "reference": "folder:s"}, None),
+        ({"version": 1, "reference": 3, "sha256": "00"}, None),
+        ("folder:s", None),
+    ],
+)
+def test_a_source_is_that_of_one_version(folder, value, expected):
+    """An earlier release keeps the key when it changes the set."""
+    change_record(folder / "s.safetensors", with_keys(source=value))
+    store = SetStore(folder.parent)
+    assert store.read("s").record.source == expected
+    assert rewrite(store, "s").record.source is None

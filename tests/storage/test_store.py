@@ -110,7 +110,7 @@ def test_a_set_written_while_a_bad_file_is_moved_aside_is_kept(tmp_path):
         thread.join()
         assert writer.read(name).record.name == name
         assert (
-            name not in writer.bad_files() or (tmp_path / "sets" / f"{name}.safetensors").exists()
+            name not in writer.bad.reasons() or (tmp_path / "sets" / f"{name}.safetensors").exists()
         )
 
 
@@ -125,7 +125,7 @@ def test_odd_entries_do_not_stop_the_rest(opened, tmp_path):
     shutil.copy(folder / "good.safetensors", folder / "copy.safetensors")
     store = SetStore(tmp_path)
     assert [record.name for record in store.records()] == ["good"]
-    assert set(store.bad_files()) == {"folder", "pipe", "loop", "deep", "copy"}
+    assert set(store.bad.reasons()) == {"folder", "pipe", "loop", "deep", "copy"}
     assert store.read("good").record.name == "good"
     for name in ("folder", "pipe", "loop", "absent"):
         with pytest.raises(SetNotFoundError) as caught:
@@ -148,8 +148,8 @@ def test_a_bad_file_is_moved_aside_and_the_rest_is_served(opened, tmp_path, dama
     path.write_bytes(damaged)
     store = SetStore(tmp_path)
     assert [record.name for record in store.records()] == ["good"]
-    assert set(store.bad_files()) == {"bad"}
-    assert set(SetStore(tmp_path).bad_files()) == {"bad"}
+    assert set(store.bad.reasons()) == {"bad"}
+    assert set(SetStore(tmp_path).bad.reasons()) == {"bad"}
     assert [kept.read_bytes() for kept in (tmp_path / "bad").glob("*.safetensors")] == [damaged]
     assert store.list_names() == ["good"]
     write(store, some_set("bad"))
@@ -173,7 +173,7 @@ def test_a_bad_file_that_cannot_be_moved_stays_and_the_rest_is_served(
     with pytest.raises(SetNotFoundError) as caught:
         store.read("bad")
     assert caught.value.values == {"set": "bad"}
-    assert set(store.bad_files()) == {"bad"}
+    assert set(store.bad.reasons()) == {"bad"}
     assert path.read_bytes() == b"bad"
     assert store.read("good").record.name == "good"
 

@@ -234,9 +234,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
             expose_headers=_EXPOSED_HEADERS,
         )
     app.state.observer = Observer(metrics)
-    app.add_middleware(
-        ObserveMiddleware, observer=app.state.observer, stall_seconds=settings.stall_seconds
-    )
+    app.add_middleware(ObserveMiddleware, observer=app.state.observer, context=app.state.context)
     return app
 
 
@@ -328,7 +326,7 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
         ThreadPoolExecutor(settings.threads, "merge"),
         Jobs(
             JobFolder(store.root / "jobs"),
-            Lane("jobs", settings.max_jobs, settings.threads),
+            Lane("jobs", settings.max_jobs, settings.threads, late_per_place=0),
             memory,
         ),
         Gains(ExponentFolder(store.root / "exponents")),
@@ -386,11 +384,9 @@ def open_store(settings: Settings, shared: Path | None = None) -> Store:
             shared=shared,
         )
     folder = settings.store_folder()
-    if folder is not None:
-        return SetStore(folder, shared=shared)
-    temporary = _new_folder()
-    store = SetStore(temporary)
-    _remove_with(store, temporary)
+    store = SetStore(folder or _new_folder(), shared=shared)
+    if folder is None:
+        _remove_with(store, store.root)
     return store
 
 

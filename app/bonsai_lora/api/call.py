@@ -84,7 +84,7 @@ class Call(ABC):
     def enter(self) -> None:
         """Take a place, once; raises BusyError if all are taken."""
         if not self._has_place:
-            self.context.short.enter()
+            self.context.short.enter(self)
             self._has_place = True
 
     def reserve(self, size: int) -> None:
@@ -107,7 +107,7 @@ class Call(ABC):
         """Free the place and release the memory, after the response has been written."""
         if self._has_place:
             self._has_place = False
-            self.context.short.leave()
+            self.context.short.leave(self)
         if self._reserved:
             self.context.memory.release(self._reserved)
             self._reserved = 0

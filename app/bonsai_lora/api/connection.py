@@ -78,7 +78,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """The error for a request that the parser refuses."""
         self._head_timer: asyncio.TimerHandle | None = None
         self._start_head_timer()
-        self._read_pace = Pace(self.stall_seconds)
+        self._read_pace = Pace(self.stall_seconds, self.app.state.context.is_crowded)
         self._read_timer: asyncio.TimerHandle | None = None
         """Runs while the client has to read."""
         self._read_since = 0.0

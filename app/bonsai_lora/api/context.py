@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import Event
 from time import monotonic
 from typing import TypeVar, cast
 
@@ -12,7 +13,12 @@ from fastapi import Request
 from bonsai_lora.api.metrics import Metrics
 from bonsai_lora.api.scopes import scope_of
 from bonsai_lora.checkpoints.bases import BaseFolder
-from bonsai_lora.errors import SetNotFoundError, TakesLongError, VersionNotFoundError
+from bonsai_lora.errors import (
+    SetNotFoundError,
+    ShuttingDownError,
+    TakesLongError,
+    VersionNotFoundError,
+)
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.gain import Gains
@@ -55,7 +61,22 @@ class Context:
     jobs: Jobs
     gains: Gains
     metrics: Metrics
+    stopping: Event = field(default_factory=Event)
+    """Set once the service is about to stop, for balancers that ask whether it is ready."""
     started: float = field(default_factory=monotonic)
+
+    def is_crowded(self) -> bool:
+        """Return whether requests were refused of late because of clients that take long."""
+        last = max(self.short.crowded_at, self.long.crowded_at, self.memory.crowded_at)
+        return monotonic() - last < self.settings.stall_seconds
+
+    def check_ready(self) -> None:
+        """Raise ShuttingDownError if the service is about to stop."""
+        if self.stopping.is_set():
+            raise ShuttingDownError(
+                f"the service stops {self.settings.drain_seconds:g} s after SIGTERM; send requests "
+                "to a different one"
+            )
 
     def seen_by(self, key: Key, scope: Scope, meter: Meter) -> "Context":
         """Return the context of a caller: the sets that it may use for `scope`, and its rates."""

@@ -50,6 +50,7 @@ STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.RangeNotSatisfiableError: HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE,
     errors.InvalidError: HTTPStatus.UNPROCESSABLE_ENTITY,
     errors.BusyError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.ShuttingDownError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.JobInterruptedError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StalledError: HTTPStatus.REQUEST_TIMEOUT,
     errors.BaseChangedError: HTTPStatus.SERVICE_UNAVAILABLE,

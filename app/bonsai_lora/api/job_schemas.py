@@ -1,6 +1,7 @@
 """The JSON of jobs as pydantic models; their docstrings appear in OpenAPI."""
 
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -40,8 +41,8 @@ class Job(BaseModel):
     )
 
     @classmethod
-    def of(cls, record: JobRecord) -> "Job":
-        """Return the schema of a record."""
+    def of(cls, record: JobRecord, result: Mapping[str, Any] | None = None) -> "Job":
+        """Return the schema of a record, with its result if that is shown."""
         created = datetime.fromtimestamp(record.created_at, UTC)
         return cls(
             id=record.id,
@@ -50,7 +51,7 @@ class Job(BaseModel):
             created_at=created.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             progress=record.progress,
             eta_seconds=_seconds_left(record),
-            result=None if record.result is None else dict(record.result),
+            result=None if result is None else dict(result),
             error=None if record.error is None else dict(record.error),
         )
 

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 from collections.abc import Awaitable, Mapping
+from functools import partial
 from time import perf_counter
 from typing import Any, TypeVar, cast
 from urllib.parse import unquote
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bonsai_lora.api.body import parse_length
 from bonsai_lora.api.call import closes
+from bonsai_lora.api.context import Context
 from bonsai_lora.api.coroutines import resume
 from bonsai_lora.api.errors import failure_response
 from bonsai_lora.api.metrics import Metrics
@@ -112,10 +114,10 @@ def _fields(scope: Mapping[str, Any]) -> dict[str, Any]:
 class ObserveMiddleware:
     """Gives each request an id, observes it, and answers 500 for exceptions without a handler."""
 
-    def __init__(self, app: ASGIApp, observer: Observer, stall_seconds: float) -> None:
+    def __init__(self, app: ASGIApp, observer: Observer, context: Context) -> None:
         self._app = app
         self._observer = observer
-        self._stall = stall_seconds
+        self._new_pace = partial(Pace, context.settings.stall_seconds, context.is_crowded)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -128,7 +130,7 @@ class ObserveMiddleware:
         scope["request_id"] = request_id_of(given)
         parents = [value for name, value in scope["headers"] if name == TRACEPARENT]
         scope["trace_id"] = trace_id_of(b", ".join(parents))
-        exchange = _Exchange(scope, receive, send, self._stall)
+        exchange = _Exchange(scope, receive, send, self._new_pace())
         try:
             await self._app(scope, exchange.receive, exchange.send)
         except ClientDisconnect:
@@ -156,11 +158,11 @@ class _Exchange:
 
     __slots__ = ("_missing", "_pace", "_receive", "_scope", "_send", "status")
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, stall_seconds: float) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, pace: Pace) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
-        self._pace = Pace(stall_seconds)
+        self._pace = pace
         self._missing: float | None = None
         """Bytes of the body that are still to be received; None before it is read."""
         self.status = 0

@@ -1,5 +1,6 @@
 """The difference of a tensor in two checkpoints, which need not fit in memory."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +30,13 @@ class Survey:
 
 
 class Difference:
-    """tuned - base as float32, in blocks of whole rows; a vector is one row.
+    """tuned - base as float32, in blocks of whole rows; a vector is one row, a stack a tall matrix.
 
     `check` is called before each block, and may raise.
     """
 
     def __init__(self, base: Tensor, tuned: Tensor, check: Callable[[], None]) -> None:
-        rows = base.shape[0] if len(base.shape) == 2 else 1
+        rows = math.prod(base.shape[:-1])
         self._base, self._tuned = base.as_matrix(rows), tuned.as_matrix(rows)
         self._check = check
         self._held: Floats | None = None
@@ -85,21 +86,18 @@ class Difference:
             found[place] = self._tuned[slice(number, number + 1), columns][0]
         return found
 
-    def _read(self) -> Iterator[tuple[slice, Array, Floats]]:
+    def _read(self) -> Iterator[tuple[slice, Floats, Floats]]:
         for place in blocks(*self.shape, most=_BLOCK_VALUES, whole_rows=True):
             self._check()
             base, tuned = self._base[place], self._tuned[place]
-            yield place[0], base, _minus(tuned, base)
+            narrow = to_float32(base)
+            if 8 in (tuned.dtype.itemsize, base.dtype.itemsize):
+                wide: Any = tuned.astype(np.float64) - base.astype(np.float64)
+                yield place[0], narrow, wide.astype(np.float32)
+            else:
+                yield place[0], narrow, to_float32(tuned) - narrow
 
 
-def _minus(tuned: Array, base: Array) -> Floats:
-    if 8 in (tuned.dtype.itemsize, base.dtype.itemsize):
-        wide: Any = tuned.astype(np.float64) - base.astype(np.float64)
-        found: Floats = wide.astype(np.float32)
-        return found
-    return to_float32(tuned) - to_float32(base)
-
-
-def _square(values: Array) -> float:
-    narrow = to_float32(values).reshape(-1)
-    return float(np.einsum("i,i->", narrow, narrow, dtype=np.float64))
+def _square(values: Floats) -> float:
+    flat = values.reshape(-1)
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))

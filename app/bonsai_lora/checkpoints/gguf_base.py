@@ -157,7 +157,10 @@ class GgufBase(Base):
         )
 
     def tensor(self, name: str) -> GgufTensor | None:
-        """Return a tensor, not read yet; None if it does not exist."""
+        """Return a tensor, not read yet; None if it does not exist.
+
+        Raises UnsupportedGgufError if its rows cannot be brought into the order of a checkpoint.
+        """
         place = self.places.get(name)
         if place is None:
             return None
@@ -165,7 +168,7 @@ class GgufBase(Base):
         shape = _shape_of(place, info.shape)
         folding = self.folding_of(place.name)
         is_grouped = self.folding is not None and self.folding.is_grouped
-        return GgufTensor(
+        found = GgufTensor(
             self.holders[place.name],
             info,
             shape,
@@ -174,13 +177,17 @@ class GgufBase(Base):
             (place.expert or 0) * shape[0] if place.expert is not None else 0,
             len(shape) == 2,
         )
+        found.check()
+        return found
 
     def stored(self, name: str) -> GgufTensor:
         """Return a tensor of the file by its own name, in its own order, but unfolded."""
         info = self.header.tensors[name]
         rows = math.prod(info.shape[:-1])
         file, shape = self.holders[name], (rows, info.width)
-        return GgufTensor(file, info, shape, Conversion(), self.folding_of(name))
+        found = GgufTensor(file, info, shape, Conversion(), self.folding_of(name))
+        found.check()
+        return found
 
     def folding_of(self, name: str) -> Folding | None:
         """Return how a tensor of the file is folded; None if it is plain."""

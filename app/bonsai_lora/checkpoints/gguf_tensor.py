@@ -22,9 +22,19 @@ MAX_WIDTH = 1 << 19
 """Longest row that is unfolded or reordered: these need whole rows."""
 MAX_VECTOR = 1 << 22
 """Most values of a vector or convolution, which are read as a whole."""
+MAX_ROWS = 1 << 20
+"""Most rows that are reordered, as their order is in memory."""
 
-_row_order = lru_cache(64)(gguf_names.row_order)
-_column_order = lru_cache(64)(gguf_names.column_order)
+_row_order = lru_cache(16)(gguf_names.row_order)
+_column_order = lru_cache(16)(gguf_names.column_order)
+
+
+@lru_cache(16)
+def _places_of_rows(change: Change, heads: Heads, rows: int) -> Order | None:
+    """Return the row in GGUF of each row of the checkpoint; None if all rows stay."""
+    order = _row_order(change, heads, rows)
+    return None if order is None else np.argsort(order)
+
 
 ReadRows = Callable[[int, int], Floats]
 
@@ -53,9 +63,23 @@ class Conversion:
         """Return `order` such that row i in GGUF is row order[i] of the checkpoint."""
         return _row_order(self.change, self.heads, count)
 
+    def places(self, count: int) -> Order | None:
+        """Return the reverse: row i of the checkpoint is row places[i] in GGUF."""
+        return _places_of_rows(self.change, self.heads, count)
+
     def columns(self, count: int) -> Order | None:
-        """Return the same for columns."""
+        """Return the same as `rows` for columns."""
         return _column_order(self.change, self.heads, count) if self.has_columns else None
+
+    def check(self, rows: int, columns: int) -> None:
+        """Raise UnsupportedGgufError if the heads do not fit, or an order would be too long."""
+        if self.change not in (Change.NONE, Change.PLUS_ONE):
+            if rows > MAX_ROWS:
+                raise _too_long("reordered tensors", rows, MAX_ROWS, "rows")
+            if columns > MAX_WIDTH:
+                raise _too_long("reordered rows", columns, MAX_WIDTH)
+            self.rows(rows)
+            self.columns(columns)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -79,12 +103,24 @@ class GgufTensor:
         """Dtype of the values that are read, float32."""
         return FLOAT32
 
+    def check(self) -> None:
+        """Raise UnsupportedGgufError for what cannot be read, before any of it is."""
+        width = self.info.width
+        if self.folding is not None and width > MAX_WIDTH:
+            raise _too_long("folded rows", width, MAX_WIDTH)
+        if not self.is_matrix and prod(self.info.shape) > MAX_VECTOR:
+            raise _too_long("vectors", prod(self.info.shape), MAX_VECTOR)
+        self.conversion.check(self.shape[0] if self.shape else 1, width)
+
     def as_matrix(self, rows: int) -> "GgufTensor":
         """Return the same values as a matrix of `rows` rows."""
         return replace(self, shape=(rows, prod(self.shape) // max(rows, 1)))
 
     def __getitem__(self, block: Block) -> Floats:
-        """Return a copy of a block of a matrix; raises BaseChangedError, UnsupportedGgufError."""
+        """Return a copy of a block of a matrix; raises BaseChangedError.
+
+        `check` must have passed.
+        """
         rows, columns = block
         if not self.is_matrix:
             return np.array(self._whole().reshape(self.shape)[block])
@@ -98,8 +134,8 @@ class GgufTensor:
 
     def _stored_places(self, height: int, rows: slice) -> Order:
         """Return the rows of the file that are the rows `rows` of a checkpoint."""
-        order = self.conversion.rows(height)
-        return np.arange(rows.start, rows.stop) if order is None else np.argsort(order)[rows]
+        places = self.conversion.places(height)
+        return np.arange(rows.start, rows.stop) if places is None else places[rows]
 
     def _stored_rows(self, first: int, last: int) -> Floats:
         start = self.first_row
@@ -107,8 +143,7 @@ class GgufTensor:
         return values if self.folding is None else self.folding.unfold(values)
 
     def _part_of_row(self, row: int, columns: slice) -> Floats:
-        if self.folding is not None or self.conversion.columns(self.info.width) is not None:
-            raise _too_long("folded or reordered rows", self.info.width, MAX_WIDTH)
+        assert self.folding is None
         kind = self.info.type
         start = self.info.start + (self.first_row + row) * self.info.row_bytes
         raw = self.file.read(
@@ -118,14 +153,11 @@ class GgufTensor:
 
     def _whole(self) -> Floats:
         """Return a vector or convolution as in a checkpoint."""
-        count = prod(self.info.shape)
-        if count > MAX_VECTOR:
-            raise _too_long("vectors", count, MAX_VECTOR)
-        rows = count // max(1, self.info.width)
+        rows = prod(self.info.shape) // max(1, self.info.width)
         values = read_rows(self._read, self.info, 0, rows).reshape(self.info.shape)
-        order = self.conversion.rows(len(values))
-        if order is not None:
-            values = values[np.argsort(order)]
+        places = self.conversion.places(len(values))
+        if places is not None:
+            values = values[places]
         match self.conversion.change:
             case Change.PLUS_ONE:
                 return values - np.float32(1)
@@ -161,8 +193,6 @@ class InGgufOrder:
         if order is None and column_order is None:
             values: Floats = self.source[block]
             return values
-        if width > MAX_WIDTH:
-            raise _too_long("reordered rows", width, MAX_WIDTH)
         places = np.arange(rows.start, rows.stop) if order is None else order[rows]
         found = gathered(lambda first, last: self.source[slice(first, last), columns], places)
         return found if column_order is None else np.ascontiguousarray(found[:, column_order])
@@ -227,9 +257,9 @@ def gathered(read: ReadRows, places: Order) -> Floats:
     return out
 
 
-def _too_long(what: str, got: int, most: int) -> UnsupportedGgufError:
+def _too_long(what: str, got: int, most: int, units: str = "values") -> UnsupportedGgufError:
     return UnsupportedGgufError(
-        f"{what} of {got} values are longer than the {most} that are supported; use a file with "
+        f"{what} of {got} {units} are longer than the {most} that are supported; use a file with "
         "plain weights",
         got=got,
     )

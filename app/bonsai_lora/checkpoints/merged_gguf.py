@@ -2,13 +2,13 @@
 
 Changed tensors are dequantized, merged and written in a wider type; all others stay as they are.
 Of a Hadamard-folded base, every folded tensor is unfolded and widened, and the keys that say so are
-dropped: llama.cpp itself does not know them, and PrismML's fork shares one transformed input among
-the tensors of a layer, so a file that is folded in part would be read wrongly by both.
+dropped. Only PrismML's fork follows these keys; llama.cpp itself ignores them and computes nonsense
+from folded tensors (github.com/av/harbor/wiki, Backend PrismML llama.cpp), so that a file which is
+still folded in part could not be read by both.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import partial
 from math import prod
 
 import numpy as np
@@ -45,8 +45,7 @@ def merged_gguf(model: MergedModel, base: GgufBase, dtype: str, *, is_widened: b
     }
     layout = _layout(model, base, changed, dtype)
     planned = _plan(base, layout)
-    make = partial(_head_of, base, layout)
-    parts: list[Part] = [Made(len(planned.head), make)]
+    parts: list[Part] = [Made(len(planned.head), lambda: _plan(base, layout).head)]
     position = len(planned.head)
     for name, info in planned.tensors.items():
         parts.append(_zeros(info.start - position))
@@ -135,10 +134,6 @@ def _quantization(layout: Layout) -> Mapping[str, Writable]:
         counts[kind.name.removesuffix("_G128")] += prod(shape)
     known = [name for name, _ in counts.most_common() if name in FILE_TYPES]
     return {_FILE_TYPE: np.uint32(FILE_TYPES[known[0]])} if known else {}
-
-
-def _head_of(base: GgufBase, layout: Layout) -> bytes:
-    return _plan(base, layout).head
 
 
 def _part(

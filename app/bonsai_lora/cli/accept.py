@@ -4,8 +4,11 @@ import asyncio
 import errno
 import logging
 import resource
+import signal
 import socket
+import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -30,11 +33,32 @@ class Server(uvicorn.Server):
     """uvicorn's server, with an `Acceptor` for each socket.
 
     `handshake_seconds` is how long a TLS handshake may take, and the end of a TLS connection.
+    After SIGTERM it calls `drain`, and goes on for `drain_seconds`.
     """
 
-    def __init__(self, config: uvicorn.Config, handshake_seconds: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        handshake_seconds: float,
+        drain_seconds: float,
+        drain: Callable[[], None],
+    ) -> None:
         super().__init__(config)
         self._handshake_seconds = handshake_seconds
+        self._drain_seconds = drain_seconds
+        self._drain = drain
+        self._is_draining = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain after the first SIGTERM; end after any other signal, and after a second one."""
+        if sig == signal.SIGTERM and self._drain_seconds and not self._is_draining:
+            self._is_draining = True
+            self._drain()
+            timer = threading.Timer(self._drain_seconds, super().handle_exit, (sig, frame))
+            timer.daemon = True  # a second signal ends the process before
+            timer.start()
+        else:
+            super().handle_exit(sig, frame)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the application, then accept connections."""

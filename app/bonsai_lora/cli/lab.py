@@ -128,6 +128,8 @@ def compare_sets(client: Client, arguments: argparse.Namespace) -> Any:
         for module in found["modules"] if arguments.modules else ():
             print(f"\n{printable(module['name'])}")
             _print_cosines(names, module)
+            if module["subspace_similarity"] is not None:
+                print(f"subspace similarity: {module['subspace_similarity']:.4g}")
     return found
 
 

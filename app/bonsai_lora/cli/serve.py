@@ -11,10 +11,12 @@ import signal
 import socket
 import ssl
 import sys
+from collections import Counter
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 import uvicorn
 from fastapi import FastAPI
@@ -23,6 +25,7 @@ from pydantic import ValidationError
 
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.api.keys_file import read_keys
+from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.cli.accept import Server
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
@@ -30,6 +33,9 @@ from bonsai_lora.cli.store import check_bucket
 from bonsai_lora.cli.supervisor import Supervisor, end_by_signals
 from bonsai_lora.cli.temporary import temporary_folder
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
+from bonsai_lora.errors import BonsaiLoraError
+from bonsai_lora.service.budget import Budget
+from bonsai_lora.service.view import SetView
 from bonsai_lora.settings import UNGUARDED, Settings
 from bonsai_lora.storage.cache_folder import claim
 from bonsai_lora.storage.counts import count_restart
@@ -182,12 +188,57 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: Path) 
 
     _keep_freed_memory()
     choose_backend(settings)  # once for all workers
+    if settings.sets is not None and not _import_sets(settings):
+        return 2
     scheme = "http" if settings.tls_cert is None else "https"
     addresses = " and ".join(address_of(one, scheme) for one in listeners)
     place = settings.store if settings.is_bucket else Path(settings.store).resolve()
     _log.info("serving on %s, sets in %s", addresses, place)
     work = partial(_work, settings, listeners, temporary, os.getpid())
     return Supervisor(work, settings.workers, partial(_note_death, temporary)).run()
+
+
+def _import_sets(settings: Settings) -> bool:
+    """Import the adapters of the folder `sets`; return whether the folder could be read.
+
+    In a process of its own, as an open store may have threads and locks, which workers must not
+    inherit.
+    """
+    importer = get_context("fork").Process(target=_import_folder, args=(settings,), daemon=True)
+    importer.start()
+    importer.join()
+    return importer.exitcode == 0
+
+
+def _import_folder(settings: Settings) -> None:
+    """Import the adapters of the folder `sets`, and log what became of them; exit 2 on errors."""
+    _exit_with(os.getppid())
+    try:
+        _import_each(settings, cast("Path", settings.sets))
+    except (OSError, ValueError, BonsaiLoraError) as error:
+        _print_error(f"the sets of {settings.sets} cannot be imported: {error}; check --sets")
+        sys.exit(2)
+
+
+def _import_each(settings: Settings, folder: Path) -> None:
+    from bonsai_lora.api.app import limits_of, open_store  # noqa: PLC0415 - slow to import
+    from bonsai_lora.service.sets_folder import import_folder  # noqa: PLC0415 - loads NumPy
+
+    inside = Path(settings.cache if settings.is_bucket else settings.store).resolve()
+    if folder.resolve().is_relative_to(inside) or inside.is_relative_to(folder.resolve()):
+        raise OSError(f"it shares a folder with the store {inside}")
+    store = SetView(open_store(settings))
+    memory = Budget(settings.work_memory_bytes)
+    bases = BaseFolder(Path(settings.bases) if settings.bases else None)
+    outcomes: Counter[str] = Counter()
+    for one in import_folder(store, limits_of(settings), memory, bases, folder):
+        outcomes[one.outcome] += 1
+        if one.outcome == "refused":
+            _log.error("the adapter %r in %s is refused: %s", one.name, folder, one.reason)
+        for warning in one.warnings:
+            _log.warning("the adapter %r in %s: %s", one.name, folder, warning)
+    counts = [f"{outcomes[outcome]} {outcome}" for outcome in ("imported", "unchanged", "refused")]
+    _log.info("sets of %s: %s", folder, ", ".join(counts))
 
 
 def _check_store(settings: Settings) -> None:
@@ -225,7 +276,9 @@ def _work(
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )
-    Server(config, settings.stall_seconds).run(sockets=listeners)
+    stopping = app.state.context.stopping
+    server = Server(config, settings.stall_seconds, settings.drain_seconds, stopping.set)
+    server.run(sockets=listeners)
 
 
 def _note_death(shared: Path, pid: int) -> None:

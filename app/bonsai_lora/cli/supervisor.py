@@ -58,7 +58,7 @@ class Supervisor:
             elif self._is_ending:
                 self._send(received)
             else:
-                self._end()
+                self._end(signal.SIGINT if received == signal.SIGINT else signal.SIGTERM)
         return self._code
 
     def _start(self) -> None:
@@ -67,9 +67,9 @@ class Supervisor:
             _become_worker(self._work)
         self._started[pid] = time.monotonic()
 
-    def _end(self) -> None:
+    def _end(self, number: int = signal.SIGTERM) -> None:
         self._is_ending = True
-        self._send(signal.SIGTERM)
+        self._send(number)
 
     def _send(self, number: int) -> None:
         for pid in self._started:

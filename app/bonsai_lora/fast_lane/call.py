@@ -199,7 +199,7 @@ class LaneCall(Call):
         http = self._http
         if self._is_stalled:
             self.keep_alive = False
-            raise Pace(stall_seconds).too_slow()
+            raise Pace(stall_seconds, self.context.is_crowded).too_slow()
         try:
             if self._head.expects and not self._body:
                 http.send_continue()

@@ -69,7 +69,7 @@ class LaneConnection(asyncio.BufferedProtocol):
         self._complete = loop.create_future()
         self._target, self._filled, self._begin = target, filled, begin
         self._check_begun()
-        self._watch(Pace(stall_seconds))
+        self._watch(Pace(stall_seconds, self._http.lane.context.is_crowded))
         try:
             await self._complete
         finally:

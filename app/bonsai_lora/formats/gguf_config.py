@@ -105,9 +105,10 @@ class _Keys:
         found = self.scalar(key)
         if found is None:
             return None
-        if isinstance(found, str | bool) or not isfinite(found):
+        shortest = found if isinstance(found, str | bool) else shortest_float32(found)
+        if isinstance(shortest, str | bool) or not isfinite(shortest):
             raise _unknown(f"since {self.name(key)} is {str(found)[:100]!r}, not a finite number")
-        return shortest_float32(found)
+        return shortest
 
     def array(self, key: str, count: int) -> list[Any] | None:
         """Return the first `count` numbers of an array; None if it is missing."""
@@ -129,8 +130,15 @@ class _Keys:
 
     @property
     def head_dim(self) -> int:
-        heads = self.need("attention.head_count")
-        return self.find("attention.key_length") or self.need("embedding_length") // heads
+        return self.find("attention.key_length") or self.width_by_heads
+
+    @property
+    def width_by_heads(self) -> int:
+        """The hidden size divided by the heads, the width of a head unless the file says so."""
+        width = self.need("embedding_length") // self.need("attention.head_count")
+        if not width:
+            raise _unknown(f"since {self.name('embedding_length')} is less than the heads")
+        return width
 
     @property
     def frequency_base(self) -> float:
@@ -236,7 +244,7 @@ def _gemma3(keys: _Keys) -> dict[str, Any]:
 def _attention_scalar(keys: _Keys, largest: int) -> int:
     """Return the square of what scores are divided by: of the 27B models, hidden size by heads."""
     if keys.layers == largest:
-        return keys.need("embedding_length") // keys.need("attention.head_count")
+        return keys.width_by_heads
     return keys.head_dim
 
 
@@ -252,7 +260,7 @@ def _windows(keys: _Keys, every: int) -> list[str]:
 
 def _phi3(keys: _Keys) -> dict[str, Any]:
     keys.need("feed_forward_length")
-    width = keys.need("embedding_length") // keys.need("attention.head_count")
+    width = keys.width_by_heads
     rotated = keys.find("rope.dimension_count") or width
     return {
         "hidden_act": "silu",

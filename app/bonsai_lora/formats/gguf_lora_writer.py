@@ -155,6 +155,7 @@ def encode_lora(
     layout: dict[str, tuple[TensorType, tuple[int, ...]]] = {}
     for one in targets:
         one.check_heads(model.heads)
+        _check_folded(one, folding)
         for half, shape, make in (
             ("lora_a", one.a_shape, partial(one.a_rows, heads=model.heads, folding=folding)),
             (
@@ -168,6 +169,16 @@ def encode_lora(
     made = plan(_pairs(lora_set, model, alpha, is_folded=folding is not None), layout)
     may_overflow = dtype != "F32" or alpha == 0 or folding is not None
     return LoraFile(made, values, etag, may_overflow=may_overflow)
+
+
+def _check_folded(target: _Target, folding: Folding | None) -> None:
+    """Raise UnsupportedAdapterError for a folded embedding: its rows, not inputs, are folded."""
+    if folding is not None and target.name == EMBEDDING and EMBEDDING in folding.weights:
+        raise UnsupportedAdapterError(
+            f"the set adapts {EMBEDDING!r}, whose rows are Hadamard-folded; an adapter beside them "
+            "cannot be folded. Download the merged model instead",
+            module=EMBEDDING,
+        )
 
 
 def _pairs(

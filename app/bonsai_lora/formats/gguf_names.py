@@ -71,7 +71,7 @@ class Heads:
         def number(key: str, default: int) -> int:
             key = f"{header.architecture}.{key}"
             found = header.get(key) if key in header.pairs else default
-            return found if isinstance(found, int) else 0
+            return found if type(found) is int else 0  # not True
 
         queries = number("attention.head_count", 1)
         return cls(

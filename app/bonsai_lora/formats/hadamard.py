@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from bonsai_lora.core.cast import Array, Floats
 from bonsai_lora.errors import UnsupportedGgufError
-from bonsai_lora.formats.gguf import Header
+from bonsai_lora.formats.gguf import MAX_TENSORS, Header
 from bonsai_lora.formats.gguf_values import ReadAt, ValueType, read_array
 
 PREFIX = "prism.hadamard."
@@ -31,6 +31,8 @@ _VERSIONS = (1, 2)
 _TRANSFORM = "normalized-sylvester-walsh-hadamard"
 _AXIS = "input-last-dimension"
 _MAX_BLOCK = 1 << 16
+_MAX_SIGNS = 1 << 20
+"""The widths of Bonsai 2 27B have 28,672 signs in all."""
 _KNOWN = frozenset(
     PREFIX + key
     for key in (
@@ -162,8 +164,8 @@ def _names(header: Header, read: ReadAt, key: str) -> list[str]:
     value = header.pairs.get(PREFIX + key)
     if value is None:
         return []
-    if value.item is not ValueType.STRING:
-        raise _unsupported(f"{PREFIX}{key} is not an array of strings")
+    if value.item is not ValueType.STRING or value.count > MAX_TENSORS:
+        raise _unsupported(f"{PREFIX}{key} is not an array of up to {MAX_TENSORS} strings")
     return list(read_array(read, value))
 
 
@@ -192,9 +194,10 @@ def _read_signs(header: Header, read: ReadAt) -> dict[int, Floats]:
 
 def _numbers(header: Header, read: ReadAt, key: str) -> npt.NDArray[np.integer[Any]]:
     value = header.pairs.get(PREFIX + key)
-    found = None if value is None or value.item is None else read_array(read, value)
+    is_moderate = value is not None and value.item is not None and value.count <= _MAX_SIGNS
+    found = read_array(read, value) if value is not None and is_moderate else None
     if not isinstance(found, np.ndarray) or not np.issubdtype(found.dtype, np.integer):
-        raise _unsupported(f"{PREFIX}{key} is not an array of integers")
+        raise _unsupported(f"{PREFIX}{key} is not an array of up to {_MAX_SIGNS} integers")
     return found
 
 

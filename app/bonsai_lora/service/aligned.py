@@ -39,9 +39,18 @@ def align(sets: Sequence[StoredSet]) -> Mapping[str, Aligned]:
     return found
 
 
+def present(adapters: Aligned) -> list[LoraAdapter]:
+    """Return a module's adapters in the sets that have it."""
+    return [one for one in adapters if one is not None]
+
+
+def stacked_rank(adapters: Aligned) -> int:
+    """Return the sum of the ranks of a module's adapters."""
+    return sum(one.rank for one in present(adapters))
+
+
 def _check_same(module: str, sets: Sequence[StoredSet], adapters: Aligned) -> None:
-    kinds = {_kind(one) for one in adapters if one is not None}
-    if len(kinds) == 1:
+    if len(set(map(_kind, present(adapters)))) == 1:
         return
     (first, expected), *others = (
         (stored.record.name, one)

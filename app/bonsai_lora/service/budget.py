@@ -1,6 +1,8 @@
 """Memory and disk space that requests take while they are served, counted before it is taken."""
 
+import math
 import threading
+import time
 from typing import Self
 
 from bonsai_lora.errors import BonsaiLoraError, BusyError, MemoryBudgetError
@@ -22,6 +24,8 @@ class Budget:
     ) -> None:
         self.total_bytes = total_bytes
         self.reserved_bytes = 0
+        self.crowded_at = -math.inf
+        """When a request was last refused because others held too much (monotonic)."""
         self._what = what
         self._setting = setting
         self._never = never
@@ -44,6 +48,7 @@ class Budget:
         """
         self.check(size)
         if not self.try_reserve(size):
+            self.crowded_at = time.monotonic()
             raise BusyError(
                 f"the request needs {size} bytes of {self._what}, but other requests hold "
                 f"{self.reserved_bytes} of {self.total_bytes}; retry in a second",

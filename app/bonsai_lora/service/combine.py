@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 from bonsai_lora.core import combine
-from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.combine import Combined
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.deltas import pass_bytes
@@ -17,7 +16,7 @@ from bonsai_lora.core.recipe import Recipe
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError
 from bonsai_lora.formats.combined import adapted_parameters, combined_config
-from bonsai_lora.service.aligned import Aligned, align, read_sets
+from bonsai_lora.service.aligned import Aligned, align, present, read_sets, stacked_rank
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import refuse_existing, store_new
 from bonsai_lora.service.view import SetView
@@ -80,14 +79,14 @@ class Plan:
         return max(map(self._work_bytes, self.modules.values()), default=0)
 
     def _result_bytes(self, adapters: Aligned) -> int:
-        first = _first(adapters)
+        first = present(adapters)[0]
         return 4 * (first.experts or 1) * self._rank(adapters) * (first.d_in + first.d_out)
 
     def _rank(self, adapters: Aligned) -> int:
         """Return the highest rank that the result of a module can have."""
         stacked = stacked_rank(adapters)
         if self.recipe.is_on_factors:
-            return _first(adapters).rank
+            return present(adapters)[0].rank
         if self.recipe.is_on_deltas or self.recipe.method == "svd":
             stacked = self.recipe.rank or (
                 stacked if self.recipe.energy is not None else self.default_rank
@@ -95,7 +94,7 @@ class Plan:
         return max(1, stacked)
 
     def _work_bytes(self, adapters: Aligned) -> int:
-        first = _first(adapters)
+        first = present(adapters)[0]
         width = first.d_in + first.d_out
         columns = 2 * stacked_rank(adapters) + self._rank(adapters)
         blocks = 0
@@ -175,22 +174,10 @@ def plan(
         limits.check_rank(stacked_rank(adapters))
         if recipe.is_on_factors:
             _check_equal_ranks(module, adapters, recipe)
-    default_rank = max(
-        (one.rank for adapters in modules.values() for one in adapters if one is not None),
-        default=0,
-    )
-    made = Plan(name, sets, [weight for _, weight in parts], recipe, modules, default_rank)
+    ranks = [one.rank for adapters in modules.values() for one in present(adapters)]
+    made = Plan(name, sets, [weight for _, weight in parts], recipe, modules, max(ranks, default=0))
     limits.check_budget(store, name, made.result_bytes())
     return made
-
-
-def stacked_rank(adapters: Aligned) -> int:
-    """Return the sum of the ranks of a module's adapters."""
-    return sum(one.rank for one in adapters if one is not None)
-
-
-def _first(adapters: Aligned) -> LoraAdapter:
-    return next(one for one in adapters if one is not None)
 
 
 def _check_weights(weights: Sequence[float], recipe: Recipe) -> None:
@@ -224,7 +211,7 @@ def _refuse_variants(stored: StoredSet) -> None:
 
 
 def _check_equal_ranks(module: str, adapters: Aligned, recipe: Recipe) -> None:
-    ranks = [one.rank for one in adapters if one is not None]
+    ranks = [one.rank for one in present(adapters)]
     if len(set(ranks)) > 1:
         raise InvalidRequestError(
             f"module {module!r} has the ranks {ranks[:8]}, but {recipe.method} needs equal ones, "

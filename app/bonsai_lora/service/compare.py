@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from bonsai_lora.core.similarity import Similarity, joint, similarity, subspace_similarity
-from bonsai_lora.service.aligned import Aligned, align, read_sets
+from bonsai_lora.service.aligned import Aligned, align, present, read_sets, stacked_rank
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.view import SetView
 
@@ -32,15 +32,7 @@ class Comparison:
 
     def work_bytes(self) -> int:
         """Return the most that the computation of one module takes: its factors as float64."""
-        return max(
-            (
-                8 * (2 * (one.d_in + one.d_out) * rank + 3 * rank * rank)
-                for adapters in self.modules.values()
-                for one in [next(one for one in adapters if one is not None)]
-                for rank in [sum(one.rank for one in adapters if one is not None)]
-            ),
-            default=0,
-        )
+        return max(map(_work_bytes, self.modules.values()), default=0)
 
     def whole(self, modules: Sequence[ModuleComparison]) -> Similarity:
         """Return the similarity of the sets over all modules."""
@@ -58,9 +50,12 @@ def compare(store: SetView, limits: Limits, names: Sequence[str]) -> Comparison:
     return Comparison(names, modules)
 
 
+def _work_bytes(adapters: Aligned) -> int:
+    one, rank = present(adapters)[0], stacked_rank(adapters)
+    return 8 * (2 * (one.d_in + one.d_out) * rank + 3 * rank * rank)
+
+
 def _compare(adapters: Aligned) -> ModuleComparison:
-    present = [one for one in adapters if one is not None]
-    is_pair = len(adapters) == len(present) == 2
-    return ModuleComparison(
-        similarity(adapters), subspace_similarity(*present) if is_pair else None
-    )
+    pair = present(adapters)
+    is_pair = len(adapters) == len(pair) == 2
+    return ModuleComparison(similarity(adapters), subspace_similarity(*pair) if is_pair else None)

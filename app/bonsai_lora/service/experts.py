@@ -19,9 +19,9 @@ def check_experts(
     there are more or fewer than rows.
     """
     counts = {
-        module: min(one.experts for one in some if one.experts is not None)
+        module: min(found)
         for module, some in adapters.items()
-        if any(one.experts is not None for one in some)
+        if (found := [one.experts for one in some if one.experts is not None])
     }
     if experts is not None and not counts:
         raise InvalidRequestError(
@@ -44,8 +44,7 @@ def _check_module(module: str, count: int, rows: int, experts: Integers | None) 
     if len(experts) != rows:
         raise ShapeMismatchError(
             f"experts has {counted(len(experts), 'number')}, but {module!r} has "
-            f"{counted(rows, 'row')}; send one number "
-            "per row",
+            f"{counted(rows, 'row')}; send one number per row",
             module=module,
             got=len(experts),
             expected=rows,
@@ -54,8 +53,7 @@ def _check_module(module: str, count: int, rows: int, experts: Integers | None) 
     if wrong.size:
         raise InvalidRequestError(
             f"experts[{wrong[0]}] is {experts[wrong[0]]}, but {module!r} has "
-            f"{counted(count, 'expert')}; "
-            f"expected 0 to {count - 1}",
+            f"{counted(count, 'expert')}; expected 0 to {count - 1}",
             module=module,
             row=int(wrong[0]),
             got=int(experts[wrong[0]]),

@@ -33,6 +33,7 @@ from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import Imported, Precondition, store_import
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.setfile import StoredSet
+from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.upload import WholeUpload
 
 _ARCHITECTURES = {
@@ -79,6 +80,7 @@ def import_gguf(
     *,
     base_model_name: str | None = None,
     architecture: str | None = None,
+    source: Source | None = None,
 ) -> Imported:
     """Create or replace a set from a GGUF LoRA.
 
@@ -103,7 +105,9 @@ def import_gguf(
     adapter = peft.decode_adapter(PeftConfig(config), found.tensors, name)
     adapter.ignored_keys.extend(found.ignored_keys)
     own = {**adapter.config, peft.GGUF_ARCHITECTURE: architecture or header.architecture}
-    return store_import(store, limits, replace(adapter, config=own), "gguf", precondition)
+    return store_import(
+        store, limits, replace(adapter, config=own), "gguf", precondition, source=source
+    )
 
 
 def export_gguf(

@@ -6,6 +6,7 @@ not wait for.
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -48,6 +49,7 @@ class Progress:
         self.share = 0.0
         """From 0 to 1."""
         self.is_cancelled = False
+        self._lock = threading.Lock()
 
     def check(self) -> None:
         """Raise JobCancelledError if the work should stop."""
@@ -63,7 +65,8 @@ class Progress:
         def followed(work: Callable[[], T], size: int) -> T:
             self.check()
             result = work()
-            self.share = min(1.0, self.share + size / total)
+            with self._lock:
+                self.share = min(1.0, self.share + size / total)
             return result
 
         return [partial(followed, *one) for one in zip(works, sizes, strict=True)]
@@ -92,14 +95,14 @@ class Jobs:
         the errors of a store that cannot be written to.
         """
         self._memory.check(needed_bytes)
-        self.lane.enter()
         record = new_record(kind, key.id)
+        self.lane.enter(record.id)
         try:
             await asyncio.to_thread(self._folder.add, record)
         except BaseException:
-            self.lane.leave()
+            self.lane.leave(record.id)
             raise
-        task = asyncio.create_task(self._run(record.id, needed_bytes, work))
+        task = asyncio.create_task(self._run(record.id, needed_bytes, work), name=record.id)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return record
@@ -107,6 +110,12 @@ class Jobs:
     async def get(self, key: Key, number: str) -> JobRecord:
         """Return a job of the caller; raises JobNotFoundError."""
         return _seen(key, number, await asyncio.to_thread(self._folder.read, number))
+
+    async def result(self, job: JobRecord) -> Mapping[str, Any] | None:
+        """Return the result of a job that is done, else None."""
+        if job.state != "done":
+            return None
+        return await asyncio.to_thread(self._folder.read_result, job.id)
 
     async def cancel(self, key: Key, number: str) -> JobRecord:
         """Ask a job of the caller to stop, and return it; raises JobNotFoundError.
@@ -141,7 +150,7 @@ class Jobs:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self.lane.leave()
+        self.lane.leave(task.get_name())
         if not task.cancelled() and task.exception() is not None:
             _log.error("the record of a job could not be written", exc_info=task.exception())
 
@@ -171,7 +180,8 @@ class Jobs:
                 progress.is_cancelled |= record is None or record.is_finished
                 progress.check()
                 result = await work(progress)
-                return partial(replace, state="done", progress=1.0, result=result)
+                await asyncio.to_thread(self._folder.write_result, number, result)
+                return partial(replace, state="done", progress=1.0)
         except JobCancelledError:
             return partial(replace, state="cancelled")
         except BonsaiLoraError as error:
@@ -201,7 +211,7 @@ def _released(budget: Budget, size: int) -> Iterator[None]:
 
 
 def _seen(key: Key, number: str, record: JobRecord | None) -> JobRecord:
-    """Return the record that the caller may see; raises JobNotFoundError if it is another's."""
+    """Return the record that the caller may see; raises JobNotFoundError for a different key."""
     if record is None or not (record.key == key.id or "admin" in key.scopes):
         raise JobNotFoundError(number)
     return as_seen(record, time.time())

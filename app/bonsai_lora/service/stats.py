@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from bonsai_lora.service.view import SetView
+from bonsai_lora.storage.residency import resident_bytes
 from bonsai_lora.storage.setfile import SetRecord
 
 LARGEST_SETS = 100
@@ -37,7 +38,7 @@ def store_stats(store: SetView) -> StoreStats:
         sums.adapters,
         sums.params,
         sums.held_bytes,
-        sum(one.resident_bytes() for one in store.open_sets()),
+        sum(resident_bytes(one.file) for one in store.open_sets()),
         largest.records,
         largest.as_of,
     )

@@ -23,6 +23,7 @@ from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.newset import Received
 from bonsai_lora.storage.protocol import Page, Store, StoreState
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.source import Source
 
 T = TypeVar("T")
 
@@ -195,6 +196,7 @@ class SetView:
         previous: SetRecord | None,
         adapter_config: Mapping[str, Any] | None = None,
         received: Received | None = None,
+        source: Source | None = None,
         check: Callable[[], None],
     ) -> StoredSet:
         """Write `lora_set` durably as the next version of its name, and return it opened."""
@@ -206,6 +208,7 @@ class SetView:
             previous=previous,
             adapter_config=adapter_config,
             received=received,
+            source=source,
             check=check,
         )
 

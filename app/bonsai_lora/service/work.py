@@ -7,59 +7,128 @@ lane has places for requests and threads of its own.
 import asyncio
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from time import monotonic
 from typing import Self, TypeVar
 
-from bonsai_lora.errors import BusyError
+from bonsai_lora.errors import BusyError, counted
 
 T = TypeVar("T")
 
 INLINE_NANOSECONDS = 500_000
-"""Work up to this runs immediately."""
+"""Requests of one connection up to this are computed immediately, one after the other."""
+ITERATION_NANOSECONDS = 1_000_000
+"""Work up to this in all runs in one iteration of the event loop, and at least one piece."""
 LOOP_NANOSECONDS = 8_000_000
-"""Work up to this runs on the event loop, one piece per iteration."""
+"""Work up to this runs on the event loop."""
+_COUNTED_NANOSECONDS = 20_000
+"""Shorter work is not counted, which would take longer than it is worth."""
 LOOP_NANOSECONDS_WITH_SPARE_CORES = 1_000_000
 """The same if worker threads have cores to themselves: arithmetic releases the GIL."""
 
+_LATE_SECONDS = 10.0
+"""How long a request is sure of its place."""
+LATE_PER_PLACE = 4
+"""Most requests of clients that go on without a place, for each place."""
+
+_RETRIES_PER_PLACE = 2
+"""How many a second may be told to retry in a second, for each place."""
+_MOST_RETRY_SECONDS = 15
+
+_RETRIES_PER_PLACE = 2
+"""How many a second may be told to retry in a second, for each place."""
+_MOST_RETRY_SECONDS = 15
+
 
 class Lane:
-    """Admits requests to `places`, and runs their work in `threads`."""
+    """Admits requests to `places`, and runs their work in `threads`.
 
-    def __init__(self, name: str, places: int, threads: int) -> None:
+    `late_per_place` bounds the requests that go on without a place, for each place.
+    """
+
+    def __init__(
+        self, name: str, places: int, threads: int, late_per_place: int = LATE_PER_PLACE
+    ) -> None:
         self.name = name
-        self.in_progress = 0
-        """Number of admitted requests."""
         self.waiting = 0
         """Number of pieces of work that are in a thread or wait for one."""
+        self.crowded_at = -math.inf
+        """When a request was last refused because of clients that take long (monotonic)."""
         self._places = places
+        self._most_late = late_per_place * places
+        self._holders: dict[object, float] = {}
+        """When each request with a place took it, the oldest first."""
+        self._second = 0
+        self._refused = self._refused_before = 0
+        """Requests refused in that second, and in the one before in which some were."""
+        self._late: set[object] = set()
+        """Requests that took so long that they had to give up their places."""
         self._threads = ThreadPoolExecutor(threads, name)
 
-    def admit(self) -> "Lane":
-        """Return a context manager that admits a request: it calls `enter` and `leave`."""
-        return self
+    @property
+    def in_progress(self) -> int:
+        """Number of admitted requests."""
+        return len(self._holders) + len(self._late)
 
-    def enter(self) -> None:
+    @contextmanager
+    def admit(self) -> Iterator[None]:
         """Admit a request; raises BusyError if all places are taken."""
+        with Place(self) as place:
+            place.take()
+            yield
+
+    def enter(self, holder: object) -> None:
+        """Give a place to `holder`, which has none; raises BusyError if all are taken."""
         self.check()
-        self.in_progress += 1
+        self._holders[holder] = monotonic()
 
     def check(self) -> None:
         """Raise BusyError if all places are taken."""
-        if self.in_progress >= self._places:
+        if len(self._holders) >= self._places and not self._make_room():
+            seconds = self._retry_seconds()
             raise BusyError(
-                f"{self._places} requests are in progress, which is the limit; retry in a second",
+                f"{self._places} requests are in progress, which is the limit; retry in "
+                f"{counted(seconds, 'second')}",
                 limit=self._places,
+                retry_seconds=seconds,
             )
 
-    def leave(self) -> None:
-        """Free the place of a request."""
-        self.in_progress -= 1
+    def _retry_seconds(self) -> int:
+        """Return when to retry: later, and not all at once, if many are refused.
 
-    __enter__ = enter
+        Otherwise those that are refused again and again take the time of those that are served.
+        """
+        second = int(monotonic())
+        if second != self._second:
+            self._second, self._refused_before, self._refused = second, self._refused, 0
+        self._refused += 1
+        crowd = max(self._refused, self._refused_before) // (_RETRIES_PER_PLACE * self._places)
+        shortest = min(1 + crowd, _MOST_RETRY_SECONDS)
+        return shortest + self._refused % shortest
 
-    def __exit__(self, *_: object) -> None:
-        self.leave()
+    def leave(self, holder: object) -> None:
+        """Free the place of `holder`."""
+        if self._holders.pop(holder, None) is None:
+            self._late.discard(holder)
+
+    def _make_room(self) -> bool:
+        """Free the place that was taken first, if that is long ago; return whether it was.
+
+        A client may send and read as slowly as it likes, within the stall timeout, so that a few
+        would have all places for hours. Its request goes on without one.
+        """
+        oldest, taken_at = next(iter(self._holders.items()))
+        now = monotonic()
+        if now - taken_at < _LATE_SECONDS:
+            return False
+        if len(self._late) >= self._most_late:
+            self.crowded_at = now
+            return False
+        del self._holders[oldest]
+        self._late.add(oldest)
+        return True
 
     async def run(self, work: Callable[[], T]) -> T:
         """Run `work` in a thread and return its result."""
@@ -104,7 +173,7 @@ class Place:
     def take(self) -> None:
         """Take the place, once; raises BusyError if all are taken."""
         if not self._is_taken:
-            self._lane.enter()
+            self._lane.enter(self)
             self._is_taken = True
 
     def __enter__(self) -> Self:
@@ -112,7 +181,7 @@ class Place:
 
     def __exit__(self, *_: object) -> None:
         if self._is_taken:
-            self._lane.leave()
+            self._lane.leave(self)
 
 
 class ShortLane(Lane):
@@ -123,32 +192,48 @@ class ShortLane(Lane):
         self._loop_nanoseconds = (
             LOOP_NANOSECONDS_WITH_SPARE_CORES if has_spare_cores else LOOP_NANOSECONDS
         )
-        self._turns: deque[asyncio.Future[None]] = deque()
+        self._spent = 0.0
+        """Nanoseconds of work in this iteration of the event loop, as far as it is counted."""
+        self._is_counting = False
+        """Whether `_next_iteration` is to be called."""
+        self._turns: deque[tuple[asyncio.Future[None], float]] = deque()
+        """Work that waits for an iteration, and its nanoseconds."""
 
     async def run(self, work: Callable[[], T], nanoseconds: float = math.inf) -> T:
         """Run `work`, which is estimated to take `nanoseconds`, and return its result."""
         if nanoseconds > self._loop_nanoseconds:
             return await super().run(work)
-        if nanoseconds > INLINE_NANOSECONDS:
-            await self._turn()
+        if nanoseconds > _COUNTED_NANOSECONDS and not self._fits(nanoseconds):
+            turn = asyncio.get_running_loop().create_future()
+            self._turns.append((turn, nanoseconds))
+            await turn
         return work()
 
-    async def _turn(self) -> None:
-        """Wait until the event loop has polled its sockets since the last turn.
+    def _fits(self, nanoseconds: float) -> bool:
+        """Count work, and return whether it may run in this iteration.
 
-        Without turns, work that becomes ready together would run back to back, and no response
-        would be sent before all of it is done.
+        Without this, work that becomes ready together would run back to back, and until all of it
+        is done, no response would be sent, and no connection accepted.
         """
-        loop = asyncio.get_running_loop()
-        turn = loop.create_future()
-        self._turns.append(turn)
-        if len(self._turns) == 1:
-            loop.call_soon(self._next_turn, loop)
-        await turn
+        if not self._is_counting:
+            self._is_counting = True
+            asyncio.get_running_loop().call_soon(self._next_iteration)
+        if self._turns or self._spent + nanoseconds > ITERATION_NANOSECONDS:
+            return False
+        self._spent += nanoseconds
+        return True
 
-    def _next_turn(self, loop: asyncio.AbstractEventLoop) -> None:
-        turn = self._turns.popleft()
-        if not turn.done():
-            turn.set_result(None)
-        if self._turns:
-            loop.call_soon(self._next_turn, loop)
+    def _next_iteration(self) -> None:
+        """Let the work that has waited longest run: one piece, and more if they are short."""
+        self._spent = 0.0
+        while self._turns:
+            turn, nanoseconds = self._turns[0]
+            if self._spent and self._spent + nanoseconds > ITERATION_NANOSECONDS:
+                break
+            self._turns.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                self._spent += nanoseconds
+        self._is_counting = bool(self._spent)
+        if self._is_counting:
+            asyncio.get_running_loop().call_soon(self._next_iteration)

@@ -45,6 +45,7 @@ from bonsai_lora.storage.pointer import (
 )
 from bonsai_lora.storage.protocol import Page, StoreState, allowed
 from bonsai_lora.storage.setfile import SetRecord, StoredSet, record_of
+from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.usage import Usage
 from bonsai_lora.storage.verify import OnPiece
 
@@ -185,6 +186,7 @@ class BucketStore:
         previous: SetRecord | None,
         adapter_config: Mapping[str, Any] | None = None,
         received: Received | None = None,
+        source: Source | None = None,
         check: Callable[[], None] = allowed,
     ) -> StoredSet:
         """Write the next version of a set: sums, blob, pointer, then the copy. Call with `lock`."""
@@ -198,6 +200,7 @@ class BucketStore:
             now=now,
             previous=previous,
             adapter_config=adapter_config,
+            source=source,
             version=present.version + 1 if present else 1,
         )
         with storage_errors(), file_of(self._files, new, received) as file:

@@ -17,7 +17,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -30,6 +29,7 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.formats.identity import Identity, identity_of
 from bonsai_lora.formats.names import is_set_name
+from bonsai_lora.storage.bad_files import BadFiles
 from bonsai_lora.storage.disk import storage_errors, synced
 from bonsai_lora.storage.in_use import OpenNames, suspects
 from bonsai_lora.storage.leftovers import remove_leftovers
@@ -44,8 +44,8 @@ from bonsai_lora.storage.verify import OnPiece, verify_set_file
 
 SUFFIX = ".safetensors"
 _LOCKS = 64
-_SIZE = 3
-"""Place of a file's length in its identity."""
+_INODE, _WRITTEN, _SIZE = 0, 1, 3
+"""Places of inode, time of modification and length in a file's identity."""
 _QUICK_BYTES = 1 << 20
 """A file up to this length is opened in milliseconds, whatever is in it."""
 _QUICK_HEADER_BYTES = 1 << 16
@@ -70,13 +70,13 @@ class SetFiles:
         self, root: Path, *, max_open: int | None = None, shared: Path | None = None
     ) -> None:
         self.root = root
-        self._unreadable: dict[str, str] = {}
         self.temporary = root / "tmp"
         """Folder for temporary files, on the same file system as the sets."""
         self._sets = root / "sets"
         self._sets_prefix = f"{self._sets}{os.sep}"
         self._locks = root / "locks"
-        self._bad = root / "bad"
+        self.bad = BadFiles(root / "bad")
+        """Files that cannot be read."""
         # Before Python 3.13, each mapping keeps a file descriptor open.
         self._max_open = max_open or min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._open: OrderedDict[str, tuple[Identity, StoredSet]] = OrderedDict()
@@ -110,14 +110,18 @@ class SetFiles:
     def read(self, name: str) -> StoredSet:
         """Return the current version of a set; raises SetNotFoundError, NewerFormatError.
 
-        Costs one `stat` if this process has the version open, else it is memory-mapped.
+        Costs one `stat` if this process has the version open, else it is memory-mapped. A file that
+        was written in place since this process opened it is read in full and verified first.
         """
-        identity = self._identity(name)
+        return self._read(name, self._identity(name))
+
+    def _read(self, name: str, identity: Identity) -> StoredSet:
         known = self._open.get(name)
         if known is not None and known[0] == identity:
             with contextlib.suppress(KeyError):  # another thread may evict it meanwhile
                 self._open.move_to_end(name)
             return known[1]
+        self._note_change(name, identity)
         if name in self._suspects:
             self._checked(name, identity, verify_set_file)
             self._suspects.discard(name)
@@ -134,10 +138,21 @@ class SetFiles:
         identity = self._identity(name)
         known = self._open.get(name)
         if known is None or known[0] != identity:
-            size = identity[_SIZE]
-            if size > _QUICK_BYTES and not self._opens_quickly(name):
+            self._note_change(name, identity)
+            if identity[_SIZE] > _QUICK_BYTES and not self._opens_quickly(name):
                 return None
-        return self.read(name)
+        return self._read(name, identity)
+
+    def _note_change(self, name: str, identity: Identity) -> None:
+        """Suspect an open set whose file was written in place; this program replaces files.
+
+        Its times of change alone are no reason: a hard link, as a backup makes, changes one.
+        """
+        known = self._open.get(name)
+        if known is None or known[0][_INODE] != identity[_INODE]:
+            return
+        if any(known[0][place] != identity[place] for place in (_WRITTEN, _SIZE)):
+            self._suspects.add(name)
 
     def _opens_quickly(self, name: str) -> bool:
         if name in self._suspects or self.read_record(name).digest is None:
@@ -148,7 +163,7 @@ class SetFiles:
     def verify(self, name: str, on_piece: OnPiece | None = None) -> SetRecord:
         """Read the file of a set, and move it aside if its tensors are not what was written.
 
-        Raises SetNotFoundError, with the reason in `bad_files`, and NewerFormatError.
+        Raises SetNotFoundError, with the reason in `bad`, and NewerFormatError.
         """
         reader = partial(verify_set_file, on_piece=on_piece)
         return self._checked(name, self._identity(name), reader, wait=True)
@@ -222,27 +237,12 @@ class SetFiles:
         self._newer.pop(name, None)
 
     def bad_files(self, most: int | None = None) -> dict[str, str]:
-        """Return the reasons, by set name, of up to `most` unreadable files that still exist."""
-        found = dict(islice(self._still_unreadable().items(), most))
-        for path in self._set_aside_reasons()[: None if most is None else most - len(found)]:
-            with contextlib.suppress(FileNotFoundError):
-                found[_name_of(path)] = path.read_text(encoding="utf-8")
-        return found
+        """Return the reasons, by set name, of up to `most` files that cannot be read."""
+        return self.bad.reasons(most)
 
     def count_bad_files(self) -> int:
-        """Return the number of names of unreadable files."""
-        return len({*self._still_unreadable(), *map(_name_of, self._set_aside_reasons())})
-
-    def _still_unreadable(self) -> dict[str, str]:
-        self._unreadable = {
-            name: reason
-            for name, reason in self._unreadable.items()
-            if os.path.lexists(self._path(name))
-        }
-        return self._unreadable
-
-    def _set_aside_reasons(self) -> list[Path]:
-        return sorted(self._bad.glob("*.reason")) if self._bad.is_dir() else []
+        """Return the number of names of files that cannot be read."""
+        return self.bad.count()
 
     def _path(self, name: str) -> Path:
         return self._sets / f"{name}{SUFFIX}"
@@ -256,10 +256,10 @@ class SetFiles:
             self.forget(name)
             raise SetNotFoundError(name) from None
         except OSError as error:  # a loop of links, a failing disk
-            self._unreadable[name] = str(error)
+            self.bad.note(name, self._path(name), str(error))
             raise SetNotFoundError(name) from None
         if not stat.S_ISREG(status.st_mode):
-            self._unreadable[name] = "it is not a regular file"
+            self.bad.note(name, self._path(name), "it is not a regular file")
             raise SetNotFoundError(name)
         return identity_of(status)
 
@@ -288,7 +288,7 @@ class SetFiles:
             raise NewerFormatError(name, newer[1], RECORD_FORMAT)
         try:
             found = reader(self._path(name))
-            self._unreadable.pop(name, None)
+            self.bad.forget(name)
             self._newer.pop(name, None)
             return found
         except FileNotFoundError:
@@ -316,14 +316,6 @@ class SetFiles:
             if self._identity(name) != identity:
                 return
             _log.error("the file of set %r is unreadable and is moved aside: %s", name, reason)
-            self._bad.mkdir(exist_ok=True)
-            target = self._bad / f"{name}.{secrets.token_hex(4)}"
-            self._path(name).rename(target.with_name(f"{target.name}{SUFFIX}"))
-            target.with_name(f"{target.name}.reason").write_text(reason, encoding="utf-8")
+            self.bad.move(name, self._path(name), reason)
             return
-        self._unreadable[name] = reason
-
-
-def _name_of(reason: Path) -> str:
-    """Return the name of the set that was moved aside with the file `reason`."""
-    return reason.name.rsplit(".", 2)[0]
+        self.bad.note(name, self._path(name), reason)

@@ -1,7 +1,8 @@
 """Records of jobs, one small JSON file each, which every worker reads and changes.
 
 A change reads the record, changes it and renames a new file over it, under a lock of the folder.
-So a worker that cancels a job and the one that runs it never overwrite what the other wrote.
+So a worker that cancels a job and the one that runs it never overwrite what the other wrote. The
+result, which may be long, is a file of its own.
 """
 
 import contextlib
@@ -52,7 +53,6 @@ class JobRecord:
     """From 0 to 1."""
     is_cancelled: bool = False
     """Whether its runner should stop."""
-    result: Mapping[str, Any] | None = None
     error: Mapping[str, Any] | None = None
     """Code, title, detail and values of an error."""
 
@@ -109,6 +109,18 @@ class JobFolder:
                 self._write(changed)
             return changed
 
+    def write_result(self, number: str, result: Mapping[str, Any]) -> None:
+        """Write the result of a job, before its record says that it is done."""
+        self._replace(self._result_path(number), json.dumps(result))
+
+    def read_result(self, number: str) -> Mapping[str, Any] | None:
+        """Return the result of a job that is done; None if there is none."""
+        try:
+            found: Any = json.loads(self._result_path(number).read_bytes())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
     def ids(self) -> list[str]:
         """Return the ids of all jobs, the newest first."""
         if not self._root.is_dir():
@@ -119,25 +131,33 @@ class JobFolder:
     def _path(self, number: str) -> Path:
         return self._root / f"{number}{_SUFFIX}"
 
+    def _result_path(self, number: str) -> Path:
+        return self._root / f"{number}.result{_SUFFIX}"
+
     def _write(self, record: JobRecord) -> None:
-        temporary = self._root / f"{record.id}.tmp"
+        self._replace(self._path(record.id), json.dumps(asdict(record)))
+
+    def _replace(self, path: Path, text: str) -> None:
+        temporary = path.with_suffix(".tmp")
         with storage_errors():
-            temporary.write_text(json.dumps(asdict(record)), encoding="utf-8")
-            temporary.replace(self._path(record.id))
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
 
     def _forget_old(self) -> None:
         """Delete finished jobs of more than a day ago, and the oldest if there are too many."""
         now, count, size = time.time(), 0, 0
         for number in self.ids():
-            path = self._path(number)
+            path, result = self._path(number), self._result_path(number)
             with contextlib.suppress(OSError):
                 status = path.stat()
-                count, size = count + 1, size + status.st_size
+                count += 1
+                size += status.st_size + (result.stat().st_size if result.exists() else 0)
                 is_old = now - status.st_mtime > KEPT_SECONDS
                 if is_old or count > _MOST_RECORDS or size > _MOST_BYTES:
                     record = self.read(number)
                     if record is None or record.is_finished or record.is_lost(now):
                         path.unlink()
+                        result.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

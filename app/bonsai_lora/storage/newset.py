@@ -9,6 +9,7 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.formats.peft import set_tensors
 from bonsai_lora.storage.files import SetFiles
 from bonsai_lora.storage.setfile import NewSet, SetRecord, write_header, write_set_file
+from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.upload import ReceivedUpload
 
 Received = tuple[ReceivedUpload, Mapping[str, str]]
@@ -22,6 +23,7 @@ def next_version(
     now: str,
     previous: SetRecord | None,
     adapter_config: Mapping[str, Any] | None,
+    source: Source | None,
     version: int = 1,
 ) -> NewSet:
     """Return `lora_set` as the version after `previous`, or as `version` of a new set.
@@ -36,6 +38,7 @@ def next_version(
         updated_at=now,
         unknown=previous.unknown if previous else {},
         origin=origin,
+        source=source,
         base_model_name=lora_set.base_model_name,
         config=lora_set.registry.config,
         adapter_count=lora_set.registry.adapter_count(),

@@ -10,6 +10,7 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.newset import Received
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.verify import OnPiece
 
 
@@ -78,6 +79,7 @@ class Store(Protocol):
         previous: SetRecord | None,
         adapter_config: Mapping[str, Any] | None = None,
         received: Received | None = None,
+        source: Source | None = None,
         check: Callable[[], None] = allowed,
     ) -> StoredSet:
         """Write the next version of a set durably. Call with `lock` held.

@@ -33,7 +33,8 @@ from bonsai_lora.formats.mapped import map_file
 from bonsai_lora.formats.peft import set_tensors
 from bonsai_lora.formats.peft_keys import group_keys
 from bonsai_lora.formats.pieces import ObjectReader, dump
-from bonsai_lora.storage.residency import resident_bytes
+from bonsai_lora.formats.text import is_unicode
+from bonsai_lora.storage.source import SOURCE_KEY, Source, decode_source, encode_source
 from bonsai_lora.storage.upload import ReceivedUpload
 
 RECORD_FORMAT = 1
@@ -102,6 +103,8 @@ class SetRecord:
     """Length of the tensor data in the file."""
     digest: str | None = None
     """SHA-256 of the file's bytes after its header, in hexadecimal; earlier releases wrote none."""
+    source: Source | None = None
+    """Where this version came from; None if somebody sent it."""
     unknown: Mapping[str, Any] = field(default_factory=dict)
     """Keys that a later release wrote in this format; they are preserved by changes."""
 
@@ -132,10 +135,6 @@ class StoredSet:
     file: memoryview
     """The whole file, memory-mapped; remains readable after the set is replaced or deleted."""
 
-    def resident_bytes(self) -> int:
-        """Return how many bytes of the file are in memory."""
-        return resident_bytes(self.file)
-
 
 def write_set_file(file: BinaryIO, stored: "NewSet") -> None:
     """Write the file of a set; constant zero arrays become holes of a sparse file."""
@@ -144,7 +143,7 @@ def write_set_file(file: BinaryIO, stored: "NewSet") -> None:
     file.truncate(len(header) + stored.record.data_bytes)
     digest = hashlib.sha256()
     for array in set_tensors(stored.lora_set).values():
-        if _is_zero_constant(array):
+        if array.size and not any(array.strides) and not array.flat[0]:  # one zero, broadcast
             file.seek(array.nbytes, os.SEEK_CUR)
             for piece in _zeros(array.nbytes):
                 digest.update(piece)
@@ -205,12 +204,7 @@ class NewSet:
 
     def _metadata(self, digest: str) -> dict[str, str]:
         modules = {
-            name: [
-                one.config.alpha,
-                one.scaling,
-                one.layer,
-                *([one.experts] if one.experts else []),
-            ]
+            name: [one.config.alpha, one.scaling, one.layer, *filter(None, [one.experts])]
             for name, one in self.lora_set.registry.adapters.items()
         }
         metadata = {
@@ -221,10 +215,6 @@ class NewSet:
         if self.adapter_config is not None:
             metadata[_CONFIG_KEY] = json.dumps(self.adapter_config)
         return metadata
-
-
-def _is_zero_constant(array: Array) -> bool:
-    return array.size > 0 and not any(array.strides) and not array.flat[0]
 
 
 def read_record(path: Path) -> SetRecord:
@@ -331,6 +321,8 @@ def record_to_text(record: SetRecord) -> str:
     known["config"] = record.config.to_dict()
     # With the version, as an earlier release keeps this key when it changes the tensors.
     known[_DIGEST_KEY] = {"version": record.version, "sha256": record.digest}
+    if record.source is not None:
+        known[SOURCE_KEY] = encode_source(record.source, record.version)
     return json.dumps({"format": RECORD_FORMAT, **known, **record.unknown})
 
 
@@ -350,7 +342,8 @@ def _decode_record(path: Path, metadata: Any) -> SetRecord:
     known = {name: fields.pop(name) for name in _RECORD_TYPES}
     known["config"] = _decode_config(path, known["config"])
     digest = _decode_digest(fields.pop(_DIGEST_KEY, None), known["version"])
-    return SetRecord(**known, digest=digest, unknown=fields)
+    source = decode_source(fields.pop(SOURCE_KEY, None), known["version"])
+    return SetRecord(**known, digest=digest, source=source, unknown=fields)
 
 
 def _decode_digest(value: Any, version: int) -> str | None:
@@ -363,7 +356,7 @@ def _decode_digest(value: Any, version: int) -> str | None:
 
 def _decode_config(path: Path, fields: Mapping[str, Any]) -> LoraConfig:
     _check_types(path, fields, _CONFIG_TYPES)
-    if not all(type(one) is str and _is_unicode(one) for one in fields["target_modules"]):
+    if not all(type(one) is str and is_unicode(one) for one in fields["target_modules"]):
         raise MalformedSafetensorsError(f"{path.name} has target_modules that are not all text")
     try:
         return LoraConfig.from_dict(fields)
@@ -391,12 +384,7 @@ def _is_usable(name: str, value: Any) -> bool:
     if not isinstance(value, str):
         return True
     pattern = _PATTERNS.get(name)
-    return _is_unicode(value) if pattern is None else pattern.fullmatch(value) is not None
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether `text` is without lone surrogates, which UTF-8 does not have."""
-    return not any("\ud800" <= one <= "\udfff" for one in text)
+    return is_unicode(value) if pattern is None else pattern.fullmatch(value) is not None
 
 
 def _is_finite(value: Any) -> bool:

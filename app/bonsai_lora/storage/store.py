@@ -18,6 +18,7 @@ from bonsai_lora.storage.listing import Listing
 from bonsai_lora.storage.newset import Received, file_of, next_version
 from bonsai_lora.storage.protocol import Page, StoreState, allowed
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.source import Source
 
 
 class SetStore(SetFiles):
@@ -76,6 +77,7 @@ class SetStore(SetFiles):
         previous: SetRecord | None,
         adapter_config: Mapping[str, Any] | None = None,
         received: Received | None = None,
+        source: Source | None = None,
         check: Callable[[], None] = allowed,
     ) -> StoredSet:
         """Write `lora_set` durably as the next version of its name, and return it opened.
@@ -86,7 +88,12 @@ class SetStore(SetFiles):
         the write. Raises StoreFullError or StoreReadOnlyError, and then changes nothing.
         """
         new = next_version(
-            lora_set, origin=origin, now=now, previous=previous, adapter_config=adapter_config
+            lora_set,
+            origin=origin,
+            now=now,
+            previous=previous,
+            adapter_config=adapter_config,
+            source=source,
         )
         name = lora_set.adapter_name
         with self.lock_all(), storage_errors():

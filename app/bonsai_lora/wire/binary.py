@@ -19,50 +19,41 @@ EXPERTS = "experts"
 """Tensor or field with the number of the expert of each row."""
 
 
-def decode_tensors(
-    body: bytes | memoryview, max_header_bytes: int
-) -> tuple[dict[str, Floats], dict[str, str]]:
-    """Return the tensors of `body` by name as float32 (width,) or (rows, width), and its metadata.
-
-    Aligned F32 tensors are views of `body`. Raises the errors of `safetensors.decode`,
-    ShapeMismatchError for a different number of dimensions, NonFiniteInputError for NaN or
-    infinity.
-    """
-    arrays, metadata = safetensors.decode(body, limit=max_header_bytes)
-    return {name: _checked(array, name) for name, array in arrays.items()}, dict(metadata)
-
-
 def decode_batch(
     body: bytes | memoryview, max_header_bytes: int, *, may_take_long: bool = True
 ) -> tuple[dict[str, Floats], dict[str, str], Integers | None]:
-    """Return tensors and metadata as `decode_tensors` does, and the tensor `experts` (rows,).
+    """Return the tensors of `body` by name, its metadata, and the tensor `experts` (rows,).
 
-    That is I32 or I64; a float tensor named `experts` is decoded like any other. Raises the errors
-    of `decode_tensors`, ShapeMismatchError if `experts` has a different number of dimensions, and
-    TakesLongError for a long header, unless it `may_take_long`.
+    Tensors are float32 (width,) or (rows, width); aligned F32 tensors are views of `body`. The
+    tensor `experts` is I32 or I64; one of floats is decoded like any other. Raises the errors of
+    `safetensors.decode`, ShapeMismatchError for a different number of dimensions,
+    NonFiniteInputError for NaN or infinity, and TakesLongError for a long header, unless it
+    `may_take_long`.
     """
     _check_not_json(body)
     if not may_take_long and int.from_bytes(body[:8], "little") > _LONG_HEADER_BYTES:
         raise TakesLongError
     header = safetensors.decode_header(body, limit=max_header_bytes)
-    info = header.tensors.get(EXPERTS)
-    if info is None or info.dtype not in safetensors.INTEGERS:
-        return *decode_tensors(body, max_header_bytes), None
     safetensors.check_total(header, len(body))
-    if len(info.shape) != 1:
+    names, numbers = list(header.tensors), None
+    info = header.tensors.get(EXPERTS)
+    if info is not None and info.dtype in safetensors.INTEGERS:
+        names.remove(EXPERTS)
+        numbers = _experts(body, header)
+    tensors = {name: _checked(safetensors.view(body, header, name), name) for name in names}
+    return tensors, dict(header.metadata), numbers
+
+
+def _experts(body: bytes | memoryview, header: safetensors.Header) -> Integers:
+    shape = header.tensors[EXPERTS].shape
+    if len(shape) != 1:
         raise ShapeMismatchError(
-            f"tensor {EXPERTS!r} has shape {list(info.shape)}; expected (rows,)",
+            f"tensor {EXPERTS!r} has shape {list(shape)}; expected (rows,)",
             field=EXPERTS,
-            got=list(info.shape),
+            got=list(shape),
             expected=["rows"],
         )
-    numbers = safetensors.integers(body, header, EXPERTS)
-    tensors = {
-        name: _checked(safetensors.view(body, header, name), name)
-        for name in header.tensors
-        if name != EXPERTS
-    }
-    return tensors, dict(header.metadata), numbers
+    return safetensors.integers(body, header, EXPERTS)
 
 
 def _check_not_json(body: bytes | memoryview) -> None:

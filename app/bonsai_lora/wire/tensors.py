@@ -71,7 +71,7 @@ def decode_one(
 
     Arrays are float32 (d_in,) or (rows, d_in). `sets` (in binary: JSON in the metadata) are
     additional sets for all rows. Raises the errors of `json.decode_with_arrays` and
-    `json.decode_tensor`, or `binary.decode_tensors`, and InvalidRequestError for unknown or missing
+    `json.decode_tensor`, or `binary.decode_batch`, and InvalidRequestError for unknown or missing
     fields or tensors.
     """
     if form is Form.JSON:

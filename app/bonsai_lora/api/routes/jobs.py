@@ -27,7 +27,6 @@ JOB = extra_response(
 JobId = Annotated[
     str,
     Path(
-        max_length=64,
         description="id of a job",
         examples=["019a1f2b3c4d0123456789abcdef"],
     ),
@@ -51,7 +50,7 @@ async def list_jobs(
     has started, and one with the scope `admin` all jobs.
     """
     found = await context.jobs.page(context.store.key, limit + 1, cursor or None)
-    jobs = [Job.of(one).model_copy(update={"result": None}) for one in found[:limit]]
+    jobs = [Job.of(one) for one in found[:limit]]
     return JobPage(jobs=jobs, next_cursor=jobs[-1].id if len(found) > limit else None)
 
 
@@ -63,7 +62,8 @@ async def list_jobs(
 )
 async def get_job(context: ContextDep, job: JobId) -> Job:
     """Returns its state, its progress, and its result or error. Any worker answers."""
-    return Job.of(await context.jobs.get(context.store.key, job))
+    found = await context.jobs.get(context.store.key, job)
+    return Job.of(found, await context.jobs.result(found))
 
 
 @router.delete(
@@ -76,7 +76,8 @@ async def cancel_job(context: ContextDep, job: JobId) -> Job:
     """A queued job is cancelled at once. A running one stops before its next piece of work, within
     seconds, and then stores nothing. A finished one stays as it is.
     """
-    return Job.of(await context.jobs.cancel(context.store.key, job))
+    found = await context.jobs.cancel(context.store.key, job)
+    return Job.of(found, await context.jobs.result(found))
 
 
 def wants_job(request: Request) -> bool:

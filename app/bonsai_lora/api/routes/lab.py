@@ -1,6 +1,5 @@
 """The laboratory: combine sets, compare them, and look at their spectra."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -31,11 +30,11 @@ from bonsai_lora.api.routes.bases import (
 )
 from bonsai_lora.api.routes.jobs import JOB, start_job, wants_job
 from bonsai_lora.service import combine, compare, extract, survival
+from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.jobs import Progress
 from bonsai_lora.service.merged import weighted_sets
-from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.service.work import Lane, Place
 from bonsai_lora.storage.setfile import StoredSet
 
@@ -254,11 +253,7 @@ async def get_spectrum(
             partial(lab_schemas.ModuleSpectrum.of, module, one) for module, one in adapters.items()
         ]
         found = await context.long.run_each(works, context.settings.threads)
-    return await described(context, partial(_spectrum, found), len(found), {})
-
-
-def _spectrum(found: Sequence[lab_schemas.ModuleSpectrum]) -> lab_schemas.SetSpectrum:
-    return lab_schemas.SetSpectrum(modules=list(found))
+    return await described(context, lambda: lab_schemas.SetSpectrum(modules=found), len(found), {})
 
 
 Stored = Annotated[

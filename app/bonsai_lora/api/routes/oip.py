@@ -41,6 +41,7 @@ from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.infer import cost_of_inference
 from bonsai_lora.service.models import MIXED, MIXED_VERSION, Model, model_of, raw_request
 from bonsai_lora.storage.counts import Counts
+from bonsai_lora.storage.residency import resident_bytes
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.compress import MOST_EXPANSION, compress, decompress
 from bonsai_lora.wire.media import Form
@@ -150,9 +151,17 @@ async def get_live() -> oip_schemas.ServerLive:
     return oip_schemas.ServerLive()
 
 
-@router.get("/health/ready", operation_id="get_server_ready", summary="Is the server ready?")
-async def get_ready() -> oip_schemas.ServerReady:
-    """The server is ready as soon as it responds: sets are opened on first use."""
+@router.get(
+    "/health/ready",
+    operation_id="get_server_ready",
+    summary="Is the server ready?",
+    responses=oip_errors(503),
+)
+async def get_ready(context: ContextDep) -> oip_schemas.ServerReady:
+    """The server is ready from its first answer until it is about to stop: sets are opened on first
+    use.
+    """
+    context.check_ready()
     return oip_schemas.ServerReady()
 
 
@@ -385,7 +394,7 @@ def _all_statistics(context: Context) -> oip_schemas.ModelStatistics:
 
 
 def _statistics(context: Context, found: list[tuple[str, str, str]]) -> oip_schemas.ModelStatistics:
-    memory = {one.record.name: one.resident_bytes() for one in context.store.open_sets()}
+    memory = {one.record.name: resident_bytes(one.file) for one in context.store.open_sets()}
     return oip_schemas.ModelStatistics(
         model_stats=models.statistics_of(context.counts, found, memory)
     )

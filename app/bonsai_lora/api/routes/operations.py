@@ -30,13 +30,14 @@ async def get_health() -> schemas.Health:
     operation_id="get_readiness",
     summary="Is the store readable?",
     response_model_exclude_unset=True,
-    responses=problems(errors.BusyError),
+    responses=problems(errors.BusyError, errors.ShuttingDownError),
 )
 async def get_readiness(context: ContextDep) -> schemas.Readiness:
     """Also reports what needs a person: files that could not be read, sets that a newer release
     wrote, a read-only store, and a folder of bases that does not exist. Files are named, up to
-    1,000, only if the service needs no keys.
+    1,000, only if the service needs no keys. Answers 503 while the service drains before it stops.
     """
+    context.check_ready()
     return await anyio.to_thread.run_sync(_readiness, context)
 
 

@@ -1,4 +1,4 @@
-"""The documentation page: Swagger UI for the OpenAPI document, served from this host only."""
+"""The page of the service, and Swagger UI for its OpenAPI document, served from this host only."""
 
 import hashlib
 from collections.abc import Mapping
@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
-from starlette.responses import RedirectResponse
 
 from bonsai_lora.api.conditions import not_modified
 from bonsai_lora.errors import RouteNotFoundError
@@ -54,14 +53,14 @@ def _read(path: Path) -> PageFile:
 
 
 @router.get("/")
-async def get_root() -> Response:
-    """Redirect to the documentation, by a relative URL so that a path prefix works."""
-    return RedirectResponse("docs")
+async def get_root(request: Request) -> Response:
+    """Return the page that shows the service, whose scripts call the same routes as everybody."""
+    return _respond(request, page_files()["index.html"])
 
 
 @router.get("/docs")
 async def get_docs(request: Request) -> Response:
-    """Return the documentation page."""
+    """Return the documentation of the HTTP API."""
     return _respond(request, page_files()["docs.html"])
 
 

@@ -1,0 +1,146 @@
+"""Sets of a folder of adapters, which are imported when the service starts.
+
+Each subfolder that PEFT or MLX wrote, and each GGUF LoRA, is a set with its name. The folder is
+the truth: a set is imported if it is absent, or if what is stored was made of different files.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.errors import (
+    BodyTooLargeError,
+    BonsaiLoraError,
+    InvalidAdapterError,
+    SetNotFoundError,
+    counted,
+)
+from bonsai_lora.formats.foreign import check_config_start, check_start
+from bonsai_lora.service import gguf_lora, sets
+from bonsai_lora.service.budget import Budget, Reservation
+from bonsai_lora.service.limits import Limits
+from bonsai_lora.service.view import SetView
+from bonsai_lora.storage.setfile import SetRecord
+from bonsai_lora.storage.source import Source
+from bonsai_lora.storage.upload import Upload, WholeUpload
+
+CONFIG_FILE = "adapter_config.json"
+MODEL_FILES = ("adapter_model.safetensors", "adapters.safetensors")
+GGUF_SUFFIX = ".gguf"
+
+_CONFIG_BYTES = 1 << 20
+_START_BYTES = 1 << 12
+_PIECE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What became of one entry of the folder."""
+
+    name: str
+    outcome: Literal["imported", "unchanged", "refused"]
+    reason: str = ""
+    """Why it was refused."""
+    warnings: list[str] = field(default_factory=list)
+
+
+class _UnchangedError(Exception):
+    """The stored set came from these files."""
+
+
+def import_folder(
+    store: SetView, limits: Limits, memory: Budget, bases: BaseFolder, folder: Path
+) -> Iterator[Found]:
+    """Import each adapter of `folder` that is not stored yet; yield what became of each entry.
+
+    Hidden entries and other files are ignored. An adapter that is refused, as an upload of it would
+    be, leaves the set as it is. Raises OSError if the folder cannot be listed.
+    """
+    for path in sorted(folder.iterdir()):
+        is_gguf = path.suffix == GGUF_SUFFIX and path.is_file()
+        if path.name.startswith(".") or not (is_gguf or path.is_dir()):
+            continue
+        name = path.stem if is_gguf else path.name
+        try:
+            yield _import(store, limits, memory, bases, name, path)
+        except _UnchangedError:
+            yield Found(name, "unchanged")
+        except (BonsaiLoraError, OSError) as error:
+            yield Found(name, "refused", str(error))
+
+
+def _import(
+    store: SetView, limits: Limits, memory: Budget, bases: BaseFolder, name: str, path: Path
+) -> Found:
+    files = [path] if path.suffix == GGUF_SUFFIX and path.is_file() else _adapter_files(path)
+    for file in files:
+        _check_size(file, limits.max_upload_bytes)
+    source = Source(f"folder:{path.name}", _digest(files))
+
+    def check(present: SetRecord | None) -> None:
+        if present is not None and present.source == source:
+            raise _UnchangedError
+
+    store.check_name(name)
+    with contextlib.suppress(SetNotFoundError):
+        check(store.read_record(name))  # before anything is copied
+    with store.new_file() as target, Reservation(memory) as reserved:
+        if len(files) == 1:
+            whole = WholeUpload(target)
+            _copy(files[0], whole)
+            made = gguf_lora.import_gguf(
+                store, limits, bases, name, whole, reserved.add, check, source=source
+            )
+        else:
+            upload = Upload(target, limits.max_header_bytes)
+            config = files[0].read_bytes()
+            check_config_start(config[:_START_BYTES])
+            _copy(files[1], upload)
+            made = sets.import_adapter(store, limits, name, config, upload, check, source=source)
+    return Found(name, "imported", warnings=made.warnings)
+
+
+def _adapter_files(folder: Path) -> list[Path]:
+    """Return the configuration and weights of an adapter; raises InvalidAdapterError."""
+    config = folder / CONFIG_FILE
+    weights = [folder / name for name in MODEL_FILES if (folder / name).is_file()]
+    if not config.is_file() or len(weights) != 1:
+        has = f"has {CONFIG_FILE}" if config.is_file() else f"has no {CONFIG_FILE}"
+        raise InvalidAdapterError(
+            f"the folder {folder.name!r} {has} and {counted(len(weights), 'file')} of weights; "
+            f"give it {CONFIG_FILE} and one of {' and '.join(MODEL_FILES)}"
+        )
+    _check_size(config, _CONFIG_BYTES)
+    return [config, weights[0]]
+
+
+def _check_size(file: Path, limit: int) -> None:
+    size = file.stat().st_size
+    if size > limit:
+        raise BodyTooLargeError(
+            f"{file.name} has {size} bytes, but the limit is {limit}; raise max_upload_bytes",
+            got_bytes=size,
+            limit_bytes=limit,
+        )
+
+
+def _digest(files: list[Path]) -> str:
+    """Return the SHA-256 of the files' names and digests."""
+    whole = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{path.name} {content}\n".encode())
+    return whole.hexdigest()
+
+
+def _copy(path: Path, upload: Upload | WholeUpload) -> None:
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            if not upload.received and isinstance(upload, Upload):
+                check_start(piece[:_START_BYTES])
+            upload.write(piece)

@@ -1,0 +1,157 @@
+"""A folder of adapters: imported once, again when a file or the stored set has changed."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import DATA, TINY, peft_config, peft_tensors, snapshot
+
+from bonsai_lora.api.app import limits_of
+from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.formats import safetensors
+from bonsai_lora.service import adapters, gguf_lora, sets
+from bonsai_lora.service.budget import Budget
+from bonsai_lora.service.sets_folder import import_folder
+from bonsai_lora.service.view import SetView
+from bonsai_lora.storage.store import SetStore
+
+
+@pytest.fixture
+def store(tmp_path):
+    return SetStore(tmp_path / "store")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = tmp_path / "adapters"
+    made.mkdir()
+    return made
+
+
+@pytest.fixture
+def run(store, folder, settings):
+    """Import the folder; return what became of each entry."""
+
+    def run(**changes):
+        limits = dataclasses.replace(limits_of(settings), **changes)
+        found = import_folder(SetView(store), limits, Budget(1 << 30), BaseFolder(None), folder)
+        return {one.name: one for one in found}
+
+    return run
+
+
+def outcomes(found):
+    return {name: one.outcome for name, one in found.items()}
+
+
+def test_an_adapter_is_imported_once(run, store, folder):
+    shutil.copytree(TINY / "plain", folder / "plain")
+    assert outcomes(run()) == {"plain": "imported"}
+    before = snapshot(store)
+    assert outcomes(run()) == {"plain": "unchanged"}
+    assert snapshot(store) == before
+    stored = store.read("plain")
+    expected = safetensors.decode((TINY / "plain" / "adapter_model.safetensors").read_bytes())[0]
+    found = safetensors.decode(bytes(stored.file))[0]
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
+    # Known by its record alone, also to a process that has just started.
+    assert SetStore(store.root).read_record("plain").source == stored.record.source
+
+
+def test_a_changed_file_is_the_next_version(run, store, folder):
+    shutil.copytree(TINY / "plain", folder / "mine")
+    run()
+    config = json.loads((folder / "mine" / "adapter_config.json").read_text())
+    (folder / "mine" / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 3}))
+    assert outcomes(run()) == {"mine": "imported"}
+    assert store.read("mine").record.version == 2
+    shutil.copy(TINY / "rslora-patterns" / "adapter_config.json", folder / "mine")
+    shutil.copy(TINY / "rslora-patterns" / "adapter_model.safetensors", folder / "mine")
+    assert outcomes(run()) == {"mine": "imported"}
+    assert store.read("mine").record.version == 3
+
+
+@pytest.mark.parametrize("change", ["base", "delete", "remove"])
+def test_a_changed_set_is_imported_again(run, store, folder, settings, change):
+    shutil.copytree(TINY / "plain", folder / "plain")
+    run()
+    view, limits = SetView(store), limits_of(settings)
+    if change == "base":
+        sets.name_base(view, limits, "plain", "other", lambda _: None)
+    elif change == "remove":
+        module = store.read("plain").lora_set.registry.module_names()[0]
+        adapters.delete_adapter(view, limits, "plain", module, lambda _: None)
+    else:
+        sets.delete_set(view, "plain", lambda _: None)
+    assert outcomes(run()) == {"plain": "imported"}
+    assert store.read("plain").record.version == (1 if change == "delete" else 3)
+    assert store.read("plain").record.base_model_name == "tiny-qwen3"
+
+
+def test_every_kind_of_adapter(run, store, folder):
+    shutil.copytree(TINY / "plain", folder / "plain")
+    mlx = DATA / "mlx" / "lora"
+    shutil.copytree(mlx, folder / "from-mlx")
+    run()
+    (folder / "from-gguf.gguf").write_bytes(
+        gguf_bytes(gguf_lora.export_gguf(store.read("plain"), BaseFolder(None), "F32", None))
+    )
+    assert outcomes(run()) == {
+        "plain": "unchanged", "from-mlx": "unchanged", "from-gguf": "imported",
+    }  # fmt: skip
+    assert outcomes(run()) == dict.fromkeys(("plain", "from-mlx", "from-gguf"), "unchanged")
+    origins = {name: store.read(name).record.origin for name in ("plain", "from-mlx", "from-gguf")}
+    assert origins == {"plain": "peft", "from-mlx": "mlx", "from-gguf": "gguf"}
+
+
+def gguf_bytes(file):
+    return b"".join(bytes(piece()) for piece in file.pieces(0, file.size_bytes))
+
+
+def test_what_is_refused_leaves_the_others(run, store, folder, rng):
+    shutil.copytree(TINY / "plain", folder / "good")
+    shutil.copytree(TINY / "plain", folder / "bad name")
+    shutil.copytree(TINY / "plain", folder / "half")
+    (folder / "half" / "adapter_model.safetensors").unlink()
+    (folder / "pickled").mkdir()
+    (folder / "pickled" / "adapter_config.json").write_text("{}")
+    (folder / "pickled" / "adapter_model.safetensors").write_bytes(b"\x80\x02}q\x00.")
+    tensors = peft_tensors(rng)
+    next(iter(tensors.values()))[0, 0] = np.nan
+    (folder / "nan").mkdir()
+    (folder / "nan" / "adapter_config.json").write_text(json.dumps(peft_config()))
+    (folder / "nan" / "adapter_model.safetensors").write_bytes(safetensors.encode(tensors))
+    (folder / "broken.gguf").write_bytes(b"GGUF and nothing else")
+    (folder / "notes.txt").write_text("not an adapter")
+    (folder / ".hidden").mkdir()
+    (folder / "linked").symlink_to(folder / "nowhere")
+    found = run()
+    assert outcomes(found) == {
+        "good": "imported",
+        **dict.fromkeys(("bad name", "half", "pickled", "nan", "broken"), "refused"),
+    }
+    words = {"bad name": "bad name", "half": "weights", "pickled": "pickle", "nan": "NaN"}
+    assert all(word in found[name].reason for name, word in words.items())
+    assert list(snapshot(store)) == ["good.safetensors"]
+    assert not [path for path in store.temporary.iterdir() if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    "limit", ["max_upload_bytes", "memory_budget_bytes", "max_rank", "max_modules"]
+)
+def test_limits_are_those_of_an_upload(run, store, folder, limit):
+    shutil.copytree(TINY / "plain", folder / "plain")
+    assert outcomes(run(**{limit: 1})) == {"plain": "refused"}
+    assert snapshot(store) == {}
+
+
+def test_a_set_that_somebody_made_is_replaced(run, store, folder, settings):
+    view, limits = SetView(store), limits_of(settings)
+    sets.create_set(view, limits, Budget(1 << 20), "plain", "", LoraConfig(2, 2.0, 0.0, ()), {})
+    shutil.copytree(TINY / "plain", folder / "plain")
+    assert outcomes(run()) == {"plain": "imported"}
+    assert store.read("plain").record.version == 2
