@@ -179,6 +179,8 @@ _EXPOSED_HEADERS = (
 )
 """Headers that a script of an allowed origin may read."""
 _MAINTENANCE_SECONDS = 15
+_OPENING_THREADS = 32
+"""Threads that wait for a bucket."""
 _PUBLISH_SECONDS = 1.0
 """Oldest figures of a worker that another worker reports."""
 
@@ -300,6 +302,7 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
     memory = Budget(settings.work_memory_bytes)
+    long = Lane("long", settings.max_concurrency, settings.threads)
     return Context(
         settings,
         view,
@@ -311,7 +314,8 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
             settings.threads,
             has_spare_cores=min(settings.threads, usable_cores()) > settings.workers,
         ),
-        Lane("long", settings.max_concurrency, settings.threads),
+        long,
+        Lane("opening", settings.max_concurrency, _OPENING_THREADS) if settings.is_bucket else long,
         Applier(limits, bases),
         Inference(view, regions),
         CountFile(shared),
@@ -343,7 +347,7 @@ def _collect(app: FastAPI, shared: Path) -> Iterable[Metric]:
 def _read_load(app: FastAPI) -> Load:
     """Return what this process has to do at the moment."""
     context: Context = app.state.context
-    lanes = (context.short, context.long, context.jobs.lane)
+    lanes = {context.short, context.long, context.opening, context.jobs.lane}
     budgets = {"memory": context.memory, "spill": context.spill}
     return Load(
         {lane.name: lane.in_progress for lane in lanes},

@@ -122,7 +122,7 @@ async def put_adapter(
     `lora_B` to set its weights.
     """
     form = body_form(request, (Form.JSON, Form.BINARY))
-    context.store.read_record(name)
+    await context.opening.run(partial(context.store.read_record, name))
     with Place(context.long) as place:
         limits = context.limits
         limit = limits.max_json_bytes if form is Form.JSON else limits.max_body_bytes
