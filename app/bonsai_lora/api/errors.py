@@ -54,6 +54,7 @@ STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.JobInterruptedError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StalledError: HTTPStatus.REQUEST_TIMEOUT,
     errors.BaseChangedError: HTTPStatus.SERVICE_UNAVAILABLE,
+    errors.SourceUnreachableError: HTTPStatus.BAD_GATEWAY,
     errors.StoreUnreachableError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.StoreReadOnlyError: HTTPStatus.SERVICE_UNAVAILABLE,
     errors.NewerFormatError: HTTPStatus.SERVICE_UNAVAILABLE,
