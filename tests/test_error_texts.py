@@ -336,6 +336,7 @@ def at_the_door(folder, settings):
         evil = httpx.get(f"{url}/v1/sets", headers={"Host": "evil.example"})
         yield errors.MisdirectedRequestError, evil
     yield from of_sources(folder, settings)
+    yield from of_engines(folder, settings)
     made = KeysFileMaker(folder / "keys.json")
     key = made.add(number="k3f9a2b1", limits={"requests_per_second": 0.25})
     full = made.add(number="k3f9a2b2", quota={"sets": 1})
@@ -372,6 +373,17 @@ def of_sources(folder, settings):
         sources = None if kind is errors.SourcesOffError else path
         with serving(create_app(settings.model_copy(update={"sources": sources}))) as url:
             yield kind, httpx.put(f"{url}/v1/sets/pulled", json={"source": source})
+
+
+def of_engines(folder, settings):
+    """Refusals in the words of engines."""
+    origins = [{"name": "drop", "kind": "file", "path": str(TINY)}]
+    path = folder / "engines.json"
+    path.write_text(json.dumps({"sources": origins}))
+    with serving(create_app(settings.model_copy(update={"sources": path}))) as url:
+        body = {"lora_name": "plain", "lora_path": "drop:plain"}
+        yield errors.AlreadyLoadedError, httpx.post(f"{url}/v1/load_lora_adapter", json=body)
+        yield errors.NotFromSourceError, httpx.post(f"{url}/v1/unload_lora_adapter", json=body)
 
 
 def stalled(url):

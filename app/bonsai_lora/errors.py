@@ -168,6 +168,14 @@ class RegionNotFoundError(NotFoundError, code="region_not_found"):
     """No shared-memory region has this name."""
 
 
+class AlreadyLoadedError(BonsaiLoraError, code="already_loaded"):
+    """A load, in the words of an engine, for a name that is taken."""
+
+
+class NotFromSourceError(BonsaiLoraError, code="not_from_source"):
+    """An unload, in the words of an engine, of a set that was not pulled."""
+
+
 class SourcesOffError(NotFoundError, code="sources_off"):
     """The operator named no origins to pull sets from."""
 

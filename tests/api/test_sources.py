@@ -343,6 +343,7 @@ def test_a_pull_needs_its_scope(start, server, tmp_path):
         {"name": "a", "kind": "https", "url": "https://u:p@example.com"},
         {"name": "a", "kind": "https", "url": "https://example.com/?x"},
         {"name": "A", "kind": "https", "url": "https://example.com"},
+        {"name": "folder", "kind": "https", "url": "https://example.com"},
         {"name": "a", "kind": "ftp", "url": "ftp://example.com"},
         {"name": "a", "kind": "file", "path": "relative"},
         {
@@ -363,3 +364,80 @@ def test_a_bad_sources_file_says_why(tmp_path, entry):
     path.write_text(json.dumps({"sources": [good, good]}))
     with pytest.raises(ValueError, match="same name"):
         read_sources(path)
+
+
+@pytest.fixture
+def engine(start, server):
+    """A client of a service with one adapter to load."""
+    server.routes = {f"/loras/a/{name}": body for name, body in FILES.items()}
+    return start(web_origin(server))
+
+
+def test_adapters_are_loaded_as_vllm_does(engine):
+    body = {"lora_name": "mine", "lora_path": "files:a"}
+    done = engine.post("/v1/load_lora_adapter", json=body)
+    assert done.text == "Success: LoRA adapter 'mine' added successfully."
+    assert engine.get("/v1/sets/mine").json()["version"] == 1
+    assert_problem(engine.post("/v1/load_lora_adapter", json=body), 400, "already_loaded")
+    again = engine.post("/v1/load_lora_adapter", json=body | {"load_inplace": True})
+    assert again.status_code == 200
+    done = engine.post("/v1/unload_lora_adapter", json={"lora_name": "mine", "lora_int_id": 3})
+    assert done.text == "Success: LoRA adapter 'mine' removed successfully."
+    gone = engine.post("/v1/unload_lora_adapter", json={"lora_name": "mine"})
+    assert_problem(gone, 404, "set_not_found")
+
+
+def test_adapters_are_loaded_as_sglang_does(engine):
+    body = {"lora_name": "mine", "lora_path": "files:a", "pinned": True}
+    done = engine.post("/load_lora_adapter", json=body)
+    assert done.json() == {"success": True, "loaded_adapters": {"mine": "files:a"}}
+    assert engine.post("/unload_lora_adapter", json={"lora_name": "mine"}).json()["success"]
+    assert engine.get("/v1/sets").json()["sets"] == []
+
+
+@pytest.mark.parametrize("path", ["/tmp/adapter", "https://evil.example/x", "acme/lora", "../a"])
+def test_a_path_of_an_engine_is_no_reference(engine, server, path):
+    body = {"lora_name": "mine", "lora_path": path}
+    for route in ("/v1/load_lora_adapter", "/load_lora_adapter"):
+        assert_problem(engine.post(route, json=body), 422, "invalid_request")
+    assert server.asked == []
+
+
+def test_only_what_was_pulled_is_unloaded(engine):
+    assert upload(engine, "sent", TINY / "plain").status_code == 201
+    assert pull(engine, "files:a", "pulled").status_code == 201
+    engine.patch("/v1/sets/pulled", json={"base_model_name": "other"}).raise_for_status()
+    for name in ("sent", "pulled"):
+        refused = engine.post("/v1/unload_lora_adapter", json={"lora_name": name})
+        assert_problem(refused, 409, "not_from_source")
+        assert engine.get(f"/v1/sets/{name}").status_code == 200
+
+
+def test_sets_are_models_of_openai(engine):
+    assert pull(engine, "files:a", "one").status_code == 201
+    engine.post("/v1/sets", json={"name": "two"})
+    found = engine.get("/v1/models").json()
+    assert (found["object"], found["has_more"]) == ("list", False)
+    assert [(one["id"], one["parent"]) for one in found["data"]] == [
+        ("one", "tiny-qwen3"), ("two", None),
+    ]  # fmt: skip
+    assert all(one["object"] == "model" and one["created"] > 1e9 for one in found["data"])
+    first = engine.get("/v1/models?limit=1").json()
+    assert first["has_more"]
+    assert [one["id"] for one in engine.get("/v1/models?after=one").json()["data"]] == ["two"]
+
+
+def test_keys_of_engines(start, server, tmp_path):
+    made = KeysFileMaker(tmp_path / "keys.json")
+    writer, puller = made.add(scopes=["write"]), made.add(scopes=["write", "pull", "read"])
+    server.routes = {f"/loras/a/{name}": body for name, body in FILES.items()}
+    client = start(web_origin(server), keys_file=made.path)
+    body = {"lora_name": "acme.x", "lora_path": "files:a"}
+    with caller(str(client.base_url), writer) as one:
+        assert_problem(one.post("/v1/load_lora_adapter", json=body), 403, "forbidden")
+    with caller(str(client.base_url), puller) as one:
+        for route in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+            other = one.post(route, json=body | {"lora_name": "umbra.x"})
+            assert_problem(other, 403, "name_not_yours")
+        assert one.post("/v1/load_lora_adapter", json=body).status_code == 200
+        assert [found["id"] for found in one.get("/v1/models").json()["data"]] == ["acme.x"]

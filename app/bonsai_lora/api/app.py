@@ -45,6 +45,7 @@ from bonsai_lora.api.routes import (
     oip,
     operations,
     page,
+    peers,
     set_files,
     sets,
     shared_memory,
@@ -121,6 +122,7 @@ _ROUTERS = [
         jobs,
         operations,
         page,
+        peers,
         hub_push,
         hub,  # last: its paths match almost anything
     )

@@ -41,6 +41,8 @@ STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
     errors.MethodNotAllowedError: HTTPStatus.METHOD_NOT_ALLOWED,
     errors.NotAcceptableError: HTTPStatus.NOT_ACCEPTABLE,
     errors.SetExistsError: HTTPStatus.CONFLICT,
+    errors.AlreadyLoadedError: HTTPStatus.BAD_REQUEST,
+    errors.NotFromSourceError: HTTPStatus.CONFLICT,
     errors.PreconditionFailedError: HTTPStatus.PRECONDITION_FAILED,
     errors.TooLargeError: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     errors.MisdirectedRequestError: HTTPStatus.MISDIRECTED_REQUEST,

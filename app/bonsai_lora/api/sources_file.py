@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from bonsai_lora.sources.origins import Origin
 
 _NAME = "^[a-z][a-z0-9-]{0,31}$"
+_TAKEN = "folder"
+"""How the sources of sets from --sets begin."""
 
 
 class _Model(BaseModel):
@@ -84,6 +86,8 @@ class SourcesDocument(_Model):
         names = [one.name for one in self.sources]
         if len(set(names)) < len(names):
             raise ValueError("two origins have the same name")
+        if _TAKEN in names:
+            raise ValueError(f"the name {_TAKEN!r} means the folder of --sets")
         return self
 
 
