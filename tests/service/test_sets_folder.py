@@ -12,7 +12,7 @@ from bonsai_lora.api.app import limits_of
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.formats import safetensors
-from bonsai_lora.service import gguf_lora, sets
+from bonsai_lora.service import adapters, gguf_lora, sets
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.sets_folder import import_folder
 from bonsai_lora.service.view import SetView
@@ -84,7 +84,7 @@ def test_a_changed_set_is_imported_again(run, store, folder, settings, change):
         sets.name_base(view, limits, "plain", "other", lambda _: None)
     elif change == "remove":
         module = store.read("plain").lora_set.registry.module_names()[0]
-        sets.delete_adapter(view, limits, "plain", module, lambda _: None)
+        adapters.delete_adapter(view, limits, "plain", module, lambda _: None)
     else:
         sets.delete_set(view, "plain", lambda _: None)
     assert outcomes(run()) == {"plain": "imported"}

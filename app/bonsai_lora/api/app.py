@@ -385,11 +385,9 @@ def open_store(settings: Settings, shared: Path | None = None) -> Store:
             shared=shared,
         )
     folder = settings.store_folder()
-    if folder is not None:
-        return SetStore(folder, shared=shared)
-    temporary = _new_folder()
-    store = SetStore(temporary)
-    _remove_with(store, temporary)
+    store = SetStore(folder or _new_folder(), shared=shared)
+    if folder is None:
+        _remove_with(store, store.root)
     return store
 
 

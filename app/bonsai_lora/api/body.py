@@ -135,8 +135,7 @@ def check_length(length: int, limit: int) -> None:
     if length > limit:
         raise BodyTooLargeError(
             f"the body has at least {counted(length, 'byte')}, but the limit is {limit}; send "
-            "less per "
-            "request, send tensors as safetensors, or raise the limit (see serve --help)",
+            "less per request, send tensors as safetensors, or raise the limit (see serve --help)",
             got_bytes=length,
             limit_bytes=limit,
         )
@@ -179,7 +178,6 @@ class BodyReader:
             self._rest = memoryview(await anext(self._parts))
         except StopAsyncIteration:
             raise MalformedBodyError(
-                f"the body ended {counted(missing, 'byte')} before the end of a block of "
-                "weights; send "
-                "all weights"
+                f"the body ended {counted(missing, 'byte')} before the end of a block of weights; "
+                "send all weights"
             ) from None

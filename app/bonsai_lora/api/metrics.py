@@ -44,6 +44,15 @@ class Load:
     """Most bytes that can be reserved, by resource."""
 
 
+_LOAD_GAUGES = (
+    ("in_flight", "requests_in_flight", "Requests admitted and not yet answered.", "lane"),
+    ("queued", "queued_work", "Work that is in a thread or waits for one.", "lane"),
+    ("reserved", "reserved_bytes", "Bytes reserved for requests in flight.", "resource"),
+    ("budgets", "budget_bytes", "Most bytes that can be reserved.", "resource"),
+)
+"""Field of `Load`, and name, description and label of its gauge."""
+
+
 class Metrics:
     """Request counters, and gauges that are read on each scrape.
 
@@ -96,20 +105,10 @@ class Metrics:
             registry=registry,
         )
         self._read_load = read_load
-        self._in_flight = _gauge(
-            registry, "requests_in_flight", "Requests admitted and not yet answered.", ["lane"]
-        )
-        self._queued = _gauge(
-            registry, "queued_work", "Work that is in a thread or waits for one.", ["lane"]
-        )
-
-        self._reserved = _gauge(
-            registry, "reserved_bytes", "Bytes reserved for requests in flight.", ["resource"]
-        )
-        self._budgets = _gauge(
-            registry, "budget_bytes", "Most bytes that can be reserved.", ["resource"]
-        )
-
+        self._load = {
+            field: _gauge(registry, name, description, [label])
+            for field, name, description, label in _LOAD_GAUGES
+        }
         self.keys_file_errors = Counter(
             "bonsai_lora_keys_file_errors",
             "Times that the keys file was changed to one that cannot be used.",
@@ -137,13 +136,8 @@ class Metrics:
         if self._of_bucket is not None:
             self._of_bucket.publish(self._read_store())
         load = self._read_load()
-        for gauge, figures in (
-            (self._in_flight, load.in_flight),
-            (self._queued, load.queued),
-            (self._reserved, load.reserved),
-            (self._budgets, load.budgets),
-        ):
-            for label, number in figures.items():
+        for field, gauge in self._load.items():
+            for label, number in getattr(load, field).items():
                 gauge.labels(label).set(number)
 
     def render(self) -> bytes:

@@ -46,8 +46,7 @@ def expert_weights(
 def _another_count(base: Base, core: str, adapter: LoraAdapter, what: str) -> ShapeMismatchError:
     return ShapeMismatchError(
         f"the set is for {counted(adapter.experts or 1, 'expert')} in {core!r}, but base "
-        f"{base.name!r} "
-        f"{what}; merge it into the model that it was trained on",
+        f"{base.name!r} {what}; merge it into the model that it was trained on",
         module=core,
         base=base.name,
     )

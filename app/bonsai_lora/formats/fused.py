@@ -58,8 +58,7 @@ def decode_experts(
     if says.rank.uncertain or rows % rank:
         raise InvalidAdapterError(
             f"module {module!r} has {counted(rows, 'row')} in A, which is not a multiple of the "
-            "configured "
-            f"rank {rank}; correct r or rank_pattern",
+            f"configured rank {rank}; correct r or rank_pattern",
             module=module,
             got=rows,
             expected=rank,
@@ -67,8 +66,7 @@ def decode_experts(
     if rows // rank > MAX_EXPERTS:
         raise InvalidAdapterError(
             f"module {module!r} has {counted(rows, 'row')} in A, which is "
-            f"{counted(rows // rank, 'expert')} of rank "
-            f"{rank}; expected at most {MAX_EXPERTS}",
+            f"{counted(rows // rank, 'expert')} of rank {rank}; expected at most {MAX_EXPERTS}",
             module=module,
             got=rows // rank,
             expected=MAX_EXPERTS,

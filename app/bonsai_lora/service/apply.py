@@ -26,11 +26,11 @@ from bonsai_lora.errors import (
     ShapeMismatchError,
     UnsupportedAdapterError,
 )
+from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.service.dora import norms_of
 from bonsai_lora.service.experts import check_experts
 from bonsai_lora.service.keys import Meter
 from bonsai_lora.service.limits import Limits
-from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire.media import Form
 from bonsai_lora.wire.stacks import Stack

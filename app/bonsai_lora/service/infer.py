@@ -14,6 +14,7 @@ from bonsai_lora.core.batch import Integers
 from bonsai_lora.core.cast import Array, Floats, count_rows
 from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError, counted
 from bonsai_lora.formats.safetensors import as_bytes
+from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.service.apply import (
     Applier,
     Inputs,
@@ -24,7 +25,6 @@ from bonsai_lora.service.apply import (
     total_rows,
 )
 from bonsai_lora.service.models import MIXED, SHARED_INPUT, Model
-from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.storage.regions import SharedRegions, Span

@@ -75,8 +75,7 @@ class Limits:
         if count > self.max_modules:
             raise TooManyModulesError(
                 f"the set has {counted(count, 'module')}, but the limit is {self.max_modules}; "
-                "split it, or "
-                "raise max_modules",
+                "split it, or raise max_modules",
                 got=count,
                 limit=self.max_modules,
             )

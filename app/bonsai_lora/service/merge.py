@@ -13,7 +13,7 @@ from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError, Unsuppor
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
 from bonsai_lora.formats.peft_options import BaseOptions
-from bonsai_lora.service.sets import get_adapter
+from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.storage.setfile import StoredSet
 
 MERGE_DTYPES = ("F32", "F16", "BF16")

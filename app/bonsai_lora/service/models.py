@@ -125,8 +125,7 @@ def raw_request(model: Model, body: memoryview) -> InferRequest:
     if len(body) % (4 * width):
         raise InvalidRequestError(
             f"raw input has {counted(len(body), 'byte')}, which is not a whole number of rows; "
-            "expected FP32 "
-            f"rows of width {width} ({4 * width} bytes each)"
+            f"expected FP32 rows of width {width} ({4 * width} bytes each)"
         )
     name = next(iter(adapters)) if len(adapters) == 1 else SHARED_INPUT
     tensor = InferInput(name, "FP32", (len(body) // (4 * width), width), body)

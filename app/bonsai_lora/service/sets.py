@@ -1,4 +1,4 @@
-"""Create, import, change, list, export and delete sets."""
+"""Create, import, list, export and delete sets; `adapters` changes their modules."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -7,24 +7,20 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from bonsai_lora.core.adapter import LoraAdapter, check_factors
-from bonsai_lora.core.cast import Array, all_finite
+from bonsai_lora.core.cast import Array
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import adapter_bytes
 from bonsai_lora.core.shapes import Shapes
 from bonsai_lora.core.spectrum import delta_norm
 from bonsai_lora.errors import (
-    AdapterNotFoundError,
-    InvalidAdapterError,
     InvalidRequestError,
     SetExistsError,
     SetNotFoundError,
-    UnsupportedAdapterError,
 )
 from bonsai_lora.formats import mlx, peft
 from bonsai_lora.formats.experts import ExpertLayout
-from bonsai_lora.formats.names import check_module_name, check_set_name
+from bonsai_lora.formats.names import check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig, parse_config
 from bonsai_lora.service.budget import Budget, Reservation
 from bonsai_lora.service.limits import Limits
@@ -87,7 +83,7 @@ def create_set(
         with Reservation(memory) as reserved:
             reserved.add(needed)
             lora_set = BonsaiLoraSet.new(config, base_model_name, name).add_adapters(kept)
-            return _write(store, limits, lora_set, origin="initialized", previous=None)
+            return write_set(store, limits, lora_set, origin="initialized", previous=None)
 
 
 def import_adapter(
@@ -148,7 +144,7 @@ def store_import(
     with store.lock(name):
         previous = _record_or_none(store, name)
         precondition(previous)
-        stored = _write(
+        stored = write_set(
             store,
             limits,
             adapter.lora_set,
@@ -171,7 +167,7 @@ def name_base(
         present = store.read(name)
         precondition(present.record)
         raw = present.adapter_config
-        return _write(
+        return write_set(
             store,
             limits,
             replace(present.lora_set, base_model_name=base_model_name),
@@ -200,97 +196,13 @@ def delete_set(store: SetView, name: str, precondition: Precondition) -> None:
         store.delete(name)
 
 
-def get_adapter(stored: StoredSet, module: str) -> LoraAdapter:
-    """Return the adapter of `module`; raises AdapterNotFoundError."""
-    registry = stored.lora_set.registry
-    adapter = registry.get(module)
-    if adapter is None:
-        raise AdapterNotFoundError(module, stored.record.name, registry.module_names())
-    return adapter
-
-
-def put_new_adapter(
-    store: SetView,
-    limits: Limits,
-    memory: Budget,
-    name: str,
-    module: str,
-    d_in: int,
-    d_out: int,
-    config: LoraConfig | None,
-    precondition: Precondition,
-) -> tuple[StoredSet, bool]:
-    """Set a newly initialized adapter for `module`; return the set and whether it is new."""
-
-    def make(present: StoredSet) -> LoraAdapter:
-        own = config if config is not None else present.record.config
-        limits.check_rank(own.rank)
-        needed = adapter_bytes(d_in, d_out, own.rank)
-        limits.check_budget(store, name, needed)
-        reserved.add(needed)
-        return LoraAdapter.new(d_in, d_out, own)
-
-    with Reservation(memory) as reserved:
-        return _put_adapter(store, limits, name, module, make, precondition, initialized=True)
-
-
-def put_weights(
-    store: SetView,
-    limits: Limits,
-    name: str,
-    module: str,
-    tensors: Mapping[str, Array],
-    alpha: float | None,
-    precondition: Precondition,
-) -> tuple[StoredSet, bool]:
-    """Set lora_A (r, d_in) and lora_B (d_out, r) of `module`; return the set and whether it is new.
-
-    `alpha` defaults to the set's. Raises InvalidRequestError for other tensors, ShapeMismatchError
-    if the ranks differ, InvalidAdapterError for NaN, infinity or float64.
-    """
-    a_matrix, b_matrix = _check_factors(tensors)
-    rank = len(a_matrix)
-    limits.check_rank(rank)
-
-    def make(present: StoredSet) -> LoraAdapter:
-        base = present.record.config
-        own = replace(base, rank=rank, alpha=base.alpha if alpha is None else alpha)
-        return LoraAdapter(own, a_matrix, b_matrix, own.scaling)
-
-    return _put_adapter(store, limits, name, module, make, precondition, initialized=False)
-
-
-@repeated
-def delete_adapter(
-    store: SetView, limits: Limits, name: str, module: str, precondition: Precondition
-) -> None:
-    """Remove the adapter of `module` from a set, and the bias that it replaces."""
-    with store.lock(name):
-        present = store.read(name)
-        precondition(present.record)
-        get_adapter(present, module)
-        lora_set = present.lora_set
-        kept = {
-            one: array for one, array in lora_set.replacements.items() if one != f"{module}.bias"
-        }
-        _write(
-            store,
-            limits,
-            replace(lora_set, registry=lora_set.registry.remove(module), replacements=kept),
-            origin=present.record.origin,
-            previous=present.record,
-            # peft loads a targeted module without tensors as an adapter that changes nothing.
-            adapter_config=present.adapter_config,
-        )
-
-
 def export_config(stored: StoredSet) -> bytes:
     """Return the set's adapter_config.json."""
     config = peft.encode_config(stored.lora_set, stored.adapter_config)
     return f"{json.dumps(config, indent=2)}\n".encode()
 
 
-def _write(
+def write_set(
     store: SetView,
     limits: Limits,
     lora_set: BonsaiLoraSet,
@@ -327,76 +239,9 @@ def store_new(
     """Store a computed set under a name that is free; raises SetExistsError, MemoryBudgetError."""
     with store.lock(lora_set.adapter_name):
         refuse_existing(store, lora_set.adapter_name)
-        return _write(
+        return write_set(
             store, limits, lora_set, origin=origin, previous=None, adapter_config=adapter_config
         )
-
-
-def _refuse_beside_variants(present: StoredSet) -> None:
-    """Raise if the set has a kind of adapter that PEFT configures only for a whole set."""
-    lora_set = present.lora_set
-    adapters = lora_set.registry.adapters.values()
-    if lora_set.replacements or any(
-        one.bias is not None
-        or one.magnitude is not None
-        or one.layer != "linear"
-        or one.experts is not None
-        for one in adapters
-    ):
-        raise UnsupportedAdapterError(
-            f"set {present.record.name!r} has DoRA, biases, embeddings or replaced modules, which "
-            "PEFT configures only for a whole set; upload the whole set again",
-            set=present.record.name,
-        )
-
-
-@repeated
-def _put_adapter(
-    store: SetView,
-    limits: Limits,
-    name: str,
-    module: str,
-    make: Callable[[StoredSet], LoraAdapter],
-    precondition: Precondition,
-    *,
-    initialized: bool,
-) -> tuple[StoredSet, bool]:
-    check_module_name(module)
-    with store.lock(name):
-        present = store.read(name)
-        precondition(present.record)
-        _refuse_beside_variants(present)
-        registry = present.lora_set.registry
-        changed = registry.add(module, make(present))
-        limits.check_modules(len(changed.adapters))
-        unmixed = initialized and present.record.origin == "initialized"
-        stored = _write(
-            store,
-            limits,
-            present.lora_set.with_registry(changed),
-            origin="initialized" if unmixed else "mixed",
-            previous=present.record,
-        )
-        return stored, registry.get(module) is None
-
-
-def _check_factors(tensors: Mapping[str, Array]) -> tuple[Array, Array]:
-    if tensors.keys() != {"lora_A", "lora_B"}:
-        raise InvalidRequestError(
-            f"the body has the tensors {sorted(tensors)[:8]}; expected lora_A and lora_B",
-            got=sorted(tensors)[:8],
-            expected=["lora_A", "lora_B"],
-        )
-    a_matrix, b_matrix = tensors["lora_A"], tensors["lora_B"]
-    for name, matrix in tensors.items():
-        if matrix.dtype.itemsize == 8:
-            raise InvalidAdapterError(f"{name} is F64; expected F32, F16 or BF16", field=name)
-        if not all_finite(matrix):
-            raise InvalidAdapterError(
-                f"{name} has NaN or infinity; expected finite numbers", field=name
-            )
-    check_factors(a_matrix, b_matrix)
-    return a_matrix, b_matrix
 
 
 def refuse_existing(store: SetView, name: str) -> None:

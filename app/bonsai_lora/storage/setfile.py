@@ -33,6 +33,7 @@ from bonsai_lora.formats.mapped import map_file
 from bonsai_lora.formats.peft import set_tensors
 from bonsai_lora.formats.peft_keys import group_keys
 from bonsai_lora.formats.pieces import ObjectReader, dump
+from bonsai_lora.formats.text import is_unicode
 from bonsai_lora.storage.source import SOURCE_KEY, Source, decode_source, encode_source
 from bonsai_lora.storage.upload import ReceivedUpload
 
@@ -355,7 +356,7 @@ def _decode_digest(value: Any, version: int) -> str | None:
 
 def _decode_config(path: Path, fields: Mapping[str, Any]) -> LoraConfig:
     _check_types(path, fields, _CONFIG_TYPES)
-    if not all(type(one) is str and _is_unicode(one) for one in fields["target_modules"]):
+    if not all(type(one) is str and is_unicode(one) for one in fields["target_modules"]):
         raise MalformedSafetensorsError(f"{path.name} has target_modules that are not all text")
     try:
         return LoraConfig.from_dict(fields)
@@ -383,12 +384,7 @@ def _is_usable(name: str, value: Any) -> bool:
     if not isinstance(value, str):
         return True
     pattern = _PATTERNS.get(name)
-    return _is_unicode(value) if pattern is None else pattern.fullmatch(value) is not None
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether `text` is without lone surrogates, which UTF-8 does not have."""
-    return not any("\ud800" <= one <= "\udfff" for one in text)
+    return is_unicode(value) if pattern is None else pattern.fullmatch(value) is not None
 
 
 def _is_finite(value: Any) -> bool:

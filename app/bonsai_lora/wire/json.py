@@ -262,8 +262,7 @@ def _check_rows(value: list[Any], name: str) -> None:
         if len(row) != len(value[0]):
             raise RaggedInputError(
                 f"row {index} of {name!r} has {counted(len(row), 'number')}, but row 0 has "
-                f"{len(value[0])}; "
-                "send rows of equal length",
+                f"{len(value[0])}; send rows of equal length",
                 field=name,
                 row=index,
                 got=len(row),

@@ -97,8 +97,7 @@ def decode_request(
     if end > len(body):
         raise MalformedBodyError(
             f"Inference-Header-Content-Length is {end}, but the body has "
-            f"{counted(len(body), 'byte')}; send "
-            "the length of the JSON"
+            f"{counted(len(body), 'byte')}; send the length of the JSON"
         )
     text = body[:end]
     request = (
@@ -112,10 +111,9 @@ def decode_request(
             end, start = end + one.content, end
             if end > len(body):
                 raise MalformedBodyError(
-                    f"input '{name}' declares {counted(one.content, 'byte')} of binary data, "
-                    "but the body has "
-                    f"only {len(body) - start} left; check Inference-Header-Content-Length and "
-                    "each binary_data_size",
+                    f"input '{name}' declares {counted(one.content, 'byte')} of binary data, but "
+                    f"the body has only {len(body) - start} left; check "
+                    "Inference-Header-Content-Length and each binary_data_size",
                     field=name,
                 )
             one = InferInput(name, one.datatype, one.shape, body[start:end])  # noqa: PLW2901

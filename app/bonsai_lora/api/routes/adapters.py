@@ -25,7 +25,8 @@ from bonsai_lora.api.openapi_headers import sends
 from bonsai_lora.api.query import FiniteNumber
 from bonsai_lora.core.cast import Array
 from bonsai_lora.formats import safetensors
-from bonsai_lora.service import sets
+from bonsai_lora.service import adapters
+from bonsai_lora.service.sets import Precondition
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire import json
@@ -83,7 +84,7 @@ async def get_adapter(
     """Returns the adapter's dimensions, rank, scaling and size, without its weights."""
     stored = await context.open_version(name, version)
     response.headers["ETag"] = stored.record.etag
-    return schemas.ModuleInfo.of(module, sets.get_adapter(stored, module))
+    return schemas.ModuleInfo.of(module, adapters.get_adapter(stored, module))
 
 
 @router.put(
@@ -131,7 +132,7 @@ async def put_adapter(
         stored, created = await context.long.run(put)
     response.status_code = 201 if created else 200
     response.headers["ETag"] = stored.record.etag
-    return schemas.ModuleInfo.of(module, sets.get_adapter(stored, module))
+    return schemas.ModuleInfo.of(module, adapters.get_adapter(stored, module))
 
 
 def _put(
@@ -141,7 +142,7 @@ def _put(
     form: Form,
     body: bytes,
     alpha: float | None,
-    check: sets.Precondition,
+    check: Precondition,
 ) -> tuple[StoredSet, bool]:
     store, limits = context.store, context.limits
     tensors: Mapping[str, Array]
@@ -157,14 +158,14 @@ def _put(
         if not value.keys() & {"lora_A", "lora_B"}:
             new = parse_model(body, schemas.NewAdapter)
             config = new.config.to_core() if new.config else None
-            return sets.put_new_adapter(
+            return adapters.put_new_adapter(
                 store, limits, context.memory, name, module, new.d_in, new.d_out, config, check
             )
         own_alpha = _alpha_of(value)
         alpha = alpha if own_alpha is None else own_alpha
         text = json.Text(body)
         tensors = {key: json.decode_tensor(one, key, text) for key, one in value.items()}
-    return sets.put_weights(store, limits, name, module, tensors, alpha, check)
+    return adapters.put_weights(store, limits, name, module, tensors, alpha, check)
 
 
 def _alpha_of(value: dict[str, Any]) -> float | None:
@@ -202,5 +203,5 @@ async def delete_adapter(
     """Creates the next version of the set, without this module."""
     check = precondition(request)
     await context.long.run(
-        partial(sets.delete_adapter, context.store, context.limits, name, module, check)
+        partial(adapters.delete_adapter, context.store, context.limits, name, module, check)
     )

@@ -24,6 +24,7 @@ from bonsai_lora.api.options import (
 )
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Floats
+from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.service.apply import (
     Applier,
     cost_of_body,
@@ -32,7 +33,6 @@ from bonsai_lora.service.apply import (
     total_rows,
     versions_of,
 )
-from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.media import Form

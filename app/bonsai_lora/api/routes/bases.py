@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
 from bonsai_lora import errors
-from bonsai_lora.api import schemas
+from bonsai_lora.api import base_schemas
 from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.merged_file import StreamedFile, gain_headers
 from bonsai_lora.api.middleware import decode_slashes
@@ -104,7 +104,7 @@ MERGE_ERRORS = (
     summary="List the base checkpoints",
     responses=problems(),
 )
-async def list_bases(context: ContextDep) -> schemas.BaseList:
+async def list_bases(context: ContextDep) -> base_schemas.BaseList:
     """Lists each GGUF model, and each folder with safetensors files or one GGUF model, under the
     setting `bases`. A new one is available immediately.
     """
@@ -116,7 +116,7 @@ async def list_bases(context: ContextDep) -> schemas.BaseList:
             bad[name] = error.detail
         except errors.BaseNotFoundError:
             continue
-    return schemas.BaseList(bases=found, bad=bad)
+    return base_schemas.BaseList(bases=found, bad=bad)
 
 
 @router.get(
@@ -125,7 +125,7 @@ async def list_bases(context: ContextDep) -> schemas.BaseList:
     summary="Show a base checkpoint",
     responses=problems(errors.BaseNotFoundError, errors.InvalidBaseError),
 )
-async def get_base(context: ContextDep, base: BaseName) -> schemas.BaseInfo:
+async def get_base(context: ContextDep, base: BaseName) -> base_schemas.BaseInfo:
     """Returns the checkpoint's files, dtypes and parameter counts."""
     return await context.long.run(partial(_info, context, base))
 
@@ -136,12 +136,12 @@ async def get_base(context: ContextDep, base: BaseName) -> schemas.BaseInfo:
     summary="List the files of a merged model",
     responses=problems(*MERGE_ERRORS),
 )
-async def list_merged_files(merged: Merged) -> schemas.MergedFiles:
+async def list_merged_files(merged: Merged) -> base_schemas.MergedFiles:
     """Returns names, sizes and ETags. Nothing is computed. Of a GGUF base there are a merged GGUF
     file, named like the base, and the same model as a Hugging Face checkpoint.
     """
     found = merge_info(merged.files)
-    return schemas.MergedFiles(files=[schemas.MergedFileInfo(**one) for one in found])
+    return base_schemas.MergedFiles(files=[base_schemas.MergedFileInfo(**one) for one in found])
 
 
 @router.get(
@@ -173,13 +173,13 @@ async def get_merged_file(
     return file_response(request, streamed, context.long, headers)
 
 
-def _info(context: ContextDep, name: str) -> schemas.BaseInfo:
+def _info(context: ContextDep, name: str) -> base_schemas.BaseInfo:
     base = context.bases.get(name)
     files = [
-        schemas.BaseFile(name=file, size_bytes=opened.size_bytes)
+        base_schemas.BaseFile(name=file, size_bytes=opened.size_bytes)
         for file, opened in sorted(base.files.items())
     ]
-    return schemas.BaseInfo(
+    return base_schemas.BaseInfo(
         name=name,
         files=files,
         format=base.format,

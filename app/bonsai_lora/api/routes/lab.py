@@ -30,11 +30,11 @@ from bonsai_lora.api.routes.bases import (
 )
 from bonsai_lora.api.routes.jobs import JOB, start_job, wants_job
 from bonsai_lora.service import combine, compare, extract, survival
+from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.jobs import Progress
 from bonsai_lora.service.merged import weighted_sets
-from bonsai_lora.service.sets import get_adapter
 from bonsai_lora.service.work import Lane, Place
 from bonsai_lora.storage.setfile import StoredSet
 

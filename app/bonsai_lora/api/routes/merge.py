@@ -156,8 +156,7 @@ class _StreamedMerge(StarletteResponse):
         if declared is not None and declared != expected:
             raise errors.ShapeMismatchError(
                 f"the body has {errors.counted(declared, 'byte')}, but weights of shape "
-                f"{list(merge.shape)} have "
-                f"{expected}; check their shape and dtype",
+                f"{list(merge.shape)} have {expected}; check their shape and dtype",
                 got_bytes=declared,
                 expected_bytes=expected,
             )
