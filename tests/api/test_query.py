@@ -11,6 +11,7 @@ NAMES = {
     "base": "tiny-qwen3",
     "module": "model.layers.0.self_attn.q_proj",
     "filename": "model.safetensors",
+    "job": "0" * 28,
 }
 
 

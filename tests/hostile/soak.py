@@ -9,6 +9,7 @@ anything was wrong.
 
 import argparse
 import contextlib
+import http.client
 import itertools
 import json
 import os
@@ -232,13 +233,16 @@ class Soak:
         time.sleep(1)
 
     def probe(self, _rng: random.Random, _number: int) -> None:
-        """Ask for the health every 20 ms."""
-        with contextlib.suppress(httpx.HTTPError), httpx.Client(timeout=10) as client:
-            while time.monotonic() < self.until:
-                began = time.perf_counter()
-                client.get(f"{self.service.url}/healthz")
-                self.health.append(time.perf_counter() - began)
-                time.sleep(0.02)
+        """Run a process that asks for the health; the threads of this one wait for each other."""
+        left = self.until - time.monotonic()
+        done = subprocess.run(
+            [sys.executable, __file__, "--probe", str(self.service.port), "--seconds", str(left)],
+            capture_output=True,
+            text=True,
+            timeout=left + 60,
+            check=True,
+        )
+        self.health += json.loads(done.stdout)
 
     def kill(self, rng: random.Random, _number: int) -> None:
         """Kill a worker every few seconds."""
@@ -317,6 +321,27 @@ def mutated(rng: random.Random) -> bytes:
     return bytes(head + body)
 
 
+def probe(port: int, seconds: float) -> list[float]:
+    """Ask for the health every 20 ms; return how long each answer took, in seconds.
+
+    If the worker of the connection is killed, that is the time until another one answers.
+    """
+    until, times = time.perf_counter() + seconds, []
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        while True:
+            try:
+                connection.request("GET", "/healthz")
+                connection.getresponse().read()
+                break
+            except (OSError, http.client.HTTPException):
+                connection.close()
+        times.append(time.perf_counter() - began)
+        time.sleep(0.02)
+    return times
+
+
 def soak(seconds: float, seed: int) -> list[tuple[str, object]]:
     """Run everything; return figures, the last of which is what was wrong."""
     with tempfile.TemporaryDirectory() as folder:
@@ -345,7 +370,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--probe", type=int, metavar="PORT", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.probe:
+        print(json.dumps(probe(options.probe, options.seconds)))
+        return 0
     print(f"seed {options.seed}")
     figures = soak(options.seconds, options.seed)
     for name, value in figures[:-1]:

@@ -30,13 +30,29 @@ STALL = 0.5
 MIB = 1 << 20
 
 
-@pytest.fixture(params=[None, GuardedProtocol], ids=["fast lane", "framework"])
+LANES = {"params": [None, GuardedProtocol], "ids": ["fast lane", "framework"]}
+
+
+@pytest.fixture(**LANES)
 def service(request, settings):
     """A client and the app; the set `s` has the module m, (8 -> 100000), of rank 1."""
-    changes = {"work_memory_bytes": BUDGET, "max_concurrency": 8, "stall_seconds": STALL}
+    with serving_with(settings, request.param, STALL) as found:
+        yield found
+
+
+@pytest.fixture(**LANES)
+def patient(request, settings):
+    """The same with a long stall timeout."""
+    with serving_with(settings, request.param, 60) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def serving_with(settings, http, stall_seconds):
+    changes = {"work_memory_bytes": BUDGET, "max_concurrency": 8, "stall_seconds": stall_seconds}
     app = create_app(settings.model_copy(update=changes))
     with (
-        serving(app, http=request.param) as url,
+        serving(app, http=http) as url,
         httpx.Client(base_url=url, timeout=30) as client,
     ):
         client.post("/v1/sets", json={"name": "s", "config": {"rank": 1}})
@@ -213,10 +229,10 @@ SLOW = {
 
 
 @pytest.mark.parametrize("name", SLOW)
-def test_slow_clients_do_not_keep_others_from_the_lanes(service, name, monkeypatch):
+def test_slow_clients_do_not_keep_others_from_the_lanes(patient, name, monkeypatch):
     """They give up their places after some time, and are served to the end nevertheless."""
     monkeypatch.setattr(work, "_LATE_SECONDS", 0.3)
-    client, app = service
+    client, app = patient
     client.put("/v1/sets/s/adapters/n", json={"d_in": NARROW, "d_out": NARROW})
     path, headers, body = SLOW[name]
     with contextlib.ExitStack() as stack:

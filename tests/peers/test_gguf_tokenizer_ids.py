@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 
 CORPUS = ["The quick brown fox jumps over the lazy dog's back, doesn't it?",
           "Füchse springen über 1234 Hunde.\n\n  Zwei  Leerzeichen\tund ein Tabulator.",
-          "日本語のテキスト と 한국어", "def f(x):\r\n    return x ** 2  # squared"] * 4  # fmt: skip
-TEXTS = [*CORPUS[:4], "<|im_start|>user\nthe dog's 2026 fox<|im_end|>\n", "e\u0301 is é", "", " "]
+          "日本語のテキスト と 한국어", "def f(x):\r\n    return x ** 2  # squared", "हिन्दी में एक वाक्य, नमस्ते दुनिया"] * 4  # fmt: skip
+TEXTS = [*CORPUS[:5], "<|im_start|>user\nthe dog's 2026 fox<|im_end|>\n", "e\u0301 is é", "", " "]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -23,9 +23,12 @@ def keys():
     """A vocabulary that the package tokenizers trained, as the keys of a file."""
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Tokens that cross words: only the pre-tokenizer keeps them from being used.
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=800,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -65,7 +68,9 @@ def tokens_of_llamacpp(path, text):
     return list(out[:count])
 
 
-def test_transformers_and_llamacpp_find_the_same_tokens(keys, tmp_path, rng, monkeypatch):
+@pytest.mark.parametrize("pre", ["qwen2", "qwen35"])
+def test_transformers_and_llamacpp_find_the_same_tokens(keys, tmp_path, rng, monkeypatch, pre):
+    keys = {**keys, "tokenizer.ggml.pre": pre}
     pytest.importorskip("xllamacpp")
     transformers = pytest.importorskip("transformers")
     monkeypatch.setattr(gguf_models, "VOCABULARY", len(keys["tokenizer.ggml.tokens"]))

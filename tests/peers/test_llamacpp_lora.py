@@ -3,7 +3,7 @@
 import json
 
 import gguf_files
-import llamacpp_process
+import llamacpp
 import numpy as np
 import pytest
 from conftest import TINY, read_tensors, upload, upload_parts
@@ -89,9 +89,9 @@ def test_llamacpp_computes_what_peft_computes(based, adapter, tiny, tmp_path):
     expected = read_tensors(TINY / adapter / "golden.safetensors")["logits"]
     tokens = np.load(TINY / "tokens.npy")
     for row, wanted in zip(tokens, expected, strict=True):
-        got = llamacpp_process.logits(tiny, row, tmp_path, tmp_path / "lora.gguf")
+        got = llamacpp.logits_apart(tiny, row, tmp_path, tmp_path / "lora.gguf")
         assert spread(got, wanted) < TOLERANCE
-    assert spread(llamacpp_process.logits(tiny, tokens[-1], tmp_path), expected[-1]) > 1e-2
+    assert spread(llamacpp.logits_apart(tiny, tokens[-1], tmp_path), expected[-1]) > 1e-2
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("F16", 5e-3), ("BF16", 4e-2), ("Q8_0", 8e-2)])
@@ -102,7 +102,7 @@ def test_llamacpp_reads_every_type(based, dtype, tolerance, tiny, tmp_path):
     (tmp_path / "lora.gguf").write_bytes(based.get(path).content)
     expected = read_tensors(TINY / "plain/golden.safetensors")["logits"][0]
     tokens = np.load(TINY / "tokens.npy")[0]
-    got = llamacpp_process.logits(tiny, tokens, tmp_path, tmp_path / "lora.gguf")
+    got = llamacpp.logits_apart(tiny, tokens, tmp_path, tmp_path / "lora.gguf")
     assert spread(got, expected) < tolerance
 
 
@@ -169,9 +169,9 @@ def test_heads_and_experts(based, kind, rng, tmp_path):
     tokens = np.arange(20) * 7 % 128
     with torch.no_grad():
         plain = model(torch.from_numpy(tokens[None])).logits[0].numpy()
-    assert spread(llamacpp_process.logits(base, tokens, tmp_path), plain) < TOLERANCE
-    got = llamacpp_process.logits(base, tokens, tmp_path, tmp_path / "lora.gguf")
-    assert spread(got, llamacpp_process.logits(whole, tokens, tmp_path)) < TOLERANCE
+    assert spread(llamacpp.logits_apart(base, tokens, tmp_path), plain) < TOLERANCE
+    got = llamacpp.logits_apart(base, tokens, tmp_path, tmp_path / "lora.gguf")
+    assert spread(got, llamacpp.logits_apart(whole, tokens, tmp_path)) < TOLERANCE
     assert spread(got, plain) > 1e-2
     again = based.put("/v1/sets/back", files={"adapter_gguf": answer.content})
     assert again.status_code == 201, again.text

@@ -242,7 +242,14 @@ def test_a_changed_embedding_is_of_low_rank_or_all_rows_if_the_head_shares_it(cl
     body = {"name": "rows", "base": "tied", "rank": 2}
     (module,) = made_by(extract(client, "tuned-tied", **body))["report"]["modules"]
     assert (module["kind"], module["rows"], module["relative_error"]) == ("token_rows", 400, 0)
-    merged = client.get("/v1/bases/tied/merged/rows/model.safetensors").content
+    exported = {
+        part: client.get(f"/v1/sets/rows/{part}{ending}").content
+        for part, ending in (("adapter_config", ".json"), ("adapter_model", ".safetensors"))
+    }
+    assert json.loads(exported["adapter_config"])["target_modules"] is None
+    again = client.put("/v1/sets/again", files=exported)
+    assert again.status_code == 201, again.text
+    merged = client.get("/v1/bases/tied/merged/again/model.safetensors").content
     got = safetensors.decode(merged)[0][EMBEDDING]
     np.testing.assert_array_equal(got, tuned[EMBEDDING].astype(bfloat16))
     failed = extract(client, "tuned", **body | {"name": "untied"})

@@ -1,5 +1,6 @@
 """The difference of a tensor in two checkpoints, which need not fit in memory."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +30,13 @@ class Survey:
 
 
 class Difference:
-    """tuned - base as float32, in blocks of whole rows; a vector is one row.
+    """tuned - base as float32, in blocks of whole rows; a vector is one row, a stack a tall matrix.
 
     `check` is called before each block, and may raise.
     """
 
     def __init__(self, base: Tensor, tuned: Tensor, check: Callable[[], None]) -> None:
-        rows = base.shape[0] if len(base.shape) == 2 else 1
+        rows = math.prod(base.shape[:-1])
         self._base, self._tuned = base.as_matrix(rows), tuned.as_matrix(rows)
         self._check = check
         self._held: Floats | None = None

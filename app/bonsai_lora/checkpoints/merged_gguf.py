@@ -2,8 +2,9 @@
 
 Changed tensors are dequantized, merged and written in a wider type; all others stay as they are.
 Of a Hadamard-folded base, every folded tensor is unfolded and widened, and the keys that say so are
-dropped: llama.cpp itself does not know them, and PrismML's fork shares one transformed input among
-the tensors of a layer, so a file that is folded in part would be read wrongly by both.
+dropped. Only PrismML's fork follows these keys; llama.cpp itself ignores them and computes nonsense
+from folded tensors (github.com/av/harbor/wiki, Backend PrismML llama.cpp), so that a file which is
+still folded in part could not be read by both.
 """
 
 from collections import Counter

@@ -14,8 +14,9 @@ import sys
 from collections import Counter
 from functools import partial
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, cast, get_args, get_origin
 
 import uvicorn
 from fastapi import FastAPI
@@ -32,6 +33,7 @@ from bonsai_lora.cli.store import check_bucket
 from bonsai_lora.cli.supervisor import Supervisor, end_by_signals
 from bonsai_lora.cli.temporary import temporary_folder
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
+from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.view import SetView
 from bonsai_lora.settings import UNGUARDED, Settings
@@ -186,12 +188,8 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: Path) 
 
     _keep_freed_memory()
     choose_backend(settings)  # once for all workers
-    if settings.sets is not None:
-        try:
-            _import_sets(settings, settings.sets)
-        except OSError as error:
-            _print_error(f"the sets of {settings.sets} cannot be imported: {error}; check --sets")
-            return 2
+    if settings.sets is not None and not _import_sets(settings):
+        return 2
     scheme = "http" if settings.tls_cert is None else "https"
     addresses = " and ".join(address_of(one, scheme) for one in listeners)
     place = settings.store if settings.is_bucket else Path(settings.store).resolve()
@@ -200,14 +198,35 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: Path) 
     return Supervisor(work, settings.workers, partial(_note_death, temporary)).run()
 
 
-def _import_sets(settings: Settings, folder: Path) -> None:
-    """Import the adapters of `folder`, and log what became of them; raises OSError."""
+def _import_sets(settings: Settings) -> bool:
+    """Import the adapters of the folder `sets`; return whether the folder could be read.
+
+    In a process of its own, as an open store may have threads and locks, which workers must not
+    inherit.
+    """
+    importer = get_context("fork").Process(target=_import_folder, args=(settings,), daemon=True)
+    importer.start()
+    importer.join()
+    return importer.exitcode == 0
+
+
+def _import_folder(settings: Settings) -> None:
+    """Import the adapters of the folder `sets`, and log what became of them; exit 2 on errors."""
+    _exit_with(os.getppid())
+    try:
+        _import_each(settings, cast("Path", settings.sets))
+    except (OSError, ValueError, BonsaiLoraError) as error:
+        _print_error(f"the sets of {settings.sets} cannot be imported: {error}; check --sets")
+        sys.exit(2)
+
+
+def _import_each(settings: Settings, folder: Path) -> None:
     from bonsai_lora.api.app import limits_of, open_store  # noqa: PLC0415 - slow to import
     from bonsai_lora.service.sets_folder import import_folder  # noqa: PLC0415 - loads NumPy
 
-    inside = Path(settings.store).resolve()
+    inside = Path(settings.cache if settings.is_bucket else settings.store).resolve()
     if folder.resolve().is_relative_to(inside) or inside.is_relative_to(folder.resolve()):
-        raise OSError(f"it shares a folder with the store {settings.store}")
+        raise OSError(f"it shares a folder with the store {inside}")
     store = SetView(open_store(settings))
     memory = Budget(settings.work_memory_bytes)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)

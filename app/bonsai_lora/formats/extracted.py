@@ -32,7 +32,8 @@ def extracted_config(
         if not name.endswith(TOKEN_ROWS) and name.removesuffix(".bias") not in adapters
     )
     return made_config(base_model_name or None, ranks, alphas) | {
-        "target_modules": _targets(adapters, modules),
+        # peft refuses an empty list, and takes None if only token rows are trained.
+        "target_modules": _targets(adapters, modules) or None,
         "modules_to_save": list(saved) or None,
         "bias": "lora_only" if is_bias_of_adapted else "none",
         "fan_in_fan_out": is_transposed,

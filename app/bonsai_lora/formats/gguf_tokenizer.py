@@ -1,6 +1,6 @@
 """Tokenizer files of transformers, made from the keys of a GGUF file.
 
-Byte-level BPE with Qwen's pre-tokenizer, as Bonsai has it: gguf-py's constants and
+Byte-level BPE with Qwen's pre-tokenizers, as Bonsai and Bonsai 2 have them: gguf-py's constants and
 src/llama-vocab.cpp of llama.cpp (release b11434), and the format of tokenizers 0.22.
 """
 
@@ -12,11 +12,13 @@ from bonsai_lora.formats.gguf import Header
 from bonsai_lora.formats.gguf_values import ReadAt, Value, ValueType, read_array
 from bonsai_lora.formats.pieces import dump
 
-_MODEL, _PRE = "gpt2", "qwen2"
+_MODEL = "gpt2"
 _PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[LETTERS]+|\p{N}"
+    r"| ?[^\sLETTERS\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_LETTERS = {"qwen2": r"\p{L}", "qwen35": r"\p{L}\p{M}"}
+"""Pre-tokenizer -> the classes of letters. Qwen3.5 keeps combining marks in words."""
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
 """Values of token_type."""
 _MOST_TOKENS = 1 << 20
@@ -30,8 +32,10 @@ def tokenizer_files(header: Header, read: ReadAt) -> dict[str, bytes]:
     Empty for a tokenizer of a different kind, or one that contradicts itself. Raises
     MalformedGgufError if the file has become shorter.
     """
-    kind = header.get(_key("model")), header.get(_key("pre"))
-    if kind != (_MODEL, _PRE) or header.get(_key("add_bos_token")) is True:
+    letters = _LETTERS.get(str(header.get(_key("pre"))))
+    if header.get(_key("model")) != _MODEL or letters is None:
+        return {}
+    if header.get(_key("add_bos_token")) is True:
         return {}
     tokens, merges = _strings(header, read, "tokens"), _strings(header, read, "merges")
     types = _types(header, read)
@@ -40,7 +44,7 @@ def tokenizer_files(header: Header, read: ReadAt) -> dict[str, bytes]:
     if len({*tokens}) < len(tokens):
         return {}
     files = {
-        "tokenizer.json": _tokenizer(tokens, merges, types),
+        "tokenizer.json": _tokenizer(tokens, merges, types, letters),
         "tokenizer_config.json": _configuration(header, tokens),
     }
     return {name: dump(one, ensure_ascii=False).encode() for name, one in files.items()}
@@ -70,7 +74,9 @@ def _is_moderate(value: Value) -> bool:
     return value.count <= _MOST_TOKENS and value.stop - value.start <= _MOST_BYTES
 
 
-def _tokenizer(tokens: list[str], merges: list[str], types: list[int]) -> dict[str, Any]:
+def _tokenizer(
+    tokens: list[str], merges: list[str], types: list[int], letters: str
+) -> dict[str, Any]:
     added = [
         {
             "id": number, "content": tokens[number], "single_word": False, "lstrip": False,
@@ -81,8 +87,8 @@ def _tokenizer(tokens: list[str], merges: list[str], types: list[int]) -> dict[s
     ]  # fmt: skip
     bytes_ = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False,
               "use_regex": False}  # fmt: skip
-    split = {"type": "Split", "pattern": {"Regex": _PATTERN}, "behavior": "Isolated",
-             "invert": False}  # fmt: skip
+    split = {"type": "Split", "pattern": {"Regex": _PATTERN.replace("LETTERS", letters)},
+             "behavior": "Isolated", "invert": False}  # fmt: skip
     vocabulary = {
         token: number
         for number, (token, kind) in enumerate(zip(tokens, types, strict=True))

@@ -93,7 +93,7 @@ class Plan:
 
     def work_bytes(self) -> int:
         """Return the most that the computation of one tensor takes."""
-        return max(extraction.work_bytes(one, self.size) for one in self.pairs)
+        return max((extraction.work_bytes(one, self.size) for one in self.pairs), default=0)
 
     def report(self, found: Sequence[Change | None]) -> Report:
         """Return the report of the computed tensors.

@@ -27,7 +27,6 @@ JOB = extra_response(
 JobId = Annotated[
     str,
     Path(
-        max_length=64,
         description="id of a job",
         examples=["019a1f2b3c4d0123456789abcdef"],
     ),
