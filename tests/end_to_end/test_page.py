@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -29,6 +30,7 @@ pytestmark = [
     pytest.mark.skipif(
         CHROMIUM is None, reason="no chromium on the PATH: apt-get install chromium"
     ),
+    pytest.mark.skipif(find_spec("playwright") is None, reason="run make test-page"),
 ]
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
