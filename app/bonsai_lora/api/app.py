@@ -72,7 +72,6 @@ from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import UNGUARDED, Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile, read_restarts
 from bonsai_lora.storage.exponents import ExponentFolder
-from bonsai_lora.storage.jobs import JobFolder
 from bonsai_lora.storage.protocol import Store
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
@@ -184,6 +183,8 @@ _EXPOSED_HEADERS = (
 )
 """Headers that a script of an allowed origin may read."""
 _MAINTENANCE_SECONDS = 15
+_OPENING_THREADS = 32
+"""Threads that wait for a bucket."""
 _PUBLISH_SECONDS = 1.0
 """Oldest figures of a worker that another worker reports."""
 
@@ -305,6 +306,7 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
     memory = Budget(settings.work_memory_bytes)
+    long = Lane("long", settings.max_concurrency, settings.threads)
     return Context(
         settings,
         view,
@@ -316,7 +318,8 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
             settings.threads,
             has_spare_cores=min(settings.threads, usable_cores()) > settings.workers,
         ),
-        Lane("long", settings.max_concurrency, settings.threads),
+        long,
+        Lane("opening", settings.max_concurrency, _OPENING_THREADS) if settings.is_bucket else long,
         Applier(limits, bases),
         Inference(view, regions),
         CountFile(shared),
@@ -325,7 +328,7 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
         CheckedFiles(),
         ThreadPoolExecutor(settings.threads, "merge"),
         Jobs(
-            JobFolder(store.root / "jobs"),
+            store.jobs,
             Lane("jobs", settings.max_jobs, settings.threads, late_per_place=0),
             memory,
         ),
@@ -349,7 +352,7 @@ def _collect(app: FastAPI, shared: Path) -> Iterable[Metric]:
 def _read_load(app: FastAPI) -> Load:
     """Return what this process has to do at the moment."""
     context: Context = app.state.context
-    lanes = (context.short, context.long, context.jobs.lane)
+    lanes = {context.short, context.long, context.opening, context.jobs.lane}
     budgets = {"memory": context.memory, "spill": context.spill}
     return Load(
         {lane.name: lane.in_progress for lane in lanes},

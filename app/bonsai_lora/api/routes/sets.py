@@ -171,7 +171,7 @@ async def list_sets(
     summary="Show a set",
     response_model=schemas.SetInfo,
     responses=extra_response(304, "not modified: If-None-Match names the current ETag")
-    | problems(errors.SetNotFoundError, errors.VersionNotFoundError),
+    | problems(errors.SetNotFoundError, errors.VersionNotFoundError, errors.InvalidRequestError),
 )
 async def get_set(
     request: Request, context: ContextDep, name: SetName, version: WantedVersion = None
