@@ -96,6 +96,7 @@ def test_a_path_prefix_is_in_what_leads_back(settings):
         assert uploaded.headers["Location"] == "/lora/v1/sets/plain"
         assert client.get("/openapi.json").json()["servers"] == [{"url": "/lora"}]
         for page in (client.get("/").text, client.get("/docs").text):
+            assert page.startswith("<!doctype html>")
             assert 'src="/' not in page
             assert 'href="/' not in page
 
