@@ -19,7 +19,7 @@ from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import SetNotFoundError
 from bonsai_lora.formats import safetensors
-from bonsai_lora.storage import store as store_module
+from bonsai_lora.storage import files as files_module
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.verify import BackgroundCheck
 
@@ -225,5 +225,5 @@ def test_a_file_written_in_place_is_verified_before_it_is_served(settings, size)
 def test_a_hard_link_is_no_reason_to_verify(tmp_path, store, monkeypatch):
     store.read("s")
     os.link(path_of(store), tmp_path / "link")
-    monkeypatch.setattr(store_module, "verify_set_file", None)
+    monkeypatch.setattr(files_module, "verify_set_file", None)
     assert store.read("s").record.name == "s"

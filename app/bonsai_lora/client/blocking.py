@@ -27,6 +27,7 @@ from bonsai_lora.client.download import OnProgress, download
 from bonsai_lora.client.lab_answers import Job
 from bonsai_lora.client.refusals import refusal_of
 from bonsai_lora.client.retries import Retries
+from bonsai_lora.errors import BonsaiLoraError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -235,11 +236,20 @@ class Client:
     def _gain_of(
         self, rest_of: Callable[[str, int, str], Call[bytes]], files: list[PulledFile]
     ) -> float | None:
-        """Return what the head of a file says of the deltas that are left."""
-        for one in sorted(files, key=lambda one: -one["size"])[:1]:
-            with self.stream(rest_of(one["path"], one["size"] - 1, one["oid"])) as answer:
-                found = answer.headers.get("bonsai-delta-gain")
-                return None if found is None else float(found)
+        """Return what a file's head says of the deltas that are left; None if it cannot be read.
+
+        The service may learn it only while the files are downloaded.
+        """
+        if not files:
+            return None
+        largest = max(files, key=lambda one: one["size"])
+        last = rest_of(largest["path"], largest["size"] - 1, largest["oid"])
+        with (
+            contextlib.suppress(httpx.TransportError, BonsaiLoraError),
+            self.stream(last) as answer,
+        ):
+            found = answer.headers.get("bonsai-delta-gain")
+            return None if found is None else float(found)
         return None
 
     def pull_gguf(
@@ -306,6 +316,7 @@ class Client:
     upload_set = _method(sets.upload_set)
     upload_files = _method(sets.upload_files)
     upload_tensors = _method(sets.upload_tensors)
+    pull_set = _method(sets.pull_set)
     upload_gguf = _method(sets.upload_gguf)
     change_set = _method(sets.change_set)
     delete_set = _method(sets.delete_set)
