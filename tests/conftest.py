@@ -49,9 +49,15 @@ configure_logging("warning", "console")
 ssl.create_default_context = functools.cache(ssl.create_default_context)
 # Like `serve` on a loopback address: no keys, and the tests of keys name a file of them.
 os.environ["BONSAI_LORA_NO_AUTH"] = "true"
+# Busy machines take their time.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 # For mutants: a failure is enough, and need not be made small.
 hypothesis.settings.register_profile(
-    "mutants", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate], database=None
+    "mutants",
+    deadline=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    database=None,
 )
 
 DATA = Path(__file__).parent / "data"

@@ -124,6 +124,10 @@ class Settings(BaseSettings):
         description="folder of adapters to import at the start: each PEFT or MLX subfolder, and "
         "each GGUF LoRA, is a set with its name",
     )
+    sources: Path | None = Field(
+        None,
+        description="JSON file of the origins that sets may be pulled from by reference",
+    )
     workers: int = Field(
         1, ge=1, le=256, description="worker processes; all see changes to the store immediately"
     )

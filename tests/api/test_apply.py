@@ -204,3 +204,13 @@ def test_an_empty_list_has_no_rows(plain):
     for sets in ([], ["plain"]):
         answer = plain.post("/v1/apply", json={"module": name, "inputs": [], "sets": sets})
         assert "no rows" in assert_problem(answer, 422, "shape_mismatch")["detail"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/apply", "/v1/sets/plain/apply", f"/v1/sets/plain/adapters/{Q_PROJ}/apply"]
+)
+def test_a_field_that_the_route_does_not_read_is_refused(plain, path):
+    body = {"inputs": [[0.5] * 64], "input": []}
+    problem = assert_problem(plain.post(path, json=body), 422, "invalid_request")
+    assert problem["got"] == ["input"]
+    assert "inputs" in problem["expected"]

@@ -45,7 +45,6 @@ NAMES = ("a", "b", "c")
 
 relaxed = settings(
     max_examples=40,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.data_too_large],
 )
 

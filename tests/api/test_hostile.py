@@ -115,7 +115,6 @@ VALID = safetensors.encode({"inputs": np.ones((3, 2), np.float32)})
 @given(st.data())
 @settings(
     max_examples=300,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_mutated_bodies_never_cause_500(small, store, data):

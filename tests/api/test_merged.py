@@ -78,7 +78,7 @@ def test_any_range_is_a_slice_of_the_whole_file(based):
     whole = based.get(path).content
 
     @given(st.integers(0, len(whole) - 1), st.integers(1, 5000))
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def check(start, length):
         part = based.get(path, headers={"Range": f"bytes={start}-{start + length - 1}"})
         assert part.status_code == 206
@@ -94,9 +94,7 @@ def test_any_range_is_a_slice_of_the_whole_file(based):
 
 
 @given(st.data())
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_layouts_agree_with_float64(tmp_path_factory, data):
     from bonsai_lora.checkpoints.bases import BaseFolder
     from bonsai_lora.checkpoints.merged import Ingredient, MergedModel

@@ -85,9 +85,7 @@ def weights_of(entry):
     return {one["set"]: one["weight"] for one in entry}
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sets=st.lists(rows, min_size=1, max_size=12).filter(any))
 def test_a_mixed_batch_equals_row_by_row_applies(several, sets):
     x = np.random.default_rng(len(sets)).standard_normal((len(sets), 64)).astype(np.float32)

@@ -17,7 +17,7 @@ from bonsai_lora.service.budget import Budget
     st.booleans(),
     st.data(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_blocks_keep_their_order(sizes, disk, lazy, data):
     blocks = [bytes([index % 251]) * size for index, size in enumerate(sizes)]
     naps = data.draw(st.lists(st.integers(0, 2), min_size=len(sizes), max_size=len(sizes)))

@@ -29,7 +29,7 @@ def random_adapter(rng, d_in, d_out, rank, alpha=6.0, dtype=np.float32):
     st.integers(0, 9),
     st.sampled_from(DTYPES),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_apply_agrees_with_float64(d_in, d_out, rank, rows, dtype):
     rng = np.random.default_rng([d_in, d_out, rank, rows])
     adapter = random_adapter(rng, d_in, d_out, rank, dtype=dtype)

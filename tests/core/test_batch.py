@@ -1,6 +1,6 @@
 import numpy as np
 import reference
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from bonsai_lora.core.adapter import LoraAdapter
@@ -22,7 +22,6 @@ def adapter_of(rank, seed):
 ADAPTERS = [adapter_of(rank, seed) for seed, rank in enumerate([0, 1, 3, 8, 40])]
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.dictionaries(st.integers(0, len(ADAPTERS) - 1), QUARTERS, max_size=3),

@@ -162,7 +162,7 @@ numbers = st.builds(
 space = st.text(" \t\n\r", max_size=2)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(space, numbers, space), min_size=1, max_size=8))
 def test_numbers_and_space_of_all_kinds(parts):
     text = ",".join(before + number + after for before, number, after in parts)

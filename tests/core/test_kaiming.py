@@ -30,7 +30,7 @@ def test_equals_the_compiled_reference_bit_for_bit(case):
 
 
 @given(st.integers(0, 80), st.integers(0, 80), st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_equals_the_slow_oracle(d_in, d_out, rank):
     expected = reference.initial_a(d_in, d_out, rank)
     assert np.array_equal(
@@ -39,7 +39,7 @@ def test_equals_the_slow_oracle(d_in, d_out, rank):
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 300))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_stream_equals_single_steps(seed, count):
     assert xorshift64(seed, count).tolist() == reference.xorshift64(seed, count)
 

@@ -71,7 +71,7 @@ def test_float_types(rng):
 
 @pytest.mark.parametrize("name", QUANTIZED + FLOATS)
 @given(data=st.data())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_any_run_of_blocks_is_that_slice_of_the_whole(name, data):
     kind = BY_NAME[name]
     count = (3 << 16) // kind.block  # more than one piece
@@ -156,7 +156,7 @@ def test_q8_0_is_quantized_as_by_llamacpp():
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 3000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_q8_0_is_off_by_half_a_step_at_most(seed, blocks):
     values = np.random.default_rng(seed).standard_normal(32 * blocks).astype(np.float32)
     raw = quantize_q8_0(values)

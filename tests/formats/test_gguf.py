@@ -63,7 +63,7 @@ def content_of(raw, value):
 
 
 @given(PAIRS, LAYOUTS, st.sampled_from([None, 1, 8, 32, 256]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_what_is_written_is_read(pairs, layout, alignment):
     if alignment is not None:
         pairs = {**pairs, "general.alignment": np.uint32(alignment)}
@@ -156,7 +156,7 @@ def test_every_cut_is_refused():
 
 
 @given(st.integers(0, len(VALID) - 1), st.integers(0, 255))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_a_changed_byte_is_read_or_refused(place, byte):
     raw = bytearray(VALID)
     raw[place] = byte

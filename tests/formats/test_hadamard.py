@@ -63,7 +63,7 @@ def test_folding_and_unfolding_are_inverse(rng):
 
 
 @given(st.integers(0, 200), st.integers(0, 200))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_any_rows_are_that_slice_of_the_whole(start, stop):
     folding = Folding(BLOCK, signs_of(WIDTHS))
     rows = np.random.default_rng(1).standard_normal((200, 384)).astype(np.float32)

@@ -74,7 +74,7 @@ KINDS = st.tuples(
 
 
 @given(st.dictionaries(NAMES, KINDS, min_size=1, max_size=5))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_any_ranks_and_scalings_come_back(drawn):
     modules = {
         name: (rank, alpha, float(np.float32(alpha / rank if scaling is None else scaling)))

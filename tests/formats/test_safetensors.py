@@ -23,7 +23,7 @@ ARRAYS = st.builds(
 
 
 @given(st.dictionaries(NAMES, ARRAYS, max_size=5), st.dictionaries(NAMES, st.text(max_size=9)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_package_reads_what_we_write(tensors, metadata):
     raw = ours.encode(tensors, metadata)
     theirs = safetensors.numpy.load(raw)
@@ -35,7 +35,7 @@ def test_the_package_reads_what_we_write(tensors, metadata):
 
 
 @given(st.dictionaries(NAMES, ARRAYS, max_size=5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_we_read_what_the_package_writes(tensors):
     got, _ = ours.decode(safetensors.numpy.save(tensors))
     assert got.keys() == tensors.keys()

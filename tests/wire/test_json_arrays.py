@@ -47,7 +47,7 @@ def tensor(body, *, fast):
         return error.code, str(error)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(value)
 def test_both_readers_agree(inputs):
     body = (standard.dumps({"inputs": inputs}) + PAD).encode()

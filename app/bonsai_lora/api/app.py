@@ -45,6 +45,7 @@ from bonsai_lora.api.routes import (
     oip,
     operations,
     page,
+    peers,
     set_files,
     sets,
     shared_memory,
@@ -52,6 +53,7 @@ from bonsai_lora.api.routes import (
 )
 from bonsai_lora.api.routes import bases as bases_routes
 from bonsai_lora.api.scopes import OPEN, scope_of
+from bonsai_lora.api.sources_file import read_sources
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core import backend
 from bonsai_lora.errors import StoreFullError
@@ -63,13 +65,13 @@ from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
+from bonsai_lora.service.pull import Origins
 from bonsai_lora.service.stats import store_stats
 from bonsai_lora.service.view import SetView
 from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import UNGUARDED, Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile, read_restarts
 from bonsai_lora.storage.exponents import ExponentFolder
-from bonsai_lora.storage.jobs import JobFolder
 from bonsai_lora.storage.protocol import Store
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
@@ -119,6 +121,7 @@ _ROUTERS = [
         jobs,
         operations,
         page,
+        peers,
         hub_push,
         hub,  # last: its paths match almost anything
     )
@@ -325,11 +328,12 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
         CheckedFiles(),
         ThreadPoolExecutor(settings.threads, "merge"),
         Jobs(
-            JobFolder(store.root / "jobs"),
+            store.jobs,
             Lane("jobs", settings.max_jobs, settings.threads, late_per_place=0),
             memory,
         ),
         Gains(ExponentFolder(store.root / "exponents")),
+        Origins(read_sources(settings.sources), settings.stall_seconds),
         metrics,
     )
 

@@ -28,6 +28,7 @@ from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.keys import Key, Meter, Scope, missing_scope
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
+from bonsai_lora.service.pull import Origins
 from bonsai_lora.service.view import SetView
 from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import Settings
@@ -60,6 +61,7 @@ class Context:
     executor: Executor
     jobs: Jobs
     gains: Gains
+    origins: Origins
     metrics: Metrics
     stopping: Event = field(default_factory=Event)
     """Set once the service is about to stop, for balancers that ask whether it is ready."""

@@ -180,12 +180,12 @@ class Applier:
         match: str | None,
     ) -> Callable[[], Floats]:
         """Check one module's inputs and return its computation, which raises nothing."""
-        is_dora = any(one.magnitude is not None for one in adapters)
-        is_fused = any(one.experts is not None for one in adapters)
-        if len(set_segments) == 1 and set_segments[0].rows is None and not (is_dora or is_fused):
-            return partial(adapters[0].apply, x, set_segments[0].weights)
-        d_out = adapters[0].d_out
-        if is_dora:
+        first = adapters[0]
+        is_simple = first.magnitude is None and first.experts is None
+        if len(set_segments) == 1 and set_segments[0].rows is None and is_simple:
+            return partial(first.apply, x, set_segments[0].weights)
+        d_out = first.d_out
+        if any(one.magnitude is not None for one in adapters):
             _check_dora(module, set_segments, adapters, count_rows(x))
             base_outputs = _check_base_outputs(module, base_outputs, (*x.shape[:-1], d_out))
         segments = [
@@ -280,7 +280,8 @@ def _check_base_outputs(module: str, given: Floats | None, expected: tuple[int, 
 
 def check_no_replaced_bias(stored: StoredSet, module: str) -> None:
     """Raise UnsupportedAdapterError if the adapter replaces the module's bias."""
-    if f"{module}.bias" in stored.lora_set.replacements:
+    replaced = stored.lora_set.replacements
+    if replaced and f"{module}.bias" in replaced:
         raise UnsupportedAdapterError(
             f"the adapter replaces the bias of {module!r}, which a delta cannot express; use a "
             "merged checkpoint",

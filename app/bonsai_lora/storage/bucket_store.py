@@ -30,12 +30,14 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.storage.bucket import Bucket, ConflictError, Found, open_bucket
+from bonsai_lora.storage.bucket_jobs import BucketJobs
 from bonsai_lora.storage.bucket_listing import BucketListing
 from bonsai_lora.storage.bucket_reader import BucketReader
 from bonsai_lora.storage.cache import Cache, Note
 from bonsai_lora.storage.disk import storage_errors
 from bonsai_lora.storage.freshness import Look, Looks
 from bonsai_lora.storage.index import Sums
+from bonsai_lora.storage.jobs import JobRecords
 from bonsai_lora.storage.newset import Received, file_of, next_version
 from bonsai_lora.storage.pointer import (
     POINTERS,
@@ -85,6 +87,7 @@ class BucketStore:
         stale_if_error_seconds: float = 3600.0,
     ) -> None:
         self._bucket = bucket
+        self.jobs: JobRecords = BucketJobs(bucket)
         self._cache = cache
         self._files = cache.files
         self.root, self.temporary = cache.files.root, cache.files.temporary

@@ -51,7 +51,8 @@ _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
     operation_id="list_adapters",
     summary="List the adapters of a set",
     response_model=schemas.AdapterList,
-    responses=sends(200, "ETag") | problems(errors.SetNotFoundError, errors.VersionNotFoundError),
+    responses=sends(200, "ETag")
+    | problems(errors.SetNotFoundError, errors.VersionNotFoundError, errors.InvalidRequestError),
 )
 async def list_adapters(
     context: ContextDep, name: SetName, version: WantedVersion = None
@@ -72,7 +73,12 @@ async def list_adapters(
     operation_id="get_adapter",
     summary="Show one adapter of a set",
     responses=sends(200, "ETag")
-    | problems(errors.SetNotFoundError, errors.VersionNotFoundError, errors.AdapterNotFoundError),
+    | problems(
+        errors.SetNotFoundError,
+        errors.VersionNotFoundError,
+        errors.InvalidRequestError,
+        errors.AdapterNotFoundError,
+    ),
 )
 async def get_adapter(
     response: Response,
@@ -147,7 +153,9 @@ def _put(
     store, limits = context.store, context.limits
     tensors: Mapping[str, Array]
     if form is Form.BINARY:
-        tensors, _ = safetensors.decode(body, limit=limits.max_header_bytes)
+        tensors, _ = safetensors.decode(
+            body, limit=limits.max_header_bytes, most=safetensors.FEW_TENSORS
+        )
     else:
         value = json.decode_object(body, _PUT_FIELDS)
         if not value:

@@ -17,6 +17,7 @@ from bonsai_lora.wire.media import Form
 router = APIRouter(tags=["sets"])
 
 _FILE_ERRORS = (
+    errors.InvalidRequestError,
     errors.SetNotFoundError,
     errors.VersionNotFoundError,
     errors.RangeNotSatisfiableError,
@@ -66,7 +67,6 @@ async def get_adapter_model(
     responses=file_responses("application/octet-stream")
     | problems(
         *_FILE_ERRORS,
-        errors.InvalidRequestError,
         errors.UnsupportedAdapterError,
         errors.UnsupportedGgufError,
         errors.InvalidBaseError,
