@@ -21,7 +21,7 @@ from bonsai_lora.api.connection import LINGER_SECONDS, GuardedProtocol
 from bonsai_lora.api.routes import hub
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service import work
-from bonsai_lora.storage import store as store_module
+from bonsai_lora.storage import files as files_module
 
 RAW = {"Content-Type": "application/octet-stream"}
 APPLY = "/v1/sets/s/adapters/m/apply"
@@ -526,9 +526,9 @@ def test_a_set_with_a_long_header_is_opened_and_described_in_a_thread(service, m
     assert client.post("/v1/sets", json=small).status_code == 201
     context, threads = app.state.context, {"large": set(), "small": set()}
     monkeypatch.setattr(
-        store_module,
+        files_module,
         "open_set_file",
-        lambda path, _open=store_module.open_set_file: (
+        lambda path, _open=files_module.open_set_file: (
             threads[path.stem].add(threading.current_thread().name) or _open(path)
         ),
     )
