@@ -14,6 +14,7 @@ SCRIPTS = [
     "extract",
     "store",
     "dequantize",
+    "open_gguf",
     "merged",
     "merged_gguf",
     "overload",

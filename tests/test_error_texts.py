@@ -66,7 +66,7 @@ VERBS = frozenset(
 """First words of what to do. `expected …` and `it should …` describe what to send instead."""
 
 PACKAGE = Path(errors.__file__).parent
-FOLDERS = ("api", "cli", "fast_lane", "service", "storage", "wire")
+FOLDERS = ("api", "cli", "fast_lane", "service", "sources", "storage", "wire")
 OF_TRITON = (
     "unexpected shape for input",
     "input byte size mismatch",
@@ -335,6 +335,8 @@ def at_the_door(folder, settings):
         yield errors.CrossSiteError, evil
         evil = httpx.get(f"{url}/v1/sets", headers={"Host": "evil.example"})
         yield errors.MisdirectedRequestError, evil
+    yield from of_sources(folder, settings)
+    yield from of_engines(folder, settings)
     made = KeysFileMaker(folder / "keys.json")
     key = made.add(number="k3f9a2b1", limits={"requests_per_second": 0.25})
     full = made.add(number="k3f9a2b2", quota={"sets": 1})
@@ -349,6 +351,39 @@ def at_the_door(folder, settings):
             yield errors.QuotaExceededError, client.post("/v1/sets", json={"name": "acme.b"})
         with caller(url, reader) as client:
             yield errors.ForbiddenError, client.post("/v1/sets", json={"name": "acme.b"})
+
+
+def of_sources(folder, settings):
+    """Refusals of pulls."""
+    closed = {"url": "http://127.0.0.1:9", "allow_private": True, "allow_http": True}
+    origins = [
+        {"name": "drop", "kind": "file", "path": str(folder)},
+        {"name": "files", "kind": "https", **closed},
+        {"name": "inside", "kind": "https", **closed, "allow_private": False},
+    ]
+    path = folder / "sources.json"
+    path.write_text(json.dumps({"sources": origins}))
+    for source, kind in (
+        ("drop:nothing", errors.SourcesOffError),
+        ("other:nothing", errors.SourceUnknownError),
+        ("drop:nothing", errors.SourceRefusedError),
+        ("inside:nothing", errors.SourceRefusedError),
+        ("files:nothing", errors.SourceUnreachableError),
+    ):
+        sources = None if kind is errors.SourcesOffError else path
+        with serving(create_app(settings.model_copy(update={"sources": sources}))) as url:
+            yield kind, httpx.put(f"{url}/v1/sets/pulled", json={"source": source})
+
+
+def of_engines(folder, settings):
+    """Refusals in the words of engines."""
+    origins = [{"name": "drop", "kind": "file", "path": str(TINY)}]
+    path = folder / "engines.json"
+    path.write_text(json.dumps({"sources": origins}))
+    with serving(create_app(settings.model_copy(update={"sources": path}))) as url:
+        body = {"lora_name": "plain", "lora_path": "drop:plain"}
+        yield errors.AlreadyLoadedError, httpx.post(f"{url}/v1/load_lora_adapter", json=body)
+        yield errors.NotFromSourceError, httpx.post(f"{url}/v1/unload_lora_adapter", json=body)
 
 
 def stalled(url):

@@ -168,6 +168,22 @@ class RegionNotFoundError(NotFoundError, code="region_not_found"):
     """No shared-memory region has this name."""
 
 
+class AlreadyLoadedError(BonsaiLoraError, code="already_loaded"):
+    """A load, in the words of an engine, for a name that is taken."""
+
+
+class NotFromSourceError(BonsaiLoraError, code="not_from_source"):
+    """An unload, in the words of an engine, of a set that was not pulled."""
+
+
+class SourcesOffError(NotFoundError, code="sources_off"):
+    """The operator named no origins to pull sets from."""
+
+
+class SourceUnknownError(NotFoundError, code="source_unknown"):
+    """The reference is in no origin that the operator named, or not in a part that it allows."""
+
+
 class RouteNotFoundError(NotFoundError):
     """The path does not exist."""
 
@@ -272,6 +288,10 @@ class UnsupportedAdapterError(InvalidError, code="unsupported_adapter"):
     """The adapter is of a kind that cannot be applied exactly."""
 
 
+class SourceRefusedError(InvalidError, code="source_refused"):
+    """The origin has no such file, or answers in a way that is not allowed."""
+
+
 class UnmergeableError(InvalidError, code="unmergeable"):
     """The set does not fit the base, or the base cannot be a checkpoint.
 
@@ -304,6 +324,10 @@ class JobInterruptedError(BonsaiLoraError, code="job_interrupted"):
 
 class StalledError(BonsaiLoraError, code="stalled"):
     """The client stopped sending or reading for longer than the stall timeout."""
+
+
+class SourceUnreachableError(BonsaiLoraError, code="source_unreachable"):
+    """The origin does not answer, or too slowly."""
 
 
 class BaseChangedError(BonsaiLoraError, code="base_changed"):

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 _MIB, _GIB = 1 << 20, 1 << 30
+_NO_BUDGET = 1 << 53
 _PORT = 8000
 UNGUARDED = (
     "everyone who can connect could read, replace and delete every set; name a file of keys "
@@ -28,6 +29,10 @@ def _machine_memory_bytes() -> int:
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text(encoding="ascii").strip() if limit.is_file() else "max"
     return min(physical, int(text)) if text.isdigit() else physical
+
+
+def _memory_budget_bytes(fields: dict[str, Any]) -> int:
+    return _NO_BUDGET if is_bucket(fields.get("store", "")) else _machine_memory_bytes()
 
 
 def _work_memory_bytes(fields: dict[str, Any]) -> int:
@@ -119,6 +124,10 @@ class Settings(BaseSettings):
         description="folder of adapters to import at the start: each PEFT or MLX subfolder, and "
         "each GGUF LoRA, is a set with its name",
     )
+    sources: Path | None = Field(
+        None,
+        description="JSON file of the origins that sets may be pulled from by reference",
+    )
     workers: int = Field(
         1, ge=1, le=256, description="worker processes; all see changes to the store immediately"
     )
@@ -160,9 +169,10 @@ class Settings(BaseSettings):
         (), description="addresses or networks of proxies whose X-Forwarded headers are true"
     )
     memory_budget_bytes: int = Field(
-        default_factory=_machine_memory_bytes,
+        default_factory=_memory_budget_bytes,
         ge=0,
-        description="largest total size of all sets as float32 (default: the machine's memory)",
+        description="largest total size of all sets as float32 (default: the machine's memory; "
+        "none for a bucket)",
     )
     max_body_bytes: int = Field(
         64 * _MIB, ge=1, description="longest binary body, which is held in memory"

@@ -203,26 +203,6 @@ def test_jobs_are_kept_for_a_day(tmp_path):
     assert folder.read("../lock") is None
 
 
-def test_changes_of_a_record_do_not_get_lost(tmp_path):
-    folder = JobFolder(tmp_path / "jobs")
-    record = new_record("combine", "anyone")
-    folder.add(record)
-
-    def count(present):
-        return replace(present, progress=present.progress + 1)
-
-    def run():
-        for _ in range(50):
-            JobFolder(tmp_path / "jobs").update(record.id, count)
-
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert folder.read(record.id).progress == 200
-
-
 def test_a_job_belongs_to_its_key(tmp_path, rng):
     keys = KeysFileMaker(tmp_path / "keys.json")
     alice, bob = (keys.add(scopes=["read", "write"], prefixes=[""]) for _ in range(2))

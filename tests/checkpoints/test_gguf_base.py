@@ -474,6 +474,17 @@ def test_files_beside_the_gguf_file_belong_to_the_checkpoint(tmp_path, rng):
     assert content(files["tokenizer.json"]) == b"{}"
 
 
+def test_a_vision_tower_beside_the_gguf_file_is_ignored(tmp_path, rng):
+    raw, _ = gguf_models.model("Q1_0", rng)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "Bonsai-27B-Q1_0.gguf").write_bytes(raw)
+    (tmp_path / "b" / "Bonsai-27B-mmproj-Q8_0.gguf").write_bytes(b"not read")
+    base = BaseFolder(tmp_path).get("b")
+    assert [*base.files] == ["Bonsai-27B-Q1_0.gguf"]
+    assert base.ignored == ["Bonsai-27B-mmproj-Q8_0.gguf"]
+    assert base.parameter_count
+
+
 def test_a_configuration_beside_the_gguf_file_is_preferred(tmp_path, rng):
     """It makes checkpoints of files whose keys do not say enough, and stays true to the weights."""
     raw, weights = gguf_models.model("Q1_0", rng, architecture="llama", is_tied=True)

@@ -37,6 +37,7 @@ CALLS = [
     sets.upload_set("s", "folder"),
     sets.upload_files("s", {"adapter_config": b"", "adapter_model": b""}),
     sets.upload_tensors("s", {}, {}),
+    sets.pull_set("s", "hub:acme/one"),
     sets.change_set("s", base_model_name="b"),
     sets.delete_set("s"),
     sets.get_adapter_config("s"),

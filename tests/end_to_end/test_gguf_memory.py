@@ -44,11 +44,13 @@ def test_memory_is_constant(tmp_path, rng):
 
 def test_a_long_row_takes_no_more_memory(tmp_path, rng):
     """The row is 4 GB as float32, of a file that is mostly a hole."""
-    (tmp_path / "bases").mkdir()
+    folder = tmp_path / "bases" / "b"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "qwen3"}')
     kind, width = gguf_files.BY_NAME["Q1_0"], 1 << 30
     layout = {"blk.0.ffn_up.weight": (kind, (1, width))}
     plan = gguf_files.gguf_writer.plan(gguf_models.keys_of("qwen3"), layout)
-    with (tmp_path / "bases" / "b.gguf").open("wb") as out:
+    with (folder / "b.gguf").open("wb") as out:
         out.write(plan.head)
         out.truncate(plan.total_bytes)
     options = ("--store", str(tmp_path / "store"), "--bases", str(tmp_path / "bases"))

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import re
 import resource
 import socket
 import threading
@@ -134,6 +135,73 @@ def test_modules_of_a_set(settings, modules):
             "/v1/sets/n/adapters/model.layers.0.mlp.up_proj", json={"d_in": 4, "d_out": 4}
         )
         assert same.status_code == 200
+
+
+MANY = 1 << 20
+EMPTY = '"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+
+
+def header_only(text):
+    return len(text).to_bytes(8, "little") + text.encode()
+
+
+COUNTED = {
+    "lists": (
+        "/v1/sets/s/apply",
+        JSON,
+        '{"inputs":{' + ",".join(f'"{n}":[1]' for n in range(MANY // 2)) + "}}",
+    ),
+    "batches": (
+        "/v1/sets/s/apply",
+        JSON,
+        '{"inputs":{' + ",".join(f'"{n}":[1]' for n in range(40_000)) + "}}",
+    ),
+    "strings": (
+        "/v1/apply",
+        JSON,
+        '{"module":"m","inputs":[[1]],"sets":[' + '"",' * MANY + "null]}",
+    ),
+    "outputs": (
+        "/v2/models/s/infer",
+        JSON,
+        '{"inputs":[],"outputs":[' + '{"name":"m"},' * MANY + "{}]}",
+    ),
+    "tensors": (
+        "/v1/sets/s/apply",
+        BINARY,
+        header_only("{" + ",".join(EMPTY % n for n in range(70_000)) + "}"),
+    ),
+    "tensors of a module": (
+        "/v1/sets/s/adapters/m/merge",
+        BINARY,
+        header_only("{" + ",".join(EMPTY % n for n in range(10_000)) + "}"),
+    ),
+    "nulls in metadata": (
+        "/v1/apply",
+        BINARY,
+        safetensors.encode(
+            {"inputs": np.ones((1, NARROW), np.float32)},
+            {"module": "m", "sets": "[" + "null," * (MANY + 1) + "null]"},
+        ),
+    ),
+    "lists in metadata": (
+        "/v1/apply",
+        BINARY,
+        safetensors.encode(
+            {"inputs": np.ones((1, NARROW), np.float32)}, {"module": "m", "sets": "[],[" * MANY}
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_values_are_counted_before_they_are_parsed(service, name):
+    client, app = service
+    path, headers, body = COUNTED[name]
+    answer = client.post(path, content=body, headers=headers)
+    assert answer.status_code in (400, 413, 422)
+    assert re.search(r"has \d{5,} \w+|more than", answer.text), answer.text[:500]
+    wait_until(lambda: held(app) == (0, 0, 0))
 
 
 LISTED = [

@@ -21,6 +21,8 @@ from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.formats import gguf_names
+from bonsai_lora.formats.gguf_lora_writer import Model, encode_lora
+from bonsai_lora.formats.peft_options import PLAIN
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 
@@ -118,6 +120,24 @@ def test_other_architectures(llamacpp, tmp_path, rng, architecture):
     got = gguf_logits(llamacpp, model, tmp_path, "F32", is_widened=True)
     # llama.cpp has GELU in a table of float16.
     assert difference(got, want) < (2e-5 if "gemma" in architecture else 5e-6)
+
+
+@pytest.mark.parametrize("architecture", sorted(gguf_names.ARCHITECTURES))
+def test_an_adapter_beside_the_base_is_what_is_merged(llamacpp, tmp_path, rng, architecture):
+    """Rows ordered by head, columns, fused projections and experts, in a GGUF LoRA of our own."""
+    is_tied = architecture in ("gemma", "gemma2")
+    raw, weights = gguf_models.model("F32", rng, architecture=architecture, is_tied=is_tied)
+    model = merged(tmp_path, raw, weights, PROJECTIONS)
+    base = model.base
+    known = Model(architecture, base.heads, base.is_tied, base.experts)
+    lora = encode_lora(model._ingredients[0].lora_set, PLAIN, known, "F32", '"tag"')
+    path = written(lora, tmp_path / "lora.gguf")
+    got = llamacpp.logits_apart(tmp_path / "b.gguf", TOKENS, tmp_path, path)
+    want = gguf_logits(llamacpp, model, tmp_path, "F32")
+    # GELU comes from a table of float16, and a recurrence amplifies the last digit.
+    is_coarse = architecture == "qwen35" or "gemma" in architecture
+    assert difference(got, want) < (5e-5 if is_coarse else 5e-6)
+    assert difference(llamacpp.logits_of(tmp_path / "b.gguf", TOKENS), want) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

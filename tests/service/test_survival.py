@@ -5,10 +5,19 @@ import math
 import time
 from pathlib import Path
 
+import gguf_models
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import TINY, assert_problem, read_tensors, upload
+from conftest import (
+    TINY,
+    assert_problem,
+    peft_config,
+    peft_tensors,
+    read_tensors,
+    upload,
+    upload_parts,
+)
 
 from bonsai_lora.checkpoints import exponents
 from bonsai_lora.core import rounding
@@ -170,8 +179,35 @@ def test_the_closed_form_is_what_storing_finds(rng, dtype, sigma):
     _, exponents = np.frexp(weights[weights != 0])
     counts = dict(zip(*np.unique(exponents - 1, return_counts=True), strict=True))
     squares = np.square(delta, dtype=np.float64).sum(axis=1)
-    kept = rounding.kept_squares(squares, delta.shape[1], counts, dtype)
+    described = rounding.Weights(counts, {})
+    kept = rounding.kept_squares(squares, delta.shape[1], described, dtype)
     assert kept / squares.sum() == pytest.approx(survive(weights, delta, dtype).gain, abs=0.01)
+
+
+def gain_of(client, path):
+    """The header of a download, when it is there."""
+    for _ in range(500):
+        found = client.head(path).headers.get("bonsai-delta-gain")
+        if found is not None:
+            return float(found)
+        time.sleep(0.01)
+    raise AssertionError(path)
+
+
+def test_downloads_of_a_gguf_base_say_it_for_their_own_type(based, tmp_path, rng):
+    raw, _ = gguf_models.model("Q1_0", rng)
+    (tmp_path / "bases" / "bonsai.gguf").write_bytes(raw)
+    tensors = peft_tensors(rng, d_in=256, d_out=256)
+    tensors = {name: one * np.float32(0.003) for name, one in tensors.items()}
+    assert upload_parts(based, "s", peft_config(), tensors).status_code == 201
+    path = "/v1/bases/bonsai/merged/s"
+    for file, dtype in (("bonsai.gguf", "F16"), ("model.safetensors", "BF16")):
+        exact = based.get(f"/v1/bases/bonsai/survival/s?dtype={dtype}").json()["gain"]
+        assert gain_of(based, f"{path}/{file}") == pytest.approx(exact, abs=0.15)
+    assert gain_of(based, f"{path}/bonsai.gguf?dtype=F32") > 0.999
+    head = based.head(f"{path}/bonsai.gguf?dtype=Q8_0")
+    assert head.status_code == 200
+    assert "bonsai-delta-gain" not in head.headers
 
 
 def test_merged_downloads_say_what_is_left_once_it_is_known(based, settings, monkeypatch):
@@ -179,22 +215,14 @@ def test_merged_downloads_say_what_is_left_once_it_is_known(based, settings, mon
     path = "/v1/bases/tiny-qwen3/merged/plain/model-00001-of-00003.safetensors"
     hub = "/tiny-qwen3/plain/resolve/main/model-00001-of-00003.safetensors"
 
-    def gain_of(path):
-        for _ in range(500):
-            found = based.head(path).headers.get("bonsai-delta-gain")
-            if found is not None:
-                return float(found)
-            time.sleep(0.01)
-        raise AssertionError(path)
-
-    got = gain_of(path)
+    got = gain_of(based, path)
     exact = based.get("/v1/bases/tiny-qwen3/survival/plain").json()["gain"]
     assert got == pytest.approx(exact, abs=0.02)
-    assert gain_of(hub) == got
+    assert gain_of(based, hub) == got
     assert based.get(path).headers["bonsai-delta-gain"] == f"{got:.4f}"
     logged = []
     monkeypatch.setattr(gain._log, "warning", lambda text, *values: logged.append(text % values))
-    little = gain_of(f"{path}?scale=0.00001")
+    little = gain_of(based, f"{path}?scale=0.00001")
     assert little < 0.5
     (text,) = logged
     assert text.startswith(f"merging 'plain' into base 'tiny-qwen3' keeps {100 * little:.0f} %")
@@ -212,11 +240,14 @@ def test_every_64th_row_of_a_large_tensor_is_counted(monkeypatch, rng):
             return np.asarray(self)[block]
 
     whole = exponents._count(weights.view(InMemory))
-    assert sum(whole.values()) == weights.size
+    assert sum(whole.exponents.values()) == weights.size
+    assert whole.on_grid["F16"] < 0.01
+    halves = weights.astype(np.float16).astype(np.float32).view(InMemory)
+    assert exponents._count(halves).on_grid["F16"] == 1.0
     monkeypatch.setattr(exponents, "SMALL_VALUES", 1000)
     some = exponents._count(weights.view(InMemory))
     _, expected = np.unique(np.frexp(weights[::64])[1], return_counts=True)
-    assert list(some.values()) == expected.tolist()
+    assert list(some.exponents.values()) == expected.tolist()
 
 
 def test_a_scale_makes_the_delta_smaller(based):

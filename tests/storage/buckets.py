@@ -1,6 +1,7 @@
 """Stores over one bucket in memory, as different machines have them."""
 
 import contextlib
+import time
 
 from obstore.store import MemoryStore
 
@@ -21,10 +22,13 @@ class Line(Bucket):
     """A bucket whose network can be cut."""
 
     is_cut = False
+    delay = 0.0
+    """How long an attempt takes while it is cut, in seconds."""
 
     @contextlib.contextmanager
     def _asking(self, kind):
         if self.is_cut:
+            time.sleep(self.delay)
             self._last_error = float("inf")
             raise StoreUnreachableError("the line is cut")
         self._last_error = 0.0

@@ -20,38 +20,21 @@ from pathlib import Path
 
 import anyio
 import structlog
-from fastapi import APIRouter, Depends, FastAPI
-from fastapi.routing import APIRoute
+from fastapi import FastAPI
 from prometheus_client.core import Metric
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route
 
-from bonsai_lora.api.context import Context, get_context
+from bonsai_lora.api.context import Context
 from bonsai_lora.api.door import Door
 from bonsai_lora.api.entrance import EntranceMiddleware
 from bonsai_lora.api.errors import install_error_handlers
 from bonsai_lora.api.metrics import Load, Metrics, service_metrics
 from bonsai_lora.api.middleware import ObserveMiddleware, Observer
 from bonsai_lora.api.openapi import install_openapi
-from bonsai_lora.api.query import refuse_unknown_query
-from bonsai_lora.api.routes import (
-    adapters,
-    apply,
-    hub,
-    hub_push,
-    jobs,
-    lab,
-    merge,
-    oip,
-    operations,
-    page,
-    set_files,
-    sets,
-    shared_memory,
-    stats,
-)
-from bonsai_lora.api.routes import bases as bases_routes
+from bonsai_lora.api.routing import ROUTER, ROUTES
 from bonsai_lora.api.scopes import OPEN, scope_of
+from bonsai_lora.api.sources_file import read_sources
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core import backend
 from bonsai_lora.errors import StoreFullError
@@ -63,13 +46,13 @@ from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
+from bonsai_lora.service.pull import Origins
 from bonsai_lora.service.stats import store_stats
 from bonsai_lora.service.view import SetView
 from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import UNGUARDED, Settings, usable_cores
 from bonsai_lora.storage.counts import CountFile, read_restarts
 from bonsai_lora.storage.exponents import ExponentFolder
-from bonsai_lora.storage.jobs import JobFolder
 from bonsai_lora.storage.protocol import Store
 from bonsai_lora.storage.regions import SharedRegions
 from bonsai_lora.storage.store import SetStore
@@ -103,66 +86,6 @@ _TAGS = [
     {"name": "jobs", "description": "Work that goes on after the answer to its request."},
     {"name": "operations", "description": "Health and metrics."},
 ]
-_ROUTERS = [
-    one.router
-    for one in (
-        sets,
-        set_files,
-        adapters,
-        apply,
-        merge,
-        bases_routes,
-        oip,
-        shared_memory,
-        stats,
-        lab,
-        jobs,
-        operations,
-        page,
-        hub_push,
-        hub,  # last: its paths match almost anything
-    )
-]
-
-
-def _heads_of(router: APIRouter) -> APIRouter:
-    """Return a HEAD for each GET: the server drops the body of its response."""
-    heads = APIRouter()
-    for route in router.routes:
-        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
-            heads.add_api_route(
-                route.path,
-                route.endpoint,
-                methods=["HEAD"],
-                response_model=route.response_model,
-                response_model_exclude_unset=route.response_model_exclude_unset,
-                include_in_schema=False,
-            )
-    return heads
-
-
-_STRICT_ROUTERS = [
-    one.router for one in (sets, set_files, adapters, merge, bases_routes, stats, lab, jobs)
-]
-"""Routers that refuse unknown query parameters. Apply parses its own; clients of the Hub and of the
-Open Inference Protocol send additional ones."""
-
-
-def _router_of_all() -> tuple[APIRouter, list[BaseRoute]]:
-    """Return a router that includes all routes, and the routes."""
-    whole, routes = APIRouter(), list[BaseRoute]()
-    for router in _ROUTERS:
-        strict = [Depends(refuse_unknown_query)] if router in _STRICT_ROUTERS else []
-        for one in (router, _heads_of(router)):
-            # get_context checks the scope of the key; routes that use no context need it too.
-            whole.include_router(one, dependencies=[Depends(get_context), *strict])
-            routes += one.routes
-    return whole, routes
-
-
-# Made once: FastAPI analyzes the functions of an included router upon its first request, in 35 ms.
-_ROUTER, _ROUTES = _router_of_all()
-
 _CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _EXPOSED_HEADERS = (
     "Accept-Ranges",
@@ -180,6 +103,8 @@ _EXPOSED_HEADERS = (
 )
 """Headers that a script of an allowed origin may read."""
 _MAINTENANCE_SECONDS = 15
+_OPENING_THREADS = 32
+"""Threads that wait for a bucket."""
 _PUBLISH_SECONDS = 1.0
 """Oldest figures of a worker that another worker reports."""
 
@@ -279,8 +204,8 @@ def create_default_app() -> FastAPI:
 
 def _include_routes(app: FastAPI) -> list[BaseRoute]:
     """Add all routes to `app`, and return them."""
-    routes = [*(route for route in app.routes if isinstance(route, Route)), *_ROUTES]
-    app.router.routes.extend(_ROUTER.routes)
+    routes = [*(route for route in app.routes if isinstance(route, Route)), *ROUTES]
+    app.router.routes.extend(ROUTER.routes)
     for route in routes:
         for method in getattr(route, "methods", None) or ():
             scope_of(method, getattr(route, "path", ""))  # raises KeyError for a forgotten one
@@ -301,6 +226,7 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
     memory = Budget(settings.work_memory_bytes)
+    long = Lane("long", settings.max_concurrency, settings.threads)
     return Context(
         settings,
         view,
@@ -312,7 +238,8 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
             settings.threads,
             has_spare_cores=min(settings.threads, usable_cores()) > settings.workers,
         ),
-        Lane("long", settings.max_concurrency, settings.threads),
+        long,
+        Lane("opening", settings.max_concurrency, _OPENING_THREADS) if settings.is_bucket else long,
         Applier(limits, bases),
         Inference(view, regions),
         CountFile(shared),
@@ -321,11 +248,12 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
         CheckedFiles(),
         ThreadPoolExecutor(settings.threads, "merge"),
         Jobs(
-            JobFolder(store.root / "jobs"),
+            store.jobs,
             Lane("jobs", settings.max_jobs, settings.threads, late_per_place=0),
             memory,
         ),
         Gains(ExponentFolder(store.root / "exponents")),
+        Origins(read_sources(settings.sources), settings.stall_seconds),
         metrics,
     )
 
@@ -344,7 +272,7 @@ def _collect(app: FastAPI, shared: Path) -> Iterable[Metric]:
 def _read_load(app: FastAPI) -> Load:
     """Return what this process has to do at the moment."""
     context: Context = app.state.context
-    lanes = (context.short, context.long, context.jobs.lane)
+    lanes = {context.short, context.long, context.opening, context.jobs.lane}
     budgets = {"memory": context.memory, "spill": context.spill}
     return Load(
         {lane.name: lane.in_progress for lane in lanes},

@@ -28,6 +28,7 @@ from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.keys import Key, Meter, Scope, missing_scope
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
+from bonsai_lora.service.pull import Origins
 from bonsai_lora.service.view import SetView
 from bonsai_lora.service.work import Lane, ShortLane
 from bonsai_lora.settings import Settings
@@ -49,6 +50,8 @@ class Context:
     spill: Budget
     short: ShortLane
     long: Lane
+    opening: Lane
+    """Where sets are opened if that takes long: the long lane, or more threads for a bucket."""
     applier: Applier
     inference: Inference
     counts: CountFile
@@ -58,6 +61,7 @@ class Context:
     executor: Executor
     jobs: Jobs
     gains: Gains
+    origins: Origins
     metrics: Metrics
     stopping: Event = field(default_factory=Event)
     """Set once the service is about to stop, for balancers that ask whether it is ready."""
@@ -91,7 +95,7 @@ class Context:
         )
 
     async def open(self, name: str, version: int | None = None) -> StoredSet:
-        """Return the current version of a set; it is opened in the long lane if that takes long.
+        """Return the current version of a set; it is opened in a thread if that takes long.
 
         If it is older than `version`, or there is none, the store is asked again, as the caller
         may have seen a change that has not arrived here. Raises SetNotFoundError,
@@ -104,7 +108,7 @@ class Context:
         except SetNotFoundError:
             if version is None:
                 raise
-        await self.long.run(partial(self.store.refresh, name))
+        await self.opening.run(partial(self.store.refresh, name))
         return await self._open(name)
 
     async def open_version(self, name: str, version: int | None) -> StoredSet:
@@ -114,7 +118,7 @@ class Context:
     async def _open(self, name: str) -> StoredSet:
         stored = self.store.read_quickly(name)
         if stored is None:
-            stored = await self.long.run(partial(self.store.read, name))
+            stored = await self.opening.run(partial(self.store.read, name))
         return stored
 
     async def apply(self, work: Callable[[Applier], T], nanoseconds: float) -> T:

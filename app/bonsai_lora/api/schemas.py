@@ -204,6 +204,16 @@ class ImportedModule(ModuleInfo):
     delta_norm: float = Field(description="Frobenius norm of scaling * B @ A")
 
 
+class PullSet(RequestModel):
+    """An adapter in an origin that the operator named."""
+
+    source: str = Field(
+        max_length=1024,
+        description="ORIGIN:PATH, or ORIGIN:PATH@REVISION of a hub",
+        examples=["hub:acme/sql-lora@main"],
+    )
+
+
 class PatchSet(RequestModel):
     """What can be changed of a set without its weights."""
 

@@ -1,11 +1,11 @@
-"""How large the weights of a base are: the distribution of each tensor's exponents."""
+"""What rounding does to the weights of a base: their exponents, and how exactly types hold them."""
 
 import numpy as np
 
 from bonsai_lora.checkpoints.base import Base, Tensor
-from bonsai_lora.core.cast import to_float32
+from bonsai_lora.core.cast import BFLOAT16, FLOAT16, to_float32
 from bonsai_lora.core.merge import blocks
-from bonsai_lora.core.rounding import Counts
+from bonsai_lora.core.rounding import Weights
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
 
 SMALL_VALUES = 1 << 18
@@ -14,10 +14,11 @@ EVERY = 64
 """Of larger tensors every 64th row is counted."""
 
 _OFFSET = 256
+_TYPES = {"BF16": BFLOAT16, "F16": FLOAT16}
 
 
-def exponents_of(base: Base) -> dict[str, Counts]:
-    """Return the distribution of floor(log2 |W|) of each matrix of floats; raises BaseChangedError.
+def weights_of(base: Base) -> dict[str, Weights]:
+    """Return the distribution of the weights of each matrix of floats; raises BaseChangedError.
 
     Reads a 64th of a large base.
     """
@@ -31,15 +32,23 @@ def exponents_of(base: Base) -> dict[str, Counts]:
     return found
 
 
-def _count(tensor: Tensor) -> Counts:
+def _count(tensor: Tensor) -> Weights:
     rows, columns = tensor.shape
     counts = np.zeros(2 * _OFFSET, np.int64)
+    exact = dict.fromkeys(_TYPES, 0)
     step = 1 if rows * columns <= SMALL_VALUES else EVERY
     for place, whole in blocks(rows, columns, most=SMALL_VALUES, whole_rows=True):
         first = -(-place.start // step) * step
         for start in range(first, place.stop, step) if step > 1 else [place.start]:
             stop = start + 1 if step > 1 else place.stop
             values = to_float32(tensor[slice(start, stop), whole])
-            _, exponents = np.frexp(values[np.isfinite(values) & (values != 0)])
-            counts += np.bincount(exponents - 1 + _OFFSET, minlength=len(counts))
-    return {int(one) - _OFFSET: int(counts[one]) for one in np.flatnonzero(counts)}
+            values = values[np.isfinite(values) & (values != 0)]
+            counts += np.bincount(np.frexp(values)[1] - 1 + _OFFSET, minlength=len(counts))
+            with np.errstate(over="ignore"):
+                for name, dtype in _TYPES.items():
+                    exact[name] += int(np.count_nonzero(values.astype(dtype) == values))
+    total = max(1, int(counts.sum()))
+    return Weights(
+        {int(one) - _OFFSET: int(counts[one]) for one in np.flatnonzero(counts)},
+        {name: count / total for name, count in exact.items()},
+    )

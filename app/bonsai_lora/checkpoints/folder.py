@@ -1,6 +1,6 @@
 """Select the files of a folder that make up a base, as transformers does.
 
-A folder without safetensors files may have a GGUF file instead.
+A folder without safetensors files may have a GGUF model instead.
 
 `model.safetensors` takes precedence; without it the index decides (`from_pretrained` of
 transformers 5). Other weights, such as variants, are not part of the model. Subfolders are, unless
@@ -29,6 +29,8 @@ _ONE_FILE = "model.safetensors"
 _OTHER_WEIGHTS = frozenset({".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx"})
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _DEPTH = 4
+_PROJECTOR = "mmproj"
+"""In the names of GGUF files with a vision tower, which llama.cpp loads beside the model."""
 
 
 @dataclass(slots=True)
@@ -58,7 +60,7 @@ def read_folder(folder: Path) -> FolderFiles:
     if found.weights:
         found.ignored += ggufs
     else:
-        found.weights = {name for name in ggufs if "/" not in name}
+        found.weights = {name for name in ggufs if "/" not in name and _PROJECTOR not in name}
         found.files |= {name: ggufs[name] for name in sorted(found.weights)}
         found.ignored += ggufs.keys() - found.weights
     found.ignored.sort()

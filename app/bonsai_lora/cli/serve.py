@@ -25,6 +25,7 @@ from pydantic import ValidationError
 
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.api.keys_file import read_keys
+from bonsai_lora.api.sources_file import read_sources
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.cli.accept import Server
 from bonsai_lora.cli.listen import ListenError, address_of, listening
@@ -119,10 +120,11 @@ def _guarded(settings: Settings) -> Settings:
     """Return `settings` with `no_auth` where only this machine can connect.
 
     Raises ValueError if other machines can, without keys or leave, for a certificate that cannot be
-    used, and for bad keys.
+    used, and for bad keys or sources.
     """
     if settings.tls_cert is not None:
         _check_certificate(settings.tls_cert, settings.tls_key)
+    read_sources(settings.sources)
     if settings.keys_file is not None:
         read_keys(settings.keys_file)
     elif not settings.no_auth and settings.is_reachable():

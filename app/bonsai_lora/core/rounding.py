@@ -1,18 +1,26 @@
 """What rounding to a float type with few bits leaves of a small change: closed forms.
 
-W lies on the type's grid, whose step near W is u, and the change D is normal with the standard
-deviation sigma. Then round(W + D) - W is D rounded to multiples of u, and everything depends on z =
-u / sigma alone.
+The change D is normal with the standard deviation sigma, and the type's step near W is u. If W lies
+on the type's grid, round(W + D) - W is D rounded to multiples of u, and everything depends on z = u
+/ sigma alone. If W lies anywhere, rounding adds noise, but is right on average: the gain is 1.
 """
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-Counts = Mapping[int, int]
-"""Number of values by exponent floor(log2 |W|); zeros are not counted."""
+
+class Weights(NamedTuple):
+    """What the gain depends on of the weights of a matrix."""
+
+    exponents: Mapping[int, int]
+    """Number of values by exponent floor(log2 |W|); zeros are not counted."""
+    on_grid: Mapping[str, float]
+    """Share of the values that BF16 and F16 hold exactly; of other types it is 1."""
+
 
 MANTISSA_BITS: Mapping[str, tuple[int, int]] = {
     "BF16": (7, -126),
@@ -40,22 +48,23 @@ _TABLE = np.array(
 
 
 def kept_squares(
-    squares: npt.NDArray[np.float64], width: int, exponents: Counts, dtype: str
+    squares: npt.NDArray[np.float64], width: int, weights: Weights, dtype: str
 ) -> float:
     """Return the sum of gain * |D|^2 over rows of D with these squared norms and this width.
 
-    `exponents` is the distribution of the base's exponents, which rows share. sigma is rounded to a
-    sixteenth of a power of two.
+    All rows share the distribution of `weights`. sigma is rounded to a sixteenth of a power of two.
     """
     bits, least = MANTISSA_BITS[dtype]
     present = squares[squares > 0]
-    total = sum(exponents.values())
+    exponents, total = weights.exponents, sum(weights.exponents.values())
     if not len(present) or not total:
         return float(present.sum())
     sigmas = np.rint(_STEPS * np.log2(present / width) / 2).astype(np.int64)
     levels, places = np.unique(sigmas, return_inverse=True)
-    weights = np.bincount(places, weights=present)
+    by_level = np.bincount(places, weights=present)
     steps = np.array([max(one, least) - bits for one in exponents]) * _STEPS
     shares = np.array([*exponents.values()]) / total
     entry = np.clip(steps[None] - levels[:, None] - _LEAST * _STEPS + 1, 0, len(_TABLE) - 1)
-    return float(weights @ (_TABLE[entry] @ shares))
+    on_grid = weights.on_grid.get(dtype, 1.0)
+    kept = float(by_level @ (_TABLE[entry] @ shares))
+    return on_grid * kept + (1 - on_grid) * float(present.sum())

@@ -42,8 +42,9 @@ class LaneConnection(asyncio.BufferedProtocol):
         """Return the buffer for the next read."""
         if self._target is not None:
             return self._target[self._filled :]
-        # Between requests read little, so that little of a long body has to be copied again.
-        return self._buffer if self._http.is_parsing else self._buffer[:LONG_BYTES]
+        # Else read little, so that little of a long body has to be copied again, and that few of
+        # many pipelined requests are parsed at once.
+        return self._buffer if self._http.is_in_body else self._buffer[:LONG_BYTES]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Process `nbytes` received bytes."""
@@ -142,6 +143,11 @@ class LaneProtocol(GuardedProtocol):
         """Loop time since which a short body is waited for, or is fast enough."""
         self._missing = 0
         """Bytes of the body that were missing then."""
+
+    @property
+    def is_in_body(self) -> bool:
+        """Whether uvicorn's parser is in the middle of a body."""
+        return self.is_parsing and not self._is_in_head
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Initialize the timers."""

@@ -32,6 +32,8 @@ MAX_HEADER_BYTES = 100_000_000
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 _ALIGNMENT = 64
+FEW_TENSORS = 64
+"""Far more than a request about a single module has."""
 _MAX_SIZE = 2**63 - 1
 _SHORT_BYTES = 1 << 10
 """Headers up to this length are cached."""
@@ -88,11 +90,14 @@ def header_length(prefix: bytes | memoryview, limit: int = MAX_HEADER_BYTES) -> 
     return length
 
 
-def decode_header(raw: bytes | memoryview, *, limit: int = MAX_HEADER_BYTES) -> Header:
+def decode_header(
+    raw: bytes | memoryview, *, limit: int = MAX_HEADER_BYTES, most: int | None = None
+) -> Header:
     """Return the checked header of a file whose first bytes are `raw` (data may follow).
 
-    Raises MalformedSafetensorsError for a broken rule, HeaderTooLargeError over `limit` bytes.
-    The length of the data is not compared: see `Header.total_bytes`.
+    Raises MalformedSafetensorsError for a broken rule, HeaderTooLargeError over `limit` bytes, or
+    for more than `most` tensors in a long header. The length of the data is not compared: see
+    `Header.total_bytes`.
     """
     length = header_length(raw, limit)
     stop = _LENGTH_BYTES + length
@@ -101,7 +106,16 @@ def decode_header(raw: bytes | memoryview, *, limit: int = MAX_HEADER_BYTES) -> 
             f"the header is {counted(length, 'byte')} long, but the file ends after {len(raw) - 8}"
         )
     text = bytes(raw[_LENGTH_BYTES:stop])
-    return _decode_short(text) if length <= _SHORT_BYTES else _decode_text(text)
+    if length <= _SHORT_BYTES:
+        return _decode_short(text)
+    count = text.count(b'"data_offsets"')  # cheap, before they are parsed
+    if most is not None and count > most:
+        raise HeaderTooLargeError(
+            f"the safetensors header has {count} tensors, but the limit is {most}; send fewer",
+            got=count,
+            limit=most,
+        )
+    return _decode_text(text)
 
 
 def _decode_text(text: bytes) -> Header:
@@ -129,14 +143,14 @@ _decode_short = lru_cache(_REMEMBERED)(_decode_text)
 
 
 def decode(
-    raw: bytes | memoryview, *, limit: int = MAX_HEADER_BYTES
+    raw: bytes | memoryview, *, limit: int = MAX_HEADER_BYTES, most: int | None = None
 ) -> tuple[dict[str, Array], Mapping[str, str]]:
     """Return the tensors by name, as views of `raw`, and the metadata.
 
     Raises MalformedSafetensorsError unless the length matches the header exactly, and
     InvalidRequestError for a dtype other than F32, F16, BF16, F64.
     """
-    header = decode_header(raw, limit=limit)
+    header = decode_header(raw, limit=limit, most=most)
     check_total(header, len(raw))
     return {name: view(raw, header, name) for name in header.tensors}, header.metadata
 

@@ -10,11 +10,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from bonsai_lora.checkpoints.base import Base
-from bonsai_lora.checkpoints.exponents import exponents_of
+from bonsai_lora.checkpoints.exponents import weights_of
 from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.core.cast import Array, to_float32
 from bonsai_lora.core.factors import Values
-from bonsai_lora.core.rounding import MANTISSA_BITS, Counts, kept_squares
+from bonsai_lora.core.rounding import MANTISSA_BITS, Weights, kept_squares
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.service.survival import is_sum
 from bonsai_lora.storage.exponents import ExponentFolder
@@ -26,13 +26,13 @@ _log = logging.getLogger(__name__)
 
 
 class Gains:
-    """Gains of merged models, and the distributions of exponents that they need. Thread-safe."""
+    """Gains of merged models, and the distributions of weights that they need. Thread-safe."""
 
     def __init__(self, folder: ExponentFolder) -> None:
         self._folder = folder
         self._thread = ThreadPoolExecutor(1, "gain")
         self._lock = threading.Lock()
-        self._exponents: WeakKeyDictionary[Base, Mapping[str, Counts]] = WeakKeyDictionary()
+        self._weights: WeakKeyDictionary[Base, Mapping[str, Weights]] = WeakKeyDictionary()
         self._found: WeakKeyDictionary[MergedModel, dict[str, float | None]] = WeakKeyDictionary()
         self._begun: set[str] = set()
 
@@ -50,9 +50,9 @@ class Gains:
         return found.get(key)
 
     def prepare(self, base: Base) -> None:
-        """Count the exponents of a base in the background, unless that is done."""
-        if base not in self._exponents:
-            self._begin(base.digest, partial(self._exponents_of, base))
+        """Look at the weights of a base in the background, unless that is done."""
+        if base not in self._weights:
+            self._begin(base.digest, partial(self._weights_of, base))
 
     def _begin(self, what: str, work: Callable[[], object]) -> None:
         with self._lock:
@@ -72,17 +72,17 @@ class Gains:
             with self._lock:
                 self._begun.discard(what)
 
-    def _exponents_of(self, base: Base) -> Mapping[str, Counts]:
-        known = self._exponents.get(base) or self._folder.read(base.digest)
+    def _weights_of(self, base: Base) -> Mapping[str, Weights]:
+        known = self._weights.get(base) or self._folder.read(base.digest)
         if known is None:
-            known = exponents_of(base)
+            known = weights_of(base)
             self._folder.write(base.digest, known)
-        self._exponents[base] = known
+        self._weights[base] = known
         return known
 
     def _compute(self, model: MergedModel, dtype: str | None) -> None:
         found = self._found.setdefault(model, {})
-        found[dtype or ""] = gain = gain_of(model, self._exponents_of(model.base), dtype)
+        found[dtype or ""] = gain = gain_of(model, self._weights_of(model.base), dtype)
         if gain is not None and gain < LITTLE:
             _log.warning(
                 "merging %s into base %r keeps %.0f %% of the deltas, as the stored type rounds "
@@ -93,7 +93,7 @@ class Gains:
             )
 
 
-def gain_of(model: MergedModel, exponents: Mapping[str, Counts], dtype: str | None) -> float | None:
+def gain_of(model: MergedModel, weights: Mapping[str, Weights], dtype: str | None) -> float | None:
     """Return <D', D> / |D|^2 over all tensors that are changed by added deltas, estimated.
 
     D is the delta, and D' what the stored weights differ by. None if there is no such tensor.
@@ -103,7 +103,7 @@ def gain_of(model: MergedModel, exponents: Mapping[str, Counts], dtype: str | No
         info = model.base.info(name)
         assert info is not None
         stored = dtype or info.dtype
-        if not is_sum(touched) or name not in exponents or stored not in MANTISSA_BITS:
+        if not is_sum(touched) or name not in weights or stored not in MANTISSA_BITS:
             continue
         squares = _row_squares(
             [
@@ -114,7 +114,7 @@ def gain_of(model: MergedModel, exponents: Mapping[str, Counts], dtype: str | No
                 for adapter, weight in touched.deltas
             ]
         )
-        kept += kept_squares(squares, info.shape[1], exponents[name], stored)
+        kept += kept_squares(squares, info.shape[1], weights[name], stored)
         total += float(squares.sum())
     return kept / total if total else None
 

@@ -25,8 +25,9 @@ from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.keys import Key
 from bonsai_lora.service.work import Lane
 from bonsai_lora.storage.jobs import (
-    JobFolder,
+    HEARTBEAT_SECONDS,
     JobRecord,
+    JobRecords,
     State,
     as_seen,
     failed,
@@ -79,10 +80,10 @@ Work = Callable[[Progress], Awaitable[Mapping[str, Any]]]
 class Jobs:
     """Runs the jobs that this process has accepted, and finds those of all processes."""
 
-    def __init__(self, folder: JobFolder, lane: Lane, memory: Budget) -> None:
+    def __init__(self, records: JobRecords, lane: Lane, memory: Budget) -> None:
         self.lane = lane
         """Where jobs have places, and threads for their pieces."""
-        self._folder = folder
+        self._records = records
         self._memory = memory
         self._turns = asyncio.Semaphore(AT_ONCE)
         self._running: dict[str, Progress] = {}
@@ -98,7 +99,7 @@ class Jobs:
         record = new_record(kind, key.id)
         self.lane.enter(record.id)
         try:
-            await asyncio.to_thread(self._folder.add, record)
+            await asyncio.to_thread(self._records.add, record)
         except BaseException:
             self.lane.leave(record.id)
             raise
@@ -109,13 +110,13 @@ class Jobs:
 
     async def get(self, key: Key, number: str) -> JobRecord:
         """Return a job of the caller; raises JobNotFoundError."""
-        return _seen(key, number, await asyncio.to_thread(self._folder.read, number))
+        return _seen(key, number, await asyncio.to_thread(self._records.read, number))
 
     async def result(self, job: JobRecord) -> Mapping[str, Any] | None:
         """Return the result of a job that is done, else None."""
         if job.state != "done":
             return None
-        return await asyncio.to_thread(self._folder.read_result, job.id)
+        return await asyncio.to_thread(self._records.read_result, job.id)
 
     async def cancel(self, key: Key, number: str) -> JobRecord:
         """Ask a job of the caller to stop, and return it; raises JobNotFoundError.
@@ -123,7 +124,7 @@ class Jobs:
         A job that runs stops before its next piece of work; what it has stored by then stays.
         """
         await self.get(key, number)
-        record = await asyncio.to_thread(self._folder.update, number, _cancelled)
+        record = await asyncio.to_thread(self._records.update, number, _cancelled)
         if number in self._running:
             self._running[number].is_cancelled = True
         return _seen(key, number, record)
@@ -134,10 +135,10 @@ class Jobs:
 
     def _page(self, key: Key, limit: int, cursor: str | None) -> list[JobRecord]:
         found: list[JobRecord] = []
-        for number in self._folder.ids():
+        for number in self._records.ids():
             if len(found) < limit and (cursor is None or number < cursor):
                 with suppress(JobNotFoundError):
-                    found.append(_seen(key, number, self._folder.read(number)))
+                    found.append(_seen(key, number, self._records.read(number)))
         return found
 
     async def stop(self) -> None:
@@ -165,7 +166,20 @@ class Jobs:
         finally:
             beat.cancel()
             del self._running[number]
-        await asyncio.to_thread(self._folder.update, number, end)
+        await self._finish(number, end)
+
+    async def _finish(self, number: str, end: Callable[[JobRecord], JobRecord]) -> None:
+        """Record how a job has ended; a store that is away is asked again for half a minute."""
+        late = time.monotonic() + HEARTBEAT_SECONDS
+        while True:
+            try:
+                await asyncio.to_thread(self._records.update, number, end)
+            except BonsaiLoraError:
+                if time.monotonic() > late:
+                    raise
+                await asyncio.sleep(BEAT_SECONDS)
+            else:
+                return
 
     async def _outcome(
         self, number: str, progress: Progress, needed_bytes: int, work: Work
@@ -176,11 +190,11 @@ class Jobs:
                 await asyncio.sleep(BEAT_SECONDS)
                 progress.check()
             with _released(self._memory, needed_bytes):
-                record = await asyncio.to_thread(self._folder.update, number, _started)
+                record = await asyncio.to_thread(self._records.update, number, _started)
                 progress.is_cancelled |= record is None or record.is_finished
                 progress.check()
                 result = await work(progress)
-                await asyncio.to_thread(self._folder.write_result, number, result)
+                await asyncio.to_thread(self._records.write_result, number, result)
                 return partial(replace, state="done", progress=1.0)
         except JobCancelledError:
             return partial(replace, state="cancelled")
@@ -197,7 +211,7 @@ class Jobs:
             await asyncio.sleep(BEAT_SECONDS)
             change = partial(_beaten, share=progress.share)
             with suppress(BonsaiLoraError, OSError):  # the next beat may succeed
-                record = await asyncio.to_thread(self._folder.update, number, change)
+                record = await asyncio.to_thread(self._records.update, number, change)
                 progress.is_cancelled |= record is None or record.is_cancelled
 
 

@@ -102,8 +102,7 @@ def import_adapter(
 
     `base_model_name` replaces the name in the configuration; `expert_layout` overrides the column
     order of B for fused experts. Raises the errors of `peft.decode_adapter`, `mlx.decode_mlx`,
-    `Upload.finish` and `precondition`, InvalidNameError, RankTooLargeError, TooManyModulesError and
-    MemoryBudgetError, and then changes nothing.
+    `Upload.finish` and `store_import`, and InvalidNameError, and then changes nothing.
     """
     check_set_name(name)
     raw = parse_config(raw_config)

@@ -28,9 +28,12 @@ from bonsai_lora.errors import StoreUnreachableError
 
 _log = logging.getLogger(__name__)
 
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 4 << 20
+_PART_BYTES = 8 << 20
 _AHEAD = 4
-"""Pieces that are read ahead or written at once: 32 MiB of memory for each transfer."""
+"""Pieces that are read ahead and parts that are written at once: 16 and 32 MiB of memory."""
+_MOST_FETCHES = 8
+"""Large objects that are read at once."""
 _MOST_SMALL_BYTES = 4 << 20
 _SMALL_SECONDS, _LARGE_SECONDS = "5s", "60s"
 _DOWN_SECONDS = 1.0
@@ -45,6 +48,10 @@ _LOST = (failures.AlreadyExistsError, failures.PreconditionError, FileNotFoundEr
 
 class ConflictError(Exception):
     """An object is not what a conditional write expected."""
+
+
+class _NoBucketError(Exception):
+    """There is no such bucket; a missing object looks like that only to who reads it."""
 
 
 class SameError(Exception):
@@ -80,6 +87,7 @@ class Bucket:
         self._small = small
         self._large = small if large is None else large
         self._lock = threading.Lock()
+        self._fetches = threading.BoundedSemaphore(_MOST_FETCHES)
         self.requests: Counter[str] = Counter()
         """Requests by kind: get, list, put, delete; a large object counts once."""
         self.last_ok = 0.0
@@ -119,8 +127,12 @@ class Bucket:
                 try:
                     return obstore.put(self._small, key, body, mode=mode)["e_tag"] or ""
                 except _LOST as error:
+                    if replaces is None and isinstance(error, FileNotFoundError):
+                        raise _NoBucketError(str(error)) from error
                     raise ConflictError(key) from error
-        except (ConflictError, StoreUnreachableError):
+        except (ConflictError, StoreUnreachableError) as error:
+            if error.__cause__ is None:  # it was not sent
+                raise
             self._down_until = 0.0
             found = self.get(key)
             if found is not None and found.body == body:
@@ -130,19 +142,23 @@ class Bucket:
     def write(self, key: str, path: Path) -> None:
         """Write the large object `key` from a file."""
         with self._asking("put"):
-            obstore.put(self._large, key, path, chunk_size=PIECE_BYTES, max_concurrency=_AHEAD)
+            obstore.put(self._large, key, path, chunk_size=_PART_BYTES, max_concurrency=_AHEAD)
 
     def pieces(self, key: str, size: int) -> Iterator[bytes]:
         """Yield a large object in pieces, nothing unless it has `size` bytes.
 
         Raises FileNotFoundError.
         """
-        if size <= PIECE_BYTES:
+        with self._fetches:
+            if size > PIECE_BYTES:
+                yield from self._many_pieces(key, size)
+                return
             with self._asking("get"):
                 answer = obstore.get(self._large, key)
                 body = bytes(answer.bytes()) if answer.meta["size"] == size else b""
             yield body
-            return
+
+    def _many_pieces(self, key: str, size: int) -> Iterator[bytes]:
         with self._asking("get"):
             length = obstore.head(self._large, key)["size"]
         if length != size:
@@ -165,7 +181,7 @@ class Bucket:
 
         Each thousand costs a request.
         """
-        with self._asking("list"):
+        with self._asking("list"), _listing():
             chunks = obstore.list(
                 self._small, folder, offset=f"{folder}/{after}" if after else None, chunk_size=count
             )
@@ -175,7 +191,7 @@ class Bucket:
                 Listed(one["path"], one["e_tag"] or "", one["size"], one["last_modified"])
                 for one in chunk
             ]
-            with self._asking("list"):
+            with self._asking("list"), _listing():
                 chunk = next(chunks, [])
 
     def delete(self, key: str) -> None:
@@ -223,7 +239,7 @@ class Bucket:
                 self.requests[kind] += 1
         try:
             yield
-        except (failures.BaseError, httpx.HTTPError, TimeoutError) as error:
+        except (failures.BaseError, httpx.HTTPError, TimeoutError, _NoBucketError) as error:
             if self.is_reachable:
                 # Not for callers: it names addresses and keys.
                 _log.warning("the bucket does not answer: %s", str(error).partition("\n")[0])
@@ -236,6 +252,14 @@ class Bucket:
         if not self.is_reachable:
             _log.warning("the bucket answers again")
         self.last_ok = time.time()
+
+
+@contextlib.contextmanager
+def _listing() -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise _NoBucketError(str(error).partition("\n")[0]) from error
 
 
 def open_bucket(url: str) -> Bucket:

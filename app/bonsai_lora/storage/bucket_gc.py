@@ -12,7 +12,7 @@ from functools import partial
 from typing import BinaryIO
 
 from bonsai_lora.errors import NewerFormatError
-from bonsai_lora.storage.bucket import Bucket, Listed, SameError
+from bonsai_lora.storage.bucket import Bucket, Listed
 from bonsai_lora.storage.bucket_index import FOLDER, Entry, read_index, write_index
 from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.pointer import (
@@ -103,13 +103,13 @@ def _corrected(
 
 def _known(bucket: Bucket) -> dict[str, tuple[str, Pointer]]:
     """Return the pointers of the last index by name, with their ETags."""
-    try:
-        index = read_index(bucket)
-    except SameError:  # it is asked for without an ETag
-        index = None
+    index = read_index(bucket)
     if index is None:
         return {}
-    return {name: (etag, pointer) for name, etag, pointer in index.entries()}
+    try:
+        return {name: (etag, pointer) for name, etag, pointer in index.entries()}
+    except ValueError:  # damaged; a new one is about to be written
+        return {}
 
 
 def _read_all(

@@ -42,7 +42,10 @@ class BucketIndex:
     pieces: Iterator[bytes]
 
     def entries(self) -> Iterator[Entry]:
-        """Yield name, ETag and pointer; those that cannot be used are left out."""
+        """Yield name, ETag and pointer; those that cannot be used are left out.
+
+        Raises ValueError if the index ends before its end, as when `gc` has just removed it.
+        """
         for line in _lines(self.pieces):
             try:
                 fields = json.loads(line)
@@ -89,7 +92,7 @@ def write_index(bucket: Bucket, file: BinaryIO, entries: Iterable[Entry], as_of:
 
 
 def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the lines of a gzip stream; stops at one that is too long, and where it is damaged."""
+    """Yield the lines of a gzip stream; raises ValueError if it is damaged or a line too long."""
     unpack = zlib.decompressobj(wbits=31)
     rest = b""
     try:
@@ -99,7 +102,9 @@ def _lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
                 *lines, rest = (rest + data).split(b"\n")
                 yield from lines
                 if len(rest) > 2 * MOST_BYTES:
-                    return
+                    raise ValueError("a line of the index is too long")
                 data = unpack.decompress(unpack.unconsumed_tail, MOST_BYTES)
-    except (zlib.error, FileNotFoundError):
-        return
+    except (zlib.error, FileNotFoundError) as error:
+        raise ValueError(f"the index cannot be read: {error}") from None
+    if not unpack.eof:
+        raise ValueError("the index is cut off")

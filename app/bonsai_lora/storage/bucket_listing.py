@@ -115,11 +115,11 @@ class BucketListing:
     def _indexed(self) -> tuple[SetIndex, str] | None:
         """Return the index and the time that it is of; None if there is none.
 
-        While the bucket is away, the one that was read last.
+        While the bucket is away, or a new one is damaged, the one that was read last.
         """
         with self._lock:
             if time.monotonic() >= self._index_due:
-                with contextlib.suppress(SameError, StoreUnreachableError):
+                with contextlib.suppress(SameError, StoreUnreachableError, ValueError):
                     self._index = self._read_index()
                 self._index_due = time.monotonic() + _REREAD_SECONDS
             return self._index
@@ -130,7 +130,6 @@ class BucketListing:
         if opened is None:
             self._index_etag = None
             return None
-        self._index_etag = opened.etag
         index = SetIndex(None, may_spill=True)
         with index.transaction():
             index.fill(
@@ -138,6 +137,7 @@ class BucketListing:
                 for _, _, one in opened.entries()
                 if one.record is not None
             )
+        self._index_etag = opened.etag
         return index, opened.as_of
 
 

@@ -38,24 +38,24 @@ class BucketReader:
         self.counts: defaultdict[str, float] = defaultdict(float)
         """Totals: hits, fetches, fetched_bytes and fetch_seconds."""
 
-    def look_up(self, name: str) -> None:
+    def look_up(self, name: str) -> Look:
         """Make sure that the copy of a set may be acted on; raises SetNotFoundError."""
         if not is_set_name(name):
             raise SetNotFoundError(name)
         look = self._fresh(name)
         if look is None:
-            asked = time.monotonic()
-            look = self._looks.once(name, asked, partial(self._look, name, may_adopt=True))
+            look = self._looks.once(name, time.monotonic(), partial(self._look_unless_known, name))
         if not look.exists:
             raise SetNotFoundError(name)
+        return look
 
     def refresh(self, name: str) -> None:
         """Compare the pointer of a set with the bucket's now, and fetch the set if it changed."""
         if not is_set_name(name):
             return
         with contextlib.suppress(SetNotFoundError):
-            asked = time.monotonic()
-            self._looks.once(name, asked, partial(self._look, name, may_adopt=False))
+            last = self._last_look(name)
+            self._looks.once(name, time.monotonic(), partial(self._look, name, last))
 
     def _fresh(self, name: str) -> Look | None:
         """Return the last look of this process at a set if it may be acted on."""
@@ -64,14 +64,19 @@ class BucketReader:
             return None  # a different worker has created it meanwhile
         return look
 
-    def _look(self, name: str, *, may_adopt: bool) -> Look:
-        """Compare the pointer with the bucket's; `may_adopt`: unless somebody else just did."""
-        fresh = self._fresh(name) if may_adopt else None
+    def _look_unless_known(self, name: str) -> Look:
+        """Compare the pointer with the bucket's, unless somebody else just did or it is away."""
+        fresh = self._fresh(name)
         if fresh is not None:
             return fresh
         last = self._last_look(name)
-        if may_adopt and last is not None and time.monotonic() < last.until:
+        if last is not None and time.monotonic() < last.until and not last.is_stale:
             return self._looks.note(name, last)
+        usable = None if self._bucket.is_reachable else self._looks.usable(name, last)
+        return usable or self._look(name, last)
+
+    def _look(self, name: str, last: Look | None) -> Look:
+        """Compare the pointer with the bucket's; `last` is the last look, if there is a copy."""
         try:
             if last is None or last.found is None:
                 return self.settle(name)
@@ -84,7 +89,7 @@ class BucketReader:
                 return self._looks.note(name, self._looks.new(last.found, exists=True, at=at))
             return self.settle(name)
         except StoreUnreachableError as error:
-            return self._looks.go_on(name, last, error)
+            return self._looks.fail(name, last, error)
 
     def _last_look(self, name: str) -> Look | None:
         """Return the youngest look at a set that has a copy, of this process or of its note."""

@@ -30,12 +30,14 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.storage.bucket import Bucket, ConflictError, Found, open_bucket
+from bonsai_lora.storage.bucket_jobs import BucketJobs
 from bonsai_lora.storage.bucket_listing import BucketListing
 from bonsai_lora.storage.bucket_reader import BucketReader
 from bonsai_lora.storage.cache import Cache, Note
 from bonsai_lora.storage.disk import storage_errors
-from bonsai_lora.storage.freshness import Looks
+from bonsai_lora.storage.freshness import Look, Looks
 from bonsai_lora.storage.index import Sums
+from bonsai_lora.storage.jobs import JobRecords
 from bonsai_lora.storage.newset import Received, file_of, next_version
 from bonsai_lora.storage.pointer import (
     POINTERS,
@@ -85,10 +87,11 @@ class BucketStore:
         stale_if_error_seconds: float = 3600.0,
     ) -> None:
         self._bucket = bucket
+        self.jobs: JobRecords = BucketJobs(bucket)
         self._cache = cache
         self._files = cache.files
         self.root, self.temporary = cache.files.root, cache.files.temporary
-        self._looks = Looks(stale_seconds, stale_if_error_seconds)
+        self._looks = Looks(stale_seconds, stale_if_error_seconds, lambda: bucket.is_reachable)
         self._reader = BucketReader(bucket, cache, self._looks)
         self._threads = ThreadPoolExecutor(_THREADS, "bucket")
         self._listing = BucketListing(bucket, self._threads)
@@ -119,9 +122,7 @@ class BucketStore:
             if self._cache.has(name):  # a different worker has created it meanwhile
                 return None
             raise SetNotFoundError(name)
-        if self._looks.is_due_beside(name, look, now):
-            with contextlib.suppress(RuntimeError):  # the store is closed
-                self._threads.submit(self._looks.beside, name, self.refresh)
+        self._look_beside(name, look)
         try:
             stored = self._files.read_quickly(name)
         except SetNotFoundError:  # evicted, or deleted by a different worker
@@ -321,9 +322,15 @@ class BucketStore:
         Who holds the lock acts on the version that a write would replace.
         """
         if name not in self._locked:
-            self._reader.look_up(name)
+            self._look_beside(name, self._reader.look_up(name))
         elif self._cache.record(name) != self.read_record(name):
             self._reader.settle(name)
+
+    def _look_beside(self, name: str, look: Look) -> None:
+        """Take the next look in a thread, if it is due."""
+        if self._looks.is_due_beside(name, look, time.monotonic()):
+            with contextlib.suppress(RuntimeError):  # the store is closed
+                self._threads.submit(self._looks.beside, name, self.refresh)
 
     @contextlib.contextmanager
     def _undoing(self, name: str, change: Sums, error: type[Exception]) -> Iterator[None]:

@@ -2,7 +2,8 @@
 
 A *look* compares the pointer of a set with the bucket's. Its result is used for the stale time
 without asking, counted from when the request was made. Near the end of it, the next look is taken
-beside the requests. While the bucket does not answer, the last result serves for longer.
+beside the requests. While the bucket does not answer, the last result serves for longer, and looks
+are taken beside the requests alone, so that no request waits for a timeout.
 """
 
 import threading
@@ -17,7 +18,7 @@ from bonsai_lora.storage.bucket import Found
 _BESIDE = 0.8
 """Part of the stale time after which the next look is taken beside the requests."""
 _RETRY_SECONDS = 1.0
-"""How long a result is used after a look that failed, before the next one."""
+"""How long after a look that failed the next one is taken."""
 _MOST_LOOKS = 1 << 16
 _LOCKS = 256
 
@@ -30,16 +31,27 @@ class Look:
     exists: bool
     at: float
     """When the bucket was asked, on the monotonic clock."""
+    beside_at: float
+    """When the next look is due beside the requests."""
     until: float
-    """When the next look is due."""
+    """When this one may not be used any more."""
     is_stale: bool = False
-    """Whether the stale time has passed, and the bucket did not answer since."""
+    """Whether a look failed since."""
 
 
 class Looks:
-    """The last look at each set. Thread-safe."""
+    """The last look at each set. Thread-safe.
 
-    def __init__(self, stale_seconds: float, stale_if_error_seconds: float) -> None:
+    `is_reachable` returns whether the last request to the bucket was answered.
+    """
+
+    def __init__(
+        self,
+        stale_seconds: float,
+        stale_if_error_seconds: float,
+        is_reachable: Callable[[], bool],
+    ) -> None:
+        self._is_reachable = is_reachable
         self._stale = stale_seconds
         self._stale_if_error = stale_if_error_seconds
         self._looks: dict[str, Look] = {}
@@ -58,12 +70,15 @@ class Looks:
         if look is None or now >= look.until:
             return None
         if look.is_stale:
+            if now >= look.beside_at and self._is_reachable():
+                return None
             self.counts["stale"] += 1
         return look
 
     def is_due_beside(self, name: str, look: Look, now: float) -> bool:
         """Return whether to look beside the requests; True once for each look."""
-        if look.is_stale or now < look.at + _BESIDE * self._stale or name in self._beside:
+        is_over = now >= look.until and not look.is_stale  # the next look is not beside any more
+        if now < look.beside_at or is_over or name in self._beside:
             return False
         self._beside.add(name)
         return True
@@ -79,7 +94,7 @@ class Looks:
 
     def new(self, found: Found | None, *, exists: bool, at: float) -> Look:
         """Return the look that found this when the bucket was asked at `at`."""
-        return Look(found, exists, at, at + self._stale)
+        return Look(found, exists, at, at + _BESIDE * self._stale, at + self._stale)
 
     def note(self, name: str, look: Look) -> Look:
         """Keep and return a look."""
@@ -102,12 +117,20 @@ class Looks:
                 return known
             return look()
 
-    def go_on(self, name: str, last: Look | None, error: StoreUnreachableError) -> Look:
-        """Return `last` for a little longer, if that is not too old; else raise `error`."""
+    def fail(self, name: str, last: Look | None, error: StoreUnreachableError) -> Look:
+        """Return what serves after a look that failed; raises `error` if nothing does."""
         self.counts["failed"] += 1
+        usable = self.usable(name, last)
+        if usable is None:
+            raise error
+        return usable
+
+    def usable(self, name: str, last: Look | None) -> Look | None:
+        """Return `last` for as long as it may be used while the bucket is away, if it still may."""
         now = time.monotonic()
         if last is None or not last.exists or now >= last.at + self._stale_if_error:
-            raise error
-        until = min(now + _RETRY_SECONDS, last.at + self._stale_if_error)
+            return None
         self.counts["stale"] += 1
-        return self.note(name, replace(last, until=until, is_stale=True))
+        until = last.at + self._stale_if_error
+        stale = replace(last, beside_at=now + _RETRY_SECONDS, until=until, is_stale=True)
+        return self.note(name, stale)

@@ -1,8 +1,8 @@
-"""Records of jobs, one small JSON file each, which every worker reads and changes.
+"""Records of jobs, one small piece of JSON each, which every worker and machine reads and changes.
 
-A change reads the record, changes it and renames a new file over it, under a lock of the folder.
-So a worker that cancels a job and the one that runs it never overwrite what the other wrote. The
-result, which may be long, is a file of its own.
+A change reads the record, changes it and writes it only if nobody else has in between: in a folder
+by a lock, in a bucket (`bucket_jobs`) by a conditional write. So a worker that cancels a job and
+the one that runs it never overwrite what the other wrote. The result, which may be long, is apart.
 """
 
 import contextlib
@@ -12,10 +12,10 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from bonsai_lora.errors import BonsaiLoraError, JobInterruptedError
 from bonsai_lora.storage.disk import storage_errors
@@ -27,8 +27,8 @@ HEARTBEAT_SECONDS = 30.0
 KEPT_SECONDS = 86_400.0
 """How long a finished job is kept."""
 
-_MOST_RECORDS = 1000
-_MOST_BYTES = 1 << 28
+MOST_RECORDS = 1000
+MOST_BYTES = 1 << 28
 """Finished jobs beyond these are forgotten earlier, the oldest first."""
 _ID = re.compile(r"[0-9a-f]{28}")
 _LOCK = "lock"
@@ -72,25 +72,46 @@ def new_record(kind: str, key: str) -> JobRecord:
     return JobRecord(f"{int(now * 1000):012x}{secrets.token_hex(8)}", kind, key, now, now)
 
 
-class JobFolder:
-    """The records of all jobs of a service, in a folder. Thread-safe.
+class JobRecords(Protocol):
+    """The records of all jobs of a service. Thread-safe; methods raise errors of the store."""
 
-    `root` is created with the first job. Raises StoreFullError or StoreReadOnlyError if a record
-    cannot be written.
-    """
+    def read(self, number: str) -> JobRecord | None:
+        """Return the record of a job; None if there is none, or it is of a newer release."""
+
+    def add(self, record: JobRecord) -> None:
+        """Write a new record, and forget those that are too old or too many."""
+
+    def update(self, number: str, change: Callable[[JobRecord], JobRecord]) -> JobRecord | None:
+        """Replace a record by what `change` makes of it, and return that; None if it is gone.
+
+        `change` may be called several times, and sees what others have written.
+        """
+
+    def write_result(self, number: str, result: Mapping[str, Any]) -> None:
+        """Write the result of a job, before its record says that it is done."""
+
+    def read_result(self, number: str) -> Mapping[str, Any] | None:
+        """Return the result of a job that is done; None if there is none."""
+
+    def ids(self) -> list[str]:
+        """Return the ids of all jobs, the newest first."""
+
+
+class JobFolder:
+    """A folder with the records; a `JobRecords`. `root` is created with the first job."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def read(self, number: str) -> JobRecord | None:
         """Return the record of a job; None if there is none, or it is of a newer release."""
-        if not _ID.fullmatch(number):
+        if not is_job_id(number):
             return None
         try:
             content = self._path(number).read_bytes()
         except OSError:
             return None
-        return _decode(content)
+        return decode(content)
 
     def add(self, record: JobRecord) -> None:
         """Write a new record, and forget those that are too old or too many."""
@@ -126,7 +147,7 @@ class JobFolder:
         if not self._root.is_dir():
             return []
         names = (entry.name.removesuffix(_SUFFIX) for entry in os.scandir(self._root))
-        return sorted((name for name in names if _ID.fullmatch(name)), reverse=True)
+        return sorted(filter(is_job_id, names), reverse=True)
 
     def _path(self, number: str) -> Path:
         return self._root / f"{number}{_SUFFIX}"
@@ -135,7 +156,7 @@ class JobFolder:
         return self._root / f"{number}.result{_SUFFIX}"
 
     def _write(self, record: JobRecord) -> None:
-        self._replace(self._path(record.id), json.dumps(asdict(record)))
+        self._replace(self._path(record.id), encode(record).decode())
 
     def _replace(self, path: Path, text: str) -> None:
         temporary = path.with_suffix(".tmp")
@@ -144,20 +165,16 @@ class JobFolder:
             temporary.replace(path)
 
     def _forget_old(self) -> None:
-        """Delete finished jobs of more than a day ago, and the oldest if there are too many."""
-        now, count, size = time.time(), 0, 0
+        known = []
         for number in self.ids():
-            path, result = self._path(number), self._result_path(number)
             with contextlib.suppress(OSError):
-                status = path.stat()
-                count += 1
-                size += status.st_size + (result.stat().st_size if result.exists() else 0)
-                is_old = now - status.st_mtime > KEPT_SECONDS
-                if is_old or count > _MOST_RECORDS or size > _MOST_BYTES:
-                    record = self.read(number)
-                    if record is None or record.is_finished or record.is_lost(now):
-                        path.unlink()
-                        result.unlink(missing_ok=True)
+                status = self._path(number).stat()
+                result = self._result_path(number)
+                size = status.st_size + (result.stat().st_size if result.exists() else 0)
+                known.append((number, status.st_mtime, size))
+        for number in forgettable(known, time.time()):
+            self._path(number).unlink(missing_ok=True)
+            self._result_path(number).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -166,6 +183,27 @@ class JobFolder:
             with (self._root / _LOCK).open("w") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
                 yield
+
+
+def is_job_id(number: str) -> bool:
+    """Return whether a text has the form of a job's id."""
+    return _ID.fullmatch(number) is not None
+
+
+def forgettable(known: Sequence[tuple[str, float, int]], now: float) -> list[str]:
+    """Return the ids of jobs to forget, of those given newest first.
+
+    `known` are ids, times of the last write, and sizes in bytes. A job that runs is written each
+    second, so one that is not has ended.
+    """
+    found, total = [], 0
+    for place, (number, written_at, size) in enumerate(known):
+        total += size
+        is_too_much = place >= MOST_RECORDS or total > MOST_BYTES
+        idle = now - written_at
+        if idle > KEPT_SECONDS or (is_too_much and idle > HEARTBEAT_SECONDS):
+            found.append(number)
+    return found
 
 
 def as_seen(record: JobRecord, now: float) -> JobRecord:
@@ -179,7 +217,13 @@ def failed(record: JobRecord, error: BonsaiLoraError) -> JobRecord:
     return replace(record, state="failed", error=problem)
 
 
-def _decode(content: bytes) -> JobRecord | None:
+def encode(record: JobRecord) -> bytes:
+    """Return a record as JSON."""
+    return json.dumps(asdict(record)).encode()
+
+
+def decode(content: bytes) -> JobRecord | None:
+    """Return the record that `encode` wrote; None for anything else."""
     try:
         found = json.loads(content)
         return JobRecord(**{field.name: found[field.name] for field in fields(JobRecord)})

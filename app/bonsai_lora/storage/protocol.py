@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Protocol
 
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.storage.index import Sums
+from bonsai_lora.storage.jobs import JobRecords
 from bonsai_lora.storage.newset import Received
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.source import Source
@@ -46,6 +47,8 @@ class Store(Protocol):
     """Folder on this machine, also for what other modules keep beside the sets."""
     temporary: Path
     """Folder for temporary files of requests."""
+    jobs: JobRecords
+    """The records of jobs, for all processes that share the store."""
     on_open: Callable[[SetRecord], None] | None
     """Called with the record of each version that `read` opens."""
 

@@ -14,6 +14,7 @@ from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.storage.disk import storage_errors
 from bonsai_lora.storage.files import SUFFIX, SetFiles
 from bonsai_lora.storage.index import SetIndex, Sums
+from bonsai_lora.storage.jobs import JobFolder, JobRecords
 from bonsai_lora.storage.listing import Listing
 from bonsai_lora.storage.newset import Received, file_of, next_version
 from bonsai_lora.storage.protocol import Page, StoreState, allowed
@@ -33,6 +34,7 @@ class SetStore(SetFiles):
         super().__init__(root, max_open=max_open, shared=shared)
         self.listing = Listing(root, self.read_record)
         """The table of all sets, for pages and sums."""
+        self.jobs: JobRecords = JobFolder(root / "jobs")
 
     def list_names(self) -> list[str]:
         """Return the names of all sets, sorted."""

@@ -7,13 +7,19 @@ import numpy as np
 from bonsai_lora.core import backend
 from bonsai_lora.core.batch import Integers
 from bonsai_lora.core.cast import Array, Floats, to_float32
-from bonsai_lora.errors import MalformedSafetensorsError, ShapeMismatchError, TakesLongError
+from bonsai_lora.errors import (
+    MalformedSafetensorsError,
+    ShapeMismatchError,
+    TakesLongError,
+)
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
 from bonsai_lora.wire.finite import check_finite
 
 _LONG_HEADER_BYTES = 1 << 16
 """Parsing a longer header takes milliseconds."""
+_MOST_TENSORS = 1 << 16
+"""Most tensors of a request."""
 
 EXPERTS = "experts"
 """Tensor or field with the number of the expert of each row."""
@@ -33,7 +39,7 @@ def decode_batch(
     _check_not_json(body)
     if not may_take_long and int.from_bytes(body[:8], "little") > _LONG_HEADER_BYTES:
         raise TakesLongError
-    header = safetensors.decode_header(body, limit=max_header_bytes)
+    header = safetensors.decode_header(body, limit=max_header_bytes, most=_MOST_TENSORS)
     safetensors.check_total(header, len(body))
     names, numbers = list(header.tensors), None
     info = header.tensors.get(EXPERTS)

@@ -29,8 +29,10 @@ _SHORT_BYTES = 1 << 10
 """In shorter texts, parsing into lists is as fast."""
 _LEAST_NUMBERS = 64
 """Shorter lists are parsed into lists."""
-_MOST_LISTS = 1 << 20
-"""Most lists and objects in JSON: each takes up to fifty times as much memory as text."""
+_MOST_LISTS = 1 << 18
+"""Most lists and objects in JSON: each takes up to fifty times as much memory as text, and no other
+thread runs until all are there."""
+_MOST_STRINGS = 1 << 19
 _LONG_TEXT_BYTES = 1 << 18
 """Parsing more text into lists takes milliseconds, too long for the event loop."""
 _PLACEHOLDER = token_hex(8)
@@ -86,8 +88,8 @@ def decode_with_arrays(
 
     Tensors are lists of numbers, one or two deep and not ragged, in the fields of _TENSOR_KEYS.
     Some may remain lists; `decode_tensor` accepts both and validates them. Raises
-    InvalidRequestError for more than _MOST_LISTS lists and objects, and TakesLongError if much is
-    left to parse beside these tensors, unless it `may_take_long`.
+    InvalidRequestError for too many lists, objects or strings, and TakesLongError if much is left
+    to parse beside these tensors, unless it `may_take_long`.
     """
     if len(body) > _MOST_LISTS:
         check_lists(bytes(body), what)
@@ -104,7 +106,7 @@ def decode_with_arrays(
 
 
 def check_lists(text: bytes, what: str) -> None:
-    """Raise InvalidRequestError if JSON has so many lists that they would fill the memory."""
+    """Raise InvalidRequestError if JSON has too many lists, objects or strings."""
     count = text.count(b"[") + text.count(b"{")
     if count > _MOST_LISTS:
         raise InvalidRequestError(
@@ -112,6 +114,14 @@ def check_lists(text: bytes, what: str) -> None:
             "rows at once, or safetensors",
             got=count,
             limit=_MOST_LISTS,
+        )
+    count = text.count(b'"') // 2
+    if count > _MOST_STRINGS:
+        raise InvalidRequestError(
+            f"{what} has {count} strings, but the limit is {_MOST_STRINGS}; send fewer rows at "
+            "once",
+            got=count,
+            limit=_MOST_STRINGS,
         )
 
 

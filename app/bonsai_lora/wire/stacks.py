@@ -9,6 +9,8 @@ from bonsai_lora.wire import json
 
 SETS = "sets"
 
+_MOST_COMMAS = 1 << 20
+
 MAX_STACK = 32
 """Most sets per row."""
 
@@ -26,6 +28,11 @@ def sets_of_metadata(metadata: Mapping[str, str]) -> Any:
     text = metadata[SETS].encode()
     where = f'the metadata {SETS!r} (such as ["my-adapter", null])'
     json.check_lists(text, where)
+    if text.count(b",") > _MOST_COMMAS:
+        raise InvalidRequestError(
+            f"{where} has {text.count(b',')} commas, but the limit is {_MOST_COMMAS}; send fewer "
+            "rows at once"
+        )
     return json.decode(text, where)
 
 

@@ -34,6 +34,8 @@ OUTPUTS = "outputs"
 BASE_OUTPUTS = "base_outputs"
 BASE_ENDING = f".{BASE_OUTPUTS}"
 """Suffix after a module's name for its W x, if each module has its own inputs."""
+MAX_BATCHES = 1 << 15
+"""Most modules of a request."""
 
 _TENSORS = frozenset({INPUTS, BASE_OUTPUTS})
 
@@ -120,6 +122,14 @@ def decode_many(
                 f"{name!r} is a batch without a module; add ?module=q_proj (repeatable), or send "
                 '{"inputs": {"q_proj": [[…]]}}',
                 field=name,
+            )
+        if len(value) > MAX_BATCHES:
+            raise InvalidRequestError(
+                f"{name!r} has {len(value)} batches, but the limit is {MAX_BATCHES}; send fewer "
+                "modules at once",
+                field=name,
+                got=len(value),
+                limit=MAX_BATCHES,
             )
     decoded = {
         name: {

@@ -128,7 +128,7 @@ async def put_adapter(
     `lora_B` to set its weights.
     """
     form = body_form(request, (Form.JSON, Form.BINARY))
-    context.store.read_record(name)
+    await context.opening.run(partial(context.store.read_record, name))
     with Place(context.long) as place:
         limits = context.limits
         limit = limits.max_json_bytes if form is Form.JSON else limits.max_body_bytes
@@ -153,7 +153,9 @@ def _put(
     store, limits = context.store, context.limits
     tensors: Mapping[str, Array]
     if form is Form.BINARY:
-        tensors, _ = safetensors.decode(body, limit=limits.max_header_bytes)
+        tensors, _ = safetensors.decode(
+            body, limit=limits.max_header_bytes, most=safetensors.FEW_TENSORS
+        )
     else:
         value = json.decode_object(body, _PUT_FIELDS)
         if not value:

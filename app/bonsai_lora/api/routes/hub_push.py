@@ -66,7 +66,7 @@ async def create_repo(request: Request, context: ContextDep) -> Response:
     _check_target(context, owner, wanted.name)
     url = _url_of(request, owner, wanted.name)
     try:
-        context.store.read_record(wanted.name)
+        await context.opening.run(partial(context.store.read_record, wanted.name))
     except errors.SetNotFoundError:
         return _json({"url": url, "name": f"{owner}/{wanted.name}"})
     # huggingface_hub reads the URL even from the refusal, if the caller accepts an existing one.
@@ -128,7 +128,7 @@ async def commit(
         limit = context.limits.max_upload_bytes
         pushed = await receive_commit(request, upload, limit, reserved, place)
         if pushed.config is None:
-            return _unchanged(request, context, name, pushed)
+            return await context.opening.run(partial(_unchanged, request, context, name, pushed))
         imported = await context.long.run(
             partial(
                 sets.import_adapter,

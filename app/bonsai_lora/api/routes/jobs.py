@@ -37,7 +37,7 @@ JobId = Annotated[
     "/v1/jobs",
     operation_id="list_jobs",
     summary="List the jobs of the caller, the newest first",
-    responses=problems(errors.InvalidRequestError),
+    responses=problems(errors.InvalidRequestError, errors.StoreUnreachableError),
 )
 async def list_jobs(
     context: ContextDep,
@@ -58,7 +58,7 @@ async def list_jobs(
     "/v1/jobs/{job}",
     operation_id="get_job",
     summary="Show a job",
-    responses=problems(errors.JobNotFoundError),
+    responses=problems(errors.JobNotFoundError, errors.StoreUnreachableError),
 )
 async def get_job(context: ContextDep, job: JobId) -> Job:
     """Returns its state, its progress, and its result or error. Any worker answers."""
@@ -70,7 +70,12 @@ async def get_job(context: ContextDep, job: JobId) -> Job:
     "/v1/jobs/{job}",
     operation_id="cancel_job",
     summary="Cancel a job",
-    responses=problems(errors.JobNotFoundError, errors.StoreFullError, errors.StoreReadOnlyError),
+    responses=problems(
+        errors.JobNotFoundError,
+        errors.StoreFullError,
+        errors.StoreReadOnlyError,
+        errors.StoreUnreachableError,
+    ),
 )
 async def cancel_job(context: ContextDep, job: JobId) -> Job:
     """A queued job is cancelled at once. A running one stops before its next piece of work, within

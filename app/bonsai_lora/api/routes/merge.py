@@ -139,7 +139,7 @@ class _StreamedMerge(StarletteResponse):
         limit = self.context.limits.max_header_bytes
         prefix = bytes(await reader.read_exactly(8))
         prefix += await reader.read_exactly(safetensors.header_length(prefix, limit))
-        decode = partial(safetensors.decode_header, prefix)
+        decode = partial(safetensors.decode_header, prefix, most=safetensors.FEW_TENSORS)
         is_short = len(prefix) < _SMALL_HEADER_BYTES
         header = decode() if is_short else await self.context.long.run(decode)
         merge = merge_of_header(self.adapter, header, unmerge=self.unmerge)

@@ -29,6 +29,8 @@ from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import SET_NAME_PATTERN
 from bonsai_lora.service import gguf_lora, sets
 from bonsai_lora.service.budget import Reservation
+from bonsai_lora.service.keys import missing_scope
+from bonsai_lora.service.pull import pull_set
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.upload import Upload, WholeUpload
@@ -58,7 +60,8 @@ _UPLOAD_BODY = {
                         for part, file in _FILE_OF_PART.items()
                     },
                 }
-            }
+            },
+            **request_body(schemas.PullSet)["requestBody"]["content"],
         },
     }
 }
@@ -232,6 +235,10 @@ UploadOptions = Annotated[_UploadOptions, Depends()]
         errors.RankTooLargeError,
         errors.TooManyModulesError,
         errors.BusyError,
+        errors.SourcesOffError,
+        errors.SourceUnknownError,
+        errors.SourceRefusedError,
+        errors.SourceUnreachableError,
         *STORE_ERRORS,
     ),
 )
@@ -242,9 +249,12 @@ async def upload_set(
     options: UploadOptions,
 ) -> Response:
     """Creates or replaces the set atomically. An adapter that cannot be applied exactly is refused
-    with the reason. The parts may also be named after the files they contain.
+    with the reason. The parts may also be named after the files they contain. JSON names an adapter
+    in an origin of the operator's instead, which the service pulls; that needs the scope `pull`.
     """
     context.store.check_name(name)
+    if _is_json(request):
+        return await _report(context, await _pull(request, context, name, options))
     with (
         Place(context.long) as place,
         context.store.new_file() as file,
@@ -281,6 +291,39 @@ async def upload_set(
             )
         )
         imported = await context.long.run(make)
+    return await _report(context, imported)
+
+
+def _is_json(request: Request) -> bool:
+    header = request.headers.get("content-type", "")
+    return header.partition(";")[0].strip().lower() == Form.JSON.value
+
+
+async def _pull(
+    request: Request, context: Context, name: str, options: UploadOptions
+) -> sets.Imported:
+    """Pull the adapter that the body names; raises ForbiddenError without the scope `pull`."""
+    if "pull" not in context.store.key.scopes:
+        raise missing_scope(context.store.key, "pull")
+    with Place(context.long) as place:
+        wanted = await read_model(request, schemas.PullSet, place)
+        return await context.long.run(
+            partial(
+                pull_set,
+                context.store,
+                context.limits,
+                context.spill,
+                context.origins,
+                name,
+                wanted.source,
+                precondition(request),
+                base_model_name=options.base_model_name,
+                expert_layout=options.expert_b_layout,
+            )
+        )
+
+
+async def _report(context: Context, imported: sets.Imported) -> Response:
     stored, status = imported.stored, 201 if imported.created else 200
     return await described(
         context,

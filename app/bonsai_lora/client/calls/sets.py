@@ -153,6 +153,30 @@ def upload_files(
     )
 
 
+def pull_set(
+    name: str,
+    source: str,
+    *,
+    base_model_name: str | None = None,
+    expert_b_layout: ExpertLayout | None = None,
+    if_match: str | None = None,
+    if_none_match: str | None = None,
+) -> Call[ImportReport]:
+    """Make the service pull an adapter from one of its sources, such as `hub:acme/sql-lora@main`.
+
+    Otherwise the same as `upload_set`. Raises SourceUnknownError, SourceUnreachableError.
+    """
+    body = json_body({"source": source})
+    body["headers"] |= header_lines(if_match=if_match, if_none_match=if_none_match)
+    return Call(
+        method="PUT",
+        path="/v1" + path_of("sets", name),
+        query=query_of(base_model_name=base_model_name, expert_b_layout=expert_b_layout),
+        decode=decode_tagged,
+        **body,
+    )
+
+
 def upload_tensors(
     name: str,
     config: Mapping[str, Any],

@@ -1,0 +1,169 @@
+"""Make sets from adapters in the operator's origins."""
+
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+from bonsai_lora.core.spectrum import delta_norm
+from bonsai_lora.errors import BusyError, SetNotFoundError
+from bonsai_lora.formats.experts import ExpertLayout
+from bonsai_lora.formats.foreign import check_config_start, check_start
+from bonsai_lora.service import sets
+from bonsai_lora.service.budget import Budget, Reservation
+from bonsai_lora.service.limits import Limits
+from bonsai_lora.service.sets import Imported, Precondition
+from bonsai_lora.service.view import SetView
+from bonsai_lora.sources import folder, web
+from bonsai_lora.sources.origins import Origin, Reference, find
+from bonsai_lora.sources.web import Sink
+from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.source import Source
+from bonsai_lora.storage.upload import Upload
+
+CONFIG_FILE = "adapter_config.json"
+MODEL_FILE = "adapter_model.safetensors"
+_CONFIG_BYTES = 1 << 20
+_START_BYTES = 1 << 12
+_PULLS = 2
+"""Most pulls at a time, in one process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origins:
+    """The operator's origins, and the places for pulls from them."""
+
+    by_name: Mapping[str, Origin]
+    stall_seconds: float
+    _places: threading.BoundedSemaphore = field(
+        default_factory=partial(threading.BoundedSemaphore, _PULLS)
+    )
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Hold one of the places for pulls; raises BusyError."""
+        if not self._places.acquire(blocking=False):
+            raise BusyError(
+                f"{_PULLS} pulls are in progress, which is the limit; retry in a second"
+            )
+        try:
+            yield
+        finally:
+            self._places.release()
+
+
+class _UnchangedError(Exception):
+    """The stored version came from the same files."""
+
+
+def pull_set(
+    store: SetView,
+    limits: Limits,
+    disk: Budget,
+    origins: Origins,
+    name: str,
+    reference: str,
+    precondition: Precondition,
+    *,
+    base_model_name: str | None = None,
+    expert_layout: ExpertLayout | None = None,
+) -> Imported:
+    """Create or replace a set from an adapter in an origin, at the hub's commit if it is a hub's.
+
+    If the stored version came from the same commit, or the same files, nothing changes. `disk`
+    counts bytes before they are written. Raises the errors of `find`, `web.fetch`, `folder.read`
+    and `sets.import_adapter`, BusyError, and then changes nothing.
+    """
+    store.check_name(name)
+    found = find(origins.by_name, reference)
+    with origins.place():
+        pinned = _pin(origins, found)
+        present = _record_or_none(store, name)
+        if pinned.revision is not None and _came_from(present, pinned.at(pinned.revision)):
+            precondition(present)
+            return _unchanged(store.read(name))
+        with store.new_file() as file, Reservation(disk) as reserved:
+            upload = Upload(file, limits.max_header_bytes)
+            config, digest = _receive(origins, pinned, upload, limits, reserved)
+            source = Source(pinned.at(pinned.revision), digest)
+
+            def check(current: SetRecord | None) -> None:
+                precondition(current)
+                if current is not None and current.source == source:
+                    raise _UnchangedError
+
+            try:
+                return sets.import_adapter(
+                    store,
+                    limits,
+                    name,
+                    config,
+                    upload,
+                    check,
+                    base_model_name=base_model_name,
+                    expert_layout=expert_layout,
+                    source=source,
+                )
+            except _UnchangedError:
+                return _unchanged(store.read(name))
+
+
+def _pin(origins: Origins, found: Reference) -> Reference:
+    """Return the reference with the commit that its revision means now, if it is a hub's."""
+    if found.origin.kind != "hub":
+        return found
+    revision = found.revision or "main"
+    commit = web.commit_of(found.origin, found.path, revision, origins.stall_seconds)
+    return Reference(found.origin, found.path, commit)
+
+
+def _receive(
+    origins: Origins, pinned: Reference, upload: Upload, limits: Limits, reserved: Reservation
+) -> tuple[bytes, str]:
+    """Write the weights to `upload`; return the configuration, and the digest of both files."""
+    config, digests = bytearray(), {CONFIG_FILE: hashlib.sha256(), MODEL_FILE: hashlib.sha256()}
+
+    def keep_config(piece: bytes) -> None:
+        digests[CONFIG_FILE].update(piece)
+        config.extend(piece)
+
+    def keep_weights(piece: bytes) -> None:
+        if not upload.received:
+            check_start(piece[:_START_BYTES])
+        reserved.add(len(piece))
+        digests[MODEL_FILE].update(piece)
+        upload.write(piece)
+
+    _get(origins, pinned, CONFIG_FILE, keep_config, _CONFIG_BYTES)
+    check_config_start(bytes(config[:_START_BYTES]))
+    _get(origins, pinned, MODEL_FILE, keep_weights, limits.max_upload_bytes)
+    whole = "".join(f"{name} {digest.hexdigest()}\n" for name, digest in digests.items())
+    return bytes(config), hashlib.sha256(whole.encode()).hexdigest()
+
+
+def _get(origins: Origins, pinned: Reference, file: str, sink: Sink, limit: int) -> None:
+    origin = pinned.origin
+    if origin.kind == "file":
+        folder.read(origin, f"{pinned.path}/{file}", sink, limit)
+        return
+    inner = f"/resolve/{pinned.revision}" if origin.kind == "hub" else ""
+    url = f"{origin.url}/{pinned.path}{inner}/{file}"
+    web.fetch(origin, url, sink, limit, origins.stall_seconds)
+
+
+def _record_or_none(store: SetView, name: str) -> SetRecord | None:
+    try:
+        return store.read_record(name)
+    except SetNotFoundError:
+        return None
+
+
+def _came_from(record: SetRecord | None, reference: str) -> bool:
+    return record is not None and record.source is not None and record.source.reference == reference
+
+
+def _unchanged(stored: StoredSet) -> Imported:
+    norms = {name: delta_norm(one) for name, one in stored.lora_set.registry.adapters.items()}
+    return Imported(stored, False, [], [], norms)
