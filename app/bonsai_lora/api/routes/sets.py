@@ -25,7 +25,6 @@ from bonsai_lora.api.openapi_headers import sends
 from bonsai_lora.api.pulls import check_may_pull, pull
 from bonsai_lora.api.query import DECIMAL
 from bonsai_lora.api.uploads import CONFIG_PART, GGUF_PART, MODEL_PART, receive_adapter
-from bonsai_lora.api.wanted import wanted_shapes
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import SET_NAME_PATTERN
 from bonsai_lora.service import gguf_lora, sets
@@ -90,7 +89,7 @@ async def create_set(request: Request, context: ContextDep) -> Response:
     _check_not_an_upload(request)
     with Place(context.long) as place:
         wanted = await read_model(request, schemas.CreateSet, place)
-        shapes, base_model_name = wanted_shapes(wanted)
+        shapes, base_model_name = wanted.shapes()
         make = partial(
             sets.create_set,
             context.store,
