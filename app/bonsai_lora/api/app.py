@@ -37,7 +37,7 @@ from bonsai_lora.api.scopes import OPEN, scope_of
 from bonsai_lora.api.sources_file import read_sources
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core import backend
-from bonsai_lora.errors import StoreFullError
+from bonsai_lora.errors import BonsaiLoraError, StoreFullError
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.gain import Gains
@@ -46,6 +46,7 @@ from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
+from bonsai_lora.service.models import load
 from bonsai_lora.service.pull import Origins
 from bonsai_lora.service.stats import store_stats
 from bonsai_lora.service.view import SetView
@@ -169,6 +170,7 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
         asyncio.create_task(_publish_load(context.metrics)),
         asyncio.create_task(_maintain(app.state.store)),
     ]
+    await anyio.to_thread.run_sync(_preload, context)
     totals = await anyio.to_thread.run_sync(context.store.totals)
     _log.info("ready", sets=totals.sets, pid=os.getpid())
     try:
@@ -179,6 +181,16 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
         await context.jobs.stop()
         app.state.store.close()
         _log.info("stopped", pid=os.getpid())
+
+
+def _preload(context: Context) -> None:
+    """Load the sets that settings name, and log those that cannot be loaded."""
+    for name in context.settings.preload:
+        try:
+            load(context.store.read(name))
+            context.store.keep(name)
+        except BonsaiLoraError as error:
+            _log.warning("not preloaded", set=name, code=error.code, detail=error.detail)
 
 
 async def _publish_load(metrics: Metrics) -> None:
