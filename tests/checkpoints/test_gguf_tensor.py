@@ -142,7 +142,6 @@ def test_a_stack_is_one_matrix(rng):
 
 
 @settings(max_examples=200)
-@settings(deadline=None)  # a busy machine
 @given(st.lists(st.integers(0, 60), max_size=40))
 def test_rows_are_gathered_in_runs(places):
     matrix = np.arange(61 * 2, dtype=np.float32).reshape(61, 2)
