@@ -22,14 +22,13 @@ from bonsai_lora.api.openapi import (
     request_body,
 )
 from bonsai_lora.api.openapi_headers import sends
+from bonsai_lora.api.pulls import check_may_pull, pull
 from bonsai_lora.api.query import DECIMAL
 from bonsai_lora.api.uploads import CONFIG_PART, GGUF_PART, MODEL_PART, receive_adapter
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import SET_NAME_PATTERN
 from bonsai_lora.service import gguf_lora, sets
 from bonsai_lora.service.budget import Reservation
-from bonsai_lora.service.keys import missing_scope
-from bonsai_lora.service.pull import pull_set
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.upload import Upload, WholeUpload
@@ -301,25 +300,13 @@ def _is_json(request: Request) -> bool:
 async def _pull(
     request: Request, context: Context, name: str, options: UploadOptions
 ) -> sets.Imported:
-    """Pull the adapter that the body names; raises ForbiddenError without the scope `pull`."""
-    if "pull" not in context.store.key.scopes:
-        raise missing_scope(context.store.key, "pull")
+    """Pull the adapter that the body names."""
+    check_may_pull(context)
     with Place(context.long) as place:
         wanted = await read_model(request, schemas.PullSet, place)
-        return await context.long.run(
-            partial(
-                pull_set,
-                context.store,
-                context.limits,
-                context.spill,
-                context.origins,
-                name,
-                wanted.source,
-                precondition(request),
-                base_model_name=options.base_model_name,
-                expert_layout=options.expert_b_layout,
-            )
-        )
+        layout = options.expert_b_layout
+        check = precondition(request)
+        return await pull(context, name, wanted.source, check, options.base_model_name, layout)
 
 
 async def _report(context: Context, imported: sets.Imported) -> Response:
