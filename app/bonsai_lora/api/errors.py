@@ -230,7 +230,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             return problem_response(problem, request.scope)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = _allowed_methods(routes, request.scope)
-            remedy = f"use one of {', '.join(allowed)}"
+            remedy = f"use {'one of ' if len(allowed) > 1 else ''}{', '.join(allowed)}"
             if path == "/v1/sets" and method in ("PUT", "PATCH", "DELETE"):
                 remedy = f"name the set: {method} /v1/sets/{{set}}"
             problem = errors.MethodNotAllowedError(
@@ -281,7 +281,7 @@ def _reason(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         meant = _PEFT_NAMES.get(str(error["loc"][-1]))
         return f"is PEFT's name for {meant!r}; use that" if meant else "is unknown; remove it"
-    remedy = re.sub(r"^\w+ should ", "it should ", error["msg"])
+    remedy = re.sub(r"^\w+ should ", "it should ", error["msg"]).removeprefix("Value error, ")
     return f"is {reprlib.repr(error.get('input'))}; {remedy}"
 
 
