@@ -119,6 +119,11 @@ class Settings(BaseSettings):
         ge=0,
         description="how long copies are served while the bucket does not answer",
     )
+    preload: Names = Field(
+        (),
+        description="names of sets to load before the service is ready; copies of a bucket's sets "
+        "are kept then, whatever else is used",
+    )
     bases: str | None = Field(
         None,
         description="folder of base models: each GGUF file in it is one, and each subfolder of "

@@ -391,3 +391,25 @@ def test_a_body_that_stalls_as_it_begins_keeps_its_first_error():
 
     with pytest.raises(StalledError):
         asyncio.run(begin())
+
+
+def test_few_of_many_short_chunks_are_parsed_at_once(settings, monkeypatch):
+    """The parser reports each: 256 KiB of them would hold the event loop for 0.2 s."""
+    sizes, parse = [], LaneProtocol.data_received
+    monkeypatch.setattr(
+        LaneProtocol,
+        "data_received",
+        lambda self, data: sizes.append(len(data)) or parse(self, data),
+    )
+    head = b"POST /v1/sets HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    chunks = head + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 200_000
+    with (
+        serving(create_app(settings)) as url,
+        httpx.Client(base_url=url) as client,
+        connect(client) as connection,
+    ):
+        connection.sendall(chunks + b"2\r\n{}\r\n0\r\n\r\n")
+        connection.settimeout(30)
+        assert read_answer(connection)[0] == 422
+    assert sum(sizes) > 1_000_000
+    assert max(sizes[1:]) <= 1 << 14

@@ -22,6 +22,7 @@ from bonsai_lora.api.app import create_app
 from bonsai_lora.api.commits import _Base64
 from bonsai_lora.errors import MalformedBodyError
 from bonsai_lora.formats import safetensors
+from bonsai_lora.settings import Settings
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 NDJSON = {"Content-Type": "application/x-ndjson"}
@@ -48,6 +49,14 @@ def push(client, name, *operations, owner="adapters", revision="main", **options
     path = f"/api/models/{owner}/{name}/commit/{revision}"
     content = ndjson(*(operations or folder_lines()))
     return client.post(path, **{"content": content, "headers": NDJSON, **options})
+
+
+@pytest.fixture(scope="module")
+def refusing(tmp_path_factory):
+    """A client and the store of one service for all refusals, which leave it empty."""
+    app = create_app(Settings(store=str(tmp_path_factory.mktemp("refusing") / "store")))
+    with serving(app) as url, httpx.Client(base_url=url, timeout=30) as client:
+        yield client, app.state.store
 
 
 def test_a_commit_creates_and_replaces_a_set(client):
@@ -151,7 +160,8 @@ RAW = {"key": "file", "value": {"content": "e30=", "path": CONFIG, "encoding": "
         ([{"key": "header", "value": {"summary": "x" * (1 << 20)}}], 413, "body_too_large", ""),
     ],
 )  # fmt: skip
-def test_refusals_change_nothing(client, store, lines, status, code, words):
+def test_refusals_change_nothing(refusing, lines, status, code, words):
+    client, store = refusing
     refused = push(client, "pushed", *lines)
     problem = assert_problem(refused, status, code)
     assert words in problem["detail"]
@@ -162,7 +172,8 @@ def test_refusals_change_nothing(client, store, lines, status, code, words):
     assert not [path for path in store.temporary.iterdir() if path.is_file()]
 
 
-def test_a_body_that_is_no_commit(client, store):
+def test_a_body_that_is_no_commit(refusing):
+    client, store = refusing
     cut = ndjson(*GOOD)[:-300]
     assert_problem(push(client, "x", content=cut), 400, "malformed_body")
     assert_problem(push(client, "x", content=b"\xff{\n"), 400, "malformed_body")
@@ -184,7 +195,8 @@ def test_a_body_that_is_no_commit(client, store):
         ({"params": {"create_pr": "1"}}, 422, "invalid_request"),
     ],
 )
-def test_only_the_main_branch_of_adapters_is_pushed_to(client, store, options, status, code):
+def test_only_the_main_branch_of_adapters_is_pushed_to(refusing, options, status, code):
+    client, store = refusing
     assert_problem(push(client, **{"name": "pushed", **options}), status, code)
     assert snapshot(store) == {}
 

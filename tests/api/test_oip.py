@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import reference
 import tritonclient.http as triton
-from conftest import TINY, read_tensors, upload
+from conftest import TINY, read_tensors, serving, upload
 from test_apply import DOWN, Q_PROJ, V_PROJ
 from tritonclient.utils import InferenceServerException
+
+from bonsai_lora.api.app import create_app
 
 UP = "model.layers.0.mlp.up_proj"
 LENGTH = "Inference-Header-Content-Length"
@@ -310,6 +312,17 @@ def test_repository(loaded, golden):
     refused(lambda: server.load_model("nobody"), 404, "unknown model: 'nobody'")
     refused(lambda: server.unload_model("nobody"), 404, "unknown model: 'nobody'")
     refused(lambda: server.load_model("plain", config="{}"), 501, "PUT /v1/sets")
+
+
+def test_sets_are_preloaded_before_the_service_is_ready(settings):
+    with serving(create_app(settings)) as url, httpx.Client(base_url=url) as client:
+        upload(client, "plain", TINY / "plain").raise_for_status()
+    known = settings.model_copy(update={"preload": ("plain", "absent")})
+    with serving(create_app(known)) as url, httpx.Client(base_url=url) as client:
+        (index,) = [
+            one for one in client.post("/v2/repository/index").json() if one["name"] == "plain"
+        ]
+    assert index["reason"] == "", "it is in memory before anyone used it"
 
 
 def test_statistics_add_up(loaded, golden):

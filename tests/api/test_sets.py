@@ -421,7 +421,9 @@ def test_invalid_multipart_forms(client, store, files, code):
 
 
 def test_uploads_that_are_not_multipart(client):
-    assert_problem(client.put("/v1/sets/s", json={}), 415, "unsupported_media_type")
+    text = client.put("/v1/sets/s", content=b"{}", headers={"Content-Type": "text/plain"})
+    assert_problem(text, 415, "unsupported_media_type")
+    assert_problem(client.put("/v1/sets/s", json={}), 422, "invalid_request")
     files = {"adapter_config": "nonsense", "adapter_model": safetensors.numpy.save({})}
     assert_problem(client.put("/v1/sets/s", files=files), 422, "invalid_adapter")
     files = {

@@ -16,8 +16,10 @@ from keyring import KeysFileMaker, caller
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.api.sources_file import read_sources
+from bonsai_lora.errors import InvalidRequestError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.sources import web
+from bonsai_lora.sources.origins import Origin, find
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 FILES = {name: (TINY / "plain" / name).read_bytes() for name in (CONFIG, MODEL)}
@@ -158,10 +160,10 @@ def test_from_a_folder(start, tmp_path):
         "files:a@main",
     ],
 )  # fmt: skip
-def test_only_references_are_understood(start, server, source):
-    client = start(web_origin(server))
-    assert_problem(pull(client, source), 422, "invalid_request")
-    assert server.asked == []
+def test_only_references_are_understood(source):
+    origins = {"files": Origin("files", "https", url="https://models.example.com")}
+    with pytest.raises(InvalidRequestError):
+        find(origins, source)
 
 
 def test_origins_are_those_that_the_operator_named(start, server, client):
@@ -285,7 +287,7 @@ def test_weights_are_counted_before_they_are_kept(start, server):
         ("64:ff9b::7f00:1", False), ("2002:7f00:1::", False), ("2001:0:1::1", False),
     ],
 )  # fmt: skip
-def test_addresses_inside_the_network_are_refused(start, server, monkeypatch, address, is_public):
+def test_addresses_inside_the_network_are_refused(monkeypatch, address, is_public):
     """The name of an origin may come to mean any address."""
     asked = []
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -298,8 +300,7 @@ def test_addresses_inside_the_network_are_refused(start, server, monkeypatch, ad
         asked.append(request)
         raise refuse
 
-    client = start({"name": "files", "kind": "https", "url": "https://models.example.com"})
-    origin = client.app.state.context.origins.by_name["files"]
+    origin = Origin("files", "https", url="https://models.example.com")
     monkeypatch.setattr(connect, send)
     error = web.SourceUnreachableError if is_public else web.SourceRefusedError
     with pytest.raises(error):

@@ -29,6 +29,15 @@ def test_any_range(opened):
     assert bytes(opened.read(7, 7)) == b""
 
 
+def test_reads_that_give_less_than_asked_for_go_on(opened, monkeypatch):
+    """As reads of over 2 GiB do, and some network file systems."""
+    preadv = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda file, buffers, at: preadv(file, [buffers[0][:100]], at)
+    )
+    assert bytes(opened.read(3, 1000)) == CONTENT[3:1000]
+
+
 def test_a_block_of_a_matrix(opened):
     expected = np.frombuffer(CONTENT[4:], "<f4")[: 60 * 21].reshape(60, 21)
     tensor = StoredTensor(opened, 4, np.dtype("<f4"), (3, 20, 21)).as_matrix(60)

@@ -141,8 +141,7 @@ def test_a_stack_is_one_matrix(rng):
             assert np.array_equal(stack[block], parts.reshape(15, 4)[block])
 
 
-@settings(max_examples=200)
-@settings(deadline=None)  # a busy machine
+@settings(max_examples=200, deadline=None)  # a busy machine is slow
 @given(st.lists(st.integers(0, 60), max_size=40))
 def test_rows_are_gathered_in_runs(places):
     matrix = np.arange(61 * 2, dtype=np.float32).reshape(61, 2)

@@ -2,19 +2,22 @@
 
 import numpy as np
 import pytest
-from conftest import TINY, upload
+from conftest import TINY, serving
 
 from bonsai_lora import Client, Layer
+from bonsai_lora.api.app import create_app
 from bonsai_lora.errors import AdapterNotFoundError, DoraNeedsBaseError, ShapeMismatchError
+from bonsai_lora.settings import Settings
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
-@pytest.fixture
-def caller(client):
-    for name in ("plain", "rslora-patterns", "dora"):
-        assert upload(client, name, TINY / name).status_code == 201
-    with Client(str(client.base_url)) as caller:
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory):
+    app = create_app(Settings(store=str(tmp_path_factory.mktemp("layer") / "store")))
+    with serving(app) as url, Client(url) as caller:
+        for name in ("plain", "rslora-patterns", "dora"):
+            caller.upload_set(name, TINY / name)
         yield caller
 
 

@@ -320,11 +320,13 @@ def test_commands_over_a_bucket(weed, place, replicas, tmp_path):
     assert (sound.returncode, sound.stdout) == (0, "s0  ok\ns1  ok\n")
     missing = command(weed, "verify", "nobody", "--store", place)
     assert (missing.returncode, missing.stdout) == (1, "nobody  missing\n")
+    deleted = command(weed, "verify", "s2", "--store", place)
+    assert (deleted.returncode, deleted.stdout) == (1, "s2  missing\n")
     time.sleep(1.1)
     found = command(weed, "gc", "--store", place, "--grace-hours", "0")
     assert found.returncode == 0, found.stderr
     assert found.stdout.startswith("2 sets, ")
-    assert "1 deleted sets removed" in found.stdout
+    assert "1 deleted set removed" in found.stdout
     page = one.get("/v1/sets", params={"base_model_name": ""}).json()
     assert [one["name"] for one in page["sets"]] == ["s0", "s1"]
     assert page["as_of"]

@@ -13,16 +13,14 @@ def test_adapters_are_there_when_the_service_answers(tmp_path):
     shutil.copytree(TINY / "plain", folder / "plain")
     (folder / "empty").mkdir()
     flags = ("--store", str(tmp_path / "store"), "--sets", str(folder), "--workers", "2")
-    for _ in range(2):
-        with running(*flags) as (url, _):
-            assert httpx.get(f"{url}/v1/sets/plain").json()["version"] == 1
-            assert len(httpx.get(f"{url}/v1/sets").json()["sets"]) == 1
+    with running(*flags) as (url, _):
+        assert httpx.get(f"{url}/v1/sets/plain").json()["version"] == 1
+        assert len(httpx.get(f"{url}/v1/sets").json()["sets"]) == 1
 
 
 def test_the_store_is_no_folder_of_adapters(tmp_path):
     for flags in (
         ("--store", str(tmp_path), "--sets", str(tmp_path / "sets")),
-        ("--store", str(tmp_path / "store"), "--sets", str(tmp_path)),
         ("--store", str(tmp_path / "store"), "--sets", str(tmp_path / "nothing")),
     ):
         done = subprocess.run(

@@ -21,7 +21,7 @@ from bonsai_lora.api.connection import LINGER_SECONDS, GuardedProtocol
 from bonsai_lora.api.routes import hub
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service import work
-from bonsai_lora.storage import store as store_module
+from bonsai_lora.storage import files as store_module
 
 RAW = {"Content-Type": "application/octet-stream"}
 APPLY = "/v1/sets/s/adapters/m/apply"

@@ -35,7 +35,7 @@ FOLDERS = {
     "formats": (["formats/*"], ["formats", "api/test_combinations.py", "api/test_experts.py", "api/test_variants.py", "api/test_hostile.py"]),
     "wire": (["wire/*"], ["wire", "formats/test_safetensors.py", "api/test_oip.py", "api/test_hostile.py", "api/test_apply.py", "api/test_mixed.py", "api/test_bodies.py", "api/test_limits.py", "api/test_shared_memory.py", "client/test_calls.py", "client/test_refusals.py"]),
     "storage": (["storage/*"], ["storage", "formats/test_peft_tensors.py", "api/test_sets.py", "api/test_newer_format.py", "api/test_shared_memory.py", "api/test_oip.py", "api/test_operations.py"]),
-    "checkpoints": (["checkpoints/*"], ["checkpoints", "api/test_merged.py", "api/test_files.py", "api/test_combinations.py", "api/test_wide_rows.py", "api/test_experts.py", "api/test_variants.py"]),
+    "checkpoints": (["checkpoints/*"], ["checkpoints", "service/test_lab_memory.py", "service/test_extract.py", "api/test_merged.py", "api/test_files.py", "api/test_combinations.py", "api/test_wide_rows.py", "api/test_experts.py", "api/test_variants.py"]),
     "service": (["service/*"], ["service", *(f"api/test_{one}.py" for one in ("adapters", "apply", "combinations", "experts", "files", "limits", "merge", "merged", "mixed", "newer_format", "oip", "operations", "sets", "shared_memory", "stats", "variants", "wide_rows"))]),
     "api": (["api/ranges.py", "api/conditions.py", "api/body.py"], ["api/test_ranges.py", "api/test_files.py", "api/test_conditions.py", "api/test_bodies.py", "api/test_limits.py", "api/test_merge.py"]),
 }  # fmt: skip

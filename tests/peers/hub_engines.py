@@ -1,4 +1,4 @@
-"""Run by test_hub_push with HF_ENDPOINT set: what engines do with huggingface_hub to load adapters.
+"""Run by test_hub_push_clients with HF_ENDPOINT set: what engines do with huggingface_hub to load adapters.
 
 Each function makes the calls of the file that it names, in the same order.
 """

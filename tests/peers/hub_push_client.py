@@ -1,4 +1,4 @@
-"""Run by test_hub_push with HF_ENDPOINT set: the hub's own clients push adapters, unchanged."""
+"""Run by test_hub_push_clients with HF_ENDPOINT set: the hub's own clients push adapters, unchanged."""
 
 import json
 import sys

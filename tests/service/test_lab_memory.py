@@ -1,14 +1,18 @@
-"""What a combination or a comparison reserves covers what it takes at most."""
+"""What a combination, a comparison or an extraction reserves covers what it takes at most."""
 
 import tracemalloc
 
 import ml_dtypes
+import numpy as np
 import pytest
 from test_combine import random_adapter
 
+from bonsai_lora.checkpoints import difference, extraction
+from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core.combine import combine
 from bonsai_lora.core.recipe import OPTIONS, Recipe
 from bonsai_lora.core.similarity import similarity
+from bonsai_lora.formats import safetensors
 from bonsai_lora.service.combine import Plan
 from bonsai_lora.service.compare import Comparison
 
@@ -49,3 +53,17 @@ def test_comparisons(rng, shape):
     adapters = [random_adapter(rng, rank, d_in, d_out, experts=experts) for _ in range(count)]
     comparison = Comparison([str(number) for number in range(count)], {"m": adapters})
     assert peak_of(lambda: similarity(adapters)) <= comparison.work_bytes() + 10_000
+
+
+@pytest.mark.parametrize("shape", [(200, 1500), (1500, 200)])
+def test_extractions(rng, monkeypatch, tmp_path, shape):
+    monkeypatch.setattr(difference, "_BLOCK_VALUES", 1 << 10)  # else the blocks take most
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        weights = {"q_proj.weight": rng.standard_normal(shape).astype(np.float32)}
+        (tmp_path / name / "model.safetensors").write_bytes(safetensors.encode(weights))
+    base, tuned = (BaseFolder(tmp_path).get(name) for name in ("base", "tuned"))
+    (pair,) = extraction.pairs_of(base, tuned, [])
+    size, kept = extraction.Size(32), []
+    peak = peak_of(lambda: extraction.extract(base, pair, size, lambda: None, kept.append))
+    assert sum(kept) <= peak <= extraction.work_bytes(pair, size) + sum(kept)

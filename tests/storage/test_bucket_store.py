@@ -24,6 +24,7 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.storage import freshness
 from bonsai_lora.storage.cache import Cache
+from bonsai_lora.storage.cache_folder import release_all
 from bonsai_lora.storage.pointer import decode_pointer
 
 
@@ -410,6 +411,29 @@ def test_the_least_recently_used_copy_makes_room_and_what_runs_keeps_its_map(mac
     with pytest.raises(StoreFullError):
         tight.read("a")
     assert os.listdir(machines.folder / "tight" / "tmp") == []
+
+
+def test_copies_that_are_kept_never_make_room(machines):
+    one = machines.store("one")
+    for name in ("a", "b", "c"):
+        create(one, name, width=256)
+    size = len(one.read("a").file)
+    worker = machines.store("other", cache_bytes=2 * size + 100)
+    for name in ("a", "b"):
+        worker.read(name)
+        worker.keep(name)
+    other = machines.store("other", cache_bytes=2 * size + 100)  # of the same machine
+    with pytest.raises(StoreFullError, match="unload some"):
+        other.read("c")
+    assert other.state().cache_bytes == 2 * size
+    worker.release("b")
+    assert other.read("c").record.name == "c"
+    copies = machines.folder / "other" / "sets"
+    assert sorted(os.listdir(copies)) == ["a.safetensors", "c.safetensors"]
+    release_all(machines.folder / "other")  # the service starts again
+    os.utime(machines.folder / "other" / "notes" / "a", (1, 1))
+    other.read("b")
+    assert sorted(os.listdir(copies)) == ["b.safetensors", "c.safetensors"]
 
 
 def test_a_worker_finds_what_a_different_one_has_evicted(machines):

@@ -20,43 +20,24 @@ from pathlib import Path
 
 import anyio
 import structlog
-from fastapi import APIRouter, Depends, FastAPI
-from fastapi.routing import APIRoute
+from fastapi import FastAPI
 from prometheus_client.core import Metric
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route
 
-from bonsai_lora.api.context import Context, get_context
+from bonsai_lora.api.context import Context
 from bonsai_lora.api.door import Door
 from bonsai_lora.api.entrance import EntranceMiddleware
 from bonsai_lora.api.errors import install_error_handlers
 from bonsai_lora.api.metrics import Load, Metrics, service_metrics
 from bonsai_lora.api.middleware import ObserveMiddleware, Observer
 from bonsai_lora.api.openapi import install_openapi
-from bonsai_lora.api.query import refuse_unknown_query
-from bonsai_lora.api.routes import (
-    adapters,
-    apply,
-    hub,
-    hub_push,
-    jobs,
-    lab,
-    merge,
-    oip,
-    operations,
-    page,
-    peers,
-    set_files,
-    sets,
-    shared_memory,
-    stats,
-)
-from bonsai_lora.api.routes import bases as bases_routes
+from bonsai_lora.api.routing import ROUTER, ROUTES
 from bonsai_lora.api.scopes import OPEN, scope_of
 from bonsai_lora.api.sources_file import read_sources
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core import backend
-from bonsai_lora.errors import StoreFullError
+from bonsai_lora.errors import BonsaiLoraError, StoreFullError
 from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.gain import Gains
@@ -65,6 +46,7 @@ from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
+from bonsai_lora.service.models import load
 from bonsai_lora.service.pull import Origins
 from bonsai_lora.service.stats import store_stats
 from bonsai_lora.service.view import SetView
@@ -105,67 +87,6 @@ _TAGS = [
     {"name": "jobs", "description": "Work that goes on after the answer to its request."},
     {"name": "operations", "description": "Health and metrics."},
 ]
-_ROUTERS = [
-    one.router
-    for one in (
-        sets,
-        set_files,
-        adapters,
-        apply,
-        merge,
-        bases_routes,
-        oip,
-        shared_memory,
-        stats,
-        lab,
-        jobs,
-        operations,
-        page,
-        peers,
-        hub_push,
-        hub,  # last: its paths match almost anything
-    )
-]
-
-
-def _heads_of(router: APIRouter) -> APIRouter:
-    """Return a HEAD for each GET: the server drops the body of its response."""
-    heads = APIRouter()
-    for route in router.routes:
-        if isinstance(route, APIRoute) and "GET" in (route.methods or ()):
-            heads.add_api_route(
-                route.path,
-                route.endpoint,
-                methods=["HEAD"],
-                response_model=route.response_model,
-                response_model_exclude_unset=route.response_model_exclude_unset,
-                include_in_schema=False,
-            )
-    return heads
-
-
-_STRICT_ROUTERS = [
-    one.router for one in (sets, set_files, adapters, merge, bases_routes, stats, lab, jobs)
-]
-"""Routers that refuse unknown query parameters. Apply parses its own; clients of the Hub and of the
-Open Inference Protocol send additional ones."""
-
-
-def _router_of_all() -> tuple[APIRouter, list[BaseRoute]]:
-    """Return a router that includes all routes, and the routes."""
-    whole, routes = APIRouter(), list[BaseRoute]()
-    for router in _ROUTERS:
-        strict = [Depends(refuse_unknown_query)] if router in _STRICT_ROUTERS else []
-        for one in (router, _heads_of(router)):
-            # get_context checks the scope of the key; routes that use no context need it too.
-            whole.include_router(one, dependencies=[Depends(get_context), *strict])
-            routes += one.routes
-    return whole, routes
-
-
-# Made once: FastAPI analyzes the functions of an included router upon its first request, in 35 ms.
-_ROUTER, _ROUTES = _router_of_all()
-
 _CORS_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _EXPOSED_HEADERS = (
     "Accept-Ranges",
@@ -249,6 +170,7 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
         asyncio.create_task(_publish_load(context.metrics)),
         asyncio.create_task(_maintain(app.state.store)),
     ]
+    await anyio.to_thread.run_sync(_preload, context)
     totals = await anyio.to_thread.run_sync(context.store.totals)
     _log.info("ready", sets=totals.sets, pid=os.getpid())
     try:
@@ -259,6 +181,16 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
         await context.jobs.stop()
         app.state.store.close()
         _log.info("stopped", pid=os.getpid())
+
+
+def _preload(context: Context) -> None:
+    """Load the sets that settings name, and log those that cannot be loaded."""
+    for name in context.settings.preload:
+        try:
+            load(context.store.read(name))
+            context.store.keep(name)
+        except BonsaiLoraError as error:
+            _log.warning("not preloaded", set=name, code=error.code, detail=error.detail)
 
 
 async def _publish_load(metrics: Metrics) -> None:
@@ -284,8 +216,8 @@ def create_default_app() -> FastAPI:
 
 def _include_routes(app: FastAPI) -> list[BaseRoute]:
     """Add all routes to `app`, and return them."""
-    routes = [*(route for route in app.routes if isinstance(route, Route)), *_ROUTES]
-    app.router.routes.extend(_ROUTER.routes)
+    routes = [*(route for route in app.routes if isinstance(route, Route)), *ROUTES]
+    app.router.routes.extend(ROUTER.routes)
     for route in routes:
         for method in getattr(route, "methods", None) or ():
             scope_of(method, getattr(route, "path", ""))  # raises KeyError for a forgotten one

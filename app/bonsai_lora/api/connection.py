@@ -74,6 +74,8 @@ class GuardedProtocol(HttpToolsProtocol):
         """Bytes of a header line that is not complete."""
         self._plain_head = b""
         """A head to be parsed again."""
+        self.is_chunked = False
+        """Whether the body of the present request comes in chunks."""
         self._refusal = _UNREADABLE
         """The error for a request that the parser refuses."""
         self._head_timer: asyncio.TimerHandle | None = None
@@ -162,6 +164,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refusal = error
             raise
         self.expect_100_continue &= version == "1.1"
+        self.is_chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:

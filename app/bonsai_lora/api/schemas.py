@@ -1,12 +1,14 @@
 """The JSON of the HTTP API as pydantic models; their docstrings appear in OpenAPI."""
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, FiniteFloat
 
-from bonsai_lora.core import shapes
+from bonsai_lora import errors
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.config import LoraConfig, shortest_float32
+from bonsai_lora.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, layered
 from bonsai_lora.core.spectrum import delta_norm, effective_rank
 from bonsai_lora.formats.names import RESERVED_SET_NAMES, SET_NAME_PATTERN
 from bonsai_lora.service.sets import Imported
@@ -104,14 +106,45 @@ class CreateSet(RequestModel):
     config: Config = Field(default_factory=Config)
     model: str | None = Field(
         None,
-        description="a known model, instead of attention, mlp and num_layers: "
-        + ", ".join(shapes.MODELS),
+        description="a known model, instead of attention, mlp and num_layers: " + ", ".join(MODELS),
     )
     attention: Attention | None = None
     mlp: Mlp | None = None
     num_layers: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="create adapters for each layer, under full module names"
     )
+
+    def shapes(self) -> tuple[Shapes, str]:
+        """Return the requested shapes and the name of the base model.
+
+        Fields given in addition to `model` override that part of it.
+        """
+        attention = AttentionShape(**self.attention.model_dump()) if self.attention else None
+        mlp = MlpShape(**self.mlp.model_dump()) if self.mlp else None
+        if self.model is not None:
+            model = MODELS.get(self.model)
+            if model is None:
+                raise errors.InvalidRequestError(
+                    f"model {self.model[:100]!r} is unknown; expected one of {', '.join(MODELS)}",
+                    field="model",
+                    expected=list(MODELS),
+                )
+            own = replace(
+                model,
+                attention=attention or model.attention,
+                mlp=mlp or model.mlp,
+                num_layers=self.num_layers or model.num_layers,
+            )
+            return own.modules(), self.base_model_name or self.model
+        shapes = {**(attention.modules() if attention else {}), **(mlp.modules() if mlp else {})}
+        if self.num_layers is None:
+            return shapes, self.base_model_name
+        if not shapes:
+            raise errors.InvalidRequestError(
+                "num_layers is given without attention or mlp; add the shapes of one layer",
+                field="num_layers",
+            )
+        return layered(shapes, self.num_layers), self.base_model_name
 
 
 class NewAdapter(RequestModel):

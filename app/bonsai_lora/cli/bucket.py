@@ -7,7 +7,12 @@ from typing import BinaryIO, cast
 
 from bonsai_lora.cli.client import EXIT_REFUSED
 from bonsai_lora.cli.store import check_bucket, failed
-from bonsai_lora.errors import BonsaiLoraError, NewerFormatError, StoreUnreachableError
+from bonsai_lora.errors import (
+    BonsaiLoraError,
+    NewerFormatError,
+    StoreUnreachableError,
+    counted,
+)
 from bonsai_lora.storage.bucket import Bucket, open_bucket
 from bonsai_lora.storage.bucket_gc import Collected, collect
 from bonsai_lora.storage.cache import receive_blob
@@ -29,13 +34,15 @@ def collect_bucket(url: str, grace_hours: float) -> int:
 
 def _report(found: Collected) -> Iterator[str]:
     sums = found.sums
-    yield f"{sums.sets:,} sets, {sums.held_bytes:,} bytes as float32; the index is written"
+    size = counted(sums.held_bytes, "byte")
+    yield f"{counted(sums.sets, 'set')}, {size} as float32; the index is written"
     if not found.is_corrected:
         yield "the sums were not counted again: others wrote all the time; run it again"
-    yield f"{found.blobs:,} blobs removed, {found.blob_bytes:,} bytes"
-    yield f"{found.tombstones:,} deleted sets removed"
+    yield f"{counted(found.blobs, 'blob')} removed, {counted(found.blob_bytes, 'byte')}"
+    yield f"{counted(found.tombstones, 'deleted set')} removed"
     if found.kept_tombstones:
-        yield f"{found.kept_tombstones:,} deleted sets kept: the bucket has no conditional delete"
+        kept = counted(found.kept_tombstones, "deleted set")
+        yield f"{kept} kept: the bucket has no conditional delete"
     for name in found.unreadable:
         yield f"{name}: its pointer cannot be read; no blob was removed"
 
@@ -47,7 +54,7 @@ def verify_bucket(url: str, names: list[str]) -> int:
         check_bucket(url)
         bucket = open_bucket(url)
         for name in names or _names(bucket):
-            line = _verified(bucket, name)
+            line = _verified(bucket, name) or ("missing" if names else None)
             if line is not None:
                 is_sound = is_sound and line == "ok"
                 print(f"{name}  {line}")

@@ -37,7 +37,7 @@ from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.view import SetView
 from bonsai_lora.settings import UNGUARDED, Settings, SettingsError, read_settings
-from bonsai_lora.storage.cache_folder import claim
+from bonsai_lora.storage.cache_folder import claim, release_all
 from bonsai_lora.storage.counts import count_restart
 from bonsai_lora.storage.in_use import suspect_sets_of
 from bonsai_lora.storage.store import SetStore
@@ -246,6 +246,7 @@ def _check_store(settings: Settings) -> None:
     if settings.is_bucket:
         check_bucket(settings.store)
         claim(Path(settings.cache), settings.store)
+        release_all(Path(settings.cache))
         return
     try:
         if not SetStore(Path(settings.store)).is_writable():

@@ -18,6 +18,8 @@ _HEAD_BYTES = 1 << 13
 """Longest head parsed here. Longer and incomplete heads go to uvicorn's parser."""
 _BEGUN_BYTES = LONG_BYTES // 2
 """How much of a long body has to arrive before it has a place."""
+_CHUNKED_BYTES = 1 << 14
+"""Most bytes to read at once of a body in chunks."""
 _START = b"POST /v"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -42,9 +44,11 @@ class LaneConnection(asyncio.BufferedProtocol):
         """Return the buffer for the next read."""
         if self._target is not None:
             return self._target[self._filled :]
-        # Else read little, so that little of a long body has to be copied again, and that few of
-        # many pipelined requests are parsed at once.
-        return self._buffer if self._http.is_in_body else self._buffer[:LONG_BYTES]
+        # Between requests read little, so that little of a long body has to be copied again, and
+        # that few of many pipelined requests, or of many short chunks, are parsed at once.
+        if not self._http.is_in_body:
+            return self._buffer[:LONG_BYTES]
+        return self._buffer[:_CHUNKED_BYTES] if self._http.is_chunked else self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         """Process `nbytes` received bytes."""

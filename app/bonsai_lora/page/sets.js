@@ -21,6 +21,8 @@ export async function showSets(content, query, signal) {
   const refresh = async () => {
     const page = await get("v1/sets", wanted, signal);
     place.replaceChildren(
+      // Of a bucket, the list may be older than the sets.
+      page.as_of ? h("p", null, `The list is from ${page.as_of}.`) : "",
       page.sets.length ? setTable(page.sets) : h("p", null, nothing(prefix, baseModel)),
       pager(query, cursors, page.next_cursor),
     );

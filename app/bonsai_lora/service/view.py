@@ -221,6 +221,16 @@ class SetView:
         self._check(name)
         self._store.delete(name)
 
+    def keep(self, name: str) -> None:
+        """Keep a set on this machine, for all workers, until `release`."""
+        self._check(name)
+        self._store.keep(name)
+
+    def release(self, name: str) -> None:
+        """End `keep`, and release this process's state of a set."""
+        self.forget(name)
+        self._store.release(name)
+
     def forget(self, name: str) -> None:
         """Release this process's state of a set; it is read again on next use."""
         self._check(name)

@@ -208,10 +208,10 @@ def _read(
         sink(piece)
 
 
-def _check_length(name: str, length: int, limit: int) -> None:
-    if length > limit:
+def _check_length(name: str, size: int, limit: int) -> None:
+    if size > limit:
         raise BodyTooLargeError(
-            f"{name} has at least {length} bytes, but the limit is {limit}; pull a smaller adapter",
-            got_bytes=length,
+            f"{name} has at least {size} bytes, but the limit is {limit}; pull a smaller adapter",
+            got_bytes=size,
             limit_bytes=limit,
         )

@@ -271,6 +271,14 @@ class BucketStore:
         """Return the sets that this process has open; releases those that were evicted."""
         return self._files.open_sets()
 
+    def keep(self, name: str) -> None:
+        """Keep the copy of a set, for all workers, until `release`."""
+        self._cache.keep(name)
+
+    def release(self, name: str) -> None:
+        """Let the copy of a set make room for others again."""
+        self._cache.release(name)
+
     def forget(self, name: str) -> None:
         """Release this process's state of a set; it is compared and opened again on next use."""
         self._looks.forget(name)

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from bonsai_lora.errors import SetNotFoundError, StoreFullError
 from bonsai_lora.storage.bucket import Found
-from bonsai_lora.storage.cache_folder import claim
+from bonsai_lora.storage.cache_folder import KEPT, claim
 from bonsai_lora.storage.files import SUFFIX, SetFiles
 from bonsai_lora.storage.pointer import MalformedPointerError, Pointer
 from bonsai_lora.storage.setfile import SetRecord, record_of
@@ -59,6 +59,9 @@ class Cache:
         self._copies = root / "sets"
         self._notes = root / "notes"
         self._notes.mkdir(exist_ok=True)
+        self._kept = root / KEPT
+        """Has an empty file for each set whose copy never makes room."""
+        self._kept.mkdir(exist_ok=True)
         self._most_bytes = most_bytes
         self._lock = threading.Lock()
         self._counted_at = -_RECOUNT_SECONDS
@@ -108,6 +111,14 @@ class Cache:
         with contextlib.suppress(OSError):
             os.utime(self._notes / name, (checked, checked))
 
+    def keep(self, name: str) -> None:
+        """Remove no copy of a set to make room, until `release`."""
+        (self._kept / name).touch()
+
+    def release(self, name: str) -> None:
+        """End `keep`."""
+        (self._kept / name).unlink(missing_ok=True)
+
     def make_room(self, size: int) -> None:
         """Remove the least recently used copies until `size` more bytes fit.
 
@@ -120,8 +131,15 @@ class Cache:
             )
         with self._lock:
             self.bytes += size
+            if self.bytes <= self._most_bytes:
+                return
+            self._evict(size)
             if self.bytes > self._most_bytes:
-                self._evict(size)
+                self.bytes -= size
+                raise StoreFullError(
+                    f"the set has {size} bytes, and the cache is full of sets that are kept; "
+                    "unload some, or raise cache_bytes"
+                )
 
     def trim(self) -> None:
         """Count the copies again, as other workers change them, and remove what is too much."""
@@ -155,8 +173,9 @@ class Cache:
         self.bytes += more
         if self.bytes <= self._most_bytes:
             return
-        used = {name: self._used(name) for name in sizes}
-        for name in sorted(sizes, key=used.__getitem__):
+        kept = {path.name for path in self._kept.iterdir()}
+        used = {name: self._used(name) for name in sizes if name not in kept}
+        for name in sorted(used, key=used.__getitem__):
             if self.bytes <= self._most_bytes:
                 return
             # Without the lock of the copy: whoever puts a newer one in place misses it, at worst.

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+KEPT = "kept"
+"""Folder of the names of sets whose copies are kept."""
+
 _OWNER = "bucket-url"
 
 
@@ -24,3 +27,9 @@ def claim(root: Path, url: str) -> None:
         )
     root.mkdir(parents=True, exist_ok=True)
     owner.write_text(f"{url}\n", encoding="utf-8")
+
+
+def release_all(root: Path) -> None:
+    """Let all copies in the cache `root` make room again, as a service that starts keeps none."""
+    for path in (root / KEPT).glob("*"):
+        path.unlink(missing_ok=True)

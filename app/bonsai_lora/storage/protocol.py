@@ -112,6 +112,12 @@ class Store(Protocol):
     def open_sets(self) -> list[StoredSet]:
         """Return the sets that this process has open."""
 
+    def keep(self, name: str) -> None:
+        """Keep the copy of a set on this machine, for all workers, until `release`."""
+
+    def release(self, name: str) -> None:
+        """End `keep`."""
+
     def forget(self, name: str) -> None:
         """Release this process's state of a set."""
 

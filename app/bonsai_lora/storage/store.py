@@ -118,6 +118,12 @@ class SetStore(SetFiles):
         """Return the sizes in bytes, by set name, of files that a newer release wrote."""
         return self.listing.ask(SetIndex.newer_files)
 
+    def keep(self, name: str) -> None:
+        """Do nothing: all sets are on this machine."""
+
+    def release(self, name: str) -> None:
+        """Do nothing."""
+
     def refresh(self, name: str) -> None:
         """Do nothing: every look-up asks the file."""
 

@@ -158,9 +158,7 @@ async def get_live() -> oip_schemas.ServerLive:
     responses=oip_errors(503),
 )
 async def get_ready(context: ContextDep) -> oip_schemas.ServerReady:
-    """The server is ready from its first answer until it is about to stop: sets are opened on first
-    use.
-    """
+    """The server is ready from its first answer until it is about to stop."""
     context.check_ready()
     return oip_schemas.ServerReady()
 
@@ -306,7 +304,7 @@ async def get_index(request: Request, context: ContextDep) -> list[oip_schemas.I
     responses=empty_responses() | oip_errors(400, 404, 501, 503),
 )
 async def load_model(request: Request, context: ContextDep, model: ModelDep) -> Response:
-    """Loads the set before its first request. Sets are created and changed under /v1/sets."""
+    """Loads the set before its first request, and keeps its copy if the store is a bucket."""
     requested = await _read_optional(request, oip_schemas.RepositoryRequest)
     if requested.parameters:
         names = ", ".join(sorted(requested.parameters))[:200]
@@ -317,6 +315,7 @@ async def load_model(request: Request, context: ContextDep, model: ModelDep) -> 
     if model.stored is not None:
         with context.long.admit():
             await context.long.run(partial(models.load, model.stored))
+            await context.long.run(partial(context.store.keep, model.name))
     return Response()
 
 
@@ -329,9 +328,9 @@ async def load_model(request: Request, context: ContextDep, model: ModelDep) -> 
     responses=empty_responses() | oip_errors(400, 404, 503),
 )
 async def unload_model(request: Request, context: ContextDep, model: ModelDep) -> Response:
-    """The set is kept, and is opened again on its next use."""
+    """The set stays in the store, and is opened again on its next use."""
     await _read_optional(request, oip_schemas.RepositoryRequest)
-    context.store.forget(model.name)
+    await context.long.run(partial(context.store.release, model.name))
     return Response()
 
 

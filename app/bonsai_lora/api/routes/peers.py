@@ -17,9 +17,8 @@ from bonsai_lora import errors
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
+from bonsai_lora.api.pulls import check_may_pull, pull
 from bonsai_lora.service import sets
-from bonsai_lora.service.keys import missing_scope
-from bonsai_lora.service.pull import pull_set
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import SetRecord
 
@@ -100,9 +99,8 @@ def _model(record: SetRecord) -> dict[str, Any]:
 
 
 async def _load(request: Request, context: Context) -> _Load:
-    """Pull the set that the body names; raises ForbiddenError without the scope `pull`."""
-    if "pull" not in context.store.key.scopes:
-        raise missing_scope(context.store.key, "pull")
+    """Pull the set that the body names, as `pull` does."""
+    check_may_pull(context)
     with Place(context.long) as place:
         wanted = await read_model(request, _Load, place)
 
@@ -114,17 +112,7 @@ async def _load(request: Request, context: Context) -> _Load:
                     set=wanted.lora_name,
                 )
 
-        pull = partial(
-            pull_set,
-            context.store,
-            context.limits,
-            context.spill,
-            context.origins,
-            wanted.lora_name,
-            wanted.lora_path,
-            check,
-        )
-        await context.long.run(pull)
+        await pull(context, wanted.lora_name, wanted.lora_path, check)
     return wanted
 
 

@@ -1,6 +1,6 @@
 """Create, list, show, upload and delete sets."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
 
@@ -22,15 +22,13 @@ from bonsai_lora.api.openapi import (
     request_body,
 )
 from bonsai_lora.api.openapi_headers import sends
+from bonsai_lora.api.pulls import check_may_pull, pull
 from bonsai_lora.api.query import DECIMAL
 from bonsai_lora.api.uploads import CONFIG_PART, GGUF_PART, MODEL_PART, receive_adapter
-from bonsai_lora.core.shapes import MODELS, AttentionShape, MlpShape, Shapes, layered
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import SET_NAME_PATTERN
 from bonsai_lora.service import gguf_lora, sets
 from bonsai_lora.service.budget import Reservation
-from bonsai_lora.service.keys import missing_scope
-from bonsai_lora.service.pull import pull_set
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.upload import Upload, WholeUpload
@@ -91,7 +89,7 @@ async def create_set(request: Request, context: ContextDep) -> Response:
     _check_not_an_upload(request)
     with Place(context.long) as place:
         wanted = await read_model(request, schemas.CreateSet, place)
-        shapes, base_model_name = _wanted_shapes(wanted)
+        shapes, base_model_name = wanted.shapes()
         make = partial(
             sets.create_set,
             context.store,
@@ -302,25 +300,13 @@ def _is_json(request: Request) -> bool:
 async def _pull(
     request: Request, context: Context, name: str, options: UploadOptions
 ) -> sets.Imported:
-    """Pull the adapter that the body names; raises ForbiddenError without the scope `pull`."""
-    if "pull" not in context.store.key.scopes:
-        raise missing_scope(context.store.key, "pull")
+    """Pull the adapter that the body names."""
+    check_may_pull(context)
     with Place(context.long) as place:
         wanted = await read_model(request, schemas.PullSet, place)
-        return await context.long.run(
-            partial(
-                pull_set,
-                context.store,
-                context.limits,
-                context.spill,
-                context.origins,
-                name,
-                wanted.source,
-                precondition(request),
-                base_model_name=options.base_model_name,
-                expert_layout=options.expert_b_layout,
-            )
-        )
+        layout = options.expert_b_layout
+        check = precondition(request)
+        return await pull(context, name, wanted.source, check, options.base_model_name, layout)
 
 
 async def _report(context: Context, imported: sets.Imported) -> Response:
@@ -377,36 +363,3 @@ async def delete_set(request: Request, context: ContextDep, name: SetName) -> No
     """Requests in flight finish with the set as it was when they started."""
     remove = partial(sets.delete_set, context.store, name, precondition(request))
     await context.long.run(remove)
-
-
-def _wanted_shapes(wanted: schemas.CreateSet) -> tuple[Shapes, str]:
-    """Return the requested shapes and the name of the base model.
-
-    Fields given in addition to `model` override that part of it.
-    """
-    attention = AttentionShape(**wanted.attention.model_dump()) if wanted.attention else None
-    mlp = MlpShape(**wanted.mlp.model_dump()) if wanted.mlp else None
-    if wanted.model is not None:
-        model = MODELS.get(wanted.model)
-        if model is None:
-            raise errors.InvalidRequestError(
-                f"model {wanted.model[:100]!r} is unknown; expected one of {', '.join(MODELS)}",
-                field="model",
-                expected=list(MODELS),
-            )
-        own = replace(
-            model,
-            attention=attention or model.attention,
-            mlp=mlp or model.mlp,
-            num_layers=wanted.num_layers or model.num_layers,
-        )
-        return own.modules(), wanted.base_model_name or wanted.model
-    shapes = {**(attention.modules() if attention else {}), **(mlp.modules() if mlp else {})}
-    if wanted.num_layers is None:
-        return shapes, wanted.base_model_name
-    if not shapes:
-        raise errors.InvalidRequestError(
-            "num_layers is given without attention or mlp; add the shapes of one layer",
-            field="num_layers",
-        )
-    return layered(shapes, wanted.num_layers), wanted.base_model_name

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -29,6 +30,7 @@ pytestmark = [
     pytest.mark.skipif(
         CHROMIUM is None, reason="no chromium on the PATH: apt-get install chromium"
     ),
+    pytest.mark.skipif(find_spec("playwright") is None, reason="run make test-page"),
 ]
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -339,10 +341,14 @@ def test_the_service_is_shown_live(visit, sets):
     line = region.locator("tr", has_text="/apply").locator("td").all_inner_texts()
     assert float(line[0]) > 0
     assert line[1].endswith(("µs", "ms"))
-    assert page.get_by_role("region", name="Lanes").locator("tbody th").all_inner_texts() == [
-        *("short", "long")
-    ]
+    lanes = page.get_by_role("region", name="Lanes").locator("tbody th").all_inner_texts()
+    assert lanes == ["short", "long", "jobs"]
     assert page.locator(".facts meter").count() == 1
+    combination = {"name": "both", "sets": [{"set": "plain"}, {"set": "rslora-patterns"}]}
+    later = {"Prefer": "respond-async"}
+    job = sets.post("/v1/combine", json=combination, headers=later).raise_for_status().json()
+    row = page.get_by_role("region", name="Jobs").locator("tr", has_text=job["id"])
+    row.get_by_text("done", exact=True).wait_for()
     visit.picture("service")
     page.get_by_role("link", name="Sets").click()
     page.get_by_role("heading", name="Sets").wait_for()
