@@ -27,6 +27,7 @@ from bonsai_lora.api.keys_file import read_keys
 from bonsai_lora.api.sources_file import read_sources
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.cli.accept import Server
+from bonsai_lora.cli.client import plain
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.cli.store import check_bucket
@@ -216,7 +217,9 @@ def _import_folder(settings: Settings) -> None:
     try:
         _import_each(settings, cast("Path", settings.sets))
     except (OSError, ValueError, BonsaiLoraError) as error:
-        _print_error(f"the sets of {settings.sets} cannot be imported: {error}; check --sets")
+        _print_error(
+            f"the sets of {settings.sets} cannot be imported: {plain(error)}; check --sets"
+        )
         sys.exit(2)
 
 
@@ -253,7 +256,7 @@ def _check_store(settings: Settings) -> None:
             _log.warning("the store %s is read-only; sets cannot be changed", settings.store)
     except OSError as error:
         raise OSError(
-            f"the store {settings.store!r} cannot be opened: {error}; choose another folder with "
+            f"the store {settings.store!r} cannot be opened: {plain(error)}; choose another folder with "
             "--store"
         ) from error
 

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from bonsai_lora.cli.client import EXIT_REFUSED, EXIT_USAGE, plain
 from bonsai_lora.cli.progress import ProgressLine
+from bonsai_lora.errors import counted
 from bonsai_lora.settings import SettingsError, is_bucket, read_settings
 from bonsai_lora.storage.backup import back_up, restore
 from bonsai_lora.storage.leftovers import bad_files, old_folders, remove_leftovers
@@ -96,7 +97,7 @@ def run_backup(arguments: argparse.Namespace) -> int:
     except OSError as error:
         return failed(f"no backup was made: {plain(error)}")
     size = sum(one["bytes"] for one in entries)
-    print(f"{len(entries):,} sets, {size:,} bytes: {arguments.folder}")
+    print(f"{counted(len(entries), 'set')}, {counted(size, 'byte')}: {arguments.folder}")
     return 0
 
 
@@ -129,7 +130,7 @@ def run_gc(arguments: argparse.Namespace) -> int:
     for folder in old_folders(root / "tmp"):
         shutil.rmtree(folder)
         removed += 1
-    print(f"{removed:,} temporary files removed")
+    print(f"{counted(removed, 'temporary file')} removed")
     bad = bad_files(root / "bad", arguments.days)
     if not bad:
         return 0
@@ -137,12 +138,12 @@ def run_gc(arguments: argparse.Namespace) -> int:
         status = path.lstat()
         moved = time.strftime("%Y-%m-%d", time.gmtime(status.st_ctime))
         print(f"{moved}  {status.st_size:>14,} B  {path.name}")
-    if arguments.yes or _agreed(f"Remove these {len(bad):,} files for good? [y/N] "):
+    if arguments.yes or _agreed(f"Remove {counted(len(bad), 'file')} for good? [y/N] "):
         for path in bad:
             path.unlink(missing_ok=True)
-        print(f"{len(bad):,} bad files removed")
+        print(f"{counted(len(bad), 'bad file')} removed")
     else:
-        print("no bad file removed; --yes removes them without a question")
+        print("no bad file removed; --yes removes them without asking")
     return 0
 
 
