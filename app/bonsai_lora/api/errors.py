@@ -267,8 +267,9 @@ def validation_problem(found: Any) -> BonsaiLoraError:
 
 
 def _field(error: Any) -> str:
-    parts = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
-    return ".".join(parts) or "the body"
+    parts = [part for part in error["loc"] if part not in ("body", "query", "path")]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return path.removeprefix(".") or "the body"
 
 
 _PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}

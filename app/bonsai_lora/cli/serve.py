@@ -256,8 +256,8 @@ def _check_store(settings: Settings) -> None:
             _log.warning("the store %s is read-only; sets cannot be changed", settings.store)
     except OSError as error:
         raise OSError(
-            f"the store {settings.store!r} cannot be opened: {plain(error)}; choose another folder with "
-            "--store"
+            f"the store {settings.store!r} cannot be opened: {plain(error)}; choose another "
+            "folder with --store"
         ) from error
 
 
