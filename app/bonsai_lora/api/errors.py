@@ -257,7 +257,8 @@ def validation_problem(found: Any) -> BonsaiLoraError:
     """Return the error for pydantic's list of errors."""
     if found[0]["type"] == "json_invalid":
         reason = found[0]["msg"].removeprefix("Invalid JSON: ")
-        return errors.MalformedJsonError(f"the body is not JSON: {reason}; send JSON")
+        fault = f"is not JSON: {reason}" if found[0]["input"] else "is empty"
+        return errors.MalformedJsonError(f"the body {fault}; send JSON")
     reasons = [(_field(one), _reason(one)) for one in found[:16]]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return errors.InvalidRequestError(
