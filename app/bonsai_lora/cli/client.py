@@ -78,6 +78,10 @@ def add_commands(commands: Any) -> None:
     apply.add_argument("name", help=_SET_HELP)
     apply.add_argument("module", help="name of one of its modules, as `show` prints it")
     apply.add_argument("file", nargs="?", help="JSON list of vectors (default, or -: stdin)")
+    _add_pull(commands)
+
+
+def _add_pull(commands: Any) -> None:
     fetch = add_command(commands, "pull", pull_model, "download a merged model, a set, or a base")
     fetch.add_argument("model", help="BASE/SET, adapters/SET or bases/BASE")
     fetch.add_argument(
