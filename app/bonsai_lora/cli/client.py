@@ -179,7 +179,10 @@ def _describe_failure(error: BaseException, address: str) -> tuple[int, str]:
     """Return the exit code and the message for a failure; raises `error` if it is unexpected."""
     match error:
         case BonsaiLoraError():
-            return EXIT_REFUSED, f"{error.detail} [{error.code}]"
+            how = f"; the command reads it from {TOKEN_VARIABLE}" * (
+                error.code == "unauthenticated"
+            )
+            return EXIT_REFUSED, f"{error.detail}{how} [{error.code}]"
         case KeyboardInterrupt():
             return EXIT_INTERRUPTED, "interrupted"
         case KeyError() | TypeError() | httpx.DecodingError():

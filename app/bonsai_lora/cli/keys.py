@@ -43,7 +43,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         choices=SCOPES,
         required=True,
         dest="scopes",
-        help="what the key may do; repeatable",
+        help="what the key may do: read; apply (and merge); write (create, change, delete sets); "
+        "pull (upload by reference); admin (metrics, and every name); repeatable",
     )
     new.add_argument(
         "--prefix",
