@@ -7,12 +7,15 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _NO_BUDGET = 1 << 53
 _PORT = 8000
+_BUCKETS = ("s3://", "gs://", "az://")
+_NOT_CALLED = "default_factory_not_called"
+"""Pydantic's error for a default that could not be computed because another setting is invalid."""
 UNGUARDED = (
     "everyone who can connect could read, replace and delete every set; name a file of keys "
     "(--keys-file, BONSAI_LORA_KEYS_FILE), or allow it (--no-auth, BONSAI_LORA_NO_AUTH=true)"
@@ -59,7 +62,7 @@ def is_loopback(host: str) -> bool:
 
 def is_bucket(store: str) -> bool:
     """Return whether a store is the URL of a bucket, and not a folder."""
-    return store.startswith(("s3://", "gs://", "az://"))
+    return store.startswith(_BUCKETS)
 
 
 def _split(value: Any) -> Any:
@@ -122,7 +125,9 @@ class Settings(BaseSettings):
         "are kept then, whatever else is used",
     )
     bases: str | None = Field(
-        None, description="folder of base checkpoints, each a subfolder of safetensors files"
+        None,
+        description="folder of base models: each GGUF file in it is one, and each subfolder of "
+        "safetensors files or with one GGUF file",
     )
     sets: Path | None = Field(
         None,
@@ -235,8 +240,8 @@ class Settings(BaseSettings):
     stall_seconds: float = Field(
         60.0,
         gt=0,
-        description="stall timeout: a client that neither sends nor reads for this long is "
-        "disconnected",
+        description="stall timeout: a client that sends or reads less than 1 KiB per second "
+        "over this time is disconnected",
     )
     shutdown_seconds: int = Field(
         30, ge=0, description="how long to wait for requests in flight after SIGTERM"
@@ -274,6 +279,16 @@ class Settings(BaseSettings):
         value = value.rstrip("/")
         if value and not _ROOT_PATH.fullmatch(value):
             raise ValueError("it is not the beginning of a path; expected such as /lora")
+        return value
+
+    @field_validator("store")
+    @classmethod
+    def _check_store(cls, value: str) -> str:
+        """Refuse an address that is no bucket's, which would be taken for the name of a folder."""
+        if "://" in value and not is_bucket(value):
+            raise ValueError(
+                f"expected a folder, or a bucket that starts with {' or '.join(_BUCKETS)}"
+            )
         return value
 
     @field_validator("tls_key")
@@ -322,3 +337,23 @@ class Settings(BaseSettings):
     def store_folder(self) -> Path | None:
         """Return the store's folder, or None for a temporary one."""
         return None if self.store == "memory:" else Path(self.store)
+
+
+class SettingsError(ValueError):
+    """Settings are invalid; the message has a line for each."""
+
+
+def read_settings(**given: Any) -> Settings:
+    """Return the settings, of which those given override the environment; raises SettingsError."""
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        lines = [_mistake(one) for one in error.errors() if one["type"] != _NOT_CALLED]
+        raise SettingsError("\n".join(lines)) from None
+
+
+def _mistake(error: Any) -> str:
+    name = str(error["loc"][0])
+    flag, variable = f"--{name.replace('_', '-')}", f"BONSAI_LORA_{name.upper()}"
+    reason = error["msg"].removeprefix("Value error, ")
+    return f"{flag} ({variable}): {reason}; got {error['input']!r}"

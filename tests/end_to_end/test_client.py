@@ -232,3 +232,26 @@ def test_push_an_mlx_folder(service, tmp_path, capsys):
     (folder / "adapters.safetensors").unlink()
     assert main(push) == 2
     assert "adapter_model.safetensors" in capsys.readouterr().err
+
+
+def test_a_missing_key_names_the_variable(capsys):
+    problem = {"code": "unauthenticated", "detail": "the request has no key", "status": 401}
+    kind = ("Content-Type: application/problem+json",)
+    with scripted([Answer(401, json.dumps(problem).encode(), kind)]) as server:
+        assert main(["ls", "--url", server.url]) == 1
+    assert "the request has no key; the command reads it from BONSAI_LORA_TOKEN [" in (
+        capsys.readouterr().err
+    )
+
+
+def test_what_cannot_be_read_is_named_without_a_number(run, tmp_path):
+    file = tmp_path / "adapter.bin"
+    file.write_bytes(b"")
+    code, _, err = run("push", "plain", file)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{file} has no adapter_config.json" in err
+    missing = tmp_path / "x.json"
+    assert run("apply", "plain", "q_proj", missing) == (
+        *(2, ""),
+        f"bonsai-lora: {missing}: No such file or directory\n",
+    )

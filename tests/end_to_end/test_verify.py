@@ -59,3 +59,26 @@ def test_what_is_missing(several, capsys, tmp_path):
     assert main(["verify", "--store", str(tmp_path / "no")]) == 2
     assert "is not a store" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
+
+
+def test_a_wrong_setting_is_one_line(capsys, monkeypatch):
+    monkeypatch.setenv("BONSAI_LORA_PORT", "many")
+    with pytest.raises(SystemExit) as ended:
+        main(["verify"])
+    assert ended.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("bonsai-lora: --port (BONSAI_LORA_PORT): ")
+    assert text.endswith("; got 'many'\n")
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["serve", "verify", "gc"])
+def test_an_address_that_is_no_bucket_is_not_a_folder(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main([command, "--store", "s3a://bucket/prefix"])
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert "s3:// or gs:// or az://; got 's3a://bucket/prefix'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

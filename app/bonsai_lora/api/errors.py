@@ -230,7 +230,7 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
             return problem_response(problem, request.scope)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = _allowed_methods(routes, request.scope)
-            remedy = f"use one of {', '.join(allowed)}"
+            remedy = f"use {'one of ' if len(allowed) > 1 else ''}{', '.join(allowed)}"
             if path == "/v1/sets" and method in ("PUT", "PATCH", "DELETE"):
                 remedy = f"name the set: {method} /v1/sets/{{set}}"
             problem = errors.MethodNotAllowedError(
@@ -257,7 +257,8 @@ def validation_problem(found: Any) -> BonsaiLoraError:
     """Return the error for pydantic's list of errors."""
     if found[0]["type"] == "json_invalid":
         reason = found[0]["msg"].removeprefix("Invalid JSON: ")
-        return errors.MalformedJsonError(f"the body is not JSON: {reason}; send JSON")
+        fault = f"is not JSON: {reason}" if found[0]["input"] else "is empty"
+        return errors.MalformedJsonError(f"the body {fault}; send JSON")
     reasons = [(_field(one), _reason(one)) for one in found[:16]]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return errors.InvalidRequestError(
@@ -267,8 +268,9 @@ def validation_problem(found: Any) -> BonsaiLoraError:
 
 
 def _field(error: Any) -> str:
-    parts = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
-    return ".".join(parts) or "the body"
+    parts = [part for part in error["loc"] if part not in ("body", "query", "path")]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return path.removeprefix(".") or "the body"
 
 
 _PEFT_NAMES = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}
@@ -281,7 +283,7 @@ def _reason(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         meant = _PEFT_NAMES.get(str(error["loc"][-1]))
         return f"is PEFT's name for {meant!r}; use that" if meant else "is unknown; remove it"
-    remedy = re.sub(r"^\w+ should ", "it should ", error["msg"])
+    remedy = re.sub(r"^\w+ should ", "it should ", error["msg"]).removeprefix("Value error, ")
     return f"is {reprlib.repr(error.get('input'))}; {remedy}"
 
 

@@ -126,8 +126,9 @@ def read_keys(path: Path) -> KeysDocument:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
+        reason = first["msg"].removeprefix("Value error, ")
         raise KeysFileError(
-            f"the keys file {path} is not valid: {place}: {first['msg']}; correct it, or write it "
+            f"the keys file {path} is not valid: {place}: {reason}; correct it, or write it "
             "with bonsai-lora keys"
         ) from None
 

@@ -104,6 +104,7 @@ def read_sources(path: Path | None) -> dict[str, Origin]:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise ValueError(f"the sources file {path} is not valid: {place}: {first['msg']}") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"the sources file {path} is not valid: {place}: {reason}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"the sources file {path} cannot be used: {error}; correct it") from None

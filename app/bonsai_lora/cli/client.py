@@ -34,6 +34,7 @@ EXIT_CLOSED = 141
 
 _GGUF_OPTIONS = ("dtype", "architecture", "folded", "widen")
 _LITTLE_GAIN = 0.5
+_SET_HELP = "name of a set"
 _OWNERS = ("adapters", "bases")
 """First parts of names that are not bases."""
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\t]*)")
@@ -48,31 +49,39 @@ def add_commands(commands: Any) -> None:
     """Add the client commands with their arguments."""
     listing = add_command(commands, "ls", list_sets, "list the sets")
     listing.add_argument("prefix", nargs="?", help="only sets whose names begin with this")
-    listing.add_argument("--base-model-name", help="only sets for this model")
+    listing.add_argument("--base-model-name", help="only sets for this base model")
     show = add_command(commands, "show", show_set, "show a set and its modules")
-    show.add_argument("name")
+    show.add_argument("name", help=_SET_HELP)
     stats = add_command(
         commands, "stats", show_stats, "show statistics of a set or of the whole store"
     )
-    stats.add_argument("name", nargs="?")
+    stats.add_argument("name", nargs="?", help=f"{_SET_HELP} (default: the whole store)")
     remove = add_command(commands, "rm", remove_set, "delete a set")
-    remove.add_argument("name")
+    remove.add_argument("name", help=_SET_HELP)
     push = add_command(commands, "push", push_set, "upload a PEFT, MLX or GGUF adapter as a set")
-    push.add_argument("name")
+    push.add_argument("name", help="name of the set, which is created or replaced")
     push.add_argument(
         "folder",
         type=Path,
         help="folder with adapter_config.json and adapter_model.safetensors, or as mlx_lm saves "
         "it; or a GGUF LoRA file",
     )
-    push.add_argument("--architecture", help="whose tensor names a GGUF LoRA has, if not its own")
-    push.add_argument("--base-model-name", help="replaces the name in the adapter's configuration")
+    push.add_argument(
+        "--architecture", help="of a GGUF LoRA: read its tensor names as those of this architecture"
+    )
+    push.add_argument(
+        "--base-model-name", help="base model, instead of the one that the adapter names"
+    )
     apply = add_command(
         commands, "apply", apply_set, "apply a module's adapter to vectors given as JSON"
     )
-    apply.add_argument("name")
-    apply.add_argument("module")
+    apply.add_argument("name", help=_SET_HELP)
+    apply.add_argument("module", help="name of one of its modules, as `show` prints it")
     apply.add_argument("file", nargs="?", help="JSON list of vectors (default, or -: stdin)")
+    _add_pull(commands)
+
+
+def _add_pull(commands: Any) -> None:
     fetch = add_command(commands, "pull", pull_model, "download a merged model, a set, or a base")
     fetch.add_argument("model", help="BASE/SET, adapters/SET or bases/BASE")
     fetch.add_argument(
@@ -84,18 +93,26 @@ def add_commands(commands: Any) -> None:
         help="a GGUF file: a GGUF LoRA of adapters/SET, or the merged model of a GGUF base",
     )
     fetch.add_argument(
-        "--dtype", help="with --gguf: F32, F16, BF16 or Q8_0 (F32 for a GGUF LoRA, else F16)"
+        "--dtype",
+        help="with --gguf: F32, F16, BF16 or Q8_0 (default: F32 for a GGUF LoRA, else F16)",
     )
-    fetch.add_argument("--architecture", help="of a GGUF LoRA: that of the base, such as qwen3")
     fetch.add_argument(
-        "--folded", action="store_true", help="of a GGUF LoRA: for a base with folded weights"
+        "--architecture", help="with --gguf, of a set: that of the base, such as qwen3"
+    )
+    fetch.add_argument(
+        "--folded",
+        action="store_true",
+        help="with --gguf, of a set: for a base with folded weights, such as Bonsai 2",
     )
     fetch.add_argument(
         "--widen",
         choices=("all",),
-        help="of a merged model: write all other quantized tensors in this type, too",
+        help="with --gguf, of a merged model: write all other quantized tensors in the type of "
+        "--dtype, too",
     )
-    fetch.add_argument("--jobs", type=int, default=4, help="files to download at a time (4)")
+    fetch.add_argument(
+        "--jobs", type=int, default=4, help="files to download at a time (default: 4)"
+    )
 
 
 def add_command(
@@ -105,11 +122,13 @@ def add_command(
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=text,
-        description=text,
+        description=f"{text[0].upper()}{text[1:]}.",
         epilog=f"{TOKEN_VARIABLE}, if set, is sent as `Authorization: Bearer TOKEN`.",
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--url", help=f"URL of the service ({URL_VARIABLE}, or {DEFAULT_URL})")
+    where.add_argument(
+        "--url", help=f"URL of the service (default: {URL_VARIABLE}, or {DEFAULT_URL})"
+    )
     where.add_argument("--uds", metavar="PATH", help="Unix socket of the service")
     parser.add_argument(
         "--header",
@@ -160,7 +179,10 @@ def _describe_failure(error: BaseException, address: str) -> tuple[int, str]:
     """Return the exit code and the message for a failure; raises `error` if it is unexpected."""
     match error:
         case BonsaiLoraError():
-            return EXIT_REFUSED, f"{error.detail} [{error.code}]"
+            how = f"; the command reads it from {TOKEN_VARIABLE}" * (
+                error.code == "unauthenticated"
+            )
+            return EXIT_REFUSED, f"{error.detail}{how} [{error.code}]"
         case KeyboardInterrupt():
             return EXIT_INTERRUPTED, "interrupted"
         case KeyError() | TypeError() | httpx.DecodingError():
@@ -173,8 +195,15 @@ def _describe_failure(error: BaseException, address: str) -> tuple[int, str]:
         case httpx.TransportError():
             return EXIT_UNREACHABLE, f"no service at {address}: {error}"
         case OSError() | ValueError():
-            return EXIT_USAGE, str(error)
+            return EXIT_USAGE, plain(error)
     raise error
+
+
+def plain(error: Exception) -> str:
+    """Return the message of an error, without the number that the system gives it."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def list_sets(client: Client, arguments: argparse.Namespace) -> Any:
@@ -214,7 +243,7 @@ def show_stats(client: Client, arguments: argparse.Namespace) -> Any:
     }
     if not arguments.json:
         for key, value in stats.items():
-            if not isinstance(value, list):
+            if value is not None and not isinstance(value, list):
                 print(f"{key}: {printable(str(value))}")
         if name is not None:
             fields = ("name", "rank", "param_count", "delta_norm", "effective_rank")
@@ -238,11 +267,13 @@ def push_set(client: Client, arguments: argparse.Namespace) -> Any:
             if arguments.folder.suffix == ".gguf"
             else client.upload_set(name, arguments.folder, base_model_name=base)
         )
-    except FileNotFoundError as error:
-        missing = Path(error.filename).name
+    except (FileNotFoundError, NotADirectoryError) as error:
+        missing = Path(error.filename)
+        if missing == arguments.folder:
+            raise
         raise UsageError(
-            f"{arguments.folder} has no {missing}; give a folder saved by PEFT or mlx_lm, or a "
-            "GGUF LoRA file"
+            f"{arguments.folder} has no {missing.name}; give a folder saved by PEFT or mlx_lm, or "
+            "a GGUF LoRA file, which ends in .gguf"
         ) from None
     if not arguments.json:
         name = printable(report["name"])

@@ -25,7 +25,7 @@ from bonsai_lora.api.keys_file import (
 )
 from bonsai_lora.cli.table import print_table
 from bonsai_lora.service.keys import SCOPES, digest_of, new_token
-from bonsai_lora.settings import Settings
+from bonsai_lora.settings import SettingsError, read_settings
 
 _SPAN = re.compile(r"(\d{1,6})([dh])")
 _HOURS = {"d": 24, "h": 1}
@@ -43,7 +43,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         choices=SCOPES,
         required=True,
         dest="scopes",
-        help="what the key may do; repeatable",
+        help="what the key may do: read; apply (and merge); write (create, change, delete sets); "
+        "pull (upload by reference); admin (metrics, and every name); repeatable",
     )
     new.add_argument(
         "--prefix",
@@ -59,11 +60,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     new.add_argument("--bytes", type=int, help="most bytes of them, as float32")
     _add(commands, "ls", list_keys, "list the keys")
     remove = _add(commands, "rm", remove_key, "remove a key; running services notice at once")
-    remove.add_argument("id")
+    remove.add_argument("id", help="as `bonsai-lora keys ls` shows it")
 
 
 def _add(commands: Any, name: str, action: Callable[..., int], text: str) -> Any:
-    parser = commands.add_parser(name, help=text, description=text.capitalize() + ".")
+    parser = commands.add_parser(name, help=text, description=f"{text.capitalize()}.")
     parser.add_argument(
         "--keys-file", type=Path, help="the file (default: that of BONSAI_LORA_KEYS_FILE)"
     )
@@ -74,14 +75,15 @@ def _add(commands: Any, name: str, action: Callable[..., int], text: str) -> Any
 def _run(action: Callable[[Path, argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     try:
         return action(_path_of(arguments), arguments)
-    except (KeysFileError, ValidationError, OSError) as error:
+    except (KeysFileError, SettingsError, ValidationError, OSError) as error:
         text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        print(f"bonsai-lora: {text}", file=sys.stderr)
+        for line in text.removeprefix("Value error, ").splitlines():
+            print(f"bonsai-lora: {line}", file=sys.stderr)
         return 2
 
 
 def _path_of(arguments: argparse.Namespace) -> Path:
-    path: Path | None = arguments.keys_file or Settings().keys_file
+    path: Path | None = arguments.keys_file or read_settings().keys_file
     if path is None:
         raise KeysFileError("no keys file is named; add --keys-file FILE")
     return path.resolve()

@@ -20,32 +20,41 @@ def add_commands(commands: Any) -> None:
     combine = add_command(commands, "combine", combine_sets, "combine sets into a new one")
     combine.add_argument("name", help="name of the new set")
     combine.add_argument(
-        "sets", nargs="+", metavar="SET[=WEIGHT]", help="the weight is 1 if absent"
+        "sets", nargs="+", metavar="SET[=WEIGHT]", help="set to add, times its weight (default: 1)"
     )
-    combine.add_argument("--method", default="exact", help="see docs/laboratory.md (exact)")
+    combine.add_argument(
+        "--method",
+        default="exact",
+        help="how to combine: exact (default), svd, slerp, tsv, iso_c, knots_ties, breadcrumbs, "
+        "della, or one of PEFT's: linear, ties, ties_svd, …",
+    )
     combine.add_argument("--rank", type=int, help="highest rank of the new modules")
     combine.add_argument("--energy", type=float, help="share of the squared norm to keep")
-    combine.add_argument("--density", type=float, help="share of the entries to keep")
-    combine.add_argument("--sign", help="how signs are elected: total or frequency")
+    combine.add_argument(
+        "--density", type=float, help="of methods that prune: share of the entries to keep"
+    )
+    combine.add_argument("--sign", help="of ties methods: elect signs by total or frequency")
     combine.add_argument("--gamma", type=float, help="breadcrumbs: share of outliers to drop")
     combine.add_argument("--epsilon", type=float, help="della: half the range of probabilities")
     combine.add_argument("--seed", type=int, help="of methods that draw at random")
     combine.add_argument("--dry-run", action="store_true", help="report only, and store nothing")
     compare = add_command(commands, "compare", compare_sets, "compare sets: norms and cosines")
-    compare.add_argument("sets", nargs="+", metavar="SET")
+    compare.add_argument("sets", nargs="+", metavar="SET", help="name of a set")
     compare.add_argument("--modules", action="store_true", help="show each module too")
     _add_plot(compare, "heat map of layers and modules: cosines of two sets, interference of more")
     spectrum = add_command(commands, "spectrum", show_spectrum, "show singular values and ranks")
-    spectrum.add_argument("name")
+    spectrum.add_argument("name", help="name of a set")
     spectrum.add_argument("--module", action="append", default=[], help="only this; repeatable")
     _add_plot(spectrum, "singular values of each module")
     survival = add_command(
         commands, "survival", show_survival, "estimate what storing merged weights leaves of a set"
     )
-    survival.add_argument("base")
-    survival.add_argument("name")
+    survival.add_argument("base", help="name of a base, into which the set would be merged")
+    survival.add_argument("name", help="name of a set")
     survival.add_argument(
-        "--dtype", default="BF16", help="BF16 (default), F16, Q8_0, Q1_0, Q2_0, TQ1_0 or TQ2_0"
+        "--dtype",
+        default="BF16",
+        help="type that is stored: BF16 (default), F16, Q8_0, Q1_0, Q2_0, TQ1_0 or TQ2_0",
     )
     survival.add_argument("--exact", action="store_true", help="store all rows, not a sample")
     extract = add_command(
@@ -54,8 +63,14 @@ def add_commands(commands: Any) -> None:
     extract.add_argument("name", help="name of the new set")
     extract.add_argument("base", help="base from which the model was tuned")
     extract.add_argument("tuned", help="fine-tuned model, which is among the bases too")
-    extract.add_argument("--rank", type=int, help="rank; with --energy, the highest (128)")
-    extract.add_argument("--energy", type=float, help="share of the squared norm to keep")
+    extract.add_argument(
+        "--rank",
+        type=int,
+        help="rank of the modules; with --energy, the highest (default then: 128)",
+    )
+    extract.add_argument(
+        "--energy", type=float, help="share of the squared norm to keep; give this, --rank, or both"
+    )
     extract.add_argument("--module", action="append", default=[], help="only this; repeatable")
 
 

@@ -29,7 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
-        prog="bonsai-lora", description="The adapter server for Bonsai and Qwen3 models."
+        prog="bonsai-lora",
+        description="The adapter server for Bonsai and Qwen3 models.",
+        epilog="The commands from ls on call a running service; those before it need none. "
+        "`bonsai-lora COMMAND --help` explains each.",
     )
     parser.add_argument("--version", action="version", version=version("bonsai-lora"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

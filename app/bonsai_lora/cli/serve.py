@@ -21,13 +21,13 @@ from typing import Any, Literal, cast, get_args, get_origin
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import values
-from pydantic import ValidationError
 
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.api.keys_file import read_keys
 from bonsai_lora.api.sources_file import read_sources
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.cli.accept import Server
+from bonsai_lora.cli.client import plain
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.cli.store import check_bucket
@@ -37,7 +37,7 @@ from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.view import SetView
-from bonsai_lora.settings import UNGUARDED, Settings
+from bonsai_lora.settings import UNGUARDED, Settings, SettingsError, read_settings
 from bonsai_lora.storage.cache_folder import claim, release_all
 from bonsai_lora.storage.counts import count_restart
 from bonsai_lora.storage.in_use import suspect_sets_of
@@ -66,15 +66,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         is_switch = field.annotation is bool
         has_default = not (is_switch or field.default_factory or field.default in (None, "", ()))
         default = f" (default: {field.default})" if has_default else ""
-        switch: dict[str, Any] = {"nargs": "?", "const": "true"} if is_switch else {}
+        more: dict[str, Any] = {"nargs": "?", "const": "true"} if is_switch else {}
         if get_origin(field.annotation) is tuple:
-            switch = {"nargs": "+"}
+            more = {"nargs": "+"}
+        shown = "{" + ",".join(choices) + "}" if choices else name.rpartition("_")[2].upper()
         parser.add_argument(
             _flag(name),
             dest=name,
             default=argparse.SUPPRESS,
-            **switch,
-            metavar="{" + ",".join(choices) + "}" if choices else name.rpartition("_")[2].upper(),
+            **more,
+            metavar="true|false" if is_switch else shown,
             help=f"{field.description}{default}",
         )
     parser.set_defaults(run=run)
@@ -88,12 +89,10 @@ def run(arguments: argparse.Namespace) -> int:
         if name in Settings.model_fields
     }
     try:
-        settings = Settings(**given)
-    except ValidationError as error:
-        for one in error.errors():
-            name = str(one["loc"][0])
-            variable = f"BONSAI_LORA_{name.upper()}"
-            _print_error(f"{_flag(name)} ({variable}): {one['msg']}; got {one['input']!r}")
+        settings = read_settings(**given)
+    except SettingsError as error:
+        for line in str(error).splitlines():
+            _print_error(line)
         return 2
     end_by_signals()
     configure_logging(settings.log_level, settings.log_format)
@@ -218,7 +217,9 @@ def _import_folder(settings: Settings) -> None:
     try:
         _import_each(settings, cast("Path", settings.sets))
     except (OSError, ValueError, BonsaiLoraError) as error:
-        _print_error(f"the sets of {settings.sets} cannot be imported: {error}; check --sets")
+        _print_error(
+            f"the sets of {settings.sets} cannot be imported: {plain(error)}; check --sets"
+        )
         sys.exit(2)
 
 
@@ -255,8 +256,8 @@ def _check_store(settings: Settings) -> None:
             _log.warning("the store %s is read-only; sets cannot be changed", settings.store)
     except OSError as error:
         raise OSError(
-            f"the store {settings.store!r} cannot be opened: {error}; choose another folder with "
-            "--store"
+            f"the store {settings.store!r} cannot be opened: {plain(error)}; choose another "
+            "folder with --store"
         ) from error
 
 

@@ -11,9 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from bonsai_lora.cli.client import EXIT_REFUSED, EXIT_USAGE
+from bonsai_lora.cli.client import EXIT_REFUSED, EXIT_USAGE, plain
 from bonsai_lora.cli.progress import ProgressLine
-from bonsai_lora.settings import Settings, is_bucket
+from bonsai_lora.errors import counted
+from bonsai_lora.settings import SettingsError, is_bucket, read_settings
 from bonsai_lora.storage.backup import back_up, restore
 from bonsai_lora.storage.leftovers import bad_files, old_folders, remove_leftovers
 from bonsai_lora.storage.protocol import Store
@@ -26,7 +27,10 @@ _CACHE_BYTES = 16 << 30
 
 def add_store(parser: argparse.ArgumentParser) -> None:
     """Add the argument for the store."""
-    parser.add_argument("--store", help="the store (default: the setting `store`)")
+    parser.add_argument(
+        "--store",
+        help="folder or bucket of the sets (default: BONSAI_LORA_STORE, or ./bonsai-lora-data)",
+    )
 
 
 def add_backup(parser: argparse.ArgumentParser) -> None:
@@ -56,20 +60,23 @@ def add_gc(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `gc`."""
     parser.description = (
         "Remove what nobody needs from a store. From a folder: temporary files of processes that "
-        "died, and, after a question, files that could not be read and were moved to the folder "
+        "died, and, after asking, files that could not be read and were moved to the folder "
         "`bad`. From a bucket: blobs that no set needs and what is left of deleted sets, both once "
         "they are older than the grace; it also counts the sums again, and writes the index."
     )
     parser.add_argument(
-        "--days", type=float, default=_BAD_DAYS, help="keep bad files so long (%(default)g)"
+        "--days",
+        type=float,
+        default=_BAD_DAYS,
+        help="remove bad files older than this (default: %(default)g)",
     )
     parser.add_argument(
         "--grace-hours",
         type=float,
         default=_GRACE_HOURS,
-        help="keep what a bucket does not need so long (%(default)g)",
+        help="remove what a bucket does not need once it is older than this (default: %(default)g)",
     )
-    parser.add_argument("--yes", action="store_true", help="remove bad files without a question")
+    parser.add_argument("--yes", action="store_true", help="remove bad files without asking")
     add_store(parser)
     parser.set_defaults(run=run_gc)
 
@@ -88,9 +95,9 @@ def run_backup(arguments: argparse.Namespace) -> int:
         with ProgressLine() as progress:
             entries = back_up(SetStore(root), arguments.folder, progress.update)
     except OSError as error:
-        return failed(f"no backup was made: {error}")
+        return failed(f"no backup was made: {plain(error)}")
     size = sum(one["bytes"] for one in entries)
-    print(f"{len(entries):,} sets, {size:,} bytes: {arguments.folder}")
+    print(f"{counted(len(entries), 'set')}, {counted(size, 'byte')}: {arguments.folder}")
     return 0
 
 
@@ -105,7 +112,7 @@ def run_restore(arguments: argparse.Namespace) -> int:
                     wrong += 1
                     print(f"{name}: {problem}", file=sys.stderr)
     except (OSError, ValueError) as error:
-        return failed(str(error))
+        return failed(plain(error))
     print(f"{count - wrong:,} of {count:,} sets are in {place}")
     return EXIT_REFUSED if wrong else 0
 
@@ -123,7 +130,7 @@ def run_gc(arguments: argparse.Namespace) -> int:
     for folder in old_folders(root / "tmp"):
         shutil.rmtree(folder)
         removed += 1
-    print(f"{removed:,} temporary files removed")
+    print(f"{counted(removed, 'temporary file')} removed")
     bad = bad_files(root / "bad", arguments.days)
     if not bad:
         return 0
@@ -131,12 +138,12 @@ def run_gc(arguments: argparse.Namespace) -> int:
         status = path.lstat()
         moved = time.strftime("%Y-%m-%d", time.gmtime(status.st_ctime))
         print(f"{moved}  {status.st_size:>14,} B  {path.name}")
-    if arguments.yes or _agreed(f"Remove these {len(bad):,} files for good? [y/N] "):
+    if arguments.yes or _agreed(f"Remove {counted(len(bad), 'file')} for good? [y/N] "):
         for path in bad:
             path.unlink(missing_ok=True)
-        print(f"{len(bad):,} bad files removed")
+        print(f"{counted(len(bad), 'bad file')} removed")
     else:
-        print("no bad file removed; --yes removes them without a question")
+        print("no bad file removed; --yes removes them without asking")
     return 0
 
 
@@ -146,13 +153,20 @@ def check_bucket(url: str) -> None:
         raise ValueError(f"the store {url!r} names no bucket; expected such as s3://bucket/prefix")
     if find_spec("obstore") is None:
         raise ValueError(
-            f"the store {url} needs obstore, which is not installed; pip install 'bonsai-lora[s3]'"
+            f"the store {url} needs obstore, which is not installed; pip install obstore"
         )
 
 
 def store_of(arguments: argparse.Namespace) -> str:
-    """Return the store that the arguments or the settings name: a folder, or a bucket's URL."""
-    return arguments.store or Settings().store
+    """Return the store that the arguments or the settings name: a folder, or a bucket's URL.
+
+    Prints what is wrong with the settings and exits if they are invalid.
+    """
+    given = {"store": arguments.store} if arguments.store else {}
+    try:
+        return read_settings(**given).store
+    except SettingsError as error:
+        sys.exit(failed(str(error)))
 
 
 @contextlib.contextmanager
@@ -183,7 +197,8 @@ def not_a_store(folder: Path) -> int:
 
 def failed(text: str) -> int:
     """Print why a command cannot run, and return the exit code."""
-    print(f"bonsai-lora: {text}", file=sys.stderr)
+    for line in text.splitlines():
+        print(f"bonsai-lora: {line}", file=sys.stderr)
     return EXIT_USAGE
 
 

@@ -77,7 +77,8 @@ def decode(body: Buffer, what: str = "the body", hint: str = "") -> Any:
     except orjson.JSONDecodeError as error:
         found = _decode_more(body)
         if found is None:
-            raise MalformedJsonError(f"{what} is not JSON: {error}; send JSON{hint}") from None
+            fault = f"is not JSON: {error}" if body else "is empty"
+            raise MalformedJsonError(f"{what} {fault}; send JSON{hint}") from None
         return found
 
 
