@@ -3,6 +3,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import os
 import shutil
 import socket
@@ -62,6 +63,17 @@ hypothesis.settings.register_profile(
 
 DATA = Path(__file__).parent / "data"
 TINY = DATA / "tiny-qwen3"
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """Undo what `serve` configures in this process: its stream is closed after the test."""
+    root, server = logging.getLogger(), logging.getLogger("uvicorn.error")
+    handlers, levels = root.handlers, (root.level, server.level)
+    yield
+    root.handlers = handlers
+    root.setLevel(levels[0])
+    server.setLevel(levels[1])
 
 
 @pytest.fixture

@@ -25,17 +25,6 @@ from bonsai_lora.settings import Settings
 COMMAND = str(Path(sys.executable).parent / "bonsai-lora")
 
 
-@pytest.fixture(autouse=True)
-def own_logging():
-    """Undo what `serve` configures in this process: its stream is closed after the test."""
-    root, server = logging.getLogger(), logging.getLogger("uvicorn.error")
-    handlers, levels = root.handlers, (root.level, server.level)
-    yield
-    root.handlers = handlers
-    root.setLevel(levels[0])
-    server.setLevel(levels[1])
-
-
 @contextlib.contextmanager
 def running(*flags, port="0", command=(COMMAND,), **variables):
     """Run `bonsai-lora serve` on a free port; yield the address from its log and its process.

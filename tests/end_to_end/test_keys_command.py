@@ -8,13 +8,11 @@ import time
 
 import httpx
 import pytest
-from test_command import COMMAND, own_logging, running
+from test_command import COMMAND, running
 
 from bonsai_lora.api import keys_file
 from bonsai_lora.api.keys_file import KeysFileError, WatchedKeys, read_keys
 from bonsai_lora.cli.main import main
-
-assert own_logging  # for the tests that run serve in this process
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import structlog
 from conftest import TINY, connect, read_answer, serving, upload
-from test_command import own_logging, workers_of  # noqa: F401 - a fixture
+from test_command import workers_of
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.api.metrics import Metrics
@@ -30,7 +30,7 @@ APPLY = "/v1/sets/plain/adapters/model.layers.0.self_attn.q_proj/apply"
 
 
 @pytest.fixture(params=["framework", "fast lane"])
-def logged(request, settings, own_logging):  # noqa: F811
+def logged(request, settings):
     """A client, and a function that returns the lines of the log so far."""
     lane = "auto" if request.param == "fast lane" else "off"
     app = create_app(settings.model_copy(update={"fast_lane": lane}))
@@ -78,7 +78,7 @@ def test_fields_of_a_request(logged):
     assert "route" not in missing
 
 
-def test_busy_refusals_are_logged_up_to_a_rate_and_then_counted(capfd, own_logging):  # noqa: F811
+def test_busy_refusals_are_logged_up_to_a_rate_and_then_counted(capfd):
     configure_logging("info", "json")
     asyncio.run(_refuse_many())
     found = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
@@ -190,7 +190,7 @@ class Odd:
     ],
 )
 @pytest.mark.parametrize("form", ["console", "json"])
-def test_no_text_forges_a_line_or_controls_the_terminal(log, form, capfd, own_logging):  # noqa: F811
+def test_no_text_forges_a_line_or_controls_the_terminal(log, form, capfd):
     configure_logging("info", form)
     log()
     first, *rest = capfd.readouterr().err.removesuffix("\n").split("\n")
@@ -199,7 +199,7 @@ def test_no_text_forges_a_line_or_controls_the_terminal(log, form, capfd, own_lo
     assert bool(rest) == (form == "console" and "exception" in log.__name__)
 
 
-def test_requests_forge_no_line(settings, capfd, own_logging):  # noqa: F811
+def test_requests_forge_no_line(settings, capfd):
     lines = "%0a%0d2026-01-01T00:00:00Z%20forged%1b[2J%00%c2%85%e2%80%a8%ff"
     app = create_app(settings)
     configure_logging("debug", "console")

@@ -8,13 +8,11 @@ import time
 import httpx
 import pytest
 from conftest import DATA, TINY, serving, upload
-from test_command import own_logging, running
+from test_command import running
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.cli.main import main
 from bonsai_lora.settings import Settings
-
-assert own_logging  # for the tests that run serve in this process
 
 CERTIFICATE, KEY = DATA / "tls" / "cert.pem", DATA / "tls" / "key.pem"
 
