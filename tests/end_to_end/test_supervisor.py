@@ -87,7 +87,7 @@ def test_nothing_is_left_by_a_service_that_ends_while_it_starts(tmp_path, ending
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 20
-        while not any(tmp_path.iterdir()):
+        while not any(tmp_path.glob("*/service.lock")):
             assert time.monotonic() < deadline
             time.sleep(0.001)
         process.send_signal(ending)
