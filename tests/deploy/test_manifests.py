@@ -44,14 +44,24 @@ def validator(kind):
     return jsonschema.Draft7Validator(json.loads((CRDS / f"{kind}.json").read_text()))
 
 
-@pytest.mark.parametrize("name", ["runtime", "inference-service"])
-def test_kserve_manifests_follow_the_schemas_of_their_kinds(name):
-    manifest = yaml.safe_load((DEPLOY / f"kserve/{name}.yaml").read_text())
+def manifests(name):
+    return list(yaml.safe_load_all((DEPLOY / f"{name}.yaml").read_text()))
+
+
+@pytest.mark.parametrize("name", ["kserve/runtime", "kserve/inference-service", "ray/rayservice"])
+def test_custom_resources_follow_the_schemas_of_their_kinds(name):
+    manifest = manifests(name)[0]
     checked = validator(manifest["kind"])
     assert not list(checked.iter_errors(manifest))
     wrong = copy.deepcopy(manifest)
     wrong["spec"]["autoselect"] = True
     assert [error.path[0] for error in checked.iter_errors(wrong)] == ["spec"]
+
+
+def test_both_ways_to_ray_serve_the_same():
+    """With KubeRay, and with `serve deploy`."""
+    (service, _), (serve,) = manifests("ray/rayservice"), manifests("ray/serve")
+    assert yaml.safe_load(service["spec"]["serveConfigV2"]) == serve
 
 
 def test_the_runtimes_command_line_is_understood(monkeypatch, capsys):

@@ -19,15 +19,13 @@ from bonsai_lora.api.body import (
     check_not_compressed,
     content_length,
 )
-from bonsai_lora.api.uploads import CONFIG_BYTES, START_BYTES, write_weights
+from bonsai_lora.api.uploads import write_weights
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, UnsupportedMediaTypeError
 from bonsai_lora.formats.foreign import check_config_start
+from bonsai_lora.formats.peft_config import CONFIG_BYTES, CONFIG_FILE, MODEL_FILE
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.upload import Upload
-
-CONFIG_FILE = "adapter_config.json"
-MODEL_FILE = "adapter_model.safetensors"
 
 _MEDIA_TYPE = "application/x-ndjson"
 _WRITE_BYTES = 1 << 20
@@ -269,7 +267,7 @@ class _CommitReader:
             check_length(CONFIG_BYTES + 1, CONFIG_BYTES)
         if self._config is not None:
             raise _twice(CONFIG_FILE)
-        check_config_start(bytes(self._file[:START_BYTES]))
+        check_config_start(self._file)
         self._config = bytes(self._file)
 
     def take_model(self) -> bytearray:

@@ -9,7 +9,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from bonsai_lora.api.body import LONG_BYTES, check_length, check_not_compressed, content_length
 from bonsai_lora.errors import MalformedMultipartError, UnsupportedMediaTypeError
-from bonsai_lora.formats.foreign import check_config_start, check_start
+from bonsai_lora.formats.foreign import check_config_start
+from bonsai_lora.formats.peft_config import CONFIG_BYTES
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.upload import Upload, WholeUpload
@@ -28,10 +29,6 @@ _FILE_NAMES = {
 
 _REMEDY = f"send the two files {CONFIG_PART} and {MODEL_PART}, or {GGUF_PART} alone"
 _WRITE_BYTES = 1 << 20
-CONFIG_BYTES = 1 << 20
-"""Longest adapter_config.json."""
-START_BYTES = 1 << 12
-"""How much of a file is looked at to say what it is."""
 
 
 async def receive_adapter(
@@ -86,7 +83,7 @@ async def receive_adapter(
         )
     if form.is_gguf:
         return None
-    check_config_start(bytes(form.config[:START_BYTES]))
+    check_config_start(form.config)
     return bytes(form.config)
 
 
@@ -109,14 +106,8 @@ async def _flush(form: "_AdapterForm", upload: Upload | WholeUpload) -> None:
 
 
 async def write_weights(upload: Upload | WholeUpload, piece: bytearray) -> None:
-    """Write the next piece of a file to `upload`.
-
-    Raises the errors of `Upload.write`, and UnsupportedAdapterError if a safetensors file begins
-    like one of a different format.
-    """
+    """Write the next piece of a file to `upload`, if there is one; raises its errors."""
     if piece:
-        if not upload.received and isinstance(upload, Upload):
-            check_start(bytes(piece[:START_BYTES]))
         await anyio.to_thread.run_sync(upload.write, piece)
 
 

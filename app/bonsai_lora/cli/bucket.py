@@ -37,7 +37,7 @@ def _report(found: Collected) -> Iterator[str]:
     size = counted(sums.held_bytes, "byte")
     yield f"{counted(sums.sets, 'set')}, {size} as float32; the index is written"
     if not found.is_corrected:
-        yield "the sums were not counted again: others wrote all the time; run it again"
+        yield "the sums were not counted again, as others kept writing; run it again"
     yield f"{counted(found.blobs, 'blob')} removed, {counted(found.blob_bytes, 'byte')}"
     yield f"{counted(found.tombstones, 'deleted set')} removed"
     if found.kept_tombstones:

@@ -20,16 +20,13 @@ STATE_FOLDER = ".bonsai-pull"
 
 _WAIT_SECONDS = 0.5
 
-CallOf = Callable[[str, int, str], Call[Any]]
-"""Gets the path of a file, a start and a tag; returns the call for the rest of the file from there
-if it still has the tag, else for all of it."""
-
 OnProgress = Callable[[int, int], object]
 """Gets the bytes that are there and the total; called from several threads, one at a time."""
 
 
 RestOf = Callable[[str, int, str], Call[Any]]
-"""Makes the call for a file from an offset, if it still has a tag, else for all of it."""
+"""Gets the path of a file, a start and a tag; returns the call for the rest of the file from there
+if it still has the tag, else for all of it."""
 
 
 class Source(Protocol):

@@ -20,7 +20,6 @@ from bonsai_lora.formats.gguf_types import TensorType
 from bonsai_lora.formats.gguf_values import ReadAt, malformed
 
 Bytes = npt.NDArray[np.uint8]
-Codes = npt.NDArray[np.int8]
 
 _PIECE_VALUES = 1 << 16
 """Values computed at a time: 256 KiB of float32."""

@@ -11,6 +11,8 @@ _SAVE_AGAIN = (
     "adapter_model.safetensors"
 )
 _CONVERT = "convert it to PEFT's names first:"
+_START_BYTES = 1 << 12
+"""How much of a file is looked at."""
 _PATH = re.compile(rb"[\x20-\x7e\x80-\xff]{1,1024}")
 
 _ZIP = rb"PK\x03\x04"
@@ -77,11 +79,12 @@ _ANY_KEY = re.compile("|".join(pattern.pattern for pattern, _, _ in _KEYS))
 """Matches the keys of all these formats at once, since large adapters have many keys."""
 
 
-def check_start(start: bytes) -> None:
+def check_start(content: bytes | bytearray) -> None:
     """Raise if an upload that should be safetensors starts like a different known format.
 
     Raises UnsupportedAdapterError naming the format, MalformedMultipartError if a path was sent.
     """
+    start = bytes(content[:_START_BYTES])
     if start[8:9] == b"{":
         return
     for pattern, what, advice in _STARTS:
@@ -95,9 +98,9 @@ def check_start(start: bytes) -> None:
         )
 
 
-def check_config_start(start: bytes) -> None:
+def check_config_start(content: bytes | bytearray) -> None:
     """Raise MalformedMultipartError if a path was sent instead of adapter_config.json."""
-    text = start.strip()
+    text = bytes(content[:_START_BYTES]).strip()
     if text.endswith(b".json") and not text.startswith((b"{", b"\xef\xbb\xbf")):
         raise MalformedMultipartError(
             f"adapter_config is the text {text[:200].decode('utf-8', 'replace')!r}, not a file; "

@@ -18,6 +18,10 @@ from bonsai_lora.formats.peft_fields import FIELDS
 from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.formats.peft_patterns import STEPS_PER_LOOKUP, Choice, Steps, choose
 
+CONFIG_FILE = "adapter_config.json"
+MODEL_FILE = "adapter_model.safetensors"
+CONFIG_BYTES = 1 << 20
+"""Longest adapter_config.json."""
 MAX_ROWS = 1 << 31
 """Limit on the rows of an embedding."""
 

@@ -46,8 +46,9 @@ class Gains:
         found = self._found.setdefault(model, {})
         key = dtype or ""
         if key not in found:
+            found[key] = None  # until it is computed, and for good if it cannot be
             self._begin(f"{model.digest}/{key}", partial(self._compute, model, dtype))
-        return found.get(key)
+        return found[key]
 
     def prepare(self, base: Base) -> None:
         """Look at the weights of a base in the background, unless that is done."""

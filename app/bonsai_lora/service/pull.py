@@ -10,7 +10,8 @@ from functools import partial
 from bonsai_lora.core.spectrum import delta_norm
 from bonsai_lora.errors import BusyError, SetNotFoundError
 from bonsai_lora.formats.experts import ExpertLayout
-from bonsai_lora.formats.foreign import check_config_start, check_start
+from bonsai_lora.formats.foreign import check_config_start
+from bonsai_lora.formats.peft_config import CONFIG_BYTES, CONFIG_FILE, MODEL_FILE
 from bonsai_lora.service import sets
 from bonsai_lora.service.budget import Budget, Reservation
 from bonsai_lora.service.limits import Limits
@@ -23,10 +24,6 @@ from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.upload import Upload
 
-CONFIG_FILE = "adapter_config.json"
-MODEL_FILE = "adapter_model.safetensors"
-_CONFIG_BYTES = 1 << 20
-_START_BYTES = 1 << 12
 _PULLS = 2
 """Most pulls at a time, in one process."""
 
@@ -130,14 +127,12 @@ def _receive(
         config.extend(piece)
 
     def keep_weights(piece: bytes) -> None:
-        if not upload.received:
-            check_start(piece[:_START_BYTES])
         reserved.add(len(piece))
         digests[MODEL_FILE].update(piece)
         upload.write(piece)
 
-    _get(origins, pinned, CONFIG_FILE, keep_config, _CONFIG_BYTES)
-    check_config_start(bytes(config[:_START_BYTES]))
+    _get(origins, pinned, CONFIG_FILE, keep_config, CONFIG_BYTES)
+    check_config_start(config)
     _get(origins, pinned, MODEL_FILE, keep_weights, limits.max_upload_bytes)
     whole = "".join(f"{name} {digest.hexdigest()}\n" for name, digest in digests.items())
     return bytes(config), hashlib.sha256(whole.encode()).hexdigest()

@@ -30,7 +30,7 @@ def repeated(change: Callable[P, T]) -> Callable[P, T]:
             except ChangedMeanwhileError:
                 time.sleep(random.uniform(0, _PAUSE_SECONDS * 2**number))  # noqa: S311
         raise BusyError(
-            "others change the set or the sums of the store all the time; retry in a second"
+            "the set or the sums of the store kept changing meanwhile; retry in a second"
         )
 
     return call

@@ -19,7 +19,8 @@ from bonsai_lora.errors import (
     SetNotFoundError,
     counted,
 )
-from bonsai_lora.formats.foreign import check_config_start, check_start
+from bonsai_lora.formats.foreign import check_config_start
+from bonsai_lora.formats.peft_config import CONFIG_BYTES, CONFIG_FILE, MODEL_FILE
 from bonsai_lora.service import gguf_lora, sets
 from bonsai_lora.service.budget import Budget, Reservation
 from bonsai_lora.service.limits import Limits
@@ -28,12 +29,9 @@ from bonsai_lora.storage.setfile import SetRecord
 from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.upload import Upload, WholeUpload
 
-CONFIG_FILE = "adapter_config.json"
-MODEL_FILES = ("adapter_model.safetensors", "adapters.safetensors")
+MODEL_FILES = (MODEL_FILE, "adapters.safetensors")
 GGUF_SUFFIX = ".gguf"
 
-_CONFIG_BYTES = 1 << 20
-_START_BYTES = 1 << 12
 _PIECE_BYTES = 1 << 20
 
 
@@ -98,7 +96,7 @@ def _import(
         else:
             upload = Upload(target, limits.max_header_bytes)
             config = files[0].read_bytes()
-            check_config_start(config[:_START_BYTES])
+            check_config_start(config)
             _copy(files[1], upload)
             made = sets.import_adapter(store, limits, name, config, upload, check, source=source)
     return Found(name, "imported", warnings=made.warnings)
@@ -114,7 +112,7 @@ def _adapter_files(folder: Path) -> list[Path]:
             f"the folder {folder.name!r} {has} and {counted(len(weights), 'file')} of weights; "
             f"give it {CONFIG_FILE} and one of {' and '.join(MODEL_FILES)}"
         )
-    _check_size(config, _CONFIG_BYTES)
+    _check_size(config, CONFIG_BYTES)
     return [config, weights[0]]
 
 
@@ -141,6 +139,4 @@ def _digest(files: list[Path]) -> str:
 def _copy(path: Path, upload: Upload | WholeUpload) -> None:
     with path.open("rb") as file:
         while piece := file.read(_PIECE_BYTES):
-            if not upload.received and isinstance(upload, Upload):
-                check_start(piece[:_START_BYTES])
             upload.write(piece)

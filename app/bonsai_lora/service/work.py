@@ -37,10 +37,6 @@ _RETRIES_PER_PLACE = 2
 """How many a second may be told to retry in a second, for each place."""
 _MOST_RETRY_SECONDS = 15
 
-_RETRIES_PER_PLACE = 2
-"""How many a second may be told to retry in a second, for each place."""
-_MOST_RETRY_SECONDS = 15
-
 
 class Lane:
     """Admits requests to `places`, and runs their work in `threads`.

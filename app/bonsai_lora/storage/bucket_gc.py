@@ -43,7 +43,7 @@ class Collected:
     unreadable: list[str]
     """Names whose pointers cannot be used; as long as there are any, no blob is removed."""
     is_corrected: bool
-    """Whether the sums were counted again; not if others wrote all the time."""
+    """Whether the sums were counted again; not if others kept writing."""
 
 
 def collect(bucket: Bucket, file: BinaryIO, grace: timedelta) -> Collected:

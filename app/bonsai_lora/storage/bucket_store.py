@@ -3,7 +3,7 @@
     {prefix}/sets/{name}         pointer: the record of the current version, and which blob it is
     {prefix}/blobs/{hh}/{blob}   immutable; byte for byte the file of a set
     {prefix}/usage               sums over all sets
-    {prefix}/index.jsonl.gz      all records as of a time, written by `gc`
+    {prefix}/index               which object of indexes/ has all records as of a time, by `gc`
 
 A write puts the blob first and then changes the pointer by compare-and-swap, which decides between
 writers. A reader asks for the pointer, at most every `stale_seconds`, and fetches the blob if the

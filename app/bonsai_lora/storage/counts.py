@@ -5,6 +5,7 @@ and they survive a worker that is replaced.
 """
 
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -53,7 +54,7 @@ class CountFile:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._path = folder / f"counts-{os.getpid()}-{id(self):x}"
+        self._path = folder / f"counts-{secrets.token_hex(8)}"
         self._path.write_bytes(bytes(_ROW.itemsize * _FIRST_ROWS))
         self._rows = _open(self._path)
         self._row_numbers: dict[str, int] = {}

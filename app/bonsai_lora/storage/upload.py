@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 from bonsai_lora.core.cast import Array
 from bonsai_lora.formats import safetensors
+from bonsai_lora.formats.foreign import check_start
 from bonsai_lora.formats.mapped import map_file
 
 _ALIGNMENT = 4096
@@ -67,7 +68,12 @@ class Upload:
         """Bytes received so far."""
 
     def write(self, piece: bytes | bytearray) -> None:
-        """Write the next piece; raises HeaderTooLargeError, MalformedSafetensorsError."""
+        """Write the next piece.
+
+        Raises HeaderTooLargeError, MalformedSafetensorsError, and the errors of `check_start`.
+        """
+        if not self.received:
+            check_start(piece)
         self.received += len(piece)
         rest = memoryview(piece)
         while self._missing and rest:

@@ -14,10 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
 from bonsai_lora.api.body import MODEL_BYTES, check_length, read_body, read_model
-from bonsai_lora.api.commits import CONFIG_FILE, MODEL_FILE, Commit, receive_commit
+from bonsai_lora.api.commits import Commit, receive_commit
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
 from bonsai_lora.api.routes.hub import commit_of
+from bonsai_lora.formats.peft_config import CONFIG_FILE, MODEL_FILE
 from bonsai_lora.service import sets
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.hub import ADAPTERS
