@@ -5,7 +5,7 @@
 //     npm start -- FOLDER MODULE [URL]      FOLDER is a PEFT adapter, MODULE one of its modules
 import { openAsBlob } from "node:fs";
 import { client } from "./client/client.gen.ts";
-import { applyAdapter, getAdapterModel, uploadSet } from "./client/index.ts";
+import { applyAdapter, getAdapterModel, type UploadSetResponses } from "./client/index.ts";
 import { decode, encode } from "./safetensors.ts";
 
 const BINARY = "application/vnd.safetensors";
@@ -13,10 +13,16 @@ const [folder, module, baseUrl = "http://localhost:8000"] = process.argv.slice(2
 if (!folder || !module) throw new Error("usage: npm start -- FOLDER MODULE [URL]");
 client.setConfig({ baseUrl, auth: process.env.BONSAI_LORA_TOKEN, throwOnError: true });
 
-const part = (name: string) => openAsBlob(`${folder}/${name}`);
-const uploaded = await uploadSet({
+// Of a body that may be a form or JSON, the generated uploadSet knows JSON alone, which is for pulls.
+const form = new FormData();
+form.set("adapter_config", await openAsBlob(`${folder}/adapter_config.json`));
+form.set("adapter_model", await openAsBlob(`${folder}/adapter_model.safetensors`));
+const uploaded = await client.put<UploadSetResponses, unknown, true>({
+  url: "/v1/sets/{set}",
   path: { set: "typescript" },
-  body: { adapter_config: await part("adapter_config.json"), adapter_model: await part("adapter_model.safetensors") },
+  body: form,
+  bodySerializer: null,
+  headers: { "Content-Type": null },
   throwOnError: true,
 });
 const info = uploaded.data.modules.find((one) => one.name === module);

@@ -342,7 +342,7 @@ def test_the_service_is_shown_live(visit, sets):
     assert float(line[0]) > 0
     assert line[1].endswith(("µs", "ms"))
     lanes = page.get_by_role("region", name="Lanes").locator("tbody th").all_inner_texts()
-    assert lanes == ["short", "long", "jobs"]
+    assert lanes == ["jobs", "long", "short"]
     assert page.locator(".facts meter").count() == 1
     combination = {"name": "both", "sets": [{"set": "plain"}, {"set": "rslora-patterns"}]}
     later = {"Prefer": "respond-async"}

@@ -125,11 +125,11 @@ function load(scrape) {
   const flying = sums(scrape, "bonsai_lora_requests_in_flight", (labels) => labels.lane);
   const queued = sums(scrape, "bonsai_lora_queued_work", (labels) => labels.lane);
   const heads = ["Lane", "Requests in flight", "Work that runs or waits"];
-  const lanes = [...flying].map(([lane, number]) => row(heads, [lane, count(number), count(queued.get(lane) ?? 0)]));
+  const lanes = [...flying].sort().map(([lane, number]) => row(heads, [lane, count(number), count(queued.get(lane) ?? 0)]));
   const most = sums(scrape, "bonsai_lora_budget_bytes", (labels) => labels.resource);
   const reserved = sums(scrape, "bonsai_lora_reserved_bytes", (labels) => labels.resource);
   const resources = ["Reserved for requests", "Of the budget"];
-  const budgets = [...most].map(([name, total]) => row(resources, [name, meter(reserved.get(name) ?? 0, total, name)]));
+  const budgets = [...most].sort().map(([name, total]) => row(resources, [name, meter(reserved.get(name) ?? 0, total, name)]));
   return h("section", null, h("h2", null, "Load"), table("Lanes", heads, lanes), table("Memory and disk", resources, budgets));
 }
 
