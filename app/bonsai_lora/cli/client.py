@@ -14,7 +14,7 @@ import httpx
 from bonsai_lora.cli.progress import ProgressLine
 from bonsai_lora.cli.table import print_table
 from bonsai_lora.client.blocking import Client
-from bonsai_lora.client.call import Call, decode_json, path_of
+from bonsai_lora.client.call import Call, json_body, path_of
 from bonsai_lora.client.connection import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE, url_of
 from bonsai_lora.errors import BonsaiLoraError, counted
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_base_name, is_set_name
@@ -297,12 +297,11 @@ def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
     # Sent as JSON, not as an array: the service then reports a NaN by its index in the file.
     call: Call[Any] = Call(
         method="POST",
-        path="/v1"
-        + path_of("sets", set_name(arguments.name), "adapters", arguments.module, "apply"),
-        headers={"Content-Type": "application/json"},
-        content=json.dumps(body).encode(),
-        decode=decode_json,
+        path=path_of(
+            "v1", "sets", set_name(arguments.name), "adapters", arguments.module, "apply"
+        ),
         is_pure=True,
+        **json_body(body),
     )
     answer = client.send(call)
     if not arguments.json:
