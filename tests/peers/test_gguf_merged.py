@@ -21,7 +21,7 @@ from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.formats import gguf_names
-from bonsai_lora.formats.gguf_lora_writer import Model, encode_lora
+from bonsai_lora.checkpoints.gguf_lora import Model, encode_lora
 from bonsai_lora.formats.peft_options import PLAIN
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]

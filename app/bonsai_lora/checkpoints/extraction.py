@@ -134,12 +134,9 @@ def _pair(
     for one, source in zip((base, tuned), sources, strict=True):
         assert source is not None
         info = one.info(source)
-        assert info is not None
         if info.dtype not in FLOAT_DTYPES:
             return None
-        tensor = one.tensor(source)
-        assert tensor is not None
-        found.append(tensor)
+        found.append(one.tensor(source))
         shapes.append(info.shape)
     if shapes[0] != shapes[1]:
         raise ShapeMismatchError(

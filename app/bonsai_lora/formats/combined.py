@@ -6,9 +6,8 @@ from typing import Any
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import UnsupportedAdapterError
 from bonsai_lora.formats.experts import targeted_parameters
-from bonsai_lora.formats.peft import encode_config
+from bonsai_lora.formats.peft_made import made_config
 from bonsai_lora.formats.peft_options import BaseOptions
-from bonsai_lora.formats.peft_patterns import keys_of
 
 Sources = Sequence[tuple[BonsaiLoraSet, Mapping[str, Any] | None]]
 """Sets with their configurations, if they were uploaded."""
@@ -43,12 +42,15 @@ def combined_config(lora_set: BonsaiLoraSet, sources: Sources) -> dict[str, Any]
     is_transposed = any(one.is_transposed for one in options)
     if not parameters and not is_transposed:
         return None
-    config = encode_config(lora_set, None)
     adapters = lora_set.registry.adapters
-    names = {module: parameters.get(module, module) for module in adapters}
-    keys = keys_of(names.values())
-    usual = lora_set.registry.config.rank
-    patterns = {keys[names[name]]: one for name, one in adapters.items() if one.rank != usual}
+    named = {parameters.get(module, module): one for module, one in adapters.items()}
+    usual = lora_set.registry.config
+    config = made_config(
+        lora_set.base_model_name or None,
+        {name: one.rank for name, one in named.items()},
+        {name: one.config.alpha for name, one in named.items()},
+        (usual.rank, usual.alpha),
+    )
     targets = dict.fromkeys(name for one in options for name in one.target_parameters)
     if targeted_parameters(targets, adapters) != parameters:
         raise UnsupportedAdapterError(
@@ -61,6 +63,4 @@ def combined_config(lora_set: BonsaiLoraSet, sources: Sources) -> dict[str, Any]
             {name.rpartition(".")[2] for name in adapters if name not in parameters}
         ),
         "target_parameters": list(targets) or None,
-        "rank_pattern": {key: one.rank for key, one in patterns.items()},
-        "alpha_pattern": {key: one.config.alpha for key, one in patterns.items()},
     }

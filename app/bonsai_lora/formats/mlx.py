@@ -58,8 +58,8 @@ def decode_mlx(
         model if isinstance(model, str) else None,
         ranks,
         {name: scale * rank for name, rank in ranks.items()},
-        use_dora=any("m" in one for one in modules.values()),
     )
+    config["use_dora"] = any("m" in one for one in modules.values())
     return config, found
 
 

@@ -226,11 +226,6 @@ class Scaling:
         return alpha, shortest_float32(scaling)
 
 
-def decode_config(raw: bytes) -> PeftConfig:
-    """Return a checked adapter_config.json; raises InvalidAdapterError, UnsupportedAdapterError."""
-    return PeftConfig(parse_config(raw))
-
-
 def parse_config(raw: bytes) -> dict[str, Any]:
     """Return the fields of an adapter_config.json; raises InvalidAdapterError unless it is JSON."""
     if raw.count(b",") > _MOST_VALUES:

@@ -1,4 +1,4 @@
-"""A PEFT configuration for an adapter of a different format."""
+"""A PEFT configuration for adapters that no configuration was uploaded with."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -11,15 +11,14 @@ def made_config(
     base_model_name: str | None,
     ranks: Mapping[str, int],
     alphas: Mapping[str, float],
-    *,
-    use_dora: bool = False,
+    usual: tuple[int, float] | None = None,
 ) -> dict[str, Any]:
     """Return the configuration in which each module has its rank and alpha, and so its scaling.
 
-    `ranks` and `alphas` are by module, at least one.
+    `ranks` and `alphas` are by module. `usual` are the rank and the alpha that need no pattern; by
+    default the most common ones, of at least one module.
     """
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    alpha = Counter(alphas[name] for name, one in ranks.items() if one == rank).most_common(1)[0][0]
+    rank, alpha = usual or _most_common(ranks, alphas)
     keys = keys_of(ranks)
     return {
         "peft_type": "LORA",
@@ -36,6 +35,12 @@ def made_config(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
-        "use_dora": use_dora,
+        "use_dora": False,
         "use_rslora": False,
     }
+
+
+def _most_common(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> tuple[int, float]:
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas[name] for name, one in ranks.items() if one == rank).most_common(1)[0][0]
+    return rank, alpha
