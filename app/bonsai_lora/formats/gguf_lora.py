@@ -30,7 +30,7 @@ from bonsai_lora.formats.gguf_names import (
     row_order,
     to_hugging_face,
 )
-from bonsai_lora.formats.gguf_values import ReadAt, ValueType, malformed
+from bonsai_lora.formats.gguf_values import ReadAt, ValueType, read_exactly
 from bonsai_lora.formats.peft_keys import tensor_name
 from bonsai_lora.formats.peft_made import made_config
 
@@ -238,9 +238,7 @@ def _values(read: ReadAt, info: TensorInfo) -> Array:
     dtype = _KEPT.get(info.type.name)
     if dtype is None:
         return read_rows(read, info, 0, math.prod(info.shape[:-1])).reshape(info.shape)
-    raw = read(info.start, info.stop - info.start)
-    if len(raw) != info.stop - info.start:
-        raise malformed(f"it ends after {info.start + len(raw)} bytes, inside a tensor")
+    raw = read_exactly(read, info.start, info.stop - info.start, "a tensor")
     return np.frombuffer(raw, dtype).reshape(info.shape)
 
 

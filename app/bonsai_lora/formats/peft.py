@@ -18,7 +18,8 @@ from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError, cou
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.foreign import check_keys
 from bonsai_lora.formats.fused import decode_experts, in_one_layout, rank_of
-from bonsai_lora.formats.peft_config import PeftConfig, Scaling, endings, unknown_fields
+from bonsai_lora.formats.names import endings
+from bonsai_lora.formats.peft_config import PeftConfig, Scaling, unknown_fields
 from bonsai_lora.formats.peft_keys import (
     TOKEN_ROWS,
     Keys,
