@@ -66,7 +66,7 @@ def _config_of(model: MergedModel, base: GgufBase, dtype: str) -> Mapping[str, A
 
 
 def _shapes_of(model: MergedModel, base: GgufBase, left_out: frozenset[str]) -> _Shapes:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, stored in base.header.tensors.items():
         held = base.places_in(name)
         if name in left_out:

@@ -40,7 +40,7 @@ class Method(Generic[P, T]):
         own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = [own, *inspect.signature(make).parameters.values()]
         method.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        self._method = method
+        self._method: Any = method
 
     @overload
     def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...

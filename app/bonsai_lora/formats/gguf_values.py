@@ -86,8 +86,9 @@ def read_integers(
     if value is None or value.item is None or value.count > most:
         return None
     found = read_array(read, value)
-    is_whole = isinstance(found, np.ndarray) and np.issubdtype(found.dtype, np.integer)
-    return found if is_whole else None
+    if not isinstance(found, np.ndarray) or not np.issubdtype(found.dtype, np.integer):
+        return None
+    return found
 
 
 def read_array(read: ReadAt, value: Value) -> npt.NDArray[Any] | list[str]:
