@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from bonsai_lora.checkpoints.base import Base, Tensor
 from bonsai_lora.checkpoints.difference import Difference, Survey
-from bonsai_lora.checkpoints.gguf_base import EMBEDDING, HEAD
 from bonsai_lora.checkpoints.orientation import CONV1D_TYPES, is_conv1d_name
 from bonsai_lora.checkpoints.ties import is_embedding
 from bonsai_lora.core.adapter import LoraAdapter
@@ -20,6 +19,7 @@ from bonsai_lora.core.factors import Factors
 from bonsai_lora.core.lowrank import approximate, columns_for
 from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
+from bonsai_lora.formats.gguf_names import EMBEDDING, HEAD
 from bonsai_lora.formats.peft_keys import TOKEN_ROWS
 
 Kind = Literal["lora", "token_rows", "replaced", "left_out"]

@@ -20,13 +20,15 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.formats import gguf, gguf_config, gguf_names, gguf_tokenizer
 from bonsai_lora.formats.dequantize import can_dequantize
-from bonsai_lora.formats.gguf_names import ARCHITECTURES, Change, Heads
+from bonsai_lora.formats.gguf_names import (
+    ARCHITECTURES,
+    GGUF_EMBEDDING,
+    GGUF_HEAD,
+    HEAD,
+    Change,
+    Heads,
+)
 from bonsai_lora.formats.hadamard import Folding, read_folding
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-GGUF_EMBEDDING = "token_embd.weight"
-GGUF_HEAD = "output.weight"
 
 _MOST_NAMES = 1 << 17
 """Tensors of a checkpoint, each expert counted. DeepSeek V3 has 46,000."""

@@ -29,12 +29,18 @@ from bonsai_lora.formats.gguf_layouts import TensorInfo
 from bonsai_lora.formats.gguf_lora import (
     ALPHA_KEY,
     BASE_NAME_KEY,
-    EMBEDDING,
     FOLDED_KEY,
     is_multiplied,
     orders,
 )
-from bonsai_lora.formats.gguf_names import Change, Counterpart, Heads, to_gguf
+from bonsai_lora.formats.gguf_names import (
+    GGUF_EMBEDDING,
+    GGUF_HEAD,
+    Change,
+    Counterpart,
+    Heads,
+    to_gguf,
+)
 from bonsai_lora.formats.gguf_types import BY_NAME, TensorType
 from bonsai_lora.formats.gguf_writer import Plan, Writable, plan
 from bonsai_lora.formats.hadamard import Folding
@@ -234,11 +240,11 @@ def _factors(
 
 def _check_folded(target: _Target, folding: Folding | None) -> None:
     """Raise UnsupportedAdapterError for a folded embedding: its rows, not inputs, are folded."""
-    if folding is not None and target.name == EMBEDDING and EMBEDDING in folding.weights:
+    if folding is not None and target.name == GGUF_EMBEDDING and GGUF_EMBEDDING in folding.weights:
         raise UnsupportedAdapterError(
-            f"the set adapts {EMBEDDING!r}, whose rows are Hadamard-folded; an adapter beside them "
-            "cannot be folded. Download the merged model instead",
-            module=EMBEDDING,
+            f"the set adapts {GGUF_EMBEDDING!r}, whose rows are Hadamard-folded; an adapter beside "
+            "them cannot be folded. Download the merged model instead",
+            module=GGUF_EMBEDDING,
         )
 
 
@@ -358,14 +364,14 @@ def _check_expressible(lora_set: BonsaiLoraSet, options: BaseOptions) -> None:
 
 def _check_embedding(name: str, adapter: LoraAdapter, model: Model) -> None:
     """Raise UnsupportedAdapterError for an embedding or head that llama.cpp would get wrong."""
-    if (name == EMBEDDING) != (adapter.layer == "embedding"):
+    if (name == GGUF_EMBEDDING) != (adapter.layer == "embedding"):
         raise UnsupportedAdapterError(
             f"the adapter of {name!r} is for a layer of kind {adapter.layer}, which it is not; "
             "train it with peft",
             module=name,
         )
-    is_unsure = name == EMBEDDING and model.is_tied is None
-    if name in (EMBEDDING, "output.weight") and (model.is_tied or is_unsure):
+    is_unsure = name == GGUF_EMBEDDING and model.is_tied is None
+    if name in (GGUF_EMBEDDING, GGUF_HEAD) and (model.is_tied or is_unsure):
         why = (
             "the base ties its embedding to its head"
             if model.is_tied

@@ -10,13 +10,14 @@ from typing import Any
 
 from bonsai_lora.checkpoints.encodings import computed_as
 from bonsai_lora.checkpoints.folder import CONFIG_FILE, GGUF, INDEX_FILE
-from bonsai_lora.checkpoints.gguf_base import HEAD, GgufBase
+from bonsai_lora.checkpoints.gguf_base import GgufBase
 from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.checkpoints.parts import Made, MergedFile, Part, Stored, etag_of, media_type_of
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.dequantize import can_dequantize
 from bonsai_lora.formats.gguf_config import ROPE_TABLES, config_of, weights_fields
+from bonsai_lora.formats.gguf_names import HEAD
 from bonsai_lora.formats.gguf_types import BY_NAME
 
 SHARD_BYTES = 5_000_000_000

@@ -14,7 +14,7 @@ from math import prod
 import numpy as np
 
 from bonsai_lora.checkpoints.encodings import computed_as
-from bonsai_lora.checkpoints.gguf_base import GGUF_EMBEDDING, GGUF_HEAD, HEAD, GgufBase
+from bonsai_lora.checkpoints.gguf_base import GgufBase
 from bonsai_lora.checkpoints.gguf_file import file_parts
 from bonsai_lora.checkpoints.gguf_tensor import Conversion, InGgufOrder, Stacked
 from bonsai_lora.checkpoints.merged import MergedModel
@@ -23,7 +23,7 @@ from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats import gguf_writer, hadamard
 from bonsai_lora.formats.dequantize import can_dequantize
 from bonsai_lora.formats.gguf_layouts import TensorInfo
-from bonsai_lora.formats.gguf_names import Change
+from bonsai_lora.formats.gguf_names import GGUF_EMBEDDING, GGUF_HEAD, HEAD, Change
 from bonsai_lora.formats.gguf_types import BY_NAME, FILE_TYPES, TensorType
 from bonsai_lora.formats.gguf_writer import Layout, Plan, Writable
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bonsai_lora.formats.gguf import Header
 from bonsai_lora.formats.gguf_values import ReadAt, ValueType, read_array, read_integers
-from bonsai_lora.formats.pieces import dump
+from bonsai_lora.formats.large_json import dump
 
 _MODEL = "gpt2"
 _PATTERN = (

@@ -18,6 +18,7 @@ from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError, cou
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.foreign import check_keys
 from bonsai_lora.formats.fused import decode_experts, in_one_layout, rank_of
+from bonsai_lora.formats.made_config import made_config
 from bonsai_lora.formats.names import endings
 from bonsai_lora.formats.peft_config import PeftConfig, Scaling, unknown_fields
 from bonsai_lora.formats.peft_keys import (
@@ -29,7 +30,6 @@ from bonsai_lora.formats.peft_keys import (
     sort_uploaded,
     tensor_name,
 )
-from bonsai_lora.formats.peft_made import made_config
 
 GGUF_ARCHITECTURE = "gguf_architecture"
 """Field of the stored configuration of a GGUF LoRA: whose tensor names it had. Never exported."""

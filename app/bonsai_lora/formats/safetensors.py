@@ -24,7 +24,7 @@ from bonsai_lora.errors import (
     counted,
 )
 from bonsai_lora.formats.dtypes import DTYPE_NAMES, ELEMENT_BITS, FLOAT_DTYPES
-from bonsai_lora.formats.pieces import ObjectReader, dump
+from bonsai_lora.formats.large_json import ObjectReader, dump
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
