@@ -251,20 +251,17 @@ def _check_folded(target: _Target, folding: Folding | None) -> None:
 def _pairs(
     lora_set: BonsaiLoraSet, model: Model, alpha: float, *, is_folded: bool
 ) -> dict[str, Writable]:
+    base = lora_set.base_model_name
     return {
         "general.architecture": model.architecture,
         "general.type": "adapter",
         "adapter.type": "lora",
         "general.name": lora_set.adapter_name,
-        **_base_pairs(lora_set.base_model_name),
+        **({"general.base_model.count": np.uint32(1), BASE_NAME_KEY: base} if base else {}),
         ALPHA_KEY: np.float32(alpha),
         **({FOLDED_KEY: True} if is_folded else {}),
         "general.quantization_version": np.uint32(2),
     }
-
-
-def _base_pairs(name: str) -> dict[str, Writable]:
-    return {"general.base_model.count": np.uint32(1), BASE_NAME_KEY: name} if name else {}
 
 
 def _kind(dtype: str, width: int) -> TensorType:

@@ -5,7 +5,7 @@ are rounded to float32 once.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -164,13 +164,9 @@ def _join(parts: Sequence[Matrices]) -> Matrices:
 def _stacked(terms: Sequence[Term]) -> Matrices:
     """Return [factor * A] and [B], whose product is exactly the sum (PEFT's `cat`)."""
     return (
-        np.concatenate([_times(term.a, term.factor) for term in terms]),
+        np.concatenate([(term.factor * doubles(term.a)).astype(np.float32) for term in terms]),
         np.concatenate([to_float32(term.b) for term in terms], axis=1),
     )
-
-
-def _times(matrix: Array, factor: float) -> Floats:
-    return (factor * doubles(matrix)).astype(np.float32)
 
 
 # PEFT's types on factors: peft 0.21.2, tuners/lora/model.py,
@@ -198,13 +194,9 @@ def _merge_arrays(
     """Return one matrix of several, as PEFT merges task tensors (utils/merge_utils.py)."""
     kept = []
     for index, array in enumerate(arrays):
-        start = prune_matrix(recipe, partial(_one_block, array), array.size, f"{key}/{index}")
+        start = prune_matrix(recipe, partial(iter, [array]), array.size, f"{key}/{index}")
         kept.append(start()(array))
     return merge_entries(kept, weights, recipe)
-
-
-def _one_block(array: Floats) -> Iterator[Floats]:
-    yield array
 
 
 def _on_deltas(terms: Sequence[Term], recipe: Recipe, key: str, rank: int) -> _Part:

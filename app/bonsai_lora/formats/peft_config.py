@@ -14,6 +14,7 @@ from typing import Any
 from bonsai_lora.core.config import LoraConfig, shortest_float32
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
 from bonsai_lora.formats.experts import LAYOUT_FIELD
+from bonsai_lora.formats.large_json import refuse_constant
 from bonsai_lora.formats.names import endings
 from bonsai_lora.formats.peft_fields import FIELDS
 from bonsai_lora.formats.peft_options import BaseOptions
@@ -235,7 +236,7 @@ def parse_config(raw: bytes) -> dict[str, Any]:
             "send the file that was saved with the weights"
         )
     try:
-        value = json.loads(raw, parse_constant=_refuse_constant)
+        value = json.loads(raw, parse_constant=refuse_constant)
         if b"\\u" in raw:  # half a surrogate pair cannot be written
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -248,10 +249,6 @@ def parse_config(raw: bytes) -> dict[str, Any]:
             f"adapter_config.json is a JSON {type(value).__name__}; expected an object"
         )
     return value
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a JSON number")
 
 
 def unknown_fields(config: PeftConfig) -> list[str]:

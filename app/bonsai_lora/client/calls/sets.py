@@ -183,11 +183,11 @@ def upload_tensors(
 
     Otherwise the same as `upload_set`.
     """
-    from bonsai_lora.client.tensors import adapter_file  # noqa: PLC0415 - loads NumPy
+    from bonsai_lora.wire.requests import encode_tensors  # noqa: PLC0415 - loads NumPy
 
     files: dict[str, Part] = {
         "adapter_config": json.dumps(config).encode(),
-        "adapter_model": adapter_file(tensors),
+        "adapter_model": encode_tensors(tensors, {"format": "pt"}),
     }
     return upload_files(
         name,
