@@ -45,11 +45,7 @@ class AsyncClient(Methods):
         timeout: float | httpx.Timeout = connection.TIMEOUT,
         retries: int = connection.RETRIES,
     ) -> None:
-        options = connection.options_of(url, uds, token, headers, timeout)
-        if uds is not None:
-            options["transport"] = httpx.AsyncHTTPTransport(
-                uds=os.fspath(uds), limits=connection.LIMITS
-            )
+        options = connection.options_of(url, uds, token, headers, timeout, httpx.AsyncHTTPTransport)
         self._http = httpx.AsyncClient(**options)
         self.retries = retries
 

@@ -61,9 +61,7 @@ class Client(Methods):
         timeout: float | httpx.Timeout = connection.TIMEOUT,
         retries: int = connection.RETRIES,
     ) -> None:
-        options = connection.options_of(url, uds, token, headers, timeout)
-        if uds is not None:
-            options["transport"] = httpx.HTTPTransport(uds=os.fspath(uds), limits=connection.LIMITS)
+        options = connection.options_of(url, uds, token, headers, timeout, httpx.HTTPTransport)
         self._http = httpx.Client(**options)
         self.retries = retries
 
