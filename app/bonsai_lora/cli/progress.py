@@ -54,12 +54,12 @@ class ProgressLine:
 class JobLine:
     """A progress line of a job on standard error, once it takes longer than a second.
 
-    Silent unless that is a terminal.
+    Silent unless that is a terminal, and if `is_silent`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_silent: bool = False) -> None:
         self._started = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
+        self._is_silent = is_silent or not sys.stderr.isatty()
         self._is_shown = False
 
     def __enter__(self) -> Self:
@@ -75,7 +75,7 @@ class JobLine:
     def update(self, share: float) -> None:
         """Show the share that is done, from 0 to 1."""
         seconds = time.monotonic() - self._started
-        if not self._is_terminal or seconds < _SHOWN_AFTER_SECONDS:
+        if self._is_silent or seconds < _SHOWN_AFTER_SECONDS:
             return
         left = f", {seconds * (1 - share) / share:.0f} s left" if share else ""
         bar = "#" * round(30 * share)

@@ -29,7 +29,6 @@ from bonsai_lora.client.calls import (
     sets,
     stats,
 )
-from bonsai_lora.client.lab_answers import Job
 from bonsai_lora.client.refusals import refusal_of
 from bonsai_lora.client.retries import Retries
 
@@ -144,10 +143,11 @@ class AsyncClient:
                 return
 
     async def wait_for(
-        self, job: Job, on_progress: Callable[[float], object] | None = None
+        self, job: Mapping[str, Any], on_progress: Callable[[float], object] | None = None
     ) -> dict[str, Any]:
         """Return the result of a job when it is done, what its request would have answered.
 
+        What `start_compare` and `start_spectrum` have answered without a job is returned as it is.
         `on_progress` gets the share that is done, from 0 to 1. Raises the error of a job that
         failed, and JobInterruptedError if it was cancelled.
         """
@@ -243,6 +243,8 @@ class AsyncClient:
     get_spectrum = _method(lab.get_spectrum)
     get_survival = _method(lab.get_survival)
     start_combine = _method(lab.start_combine)
+    start_compare = _method(lab.start_compare)
+    start_spectrum = _method(lab.start_spectrum)
     start_extract = _method(lab.start_extract)
     start_survival = _method(lab.start_survival)
 

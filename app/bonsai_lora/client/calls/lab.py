@@ -23,6 +23,8 @@ from bonsai_lora.client.lab_answers import (
     SetSurvival,
 )
 
+_ASYNC = {"Prefer": "respond-async"}
+
 
 def combine(
     name: str, sets: Weights, *, method: str = "exact", **options: Unpack[CombineOptions]
@@ -64,7 +66,7 @@ def start_combine(
     Raises the refusals of `combine` that need no computation.
     """
     body = json_body(_body(name, sets, method, options))
-    body["headers"] |= {"Prefer": "respond-async"}
+    body["headers"] |= _ASYNC
     query = query_of(dry_run=True) if dry_run else []
     return Call(method="POST", path="/v1/combine", query=query, decode=decode_json, **body)
 
@@ -106,12 +108,40 @@ def compare(sets: Sequence[str]) -> Call[Comparison]:
     )
 
 
+def start_compare(sets: Sequence[str]) -> Call[Job | Comparison]:
+    """Begin what `compare` does, and return the job; if it takes no second, what `compare` returns.
+
+    `wait_for` takes either.
+    """
+    query = [("set", name) for name in sets]
+    return Call(
+        method="GET",
+        path="/v1/compare",
+        query=query,
+        headers=_ASYNC,
+        decode=decode_json,
+        is_pure=True,
+    )
+
+
 def get_spectrum(name: str, *, modules: Sequence[str] = ()) -> Call[SetSpectrum]:
     """Return singular values, norms and ranks of a set's deltas, or of some `modules` only."""
     return Call(
         method="GET",
         path="/v1" + path_of("sets", name, "spectrum"),
         query=[("module", module) for module in modules],
+        decode=decode_json,
+        is_pure=True,
+    )
+
+
+def start_spectrum(name: str, *, modules: Sequence[str] = ()) -> Call[Job | SetSpectrum]:
+    """Begin what `get_spectrum` does, and return as `start_compare`."""
+    return Call(
+        method="GET",
+        path="/v1" + path_of("sets", name, "spectrum"),
+        query=[("module", module) for module in modules],
+        headers=_ASYNC,
         decode=decode_json,
         is_pure=True,
     )
