@@ -27,11 +27,11 @@ _EXPECTED = {
     "greater_than": "expected more than {gt}",
     "less_than_equal": "expected {le} or less",
     "less_than": "expected less than {lt}",
-    "string_too_short": "expected {min_length} characters or more",
-    "string_too_long": "expected {max_length} characters or fewer",
+    "string_too_short": "expected a length of {min_length} or more",
+    "string_too_long": "expected a length of {max_length} or less",
     "string_pattern_mismatch": "expected what matches {pattern}",
-    "too_short": "expected {min_length} or more in the list",
-    "too_long": "expected {max_length} or fewer in the list",
+    "too_short": "expected a list of {min_length} or more",
+    "too_long": "expected a list of {max_length} or fewer",
 }
 """By the type of pydantic's error."""
 

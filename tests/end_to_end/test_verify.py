@@ -79,7 +79,7 @@ def test_a_wrong_setting_is_one_line(capsys, monkeypatch):
         ("--stall-seconds", "long", "is 'long'; expected a number"),
         ("--kernels", "fast", "is 'fast'; expected 'auto' or 'off'"),
         ("--no-auth", "perhaps", "is 'perhaps'; expected true or false"),
-        ("--store", "", "is ''; expected 1 characters or more"),
+        ("--store", "", "is ''; expected a length of 1 or more"),
         ("--root-path", "lora", "is 'lora'; expected the beginning of a path, such as /lora"),
         ("--trusted-proxies", "10.0.0.0/40", "'10.0.0.0/40' is neither an address nor a network"),
         ("--tls-cert", "cert.pem", "is missing; a certificate and its key belong together"),

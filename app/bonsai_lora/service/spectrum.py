@@ -7,7 +7,7 @@ from functools import partial
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.spectrum import Values, singular_values
 
-_NANOSECONDS_PER_OPERATION = 0.25
+_NANOSECONDS_PER_OPERATION = 0.1
 """Of a QR decomposition of thin float64 matrices, on one core."""
 
 
