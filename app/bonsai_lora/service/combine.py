@@ -15,7 +15,7 @@ from bonsai_lora.core.lowrank import columns_for
 from bonsai_lora.core.recipe import Recipe
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError
-from bonsai_lora.formats.combined import adapted_parameters, combined_config
+from bonsai_lora.formats.made_config import adapted_parameters, combined_config
 from bonsai_lora.service.aligned import Aligned, align, present, read_sets, stacked_rank
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import refuse_existing, store_new

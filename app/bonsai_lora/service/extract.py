@@ -11,12 +11,12 @@ from bonsai_lora.checkpoints import extraction
 from bonsai_lora.checkpoints.base import Base
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.extraction import Change, Pair, Size
-from bonsai_lora.checkpoints.gguf_base import HEAD
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError, counted
-from bonsai_lora.formats.extracted import extracted_config
+from bonsai_lora.formats.gguf_names import HEAD
+from bonsai_lora.formats.made_config import extracted_config
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.jobs import Progress
 from bonsai_lora.service.keys import missing_scope
