@@ -19,6 +19,7 @@ from bonsai_lora.service.stats import store_stats
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage import listing
 from bonsai_lora.storage.index import SetIndex, Sums
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import read_record
 from bonsai_lora.storage.store import SetStore
 
@@ -33,7 +34,9 @@ def write(store, name, rank=1, base="base"):
             previous = store.read_record(name)
         except SetNotFoundError:
             previous = None
-        store.write(lora_set, origin="initialized", now=NOW, previous=previous)
+        store.write(
+            NextVersion(lora_set=lora_set, origin="initialized", now=NOW, previous=previous)
+        )
 
 
 def delete(store, name):

@@ -23,7 +23,7 @@ from bonsai_lora.api.keys_file import (
     QuotaEntry,
     read_keys,
 )
-from bonsai_lora.cli.table import print_table
+from bonsai_lora.cli.output import failed, print_table
 from bonsai_lora.mistakes import expectation
 from bonsai_lora.service.keys import SCOPES, digest_of, new_token
 from bonsai_lora.settings import SettingsError, read_settings
@@ -77,10 +77,7 @@ def _run(action: Callable[[Path, argparse.Namespace], int], arguments: argparse.
     try:
         return action(_path_of(arguments), arguments)
     except (KeysFileError, SettingsError, ValidationError, OSError) as error:
-        text = _mistake(error) if isinstance(error, ValidationError) else str(error)
-        for line in text.splitlines():
-            print(f"bonsai-lora: {line}", file=sys.stderr)
-        return 2
+        return failed(_mistake(error) if isinstance(error, ValidationError) else str(error))
 
 
 def _mistake(error: ValidationError) -> str:

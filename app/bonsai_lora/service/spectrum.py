@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.core.spectrum import Values, singular_values
+from bonsai_lora.core.factors import Values
+from bonsai_lora.core.spectrum import singular_values
 
 _NANOSECONDS_PER_OPERATION = 0.1
 """Of a QR decomposition of thin float64 matrices, on one core."""

@@ -3,6 +3,8 @@
 import contextlib
 import secrets
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
 from bonsai_lora.core.loraset import BonsaiLoraSet
@@ -16,47 +18,58 @@ Received = tuple[ReceivedUpload, Mapping[str, str]]
 """An upload of exactly the tensors of a set, and the mapping from its tensor names to the set's."""
 
 
-def next_version(
-    lora_set: BonsaiLoraSet,
-    *,
-    origin: str,
-    now: str,
-    previous: SetRecord | None,
-    adapter_config: Mapping[str, Any] | None,
-    source: Source | None,
-    version: int = 1,
-) -> NewSet:
-    """Return `lora_set` as the version after `previous`, or as `version` of a new set.
-
-    `now` is RFC 3339.
-    """
-    record = SetRecord(
-        name=lora_set.adapter_name,
-        uid=previous.uid if previous else secrets.token_hex(8),
-        version=previous.version + 1 if previous else version,
-        created_at=previous.created_at if previous else now,
-        updated_at=now,
-        unknown=previous.unknown if previous else {},
-        origin=origin,
-        source=source,
-        base_model_name=lora_set.base_model_name,
-        config=lora_set.registry.config,
-        adapter_count=lora_set.registry.adapter_count(),
-        total_trainable_params=lora_set.total_trainable_params(),
-        data_bytes=sum(one.nbytes for one in set_tensors(lora_set).values()),
-    )
-    return NewSet(record, lora_set, adapter_config)
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-@contextlib.contextmanager
-def file_of(files: SetFiles, new: NewSet, received: Received | None) -> Iterator[BinaryIO]:
-    """Give a temporary file with the content of a set: that of `received` under a new header.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NextVersion:
+    """What is to be written as the next version of a set."""
 
-    If the header does not fit there, the file is written as a whole.
-    """
-    if received is not None and write_header(new, *received):
-        yield received[0].file
-        return
-    with files.new_file() as file:
-        write_set_file(file, new)
-        yield file
+    lora_set: BonsaiLoraSet
+    origin: str
+    previous: SetRecord | None
+    """The version to replace; None for a new set."""
+    adapter_config: Mapping[str, Any] | None = None
+    received: Received | None = None
+    """An upload into a file of `new_file`: only its header is written then."""
+    source: Source | None = None
+    now: str = field(default_factory=_now)
+    """RFC 3339."""
+
+    @property
+    def name(self) -> str:
+        """The name of the set."""
+        return self.lora_set.adapter_name
+
+    @contextlib.contextmanager
+    def file(self, files: SetFiles, first_version: int = 1) -> Iterator[BinaryIO]:
+        """Give a complete temporary file; a new set begins with `first_version`.
+
+        If the header does not fit into the file of `received`, the file is written as a whole.
+        """
+        new = NewSet(self._record(first_version), self.lora_set, self.adapter_config)
+        if self.received is not None and write_header(new, *self.received):
+            yield self.received[0].file
+            return
+        with files.new_file() as file:
+            write_set_file(file, new)
+            yield file
+
+    def _record(self, first_version: int) -> SetRecord:
+        lora_set, previous = self.lora_set, self.previous
+        return SetRecord(
+            name=self.name,
+            uid=previous.uid if previous else secrets.token_hex(8),
+            version=previous.version + 1 if previous else first_version,
+            created_at=previous.created_at if previous else self.now,
+            updated_at=self.now,
+            unknown=previous.unknown if previous else {},
+            origin=self.origin,
+            source=self.source,
+            base_model_name=lora_set.base_model_name,
+            config=lora_set.registry.config,
+            adapter_count=lora_set.registry.adapter_count(),
+            total_trainable_params=lora_set.total_trainable_params(),
+            data_bytes=sum(one.nbytes for one in set_tensors(lora_set).values()),
+        )

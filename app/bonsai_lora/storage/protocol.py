@@ -4,14 +4,12 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
-from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.jobs import JobRecords
-from bonsai_lora.storage.newset import Received
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
-from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.verify import OnPiece
 
 
@@ -73,18 +71,7 @@ class Store(Protocol):
     def new_file(self) -> AbstractContextManager[BinaryIO]:
         """Create a temporary file in `temporary`; it is removed on exit."""
 
-    def write(
-        self,
-        lora_set: BonsaiLoraSet,
-        *,
-        origin: str,
-        now: str,
-        previous: SetRecord | None,
-        adapter_config: Mapping[str, Any] | None = None,
-        received: Received | None = None,
-        source: Source | None = None,
-        check: Callable[[], None] = allowed,
-    ) -> StoredSet:
+    def write(self, wanted: NextVersion, check: Callable[[], None] = allowed) -> StoredSet:
         """Write the next version of a set durably. Call with `lock` held.
 
         Raises ChangedMeanwhileError if a different process has changed the set, and what `check`

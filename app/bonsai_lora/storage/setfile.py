@@ -29,10 +29,10 @@ from bonsai_lora.errors import (
     counted,
 )
 from bonsai_lora.formats import safetensors
+from bonsai_lora.formats.large_json import ObjectReader, dump
 from bonsai_lora.formats.mapped import map_file
 from bonsai_lora.formats.peft import set_tensors
 from bonsai_lora.formats.peft_keys import group_keys
-from bonsai_lora.formats.pieces import ObjectReader, dump
 from bonsai_lora.formats.text import is_unicode
 from bonsai_lora.storage.source import SOURCE_KEY, Source, decode_source, encode_source
 from bonsai_lora.storage.upload import ReceivedUpload

@@ -6,8 +6,9 @@ from typing import Any, Unpack
 from bonsai_lora.client.answers import Weights
 from bonsai_lora.client.call import (
     Call,
-    decode_json,
     decode_tagged,
+    given,
+    header_lines,
     json_body,
     mix_query,
     path_of,
@@ -23,7 +24,7 @@ from bonsai_lora.client.lab_answers import (
     SetSurvival,
 )
 
-_ASYNC = {"Prefer": "respond-async"}
+_ASYNC = header_lines(prefer="respond-async")
 
 
 def combine(
@@ -47,7 +48,6 @@ def preview_combine(
         method="POST",
         path="/v1/combine",
         query=query_of(dry_run=True),
-        decode=decode_json,
         is_pure=True,
         **json_body(_body(name, sets, method, options)),
     )
@@ -65,10 +65,9 @@ def start_combine(
 
     Raises the refusals of `combine` that need no computation.
     """
-    body = json_body(_body(name, sets, method, options))
-    body["headers"] |= _ASYNC
-    query = query_of(dry_run=True) if dry_run else []
-    return Call(method="POST", path="/v1/combine", query=query, decode=decode_json, **body)
+    body = json_body(_body(name, sets, method, options), prefer="respond-async")
+    query = query_of(dry_run=dry_run or None)
+    return Call(method="POST", path="/v1/combine", query=query, **body)
 
 
 def start_extract(
@@ -85,27 +84,19 @@ def start_extract(
     `rank` is that of each module; with `energy`, it is the highest. The result of the job is an
     `ExtractedSet`. Raises BaseNotFoundError, SetExistsError, ShapeMismatchError.
     """
-    wanted = {"rank": rank, "energy": energy, "modules": list(modules)}
-    given = {key: value for key, value in wanted.items() if value}
-    body = json_body({"name": name, "base": base, "tuned": tuned, **given})
-    return Call(method="POST", path="/v1/extract", decode=decode_json, **body)
+    wanted = given(rank=rank, energy=energy, modules=list(modules) or None)
+    body = json_body({"name": name, "base": base, "tuned": tuned, **wanted})
+    return Call(method="POST", path="/v1/extract", **body)
 
 
 def _body(name: str, sets: Weights, method: str, options: CombineOptions) -> dict[str, Any]:
-    given = {key: value for key, value in options.items() if value is not None}
     parts = [{"set": one, "weight": weight} for one, weight in sets.items()]
-    return {"name": name, "sets": parts, "method": method, **given}
+    return {"name": name, "sets": parts, "method": method, **given(**options)}
 
 
 def compare(sets: Sequence[str]) -> Call[Comparison]:
     """Return norms, cosines and interference of up to 64 sets, whole and by module."""
-    return Call(
-        method="GET",
-        path="/v1/compare",
-        query=[("set", name) for name in sets],
-        decode=decode_json,
-        is_pure=True,
-    )
+    return Call(path="/v1/compare", query=[("set", name) for name in sets])
 
 
 def start_compare(sets: Sequence[str]) -> Call[Job | Comparison]:
@@ -113,37 +104,23 @@ def start_compare(sets: Sequence[str]) -> Call[Job | Comparison]:
 
     `wait_for` takes either.
     """
-    query = [("set", name) for name in sets]
-    return Call(
-        method="GET",
-        path="/v1/compare",
-        query=query,
-        headers=_ASYNC,
-        decode=decode_json,
-        is_pure=True,
-    )
+    return Call(path="/v1/compare", query=[("set", name) for name in sets], headers=_ASYNC)
 
 
 def get_spectrum(name: str, *, modules: Sequence[str] = ()) -> Call[SetSpectrum]:
     """Return singular values, norms and ranks of a set's deltas, or of some `modules` only."""
     return Call(
-        method="GET",
-        path="/v1" + path_of("sets", name, "spectrum"),
+        path=path_of("v1", "sets", name, "spectrum"),
         query=[("module", module) for module in modules],
-        decode=decode_json,
-        is_pure=True,
     )
 
 
 def start_spectrum(name: str, *, modules: Sequence[str] = ()) -> Call[Job | SetSpectrum]:
     """Begin what `get_spectrum` does, and return as `start_compare`."""
     return Call(
-        method="GET",
-        path="/v1" + path_of("sets", name, "spectrum"),
+        path=path_of("v1", "sets", name, "spectrum"),
         query=[("module", module) for module in modules],
         headers=_ASYNC,
-        decode=decode_json,
-        is_pure=True,
     )
 
 
@@ -162,11 +139,8 @@ def get_survival(
     merged files. Raises BaseNotFoundError, SetNotFoundError.
     """
     return Call(
-        method="GET",
-        path="/v1" + path_of("bases", base, "survival", name),
+        path=path_of("v1", "bases", base, "survival", name),
         query=[*query_of(dtype=dtype), *mix_query(scale, sets, match)],
-        decode=decode_json,
-        is_pure=True,
     )
 
 
@@ -182,7 +156,6 @@ def start_survival(
     """Begin to compute exactly what `get_survival` estimates, and return the job."""
     return Call(
         method="POST",
-        path="/v1" + path_of("bases", base, "survival", name),
+        path=path_of("v1", "bases", base, "survival", name),
         query=[*query_of(dtype=dtype), *mix_query(scale, sets, match)],
-        decode=decode_json,
     )
