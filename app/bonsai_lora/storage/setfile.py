@@ -331,7 +331,10 @@ def _decode_record(path: Path, metadata: Any) -> SetRecord:
         fields = json.loads(metadata[_RECORD_KEY])
         written = fields.pop("format", RECORD_FORMAT)
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise MalformedSafetensorsError(f"{path.name} has no record of a set") from None
+        raise MalformedSafetensorsError(
+            f"{path.name} has no record of a set; if it is an adapter, put it into a folder as "
+            "adapter_model.safetensors, with its adapter_config.json, and run bonsai-lora push"
+        ) from None
     if type(written) is not int or written < 1:
         raise MalformedSafetensorsError(f"{path.name} has a record of format {written!r}")
     if written > RECORD_FORMAT:
