@@ -378,8 +378,8 @@ def test_a_large_folder_that_has_not_changed_is_not_looked_at_when_a_process_beg
     write(SetStore(tmp_path), "a")
     write(SetStore(tmp_path), "b")
     looked = []
-    real = listing.Listing._stamps
-    monkeypatch.setattr(listing.Listing, "_stamps", lambda one: looked.append(1) or real(one))
+    real = listing.Listing._look
+    monkeypatch.setattr(listing.Listing, "_look", lambda one: looked.append(1) or real(one))
     monkeypatch.setattr(listing, "_FEW", 1)
     assert SetStore(tmp_path).sums("").sets == 2
     assert looked == []

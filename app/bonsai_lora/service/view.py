@@ -18,6 +18,7 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.formats.names import check_set_name
 from bonsai_lora.service.keys import ANYONE, Key, Scope, may, narrowed
+from bonsai_lora.storage.dropped import Dropped
 from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.protocol import Page, Store, StoreState
@@ -138,6 +139,10 @@ class SetView:
         """Return the numbers of all sets and files, whoever asks."""
         sums = self._store.sums("")
         return Totals(sums.sets, self._store.count_bad_files(), sums.newer)
+
+    def dropped(self) -> Dropped:
+        """Return what others put into the folder of the store, whoever asks."""
+        return self._store.dropped()
 
     def is_writable(self) -> bool:
         """Return whether the store can be changed, whoever asks."""

@@ -34,6 +34,7 @@ from bonsai_lora.storage.bucket_listing import BucketListing
 from bonsai_lora.storage.bucket_reader import BucketReader
 from bonsai_lora.storage.cache import Cache, Note
 from bonsai_lora.storage.disk import storage_errors
+from bonsai_lora.storage.dropped import Dropped
 from bonsai_lora.storage.freshness import Look, Looks
 from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.jobs import JobRecords
@@ -275,6 +276,10 @@ class BucketStore:
     def newer_files(self) -> dict[str, int]:
         """Return nothing: requests for sets of a newer release are refused one by one."""
         return {}
+
+    def dropped(self) -> Dropped:
+        """Return nothing: nobody drops files into a cache."""
+        return Dropped()
 
     def is_writable(self) -> bool:
         """Return whether this process can make copies."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from bonsai_lora.storage.dropped import Dropped
 from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.jobs import JobRecords
 from bonsai_lora.storage.newset import NextVersion
@@ -116,6 +117,9 @@ class Store(Protocol):
 
     def newer_files(self) -> dict[str, int]:
         """Return the sizes in bytes, by set name, of files that a newer release wrote."""
+
+    def dropped(self) -> Dropped:
+        """Return what others put into the store's folder, from which no adapter is imported."""
 
     def is_writable(self) -> bool:
         """Return whether this process may change sets."""

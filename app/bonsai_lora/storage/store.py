@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.storage.disk import storage_errors
+from bonsai_lora.storage.dropped import Dropped, dropped_beside_sets
 from bonsai_lora.storage.files import SUFFIX, SetFiles
 from bonsai_lora.storage.index import SetIndex, Sums
 from bonsai_lora.storage.jobs import JobFolder, JobRecords
@@ -94,6 +95,12 @@ class SetStore(SetFiles):
     def newer_files(self) -> dict[str, int]:
         """Return the sizes in bytes, by set name, of files that a newer release wrote."""
         return self.listing.ask(SetIndex.newer_files)
+
+    def dropped(self) -> Dropped:
+        """Return what others put into the folder, a minute ago at the latest."""
+        among_sets = self.listing.ask(SetIndex.dropped)
+        with storage_errors():
+            return among_sets.plus(dropped_beside_sets(self.root))
 
     def keep(self, name: str) -> None:
         """Do nothing: all sets are on this machine."""
