@@ -172,7 +172,7 @@ def store_of(arguments: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def _opened(place: str) -> Iterator[Store]:
-    """Give the store at a place; that of a bucket has a cache of its own, which is removed."""
+    """Open the store at a place; that of a bucket has a temporary cache."""
     if not is_bucket(place):
         yield SetStore(Path(place))
         return

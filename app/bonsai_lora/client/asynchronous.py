@@ -74,7 +74,7 @@ class AsyncClient(Methods):
 
     @contextlib.asynccontextmanager
     async def stream(self, call: Call[Any]) -> AsyncIterator[httpx.Response]:
-        """Send a call and give its answer, whose body is read in the block. Raises as `send`."""
+        """Send a call and yield its answer, whose body is read in the block. Raises as `send`."""
         answer = await self._exchange(call, is_stream=True)
         try:
             yield answer
@@ -105,9 +105,9 @@ class AsyncClient(Methods):
         prefix: str | None = None,
         page_size: int | None = None,
     ) -> AsyncIterator[SetSummary]:
-        """Give the sets by name, a page at a time.
+        """Yield the sets by name, a page at a time.
 
-        Gives only those for `base_model_name`, and whose names begin with `prefix`, if given.
+        Only those for `base_model_name`, and whose names begin with `prefix`, if given.
         """
         cursor = None
         while True:
@@ -147,7 +147,7 @@ class AsyncClient(Methods):
         dtype: Dtype,
         unmerge: bool = False,
     ) -> AsyncIterator[bytes]:
-        """Give the merged bytes of weights that come in blocks, in constant memory.
+        """Yield the merged bytes of weights that come in blocks, in constant memory.
 
         `weights` is a file opened in binary mode, or an iterable of bytes, synchronous or not: W
         (d_out, d_in) row by row, as `dtype`. All of it is sent before the first block comes back.
@@ -173,7 +173,7 @@ class AsyncClient(Methods):
         dtype: str | None = None,
         widen: str | None = None,
     ) -> AsyncIterator[bytes]:
-        """Give a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
+        """Yield a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
         call = bases.get_merged_file(
             base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets, match=match,
             dtype=dtype, widen=widen,

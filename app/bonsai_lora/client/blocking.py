@@ -88,7 +88,7 @@ class Client(Methods):
 
     @contextlib.contextmanager
     def stream(self, call: Call[Any]) -> Iterator[httpx.Response]:
-        """Send a call and give its answer, whose body is read in the block. Raises as `send`."""
+        """Send a call and yield its answer, whose body is read in the block. Raises as `send`."""
         answer = self._exchange(call, is_stream=True)
         try:
             yield answer
@@ -117,9 +117,9 @@ class Client(Methods):
         prefix: str | None = None,
         page_size: int | None = None,
     ) -> Iterator[SetSummary]:
-        """Give the sets by name, a page at a time.
+        """Yield the sets by name, a page at a time.
 
-        Gives only those for `base_model_name`, and whose names begin with `prefix`, if given.
+        Only those for `base_model_name`, and whose names begin with `prefix`, if given.
         """
         cursor = None
         while True:
@@ -158,7 +158,7 @@ class Client(Methods):
         dtype: Dtype,
         unmerge: bool = False,
     ) -> Iterator[bytes]:
-        """Give the merged bytes of weights that come in blocks, in constant memory.
+        """Yield the merged bytes of weights that come in blocks, in constant memory.
 
         `weights` is a file opened in binary mode or an iterable of bytes: W (d_out, d_in) row by
         row, as `dtype`. All of it is sent before the first block comes back. Raises as `merge`.
@@ -182,7 +182,7 @@ class Client(Methods):
         dtype: str | None = None,
         widen: str | None = None,
     ) -> Iterator[bytes]:
-        """Give a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
+        """Yield a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
         call = bases.get_merged_file(
             base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets, match=match,
             dtype=dtype, widen=widen,

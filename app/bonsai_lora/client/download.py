@@ -35,7 +35,7 @@ class Source(Protocol):
     retries: int
 
     def stream(self, call: Call[Any]) -> AbstractContextManager[httpx.Response]:
-        """Send a call and give its answer, whose body is read inside the block."""
+        """Send a call and yield its answer, whose body is read inside the block."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ def start_combine(
     dry_run: bool = False,
     **options: Unpack[CombineOptions],
 ) -> Call[Job]:
-    """Begin what `combine` does, or with `dry_run` what `preview_combine` does, and return the job.
+    """Start what `combine` does, or with `dry_run` what `preview_combine` does, and return the job.
 
     Raises the refusals of `combine` that need no computation.
     """
@@ -79,7 +79,7 @@ def start_extract(
     energy: float | None = None,
     modules: Sequence[str] = (),
 ) -> Call[Job]:
-    """Begin to extract a set from a fine-tuned model and its base, both bases of the service.
+    """Start to extract a set from a fine-tuned model and its base, both bases of the service.
 
     `rank` is that of each module; with `energy`, it is the highest. The result of the job is an
     `ExtractedSet`. Raises BaseNotFoundError, SetExistsError, ShapeMismatchError.
@@ -153,7 +153,7 @@ def start_survival(
     sets: Weights | None = None,
     match: str | None = None,
 ) -> Call[Job]:
-    """Begin to compute exactly what `get_survival` estimates, and return the job."""
+    """Start to compute exactly what `get_survival` estimates, and return the job."""
     return Call(
         method="POST",
         path=path_of("v1", "bases", base, "survival", name),
