@@ -66,6 +66,8 @@ CALLS = [
     lab.get_spectrum("s"),
     lab.get_survival("b", "s"),
     lab.start_combine("s", {"a": 1.0}),
+    lab.start_compare(["a", "b"]),
+    lab.start_spectrum("s"),
     lab.start_extract("s", "b", "t", rank=4),
     lab.start_survival("b", "s"),
     jobs.list_jobs(),

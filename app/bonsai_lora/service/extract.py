@@ -23,6 +23,7 @@ from bonsai_lora.service.keys import missing_scope
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import refuse_existing, store_new
 from bonsai_lora.service.view import SetView
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import StoredSet
 
 _MOST_RANK = 128
@@ -146,7 +147,10 @@ class Plan:
             [one.module for one in self.pairs],
             is_transposed=extraction.is_transposed(self.base, report.changes),
         )
-        return store_new(store, limits, lora_set, origin="extracted", adapter_config=config)
+        wanted = NextVersion(
+            lora_set=lora_set, origin="extracted", previous=None, adapter_config=config
+        )
+        return store_new(store, limits, wanted)
 
 
 def plan(

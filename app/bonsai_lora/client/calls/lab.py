@@ -8,6 +8,7 @@ from bonsai_lora.client.call import (
     Call,
     decode_tagged,
     given,
+    header_lines,
     json_body,
     mix_query,
     path_of,
@@ -22,6 +23,8 @@ from bonsai_lora.client.lab_answers import (
     SetSpectrum,
     SetSurvival,
 )
+
+_ASYNC = header_lines(prefer="respond-async")
 
 
 def combine(
@@ -96,11 +99,28 @@ def compare(sets: Sequence[str]) -> Call[Comparison]:
     return Call(path="/v1/compare", query=[("set", name) for name in sets])
 
 
+def start_compare(sets: Sequence[str]) -> Call[Job | Comparison]:
+    """Begin what `compare` does, and return the job; if it takes no second, what `compare` returns.
+
+    `wait_for` takes either.
+    """
+    return Call(path="/v1/compare", query=[("set", name) for name in sets], headers=_ASYNC)
+
+
 def get_spectrum(name: str, *, modules: Sequence[str] = ()) -> Call[SetSpectrum]:
     """Return singular values, norms and ranks of a set's deltas, or of some `modules` only."""
     return Call(
         path=path_of("v1", "sets", name, "spectrum"),
         query=[("module", module) for module in modules],
+    )
+
+
+def start_spectrum(name: str, *, modules: Sequence[str] = ()) -> Call[Job | SetSpectrum]:
+    """Begin what `get_spectrum` does, and return as `start_compare`."""
+    return Call(
+        path=path_of("v1", "sets", name, "spectrum"),
+        query=[("module", module) for module in modules],
+        headers=_ASYNC,
     )
 
 
