@@ -14,11 +14,10 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from bonsai_lora.checkpoints.encodings import computed_as
 from bonsai_lora.checkpoints.experts import split_outputs
 from bonsai_lora.checkpoints.gguf_file import file_parts
 from bonsai_lora.checkpoints.gguf_tensor import Conversion, Stacked
-from bonsai_lora.checkpoints.parts import MergedFile, Part, Values
+from bonsai_lora.checkpoints.parts import MergedFile, Part, Values, computed_as
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Floats, to_float32
 from bonsai_lora.core.loraset import BonsaiLoraSet

@@ -13,12 +13,11 @@ from math import prod
 
 import numpy as np
 
-from bonsai_lora.checkpoints.encodings import computed_as
 from bonsai_lora.checkpoints.gguf_base import GgufBase
 from bonsai_lora.checkpoints.gguf_file import file_parts
 from bonsai_lora.checkpoints.gguf_tensor import Conversion, InGgufOrder, Stacked
 from bonsai_lora.checkpoints.merged import MergedModel
-from bonsai_lora.checkpoints.parts import MergedFile, Part, Stored, Values, etag_of
+from bonsai_lora.checkpoints.parts import MergedFile, Part, Stored, Values, computed_as, etag_of
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats import gguf_writer, hadamard
 from bonsai_lora.formats.dequantize import can_dequantize
