@@ -125,7 +125,7 @@ def _embedding_rows(adapter: LoraAdapter, rows: slice) -> Floats:
 
 
 def _a_rows(
-    conversion: Conversion, folding: Folding | None, adapter: LoraAdapter, rows: slice
+    adapter: LoraAdapter, rows: slice, *, conversion: Conversion, folding: Folding | None
 ) -> Floats:
     """Return rows of A with the columns in the file's order, folded as its weights are."""
     values = to_float32(adapter.a_matrix[rows])
@@ -135,10 +135,7 @@ def _a_rows(
 
 
 def _b_rows(
-    conversion: Conversion,
-    is_scaled: bool,  # noqa: FBT001
-    adapter: LoraAdapter,
-    rows: slice,
+    adapter: LoraAdapter, rows: slice, *, conversion: Conversion, is_scaled: bool
 ) -> Floats:
     """Return rows of B in the file's order, times the scaling of the adapter if it `is_scaled`."""
     order = conversion.rows(adapter.d_out)
@@ -233,8 +230,10 @@ def _factors(
     if first.layer == "embedding":
         yield "lora_a", target.shape(first.d_in, target.rank), _embedding_rows
     else:
-        yield "lora_a", target.shape(target.rank, first.d_in), partial(_a_rows, conversion, own)
-    yield "lora_b", target.shape(first.d_out, target.rank), partial(_b_rows, conversion, is_scaled)
+        make = partial(_a_rows, conversion=conversion, folding=own)
+        yield "lora_a", target.shape(target.rank, first.d_in), make
+    make = partial(_b_rows, conversion=conversion, is_scaled=is_scaled)
+    yield "lora_b", target.shape(first.d_out, target.rank), make
 
 
 def _check_folded(target: _Target, folding: Folding | None) -> None:
