@@ -13,12 +13,12 @@ import numpy as np
 
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, Floats, all_finite, to_float32
+from bonsai_lora.core.combine_deltas import cut_delta
+from bonsai_lora.core.combine_factors import BY_FACTORS, Slot, present
 from bonsai_lora.core.config import LoraConfig
-from bonsai_lora.core.deltas import cut_delta
 from bonsai_lora.core.factors import Factors, Svd, Term, decompose, doubles, gram, rank_for
 from bonsai_lora.core.prune import merge_entries, prune_matrix
 from bonsai_lora.core.recipe import Recipe
-from bonsai_lora.core.targets import TARGETS, Slot, present
 from bonsai_lora.errors import NonFiniteOutputError
 
 
@@ -122,7 +122,7 @@ def _combine_experts(
     default_rank: int,
 ) -> list[_Part]:
     slots = _slots(adapters, weights)
-    if recipe.method in TARGETS:
+    if recipe.method in BY_FACTORS:
         return _by_svd(slots, weights, recipe, default_rank)
     parts = []
     for expert, slot in enumerate(slots):
@@ -215,7 +215,7 @@ def _by_svd(
     slots: Sequence[Slot], weights: Sequence[float], recipe: Recipe, default_rank: int
 ) -> list[_Part]:
     """Return the results of the experts, cut to one rank: the highest that any of them needs."""
-    found = [TARGETS[recipe.method](slot, weights, recipe) for slot in slots]
+    found = [BY_FACTORS[recipe.method](slot, weights, recipe) for slot in slots]
     is_cut = recipe.energy is not None or (recipe.rank is not None and recipe.method != "tsv")
     if not is_cut and recipe.method != "svd":
         most = max(len(one.right) for one in found)

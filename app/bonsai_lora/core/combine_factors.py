@@ -135,7 +135,7 @@ def _trimmed(part: Values, density: float) -> Values:
     return np.where(kept != 0, part, 0.0)
 
 
-TARGETS: Mapping[str, Callable[[Slot, Sequence[float], Recipe], Factors]] = {
+BY_FACTORS: Mapping[str, Callable[[Slot, Sequence[float], Recipe], Factors]] = {
     "svd": _sum,
     "slerp": _slerp,
     "tsv": _tsv,
