@@ -133,7 +133,7 @@ def test_what_was_dropped_during_a_change_is_found_by_the_maintenance(store, mon
     assert store.dropped().names == ["sets/a.gguf"]
 
 
-def test_a_folder_that_cannot_be_listed_is_no_error(store, monkeypatch):
+def test_a_folder_that_cannot_be_listed_names_nothing(store, monkeypatch):
     (store.root / "a.gguf").touch()
     (store.root / "sets" / "b.gguf").touch()
     real = os.scandir
