@@ -176,6 +176,7 @@ class Client:
         *,
         dtype: Dtype,
         unmerge: bool = False,
+        version: int | None = None,
     ) -> Iterator[bytes]:
         """Give the merged bytes of weights that come in blocks, in constant memory.
 
@@ -183,7 +184,9 @@ class Client:
         row, as `dtype`. All of it is sent before the first block comes back. Raises as `merge`.
         """
         blocks = blocks_of(weights)
-        call = merging.merge_blocks(set_name, module, blocks, dtype, unmerge=unmerge)
+        call = merging.merge_blocks(
+            set_name, module, blocks, dtype, unmerge=unmerge, version=version
+        )
         with self.stream(call) as answer:
             yield from answer.iter_raw(BLOCK_BYTES)
 
@@ -260,6 +263,7 @@ class Client:
         dtype: str | None = None,
         architecture: str | None = None,
         folded: bool = False,
+        version: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> PulledFile:
         """Download a set as a GGUF LoRA file. Otherwise the same as `get_adapter_gguf` and `pull`.
@@ -269,8 +273,9 @@ class Client:
 
         def rest_of(start: int, tag: str | None) -> Call[bytes]:
             return sets.get_adapter_gguf(
-                name, dtype=dtype, architecture=architecture, folded=folded, start=start, tag=tag
-            )
+                name, dtype=dtype, architecture=architecture, folded=folded, version=version,
+                start=start, tag=tag,
+            )  # fmt: skip
 
         return self._pull_file(rest_of, Path(file), on_progress)
 

@@ -23,20 +23,31 @@ def _path(set_name: str, module: str) -> str:
     return "/v1" + path_of("sets", set_name, "adapters", module)
 
 
-def list_adapters(set_name: str) -> Call[list[ModuleInfo]]:
+def list_adapters(set_name: str, *, version: int | None = None) -> Call[list[ModuleInfo]]:
     """Return the adapters of a set in the order in which they were added."""
 
     def decode(answer: httpx.Response) -> list[ModuleInfo]:
         adapters: list[ModuleInfo] = decode_json(answer)["adapters"]
         return adapters
 
-    path = "/v1" + path_of("sets", set_name, "adapters")
-    return Call(method="GET", path=path, decode=decode, is_pure=True)
+    return Call(
+        method="GET",
+        path="/v1" + path_of("sets", set_name, "adapters"),
+        query=query_of(version=version),
+        decode=decode,
+        is_pure=True,
+    )
 
 
-def get_adapter(set_name: str, module: str) -> Call[ModuleInfo]:
+def get_adapter(set_name: str, module: str, *, version: int | None = None) -> Call[ModuleInfo]:
     """Return one adapter of a set; raises SetNotFoundError, AdapterNotFoundError."""
-    return Call(method="GET", path=_path(set_name, module), decode=decode_json, is_pure=True)
+    return Call(
+        method="GET",
+        path=_path(set_name, module),
+        query=query_of(version=version),
+        decode=decode_json,
+        is_pure=True,
+    )
 
 
 def put_adapter(

@@ -106,12 +106,14 @@ def compare(sets: Sequence[str]) -> Call[Comparison]:
     )
 
 
-def get_spectrum(name: str, *, modules: Sequence[str] = ()) -> Call[SetSpectrum]:
+def get_spectrum(
+    name: str, *, modules: Sequence[str] = (), version: int | None = None
+) -> Call[SetSpectrum]:
     """Return singular values, norms and ranks of a set's deltas, or of some `modules` only."""
     return Call(
         method="GET",
         path="/v1" + path_of("sets", name, "spectrum"),
-        query=[("module", module) for module in modules],
+        query=[*query_of(version=version), *(("module", module) for module in modules)],
         decode=decode_json,
         is_pure=True,
     )

@@ -2,9 +2,11 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import httpx
 
 from bonsai_lora.client.answers import (
     Attention,
@@ -18,6 +20,7 @@ from bonsai_lora.client.answers import (
 from bonsai_lora.client.call import (
     Call,
     Part,
+    T,
     decode_bytes,
     decode_json,
     decode_nothing,
@@ -84,10 +87,17 @@ def list_page(
     )
 
 
-def get_set(name: str) -> Call[SetInfo]:
-    """Return everything about a set but its weights; raises SetNotFoundError."""
+def get_set(name: str, *, version: int | None = None) -> Call[SetInfo]:
+    """Return everything about a set but its weights; raises SetNotFoundError.
+
+    `version` is the one that is meant: raises VersionNotFoundError if the set has a different one.
+    """
     return Call(
-        method="GET", path="/v1" + path_of("sets", name), decode=decode_tagged, is_pure=True
+        method="GET",
+        path="/v1" + path_of("sets", name),
+        query=query_of(version=version),
+        decode=decode_tagged,
+        is_pure=True,
     )
 
 
@@ -252,24 +262,33 @@ def delete_set(name: str, *, if_match: str | None = None) -> Call[None]:
     )
 
 
-def get_adapter_config(name: str) -> Call[dict[str, Any]]:
+def get_adapter_config(name: str, *, version: int | None = None) -> Call[dict[str, Any]]:
     """Return the adapter_config.json of a set as PEFT reads it; raises SetNotFoundError."""
-    path = "/v1" + path_of("sets", name, _CONFIG_FILE)
-    return Call(method="GET", path=path, decode=decode_json, is_pure=True)
+    return _file(name, _CONFIG_FILE, decode_json, version)
 
 
-def get_adapter_tensors(name: str) -> "Call[dict[str, Array]]":
+def get_adapter_tensors(name: str, *, version: int | None = None) -> "Call[dict[str, Array]]":
     """Return the weights of a set under PEFT's key names, in their dtypes."""
     from bonsai_lora.client.tensors import decode_tensors  # noqa: PLC0415 - loads NumPy
 
-    path = "/v1" + path_of("sets", name, _MODEL_FILE)
-    return Call(method="GET", path=path, decode=decode_tensors, is_pure=True)
+    return _file(name, _MODEL_FILE, decode_tensors, version)
 
 
-def get_adapter_model(name: str) -> Call[bytes]:
+def get_adapter_model(name: str, *, version: int | None = None) -> Call[bytes]:
     """Return the adapter_model.safetensors of a set, as it would be in a PEFT folder."""
-    path = "/v1" + path_of("sets", name, _MODEL_FILE)
-    return Call(method="GET", path=path, decode=decode_bytes, is_pure=True)
+    return _file(name, _MODEL_FILE, decode_bytes, version)
+
+
+def _file(
+    name: str, file: str, decode: Callable[[httpx.Response], T], version: int | None
+) -> Call[T]:
+    return Call(
+        method="GET",
+        path="/v1" + path_of("sets", name, file),
+        query=query_of(version=version),
+        decode=decode,
+        is_pure=True,
+    )
 
 
 def get_adapter_gguf(
@@ -278,6 +297,7 @@ def get_adapter_gguf(
     dtype: str | None = None,
     architecture: str | None = None,
     folded: bool = False,
+    version: int | None = None,
     start: int = 0,
     stop: int | None = None,
     tag: str | None = None,
@@ -291,7 +311,9 @@ def get_adapter_gguf(
     return Call(
         method="GET",
         path="/v1" + path_of("sets", name, "adapter.gguf"),
-        query=query_of(dtype=dtype, architecture=architecture, folded="true" if folded else None),
+        query=query_of(
+            dtype=dtype, architecture=architecture, folded=folded or None, version=version
+        ),
         headers=headers | ({"If-Range": f'"{tag}"'} if tag and headers else {}),
         decode=decode_bytes,
         is_pure=True,

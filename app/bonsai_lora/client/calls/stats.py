@@ -4,7 +4,9 @@ from bonsai_lora.client.answers import Estimate, Health, Readiness, SetStats, St
 from bonsai_lora.client.call import Call, decode_json, decode_text, path_of, query_of
 
 
-def get_set_stats(name: str, *, base_param_count: int | None = None) -> Call[SetStats]:
+def get_set_stats(
+    name: str, *, base_param_count: int | None = None, version: int | None = None
+) -> Call[SetStats]:
     """Return one set in numbers, with norm and effective rank of each delta.
 
     `efficiency_ratio` compares with the `base_param_count` parameters of a base model.
@@ -12,7 +14,7 @@ def get_set_stats(name: str, *, base_param_count: int | None = None) -> Call[Set
     return Call(
         method="GET",
         path="/v1" + path_of("sets", name, "stats"),
-        query=query_of(base_param_count=base_param_count),
+        query=query_of(base_param_count=base_param_count, version=version),
         decode=decode_json,
         is_pure=True,
     )
