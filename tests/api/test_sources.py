@@ -321,7 +321,7 @@ def test_a_redirect_to_a_named_host_carries_no_token(start, server, monkeypatch)
     origin = client.app.state.context.origins.by_name["files"]
     assert "secret" not in repr(origin)
     with httpx.Client() as own:
-        there = web._request(own, origin, httpx.URL("http://127.0.0.1:1/x"))
+        there = web._request(own, origin, "GET", httpx.URL("http://127.0.0.1:1/x"))
     assert "authorization" not in there.headers
 
 

@@ -11,6 +11,7 @@ from test_records import NOW
 from bonsai_lora.cli.main import main
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.storage.newset import NextVersion
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def several(store):  # noqa: F811 - the fixture
     """The store of `s`, with `t` and one of the first release."""
     made = BonsaiLoraSet.new(LoraConfig(rank=2), "base", "t").add_mlp_adapters(8, 16)
     with store.lock("t"):
-        store.write(made, origin="initialized", now=NOW, previous=None)
+        store.write(NextVersion(lora_set=made, origin="initialized", now=NOW, previous=None))
     shutil.copy(DATA / "set-files-0.1.0" / "made.safetensors", store.root / "sets")
     return store
 

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 KNOWN = Path(__file__).with_name("known.toml")
 SECONDS = 300
-"""A run that takes longer is stopped: the mistake was seen, as an endless loop."""
+"""A mistake whose tests take longer is stopped: it was seen, as an endless loop."""
 FAILED, TIMED_OUT = 1, 124
 
 
@@ -53,14 +53,14 @@ def find(mutant, root):
     return found[0]
 
 
-def run_tests(root, tests):
+def run_tests(root, tests, seconds=None):
     """Return pytest's exit status for `tests` in a copy of the tree, and what it printed."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     command += ["--hypothesis-profile=mutants", *tests]
     environment = os.environ | {"PYTHONPATH": str(root / "app"), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, timeout=SECONDS
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=seconds
         )
     except subprocess.TimeoutExpired:
         return TIMED_OUT, ""
@@ -73,12 +73,11 @@ def judge(mutant, root):
     right = path.read_text(encoding="utf-8")
     path.write_text(right.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
-        status, printed = run_tests(root, mutant.tests)
+        status, printed = run_tests(root, mutant.tests, SECONDS)
     finally:
         path.write_text(right, encoding="utf-8")
-    if status in (FAILED, TIMED_OUT):
-        return "killed"
-    return "survived" if status == 0 else f"pytest ended with {status}:\n{printed[-2000:]}"
+    verdicts = {FAILED: "killed", TIMED_OUT: "timeout", 0: "survived"}
+    return verdicts.get(status, f"pytest ended with {status}:\n{printed[-2000:]}")
 
 
 def copy_tree(root):
@@ -107,7 +106,7 @@ def main(words):
                 verdict = judge(one, root)
             except LookupError as error:
                 verdict = f"CANNOT BE MADE: {error}"
-            bad += verdict != "killed"
+            bad += verdict not in ("killed", "timeout")
             print(f"{time.monotonic() - started:5.1f} s  {verdict:8}  {one.name}", flush=True)
     print(f"{len(known) - bad} of {len(known)} known mistakes were seen")
     return 1 if bad or not known else 0

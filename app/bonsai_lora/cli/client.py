@@ -11,19 +11,22 @@ from typing import Any
 
 import httpx
 
+from bonsai_lora.cli.output import (
+    EXIT_REFUSED,
+    EXIT_USAGE,
+    plain,
+    print_rows,
+    print_table,
+    warn,
+)
 from bonsai_lora.cli.progress import ProgressLine
-from bonsai_lora.cli.table import print_table
 from bonsai_lora.client.blocking import Client
-from bonsai_lora.client.call import Call, decode_json, path_of
+from bonsai_lora.client.call import Call, json_body, path_of
 from bonsai_lora.client.connection import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE, url_of
 from bonsai_lora.errors import BonsaiLoraError, counted
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_base_name, is_set_name
 from bonsai_lora.formats.text import printable
 
-EXIT_REFUSED = 1
-"""The service returned an error."""
-EXIT_USAGE = 2
-"""The arguments are wrong, or a file cannot be read."""
 EXIT_UNREACHABLE = 3
 """The service cannot be reached."""
 
@@ -199,13 +202,6 @@ def _describe_failure(error: BaseException, address: str) -> tuple[int, str]:
     raise error
 
 
-def plain(error: Exception) -> str:
-    """Return the message of an error, without the number that the system gives it."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
-
-
 def list_sets(client: Client, arguments: argparse.Namespace) -> Any:
     """Print a line per set."""
     found = client.list_sets(
@@ -279,7 +275,7 @@ def push_set(client: Client, arguments: argparse.Namespace) -> Any:
         name = printable(report["name"])
         print(f"{name}: version {report['version']}, {counted(report['adapter_count'], 'adapter')}")
         for text in report["warnings"]:
-            print(f"warning: {printable(text)}", file=sys.stderr)
+            warn(text)
     return report
 
 
@@ -297,12 +293,9 @@ def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
     # Sent as JSON, not as an array: the service then reports a NaN by its index in the file.
     call: Call[Any] = Call(
         method="POST",
-        path="/v1"
-        + path_of("sets", set_name(arguments.name), "adapters", arguments.module, "apply"),
-        headers={"Content-Type": "application/json"},
-        content=json.dumps(body).encode(),
-        decode=decode_json,
+        path=path_of("v1", "sets", set_name(arguments.name), "adapters", arguments.module, "apply"),
         is_pure=True,
+        **json_body(body),
     )
     answer = client.send(call)
     if not arguments.json:
@@ -332,10 +325,9 @@ def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
         )
     gain = pulled["delta_gain"]
     if gain is not None and gain < _LITTLE_GAIN:
-        print(
-            f"warning: rounding left {gain:.0%} of the deltas; apply the set beside the base "
-            "instead, or merge it into a base with more bits",
-            file=sys.stderr,
+        warn(
+            f"rounding left {gain:.0%} of the deltas; apply the set beside the base instead, or "
+            "merge it into a base with more bits"
         )
     return pulled
 
@@ -367,8 +359,3 @@ def set_name(name: str) -> str:
     if not is_set_name(name):
         raise UsageError(f"{name!r} is not a valid set name; it must match {SET_NAME_PATTERN}")
     return name
-
-
-def print_rows(fields: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    """Print a table of some fields of each row."""
-    print_table([name.upper() for name in fields], [[row[name] for name in fields] for row in rows])

@@ -23,7 +23,7 @@ from bonsai_lora.api.keys_file import (
     QuotaEntry,
     read_keys,
 )
-from bonsai_lora.cli.table import print_table
+from bonsai_lora.cli.output import failed, print_table
 from bonsai_lora.service.keys import SCOPES, digest_of, new_token
 from bonsai_lora.settings import SettingsError, read_settings
 
@@ -77,9 +77,7 @@ def _run(action: Callable[[Path, argparse.Namespace], int], arguments: argparse.
         return action(_path_of(arguments), arguments)
     except (KeysFileError, SettingsError, ValidationError, OSError) as error:
         text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        for line in text.removeprefix("Value error, ").splitlines():
-            print(f"bonsai-lora: {line}", file=sys.stderr)
-        return 2
+        return failed(text.removeprefix("Value error, "))
 
 
 def _path_of(arguments: argparse.Namespace) -> Path:

@@ -1,14 +1,13 @@
 """The commands of the laboratory: combine, compare, spectrum, survival, extract."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from bonsai_lora.cli.client import UsageError, add_command, print_rows, set_name
+from bonsai_lora.cli.client import UsageError, add_command, set_name
+from bonsai_lora.cli.output import print_rows, print_table, warn
 from bonsai_lora.cli.pictures import curves, heat_map
 from bonsai_lora.cli.progress import JobLine
-from bonsai_lora.cli.table import print_table
 from bonsai_lora.client.blocking import Client
 from bonsai_lora.client.lab_answers import CombineOptions, Comparison, Job
 from bonsai_lora.errors import counted
@@ -105,9 +104,9 @@ def combine_sets(client: Client, arguments: argparse.Namespace) -> Any:
             f"relative error {report['relative_error']:.4g}"
         )
         for text in report["warnings"]:
-            print(f"warning: {printable(text)}", file=sys.stderr)
+            warn(text)
         fields = ("name", "rank", "energy_kept", "relative_error")
-        print_rows(fields, [{**one} for one in report["modules"]])
+        print_rows(fields, report["modules"])
     return answer
 
 
@@ -178,7 +177,7 @@ def show_spectrum(client: Client, arguments: argparse.Namespace) -> Any:
             *("name", "rank", "frobenius_norm", "spectral_norm", "stable_rank", "effective_rank"),
             *("energy_rank_90", "energy_rank_99"),
         )
-        print_rows(fields, [{**one} for one in found["modules"]])
+        print_rows(fields, found["modules"])
     return found
 
 
@@ -193,7 +192,7 @@ def show_survival(client: Client, arguments: argparse.Namespace) -> Any:
     if not arguments.json:
         fields = ("name", "unchanged", "gain", "relative_error")
         whole = {**found, "name": "all"}
-        print_rows(fields, [whole, *({**one} for one in found["modules"])])
+        print_rows(fields, [whole, *found["modules"]])
     return found
 
 
@@ -217,7 +216,7 @@ def extract_set(client: Client, arguments: argparse.Namespace) -> Any:
             f"{counted(len(report['modules']), 'tensor')} changed, {report['same']} the same"
         )
         for text in report["warnings"]:
-            print(f"warning: {printable(text)}", file=sys.stderr)
+            warn(text)
         fields = ("name", "kind", "rank", "delta_norm", "relative_norm", "relative_error")
         rows = [{**one, "rank": one["rank"] or one["rows"] or ""} for one in report["modules"]]
         print_rows(fields, rows)

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from bonsai_lora.cli.client import EXIT_REFUSED, EXIT_USAGE, plain
+from bonsai_lora.cli.output import EXIT_REFUSED, failed, plain
 from bonsai_lora.cli.progress import ProgressLine
 from bonsai_lora.errors import counted
 from bonsai_lora.settings import SettingsError, is_bucket, read_settings
@@ -193,13 +193,6 @@ def _opened(place: str) -> Iterator[Store]:
 def not_a_store(folder: Path) -> int:
     """Print that there is no store at `folder`, and return the exit code."""
     return failed(f"{folder} is not a store; name one with --store")
-
-
-def failed(text: str) -> int:
-    """Print why a command cannot run, and return the exit code."""
-    for line in text.splitlines():
-        print(f"bonsai-lora: {line}", file=sys.stderr)
-    return EXIT_USAGE
 
 
 def _agreed(question: str) -> bool:

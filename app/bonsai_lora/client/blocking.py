@@ -5,44 +5,25 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 import httpx
 
 from bonsai_lora.client import connection
 from bonsai_lora.client.answers import Dtype, Pulled, PulledFile, SetSummary, Weights
-from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, described, opened
-from bonsai_lora.client.calls import (
-    adapters,
-    applying,
-    bases,
-    inference,
-    jobs,
-    lab,
-    merging,
-    sets,
-    stats,
-)
+from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, opened
+from bonsai_lora.client.calls import bases, jobs, merging, sets
 from bonsai_lora.client.download import OnProgress, download
 from bonsai_lora.client.lab_answers import Job
+from bonsai_lora.client.methods import Methods
 from bonsai_lora.client.refusals import refusal_of
 from bonsai_lora.client.retries import Retries
 from bonsai_lora.errors import BonsaiLoraError
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _method(make: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P], T]:
-    """Return the method that sends the call that `make` makes."""
-
-    def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self.send(make(*args, **kwargs))
-
-    return described(method, make)
-
-
-class Client:
+class Client(Methods):
     """A client of the service, with connection pooling.
 
     >>> with Client() as client:
@@ -314,69 +295,3 @@ class Client:
         parts = target.parent
         download(self, lambda _, *rest: rest_of(*rest), [found], parts, 1, on_progress)
         return found
-
-    create_set = _method(sets.create_set)
-    list_page = _method(sets.list_page)
-    get_set = _method(sets.get_set)
-    upload_set = _method(sets.upload_set)
-    upload_files = _method(sets.upload_files)
-    upload_tensors = _method(sets.upload_tensors)
-    pull_set = _method(sets.pull_set)
-    upload_gguf = _method(sets.upload_gguf)
-    change_set = _method(sets.change_set)
-    delete_set = _method(sets.delete_set)
-    get_adapter_config = _method(sets.get_adapter_config)
-    get_adapter_tensors = _method(sets.get_adapter_tensors)
-    get_adapter_model = _method(sets.get_adapter_model)
-    get_adapter_gguf = _method(sets.get_adapter_gguf)
-
-    list_adapters = _method(adapters.list_adapters)
-    get_adapter = _method(adapters.get_adapter)
-    put_adapter = _method(adapters.put_adapter)
-    put_weights = _method(adapters.put_weights)
-    delete_adapter = _method(adapters.delete_adapter)
-
-    apply = _method(applying.apply)
-    apply_many = _method(applying.apply_many)
-    apply_mixed = _method(applying.apply_mixed)
-    merge = _method(merging.merge)
-
-    get_set_stats = _method(stats.get_set_stats)
-    get_stats = _method(stats.get_stats)
-    estimate = _method(stats.estimate)
-    get_health = _method(stats.get_health)
-    get_readiness = _method(stats.get_readiness)
-    get_metrics = _method(stats.get_metrics)
-
-    combine = _method(lab.combine)
-    preview_combine = _method(lab.preview_combine)
-    compare = _method(lab.compare)
-    get_spectrum = _method(lab.get_spectrum)
-    get_survival = _method(lab.get_survival)
-    start_combine = _method(lab.start_combine)
-    start_extract = _method(lab.start_extract)
-    start_survival = _method(lab.start_survival)
-
-    list_jobs = _method(jobs.list_jobs)
-    get_job = _method(jobs.get_job)
-    cancel_job = _method(jobs.cancel_job)
-
-    list_bases = _method(bases.list_bases)
-    get_base = _method(bases.get_base)
-    list_merged_files = _method(bases.list_merged_files)
-    get_merged_file = _method(bases.get_merged_file)
-
-    infer = _method(inference.infer)
-    get_server = _method(inference.get_server)
-    get_server_live = _method(inference.get_server_live)
-    get_server_ready = _method(inference.get_server_ready)
-    get_model = _method(inference.get_model)
-    get_model_ready = _method(inference.get_model_ready)
-    get_model_config = _method(inference.get_model_config)
-    get_model_statistics = _method(inference.get_model_statistics)
-    list_models = _method(inference.list_models)
-    load_model = _method(inference.load_model)
-    unload_model = _method(inference.unload_model)
-    list_regions = _method(inference.list_regions)
-    register_region = _method(inference.register_region)
-    unregister_regions = _method(inference.unregister_regions)

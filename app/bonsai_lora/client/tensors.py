@@ -13,7 +13,6 @@ import numpy.typing as npt
 from bonsai_lora.client.answers import Applied, AppliedMany, Inferred, Row
 from bonsai_lora.client.call import BLOCK_BYTES
 from bonsai_lora.wire import requests
-from bonsai_lora.wire.binary import EXPERTS as EXPERTS  # noqa: PLC0414 - for the calls
 
 Array = npt.NDArray[Any]
 

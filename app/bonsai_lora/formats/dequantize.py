@@ -17,7 +17,7 @@ from bonsai_lora.core.cast import Floats, to_float32
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats.gguf_layouts import TensorInfo
 from bonsai_lora.formats.gguf_types import TensorType
-from bonsai_lora.formats.gguf_values import ReadAt, malformed
+from bonsai_lora.formats.gguf_values import ReadAt, read_exactly
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -65,11 +65,8 @@ def read_rows(read: ReadAt, info: TensorInfo, start: int, stop: int) -> Floats:
     A vector is one row. Raises MalformedGgufError if the file has become shorter,
     UnsupportedGgufError for a type without a decoder.
     """
-    first = info.start + start * info.row_bytes
-    size = (stop - start) * info.row_bytes
-    raw = read(first, size)
-    if len(raw) != size:
-        raise malformed(f"it ends after {first + len(raw)} bytes, inside a tensor")
+    first, size = info.start + start * info.row_bytes, (stop - start) * info.row_bytes
+    raw = read_exactly(read, first, size, "a tensor")
     return dequantize(info.type, raw).reshape(stop - start, info.width)
 
 

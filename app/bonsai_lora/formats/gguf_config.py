@@ -15,6 +15,7 @@ from bonsai_lora.core.config import shortest_float32
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats.dequantize import read_rows
 from bonsai_lora.formats.gguf import Header
+from bonsai_lora.formats.gguf_names import GGUF_EMBEDDING
 from bonsai_lora.formats.gguf_values import ReadAt, Scalar, ValueType, read_array
 
 ROPE_TABLES = frozenset(
@@ -147,7 +148,7 @@ class _Keys:
 
 def _sizes(keys: _Keys) -> dict[str, Any]:
     """Return what all architectures have."""
-    embedding = keys.header.tensors.get("token_embd.weight")
+    embedding = keys.header.tensors.get(GGUF_EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
         raise _unknown("since token_embd.weight is missing")
     heads = keys.need("attention.head_count")
@@ -172,7 +173,7 @@ def _epsilon(keys: _Keys) -> float:
 
 def _tokens(keys: _Keys) -> dict[str, int | None]:
     """Return the special tokens; null where the file has none, as classes have defaults."""
-    rows = keys.header.tensors["token_embd.weight"].shape[0]
+    rows = keys.header.tensors[GGUF_EMBEDDING].shape[0]
     found = {field: keys.header.get(key) for field, key in _TOKENS.items()}
     return {
         field: one if isinstance(one, int) and 0 <= one < rows else None
