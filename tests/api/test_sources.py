@@ -365,6 +365,10 @@ def test_a_bad_sources_file_says_why(tmp_path, entry):
     path.write_text(json.dumps({"sources": [good, good]}))
     with pytest.raises(ValueError, match="same name"):
         read_sources(path)
+    with pytest.raises(
+        ValueError, match=r"absent\.json cannot be read: No such file or directory; check"
+    ):
+        read_sources(tmp_path / "absent.json")
 
 
 @pytest.fixture

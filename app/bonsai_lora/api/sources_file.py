@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from bonsai_lora.mistakes import expectation
 from bonsai_lora.sources.origins import Origin
 
 _NAME = "^[a-z][a-z0-9-]{0,31}$"
@@ -155,7 +156,12 @@ def read_sources(path: Path | None) -> dict[str, Origin]:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        reason = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"the sources file {path} is not valid: {place}: {reason}") from None
-    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the sources file {path} is not valid: {place}: {expectation(first)}"
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"the sources file {path} cannot be read: {error.strerror or error}; check --sources"
+        ) from None
+    except ValueError as error:
         raise ValueError(f"the sources file {path} cannot be used: {error}; correct it") from None

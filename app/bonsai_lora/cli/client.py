@@ -114,8 +114,9 @@ def _add_pull(commands: Any) -> None:
         "--dtype, too",
     )
     fetch.add_argument(
-        "--jobs", type=int, default=4, help="files to download at a time (default: 4)"
+        "--parallel", type=int, default=4, help="files to download at a time (default: 4)"
     )
+    fetch.add_argument("--jobs", type=int, dest="parallel", help=argparse.SUPPRESS)  # as in 0.1.0
 
 
 def add_command(
@@ -318,16 +319,22 @@ def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
             "--dtype, --architecture, --folded and --widen are for GGUF files; add --gguf"
         )
     with ProgressLine() as line:
-        if arguments.gguf:
-            return _pull_gguf(client, owner, name, arguments, line.update)
-        pulled = client.pull(
-            arguments.model, arguments.output, jobs=arguments.jobs, on_progress=line.update
+        pulled = (
+            _pull_gguf(client, owner, name, arguments, line.update)
+            if arguments.gguf
+            else client.pull(
+                arguments.model,
+                arguments.output,
+                parallel=arguments.parallel,
+                on_progress=line.update,
+            )
         )
-    gain = pulled["delta_gain"]
+    gain = pulled.get("delta_gain")
     if gain is not None and gain < _LITTLE_GAIN:
+        wider = "pull it with --dtype F32" if arguments.gguf else "merge it into a wider base"
         warn(
             f"rounding left {gain:.0%} of the deltas; apply the set beside the base instead, or "
-            "merge it into a base with more bits"
+            f"{wider}"
         )
     return pulled
 

@@ -63,7 +63,11 @@ class ProgressLine(_Line):
 
 
 class JobLine(_Line):
-    """The progress line of a job, once it takes longer than a second."""
+    """The progress line of a job, once it takes longer than a second; never if `is_silent`."""
+
+    def __init__(self, *, is_silent: bool = False) -> None:
+        super().__init__()
+        self._is_terminal &= not is_silent
 
     def update(self, share: float) -> None:
         """Show the share that is done, from 0 to 1."""

@@ -262,6 +262,13 @@ class PulledFile(TypedDict):
     oid: str
 
 
+class PulledMerged(PulledFile):
+    """A downloaded GGUF file of a merged model."""
+
+    delta_gain: float | None
+    """What its rounding left of the deltas, if the service knows it already."""
+
+
 class Pulled(TypedDict):
     """A downloaded model: where it is, which commit of it, and its files."""
 

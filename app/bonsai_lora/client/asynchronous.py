@@ -18,7 +18,6 @@ from bonsai_lora.client import connection
 from bonsai_lora.client.answers import Dtype, SetSummary, Weights
 from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, opened
 from bonsai_lora.client.calls import bases, jobs, merging
-from bonsai_lora.client.lab_answers import Job
 from bonsai_lora.client.methods import Methods
 from bonsai_lora.client.refusals import refusal_of
 from bonsai_lora.client.retries import Retries
@@ -75,7 +74,7 @@ class AsyncClient(Methods):
 
     @contextlib.asynccontextmanager
     async def stream(self, call: Call[Any]) -> AsyncIterator[httpx.Response]:
-        """Send a call and give its answer, whose body is read in the block. Raises as `send`."""
+        """Send a call and yield its answer, whose body is read in the block. Raises as `send`."""
         answer = await self._exchange(call, is_stream=True)
         try:
             yield answer
@@ -106,9 +105,9 @@ class AsyncClient(Methods):
         prefix: str | None = None,
         page_size: int | None = None,
     ) -> AsyncIterator[SetSummary]:
-        """Give the sets by name, a page at a time.
+        """Yield the sets by name, a page at a time.
 
-        Gives only those for `base_model_name`, and whose names begin with `prefix`, if given.
+        Only those for `base_model_name`, and whose names begin with `prefix`, if given.
         """
         cursor = None
         while True:
@@ -122,10 +121,11 @@ class AsyncClient(Methods):
                 return
 
     async def wait_for(
-        self, job: Job, on_progress: Callable[[float], object] | None = None
+        self, job: Mapping[str, Any], on_progress: Callable[[float], object] | None = None
     ) -> dict[str, Any]:
         """Return the result of a job when it is done, what its request would have answered.
 
+        What `start_compare` and `start_spectrum` have answered without a job is returned as it is.
         `on_progress` gets the share that is done, from 0 to 1. Raises the error of a job that
         failed, and JobInterruptedError if it was cancelled.
         """
@@ -148,7 +148,7 @@ class AsyncClient(Methods):
         unmerge: bool = False,
         version: int | None = None,
     ) -> AsyncIterator[bytes]:
-        """Give the merged bytes of weights that come in blocks, in constant memory.
+        """Yield the merged bytes of weights that come in blocks, in constant memory.
 
         `weights` is a file opened in binary mode, or an iterable of bytes, synchronous or not: W
         (d_out, d_in) row by row, as `dtype`. All of it is sent before the first block comes back.
@@ -176,7 +176,7 @@ class AsyncClient(Methods):
         dtype: str | None = None,
         widen: str | None = None,
     ) -> AsyncIterator[bytes]:
-        """Give a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
+        """Yield a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
         call = bases.get_merged_file(
             base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets, match=match,
             dtype=dtype, widen=widen,

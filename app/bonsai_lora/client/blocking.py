@@ -10,11 +10,10 @@ from typing import Any, BinaryIO, Self, TypeVar
 import httpx
 
 from bonsai_lora.client import connection
-from bonsai_lora.client.answers import Dtype, Pulled, PulledFile, SetSummary, Weights
+from bonsai_lora.client.answers import Dtype, Pulled, PulledFile, PulledMerged, SetSummary, Weights
 from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, opened
 from bonsai_lora.client.calls import bases, jobs, merging, sets
 from bonsai_lora.client.download import OnProgress, download
-from bonsai_lora.client.lab_answers import Job
 from bonsai_lora.client.methods import Methods
 from bonsai_lora.client.refusals import refusal_of
 from bonsai_lora.client.retries import Retries
@@ -89,7 +88,7 @@ class Client(Methods):
 
     @contextlib.contextmanager
     def stream(self, call: Call[Any]) -> Iterator[httpx.Response]:
-        """Send a call and give its answer, whose body is read in the block. Raises as `send`."""
+        """Send a call and yield its answer, whose body is read in the block. Raises as `send`."""
         answer = self._exchange(call, is_stream=True)
         try:
             yield answer
@@ -118,9 +117,9 @@ class Client(Methods):
         prefix: str | None = None,
         page_size: int | None = None,
     ) -> Iterator[SetSummary]:
-        """Give the sets by name, a page at a time.
+        """Yield the sets by name, a page at a time.
 
-        Gives only those for `base_model_name`, and whose names begin with `prefix`, if given.
+        Only those for `base_model_name`, and whose names begin with `prefix`, if given.
         """
         cursor = None
         while True:
@@ -133,10 +132,11 @@ class Client(Methods):
                 return
 
     def wait_for(
-        self, job: Job, on_progress: Callable[[float], object] | None = None
+        self, job: Mapping[str, Any], on_progress: Callable[[float], object] | None = None
     ) -> dict[str, Any]:
         """Return the result of a job when it is done, what its request would have answered.
 
+        What `start_compare` and `start_spectrum` have answered without a job is returned as it is.
         `on_progress` gets the share that is done, from 0 to 1. Raises the error of a job that
         failed, and JobInterruptedError if it was cancelled.
         """
@@ -159,7 +159,7 @@ class Client(Methods):
         unmerge: bool = False,
         version: int | None = None,
     ) -> Iterator[bytes]:
-        """Give the merged bytes of weights that come in blocks, in constant memory.
+        """Yield the merged bytes of weights that come in blocks, in constant memory.
 
         `weights` is a file opened in binary mode or an iterable of bytes: W (d_out, d_in) row by
         row, as `dtype`. All of it is sent before the first block comes back. Raises as `merge`.
@@ -185,7 +185,7 @@ class Client(Methods):
         dtype: str | None = None,
         widen: str | None = None,
     ) -> Iterator[bytes]:
-        """Give a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
+        """Yield a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
         call = bases.get_merged_file(
             base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets, match=match,
             dtype=dtype, widen=widen,
@@ -198,12 +198,12 @@ class Client(Methods):
         model: str,
         folder: str | os.PathLike[str],
         *,
-        jobs: int = 4,
+        parallel: int = 4,
         on_progress: OnProgress | None = None,
     ) -> Pulled:
         """Download the merged model BASE/SET, the set adapters/SET, or the base bases/BASE.
 
-        `jobs` files at a time. Files that are already there are kept, and partial ones are
+        `parallel` files at a time. Files that are already there are kept, and partial ones are
         resumed, unless the model has changed since. `on_progress` gets the bytes that are there
         and the total. Raises ValueError if a file has a different size or ETag than announced.
         """
@@ -213,21 +213,19 @@ class Client(Methods):
         def rest_of(path: str, start: int, tag: str) -> Call[bytes]:
             return bases.resolve(model, commit, path, start=start, tag=tag)
 
-        download(self, rest_of, files, Path(folder), jobs, on_progress)
-        gain = self._gain_of(rest_of, files)
+        download(self, rest_of, files, Path(folder), parallel, on_progress)
+        gain = None
+        if files:
+            one = max(files, key=lambda one: one["size"])
+            gain = self._gain_of(rest_of(one["path"], one["size"] - 1, one["oid"]))
         return {"folder": os.fspath(folder), "commit": commit, "files": files, "delta_gain": gain}
 
-    def _gain_of(
-        self, rest_of: Callable[[str, int, str], Call[bytes]], files: list[PulledFile]
-    ) -> float | None:
-        """Return what a file's head says of the deltas that are left; None if it cannot be read.
+    def _gain_of(self, last: Call[bytes]) -> float | None:
+        """Return what the head of a file's last byte says of the deltas that are left.
 
-        The service may learn it only while the files are downloaded.
+        None if it says nothing, or cannot be read. The service may learn it only while the file is
+        downloaded.
         """
-        if not files:
-            return None
-        largest = max(files, key=lambda one: one["size"])
-        last = rest_of(largest["path"], largest["size"] - 1, largest["oid"])
         with (
             contextlib.suppress(httpx.TransportError, BonsaiLoraError),
             self.stream(last) as answer,
@@ -269,7 +267,7 @@ class Client(Methods):
         dtype: str | None = None,
         widen: str | None = None,
         on_progress: OnProgress | None = None,
-    ) -> PulledFile:
+    ) -> PulledMerged:
         """Download the merged model of a GGUF base as a GGUF file. Otherwise as `pull_gguf`.
 
         Changed tensors have the type `dtype` (F16); with `widen="all"`, so have all others that
@@ -281,7 +279,9 @@ class Client(Methods):
                 base, set_name, f"{base}.gguf", start=start, dtype=dtype, widen=widen, tag=tag
             )
 
-        return self._pull_file(rest_of, Path(file), on_progress)
+        pulled = self._pull_file(rest_of, Path(file), on_progress)
+        gain = self._gain_of(rest_of(pulled["size"] - 1, pulled["oid"]))
+        return {**pulled, "delta_gain": gain}
 
     def _pull_file(
         self,

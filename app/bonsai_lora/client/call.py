@@ -46,19 +46,19 @@ class Call(Generic[T]):
     parts: Mapping[str, Part] | None = None
     """The files of a multipart form, instead of `content`."""
     is_pure: bool = False
-    """Whether it changes nothing although it is no GET."""
+    """Whether it changes nothing, although it is not a GET."""
     is_one_shot: bool = False
     """Its body can be read only once."""
 
     @property
     def is_safe(self) -> bool:
-        """Whether it changes nothing, so that it may be sent again whatever became of it."""
+        """Whether it changes nothing, so that it may be sent again after any failure."""
         return self.is_pure or self.method == "GET"
 
 
 @contextmanager
 def opened(call: Call[Any]) -> Iterator[dict[str, Any]]:
-    """Give the arguments of `httpx.Client.build_request`; files are open inside the block.
+    """Yield the arguments of `httpx.Client.build_request`; files are open inside the block.
 
     Raises OSError if a file cannot be opened.
     """

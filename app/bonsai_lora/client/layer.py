@@ -30,7 +30,7 @@ class Layer:
         match: str | None = None,
         version: int | None = None,
     ) -> None:
-        """Take the arguments of `Client.apply`, without calling the service."""
+        """Keep the arguments for `Client.apply`; nothing is sent yet."""
         self.module = module
         self._client = client
         self._set = set_name

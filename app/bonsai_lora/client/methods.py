@@ -97,6 +97,8 @@ class Methods:
     get_spectrum = Method(lab.get_spectrum)
     get_survival = Method(lab.get_survival)
     start_combine = Method(lab.start_combine)
+    start_compare = Method(lab.start_compare)
+    start_spectrum = Method(lab.start_spectrum)
     start_extract = Method(lab.start_extract)
     start_survival = Method(lab.start_survival)
 

@@ -98,7 +98,7 @@ class Blocks:
         self._parts = parts
 
     def __iter__(self) -> Iterator[bytes]:
-        """Give the blocks."""
+        """Yield the blocks."""
         for part in self._parts:
             for start in range(0, len(part), BLOCK_BYTES):
                 yield bytes(part[start : start + BLOCK_BYTES])

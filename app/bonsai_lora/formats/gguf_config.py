@@ -14,6 +14,7 @@ import numpy as np
 from bonsai_lora.core.config import shortest_float32
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats.dequantize import read_rows
+from bonsai_lora.formats.dtypes import FLOAT_DTYPES
 from bonsai_lora.formats.gguf import Header
 from bonsai_lora.formats.gguf_names import GGUF_EMBEDDING
 from bonsai_lora.formats.gguf_values import ReadAt, Scalar, ValueType, read_array
@@ -28,7 +29,6 @@ _TOKENS = {
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _YARN = {
     "attention_factor": "rope.scaling.yarn_attn_factor",
     "beta_fast": "rope.scaling.yarn_beta_fast",
@@ -66,7 +66,7 @@ def config_of(header: Header, read: ReadAt, *, dtype: str, is_tied: bool) -> dic
 
 def weights_fields(dtype: str, *, is_tied: bool) -> dict[str, Any]:
     """Return the fields of a configuration that say how the weights are stored."""
-    return {"tie_word_embeddings": is_tied, "torch_dtype": _DTYPES[dtype]}
+    return {"tie_word_embeddings": is_tied, "torch_dtype": FLOAT_DTYPES[dtype].name}
 
 
 class _Keys:

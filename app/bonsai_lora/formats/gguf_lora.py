@@ -8,15 +8,15 @@ expert.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bonsai_lora.core.cast import BFLOAT16, Array
+from bonsai_lora.core.cast import Array
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
-from bonsai_lora.formats.dequantize import read_rows
+from bonsai_lora.formats.dequantize import PLAIN_TYPES, read_rows
 from bonsai_lora.formats.fused import MAX_EXPERTS
 from bonsai_lora.formats.gguf import Header
 from bonsai_lora.formats.gguf_layouts import TensorInfo
@@ -42,12 +42,6 @@ FOLDED_KEY = "bonsai_lora.folded"
 
 _HALVES = (".lora_a", ".lora_b")
 _NOT_MULTIPLIED = ("_norm.weight", "ssm_conv1d.weight")
-_KEPT: Mapping[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": BFLOAT16,
-}
-"""Types that are kept; all others become float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +101,7 @@ def copied_bytes(header: Header, architecture: str | None = None) -> int:
     return sum(
         4 * math.prod(info.shape)
         for name, info in header.tensors.items()
-        if info.type.name not in _KEPT or _is_reordered(names, name[: -len(_HALVES[0])])
+        if info.type.name not in PLAIN_TYPES or _is_reordered(names, name[: -len(_HALVES[0])])
     )
 
 
@@ -235,7 +229,7 @@ def _rank(architecture: str, name: str, a_info: TensorInfo, b_info: TensorInfo) 
 
 def _values(read: ReadAt, info: TensorInfo) -> Array:
     """Return a tensor: a view of the file if its type is kept, else float32."""
-    dtype = _KEPT.get(info.type.name)
+    dtype = PLAIN_TYPES.get(info.type.name)
     if dtype is None:
         return read_rows(read, info, 0, math.prod(info.shape[:-1])).reshape(info.shape)
     raw = read_exactly(read, info.start, info.stop - info.start, "a tensor")

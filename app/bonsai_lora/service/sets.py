@@ -216,8 +216,8 @@ def refuse_existing(store: SetView, name: str) -> None:
     """Raise SetExistsError if there is a set of this name."""
     if _record_or_none(store, name) is not None:
         raise SetExistsError(
-            f"a set named {name!r} already exists; DELETE /v1/sets/{name} first, or PUT a PEFT "
-            "adapter to replace it",
+            f"a set named {name!r} already exists; choose a different name, or DELETE "
+            f"/v1/sets/{name} first",
             set=name,
         )
 

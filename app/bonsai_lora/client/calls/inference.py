@@ -96,7 +96,7 @@ def list_models() -> Call[list[IndexEntry]]:
 
 
 def load_model(model: str) -> Call[None]:
-    """Bring a set into memory; raises NotFoundError."""
+    """Load a set into memory; raises NotFoundError."""
     return Call(
         method="POST",
         path=path_of("v2", "repository", "models", model, "load"),
@@ -122,7 +122,7 @@ def list_regions(region: str | None = None) -> Call[list[RegionInfo]]:
 
 
 def register_region(region: str, key: str, byte_size: int, *, offset: int = 0) -> Call[None]:
-    """Give shared memory of this machine a name; raises UnsupportedFeatureError if it is off."""
+    """Register shared memory of this machine; raises UnsupportedFeatureError if that is off."""
     return Call(
         method="POST",
         path=path_of("v2", "systemsharedmemory", "region", region, "register"),
@@ -132,7 +132,7 @@ def register_region(region: str, key: str, byte_size: int, *, offset: int = 0) -
 
 
 def unregister_regions(region: str | None = None) -> Call[None]:
-    """Forget one shared-memory region, or all; the memory itself stays."""
+    """Unregister one shared-memory region, or all; the memory itself stays."""
     place = () if region is None else ("region", region)
     return Call(
         method="POST",

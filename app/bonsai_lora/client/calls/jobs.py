@@ -1,5 +1,6 @@
 """Jobs: look at them, and cancel them."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from bonsai_lora.client.call import Call, path_of, query_of
@@ -28,10 +29,16 @@ WAIT_SECONDS = (0.05, 1.0)
 """The first wait for a job, and the longest."""
 
 
-def result_of(job: Job) -> dict[str, Any] | None:
-    """Return the result of a job, None if it has not ended; raises the error of one that failed."""
+def result_of(job: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the result of a job, None if it has not ended; raises the error of one that failed.
+
+    What is no job, but the result itself, is returned.
+    """
+    if "state" not in job:
+        return dict(job)
     if job["state"] == "failed":
         raise error_of(job["error"] or {})
     if job["state"] == "cancelled":
         raise JobInterruptedError(f"job {job['id']} was cancelled")
-    return job["result"]
+    result: dict[str, Any] | None = job["result"]
+    return result

@@ -8,6 +8,7 @@ from bonsai_lora.client.call import (
     Call,
     decode_tagged,
     given,
+    header_lines,
     json_body,
     mix_query,
     path_of,
@@ -22,6 +23,8 @@ from bonsai_lora.client.lab_answers import (
     SetSpectrum,
     SetSurvival,
 )
+
+_ASYNC = header_lines(prefer="respond-async")
 
 
 def combine(
@@ -58,7 +61,7 @@ def start_combine(
     dry_run: bool = False,
     **options: Unpack[CombineOptions],
 ) -> Call[Job]:
-    """Begin what `combine` does, or with `dry_run` what `preview_combine` does, and return the job.
+    """Start what `combine` does, or with `dry_run` what `preview_combine` does, and return the job.
 
     Raises the refusals of `combine` that need no computation.
     """
@@ -76,7 +79,7 @@ def start_extract(
     energy: float | None = None,
     modules: Sequence[str] = (),
 ) -> Call[Job]:
-    """Begin to extract a set from a fine-tuned model and its base, both bases of the service.
+    """Start to extract a set from a fine-tuned model and its base, both bases of the service.
 
     `rank` is that of each module; with `energy`, it is the highest. The result of the job is an
     `ExtractedSet`. Raises BaseNotFoundError, SetExistsError, ShapeMismatchError.
@@ -96,6 +99,14 @@ def compare(sets: Sequence[str]) -> Call[Comparison]:
     return Call(path="/v1/compare", query=[("set", name) for name in sets])
 
 
+def start_compare(sets: Sequence[str]) -> Call[Job | Comparison]:
+    """Begin what `compare` does, and return the job; if it takes no second, what `compare` returns.
+
+    `wait_for` takes either.
+    """
+    return Call(path="/v1/compare", query=[("set", name) for name in sets], headers=_ASYNC)
+
+
 def get_spectrum(
     name: str, *, modules: Sequence[str] = (), version: int | None = None
 ) -> Call[SetSpectrum]:
@@ -103,6 +114,17 @@ def get_spectrum(
     return Call(
         path=path_of("v1", "sets", name, "spectrum"),
         query=[*query_of(version=version), *(("module", module) for module in modules)],
+    )
+
+
+def start_spectrum(
+    name: str, *, modules: Sequence[str] = (), version: int | None = None
+) -> Call[Job | SetSpectrum]:
+    """Begin what `get_spectrum` does, and return as `start_compare`."""
+    return Call(
+        path=path_of("v1", "sets", name, "spectrum"),
+        query=[*query_of(version=version), *(("module", module) for module in modules)],
+        headers=_ASYNC,
     )
 
 
@@ -135,7 +157,7 @@ def start_survival(
     sets: Weights | None = None,
     match: str | None = None,
 ) -> Call[Job]:
-    """Begin to compute exactly what `get_survival` estimates, and return the job."""
+    """Start to compute exactly what `get_survival` estimates, and return the job."""
     return Call(
         method="POST",
         path=path_of("v1", "bases", base, "survival", name),
