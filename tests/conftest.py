@@ -101,6 +101,16 @@ def service(settings, tmp_path):
         yield url
 
 
+def gain_of(client, path):
+    """The gain in the head of a merged file, when it is there."""
+    for _ in range(500):
+        found = client.head(path).headers.get("bonsai-delta-gain")
+        if found is not None:
+            return float(found)
+        time.sleep(0.01)
+    raise AssertionError(path)
+
+
 @pytest.fixture
 def based(service):
     """A client of that service."""

@@ -188,7 +188,9 @@ def test_scale_and_several_sets(based):
     ).all()
     assert_problem(based.get(f"{path}?weight=1"), 422, "invalid_request")
     assert_problem(based.get(f"{path}?set=plain"), 422, "invalid_request")
-    assert_problem(based.get(f"{path}?scale=nan"), 422, "invalid_request")
+    for query in ("scale=nan", "scale=1e9", "set=attention-only&weight=-1e7"):
+        assert_problem(based.get(f"{path}?{query}"), 422, "invalid_request")
+        assert_problem(based.get(f"{PATH}/plain?{query}"), 422, "invalid_request")
 
 
 def test_refusals(based, rng, tmp_path):

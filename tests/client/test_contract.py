@@ -66,6 +66,8 @@ CALLS = [
     lab.get_spectrum("s"),
     lab.get_survival("b", "s"),
     lab.start_combine("s", {"a": 1.0}),
+    lab.start_compare(["a", "b"]),
+    lab.start_spectrum("s"),
     lab.start_extract("s", "b", "t", rank=4),
     lab.start_survival("b", "s"),
     jobs.list_jobs(),
@@ -213,8 +215,8 @@ def test_names_are_quoted():
     assert sets.get_set("a/b?c#d e").path == "/v1/sets/a%2Fb%3Fc%23d%20e"
 
 
-def test_only_what_changes_nothing_is_pure():
-    changing = {operation_of(call) for call in CALLS if not call.is_pure}
+def test_only_what_changes_nothing_is_safe():
+    changing = {operation_of(call) for call in CALLS if not call.is_safe}
     assert changing == {
         *("create_set", "upload_set", "change_set", "delete_set", "put_adapter", "delete_adapter"),
         *("combine_sets", "extract_set", "start_survival", "cancel_job"),

@@ -1,5 +1,6 @@
 """SeaweedFS, a server of S3, on free ports of the loopback address."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,18 @@ BUCKET = "sets"
 KEY = "test-key"
 _PARTS = ("master", "volume", "filer", "s3")
 _START_SECONDS = 60
+
+
+@contextlib.contextmanager
+def seaweed(folder):
+    """Run a server whose data are in `folder`; yield it."""
+    assert WEED, "weed is missing; run make test-cluster"
+    server = Seaweed(folder)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 class Seaweed:

@@ -23,7 +23,9 @@ class Load:
     def __init__(self, url):
         self.url = url
         self.sent = collections.Counter()
-        self.failed = collections.Counter()
+        self.failed = collections.Counter(read=0, apply=0)
+        self.errors = collections.Counter()
+        """What the failed ones got: a status with its code, or the broken connection."""
         self._ends = threading.Event()
         self._clients = [threading.Thread(target=self._run, args=[one]) for one in range(CLIENTS)]
 
@@ -50,9 +52,13 @@ class Load:
                 self._send(client, "apply", "POST", f"/v1/sets/{name}/adapters/m/apply", json=row)
 
     def _send(self, client, kind, method, path, **options):
-        try:
-            failed = client.request(method, path, **options).status_code != 200
-        except httpx.TransportError:
-            failed = True
         self.sent[kind] += 1
-        self.failed[kind] += failed
+        try:
+            answer = client.request(method, path, **options)
+        except httpx.TransportError as error:
+            self.failed[kind] += 1
+            self.errors[repr(error)] += 1
+            return
+        if answer.status_code != 200:
+            self.failed[kind] += 1
+            self.errors[f"{kind}: {answer.status_code} {answer.text[:200]}"] += 1

@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 from conftest import TINY, assert_problem, upload
-from seaweed import WEED, Seaweed
+from seaweed import seaweed
 from test_command import COMMAND, running, workers_of
 from test_workers import wait_until_ready
 
@@ -33,11 +33,8 @@ STORAGE = str(Path(__file__).parents[1] / "storage")
 @pytest.fixture(scope="module")
 def weed(tmp_path_factory):
     """A server of S3, for all tests."""
-    assert WEED, "weed is missing; run make test-cluster"
-    server = Seaweed(tmp_path_factory.mktemp("weed"))
-    server.start()
-    yield server
-    server.stop()
+    with seaweed(tmp_path_factory.mktemp("weed")) as server:
+        yield server
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from test_combine import delta, random_adapter
 
 from bonsai_lora.core import combine as combining
 from bonsai_lora.core import deltas, prune
-from bonsai_lora.core.entries import merge_entries
+from bonsai_lora.core.prune import merge_entries
 from bonsai_lora.core.recipe import Recipe
 
 X = np.array([[0.5, -2, 0.1, 1, -0.3, 3, -0.7, 0.2, 1.5, -0.05]], np.float32)

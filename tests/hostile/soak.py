@@ -3,7 +3,8 @@
 `make soak SECONDS=600` runs it. Users create, replace and delete sets and apply them, and know what
 every answer has to be. Meanwhile workers are killed, requests are mutated in every way, and 200
 connections send bodies of 512 KiB at once. At the end the service is killed and started again, and
-every set that was acknowledged must be there, to the bit. Prints what it counted; exits with 1 if
+every set that was acknowledged must be there, to the bit. Where SeaweedFS is installed, half of the
+time goes to two services over a bucket (`soak_bucket.py`). Prints what it counted; exits with 1 if
 anything was wrong.
 """
 
@@ -12,184 +13,34 @@ import contextlib
 import http.client
 import itertools
 import json
-import os
 import random
 import re
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import numpy as np
+from soaking import BINARY, BUSY, KILL_SECONDS, USERS, WIDTH, Service, Soak
 
 from bonsai_lora.formats import safetensors
 
-COMMAND = str(Path(sys.executable).parent / "bonsai-lora")
-BINARY = {"Content-Type": "application/vnd.safetensors"}
-WIDTH, RANK, USERS, CROWD = 256, 4, 3, 200
-BUSY = (429, 503, 507)
-KILL_SECONDS = 2.5
+sys.path.append(str(Path(__file__).parent.parent / "cluster"))
+
+CROWD = 200
 
 
-class Service:
-    """The command that serves, restarted on demand."""
-
-    def __init__(self, store: Path) -> None:
-        self._store = store
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self) -> None:
-        flags = ["--port", str(self.port), "--store", str(self._store), "--workers", "2"]
-        self.process = subprocess.Popen(
-            [COMMAND, "serve", *flags, "--stall-seconds", "5"], stderr=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/readyz", timeout=2).status_code == 200:
-                    return
-            time.sleep(0.05)
-        raise RuntimeError("the service did not start")
-
-    def workers(self) -> list[int]:
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                fields = path.read_text().rpartition(")")[2].split()
-                if int(fields[1]) == self.process.pid:
-                    found.append(int(path.parent.name))
-        return found
-
-    def kill(self) -> None:
-        workers = self.workers()
-        self.process.kill()
-        self.process.wait(30)
-        for pid in workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def stop(self) -> int:
-        self.process.terminate()
-        return self.process.wait(60)
-
-
-class Soak:
-    """The threads, what they count, and what they found wrong."""
+class FolderSoak(Soak):
+    """One service over a folder, and everything at once against it."""
 
     def __init__(self, service: Service, seconds: float, seed: int) -> None:
+        super().__init__([service], seconds, seed)
         self.service = service
-        self.until = time.monotonic() + seconds
-        self.counts: Counter[str] = Counter()
-        self.wrong: list[str] = []
         self.health: list[float] = []
-        self.sets: dict[str, np.ndarray | None] = {}
-        """The B that each acknowledged set has; None once it is deleted."""
-        self.unknown: set[str] = set()
-        """Sets whose last change was neither acknowledged nor refused."""
-        self._seed = seed
-
-    def run(self) -> None:
-        jobs = [(self.use, number) for number in range(USERS)]
-        jobs += [(self.mutate, 0), (self.crowd, 0), (self.probe, 0), (self.kill, 0)]
-        threads = [
-            threading.Thread(target=self._guard, args=(job, random.Random(self._seed + 10 * n), n))
-            for n, (job, _) in enumerate(jobs)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    def _guard(self, job, rng, number) -> None:
-        while time.monotonic() < self.until:
-            try:
-                job(rng, number)
-            except Exception as error:  # noqa: BLE001 - it is reported
-                self.wrong.append(f"{job.__name__}: {error!r}")
-                return
-
-    def use(self, rng: random.Random, number: int) -> None:
-        """Change or apply one of this user's sets, and check the answer to the bit."""
-        name = f"user{number}.{rng.randrange(8)}"
-        choice = rng.random()
-        with httpx.Client(base_url=self.service.url, timeout=30) as client:
-            if choice < 0.2:
-                self.upload(client, name, rng)
-            elif choice < 0.25:
-                self.delete(client, name)
-            else:
-                for _ in range(20):
-                    self.apply(client, name, rng)
-
-    def upload(self, client, name: str, rng: random.Random) -> None:
-        b_matrix = np.random.default_rng(rng.randrange(1 << 30)).integers(-8, 8, (WIDTH, RANK))
-        b_matrix = b_matrix.astype(np.float32)
-        key = "base_model.model.layers.0.self_attn.q_proj"
-        tensors = {
-            f"{key}.lora_A.weight": np.eye(RANK, WIDTH, dtype=np.float32),
-            f"{key}.lora_B.weight": b_matrix,
-        }
-        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": ["q_proj"]}
-        files = {
-            "adapter_config": json.dumps(config).encode(),
-            "adapter_model": safetensors.encode(tensors),
-        }
-        self.change(name, b_matrix, lambda: client.put(f"/v1/sets/{name}", files=files), (200, 201))
-
-    def delete(self, client, name: str) -> None:
-        self.change(name, None, lambda: client.delete(f"/v1/sets/{name}"), (204, 404))
-
-    def change(self, name: str, value, send, good) -> None:
-        try:
-            answer = send()
-        except httpx.HTTPError:
-            self.counts["changes cut off by a kill"] += 1
-            self.unknown.add(name)
-            return
-        if answer.status_code in good:
-            self.sets[name] = value
-            self.unknown.discard(name)
-            self.counts["changes acknowledged"] += 1
-        elif answer.status_code in BUSY:
-            self.counts["changes refused as busy"] += 1
-        else:
-            self.wrong.append(f"{name}: {answer.status_code} {answer.text[:200]}")
-
-    def apply(self, client, name: str, rng: random.Random) -> None:
-        if name in self.unknown:
-            return
-        expected = self.sets.get(name)
-        x = np.zeros((1, WIDTH), np.float32)
-        x[0, :RANK] = [rng.randrange(-8, 8) for _ in range(RANK)]
-        path = f"/v1/sets/{name}/adapters/layers.0.self_attn.q_proj/apply"
-        body = safetensors.encode({"inputs": x})
-        try:
-            answer = client.post(path, content=body, headers=BINARY)
-        except httpx.HTTPError:
-            self.counts["applies cut off by a kill"] += 1
-            return
-        if answer.status_code in BUSY:
-            self.counts["applies refused as busy"] += 1
-        elif expected is None:
-            if answer.status_code != 404:
-                self.wrong.append(f"apply of {name}, which is gone: {answer.status_code}")
-        elif answer.status_code != 200:
-            self.wrong.append(f"apply of {name}: {answer.status_code} {answer.text[:200]}")
-        else:
-            outputs = safetensors.decode(answer.content)[0]["outputs"]
-            if not np.array_equal(outputs[0], expected @ x[0, :RANK]):
-                self.wrong.append(f"apply of {name}: wrong numbers")
-            self.counts["applies right to the bit"] += 1
 
     def mutate(self, rng: random.Random, _number: int) -> None:
         """Send a request with random changes, and expect an answer without a server's fault."""
@@ -247,33 +98,8 @@ class Soak:
     def kill(self, rng: random.Random, _number: int) -> None:
         """Kill a worker every few seconds."""
         time.sleep(min(KILL_SECONDS, max(0.0, self.until - time.monotonic())))
-        workers = self.service.workers()
-        if workers and time.monotonic() < self.until:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rng.choice(workers), signal.SIGKILL)
-                self.counts["workers killed"] += 1
-
-    def check_all(self) -> None:
-        """Compare every set with what was acknowledged, after the last restart."""
-        with httpx.Client(base_url=self.service.url, timeout=30) as client:
-            for name, expected in self.sets.items():
-                if name in self.unknown:
-                    continue
-                answer = client.get(f"/v1/sets/{name}/adapter_model.safetensors")
-                if expected is None:
-                    if answer.status_code != 404:
-                        self.wrong.append(f"{name} is back after its deletion")
-                elif answer.status_code != 200:
-                    self.wrong.append(f"{name} is lost: {answer.status_code}")
-                else:
-                    tensors = safetensors.decode(answer.content)[0]
-                    found = next(one for key, one in tensors.items() if "lora_B" in key)
-                    if not np.array_equal(found, expected):
-                        self.wrong.append(f"{name} has other weights")
-                self.counts["sets compared at the end"] += 1
-            bad = client.get("/readyz").json()["bad_files"]
-            if bad:
-                self.wrong.append(f"bad files: {bad}")
+        if time.monotonic() < self.until:
+            self.counts["workers killed"] += self.service.kill_a_worker(rng)
 
 
 PATHS = [
@@ -343,15 +169,16 @@ def probe(port: int, seconds: float) -> list[float]:
 
 
 def soak(seconds: float, seed: int) -> list[tuple[str, object]]:
-    """Run everything; return figures, the last of which is what was wrong."""
+    """Run everything over a folder; return figures, the last of which is what was wrong."""
     with tempfile.TemporaryDirectory() as folder:
-        service = Service(Path(folder) / "store")
-        run = Soak(service, seconds, seed)
+        service = Service("--store", str(Path(folder) / "store"))
+        run = FolderSoak(service, seconds, seed)
         try:
-            run.run()
+            run.run(*[run.use] * USERS, run.mutate, run.crowd, run.probe, run.kill)
             service.kill()
             service.start()
-            run.check_all()
+            with httpx.Client(base_url=service.url, timeout=30) as client:
+                run.check_sets(client)
         finally:
             code = service.stop()
     if code:
@@ -366,6 +193,18 @@ def soak(seconds: float, seed: int) -> list[tuple[str, object]]:
     ]
 
 
+def parts() -> dict[str, Callable[[float, int], list[tuple[str, object]]]]:
+    """Return what to run by name; says what is left out."""
+    from seaweed import WEED
+
+    if WEED is None:
+        print("left out: two services over a bucket, as SeaweedFS is missing; make test-cluster")
+        return {"a folder": soak}
+    from soak_bucket import soak_bucket
+
+    return {"a folder": soak, "a bucket": soak_bucket}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=600)
@@ -376,13 +215,16 @@ def main() -> int:
         print(json.dumps(probe(options.probe, options.seconds)))
         return 0
     print(f"seed {options.seed}")
-    figures = soak(options.seconds, options.seed)
-    for name, value in figures[:-1]:
-        print(f"| {name} | {value} |")
-    wrong = figures[-1][1]
-    for one in itertools.islice(wrong, 50):
-        print("WRONG", one)
-    return 1 if wrong else 0
+    failed, chosen = 0, parts()
+    for store, run in chosen.items():
+        figures = run(options.seconds / len(chosen), options.seed)
+        print(f"over {store}")
+        for name, value in figures[:-1]:
+            print(f"| {name} | {value} |")
+        for one in itertools.islice(figures[-1][1], 50):
+            print("WRONG", one)
+        failed |= bool(figures[-1][1])
+    return failed
 
 
 if __name__ == "__main__":

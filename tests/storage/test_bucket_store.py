@@ -25,6 +25,7 @@ from bonsai_lora.errors import (
 from bonsai_lora.storage import freshness
 from bonsai_lora.storage.cache import Cache
 from bonsai_lora.storage.cache_folder import release_all
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.pointer import decode_pointer
 
 
@@ -163,7 +164,9 @@ def test_of_two_who_create_one_wins(machines):
         with store.lock("s"):
             start.wait()
             try:
-                store.write(made(), origin="initialized", now=NOW, previous=None)
+                store.write(
+                    NextVersion(lora_set=made(), origin="initialized", now=NOW, previous=None)
+                )
             except ChangedMeanwhileError:
                 return False
         return True
@@ -183,7 +186,9 @@ def test_a_write_over_a_version_that_is_replaced_changes_nothing(machines):
         present = store.read("s")
         add(other, "theirs")
         with pytest.raises(ChangedMeanwhileError):
-            store.write(made(), origin="mixed", now=NOW, previous=present.record)
+            store.write(
+                NextVersion(lora_set=made(), origin="mixed", now=NOW, previous=present.record)
+            )
     store.refresh("s")
     assert modules_of(store) == {"q_proj", "theirs"}
     assert store.sums("").adapters == 2

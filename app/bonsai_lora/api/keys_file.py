@@ -12,6 +12,7 @@ from typing import Annotated
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_set_name
+from bonsai_lora.mistakes import expectation
 from bonsai_lora.service.keys import Key, KeyRing, Quota, Rates, Scope
 
 CHECK_SECONDS = 1.0
@@ -126,10 +127,9 @@ def read_keys(path: Path) -> KeysDocument:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        reason = first["msg"].removeprefix("Value error, ")
         raise KeysFileError(
-            f"the keys file {path} is not valid: {place}: {reason}; correct it, or write it "
-            "with bonsai-lora keys"
+            f"the keys file {path} is not valid: {place}: {expectation(first)}; correct it, or "
+            "write it with bonsai-lora keys"
         ) from None
 
 

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from bonsai_lora.checkpoints.base import Base, Tensor
 from bonsai_lora.checkpoints.difference import Difference, Survey
-from bonsai_lora.checkpoints.gguf_base import EMBEDDING, HEAD
 from bonsai_lora.checkpoints.orientation import CONV1D_TYPES, is_conv1d_name
 from bonsai_lora.checkpoints.ties import is_embedding
 from bonsai_lora.core.adapter import LoraAdapter
@@ -20,6 +19,7 @@ from bonsai_lora.core.factors import Factors
 from bonsai_lora.core.lowrank import approximate, columns_for
 from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
+from bonsai_lora.formats.gguf_names import EMBEDDING, HEAD
 from bonsai_lora.formats.peft_keys import TOKEN_ROWS
 
 Kind = Literal["lora", "token_rows", "replaced", "left_out"]
@@ -134,12 +134,9 @@ def _pair(
     for one, source in zip((base, tuned), sources, strict=True):
         assert source is not None
         info = one.info(source)
-        assert info is not None
         if info.dtype not in FLOAT_DTYPES:
             return None
-        tensor = one.tensor(source)
-        assert tensor is not None
-        found.append(tensor)
+        found.append(one.tensor(source))
         shapes.append(info.shape)
     if shapes[0] != shapes[1]:
         raise ShapeMismatchError(

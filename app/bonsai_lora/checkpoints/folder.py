@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bonsai_lora.formats.pieces import ObjectReader
+from bonsai_lora.formats.large_json import ObjectReader
 
 GGUF = ".gguf"
 INDEX_FILE = "model.safetensors.index.json"

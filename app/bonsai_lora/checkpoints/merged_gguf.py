@@ -14,15 +14,16 @@ from math import prod
 import numpy as np
 
 from bonsai_lora.checkpoints.encodings import computed_as
-from bonsai_lora.checkpoints.gguf_base import GGUF_EMBEDDING, GGUF_HEAD, HEAD, GgufBase
+from bonsai_lora.checkpoints.gguf_base import GgufBase
+from bonsai_lora.checkpoints.gguf_file import file_parts
 from bonsai_lora.checkpoints.gguf_tensor import Conversion, InGgufOrder, Stacked
 from bonsai_lora.checkpoints.merged import MergedModel
-from bonsai_lora.checkpoints.parts import Made, MergedFile, Part, Stored, Values
+from bonsai_lora.checkpoints.parts import MergedFile, Part, Stored, Values, etag_of
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats import gguf_writer, hadamard
 from bonsai_lora.formats.dequantize import can_dequantize
 from bonsai_lora.formats.gguf_layouts import TensorInfo
-from bonsai_lora.formats.gguf_names import Change
+from bonsai_lora.formats.gguf_names import GGUF_EMBEDDING, GGUF_HEAD, HEAD, Change
 from bonsai_lora.formats.gguf_types import BY_NAME, FILE_TYPES, TensorType
 from bonsai_lora.formats.gguf_writer import Layout, Plan, Writable
 
@@ -45,15 +46,17 @@ def merged_gguf(model: MergedModel, base: GgufBase, dtype: str, *, is_widened: b
     }
     layout = _layout(model, base, changed, dtype)
     planned = _plan(base, layout)
-    parts: list[Part] = [Made(len(planned.head), lambda: _plan(base, layout).head)]
-    position = len(planned.head)
-    for name, info in planned.tensors.items():
-        parts.append(_zeros(info.start - position))
-        parts.append(_part(model, base, name, info, is_changed=name in changed))
-        position = info.stop
-    parts.append(_zeros(planned.total_bytes - position))
-    seed = f"{model.digest}/gguf/{dtype}/{is_widened}"
-    return MergedFile(parts, seed, "application/octet-stream")
+
+    def part_of(name: str, info: TensorInfo) -> Part:
+        if name in changed:
+            return computed_as(info.type.name, _values(model, base, name))
+        held = _stored_name(base, name)
+        stored = base.header.tensors[held]
+        return Stored(base.holders[held], stored.start, stored.stop)
+
+    parts = file_parts(planned, lambda: _plan(base, layout).head, part_of)
+    etag = etag_of(f"{model.digest}/gguf/{dtype}/{is_widened}")
+    return MergedFile(parts, etag, "application/octet-stream")
 
 
 def _names_of(model: MergedModel, base: GgufBase) -> Iterator[str]:
@@ -120,7 +123,7 @@ def _plan(base: GgufBase, layout: Layout) -> Plan:
     pairs: dict[str, Writable] = {}
     for key, value in base.header.pairs.items():
         if not key.startswith(_DROPPED):
-            pairs[key] = gguf_writer.encoded_value(base.read_at, value)
+            pairs[key] = gguf_writer.encoded_value(base.file.read_at, value)
     pairs |= _quantization(layout)
     if BY_NAME["TQ2_0_G128"] not in {kind for kind, _ in layout.values()}:
         pairs[_TYPES_VERSION] = np.uint32(2)
@@ -136,16 +139,6 @@ def _quantization(layout: Layout) -> Mapping[str, Writable]:
     return {_FILE_TYPE: np.uint32(FILE_TYPES[known[0]])} if known else {}
 
 
-def _part(
-    model: MergedModel, base: GgufBase, name: str, info: TensorInfo, *, is_changed: bool
-) -> Part:
-    if not is_changed:
-        held = _stored_name(base, name)
-        stored = base.header.tensors[held]
-        return Stored(base.holders[held], stored.start, stored.stop)
-    return computed_as(info.type.name, _values(model, base, name))
-
-
 def _values(model: MergedModel, base: GgufBase, name: str) -> Values:
     """Return the values of a changed tensor, in the order of the file."""
     held = _held(base, name)
@@ -157,14 +150,11 @@ def _values(model: MergedModel, base: GgufBase, name: str) -> Values:
     )
     if is_plain:
         return base.stored(stored)
-    parts = []
-    for theirs, change in held:
-        info = base.info(theirs)
-        assert info is not None
-        conversion = Conversion(change, base.heads)
-        parts.append(InGgufOrder(model.values(theirs), conversion, info.shape))
-    return parts[0] if len(parts) == 1 else Stacked(parts)
-
-
-def _zeros(size: int) -> Part:
-    return Made(size, lambda: bytes(size))
+    return Stacked(
+        [
+            InGgufOrder(
+                model.values(theirs), Conversion(change, base.heads), base.info(theirs).shape
+            )
+            for theirs, change in held
+        ]
+    )

@@ -35,7 +35,7 @@ class Source(Protocol):
     retries: int
 
     def stream(self, call: Call[Any]) -> AbstractContextManager[httpx.Response]:
-        """Send a call and give its answer, whose body is read inside the block."""
+        """Send a call and yield its answer, whose body is read inside the block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +84,10 @@ def download(
     rest_of: RestOf,
     files: Sequence[PulledFile],
     folder: Path,
-    jobs: int,
+    parallel: int,
     on_progress: OnProgress | None,
 ) -> None:
-    """Write `files` into `folder`.
+    """Write `files` into `folder`, `parallel` at a time.
 
     Complete files are kept, and partial downloads are resumed. Raises ValueError for a path that
     leads out of `folder`, and for a file whose size or tag differs from the listing; other files
@@ -95,7 +95,7 @@ def download(
     """
     wanted = [_checked(one, folder) for one in files]
     progress = _Progress(sum(one.size_bytes for one in wanted), on_progress)
-    threads = ThreadPoolExecutor(max(1, jobs))
+    threads = ThreadPoolExecutor(max(1, parallel))
     futures = [threads.submit(_fetch, source, rest_of, one, progress) for one in wanted]
     try:
         wait(futures, return_when=FIRST_EXCEPTION)

@@ -29,7 +29,7 @@ class Layer:
         scale: float = 1.0,
         match: str | None = None,
     ) -> None:
-        """Take the arguments of `Client.apply`, without calling the service."""
+        """Keep the arguments for `Client.apply`; nothing is sent yet."""
         self.module = module
         self._client = client
         self._set = set_name

@@ -13,7 +13,6 @@ import numpy.typing as npt
 from bonsai_lora.client.answers import Applied, AppliedMany, Inferred, Row
 from bonsai_lora.client.call import BLOCK_BYTES
 from bonsai_lora.wire import requests
-from bonsai_lora.wire.binary import EXPERTS as EXPERTS  # noqa: PLC0414 - for the calls
 
 Array = npt.NDArray[Any]
 
@@ -99,7 +98,7 @@ class Blocks:
         self._parts = parts
 
     def __iter__(self) -> Iterator[bytes]:
-        """Give the blocks."""
+        """Yield the blocks."""
         for part in self._parts:
             for start in range(0, len(part), BLOCK_BYTES):
                 yield bytes(part[start : start + BLOCK_BYTES])

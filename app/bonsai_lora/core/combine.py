@@ -15,8 +15,8 @@ from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, Floats, all_finite, to_float32
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.deltas import cut_delta
-from bonsai_lora.core.entries import merge_entries, prune_matrix
 from bonsai_lora.core.factors import Factors, Svd, Term, decompose, doubles, gram, rank_for
+from bonsai_lora.core.prune import merge_entries, prune_matrix
 from bonsai_lora.core.recipe import Recipe
 from bonsai_lora.core.targets import TARGETS, Slot, present
 from bonsai_lora.errors import NonFiniteOutputError

@@ -57,6 +57,12 @@ def check_module_name(name: str) -> str:
     return name
 
 
+def endings(module: str) -> list[str]:
+    """Return the module's path and its suffixes that follow a dot."""
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
+
+
 def base_names(base_model_name: str) -> list[str]:
     """Return the names under which a base called `base_model_name` may be registered.
 

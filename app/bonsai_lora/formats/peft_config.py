@@ -14,6 +14,7 @@ from typing import Any
 from bonsai_lora.core.config import LoraConfig, shortest_float32
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
 from bonsai_lora.formats.experts import LAYOUT_FIELD
+from bonsai_lora.formats.names import endings
 from bonsai_lora.formats.peft_fields import FIELDS
 from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.formats.peft_patterns import STEPS_PER_LOOKUP, Choice, Steps, choose
@@ -226,11 +227,6 @@ class Scaling:
         return alpha, shortest_float32(scaling)
 
 
-def decode_config(raw: bytes) -> PeftConfig:
-    """Return a checked adapter_config.json; raises InvalidAdapterError, UnsupportedAdapterError."""
-    return PeftConfig(parse_config(raw))
-
-
 def parse_config(raw: bytes) -> dict[str, Any]:
     """Return the fields of an adapter_config.json; raises InvalidAdapterError unless it is JSON."""
     if raw.count(b",") > _MOST_VALUES:
@@ -369,9 +365,3 @@ def _layer_index(module: str, names: list[str]) -> int | None:
         if behind and parts[place].isdecimal():
             return int(parts[place])
     return None
-
-
-def endings(module: str) -> list[str]:
-    """Return the module's path and its suffixes that follow a dot."""
-    parts = module.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]

@@ -6,7 +6,7 @@ does not report which rule was broken (docs/decisions/0004-safetensors.md).
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -24,7 +24,7 @@ from bonsai_lora.errors import (
     counted,
 )
 from bonsai_lora.formats.dtypes import DTYPE_NAMES, ELEMENT_BITS, FLOAT_DTYPES
-from bonsai_lora.formats.pieces import ObjectReader, dump
+from bonsai_lora.formats.large_json import ObjectReader, dump
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -369,12 +369,9 @@ def _is_size(value: object) -> bool:
 
 def _check_contiguous(tensors: Mapping[str, TensorInfo]) -> None:
     expected = 0
-    for name, start, stop in _spans(tensors):
+    for name, info in tensors.items():
+        start = info.start
         if start != expected:
             kind = "overlaps the previous one" if start < expected else "leaves a gap"
             raise _malformed(f"tensor {name[:100]!r} starts at {start}, not {expected}: it {kind}")
-        expected = stop
-
-
-def _spans(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, int, int]]:
-    return ((name, info.start, info.stop) for name, info in tensors.items())
+        expected = info.stop

@@ -15,7 +15,7 @@ _RAW = {"Content-Type": "application/octet-stream"}
 
 
 def _path(set_name: str, module: str) -> str:
-    return "/v1" + path_of("sets", set_name, "adapters", module, "merge")
+    return path_of("v1", "sets", set_name, "adapters", module, "merge")
 
 
 def merge(
