@@ -42,6 +42,7 @@ sys.path[:0] = [
         "peers",
         "storage",
         "cluster",
+        "mutants",
     )
 ]
 

@@ -42,13 +42,18 @@ def read_known(path=KNOWN):
     return [Mutant(**one) for one in tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]]
 
 
-def find(mutant, root):
-    """Return the one file under root/app that has the mistake's old text; raises LookupError."""
-    found = []
-    for path in sorted((root / "app").rglob("*.py")):
-        found += [path] * path.read_text(encoding="utf-8").count(mutant.old)
+def read_code(root):
+    """Return the texts of the files under root/app by their paths from there."""
+    app = root / "app"
+    paths = sorted(app.rglob("*.py"))
+    return {str(path.relative_to(app)): path.read_text(encoding="utf-8") for path in paths}
+
+
+def find(mutant, code):
+    """Return the one file of `code` that has the mistake's old text; raises LookupError."""
+    found = [path for path, text in code.items() for _ in range(text.count(mutant.old))]
     if len(found) != 1:
-        places = ", ".join(sorted({str(path.relative_to(root)) for path in found})) or "nowhere"
+        places = ", ".join(sorted(set(found))) or "nowhere"
         raise LookupError(f"its text occurs {len(found)} times ({places}), and must occur once")
     return found[0]
 
@@ -67,10 +72,10 @@ def run_tests(root, tests, seconds=None):
     return done.returncode, done.stdout + done.stderr
 
 
-def judge(mutant, root):
+def judge(mutant, root, code):
     """Make the mistake in the copy `root`, run its tests and take it back; return a verdict."""
-    path = find(mutant, root)
-    right = path.read_text(encoding="utf-8")
+    name = find(mutant, code)
+    path, right = root / "app" / name, code[name]
     path.write_text(right.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
         status, printed = run_tests(root, mutant.tests, SECONDS)
@@ -99,11 +104,11 @@ def main(words):
         if status != 0:
             print(f"the tests fail without any mistake:\n{printed[-4000:]}")
             return 1
-        bad = 0
+        bad, code = 0, read_code(root)
         for one in known:
             started = time.monotonic()
             try:
-                verdict = judge(one, root)
+                verdict = judge(one, root, code)
             except LookupError as error:
                 verdict = f"CANNOT BE MADE: {error}"
             bad += verdict not in ("killed", "timeout")
