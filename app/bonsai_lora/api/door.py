@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from bonsai_lora.api.browsers import check_host, check_origin
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.keys_file import WatchedKeys
-from bonsai_lora.api.scopes import OPEN, Need, is_health
+from bonsai_lora.api.scopes import OPEN, SIGNED, Need, is_health
 from bonsai_lora.errors import UnauthenticatedError
-from bonsai_lora.service.keys import ANYONE, NOBODY, Key, Meter, missing_scope
+from bonsai_lora.service.keys import ANYONE, NOBODY, Key, Meter, Scope, missing_scope
 from bonsai_lora.settings import Settings
 
 _REMEMBERED = 1024
@@ -51,9 +51,12 @@ class Caller:
         """Return the context for a call that needs the scope `need`; raises ForbiddenError."""
         found = self._contexts.get(need)
         if found is None:
-            if need != OPEN and need not in self.key.scopes:
+            if need in (OPEN, SIGNED):
+                scope: Scope = "read"
+            elif need in self.key.scopes:
+                scope = need
+            else:
                 raise missing_scope(self.key, need)
-            scope = "read" if need == OPEN else need
             found = self._contexts[need] = self._base.seen_by(self.key, scope, self.meter)
         return found
 
@@ -123,18 +126,28 @@ class Door:
         """
         if self._keys is None:
             return self.visitor
-        if self._keys.is_changed():
-            self._by_header.clear()
-            kept = self._by_id.keys() & self._keys.ring.keys
-            self._by_id = {number: self._by_id[number] for number in kept}
+        self._forget_old(self._keys)
         header = headers.get(b"authorization", b"")
-        caller = self._by_header.get(header) or self._authenticate(header)
-        if caller.key.expires_at <= time.time():
+        return _counted(self._by_header.get(header) or self._authenticate(header))
+
+    def caller_of(self, number: str) -> Caller:
+        """Return the caller whose key has this id, as `identify` does; anyone without keys."""
+        if self._keys is None:
+            return self.visitor
+        self._forget_old(self._keys)
+        key = self._keys.ring.keys.get(number)
+        if key is None:
             raise UnauthenticatedError(
-                f"the key {caller.key.id!r} has expired; ask the operator for a new one"
+                f"there is no key {number[:16]!r} any more; ask the operator for one"
             )
-        caller.meter.take_request()
-        return caller
+        return _counted(self._known(key))
+
+    def _forget_old(self, keys: WatchedKeys) -> None:
+        """Forget callers whose keys are gone, if the file has changed."""
+        if keys.is_changed():
+            self._by_header.clear()
+            kept = self._by_id.keys() & keys.ring.keys
+            self._by_id = {number: self._by_id[number] for number in kept}
 
     def _authenticate(self, header: bytes) -> Caller:
         assert self._keys is not None
@@ -146,12 +159,16 @@ class Door:
                 if token
                 else "the request has no key; send it as Authorization: Bearer KEY"
             )
-        known = self._by_id.get(key.id)
-        if known is None or known.key is not key:
-            self._by_id[key.id] = known = self._caller(key, known)
+        known = self._known(key)
         _forget_some(self._by_header)
         if len(header) <= _REMEMBERED_BYTES:
             self._by_header[header] = known
+        return known
+
+    def _known(self, key: Key) -> Caller:
+        known = self._by_id.get(key.id)
+        if known is None or known.key is not key:
+            self._by_id[key.id] = known = self._caller(key, known)
         return known
 
     def _caller(self, key: Key, before: Caller | None = None) -> Caller:
@@ -159,6 +176,16 @@ class Door:
         is_same = before is not None and before.key.rates == key.rates
         meter = before.meter if before and is_same else Meter(key, self._share)
         return Caller(key, meter, self._base)
+
+
+def _counted(caller: Caller) -> Caller:
+    """Count a request of `caller`; raises UnauthenticatedError if its key has expired."""
+    if caller.key.expires_at <= time.time():
+        raise UnauthenticatedError(
+            f"the key {caller.key.id!r} has expired; ask the operator for a new one"
+        )
+    caller.meter.take_request()
+    return caller
 
 
 def address_of(scheme: str, headers: Headers, peer: Peer) -> str:

@@ -6,7 +6,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from bonsai_lora.api.call import join_headers
 from bonsai_lora.api.door import PRIVATE, Caller, Door, address_of
 from bonsai_lora.api.errors import problem_response
-from bonsai_lora.api.scopes import is_open
+from bonsai_lora.api.scopes import is_open, is_signed
 from bonsai_lora.errors import BonsaiLoraError
 
 
@@ -36,7 +36,9 @@ class EntranceMiddleware:
         peer = door.peer_of(scope.get("server"), scope.get("client"))
         door.check_site(scope["method"], path, headers, peer)
         scope["address"] = address_of(scope["scheme"], headers, peer)
-        return door.visitor if is_open(path) else door.identify(headers)
+        if is_open(path) or is_signed(scope["method"], path):
+            return door.visitor
+        return door.identify(headers)
 
 
 def _privately(send: Send) -> Send:

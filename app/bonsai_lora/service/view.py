@@ -23,6 +23,7 @@ from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.protocol import Page, Store, StoreState
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.staging import Staging
 
 T = TypeVar("T")
 
@@ -198,6 +199,15 @@ class SetView:
     def new_file(self) -> AbstractContextManager[BinaryIO]:
         """Create a temporary file on the store's file system; it is removed on exit."""
         return self._store.new_file()
+
+    def staging(self, name: str) -> Staging:
+        """Return where uploads for `name` wait for the commit that names them."""
+        self._check(name)
+        return self._store.staging
+
+    def link_secret(self) -> bytes:
+        """Return what signs links to upload to, whoever asks."""
+        return self._store.staging.secret()
 
     def delete(self, name: str) -> None:
         """Delete a set durably."""
