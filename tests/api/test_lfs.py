@@ -232,7 +232,7 @@ def test_a_batch_as_git_lfs_sends_it(service):
     assert_problem(client.post(elsewhere, json=body, headers=typed), 404, "not_found")
 
 
-def test_what_is_wrong_with_one_object_is_said_of_that_one(settings):
+def test_what_is_wrong_with_one_object_is_reported_with_that_one(settings):
     app = create_app(settings.model_copy(update={"max_upload_bytes": len(CONTENT)}))
     objects = [
         {"oid": sha256_of(CONTENT), "size": len(CONTENT)},

@@ -23,6 +23,7 @@ from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.staging import Staged, is_sha256
 from bonsai_lora.storage.upload import Upload
 
+BATCH_PATH = "/adapters/{set}.git/info/lfs/objects/batch"
 LINK_SECONDS = 900
 _MOST_STAGED = 64
 """Most files that wait for their commits under the prefixes of a key."""
@@ -66,13 +67,13 @@ def check_link(store: SetView, link: Link, signature: str) -> None:
     """Raise LinkRefusedError unless the service signed this link lately; the name is unchecked."""
     if not hmac.compare_digest(link.signature(store).encode(), signature.encode()):
         raise LinkRefusedError(
-            "the link is not one that this service signed; ask POST …/info/lfs/objects/batch for "
-            "one, and use it as it is"
+            "the link is not one that this service signed; request one from "
+            f"POST {BATCH_PATH}, and use it unchanged"
         )
     if link.expires_at < time.time():
         raise LinkRefusedError(
-            f"the link was good for {LINK_SECONDS // 60} minutes, which are over; ask POST "
-            "…/info/lfs/objects/batch for a new one"
+            f"the link was good for {LINK_SECONDS // 60} minutes, which are over; request a new "
+            f"one from POST {BATCH_PATH}"
         )
 
 

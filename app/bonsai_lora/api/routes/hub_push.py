@@ -162,9 +162,9 @@ def check_target(context: Context, owner: str, name: str, revision: str = "main"
 
 
 def _asks_for_lfs(request: Request) -> bool:
-    """Return whether the client was told to ask for Git LFS: HF_HUB_USER_AGENT_ORIGIN=lfs.
+    """Return whether the client asks for Git LFS, as HF_HUB_USER_AGENT_ORIGIN=lfs makes it do.
 
-    Nothing else that it sends shows whether it has Xet, which it then would use without asking.
+    Nothing else that it sends shows whether it has Xet, which it would then use without a fallback.
     """
     parts = request.headers.get("user-agent", "").split(";")
     return any(one.strip() == _LFS_ORIGIN for one in parts)

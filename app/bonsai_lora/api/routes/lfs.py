@@ -31,7 +31,7 @@ from bonsai_lora.formats.peft_config import MODEL_FILE
 from bonsai_lora.service import lfs
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.hub import ADAPTERS
-from bonsai_lora.service.lfs import LINK_SECONDS, Link
+from bonsai_lora.service.lfs import BATCH_PATH, LINK_SECONDS, Link
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.staging import Staged
 from bonsai_lora.storage.upload import HashedUpload
@@ -183,7 +183,7 @@ def _link_of(request: Request, name: str, oid: str) -> tuple[Link, str]:
         return Link(Staged(name, oid, size), query["key"], expires_at), query["signature"]
     except (KeyError, ValueError):
         raise errors.LinkRefusedError(
-            f"the link has no signature; ask POST {_OBJECTS.format(name='{set}')}/batch for one"
+            f"the link has no signature; request one from POST {BATCH_PATH}"
         ) from None
 
 
