@@ -125,12 +125,12 @@ class StagingFolder:
 
     def add(self, file: BinaryIO, staged: Staged, check: Check) -> None:
         """Rename a complete file of `new_file` to a staged one, durably, if `check` allows it."""
-        with storage_errors(), self._files.locked(FOLDER):
-            check(self.listed())
+        with storage_errors():
             self._make_folder()
-            with synced(self._folder):
-                file.flush()
-                os.fsync(file.fileno())
+            file.flush()
+            os.fsync(file.fileno())
+            with synced(self._folder), self._files.locked(FOLDER):
+                check(self.listed())
                 os.rename(str(file.name), self._folder / staged.key)  # noqa: PTH104
 
     def pieces(self, staged: Staged) -> Iterator[bytes]:
@@ -140,9 +140,9 @@ class StagingFolder:
                 yield from iter(partial(file.read, _PIECE_BYTES), b"")
 
     def remove(self, staged: Staged) -> None:
-        """Remove a file, if it is there."""
-        with storage_errors():
-            (self._folder / staged.key).unlink(missing_ok=True)
+        """Remove a file; one that stays, for whatever reason, is removed after a day."""
+        with suppress(OSError):
+            (self._folder / staged.key).unlink()
 
     def expire(self) -> int:
         """Remove what has waited too long, and return how many files that were."""
