@@ -161,7 +161,6 @@ def follow(model: MergedModel, dtype: str) -> Followed:
     tensors, skipped = {}, []
     for name, touched in model.changes.items():
         weight = model.base.tensor(name)
-        assert weight is not None
         if is_sum(touched) and len(weight.shape) == 2 and weight.shape[1] % block == 0:
             tensors[name] = weight, touched
         else:
