@@ -247,8 +247,8 @@ def choose_backend(settings: Settings) -> None:
 
 
 def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metrics) -> Context:
-    view = SetView(store)
     limits = limits_of(settings)
+    view = SetView(store, limits)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
     memory = Budget(settings.work_memory_bytes)
@@ -256,7 +256,6 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
     return Context(
         settings,
         view,
-        limits,
         memory,
         Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
         ShortLane(
@@ -288,7 +287,7 @@ def _collect(app: FastAPI, shared: Path) -> Iterable[Metric]:
     """Return the metrics of the whole service, as this process sees it."""
     context: Context = app.state.context
     return service_metrics(
-        store_stats(SetView(app.state.store)),
+        store_stats(SetView(app.state.store, context.limits)),
         _describe(app),
         budget_bytes=context.limits.memory_budget_bytes,
         restarts=read_restarts(shared),

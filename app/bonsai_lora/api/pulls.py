@@ -28,7 +28,6 @@ async def pull(
     work = partial(
         pull_set,
         context.store,
-        context.limits,
         context.spill,
         context.origins,
         name,

@@ -28,7 +28,6 @@ from bonsai_lora.formats.gguf_names import ARCHITECTURES, Heads, to_gguf
 from bonsai_lora.formats.names import base_names, check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig
 from bonsai_lora.formats.peft_options import BaseOptions
-from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import Imported, Precondition, store_import
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.setfile import StoredSet
@@ -70,7 +69,6 @@ class CheckedFiles:
 
 def import_gguf(
     store: SetView,
-    limits: Limits,
     bases: BaseFolder,
     name: str,
     upload: WholeUpload,
@@ -90,11 +88,11 @@ def import_gguf(
     check_set_name(name)
     content = upload.finish()
     read = reader_of(content)
-    header = read_header(read, len(content), limit=limits.max_header_bytes)
+    header = read_header(read, len(content), limit=store.limits.max_header_bytes)
     check_is_lora(header)
     # Before anything is made: a stack of a few kilobytes has thousands of experts.
-    limits.check_modules(count_modules(header))
-    limits.check_budget(store, name, float32_bytes(header))
+    store.limits.check_modules(count_modules(header))
+    store.check_budget(name, float32_bytes(header))
     reserve(copied_bytes(header, architecture))
     named = header.get(BASE_NAME_KEY) if base_model_name is None else base_model_name
     base = named if isinstance(named, str) else ""
@@ -104,9 +102,7 @@ def import_gguf(
     adapter = peft.decode_adapter(PeftConfig(config), found.tensors, name)
     adapter.ignored_keys.extend(found.ignored_keys)
     own = {**adapter.config, peft.GGUF_ARCHITECTURE: architecture or header.architecture}
-    return store_import(
-        store, limits, replace(adapter, config=own), "gguf", precondition, source=source
-    )
+    return store_import(store, replace(adapter, config=own), "gguf", precondition, source=source)
 
 
 def export_gguf(

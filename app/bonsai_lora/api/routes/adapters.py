@@ -150,11 +150,11 @@ def _put(
     alpha: float | None,
     check: Precondition,
 ) -> tuple[StoredSet, bool]:
-    store, limits = context.store, context.limits
+    store = context.store
     tensors: Mapping[str, Array]
     if form is Form.BINARY:
         tensors, _ = safetensors.decode(
-            body, limit=limits.max_header_bytes, most=safetensors.FEW_TENSORS
+            body, limit=store.limits.max_header_bytes, most=safetensors.FEW_TENSORS
         )
     else:
         value = json.decode_object(body, _PUT_FIELDS)
@@ -167,13 +167,13 @@ def _put(
             new = parse_model(body, schemas.NewAdapter)
             config = new.config.to_core() if new.config else None
             return adapters.put_new_adapter(
-                store, limits, context.memory, name, module, new.d_in, new.d_out, config, check
+                store, context.memory, name, module, new.d_in, new.d_out, config, check
             )
         own_alpha = _alpha_of(value)
         alpha = alpha if own_alpha is None else own_alpha
         text = json.Text(body)
         tensors = {key: json.decode_tensor(one, key, text) for key, one in value.items()}
-    return adapters.put_weights(store, limits, name, module, tensors, alpha, check)
+    return adapters.put_weights(store, name, module, tensors, alpha, check)
 
 
 def _alpha_of(value: dict[str, Any]) -> float | None:
@@ -210,6 +210,4 @@ async def delete_adapter(
 ) -> None:
     """Creates the next version of the set, without this module."""
     check = precondition(request)
-    await context.long.run(
-        partial(adapters.delete_adapter, context.store, context.limits, name, module, check)
-    )
+    await context.long.run(partial(adapters.delete_adapter, context.store, name, module, check))

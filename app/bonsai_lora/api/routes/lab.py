@@ -84,7 +84,6 @@ async def combine_sets(
         check = partial(
             combine.plan,
             context.store,
-            context.limits,
             wanted.name,
             [(one.set, one.weight) for one in wanted.sets],
             wanted.recipe(),
@@ -126,7 +125,7 @@ async def _combine(
     progress.check()
     if dry_run:
         return report, None
-    return report, await lane.run(partial(plan.store, context.store, context.limits, report))
+    return report, await lane.run(partial(plan.store, context.store, report))
 
 
 @router.post(
@@ -159,7 +158,6 @@ async def extract_set(request: Request, context: ContextDep) -> Response:
         check = partial(
             extract.plan,
             context.store,
-            context.limits,
             context.bases,
             wanted.name,
             wanted.base,
@@ -180,7 +178,7 @@ async def _extract(context: Context, plan: extract.Plan, progress: Progress) -> 
         found = await lane.run_each(works, context.settings.threads)
         report = plan.report(found)
         progress.check()
-        stored = await lane.run(partial(plan.store, context.store, context.limits, report))
+        stored = await lane.run(partial(plan.store, context.store, report))
         made = partial(lab_schemas.ExtractedSet.made, stored, report)
         return await lane.run(lambda: made().model_dump(mode="json"))
 
@@ -219,7 +217,7 @@ async def compare_sets(
     becomes a job.
     """
     with context.long.admit():
-        check = partial(compare.compare, context.store, context.limits, names)
+        check = partial(compare.compare, context.store, names)
         comparison = await context.long.run(check)
         show = partial(lab_schemas.ComparisonInfo.of, comparison)
         size = len(names) * len(comparison.modules)

@@ -93,7 +93,6 @@ async def create_set(request: Request, context: ContextDep) -> Response:
         make = partial(
             sets.create_set,
             context.store,
-            context.limits,
             context.memory,
             wanted.name,
             base_model_name,
@@ -263,11 +262,11 @@ async def upload_set(
         limit = context.limits.max_upload_bytes
         gguf = WholeUpload(file)
         config = await receive_adapter(request, upload, gguf, limit, reserved, place)
-        check, common = precondition(request), (context.store, context.limits)
+        check = precondition(request)
         make = (
             partial(
                 gguf_lora.import_gguf,
-                *common,
+                context.store,
                 context.bases,
                 name,
                 gguf,
@@ -279,7 +278,7 @@ async def upload_set(
             if config is None
             else partial(
                 sets.import_adapter,
-                *common,
+                context.store,
                 name,
                 config,
                 upload,
@@ -341,7 +340,6 @@ async def change_set(request: Request, context: ContextDep, name: SetName) -> Re
         change = partial(
             sets.name_base,
             context.store,
-            context.limits,
             name,
             wanted.base_model_name,
             precondition(request),
