@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
@@ -23,21 +24,13 @@ from bonsai_lora.api.openapi import (
     request_body,
 )
 from bonsai_lora.api.openapi_headers import sends
-from bonsai_lora.api.routes.bases import (
-    MERGE_ERRORS,
-    BaseName,
-    Match,
-    Others,
-    Scale,
-    Weights,
-)
+from bonsai_lora.api.routes.bases import MERGE_ERRORS, ModelQuery
 from bonsai_lora.api.routes.jobs import JOB, start_job, wants_job
 from bonsai_lora.service import combine, compare, extract, survival
 from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.jobs import LONG_NANOSECONDS, Progress
-from bonsai_lora.service.merged import weighted_sets
 from bonsai_lora.service.spectrum import Spectra
 from bonsai_lora.service.work import Lane, Place
 from bonsai_lora.storage.setfile import StoredSet
@@ -308,27 +301,22 @@ async def _as_job(
     return await lane.run(lambda: show(found).model_dump(mode="json"))
 
 
-Stored = Annotated[
-    lab_schemas.StoredDtype, Query(description="type in which the merged weights are stored")
-]
+@dataclass(frozen=True, slots=True)
+class _SurvivalQuery(ModelQuery):
+    """How the weights of a merged model would be stored."""
+
+    dtype: Annotated[
+        lab_schemas.StoredDtype, Query(description="type in which the merged weights are stored")
+    ] = "BF16"
 
 
 async def _followed(
-    context: ContextDep,
-    base: BaseName,
-    name: SetName,
-    scale: Scale = 1.0,
-    others: Others = None,
-    weights: Weights = None,
-    match: Match = None,
-    dtype: Stored = "BF16",
+    context: ContextDep, query: Annotated[_SurvivalQuery, Depends()]
 ) -> survival.Followed:
     with context.long.admit():
-        sets = weighted_sets(name, scale, others or [], weights or [])
-        choose = partial(context.models.get, context.store, base, sets, match)
-        model = await context.long.run(choose)
+        model = await context.long.run(partial(query.model, context))
         context.gains.prepare(model.base)
-        return await context.long.run(partial(survival.follow, model, dtype))
+        return await context.long.run(partial(survival.follow, model, query.dtype))
 
 
 Followed = Annotated[survival.Followed, Depends(_followed)]
