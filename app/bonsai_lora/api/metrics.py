@@ -106,7 +106,13 @@ class Metrics:
         )
         self._read_load = read_load
         self._load = {
-            field: _gauge(registry, name, description, [label])
+            field: Gauge(
+                f"bonsai_lora_{name}",
+                description,
+                [label],
+                registry=registry,
+                multiprocess_mode="livesum",
+            )
             for field, name, description, label in _LOAD_GAUGES
         }
         self.keys_file_errors = Counter(
@@ -191,18 +197,6 @@ class _BucketMetrics:
                 kind, _, label = key.partition("_")
                 counter = (self._requests if kind == "requests" else self._looks).labels(label)
             counter.inc(new)
-
-
-def _gauge(
-    registry: CollectorRegistry, name: str, description: str, labels: Iterable[str] = ()
-) -> Gauge:
-    return Gauge(
-        f"bonsai_lora_{name}",
-        description,
-        labels,
-        registry=registry,
-        multiprocess_mode="livesum",
-    )
 
 
 def _workers() -> list[int]:

@@ -17,6 +17,7 @@ from bonsai_lora.api.described import described
 from bonsai_lora.api.openapi import (
     STORE_ERRORS,
     TENSOR_ERRORS,
+    VERSION_ERRORS,
     extra_response,
     problems,
     request_body,
@@ -51,8 +52,7 @@ _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
     operation_id="list_adapters",
     summary="List the adapters of a set",
     response_model=schemas.AdapterList,
-    responses=sends(200, "ETag")
-    | problems(errors.SetNotFoundError, errors.VersionNotFoundError, errors.InvalidRequestError),
+    responses=sends(200, "ETag") | problems(*VERSION_ERRORS),
 )
 async def list_adapters(
     context: ContextDep, name: SetName, version: WantedVersion = None
@@ -72,13 +72,7 @@ async def list_adapters(
     "/v1/sets/{set}/adapters/{module}",
     operation_id="get_adapter",
     summary="Show one adapter of a set",
-    responses=sends(200, "ETag")
-    | problems(
-        errors.SetNotFoundError,
-        errors.VersionNotFoundError,
-        errors.InvalidRequestError,
-        errors.AdapterNotFoundError,
-    ),
+    responses=sends(200, "ETag") | problems(*VERSION_ERRORS, errors.AdapterNotFoundError),
 )
 async def get_adapter(
     response: Response,

@@ -19,6 +19,7 @@ from bonsai_lora.api.job_schemas import Job, JobKind
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
+    VERSION_ERRORS,
     extra_response,
     problems,
     request_body,
@@ -224,12 +225,7 @@ async def compare_sets(
     response_model=lab_schemas.SetSpectrum,
     responses=JOB
     | problems(
-        errors.InvalidRequestError,
-        errors.SetNotFoundError,
-        errors.VersionNotFoundError,
-        errors.AdapterNotFoundError,
-        errors.MemoryBudgetError,
-        errors.BusyError,
+        *VERSION_ERRORS, errors.AdapterNotFoundError, errors.MemoryBudgetError, errors.BusyError
     ),
 )
 async def get_spectrum(

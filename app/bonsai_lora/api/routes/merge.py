@@ -14,7 +14,13 @@ from bonsai_lora.api.body import BodyReader, body_form, content_length, read_bod
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, ModuleName, SetName, WantedVersion
 from bonsai_lora.api.merge_stream import MergeStream
-from bonsai_lora.api.openapi import TENSOR_ERRORS, problems, request_body, tensor_responses
+from bonsai_lora.api.openapi import (
+    TENSOR_ERRORS,
+    VERSION_ERRORS,
+    problems,
+    request_body,
+    tensor_responses,
+)
 from bonsai_lora.api.spool import Spool
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.formats import safetensors
@@ -41,8 +47,7 @@ _SMALL_HEADER_BYTES = 1 << 13
     responses=tensor_responses(tensor_schemas.MergeAnswer, Form.BINARY, Form.RAW)
     | problems(
         *TENSOR_ERRORS,
-        errors.SetNotFoundError,
-        errors.VersionNotFoundError,
+        *VERSION_ERRORS,
         errors.AdapterNotFoundError,
         errors.NonFiniteOutputError,
         errors.UnsupportedAdapterError,

@@ -17,6 +17,7 @@ from bonsai_lora.api.described import described, set_headers
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
+    VERSION_ERRORS,
     extra_response,
     problems,
     request_body,
@@ -168,7 +169,7 @@ async def list_sets(
     summary="Show a set",
     response_model=schemas.SetInfo,
     responses=extra_response(304, "not modified: If-None-Match names the current ETag")
-    | problems(errors.SetNotFoundError, errors.VersionNotFoundError, errors.InvalidRequestError),
+    | problems(*VERSION_ERRORS),
 )
 async def get_set(
     request: Request, context: ContextDep, name: SetName, version: WantedVersion = None

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
 from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
-from bonsai_lora.api.openapi import problems
+from bonsai_lora.api.openapi import VERSION_ERRORS, problems
 from bonsai_lora.api.query import Count
 from bonsai_lora.core.registry import LoraRegistry, adapter_bytes
 from bonsai_lora.service.stats import store_stats
@@ -26,12 +26,7 @@ Budget = Annotated[Count, Query(description="memory for all adapters, in bytes")
     "/v1/sets/{set}/stats",
     operation_id="get_set_stats",
     summary="Show the statistics of a set",
-    responses=problems(
-        errors.SetNotFoundError,
-        errors.VersionNotFoundError,
-        errors.InvalidRequestError,
-        errors.BusyError,
-    ),
+    responses=problems(*VERSION_ERRORS, errors.BusyError),
 )
 async def get_set_stats(
     context: ContextDep,
