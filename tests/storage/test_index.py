@@ -136,7 +136,7 @@ def test_the_largest_sets_are_those_of_the_key(tmp_path, count):
         own = [one for one in in_files(tmp_path) if key.owns(one.name)]
         own.sort(key=lambda one: (-one.total_memory_bytes, one.name))
         assert SetView(store, LIMITS, key).largest(7).records == own[:7]
-        assert store_stats(SetView(store, LIMITS, key)).set_count == len(own)
+        assert store_stats(SetView(store, LIMITS, key)).sums.sets == len(own)
 
 
 def test_a_quota_counts_each_set_once(tmp_path):

@@ -12,7 +12,7 @@ from bonsai_lora.api.context import Context
 from bonsai_lora.api.keys_file import WatchedKeys
 from bonsai_lora.api.scopes import OPEN, Need, is_health
 from bonsai_lora.errors import UnauthenticatedError
-from bonsai_lora.service.keys import ANYONE, NOBODY, Key, Meter, missing_scope
+from bonsai_lora.service.keys import ANYONE, NOBODY, Key, Meter, Scope, check_scope
 from bonsai_lora.settings import Settings
 
 _REMEMBERED = 1024
@@ -51,9 +51,9 @@ class Caller:
         """Return the context for a call that needs the scope `need`; raises ForbiddenError."""
         found = self._contexts.get(need)
         if found is None:
-            if need != OPEN and need not in self.key.scopes:
-                raise missing_scope(self.key, need)
-            scope = "read" if need == OPEN else need
+            scope: Scope = "read" if need == OPEN else need
+            if need != OPEN:
+                check_scope(self.key, scope)
             found = self._contexts[need] = self._base.seen_by(self.key, scope, self.meter)
         return found
 

@@ -258,15 +258,15 @@ def service_metrics(
         "bonsai_lora_worker_restarts", "Workers replaced after they died.", restarts
     )
     for name, description, value in (
-        ("sets", "Sets in the store.", stats.set_count),
+        ("sets", "Sets in the store.", stats.sums.sets),
         ("bad_files", "Files in the store that could not be read.", stats.bad_file_count),
         (
             "newer_files",
             "Files in the store that a newer release wrote; they are kept but not served.",
-            stats.newer_file_count,
+            stats.sums.newer,
         ),
-        ("adapters", "Adapters in all sets.", stats.adapter_count),
-        ("sets_bytes", "Size of all sets as float32.", stats.total_memory_bytes),
+        ("adapters", "Adapters in all sets.", stats.sums.adapters),
+        ("sets_bytes", "Size of all sets as float32.", stats.sums.held_bytes),
         ("sets_budget_bytes", "What all sets may take as float32.", budget_bytes),
         (
             "resident_bytes",

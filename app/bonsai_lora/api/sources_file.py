@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bonsai_lora.sources.origins import Origin
-from bonsai_lora.validation import expectation
+from bonsai_lora.validation import fault_in_file
 
 _NAME = "^[a-z][a-z0-9-]{0,31}$"
 _BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._-]*)*/?")
@@ -157,11 +157,7 @@ def read_sources(path: Path | None) -> dict[str, Origin]:
         document = SourcesDocument.model_validate_json(path.read_bytes())
         return {one.name: one.to_origin() for one in document.sources}
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise ValueError(
-            f"the sources file {path} is not valid: {place}: {expectation(first)}"
-        ) from None
+        raise ValueError(f"the sources file {path} is not valid: {fault_in_file(error)}") from None
     except OSError as error:
         raise ValueError(
             f"the sources file {path} cannot be read: {error.strerror or error}; check --sources"

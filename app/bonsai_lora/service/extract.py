@@ -19,7 +19,7 @@ from bonsai_lora.formats.gguf_names import HEAD
 from bonsai_lora.formats.made_config import extracted_config
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.jobs import Progress
-from bonsai_lora.service.keys import missing_scope
+from bonsai_lora.service.keys import check_scope
 from bonsai_lora.service.sets import refuse_existing, store_new
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.newset import NextVersion
@@ -167,8 +167,7 @@ def plan(
     Raises ForbiddenError, InvalidNameError, SetExistsError, BaseNotFoundError, InvalidBaseError,
     InvalidRequestError, ShapeMismatchError, RankTooLargeError.
     """
-    if "read" not in store.key.scopes:
-        raise missing_scope(store.key, "read")
+    check_scope(store.key, "read")
     store.check_name(name)
     refuse_existing(store, name)
     if rank is None and energy is None:

@@ -88,38 +88,36 @@ async def combine_sets(
             work = partial(_combine_as_job, context, plan, dry_run)
             return await start_job(context, "combine", needed, work)
         reserved.add(needed)
-        report, stored = await _combine(context, context.long, plan, dry_run, Progress())
-        modules = len(report.modules)
-        if stored is None:
-            show = partial(lab_schemas.CombineReport.of, report)
-            return await described(context, show, modules, {})
-        made = partial(lab_schemas.CombinedSet.made, stored, report)
-        return await described(context, made, modules, set_headers(context, stored, 201), 201)
+        show, stored = await _combine(context, context.long, plan, dry_run, Progress())
+        headers = {} if stored is None else set_headers(context, stored, 201)
+        status = 200 if stored is None else 201
+        return await described(context, show, len(plan.modules), headers, status)
 
 
 async def _combine_as_job(
     context: Context, plan: combine.Plan, dry_run: bool, progress: Progress
 ) -> dict[str, Any]:
-    report, stored = await _combine(context, context.jobs.lane, plan, dry_run, progress)
-    made = (
-        partial(lab_schemas.CombineReport.of, report)
-        if stored is None
-        else partial(lab_schemas.CombinedSet.made, stored, report)
-    )
-    return await context.jobs.lane.run(lambda: made().model_dump(mode="json"))
+    show, _ = await _combine(context, context.jobs.lane, plan, dry_run, progress)
+    return await _result(context, show)
+
+
+async def _result(context: Context, show: Callable[[], BaseModel]) -> dict[str, Any]:
+    """Return the result of a job, which is the model that `show` makes."""
+    return await context.jobs.lane.run(lambda: show().model_dump(mode="json"))
 
 
 async def _combine(
     context: Context, lane: Lane, plan: combine.Plan, dry_run: bool, progress: Progress
-) -> tuple[combine.Report, StoredSet | None]:
-    """Compute a combination, and store it unless it is a dry run."""
+) -> tuple[Callable[[], BaseModel], StoredSet | None]:
+    """Compute a combination, and store it unless it is a dry run; return what shows it."""
     works = progress.follow(plan.works(), [1] * len(plan.modules))
     combined = await lane.run_each(works, context.settings.threads)
     report = await lane.run(partial(plan.report, combined))
     progress.check()
     if dry_run:
-        return report, None
-    return report, await lane.run(partial(plan.store, context.store, report))
+        return partial(lab_schemas.CombineReport.of, report), None
+    stored = await lane.run(partial(plan.store, context.store, report))
+    return partial(lab_schemas.CombinedSet.made, stored, report), stored
 
 
 @router.post(
@@ -173,8 +171,7 @@ async def _extract(context: Context, plan: extract.Plan, progress: Progress) -> 
         report = plan.report(found)
         progress.check()
         stored = await lane.run(partial(plan.store, context.store, report))
-        made = partial(lab_schemas.ExtractedSet.made, stored, report)
-        return await lane.run(lambda: made().model_dump(mode="json"))
+        return await _result(context, partial(lab_schemas.ExtractedSet.made, stored, report))
 
 
 @router.get(
@@ -291,10 +288,9 @@ async def _as_job(
     show: Callable[[list[Any]], BaseModel],
     progress: Progress,
 ) -> dict[str, Any]:
-    lane = context.jobs.lane
     works = progress.follow(plan.works(), plan.operations())
-    found = await lane.run_each(works, context.settings.threads)
-    return await lane.run(lambda: show(found).model_dump(mode="json"))
+    found = await context.jobs.lane.run_each(works, context.settings.threads)
+    return await _result(context, partial(show, found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,5 +355,5 @@ async def _survive(
 ) -> dict[str, Any]:
     works = progress.follow(followed.works(progress.check), followed.sizes())
     found = await context.jobs.lane.run_each(works, context.settings.threads)
-    info = lab_schemas.SurvivalInfo.of(followed, found, is_exact=True)
-    return info.model_dump(mode="json")
+    show = partial(lab_schemas.SurvivalInfo.of, followed, found, is_exact=True)
+    return await _result(context, show)

@@ -17,8 +17,9 @@ from bonsai_lora import errors
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
-from bonsai_lora.api.pulls import check_may_pull, pull
+from bonsai_lora.api.pulls import pull
 from bonsai_lora.service import sets
+from bonsai_lora.service.keys import check_scope
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import SetRecord
 
@@ -100,7 +101,7 @@ def _model(record: SetRecord) -> dict[str, Any]:
 
 async def _load(request: Request, context: Context) -> _Load:
     """Pull the set that the body names, as `pull` does."""
-    check_may_pull(context)
+    check_scope(context.store.key, "pull")
     with Place(context.long) as place:
         wanted = await read_model(request, _Load, place)
 

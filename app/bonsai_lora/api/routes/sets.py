@@ -23,13 +23,14 @@ from bonsai_lora.api.openapi import (
     request_body,
 )
 from bonsai_lora.api.openapi_headers import sends
-from bonsai_lora.api.pulls import check_may_pull, pull
+from bonsai_lora.api.pulls import pull
 from bonsai_lora.api.query import DECIMAL
 from bonsai_lora.api.uploads import CONFIG_PART, GGUF_PART, MODEL_PART, receive_adapter
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import SET_NAME_PATTERN
 from bonsai_lora.service import gguf_lora, sets
 from bonsai_lora.service.budget import Reservation
+from bonsai_lora.service.keys import check_scope
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.upload import Upload, WholeUpload
@@ -301,7 +302,7 @@ async def _pull(
     request: Request, context: Context, name: str, options: UploadOptions
 ) -> sets.Imported:
     """Pull the adapter that the body names."""
-    check_may_pull(context)
+    check_scope(context.store.key, "pull")
     with Place(context.long) as place:
         wanted = await read_model(request, schemas.PullSet, place)
         layout = options.expert_b_layout

@@ -70,15 +70,15 @@ async def get_stats(context: ContextDep) -> schemas.StoreStatsInfo:
     """Returns totals over all sets, and the largest sets."""
     stats = await anyio.to_thread.run_sync(store_stats, context.store)
     return schemas.StoreStatsInfo(
-        set_count=stats.set_count,
-        adapter_count=stats.adapter_count,
-        total_trainable_params=stats.total_trainable_params,
-        total_memory_bytes=stats.total_memory_bytes,
+        set_count=stats.sums.sets,
+        adapter_count=stats.sums.adapters,
+        total_trainable_params=stats.sums.params,
+        total_memory_bytes=stats.sums.held_bytes,
         memory_budget_bytes=context.limits.memory_budget_bytes,
         resident_bytes=stats.resident_bytes,
         uptime_seconds=monotonic() - context.started,
-        sets=[schemas.SetSummary.model_validate(one) for one in stats.largest],
-        **({} if stats.as_of is None else {"as_of": stats.as_of}),
+        sets=[schemas.SetSummary.model_validate(one) for one in stats.largest.records],
+        **({} if stats.largest.as_of is None else {"as_of": stats.largest.as_of}),
     )
 
 
