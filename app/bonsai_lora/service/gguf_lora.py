@@ -1,9 +1,7 @@
 """GGUF LoRA files: import one as a set, and export a set as one."""
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -55,16 +53,15 @@ class CheckedFiles:
     """ETags of GGUF LoRAs whose values fit their types: they are computed once, to be checked."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[str, None] = OrderedDict()
+        self._known: set[str] = set()
 
     def check(self, file: LoraFile) -> None:
         """Raise UnsupportedAdapterError for values beyond their type, unless known to fit."""
         if file.etag not in self._known:
             file.check_values()
-            self._known[file.etag] = None
-            while len(self._known) > _REMEMBERED:
-                with suppress(KeyError):  # a different thread may drop it meanwhile
-                    self._known.popitem(last=False)
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known.add(file.etag)
 
 
 def import_gguf(

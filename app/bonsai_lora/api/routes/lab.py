@@ -298,7 +298,7 @@ class _SurvivalQuery(ModelQuery):
     """How the weights of a merged model would be stored."""
 
     dtype: Annotated[
-        lab_schemas.StoredDtype, Query(description="type in which the merged weights are stored")
+        survival.StoredDtype, Query(description="type in which the merged weights are stored")
     ] = "BF16"
 
 

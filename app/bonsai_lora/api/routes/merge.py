@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.responses import Response as StarletteResponse
@@ -25,7 +25,7 @@ from bonsai_lora.api.spool import Spool
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service.apply import check_no_replaced_bias
-from bonsai_lora.service.merge import WeightMerge, merge_of_header, stored_adapter
+from bonsai_lora.service.merge import MergeDtype, WeightMerge, merge_of_header, stored_adapter
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire import json
@@ -59,7 +59,7 @@ async def merge_weights(
     name: SetName,
     module: ModuleName,
     dtype: Annotated[
-        Literal["F32", "F16", "BF16"] | None,
+        MergeDtype | None,
         Query(description="required for application/octet-stream"),
     ] = None,
     unmerge: Annotated[bool, Query(description="subtract the delta instead of adding it")] = False,
