@@ -275,7 +275,7 @@ def _work(
         server_header=False,
         http=connection_class(settings),
         ws="none",
-        proxy_headers=False,  # api/door.py reads what trusted proxies say
+        proxy_headers=False,  # api/auth.py reads what trusted proxies say
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )

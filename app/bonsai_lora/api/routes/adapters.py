@@ -13,7 +13,7 @@ from bonsai_lora.api.body import body_form, parse_model, read_body
 from bonsai_lora.api.conditions import precondition
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, ModuleName, SetName, WantedVersion
-from bonsai_lora.api.described import described
+from bonsai_lora.api.json_response import json_response
 from bonsai_lora.api.openapi import (
     STORE_ERRORS,
     TENSOR_ERRORS,
@@ -65,7 +65,7 @@ async def list_adapters(
         modules = [schemas.ModuleInfo.of(*item) for item in adapters.items()]
         return schemas.AdapterList(adapters=modules)
 
-    return await described(context, describe, len(adapters), {"ETag": stored.record.etag})
+    return await json_response(context, describe, len(adapters), {"ETag": stored.record.etag})
 
 
 @router.get(

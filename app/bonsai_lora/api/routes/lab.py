@@ -14,8 +14,8 @@ from bonsai_lora.api import lab_schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
-from bonsai_lora.api.described import described, set_headers
 from bonsai_lora.api.job_schemas import Job, JobKind
+from bonsai_lora.api.json_response import json_response, set_headers
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
@@ -91,7 +91,7 @@ async def combine_sets(
         show, stored = await _combine(context, context.long, plan, dry_run, Progress())
         headers = {} if stored is None else set_headers(context, stored, 201)
         status = 200 if stored is None else 201
-        return await described(context, show, len(plan.modules), headers, status)
+        return await json_response(context, show, len(plan.modules), headers, status)
 
 
 async def _combine_as_job(
@@ -279,7 +279,7 @@ async def _computed(
     with Reservation(context.memory) as reserved:
         reserved.add(needed)
         found: list[Any] = await context.long.run_each(plan.works(), threads)
-        return await described(context, partial(show, found), size, {})
+        return await json_response(context, partial(show, found), size, {})
 
 
 async def _as_job(
@@ -328,7 +328,7 @@ async def get_survival(context: ContextDep, followed: Followed) -> Response:
     with context.long.admit():
         found = await context.long.run_each(followed.estimates(), context.settings.threads)
     show = partial(lab_schemas.SurvivalInfo.of, followed, found, is_exact=False)
-    return await described(context, show, len(found), {})
+    return await json_response(context, show, len(found), {})
 
 
 @router.post(

@@ -13,7 +13,7 @@ from bonsai_lora.api.body import read_model
 from bonsai_lora.api.conditions import not_modified, precondition
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
-from bonsai_lora.api.described import described, set_headers
+from bonsai_lora.api.json_response import json_response, set_headers
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
@@ -108,7 +108,7 @@ async def create_set(request: Request, context: ContextDep) -> Response:
 async def _info(context: Context, stored: StoredSet, status: int = 200) -> Response:
     make = partial(schemas.SetInfo.of, stored)
     headers = set_headers(context, stored, status)
-    return await described(context, make, stored.record.adapter_count, headers, status)
+    return await json_response(context, make, stored.record.adapter_count, headers, status)
 
 
 def _check_not_an_upload(request: Request) -> None:
@@ -312,7 +312,7 @@ async def _pull(
 
 async def _report(context: Context, imported: sets.Imported) -> Response:
     stored, status = imported.stored, 201 if imported.created else 200
-    return await described(
+    return await json_response(
         context,
         partial(schemas.ImportReport.of, imported),
         stored.record.adapter_count,
