@@ -299,12 +299,12 @@ def _read_load(app: FastAPI) -> Load:
     context: Context = app.state.context
     lanes = {context.short, context.long, context.opening, context.jobs.lane}
     budgets = {"memory": context.memory, "spill": context.spill}
-    return Load(
-        {lane.name: lane.in_progress for lane in lanes},
-        {lane.name: lane.waiting for lane in lanes},
-        {name: budget.reserved_bytes for name, budget in budgets.items()},
-        {name: budget.total_bytes for name, budget in budgets.items()},
-    )
+    return {
+        "requests_in_flight": {lane.name: lane.in_progress for lane in lanes},
+        "queued_work": {lane.name: lane.waiting for lane in lanes},
+        "reserved_bytes": {name: budget.reserved_bytes for name, budget in budgets.items()},
+        "budget_bytes": {name: budget.total_bytes for name, budget in budgets.items()},
+    }
 
 
 def _describe(app: FastAPI) -> dict[str, str]:

@@ -22,13 +22,16 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class WebEntry(_Model):
+class _Entry(_Model):
+    name: str = Field(pattern=_NAME)
+    repositories: list[str] = ["*"]
+
+
+class WebEntry(_Entry):
     """A hub, or a web server with folders of adapters."""
 
-    name: str = Field(pattern=_NAME)
     kind: Literal["hub", "https"]
     url: str
-    repositories: list[str] = ["*"]
     hosts: list[str] = []
     token_variable: str | None = None
     allow_private: bool = False
@@ -53,15 +56,13 @@ class WebEntry(_Model):
         )
 
 
-class BucketEntry(_Model):
+class BucketEntry(_Entry):
     """A bucket of S3, or of what speaks it, with folders of adapters below a prefix."""
 
-    name: str = Field(pattern=_NAME)
     kind: Literal["s3"]
     url: str
     endpoint: str = ""
     region: str = Field("", pattern="^[a-z0-9-]*$")
-    repositories: list[str] = ["*"]
     access_key_variable: str | None = None
     secret_key_variable: str | None = None
     allow_private: bool = False
@@ -97,13 +98,11 @@ class BucketEntry(_Model):
         )
 
 
-class FolderEntry(_Model):
+class FolderEntry(_Entry):
     """A folder with folders of adapters."""
 
-    name: str = Field(pattern=_NAME)
     kind: Literal["file"]
     path: str
-    repositories: list[str] = ["*"]
 
     def to_origin(self) -> Origin:
         """Return the origin; raises ValueError if the folder does not exist."""

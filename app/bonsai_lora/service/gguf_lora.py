@@ -93,7 +93,7 @@ def import_gguf(
     reserve(copied_bytes(header, architecture))
     named = header.get(BASE_NAME_KEY) if base_model_name is None else base_model_name
     base = named if isinstance(named, str) else ""
-    model = _model_of(_find(bases, base), base)
+    model = _model_of(bases.find(base), base)
     found = decode_lora(header, read, architecture, None if model is None else model.heads)
     config = {**found.config, "base_model_name_or_path": base or None}
     adapter = peft.decode_adapter(PeftConfig(config), found.tensors, name)
@@ -118,7 +118,7 @@ def export_gguf(
     express.
     """
     lora_set = stored.lora_set
-    base = _find(bases, lora_set.base_model_name)
+    base = bases.find(lora_set.base_model_name)
     model = _model_of(base, lora_set.base_model_name)
     if model is None or architecture not in (None, model.architecture):
         model = Model(_architecture_of(stored, architecture))
@@ -165,10 +165,6 @@ def _architecture_of(stored: StoredSet, given: str | None) -> str:
         got=given,
         expected=sorted(ARCHITECTURES),
     )
-
-
-def _find(bases: BaseFolder, base_model_name: str) -> Base | None:
-    return bases.find(base_model_name) if base_model_name else None
 
 
 def _model_of(base: Base | None, base_model_name: str) -> Model | None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from bonsai_lora import errors
 from bonsai_lora.api.body import read_model
@@ -26,18 +26,16 @@ from bonsai_lora.storage.setfile import SetRecord
 router = APIRouter(include_in_schema=False)
 
 
-class _Model(BaseModel):
-    # Engines add fields that mean nothing here, such as SGLang's `pinned`.
-    model_config = ConfigDict(extra="ignore")
+# Fields that mean nothing here, such as SGLang's `pinned`, are ignored.
 
 
-class _Load(_Model):
+class _Load(BaseModel):
     lora_name: str
     lora_path: str = Field(max_length=1024)
     load_inplace: bool = False
 
 
-class _Unload(_Model):
+class _Unload(BaseModel):
     lora_name: str
 
 
