@@ -56,7 +56,7 @@ class Context:
     counts: CountFile
     bases: BaseFolder
     models: MergedModels
-    checked: CheckedFiles
+    checked_files: CheckedFiles
     executor: Executor
     jobs: Jobs
     gains: Gains
@@ -72,7 +72,7 @@ class Context:
         return self.store.limits
 
     def is_crowded(self) -> bool:
-        """Return whether requests were refused of late because of clients that take long."""
+        """Return whether requests were refused recently because of slow clients."""
         last = max(self.short.crowded_at, self.long.crowded_at, self.memory.crowded_at)
         return monotonic() - last < self.settings.stall_seconds
 

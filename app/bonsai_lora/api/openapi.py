@@ -142,13 +142,13 @@ def file_responses(media_type: str, *headers: str) -> Responses:
     return {
         200: {"description": "the whole file", "content": content, "headers": sent},
         206: {
+            "headers": sent,
             "description": "the requested byte ranges",
             "content": {**content, "multipart/byteranges": {"schema": _BINARY}},
-            "headers": sent,
         },
         304: {
-            "description": "not modified: If-None-Match names the current ETag",
             "headers": sent,
+            "description": "not modified: If-None-Match names the current ETag",
         },
     }
 

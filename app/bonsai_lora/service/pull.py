@@ -18,7 +18,6 @@ from bonsai_lora.service.view import SetView
 from bonsai_lora.sources import folder, web
 from bonsai_lora.sources.origins import Origin, Reference, find
 from bonsai_lora.sources.web import Sink
-from bonsai_lora.storage.setfile import SetRecord
 from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.upload import Upload
 
@@ -71,7 +70,9 @@ def pull_set(
     with origins.place():
         pinned = _pin(origins, found)
         present = store.find_record(name)
-        if pinned.revision is not None and _came_from(present, pinned.at(pinned.revision)):
+        source = None if present is None else present.source
+        reference = pinned.at(pinned.revision)
+        if pinned.revision is not None and source is not None and source.reference == reference:
             precondition(present)
             return Imported.unchanged(store.read(name))
         with store.new_file() as file, Reservation(disk) as reserved:
@@ -86,7 +87,7 @@ def pull_set(
                 precondition,
                 base_model_name=base_model_name,
                 expert_layout=expert_layout,
-                source=Source(pinned.at(pinned.revision), digest),
+                source=Source(reference, digest),
             )
 
 
@@ -138,7 +139,3 @@ def _get(origins: Origins, pinned: Reference, file: str, sink: Sink, limit: int)
     inner = f"/resolve/{pinned.revision}" if origin.kind == "hub" else ""
     url = f"{origin.url}/{pinned.path}{inner}/{file}"
     web.fetch(origin, url, sink, limit, origins.stall_seconds)
-
-
-def _came_from(record: SetRecord | None, reference: str) -> bool:
-    return record is not None and record.source is not None and record.source.reference == reference

@@ -98,6 +98,6 @@ async def get_adapter_gguf(
     made = await context.long.run(make)
     with Reservation(context.memory) as reserved:
         reserved.add(made.working_bytes)
-        await context.long.run(partial(context.checked.check, made))
+        await context.long.run(partial(context.checked_files.check, made))
     file = CountedFile(made, context.executor, context.memory, made.working_bytes)
     return file_response(request, file, context.long)
