@@ -45,7 +45,6 @@ class Context:
 
     settings: Settings
     store: SetView
-    limits: Limits
     memory: Budget
     spill: Budget
     short: ShortLane
@@ -66,6 +65,11 @@ class Context:
     stopping: Event = field(default_factory=Event)
     """Set once the service is about to stop, for balancers that ask whether it is ready."""
     started: float = field(default_factory=monotonic)
+
+    @property
+    def limits(self) -> Limits:
+        """The limits on requests."""
+        return self.store.limits
 
     def is_crowded(self) -> bool:
         """Return whether requests were refused of late because of clients that take long."""

@@ -108,6 +108,12 @@ def missing_scope(key: Key, scope: Scope) -> ForbiddenError:
     )
 
 
+def check_scope(key: Key, scope: Scope) -> None:
+    """Raise ForbiddenError if `key` lacks `scope`."""
+    if scope not in key.scopes:
+        raise missing_scope(key, scope)
+
+
 class KeyRing:
     """Keys by id, found by the token that a caller sends."""
 

@@ -282,7 +282,7 @@ def _streamed(
     If it cannot be a checkpoint, that is the file which clients read first.
     """
     try:
-        files = context.models.hub_files(model)
+        files = context.models.files(model)
     except errors.UnsupportedGgufError as error:
         refusal = errors.UnmergeableError(error.detail, **error.values)
         tag = _tag(f"{model.digest}/refused", CONFIG_FILE)
