@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from bonsai_lora.mistakes import expectation
+from bonsai_lora.validation import expectation
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _NO_BUDGET = 1 << 53

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import time
+from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlsplit
 
 import pytest
@@ -261,6 +262,15 @@ def test_a_bad_entry_says_why(tmp_path, change):
     path.write_text(json.dumps({"sources": [good | change]}))
     with pytest.raises(ValueError, match="sources file"):
         read_sources(path)
+
+
+def test_the_documented_file_is_valid(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACME_HUB_TOKEN", "token")
+    page = (Path(__file__).parents[2] / "docs/security.md").read_text()
+    text = page.partition("```json\n")[2].partition("```")[0]
+    path = tmp_path / "sources.json"
+    path.write_text(text.replace("/srv/adapters", str(tmp_path)))
+    assert [one.kind for one in read_sources(path).values()] == ["hub", "https", "s3", "file"]
 
 
 def test_without_obstore_the_entry_says_what_to_install(tmp_path, monkeypatch):

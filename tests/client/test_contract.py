@@ -120,6 +120,44 @@ def test_every_operation_has_a_call():
     assert {operation_of(call) for call in CALLS} == operations
 
 
+def takes_version(path, operation):
+    parameters = (one.get("name") for one in operation.get("parameters", ()))
+    return "/versions/" in path or "version" in parameters
+
+
+def test_every_operation_with_a_version_has_a_call_with_one():
+    wanted = {
+        operation["operationId"]
+        for path, item in OPENAPI["paths"].items()
+        for operation in item.values()
+        if takes_version(path, operation)
+    }
+    calls = [
+        sets.get_set("s", version=3),
+        sets.get_adapter_config("s", version=3),
+        sets.get_adapter_model("s", version=3),
+        sets.get_adapter_tensors("s", version=3),
+        sets.get_adapter_gguf("s", version=3),
+        adapters.list_adapters("s", version=3),
+        adapters.get_adapter("s", "m", version=3),
+        applying.apply("s", "m", X, version=3),
+        applying.apply_many("s", {"m": X}, version=3),
+        merging.merge("s", "m", X, version=3),
+        merging.merge_blocks("s", "m", [], "F32", unmerge=False, version=3),
+        stats.get_set_stats("s", version=3),
+        lab.get_spectrum("s", version=3),
+        lab.start_spectrum("s", version=3),
+        inference.infer("s", {"x": X}, version=3),
+        inference.get_model("s", version=3),
+        inference.get_model_ready("s", version=3),
+        inference.get_model_config("s", version=3),
+        inference.get_model_statistics("s", version=3),
+    ]
+    assert {operation_of(call) for call in calls} == wanted
+    for call in calls:
+        assert ("version", "3") in call.query or "/versions/3" in call.path
+
+
 def functions():
     for module in MODULES:
         for name, make in inspect.getmembers(module, inspect.isfunction):

@@ -54,6 +54,21 @@ def test_a_set_is_the_same_file_on_every_machine(machines):
     assert bytes(obstore.get(machines.memory, pointer.blob).bytes()) == bytes(one.read("s").file)
 
 
+def test_a_record_is_read_without_the_set(machines):
+    one, other = machines.store("one"), machines.store("other")
+    record = create(one)
+    for _ in range(2):
+        assert requests_of(other, lambda: other.read_record("s") == record) == {"get": 1}
+    assert other.read_record("s") == record
+    assert other.state().cache_bytes == 0
+    other.read("s")
+    assert requests_of(other, lambda: other.read_record("s")) == {}
+    delete(one)
+    for name in ("s", "nobody", "../s", ""):
+        with pytest.raises(SetNotFoundError):
+            machines.store("third").read_record(name)
+
+
 def test_a_change_is_seen_at_once_on_its_machine_and_after_a_refresh_elsewhere(machines):
     one, other = machines.store("one"), machines.store("other")
     same_machine = machines.store("one")

@@ -133,6 +133,20 @@ def test_what_was_dropped_during_a_change_is_found_by_the_maintenance(store, mon
     assert store.dropped().names == ["sets/a.gguf"]
 
 
+def test_a_folder_that_cannot_be_listed_names_nothing(store, monkeypatch):
+    (store.root / "a.gguf").touch()
+    (store.root / "sets" / "b.gguf").touch()
+    real = os.scandir
+
+    def refuse(path):
+        if path == store.root:
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may list any folder
+    assert store.dropped().names == ["sets/b.gguf"]
+
+
 def test_a_damaged_row_is_made_again(store):
     (store.root / "sets" / "a.gguf").touch()
     assert store.dropped().count == 1

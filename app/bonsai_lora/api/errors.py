@@ -18,7 +18,7 @@ from starlette.types import Scope
 
 from bonsai_lora import errors
 from bonsai_lora.errors import BonsaiLoraError
-from bonsai_lora.mistakes import expectation
+from bonsai_lora.validation import expectation
 
 PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1

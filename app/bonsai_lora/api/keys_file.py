@@ -12,8 +12,8 @@ from typing import Annotated
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_set_name
-from bonsai_lora.mistakes import expectation
 from bonsai_lora.service.keys import Key, KeyRing, Quota, Rates, Scope
+from bonsai_lora.validation import expectation
 
 CHECK_SECONDS = 1.0
 """Shortest time between two looks at the file."""

@@ -1,6 +1,7 @@
 """The sources file: JSON in which the operator names the origins that sets are pulled from."""
 
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,11 +9,11 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from bonsai_lora.mistakes import expectation
 from bonsai_lora.sources.origins import Origin
+from bonsai_lora.validation import expectation
 
 _NAME = "^[a-z][a-z0-9-]{0,31}$"
-_BUCKET = r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._-]*)*/?$"
+_BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._-]*)*/?")
 _TAKEN = "folder"
 """How the sources of sets from --sets begin."""
 
@@ -57,7 +58,7 @@ class BucketEntry(_Model):
 
     name: str = Field(pattern=_NAME)
     kind: Literal["s3"]
-    url: str = Field(pattern=_BUCKET)
+    url: str
     endpoint: str = ""
     region: str = Field("", pattern="^[a-z0-9-]*$")
     repositories: list[str] = ["*"]
@@ -68,6 +69,8 @@ class BucketEntry(_Model):
 
     @model_validator(mode="after")
     def _check(self) -> "BucketEntry":
+        if not _BUCKET.fullmatch(self.url):
+            raise ValueError(f"the url {self.url!r} must be s3://BUCKET or s3://BUCKET/PREFIX")
         if self.endpoint:
             _check_address("endpoint", self.endpoint, allow_http=self.allow_http)
         if (self.access_key_variable is None) is not (self.secret_key_variable is None):

@@ -1,7 +1,7 @@
 """Check that a set fits a base: shapes, dtypes, and sums that one tensor can hold."""
 
 from bonsai_lora.checkpoints.base import Base
-from bonsai_lora.checkpoints.tensors import Touched
+from bonsai_lora.checkpoints.merged_tensor import Touched
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import (
     InvalidRequestError,

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from bonsai_lora.checkpoints.base import Base, Description
 from bonsai_lora.checkpoints.file import BaseFile
-from bonsai_lora.checkpoints.gguf_parts import read_parts
+from bonsai_lora.checkpoints.gguf_split import read_parts
 from bonsai_lora.checkpoints.gguf_tensor import Conversion, GgufTensor
 from bonsai_lora.errors import (
     BaseChangedError,

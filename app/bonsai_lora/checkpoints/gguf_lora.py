@@ -14,11 +14,10 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from bonsai_lora.checkpoints.encodings import computed_as
 from bonsai_lora.checkpoints.experts import split_outputs
 from bonsai_lora.checkpoints.gguf_file import file_parts
 from bonsai_lora.checkpoints.gguf_tensor import Conversion, Stacked
-from bonsai_lora.checkpoints.parts import MergedFile, Part, Values
+from bonsai_lora.checkpoints.parts import MergedFile, Part, Values, computed_as
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Floats, to_float32
 from bonsai_lora.core.loraset import BonsaiLoraSet
@@ -126,7 +125,7 @@ def _embedding_rows(adapter: LoraAdapter, rows: slice) -> Floats:
 
 
 def _a_rows(
-    conversion: Conversion, folding: Folding | None, adapter: LoraAdapter, rows: slice
+    adapter: LoraAdapter, rows: slice, *, conversion: Conversion, folding: Folding | None
 ) -> Floats:
     """Return rows of A with the columns in the file's order, folded as its weights are."""
     values = to_float32(adapter.a_matrix[rows])
@@ -136,10 +135,7 @@ def _a_rows(
 
 
 def _b_rows(
-    conversion: Conversion,
-    is_scaled: bool,  # noqa: FBT001
-    adapter: LoraAdapter,
-    rows: slice,
+    adapter: LoraAdapter, rows: slice, *, conversion: Conversion, is_scaled: bool
 ) -> Floats:
     """Return rows of B in the file's order, times the scaling of the adapter if it `is_scaled`."""
     order = conversion.rows(adapter.d_out)
@@ -234,8 +230,10 @@ def _factors(
     if first.layer == "embedding":
         yield "lora_a", target.shape(first.d_in, target.rank), _embedding_rows
     else:
-        yield "lora_a", target.shape(target.rank, first.d_in), partial(_a_rows, conversion, own)
-    yield "lora_b", target.shape(first.d_out, target.rank), partial(_b_rows, conversion, is_scaled)
+        make = partial(_a_rows, conversion=conversion, folding=own)
+        yield "lora_a", target.shape(target.rank, first.d_in), make
+    make = partial(_b_rows, conversion=conversion, is_scaled=is_scaled)
+    yield "lora_b", target.shape(first.d_out, target.rank), make
 
 
 def _check_folded(target: _Target, folding: Folding | None) -> None:
@@ -251,20 +249,17 @@ def _check_folded(target: _Target, folding: Folding | None) -> None:
 def _pairs(
     lora_set: BonsaiLoraSet, model: Model, alpha: float, *, is_folded: bool
 ) -> dict[str, Writable]:
+    base = lora_set.base_model_name
     return {
         "general.architecture": model.architecture,
         "general.type": "adapter",
         "adapter.type": "lora",
         "general.name": lora_set.adapter_name,
-        **_base_pairs(lora_set.base_model_name),
+        **({"general.base_model.count": np.uint32(1), BASE_NAME_KEY: base} if base else {}),
         ALPHA_KEY: np.float32(alpha),
         **({FOLDED_KEY: True} if is_folded else {}),
         "general.quantization_version": np.uint32(2),
     }
-
-
-def _base_pairs(name: str) -> dict[str, Writable]:
-    return {"general.base_model.count": np.uint32(1), BASE_NAME_KEY: name} if name else {}
 
 
 def _kind(dtype: str, width: int) -> TensorType:

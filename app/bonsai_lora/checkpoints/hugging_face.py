@@ -8,11 +8,18 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from bonsai_lora.checkpoints.encodings import computed_as
 from bonsai_lora.checkpoints.folder import CONFIG_FILE, GGUF, INDEX_FILE
 from bonsai_lora.checkpoints.gguf_base import GgufBase
 from bonsai_lora.checkpoints.merged import MergedModel
-from bonsai_lora.checkpoints.parts import Made, MergedFile, Part, Stored, etag_of, media_type_of
+from bonsai_lora.checkpoints.parts import (
+    Made,
+    MergedFile,
+    Part,
+    Stored,
+    computed_as,
+    etag_of,
+    media_type_of,
+)
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.dequantize import can_dequantize

@@ -9,8 +9,8 @@ import numpy as np
 from bonsai_lora.checkpoints.base import Base, Tensor
 from bonsai_lora.checkpoints.experts import expert_weights
 from bonsai_lora.checkpoints.fit import check_not_empty, check_tensor
+from bonsai_lora.checkpoints.merged_tensor import MergedTensor, TokenRows, Touched
 from bonsai_lora.checkpoints.orientation import Fit, as_stored, is_any_transposed
-from bonsai_lora.checkpoints.tensors import MergedTensor, TokenRows, Touched
 from bonsai_lora.checkpoints.ties import is_embedding, tied_replacements
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array

@@ -42,7 +42,7 @@ class SafetensorsBase(Base):
         file = self.weight_map[name]
         header = self.headers[file]
         info = header.tensors[name]
-        dtype = safetensors.float_dtype(header, name)
+        dtype = safetensors.dtype_of(header, name)
         return StoredTensor(self.files[file], header.data_start + info.start, dtype, info.shape)
 
     @cached_property

@@ -24,9 +24,9 @@ from bonsai_lora.api.keys_file import (
     read_keys,
 )
 from bonsai_lora.cli.output import failed, print_table
-from bonsai_lora.mistakes import expectation
 from bonsai_lora.service.keys import SCOPES, digest_of, new_token
 from bonsai_lora.settings import SettingsError, read_settings
+from bonsai_lora.validation import expectation
 
 _SPAN = re.compile(r"(\d{1,6})([dh])")
 _HOURS = {"d": 24, "h": 1}

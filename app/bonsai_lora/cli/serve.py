@@ -34,7 +34,7 @@ from bonsai_lora.cli.store import check_bucket
 from bonsai_lora.cli.supervisor import Supervisor, end_by_signals
 from bonsai_lora.cli.temporary import temporary_folder
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
-from bonsai_lora.errors import BonsaiLoraError
+from bonsai_lora.errors import BonsaiLoraError, StoreUnreachableError
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.view import SetView
 from bonsai_lora.settings import UNGUARDED, Settings, SettingsError, read_settings
@@ -207,10 +207,15 @@ def _import_sets(settings: Settings) -> bool:
 
 
 def _import_folder(settings: Settings) -> None:
-    """Import the adapters of the folder `sets`, and log what became of them; exit 2 on errors."""
+    """Import the adapters of the folder `sets`, and log what became of them; exit 2 on errors.
+
+    Without the bucket, the service starts nevertheless, as it does without `sets`.
+    """
     _exit_with(os.getppid())
     try:
         _import_each(settings, cast("Path", settings.sets))
+    except StoreUnreachableError as error:
+        _log.error("the sets of %s wait for the next start: %s", settings.sets, error.detail)
     except (OSError, ValueError, BonsaiLoraError) as error:
         sys.exit(
             failed(f"the sets of {settings.sets} cannot be imported: {plain(error)}; check --sets")

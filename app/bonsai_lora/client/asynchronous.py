@@ -44,11 +44,7 @@ class AsyncClient(Methods):
         timeout: float | httpx.Timeout = connection.TIMEOUT,
         retries: int = connection.RETRIES,
     ) -> None:
-        options = connection.options_of(url, uds, token, headers, timeout)
-        if uds is not None:
-            options["transport"] = httpx.AsyncHTTPTransport(
-                uds=os.fspath(uds), limits=connection.LIMITS
-            )
+        options = connection.options_of(url, uds, token, headers, timeout, httpx.AsyncHTTPTransport)
         self._http = httpx.AsyncClient(**options)
         self.retries = retries
 
@@ -146,6 +142,7 @@ class AsyncClient(Methods):
         *,
         dtype: Dtype,
         unmerge: bool = False,
+        version: int | None = None,
     ) -> AsyncIterator[bytes]:
         """Yield the merged bytes of weights that come in blocks, in constant memory.
 
@@ -154,7 +151,9 @@ class AsyncClient(Methods):
         Raises as `merge`.
         """
         blocks = weights if isinstance(weights, AsyncIterable) else blocks_of(weights)
-        call = merging.merge_blocks(set_name, module, blocks, dtype, unmerge=unmerge)
+        call = merging.merge_blocks(
+            set_name, module, blocks, dtype, unmerge=unmerge, version=version
+        )
         async with self.stream(call) as answer:
             async for block in answer.aiter_raw(BLOCK_BYTES):
                 yield block

@@ -60,9 +60,7 @@ class Client(Methods):
         timeout: float | httpx.Timeout = connection.TIMEOUT,
         retries: int = connection.RETRIES,
     ) -> None:
-        options = connection.options_of(url, uds, token, headers, timeout)
-        if uds is not None:
-            options["transport"] = httpx.HTTPTransport(uds=os.fspath(uds), limits=connection.LIMITS)
+        options = connection.options_of(url, uds, token, headers, timeout, httpx.HTTPTransport)
         self._http = httpx.Client(**options)
         self.retries = retries
 
@@ -157,6 +155,7 @@ class Client(Methods):
         *,
         dtype: Dtype,
         unmerge: bool = False,
+        version: int | None = None,
     ) -> Iterator[bytes]:
         """Yield the merged bytes of weights that come in blocks, in constant memory.
 
@@ -164,7 +163,9 @@ class Client(Methods):
         row, as `dtype`. All of it is sent before the first block comes back. Raises as `merge`.
         """
         blocks = blocks_of(weights)
-        call = merging.merge_blocks(set_name, module, blocks, dtype, unmerge=unmerge)
+        call = merging.merge_blocks(
+            set_name, module, blocks, dtype, unmerge=unmerge, version=version
+        )
         with self.stream(call) as answer:
             yield from answer.iter_raw(BLOCK_BYTES)
 
@@ -239,6 +240,7 @@ class Client(Methods):
         dtype: str | None = None,
         architecture: str | None = None,
         folded: bool = False,
+        version: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> PulledFile:
         """Download a set as a GGUF LoRA file. Otherwise the same as `get_adapter_gguf` and `pull`.
@@ -248,8 +250,9 @@ class Client(Methods):
 
         def rest_of(start: int, tag: str | None) -> Call[bytes]:
             return sets.get_adapter_gguf(
-                name, dtype=dtype, architecture=architecture, folded=folded, start=start, tag=tag
-            )
+                name, dtype=dtype, architecture=architecture, folded=folded, version=version,
+                start=start, tag=tag,
+            )  # fmt: skip
 
         return self._pull_file(rest_of, Path(file), on_progress)
 

@@ -32,11 +32,6 @@ def binary_body(
     }
 
 
-def adapter_file(tensors: Mapping[str, npt.ArrayLike]) -> bytes:
-    """Return a safetensors file of `tensors`, as PEFT writes it."""
-    return requests.encode_tensors(tensors, {"format": "pt"})
-
-
 def decode_tensors(answer: httpx.Response) -> dict[str, Array]:
     """Return the tensors of an answer."""
     return requests.decode_tensors(answer.content)[0]

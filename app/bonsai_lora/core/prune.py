@@ -46,13 +46,9 @@ def order_statistics(blocks: Blocks, ranks: Sequence[int]) -> list[float]:
             parts.append(bits[upper == one].view(np.float32))
     below = ends - counts
     return [
-        _nth(np.concatenate(found[int(one)]), rank - int(below[one]))
-        for one, rank in zip(bins, ranks, strict=True)
+        float(np.partition(np.concatenate(found[int(one)]), place)[place])
+        for one, place in zip(bins, ranks - below[bins], strict=True)
     ]
-
-
-def _nth(values: Floats, place: int) -> float:
-    return float(np.partition(values, place)[place])
 
 
 def _bits(block: Floats) -> npt.NDArray[np.uint32]:

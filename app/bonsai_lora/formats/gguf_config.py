@@ -151,6 +151,9 @@ def _sizes(keys: _Keys) -> dict[str, Any]:
     embedding = keys.header.tensors.get(GGUF_EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
         raise _unknown("since token_embd.weight is missing")
+    epsilon = keys.real("attention.layer_norm_rms_epsilon")
+    if epsilon is None:
+        raise _unknown(f"since {keys.name('attention.layer_norm_rms_epsilon')} is missing")
     heads = keys.need("attention.head_count")
     return {
         "vocab_size": embedding.shape[0],
@@ -160,15 +163,8 @@ def _sizes(keys: _Keys) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": keys.find("attention.head_count_kv") or heads,
         "max_position_embeddings": keys.find("context_length"),
-        "rms_norm_eps": _epsilon(keys),
+        "rms_norm_eps": epsilon,
     }
-
-
-def _epsilon(keys: _Keys) -> float:
-    found = keys.real("attention.layer_norm_rms_epsilon")
-    if found is None:
-        raise _unknown(f"since {keys.name('attention.layer_norm_rms_epsilon')} is missing")
-    return found
 
 
 def _tokens(keys: _Keys) -> dict[str, int | None]:

@@ -13,7 +13,6 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from bonsai_lora.core.cast import FLOAT32, Array
 from bonsai_lora.errors import (
@@ -164,13 +163,18 @@ def check_total(header: Header, total_bytes: int) -> None:
         )
 
 
-def view(raw: bytes | memoryview, header: Header, name: str) -> Array:
+def view(
+    raw: bytes | memoryview,
+    header: Header,
+    name: str,
+    dtypes: Mapping[str, np.dtype[Any]] = FLOAT_DTYPES,
+) -> Array:
     """Return the tensor `name` as a read-only view of `raw`, a whole file.
 
-    Raises InvalidRequestError for a dtype outside FLOAT_DTYPES.
+    Raises InvalidRequestError for a dtype outside `dtypes`.
     """
     info = header.tensors[name]
-    dtype = float_dtype(header, name)
+    dtype = dtype_of(header, name, dtypes)
     count = (info.stop - info.start) // dtype.itemsize
     flat = np.frombuffer(raw, dtype, count, header.data_start + info.start)
     try:
@@ -186,31 +190,20 @@ def view(raw: bytes | memoryview, header: Header, name: str) -> Array:
     return array
 
 
-def float_dtype(header: Header, name: str) -> np.dtype[Any]:
-    """Return the dtype of the tensor `name`; raises InvalidRequestError outside FLOAT_DTYPES."""
+def dtype_of(
+    header: Header, name: str, dtypes: Mapping[str, np.dtype[Any]] = FLOAT_DTYPES
+) -> np.dtype[Any]:
+    """Return the dtype of the tensor `name`; raises InvalidRequestError outside `dtypes`."""
     found = header.tensors[name].dtype
-    dtype: np.dtype[Any] | None = FLOAT_DTYPES.get(found)
+    dtype = dtypes.get(found)
     if dtype is None:
         raise InvalidRequestError(
-            f"tensor {name!r} is {found}; expected one of {', '.join(FLOAT_DTYPES)}",
+            f"tensor {name!r} is {found}; expected one of {', '.join(dtypes)}",
             tensor=name,
             got=found,
-            expected=list(FLOAT_DTYPES),
+            expected=list(dtypes),
         )
     return dtype
-
-
-INTEGERS: Mapping[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
-"""The dtypes that `integers` reads."""
-
-
-def integers(raw: bytes | memoryview, header: Header, name: str) -> npt.NDArray[np.int64]:
-    """Return the tensor `name`, of a dtype in INTEGERS, as int64."""
-    info = header.tensors[name]
-    dtype = INTEGERS[info.dtype]
-    count = (info.stop - info.start) // dtype.itemsize
-    flat: Array = np.frombuffer(raw, dtype, count, header.data_start + info.start)
-    return flat.astype(np.int64).reshape(info.shape)
 
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]

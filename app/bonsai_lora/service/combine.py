@@ -8,8 +8,8 @@ from typing import Any
 
 from bonsai_lora.core import combine
 from bonsai_lora.core.combine import Combined
+from bonsai_lora.core.combine_deltas import pass_bytes
 from bonsai_lora.core.config import LoraConfig
-from bonsai_lora.core.deltas import pass_bytes
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.lowrank import columns_for
 from bonsai_lora.core.recipe import Recipe

@@ -140,13 +140,13 @@ class BucketStore:
         raise BusyError(f"the copy of set {name!r} was removed three times; retry in a second")
 
     def read_record(self, name: str) -> SetRecord:
-        """Return the record of a set."""
+        """Return the record of a set; one that is not on this machine is not fetched for that."""
         if name in self._locked:
             pointer = self._locked[name]
             if pointer is None or pointer.record is None:
                 raise SetNotFoundError(name)
             return pointer.record
-        return self.read(name).record
+        return self.read(name).record if self._cache.has(name) else self._reader.read_record(name)
 
     def refresh(self, name: str) -> None:
         """Compare the pointer of a set with the bucket's now, and fetch the set if it changed."""

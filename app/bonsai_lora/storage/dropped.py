@@ -4,6 +4,7 @@ A store's files are written by this program alone: whatever else is there came f
 expects it to be served, or by mistake.
 """
 
+import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -50,12 +51,12 @@ class Dropped:
 
 
 def dropped_beside_sets(root: Path) -> Dropped:
-    """Return the adapters in the folder `root` of a store.
+    """Return the adapters in the folder `root` of a store; nothing if it cannot be listed.
 
     Anything else there may be of a newer release, of the file system, or of a backup.
     """
     found = Dropped()
-    with os.scandir(root) as entries:
+    with contextlib.suppress(OSError), os.scandir(root) as entries:
         for entry in _looked_at(entries):
             if _is_adapter(entry):
                 found.add("", entry)

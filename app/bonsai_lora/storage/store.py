@@ -98,9 +98,7 @@ class SetStore(SetFiles):
 
     def dropped(self) -> Dropped:
         """Return what others put into the folder, a minute ago at the latest."""
-        among_sets = self.listing.ask(SetIndex.dropped)
-        with storage_errors():
-            return among_sets.plus(dropped_beside_sets(self.root))
+        return self.listing.ask(SetIndex.dropped).plus(dropped_beside_sets(self.root))
 
     def keep(self, name: str) -> None:
         """Do nothing: all sets are on this machine."""

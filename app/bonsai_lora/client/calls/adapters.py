@@ -22,14 +22,18 @@ def _path(set_name: str, module: str) -> str:
     return path_of("v1", "sets", set_name, "adapters", module)
 
 
-def list_adapters(set_name: str) -> Call[list[ModuleInfo]]:
+def list_adapters(set_name: str, *, version: int | None = None) -> Call[list[ModuleInfo]]:
     """Return the adapters of a set in the order in which they were added."""
-    return Call(path=path_of("v1", "sets", set_name, "adapters"), decode=decode_field("adapters"))
+    return Call(
+        path=path_of("v1", "sets", set_name, "adapters"),
+        query=query_of(version=version),
+        decode=decode_field("adapters"),
+    )
 
 
-def get_adapter(set_name: str, module: str) -> Call[ModuleInfo]:
+def get_adapter(set_name: str, module: str, *, version: int | None = None) -> Call[ModuleInfo]:
     """Return one adapter of a set; raises SetNotFoundError, AdapterNotFoundError."""
-    return Call(path=_path(set_name, module))
+    return Call(path=_path(set_name, module), query=query_of(version=version))
 
 
 def put_adapter(

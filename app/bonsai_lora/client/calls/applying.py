@@ -21,6 +21,7 @@ def apply(
     scale: float = 1.0,
     dtype: Dtype = "F32",
     match: str | None = None,
+    version: int | None = None,
 ) -> Call[Applied]:
     """Return scaling · B·A·x for each row x of `inputs`, (rows, d_in) or (d_in,).
 
@@ -28,7 +29,8 @@ def apply(
     `base_outputs` is W·x without bias, for DoRA modules only; `match` is the start of the base's
     tensor names that are meant, if a module path fits several. `experts` is the number of each
     row's expert, for fused experts only. `scale` is a factor on everything that is
-    added. Raises ShapeMismatchError, NonFiniteInputError with the position.
+    added. `version` is the one of `set_name` that is meant. Raises VersionNotFoundError if the set
+    has a different one, ShapeMismatchError, NonFiniteInputError with the position.
     """
     from bonsai_lora.client import tensors  # noqa: PLC0415 - loads NumPy
 
@@ -36,7 +38,7 @@ def apply(
     return Call(
         method="POST",
         path=path_of("v1", "sets", set_name, "adapters", module, "apply"),
-        query=query_of(scale=scale, dtype=dtype, match=match),
+        query=query_of(scale=scale, dtype=dtype, match=match, version=version),
         decode=tensors.decode_applied,
         is_pure=True,
         **tensors.binary_body(sent, tensors.stack_of(sets)),
@@ -54,6 +56,7 @@ def apply_many(
     scale: float = 1.0,
     dtype: Dtype = "F32",
     match: str | None = None,
+    version: int | None = None,
 ) -> Call[AppliedMany]:
     """Return what several modules of one version of a set add, in one request.
 
@@ -70,7 +73,7 @@ def apply_many(
         method="POST",
         path=path_of("v1", "sets", set_name, "apply"),
         query=[
-            *query_of(scale=scale, dtype=dtype, match=match),
+            *query_of(scale=scale, dtype=dtype, match=match, version=version),
             *(("module", one) for one in modules),
         ],
         decode=tensors.decode_applied_many,

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-def _model(model: str, version: str | None, *ending: str) -> str:
-    versions = () if version is None else ("versions", version)
+def _model(model: str, version: int | str | None, *ending: str) -> str:
+    versions = () if version is None else ("versions", str(version))
     return path_of("v2", "models", model, *versions, *ending)
 
 
@@ -27,7 +27,7 @@ def infer(
     inputs: "Mapping[str, npt.ArrayLike]",
     *,
     outputs: Sequence[str] | None = None,
-    version: str | None = None,
+    version: int | str | None = None,
     sets: Sequence[Row] | None = None,
     scale: float = 1.0,
     request_id: str = "",
@@ -65,23 +65,23 @@ def get_server_ready() -> Call[dict[str, bool]]:
     return Call(path="/v2/health/ready")
 
 
-def get_model(model: str, *, version: str | None = None) -> Call[ModelMetadata]:
+def get_model(model: str, *, version: int | str | None = None) -> Call[ModelMetadata]:
     """Return the inputs and outputs of a model; raises NotFoundError."""
     return Call(path=_model(model, version))
 
 
-def get_model_ready(model: str, *, version: str | None = None) -> Call[dict[str, Any]]:
+def get_model_ready(model: str, *, version: int | str | None = None) -> Call[dict[str, Any]]:
     """Return that a model is ready; raises NotFoundError."""
     return Call(path=_model(model, version, "ready"))
 
 
-def get_model_config(model: str, *, version: str | None = None) -> Call[dict[str, Any]]:
+def get_model_config(model: str, *, version: int | str | None = None) -> Call[dict[str, Any]]:
     """Return a model's configuration in the fields of Triton; raises NotFoundError."""
     return Call(path=_model(model, version, "config"))
 
 
 def get_model_statistics(
-    model: str | None = None, *, version: str | None = None
+    model: str | None = None, *, version: int | str | None = None
 ) -> Call[list[dict[str, Any]]]:
     """Return Triton's statistics of one model or of all: counts, and sums of nanoseconds."""
     return Call(

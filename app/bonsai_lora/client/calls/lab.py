@@ -107,19 +107,23 @@ def start_compare(sets: Sequence[str]) -> Call[Job | Comparison]:
     return Call(path="/v1/compare", query=[("set", name) for name in sets], headers=_ASYNC)
 
 
-def get_spectrum(name: str, *, modules: Sequence[str] = ()) -> Call[SetSpectrum]:
+def get_spectrum(
+    name: str, *, modules: Sequence[str] = (), version: int | None = None
+) -> Call[SetSpectrum]:
     """Return singular values, norms and ranks of a set's deltas, or of some `modules` only."""
     return Call(
         path=path_of("v1", "sets", name, "spectrum"),
-        query=[("module", module) for module in modules],
+        query=[*query_of(version=version), *(("module", module) for module in modules)],
     )
 
 
-def start_spectrum(name: str, *, modules: Sequence[str] = ()) -> Call[Job | SetSpectrum]:
+def start_spectrum(
+    name: str, *, modules: Sequence[str] = (), version: int | None = None
+) -> Call[Job | SetSpectrum]:
     """Begin what `get_spectrum` does, and return as `start_compare`."""
     return Call(
         path=path_of("v1", "sets", name, "spectrum"),
-        query=[("module", module) for module in modules],
+        query=[*query_of(version=version), *(("module", module) for module in modules)],
         headers=_ASYNC,
     )
 

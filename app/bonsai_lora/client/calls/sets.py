@@ -80,9 +80,14 @@ def list_page(
     )
 
 
-def get_set(name: str) -> Call[SetInfo]:
-    """Return everything about a set but its weights; raises SetNotFoundError."""
-    return Call(path=path_of("v1", "sets", name), decode=decode_tagged)
+def get_set(name: str, *, version: int | None = None) -> Call[SetInfo]:
+    """Return everything about a set but its weights; raises SetNotFoundError.
+
+    `version` is the one that is meant: raises VersionNotFoundError if the set has a different one.
+    """
+    return Call(
+        path=path_of("v1", "sets", name), query=query_of(version=version), decode=decode_tagged
+    )
 
 
 def upload_set(
@@ -183,11 +188,11 @@ def upload_tensors(
 
     Otherwise the same as `upload_set`.
     """
-    from bonsai_lora.client.tensors import adapter_file  # noqa: PLC0415 - loads NumPy
+    from bonsai_lora.wire.requests import encode_tensors  # noqa: PLC0415 - loads NumPy
 
     files: dict[str, Part] = {
         "adapter_config": json.dumps(config).encode(),
-        "adapter_model": adapter_file(tensors),
+        "adapter_model": encode_tensors(tensors, {"format": "pt"}),
     }
     return upload_files(
         name,
@@ -243,21 +248,29 @@ def delete_set(name: str, *, if_match: str | None = None) -> Call[None]:
     )
 
 
-def get_adapter_config(name: str) -> Call[dict[str, Any]]:
+def get_adapter_config(name: str, *, version: int | None = None) -> Call[dict[str, Any]]:
     """Return the adapter_config.json of a set as PEFT reads it; raises SetNotFoundError."""
-    return Call(path=path_of("v1", "sets", name, _CONFIG_FILE))
+    return Call(path=path_of("v1", "sets", name, _CONFIG_FILE), query=query_of(version=version))
 
 
-def get_adapter_tensors(name: str) -> "Call[dict[str, Array]]":
+def get_adapter_tensors(name: str, *, version: int | None = None) -> "Call[dict[str, Array]]":
     """Return the weights of a set under PEFT's key names, in their dtypes."""
     from bonsai_lora.client.tensors import decode_tensors  # noqa: PLC0415 - loads NumPy
 
-    return Call(path=path_of("v1", "sets", name, _MODEL_FILE), decode=decode_tensors)
+    return Call(
+        path=path_of("v1", "sets", name, _MODEL_FILE),
+        query=query_of(version=version),
+        decode=decode_tensors,
+    )
 
 
-def get_adapter_model(name: str) -> Call[bytes]:
+def get_adapter_model(name: str, *, version: int | None = None) -> Call[bytes]:
     """Return the adapter_model.safetensors of a set, as it would be in a PEFT folder."""
-    return Call(path=path_of("v1", "sets", name, _MODEL_FILE), decode=decode_bytes)
+    return Call(
+        path=path_of("v1", "sets", name, _MODEL_FILE),
+        query=query_of(version=version),
+        decode=decode_bytes,
+    )
 
 
 def get_adapter_gguf(
@@ -266,6 +279,7 @@ def get_adapter_gguf(
     dtype: str | None = None,
     architecture: str | None = None,
     folded: bool = False,
+    version: int | None = None,
     start: int = 0,
     stop: int | None = None,
     tag: str | None = None,
@@ -277,7 +291,9 @@ def get_adapter_gguf(
     """
     return Call(
         path=path_of("v1", "sets", name, "adapter.gguf"),
-        query=query_of(dtype=dtype, architecture=architecture, folded="true" if folded else None),
+        query=query_of(
+            dtype=dtype, architecture=architecture, folded=folded or None, version=version
+        ),
         headers=range_of(start, stop, tag),
         decode=decode_bytes,
     )

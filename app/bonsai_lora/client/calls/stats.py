@@ -4,13 +4,16 @@ from bonsai_lora.client.answers import Estimate, Health, Readiness, SetStats, St
 from bonsai_lora.client.call import Call, decode_text, path_of, query_of
 
 
-def get_set_stats(name: str, *, base_param_count: int | None = None) -> Call[SetStats]:
+def get_set_stats(
+    name: str, *, base_param_count: int | None = None, version: int | None = None
+) -> Call[SetStats]:
     """Return one set in numbers, with norm and effective rank of each delta.
 
     `efficiency_ratio` compares with the `base_param_count` parameters of a base model.
     """
     return Call(
-        path=path_of("v1", "sets", name, "stats"), query=query_of(base_param_count=base_param_count)
+        path=path_of("v1", "sets", name, "stats"),
+        query=query_of(base_param_count=base_param_count, version=version),
     )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from bonsai_lora.mistakes import _EXPECTED, expectation
+from bonsai_lora.validation import _EXPECTED, expectation
 
 
 class Cat(BaseModel):
