@@ -65,8 +65,6 @@ class Seaweed:
                 *(WEED, "server", f"-dir={self.folder}", "-ip=127.0.0.1"),
                 *("-ip.bind=127.0.0.1", "-filer", "-s3", *ports),
                 *("-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
-                f"-filer.localSocket={self.folder}/filer.sock",
-                f"-s3.localSocket={self.folder}/s3.sock",
                 f"-s3.config={self.folder}/s3.json",
                 *("-master.volumeSizeLimitMB=64", "-volume.max=20"),
             ],
@@ -88,6 +86,9 @@ class Seaweed:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(timeout=20)
         self._process = None
+        for port in self.ports.values():  # a killed server leaves its sockets
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink()
 
     def store(self, prefix):
         """Return the URL of a store of its own."""

@@ -162,7 +162,7 @@ class Soak:
     def sent(self, send, good) -> httpx.Response | None:
         """Return the answer to a change, None if it was refused.
 
-        Raises UnknownError where nobody knows whether it was made.
+        Raises UnknownError if it may have been made or not.
         """
         try:
             answer = send()
