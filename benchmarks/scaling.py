@@ -22,6 +22,7 @@ from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.formats import safetensors
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.store import SetStore
 
 PLOTS = Path(__file__).parent.parent / "docs" / "plots"
@@ -84,7 +85,11 @@ def by_sets() -> Points:
         store = SetStore(Path(folder))
         made = BonsaiLoraSet.new(LoraConfig(rank=8), "base", "s00000").add_adapters({"m": (64, 64)})
         with store.lock("s00000"):
-            store.write(made, origin="initialized", now="2026-01-01T00:00:00Z", previous=None)
+            store.write(
+                NextVersion(
+                    lora_set=made, origin="initialized", now="2026-01-01T00:00:00Z", previous=None
+                )
+            )
         source = Path(folder) / "sets" / "s00000.safetensors"
         raw = source.read_bytes()
         for number in range(1, 10_000):

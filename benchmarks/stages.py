@@ -27,6 +27,7 @@ from bonsai_lora.fast_lane.protocol import LaneConnection
 from bonsai_lora.fast_lane.routes import FastLane
 from bonsai_lora.service.keys import digest_of, new_token
 from bonsai_lora.settings import Settings
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire import json
 
@@ -79,7 +80,9 @@ def make_app(store: str):
         made = made.with_registry(made.registry.add(f"r{rank}", adapter))
     sets = app.state.store
     with sets.lock("bench"):
-        return app, sets.write(made, origin="peft", now="2026-01-01T00:00:00Z", previous=None)
+        return app, sets.write(
+            NextVersion(lora_set=made, origin="peft", now="2026-01-01T00:00:00Z", previous=None)
+        )
 
 
 async def whole(app, request: bytes) -> float:

@@ -30,6 +30,7 @@ from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.shapes import MODELS
 from bonsai_lora.formats import safetensors
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.store import SetStore
 
 ROUNDS = 5
@@ -147,7 +148,11 @@ def size_rows(folder: Path, counts: list[int]) -> list[dict[str, object]]:
 def store_one(store: SetStore, name: str):
     made = BonsaiLoraSet.new(LoraConfig(rank=8), "base", name).add_mlp_adapters(64, 128)
     with store.lock(name):
-        return store.write(made, origin="initialized", now="2026-01-01T00:00:00Z", previous=None)
+        return store.write(
+            NextVersion(
+                lora_set=made, origin="initialized", now="2026-01-01T00:00:00Z", previous=None
+            )
+        )
 
 
 def lookup(store: SetStore) -> str:
@@ -170,7 +175,14 @@ def workers_row(folder: Path, workers: int) -> dict[str, object]:
                 {"m": (4096, 12288)}
             )
             with store.lock(name):
-                store.write(made, origin="initialized", now="2026-01-01T00:00:00Z", previous=None)
+                store.write(
+                    NextVersion(
+                        lora_set=made,
+                        origin="initialized",
+                        now="2026-01-01T00:00:00Z",
+                        previous=None,
+                    )
+                )
     with serving("--store", str(folder / "large"), "--workers", str(workers)) as (url, process):
         for _ in range(10 * workers):
             with httpx.Client(timeout=60) as client:

@@ -12,6 +12,7 @@ import httpx
 
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.store import SetStore
 
 Make = Callable[[httpx.Client, int], Callable[[], object]]
@@ -23,7 +24,11 @@ def make_small_sets(root: Path, count: int) -> None:
     store, name = SetStore(root), "set-000000"
     made = BonsaiLoraSet.new(LoraConfig(rank=1), "base", name).add_adapters({"m": (4, 4)})
     with store.lock(name):
-        store.write(made, origin="initialized", now="2026-01-01T00:00:00Z", previous=None)
+        store.write(
+            NextVersion(
+                lora_set=made, origin="initialized", now="2026-01-01T00:00:00Z", previous=None
+            )
+        )
     raw = (root / "sets" / f"{name}.safetensors").read_bytes()
     for index in range(1, count):
         other = f"set-{index:06}"

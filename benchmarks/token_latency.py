@@ -35,6 +35,7 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.core.shapes import MODELS
 from bonsai_lora.formats import safetensors
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.store import SetStore
 
 MODEL, RANK = MODELS["qwen3-8b"], 16
@@ -81,7 +82,9 @@ def write_set(folder: str) -> LoraRegistry:
     store = SetStore(Path(folder))
     with store.lock("bench"):
         now = "2026-01-01T00:00:00Z"
-        return store.write(made, origin="peft", now=now, previous=None).lora_set.registry
+        return store.write(
+            NextVersion(lora_set=made, origin="peft", now=now, previous=None)
+        ).lora_set.registry
 
 
 def steps_of(registry: LoraRegistry) -> list[Step]:

@@ -42,6 +42,7 @@ sys.path[:0] = [
         "peers",
         "storage",
         "cluster",
+        "mutants",
     )
 ]
 
@@ -99,6 +100,16 @@ def service(settings, tmp_path):
     known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
     with serving(create_app(known)) as url:
         yield url
+
+
+def gain_of(client, path):
+    """The gain in the head of a merged file, when it is there."""
+    for _ in range(500):
+        found = client.head(path).headers.get("bonsai-delta-gain")
+        if found is not None:
+            return float(found)
+        time.sleep(0.01)
+    raise AssertionError(path)
 
 
 @pytest.fixture

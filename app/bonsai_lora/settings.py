@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from bonsai_lora.validation import expectation
+
 _MIB, _GIB = 1 << 20, 1 << 30
 _NO_BUDGET = 1 << 53
 _PORT = 8000
@@ -278,7 +280,7 @@ class Settings(BaseSettings):
         """Refuse what cannot be put before a path."""
         value = value.rstrip("/")
         if value and not _ROOT_PATH.fullmatch(value):
-            raise ValueError("it is not the beginning of a path; expected such as /lora")
+            raise ValueError("expected the beginning of a path, such as /lora")
         return value
 
     @field_validator("store")
@@ -318,7 +320,12 @@ class Settings(BaseSettings):
     def _check_proxies(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         """Refuse what is neither an address nor a network."""
         for one in value:
-            ip_network(one)
+            try:
+                ip_network(one)
+            except ValueError:
+                raise ValueError(
+                    f"{one!r} is neither an address nor a network; expected such as 10.0.0.0/8"
+                ) from None
         return value
 
     def is_reachable(self) -> bool:
@@ -355,5 +362,5 @@ def read_settings(**given: Any) -> Settings:
 def _mistake(error: Any) -> str:
     name = str(error["loc"][0])
     flag, variable = f"--{name.replace('_', '-')}", f"BONSAI_LORA_{name.upper()}"
-    reason = error["msg"].removeprefix("Value error, ")
-    return f"{flag} ({variable}): {reason}; got {error['input']!r}"
+    value = "missing" if error["input"] is None else repr(error["input"])
+    return f"{flag} ({variable}) is {value}; {expectation(error)}"

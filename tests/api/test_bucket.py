@@ -1,15 +1,20 @@
 """The API over a store in a bucket, which is in memory here; `tests/cluster` has a real server."""
 
+import contextlib
 import re
+import socket
 import time
 
 import httpx
+import obstore
 import pytest
 from buckets import Line
-from conftest import TINY, assert_problem, serving, upload
+from conftest import TINY, assert_problem, peft_tensors, serving, upload
 from obstore.store import MemoryStore
+from test_hub_push import CONFIG, HEADER, MODEL, file_line, ndjson, push
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.formats import safetensors
 from bonsai_lora.storage import bucket_store, freshness
 
 APPLY = "/v1/sets/s/adapters/m/apply"
@@ -144,6 +149,56 @@ def test_the_budget_and_quotas_are_of_the_bucket(start, line):
         assert problem["held_bytes"] == first.get("/v1/stats").json()["total_memory_bytes"] - 256
         assert first.delete("/v1/sets/s").status_code == 204
         assert second.put("/v1/sets/t/adapters/large", json=body).status_code == 201
+
+
+def keys_in(line):
+    return sorted(one["path"] for chunk in obstore.list(line._small) for one in chunk)
+
+
+def test_each_request_of_a_push_may_go_to_a_different_machine(start, line):
+    """Nothing is kept between them: the commit has the whole adapter."""
+    files = [{"path": CONFIG, "size": 1}, {"path": MODEL, "size": 1}]
+    with contextlib.ExitStack() as stack:
+        urls = [stack.enter_context(serving(start(name))) for name in ("one", "two", "three")]
+        one, two, three = (stack.enter_context(httpx.Client(base_url=url)) for url in urls)
+        body = {"name": "s", "organization": "adapters"}
+        assert one.post("/api/repos/create", json=body).status_code == 200
+        path = "/api/models/adapters/s/preupload/main"
+        modes = two.post(path, json={"files": files}).json()["files"]
+        assert [one["uploadMode"] for one in modes] == ["regular", "regular"]
+        assert keys_in(line) == ["usage"]
+        done = push(three, "s")
+        assert done.status_code == 200, done.text
+        for client in (one, two, three):
+            assert client.get("/v1/sets/s?version=1").status_code == 200
+            assert client.get("/api/models/adapters/s").json()["sha"] == done.json()["commitOid"]
+
+
+def test_an_aborted_commit_leaves_nothing(start, line, tmp_path, rng):
+    tensors = peft_tensors(rng, rank=4, d_in=200_000, d_out=200_000)
+    body = ndjson(HEADER, file_line(MODEL, safetensors.encode(tensors)))
+    temporary = tmp_path / "one" / "tmp"
+    with serving(start("one")) as url, socket.create_connection(address_of(url), 10) as sender:
+        head = f"POST /api/models/adapters/s/commit/main HTTP/1.1\r\nHost: {address_of(url)[0]}\r\n"
+        head += f"Content-Type: application/x-ndjson\r\nContent-Length: {len(body)}\r\n\r\n"
+        sender.sendall(head.encode() + body[:-1000])
+        eventually(lambda: sum(one.stat().st_size for one in temporary.iterdir()) > 1 << 20)
+        sender.close()
+        eventually(lambda: not [*temporary.iterdir()])
+        assert keys_in(line) == ["usage"]
+        assert httpx.get(f"{url}/v1/sets/s").status_code == 404
+
+
+def address_of(url):
+    host, _, port = url.removeprefix("http://").partition(":")
+    return host, int(port)
+
+
+def eventually(check):
+    deadline = time.monotonic() + 20
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_requests_within_the_stale_time_ask_the_bucket_nothing(bucket, line):

@@ -19,9 +19,8 @@ from conftest import (
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.api.merged_file import CountedFile
+from bonsai_lora.checkpoints.gguf_lora import LoraFile, Model, encode_lora
 from bonsai_lora.formats.gguf import read_header, reader_of
-from bonsai_lora.formats.gguf_lora_file import LoraFile
-from bonsai_lora.formats.gguf_lora_writer import Model, encode_lora
 from bonsai_lora.formats.peft import decode_adapter
 from bonsai_lora.formats.peft_config import PeftConfig
 from bonsai_lora.formats.peft_options import BaseOptions

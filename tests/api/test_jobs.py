@@ -14,6 +14,8 @@ from conftest import assert_problem, peft_config, peft_tensors, serving, snapsho
 from keyring import KeysFileMaker, caller
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.api.routes import lab
+from bonsai_lora.errors import StoreFullError, StoreReadOnlyError, StoreUnreachableError
 from bonsai_lora.service import combine, jobs
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.keys import ANYONE
@@ -86,6 +88,37 @@ def test_a_combination_as_a_job(one):
     assert one.get("/v1/sets/new").json()["origin"] == "combined"
     page = one.get("/v1/jobs").json()
     assert page == {"jobs": [done | {"result": None}], "next_cursor": None}
+
+
+LOOKS = ["/v1/compare?set=a&set=a", "/v1/sets/a/spectrum"]
+
+
+@pytest.mark.parametrize("path", LOOKS)
+def test_a_long_look_is_a_job_if_that_is_preferred(one, monkeypatch, path):
+    answer = one.get(path)
+    quick = one.get(path, headers=ASYNC)
+    assert (quick.status_code, quick.content) == (200, answer.content)
+    monkeypatch.setattr(lab, "LONG_NANOSECONDS", 0.0)
+    assert one.get(path).content == answer.content
+    response = one.get(path, headers=ASYNC)
+    assert response.status_code == 202
+    assert response.headers["preference-applied"] == "respond-async"
+    job = ended(one, response.json()["id"])
+    assert job["kind"] in path
+    assert (job["state"], job["progress"], job["result"]) == ("done", 1.0, answer.json())
+
+
+@pytest.mark.parametrize("path", LOOKS)
+@pytest.mark.parametrize("error", [StoreReadOnlyError, StoreFullError, StoreUnreachableError])
+def test_a_look_is_answered_where_no_job_can_be_stored(one, monkeypatch, path, error):
+    def refuse(*_):
+        raise error("no")
+
+    answer = one.get(path)
+    monkeypatch.setattr(lab, "LONG_NANOSECONDS", 0.0)
+    monkeypatch.setattr(JobFolder, "add", refuse)
+    now = one.get(path, headers=ASYNC)
+    assert (now.status_code, now.content) == (200, answer.content)
 
 
 def test_what_is_wrong_is_refused_at_once(one):

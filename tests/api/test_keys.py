@@ -250,6 +250,7 @@ def test_what_is_open_needs_no_key_and_has_no_names(world):
         "sets": 2,
         "bad_file_count": 0,
         "newer_file_count": 0,
+        "not_imported_count": 0,
         "store_writable": True,
         "bases_readable": True,
     }

@@ -27,6 +27,7 @@ from bonsai_lora.core.recipe import OPTIONS
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service.combine import Plan
 from bonsai_lora.settings import Settings
+from bonsai_lora.storage.newset import NextVersion
 
 MODULE = "model.layers.0.self_attn.q_proj"
 OTHER = "model.layers.1.self_attn.q_proj"
@@ -200,7 +201,7 @@ def test_a_set_that_was_created_meanwhile_is_kept(pair, store, monkeypatch):
         other = BonsaiLoraSet.new(LoraConfig(), "", "new")
         with store.lock("new"):
             now = "2026-01-01T00:00:00Z"
-            store.write(other, origin="initialized", now=now, previous=None)
+            store.write(NextVersion(lora_set=other, origin="initialized", now=now, previous=None))
         return report(plan, combined)
 
     monkeypatch.setattr(Plan, "report", create_first)

@@ -188,7 +188,9 @@ def test_scale_and_several_sets(based):
     ).all()
     assert_problem(based.get(f"{path}?weight=1"), 422, "invalid_request")
     assert_problem(based.get(f"{path}?set=plain"), 422, "invalid_request")
-    assert_problem(based.get(f"{path}?scale=nan"), 422, "invalid_request")
+    for query in ("scale=nan", "scale=1e9", "set=attention-only&weight=-1e7"):
+        assert_problem(based.get(f"{path}?{query}"), 422, "invalid_request")
+        assert_problem(based.get(f"{PATH}/plain?{query}"), 422, "invalid_request")
 
 
 def test_refusals(based, rng, tmp_path):
@@ -419,6 +421,36 @@ def test_the_hub_describes_a_repository(based):
         assert missing.headers["x-error-code"] == "RepoNotFound"
     old = based.post(f"{repo}/paths-info/7", data={"paths": name})
     assert old.headers["x-error-code"] == "RevisionNotFound"
+
+
+@pytest.mark.parametrize("is_transposed", [True, False])
+def test_dora_norms_are_of_the_weight_as_its_base_stores_it(based, tmp_path, rng, is_transposed):
+    """An oblong weight shows how the base stores a square one, (in, out) or (out, in)."""
+    shapes = {"h.0.attn.c_proj": (6, 6), "h.0.mlp.c_fc": (6, 9)}
+    weights = {module: rng.standard_normal((d_out, d_in)).astype(np.float32)
+               for module, (d_in, d_out) in shapes.items()}  # fmt: skip
+    stored = {
+        f"{module}.weight": np.ascontiguousarray(weight.T if is_transposed else weight)
+        for module, weight in weights.items()
+    }
+    write_base(tmp_path / "bases" / "b", stored)
+    tensors, loras = {}, {}
+    for module, (d_in, d_out) in shapes.items():
+        tensors |= peft_tensors(rng, module, d_in=d_in, d_out=d_out)
+        magnitude = rng.uniform(0.5, 2, d_out).astype(np.float32)
+        loras[module] = reference.Lora(*[*tensors.values()][-2:], 2.0, magnitude=magnitude)
+        tensors[f"base_model.model.{module}.lora_magnitude_vector"] = magnitude
+    config = peft_config(
+        target_modules=["c_proj", "c_fc"], use_dora=True, fan_in_fan_out=True,
+        base_model_name_or_path="org/b",
+    )  # fmt: skip
+    upload_parts(based, "d", config, tensors)
+    x = rng.standard_normal(6).astype(np.float32)
+    for module, weight in weights.items():
+        body = {"inputs": [x.tolist()], "base_outputs": [(weight @ x).tolist()]}
+        got = based.post(f"/v1/sets/d/adapters/{module}/apply", json=body).json()["outputs"]
+        expected = reference.adds(loras[module], x, weights=weight)
+        assert reference.relative_error(np.array(got[0]), expected) < 1e-6
 
 
 def test_merge_and_apply_mean_the_same_tensor(based, tmp_path, rng):

@@ -69,6 +69,8 @@ def test_listings_leave_it_out_and_readiness_reports_it(newer):
         "bad_file_count": 0,
         "newer_file_count": 1,
         "newer_files": ["new"],
+        "not_imported_count": 0,
+        "not_imported": {},
         "store_writable": True,
         "bases_readable": None,
     }

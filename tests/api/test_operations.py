@@ -1,8 +1,12 @@
+import io
 import itertools
+import json
+import logging
 import math
 import os
 import re
 import resource
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -13,6 +17,7 @@ from conftest import TINY, assert_problem, connect, read_answer, serving, upload
 from prometheus_client.parser import text_string_to_metric_families
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.core import backend
 from bonsai_lora.storage.bad_files import BadFiles
 from bonsai_lora.storage.counts import count_restart
@@ -31,6 +36,8 @@ def test_health_and_readiness(client):
         "bad_file_count": 0,
         "newer_file_count": 0,
         "newer_files": [],
+        "not_imported_count": 0,
+        "not_imported": {},
         "store_writable": True,
         "bases_readable": None,
     }
@@ -44,6 +51,25 @@ def test_readiness_reports_whether_the_bases_can_be_read(settings, tmp_path):
         assert httpx.get(f"{url}/readyz").json()["bases_readable"] is False
         (tmp_path / "bases").mkdir()
         assert httpx.get(f"{url}/readyz").json()["bases_readable"] is True
+
+
+def test_readiness_names_what_was_dropped_into_the_store(settings, tmp_path, monkeypatch):
+    """At the start and while the service runs; what is dropped is never served."""
+    store, log, root = tmp_path / "store", io.StringIO(), logging.getLogger()
+    monkeypatch.setattr(root, "handlers", root.handlers)
+    configure_logging("info", "json")
+    root.handlers[0].setStream(log)
+    shutil.copytree(TINY / "plain", store / "poet\nroot")
+    with serving(create_app(settings)) as url:
+        assert httpx.get(f"{url}/readyz").json()["not_imported_count"] == 1
+        shutil.copytree(TINY / "plain", store / "sets" / "lawyer")
+        ready = httpx.get(f"{url}/readyz").json()
+        assert httpx.get(f"{url}/v1/sets").json()["sets"] == []
+    assert ready["not_imported_count"] == 2
+    assert list(ready["not_imported"]) == ["poet\\nroot/", "sets/lawyer/"]
+    assert "bonsai-lora push" in ready["not_imported"]["sets/lawyer/"]
+    [line] = [json.loads(one) for one in log.getvalue().splitlines() if "not imported" in one]
+    assert (line["count"], line["names"]) == (1, ["poet\\nroot/"])
 
 
 def test_metrics_count_requests(client):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from html.parser import HTMLParser
+from typing import get_args
 
 import httpx
 import pytest
@@ -11,6 +12,7 @@ from conftest import assert_problem, serving
 from keyring import KeysFileMaker
 
 from bonsai_lora.api.app import create_app
+from bonsai_lora.api.lab_schemas import StoredDtype
 from bonsai_lora.api.routes.page import FOLDER
 
 VENDORED = json.loads((FOLDER / "vendored.json").read_text())
@@ -138,3 +140,9 @@ def test_the_page_is_for_everybody(settings, tmp_path):
         for path in ("/", "/page/app.js", "/page/uplot/uPlot.esm.js", "/openapi.json"):
             assert client.get(path).status_code == 200
         assert_problem(client.get("/v1/sets"), 401, "unauthenticated")
+
+
+def test_the_page_offers_every_type_whose_loss_is_computed():
+    script = (FOLDER / "one_set.js").read_text()
+    offered = json.loads(re.search(r"const dtype = select\((\[.*?\])\)", script)[1])
+    assert tuple(offered) == get_args(StoredDtype)

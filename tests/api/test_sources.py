@@ -321,7 +321,7 @@ def test_a_redirect_to_a_named_host_carries_no_token(start, server, monkeypatch)
     origin = client.app.state.context.origins.by_name["files"]
     assert "secret" not in repr(origin)
     with httpx.Client() as own:
-        there = web._request(own, origin, httpx.URL("http://127.0.0.1:1/x"))
+        there = web._request(own, origin, "GET", httpx.URL("http://127.0.0.1:1/x"))
     assert "authorization" not in there.headers
 
 
@@ -365,6 +365,10 @@ def test_a_bad_sources_file_says_why(tmp_path, entry):
     path.write_text(json.dumps({"sources": [good, good]}))
     with pytest.raises(ValueError, match="same name"):
         read_sources(path)
+    with pytest.raises(
+        ValueError, match=r"absent\.json cannot be read: No such file or directory; check"
+    ):
+        read_sources(tmp_path / "absent.json")
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.fit import check_tensor
-from bonsai_lora.checkpoints.tensors import Touched
+from bonsai_lora.checkpoints.merged_tensor import Touched
 from bonsai_lora.errors import InvalidBaseError, ShapeMismatchError
 from bonsai_lora.formats import safetensors
 

@@ -7,7 +7,7 @@ from test_merged_kinds import CONFIG, close, lora_set, normal
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
 from bonsai_lora.checkpoints.merged_files import merged_files
-from bonsai_lora.checkpoints.tensors import MergedTensor, Touched
+from bonsai_lora.checkpoints.merged_tensor import MergedTensor, Touched
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.peft_options import BaseOptions

@@ -36,6 +36,11 @@ def test_calls(service, rng):
         names = [one["name"] async for one in client.list_sets(page_size=1)]
         with pytest.raises(errors.SetNotFoundError):
             await client.get_set("nobody")
+        assert (await client.get_set("s", version=2))["version"] == 2
+        with pytest.raises(errors.VersionNotFoundError):
+            await client.apply("s", "m", x, version=1)
+        with pytest.raises(errors.VersionNotFoundError):
+            await anext(client.merge_stream("s", "m", [x.tobytes()], dtype="F32", version=1))
         rows = await asyncio.gather(*(client.apply("s", "m", row) for row in x))
         return names, np.stack([one.outputs for one in rows])
 

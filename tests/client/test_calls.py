@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import reference
 from conftest import DATA, TINY, read_tensors
 from ml_dtypes import bfloat16
 
-from bonsai_lora import Client, errors
+from bonsai_lora import Client, Layer, errors
 
 MODULE = "model.layers.0.self_attn.q_proj"
 SHAPES = {"q_proj": (4, 3), "k_proj": (4, 2)}
@@ -63,6 +64,70 @@ def test_sets_are_created_listed_shown_and_deleted(client):
     assert client.delete_set("one", if_match=info["etag"]) is None
     with pytest.raises(errors.SetNotFoundError, match="there is no set named 'one'"):
         client.get_set("one")
+
+
+def version_calls(client, x):
+    """Each call that takes the version of the set `a` that is meant."""
+    w = np.zeros((3, 4), np.float32)
+    return {
+        "get_set": partial(client.get_set, "a"),
+        "get_adapter_config": partial(client.get_adapter_config, "a"),
+        "get_adapter_tensors": partial(client.get_adapter_tensors, "a"),
+        "get_adapter_model": partial(client.get_adapter_model, "a"),
+        "list_adapters": partial(client.list_adapters, "a"),
+        "get_adapter": partial(client.get_adapter, "a", "q_proj"),
+        "apply": partial(client.apply, "a", "q_proj", x),
+        "apply_many": partial(client.apply_many, "a", {"q_proj": x}),
+        "merge": partial(client.merge, "a", "q_proj", w),
+        "merge_stream": lambda version: b"".join(
+            client.merge_stream("a", "q_proj", [w.tobytes()], dtype="F32", version=version)
+        ),
+        "get_set_stats": partial(client.get_set_stats, "a"),
+        "get_spectrum": partial(client.get_spectrum, "a"),
+        "layer": lambda version: Layer(client, "a", "q_proj", version=version)(x),
+    }
+
+
+def test_the_version_that_is_meant_or_none(client, weights):
+    x = np.ones((1, 4), np.float32)
+    version = client.get_set("a")["version"]
+    for name, call in version_calls(client, x).items():
+        call(version=version)
+        for other in (version - 1, version + 1):
+            with pytest.raises(errors.VersionNotFoundError) as refused:
+                call(version=other)
+            assert refused.value.values["expected"] == version, name
+
+
+def test_the_gguf_file_of_a_version(client, tmp_path):
+    client.upload_set("plain", TINY / "plain")
+    whole = client.get_adapter_gguf("plain", version=1)
+    client.pull_gguf("plain", tmp_path / "a.gguf", version=1)
+    assert (tmp_path / "a.gguf").read_bytes() == whole
+    for call in (
+        partial(client.get_adapter_gguf, "plain"),
+        partial(client.pull_gguf, "plain", tmp_path / "b.gguf"),
+    ):
+        with pytest.raises(errors.VersionNotFoundError):
+            call(version=2)
+    assert not (tmp_path / "b.gguf").exists()
+
+
+def test_a_model_takes_its_version_as_number_or_text(client, weights):
+    version = client.get_set("a")["version"]
+    x = {"q_proj": np.ones((1, 4), np.float32)}
+    calls = (
+        client.get_model,
+        client.get_model_ready,
+        client.get_model_config,
+        client.get_model_statistics,
+        partial(client.infer, inputs=x),
+    )
+    for call in calls:
+        assert call("a", version=version) is not None
+        assert call("a", version=str(version)) is not None
+        with pytest.raises(errors.NotFoundError):
+            call("a", version=version + 1)
 
 
 def test_pages_are_read_as_needed(client):

@@ -66,6 +66,8 @@ CALLS = [
     lab.get_spectrum("s"),
     lab.get_survival("b", "s"),
     lab.start_combine("s", {"a": 1.0}),
+    lab.start_compare(["a", "b"]),
+    lab.start_spectrum("s"),
     lab.start_extract("s", "b", "t", rank=4),
     lab.start_survival("b", "s"),
     jobs.list_jobs(),
@@ -116,6 +118,44 @@ def operation_of(call):
 def test_every_operation_has_a_call():
     operations = {one["operationId"] for item in OPENAPI["paths"].values() for one in item.values()}
     assert {operation_of(call) for call in CALLS} == operations
+
+
+def takes_version(path, operation):
+    parameters = (one.get("name") for one in operation.get("parameters", ()))
+    return "/versions/" in path or "version" in parameters
+
+
+def test_every_operation_with_a_version_has_a_call_with_one():
+    wanted = {
+        operation["operationId"]
+        for path, item in OPENAPI["paths"].items()
+        for operation in item.values()
+        if takes_version(path, operation)
+    }
+    calls = [
+        sets.get_set("s", version=3),
+        sets.get_adapter_config("s", version=3),
+        sets.get_adapter_model("s", version=3),
+        sets.get_adapter_tensors("s", version=3),
+        sets.get_adapter_gguf("s", version=3),
+        adapters.list_adapters("s", version=3),
+        adapters.get_adapter("s", "m", version=3),
+        applying.apply("s", "m", X, version=3),
+        applying.apply_many("s", {"m": X}, version=3),
+        merging.merge("s", "m", X, version=3),
+        merging.merge_blocks("s", "m", [], "F32", unmerge=False, version=3),
+        stats.get_set_stats("s", version=3),
+        lab.get_spectrum("s", version=3),
+        lab.start_spectrum("s", version=3),
+        inference.infer("s", {"x": X}, version=3),
+        inference.get_model("s", version=3),
+        inference.get_model_ready("s", version=3),
+        inference.get_model_config("s", version=3),
+        inference.get_model_statistics("s", version=3),
+    ]
+    assert {operation_of(call) for call in calls} == wanted
+    for call in calls:
+        assert ("version", "3") in call.query or "/versions/3" in call.path
 
 
 def functions():
@@ -213,8 +253,8 @@ def test_names_are_quoted():
     assert sets.get_set("a/b?c#d e").path == "/v1/sets/a%2Fb%3Fc%23d%20e"
 
 
-def test_only_what_changes_nothing_is_pure():
-    changing = {operation_of(call) for call in CALLS if not call.is_pure}
+def test_only_what_changes_nothing_is_safe():
+    changing = {operation_of(call) for call in CALLS if not call.is_safe}
     assert changing == {
         *("create_set", "upload_set", "change_set", "delete_set", "put_adapter", "delete_adapter"),
         *("combine_sets", "extract_set", "start_survival", "cancel_job"),

@@ -1,9 +1,12 @@
 """Merged models downloaded as GGUF files."""
 
+import json
+
 import gguf_models
 import httpx
+import numpy as np
 import pytest
-from conftest import peft_config, peft_tensors, serving, upload_parts
+from conftest import gain_of, peft_config, peft_tensors, serving, upload_parts
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.cli.main import main
@@ -70,6 +73,29 @@ def test_the_command_pulls_a_gguf_file(address, client, tmp_path, capsys):
         plain = [one for one in arguments if one != "--gguf"]
         assert main([*plain, *wrong]) == 2
         assert "add --gguf" in capsys.readouterr().err
+
+
+def test_a_little_gain_is_a_line_of_the_command(address, tmp_path, rng, capsys):
+    raw, _ = gguf_models.model("BF16", rng)
+    (tmp_path / "bases" / "wide.gguf").write_bytes(raw)
+    tensors = peft_tensors(rng, MODULE, d_in=256, d_out=256)
+    small = {name: one * np.float32(0.001) for name, one in tensors.items()}
+    with httpx.Client(base_url=address) as http:
+        assert upload_parts(http, "small", peft_config(), small).status_code == 201
+        path = "/v1/bases/wide/merged/small/wide.gguf"
+        gain = gain_of(http, f"{path}?dtype=BF16")
+        assert gain_of(http, f"{path}?dtype=F32") > 0.999
+    assert 0 < gain < 0.5
+    command = ["pull", "wide/small", "--gguf", "--url", address, "-o", str(tmp_path / "wide.gguf")]
+    assert main([*command, "--dtype", "F32"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main([*command, "--dtype", "BF16", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["delta_gain"] == gain
+    assert err == (
+        f"warning: rounding left {gain:.0%} of the deltas; apply the set beside the base instead, "
+        "or pull it with --dtype F32\n"
+    )
 
 
 def test_a_base_without_gguf_file_is_refused(based, rng, tmp_path):

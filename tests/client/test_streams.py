@@ -199,7 +199,7 @@ def test_a_file_that_is_refused_ends_the_download(tmp_path):
         Client(server.url) as client,
         pytest.raises(errors.NotFoundError, match="gone"),
     ):
-        client.pull("b/s", tmp_path, jobs=1)
+        client.pull("b/s", tmp_path, parallel=1)
     assert not (tmp_path / "a").exists()
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -352,6 +353,38 @@ def test_a_folder_is_moved_into_a_bucket(weed, place, replicas, tmp_path):
         content = service.get(f"/v1/sets/{name}/adapter_model.safetensors").content
         assert content == (folder / "sets" / f"{name}.safetensors").read_bytes()
     assert service.get("/v1/stats").json()["set_count"] == 2
+
+
+def test_services_that_start_at_once_import_a_folder_once(replicas, tmp_path):
+    for number in range(6):
+        shutil.copytree(TINY / "plain", tmp_path / "adapters" / f"s{number}")
+    flags = ("--sets", str(tmp_path / "adapters"), "--workers", "2")
+    with ThreadPoolExecutor(2) as threads:
+        clients = list(threads.map(lambda name: replicas(name, *flags), ("one", "other")))
+    for number in range(6):
+        found = [one.get(f"/v1/sets/s{number}").json() for one in clients]
+        assert found[0] == found[1]
+        assert found[0]["version"] == 1
+    assert [one.get("/v1/stats").json()["set_count"] for one in clients] == [6, 6]
+    third = replicas("third", *flags)
+    assert metric(third, "cache_bytes") == 0, "what is unchanged is not fetched"
+    assert version_of(third, "s3") == 1
+
+
+def test_without_the_bucket_a_service_starts_and_imports_at_its_next_start(
+    weed, place, replicas, tmp_path
+):
+    shutil.copytree(TINY / "plain", tmp_path / "adapters" / "plain")
+    flags = ("--store", place, "--cache", str(tmp_path / "one"))
+    flags += ("--sets", str(tmp_path / "adapters"))
+    weed.stop()
+    try:
+        with running(*flags, **weed.variables) as (url, _):
+            wait_until_ready(url)
+            assert httpx.get(f"{url}/readyz").json()["store"] == "unreachable"
+    finally:
+        weed.start()
+    assert version_of(replicas("one", *flags[-2:]), "plain") == 1
 
 
 def test_large_sets_go_in_pieces(replicas, rng):

@@ -156,6 +156,22 @@ def test_dora_merges_do_not_depend_on_the_block(computing, rng, dtype):
         assert norms == pytest.approx(magnitude, rel=1e-2)
 
 
+@pytest.mark.parametrize(
+    ("row", "magnitude", "expected"),
+    [
+        ([0, 0], 1, [np.nan, np.nan]),  # it has no direction
+        ([np.inf, 1], 1, [np.nan, 0]),
+        ([3e38, -3e38], 1, [0, 0]),  # its norm is beyond float32
+        ([1e-30, 0], 1e30, [np.inf, np.nan]),  # its factor is
+    ],
+)
+def test_dora_rows_that_have_no_norm_are_as_in_torch(computing, row, magnitude, expected):
+    rows, out = np.array([row], np.float32), np.empty((1, 2), np.float32)
+    left, right = np.zeros((1, 1), np.float32), np.zeros((1, 2), np.float32)
+    merge_rows(rows, right, left, 1.0, out=out, magnitude=np.array([magnitude], np.float32))
+    np.testing.assert_array_equal(out, [expected])
+
+
 def run(code: str, **variables: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from test_combine import delta, random_adapter
 
 from bonsai_lora.core import combine as combining
-from bonsai_lora.core import deltas, prune
-from bonsai_lora.core.entries import merge_entries
+from bonsai_lora.core import combine_deltas, prune
+from bonsai_lora.core.prune import merge_entries
 from bonsai_lora.core.recipe import Recipe
 
 X = np.array([[0.5, -2, 0.1, 1, -0.3, 3, -0.7, 0.2, 1.5, -0.05]], np.float32)
@@ -145,7 +145,7 @@ def dense(adapters, weights, method, density):
 @pytest.mark.parametrize("density", [1.0, 0.4])
 def test_deltas_are_merged_and_cut(rng, monkeypatch, method, density):
     """In blocks of a few rows; error and energy are those of the whole matrix."""
-    monkeypatch.setattr(deltas, "_BLOCK_VALUES", 1200)
+    monkeypatch.setattr(combine_deltas, "_BLOCK_VALUES", 1200)
     pair = [random_adapter(rng, 3, 170, 150, 0.5), random_adapter(rng, 4, 170, 150)]
     weights = [0.8, -0.4]
     expected = dense(pair, weights, method, density)
@@ -164,7 +164,7 @@ def test_the_seed_and_nothing_else_decides(rng, monkeypatch, method):
     pair = [random_adapter(rng, 3, 60, 50), random_adapter(rng, 3, 60, 50)]
     options = {"density": 0.5} | ({} if method == "breadcrumbs" else {"seed": 3})
     first = delta(combined(pair, [1.0, 1.0], method, **options).adapter)
-    monkeypatch.setattr(deltas, "_BLOCK_VALUES", 200)
+    monkeypatch.setattr(combine_deltas, "_BLOCK_VALUES", 200)
     again = delta(combined(pair, [1.0, 1.0], method, **options).adapter)
     np.testing.assert_allclose(again, first, atol=1e-4)
     if "seed" in options:

@@ -68,6 +68,13 @@ def test_a_bad_prefix_is_refused_and_changes_nothing(capsys, path):
     assert not path.exists()
 
 
+def test_a_wrong_limit_is_named(capsys, path):
+    assert keys(path, "new", "--scope", "read", "--requests-per-second", "-1") == 2
+    error = capsys.readouterr().err
+    assert error == "bonsai-lora: --requests-per-second is -1.0; expected more than 0\n"
+    assert not path.exists()
+
+
 ENTRY = {"id": "a" * 8, "sha256": "0" * 64, "scopes": ["read"], "prefixes": [""]}
 
 

@@ -7,9 +7,10 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import TINY, gain_of, peft_config, peft_tensors, upload_parts
 
 from bonsai_lora import AsyncClient, Client
+from bonsai_lora.api.routes import lab as lab_routes
 from bonsai_lora.cli import pictures, progress
 from bonsai_lora.cli.main import main
 from bonsai_lora.errors import (
@@ -215,10 +216,40 @@ def test_jobs_of_the_client(run, service):
     assert asyncio.run(wait())["name"] == "made"
 
 
-def test_a_little_gain_is_a_line_of_pull(service, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Client, "pull", lambda *_, **__: {"delta_gain": 0.125})
-    assert main(["pull", "--url", service, "tiny-qwen3/plain", "-o", str(tmp_path)]) == 0
-    assert capsys.readouterr().err.startswith("warning: rounding left 12% of the deltas; ")
+def test_a_little_gain_is_a_line_of_pull(based, rng, tmp_path, capsys):
+    module = "model.layers.0.self_attn.q_proj"
+    tensors = peft_tensors(rng, module, d_in=64, d_out=128)
+    small = {name: one * np.float32(0.001) for name, one in tensors.items()}
+    assert upload_parts(based, "small", peft_config(), small).status_code == 201
+    gain = gain_of(based, "/v1/bases/tiny-qwen3/merged/small/model-00001-of-00003.safetensors")
+    assert 0 < gain < 0.5
+    command = ["pull", "--url", str(based.base_url), "tiny-qwen3/small", "-o", str(tmp_path / "m")]
+    assert main(command) == 0
+    assert capsys.readouterr().err == (
+        f"warning: rounding left {gain:.0%} of the deltas; apply the set beside the base instead, "
+        "or merge it into a wider base\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [("compare", "one", "two"), ("spectrum", "one")], ids=["compare", "spectrum"]
+)
+def test_what_takes_long_is_a_job_with_a_line(run, service, monkeypatch, words):
+    short = run(*words)
+    monkeypatch.setattr(lab_routes, "LONG_NANOSECONDS", 0.0)
+    monkeypatch.setattr(progress, "_SHOWN_AFTER_SECONDS", 0.0)
+    assert run(*words) == short  # silent, as standard error is no terminal
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    code, out, err = run(*words)
+    assert (code, out) == short[:2]
+    assert err.endswith("] 100%, 0 s left \n")
+    code, out, err = run(*words, "--json")
+    assert (code, err) == (0, "")
+    with Client(service) as client:
+        made = client.compare(words[1:]) if len(words) > 2 else client.get_spectrum(words[1])
+        assert json.loads(out) == made
+        kinds = [one["kind"] for one in client.list_jobs()["jobs"]]
+    assert kinds == [words[0]] * 3
 
 
 def test_a_job_line_is_shown_after_a_second(monkeypatch, capsys):

@@ -11,6 +11,7 @@ from test_records import NOW
 from bonsai_lora.cli.main import main
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.storage.newset import NextVersion
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ def several(store):  # noqa: F811 - the fixture
     """The store of `s`, with `t` and one of the first release."""
     made = BonsaiLoraSet.new(LoraConfig(rank=2), "base", "t").add_mlp_adapters(8, 16)
     with store.lock("t"):
-        store.write(made, origin="initialized", now=NOW, previous=None)
+        store.write(NextVersion(lora_set=made, origin="initialized", now=NOW, previous=None))
     shutil.copy(DATA / "set-files-0.1.0" / "made.safetensors", store.root / "sets")
     return store
 
@@ -67,9 +68,30 @@ def test_a_wrong_setting_is_one_line(capsys, monkeypatch):
         main(["verify"])
     assert ended.value.code == 2
     text = capsys.readouterr().err
-    assert text.startswith("bonsai-lora: --port (BONSAI_LORA_PORT): ")
-    assert text.endswith("; got 'many'\n")
-    assert text.count("\n") == 1
+    assert text == "bonsai-lora: --port (BONSAI_LORA_PORT) is 'many'; expected an integer\n"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "text"),
+    [
+        ("--port", "70000", "is '70000'; expected 65535 or less"),
+        ("--workers", "0", "is '0'; expected 1 or more"),
+        ("--stall-seconds", "0", "is '0'; expected more than 0"),
+        ("--stall-seconds", "long", "is 'long'; expected a number"),
+        ("--kernels", "fast", "is 'fast'; expected 'auto' or 'off'"),
+        ("--no-auth", "perhaps", "is 'perhaps'; expected true or false"),
+        ("--store", "", "is ''; expected a length of 1 or more"),
+        ("--root-path", "lora", "is 'lora'; expected the beginning of a path, such as /lora"),
+        ("--trusted-proxies", "10.0.0.0/40", "'10.0.0.0/40' is neither an address nor a network"),
+        ("--tls-cert", "cert.pem", "is missing; a certificate and its key belong together"),
+    ],
+)
+def test_a_wrong_flag_says_what_is_wrong_with_its_value(capsys, flag, value, text):
+    assert main(["serve", flag, value]) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert "should" not in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["serve", "verify", "gc"])
@@ -80,5 +102,5 @@ def test_an_address_that_is_no_bucket_is_not_a_folder(command, capsys, monkeypat
     except SystemExit as ended:
         code = ended.code
     assert code == 2
-    assert "s3:// or gs:// or az://; got 's3a://bucket/prefix'" in capsys.readouterr().err
+    assert "is 's3a://bucket/prefix'; expected a folder, or a bucket" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

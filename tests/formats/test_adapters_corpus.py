@@ -8,7 +8,7 @@ from conftest import DATA
 
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.formats.peft import decode_adapter, set_tensors
-from bonsai_lora.formats.peft_config import decode_config
+from bonsai_lora.formats.peft_config import PeftConfig, parse_config
 from bonsai_lora.formats.peft_keys import group_keys
 
 CASES = json.loads((DATA / "adapters" / "cases.json").read_text())
@@ -59,11 +59,11 @@ def test_case(rng, case):
     tensors = tensors_of(case, rng)
     if "code" in expect:
         with pytest.raises(BonsaiLoraError) as caught:
-            decode_adapter(decode_config(config_of(case)), tensors, "s")
+            decode_adapter(PeftConfig(parse_config(config_of(case))), tensors, "s")
         assert caught.value.code == expect["code"]
         assert expect["says"] in caught.value.detail
         return
-    found = decode_adapter(decode_config(config_of(case)), tensors, "s")
+    found = decode_adapter(PeftConfig(parse_config(config_of(case))), tensors, "s")
     adapters = found.lora_set.registry.adapters
     assert len(adapters) == expect["modules"]
     assert len(found.lora_set.replacements) == expect.get("replaced", 0)

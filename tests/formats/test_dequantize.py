@@ -87,21 +87,6 @@ def test_any_run_of_blocks_is_that_slice_of_the_whole(name, data):
     assert_same_bits(part, whole[start * kind.block : stop * kind.block])
 
 
-def test_values_are_written_where_the_caller_wants_them(rng):
-    for name in QUANTIZED + FLOATS:
-        kind = BY_NAME[name]
-        raw = (
-            gguf_files.encode(name, np.ones(kind.block, np.float32))
-            if name in FLOATS
-            else gguf_files.random_blocks(name, 2, rng)
-        )
-        out = (
-            np.full(2 * kind.block, 7, np.float32) if name in QUANTIZED else np.empty(1, np.float32)
-        )
-        assert dequantize(kind, np.frombuffer(raw, np.uint8), out) is out
-        assert np.array_equal(out, dequantize(kind, raw))
-
-
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_scales_that_overflow_or_are_not_numbers_give_no_warning(name, rng):

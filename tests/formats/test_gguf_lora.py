@@ -5,11 +5,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from bonsai_lora.checkpoints.gguf_lora import Model, encode_lora
 from bonsai_lora.core.cast import to_float32
 from bonsai_lora.errors import BonsaiLoraError, InvalidAdapterError, UnsupportedAdapterError
 from bonsai_lora.formats.gguf import read_header, reader_of
 from bonsai_lora.formats.gguf_lora import copied_bytes, count_modules, decode_lora
-from bonsai_lora.formats.gguf_lora_writer import Model, encode_lora
 from bonsai_lora.formats.gguf_names import Heads
 from bonsai_lora.formats.hadamard import Folding
 from bonsai_lora.formats.peft import decode_adapter
@@ -165,7 +165,7 @@ def test_an_adapter_of_a_folded_embedding_is_refused(rng):
 def test_any_range_is_that_slice_of_the_file(rng, case, dtype, monkeypatch):
     lora_set, model, folding = cases_of_ranges(rng)[case]
     _, content = encoded(lora_set, model, dtype, folding=folding)
-    monkeypatch.setattr("bonsai_lora.formats.gguf_lora_file._PIECE_VALUES", 100)
+    monkeypatch.setattr("bonsai_lora.checkpoints.parts.BLOCK_VALUES", 100)
     file, again = encoded(lora_set, model, dtype, folding=folding)
     assert again == content
     assert len([*file.pieces(0, file.size_bytes)]) > 4, "more than the head and two tensors"

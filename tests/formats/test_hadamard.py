@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats import gguf
-from bonsai_lora.formats.gguf_writer import encode
 from bonsai_lora.formats.hadamard import PREFIX, Folding, read_folding
 
 WIDTHS = (256, 384)
@@ -90,7 +89,7 @@ def pairs(**changes):
 
 def folding_of(given_pairs):
     kind = gguf_files.BY_NAME["F32"]
-    raw = encode(given_pairs, {"output.weight": (kind, (1, 384), bytes(1536))})
+    raw = gguf_files.whole_file(given_pairs, {"output.weight": (kind, (1, 384), bytes(1536))})
     read = gguf.reader_of(raw)
     return read_folding(gguf.read_header(read, len(raw)), read)
 

@@ -10,7 +10,7 @@ from conftest import DATA, peft_config, peft_tensors
 
 from bonsai_lora.errors import BonsaiLoraError, InvalidAdapterError, UnsupportedAdapterError
 from bonsai_lora.formats.peft import decode_adapter, set_tensors
-from bonsai_lora.formats.peft_config import PeftConfig, decode_config
+from bonsai_lora.formats.peft_config import PeftConfig, parse_config
 from bonsai_lora.formats.peft_fields import FIELDS
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -371,5 +371,5 @@ def test_hostile_configurations(rng, case):
     text = case["text"] if "text" in case else json.dumps(peft_config(**changes))
     with pytest.raises(BonsaiLoraError) as caught:
         module = "model." + "a" * 60 + ".q_proj"
-        decode_adapter(decode_config(text.encode()), peft_tensors(rng, module), "s")
+        decode_adapter(PeftConfig(parse_config(text.encode())), peft_tensors(rng, module), "s")
     assert caught.value.code == case["code"]

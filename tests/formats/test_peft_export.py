@@ -1,7 +1,5 @@
 """An adapter_config.json that is written here means, to peft's rules, what the set is."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +9,7 @@ from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.formats.peft import encode_config
-from bonsai_lora.formats.peft_config import decode_config
+from bonsai_lora.formats.peft_config import PeftConfig
 
 
 def made(modules, rank=2, alpha=8.0):
@@ -29,7 +27,7 @@ def made(modules, rank=2, alpha=8.0):
 def meant(modules, **config):
     """Rank and scaling of each module as peft reads what was written."""
     written = encode_config(made(modules, **config), None)
-    read = decode_config(json.dumps(written).encode())
+    read = PeftConfig(written)
     assert all(read.targets(name) for name in modules)
     said = read.scalings(modules)
     return {name: (one.rank.value, scaling(one)) for name, one in said.items()}, written
@@ -90,9 +88,7 @@ def test_any_ranks_and_scalings_come_back(drawn):
 @pytest.mark.parametrize("alpha", [1.0, 8.0, 0.3, 16.0])
 def test_what_all_modules_share_is_written_once(rank, alpha):
     """An upload's scaling is kept in the shortest form of its float32, not in its binary one."""
-    config = decode_config(
-        json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": alpha}).encode()
-    )
+    config = PeftConfig({"peft_type": "LORA", "r": rank, "lora_alpha": alpha})
     own = scaling(config.scalings(["q_proj"])["q_proj"])
     shared = (rank, alpha, own)
     found, written = meant({"q_proj": shared, "v_proj": shared}, rank=rank, alpha=alpha)

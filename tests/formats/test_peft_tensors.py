@@ -1,14 +1,12 @@
 """Tensors that contradict an adapter's configuration: each part of each kind, one at a time."""
 
-import json
-
 import numpy as np
 import pytest
 from conftest import peft_config
 
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
 from bonsai_lora.formats.peft import decode_adapter, set_tensors
-from bonsai_lora.formats.peft_config import decode_config
+from bonsai_lora.formats.peft_config import PeftConfig
 
 R, D_IN, D_OUT = 4, 6, 5
 LINEAR, EMBEDDING = "model.q_proj", "model.embed_tokens"
@@ -24,7 +22,7 @@ KINDS = {
 
 def decode(config, tensors):
     named = {f"base_model.model.{name}": one for name, one in tensors.items()}
-    found = decode_adapter(decode_config(json.dumps(config).encode()), named, "s")
+    found = decode_adapter(PeftConfig(config), named, "s")
     return found.lora_set.registry.adapters
 
 
@@ -46,7 +44,7 @@ def test_tensors_that_agree_come_back_under_their_names(kind):
     (adapter,) = decode(config, tensors).values()
     assert (adapter.rank, adapter.d_in, adapter.d_out) == (R, D_IN, D_OUT)
     named = {f"base_model.model.{name}": one for name, one in tensors.items()}
-    lora_set = decode_adapter(decode_config(json.dumps(config).encode()), named, "s").lora_set
+    lora_set = decode_adapter(PeftConfig(config), named, "s").lora_set
     back = set_tensors(lora_set)
     assert back.keys() == named.keys()
     assert all(back[name] is one for name, one in named.items())
@@ -60,7 +58,7 @@ def test_tensors_of_several_modules_come_back():
     named["base_model.model.lm_head.weight"] = np.ones((3, 3), np.float32)
     named["base_model.model.norm.weight"] = np.ones(3, np.float32)
     config = peft_config(r=R, modules_to_save=["lm_head", "norm"])
-    found = decode_adapter(decode_config(json.dumps(config).encode()), named, "s")
+    found = decode_adapter(PeftConfig(config), named, "s")
     back = set_tensors(found.lora_set)
     assert back.keys() == named.keys()
     assert all(back[name] is one for name, one in named.items())
@@ -97,7 +95,7 @@ def test_tensors_beside_the_factors(name, changes, found):
     config, tensors = made("plain")
     config |= changes
     named = {f"base_model.model.{one}": array for one, array in {**tensors, name: COPY}.items()}
-    checked = decode_config(json.dumps(config).encode())
+    checked = PeftConfig(config)
     if found == "lost":
         with pytest.raises(UnsupportedAdapterError, match="would be lost"):
             decode_adapter(checked, named, "s")
@@ -116,7 +114,7 @@ def test_a_weight_beside_its_adapted_layer_is_refused():
     named = {f"base_model.model.{one}": array for one, array in tensors.items()}
     named[f"base_model.model.{EMBEDDING}.weight"] = COPY
     with pytest.raises(UnsupportedAdapterError, match="would be lost"):
-        decode_adapter(decode_config(json.dumps(config).encode()), named, "s")
+        decode_adapter(PeftConfig(config), named, "s")
 
 
 @pytest.mark.parametrize("kind", KINDS)

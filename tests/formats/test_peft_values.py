@@ -1,19 +1,17 @@
 """Values of adapter_config.json that are no values, and texts that are not adapter_config.json."""
 
-import json
-
 import pytest
 
 from bonsai_lora.errors import InvalidAdapterError, MalformedMultipartError
 from bonsai_lora.formats.foreign import check_config_start
-from bonsai_lora.formats.peft_config import decode_config
+from bonsai_lora.formats.peft_config import PeftConfig
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, 4.0, True, "4", None, [4]])
 def test_ranks_of_patterns_are_positive_integers(value):
     raw = {"peft_type": "LORA", "r": 4, "rank_pattern": {"q_proj": value}}
     with pytest.raises(InvalidAdapterError, match="expected positive integers") as caught:
-        decode_config(json.dumps(raw).encode())
+        PeftConfig(raw)
     assert caught.value.values == {"field": "rank_pattern"}
 
 

@@ -162,7 +162,7 @@ class Soak:
     def sent(self, send, good) -> httpx.Response | None:
         """Return the answer to a change, None if it was refused.
 
-        Raises UnknownError if it may have been made or not.
+        Raises UnknownError if it is not known whether it was made.
         """
         try:
             answer = send()

@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 KNOWN = Path(__file__).with_name("known.toml")
 SECONDS = 300
-"""A run that takes longer is stopped: the mistake was seen, as an endless loop."""
+"""A mistake whose tests take longer is stopped: it was seen, as an endless loop."""
 FAILED, TIMED_OUT = 1, 124
 
 
@@ -42,43 +42,47 @@ def read_known(path=KNOWN):
     return [Mutant(**one) for one in tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]]
 
 
-def find(mutant, root):
-    """Return the one file under root/app that has the mistake's old text; raises LookupError."""
-    found = []
-    for path in sorted((root / "app").rglob("*.py")):
-        found += [path] * path.read_text(encoding="utf-8").count(mutant.old)
+def read_code(root):
+    """Return the texts of the files under root/app by their paths from there."""
+    app = root / "app"
+    paths = sorted(app.rglob("*.py"))
+    return {str(path.relative_to(app)): path.read_text(encoding="utf-8") for path in paths}
+
+
+def find(mutant, code):
+    """Return the one file of `code` that has the mistake's old text; raises LookupError."""
+    found = [path for path, text in code.items() for _ in range(text.count(mutant.old))]
     if len(found) != 1:
-        places = ", ".join(sorted({str(path.relative_to(root)) for path in found})) or "nowhere"
+        places = ", ".join(sorted(set(found))) or "nowhere"
         raise LookupError(f"its text occurs {len(found)} times ({places}), and must occur once")
     return found[0]
 
 
-def run_tests(root, tests):
+def run_tests(root, tests, seconds=None):
     """Return pytest's exit status for `tests` in a copy of the tree, and what it printed."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
     command += ["--hypothesis-profile=mutants", *tests]
     environment = os.environ | {"PYTHONPATH": str(root / "app"), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, timeout=SECONDS
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=seconds
         )
     except subprocess.TimeoutExpired:
         return TIMED_OUT, ""
     return done.returncode, done.stdout + done.stderr
 
 
-def judge(mutant, root):
+def judge(mutant, root, code):
     """Make the mistake in the copy `root`, run its tests and take it back; return a verdict."""
-    path = find(mutant, root)
-    right = path.read_text(encoding="utf-8")
+    name = find(mutant, code)
+    path, right = root / "app" / name, code[name]
     path.write_text(right.replace(mutant.old, mutant.new), encoding="utf-8")
     try:
-        status, printed = run_tests(root, mutant.tests)
+        status, printed = run_tests(root, mutant.tests, SECONDS)
     finally:
         path.write_text(right, encoding="utf-8")
-    if status in (FAILED, TIMED_OUT):
-        return "killed"
-    return "survived" if status == 0 else f"pytest ended with {status}:\n{printed[-2000:]}"
+    verdicts = {FAILED: "killed", TIMED_OUT: "timeout", 0: "survived"}
+    return verdicts.get(status, f"pytest ended with {status}:\n{printed[-2000:]}")
 
 
 def copy_tree(root):
@@ -100,14 +104,14 @@ def main(words):
         if status != 0:
             print(f"the tests fail without any mistake:\n{printed[-4000:]}")
             return 1
-        bad = 0
+        bad, code = 0, read_code(root)
         for one in known:
             started = time.monotonic()
             try:
-                verdict = judge(one, root)
+                verdict = judge(one, root, code)
             except LookupError as error:
                 verdict = f"CANNOT BE MADE: {error}"
-            bad += verdict != "killed"
+            bad += verdict not in ("killed", "timeout")
             print(f"{time.monotonic() - started:5.1f} s  {verdict:8}  {one.name}", flush=True)
     print(f"{len(known) - bad} of {len(known)} known mistakes were seen")
     return 1 if bad or not known else 0

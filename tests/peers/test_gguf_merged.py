@@ -14,6 +14,7 @@ from conftest import peft_config, serving, upload_parts
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.checkpoints.bases import BaseFolder
+from bonsai_lora.checkpoints.gguf_lora import Model, encode_lora
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
 from bonsai_lora.checkpoints.merged_files import Rendering, hub_files, merged_files
 from bonsai_lora.core.adapter import LoraAdapter
@@ -21,7 +22,6 @@ from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.formats import gguf_names
-from bonsai_lora.formats.gguf_lora_writer import Model, encode_lora
 from bonsai_lora.formats.peft_options import PLAIN
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]

@@ -10,6 +10,9 @@ import pytest
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.service.apply import cost_of, cost_of_body
+from bonsai_lora.service.compare import Comparison
+from bonsai_lora.service.jobs import LONG_NANOSECONDS
+from bonsai_lora.service.spectrum import Spectra
 from bonsai_lora.wire.media import Form
 
 SMALL = {"rows": 2, "d_in": 64, "d_out": 32, "rank": 4}
@@ -52,3 +55,19 @@ def test_the_length_of_a_body_tells_its_rows():
     assert cost_of_body(adapter, 3 * 64 * 4, Form.BINARY, Form.JSON) == pytest.approx(rows)
     one = cost_of(adapter, 1, Form.BINARY, Form.JSON)
     assert cost_of_body(adapter, 1, Form.BINARY, Form.JSON) == pytest.approx(one)
+
+
+def test_two_sets_are_compared_at_once_and_many_are_not():
+    one = LoraAdapter.new(4096, 4096, LoraConfig(rank=64))
+    costs = [Comparison(["s"] * n, {"m": [one] * n}).nanoseconds() for n in (2, 64)]
+    assert costs[0] < LONG_NANOSECONDS / 10
+    assert costs[1] > LONG_NANOSECONDS
+
+
+def test_spectra_cost_the_square_of_the_rank():
+    low, high = (LoraAdapter.new(4096, 4096, LoraConfig(rank=rank)) for rank in (8, 256))
+    cost = Spectra({"m": low}).nanoseconds()
+    assert Spectra({"m": low, "n": low}).nanoseconds() == 2 * cost
+    assert Spectra({"m": high}).nanoseconds() == 32**2 * cost
+    assert Spectra({"m": low, "n": high}).work_bytes() == 16 * 256 * 8192
+    assert Spectra({}).work_bytes() == 0

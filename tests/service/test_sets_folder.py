@@ -3,14 +3,18 @@
 import dataclasses
 import json
 import shutil
+import threading
 
 import numpy as np
+import obstore
 import pytest
+from buckets import Machines
 from conftest import DATA, TINY, peft_config, peft_tensors, snapshot
 
 from bonsai_lora.api.app import limits_of
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.errors import StoreUnreachableError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service import adapters, gguf_lora, sets
 from bonsai_lora.service.budget import Budget
@@ -155,3 +159,90 @@ def test_a_set_that_somebody_made_is_replaced(run, store, folder, settings):
     shutil.copytree(TINY / "plain", folder / "plain")
     assert outcomes(run()) == {"plain": "imported"}
     assert store.read("plain").record.version == 2
+
+
+def copies(store):
+    return list((store.root / "sets").iterdir())
+
+
+@pytest.fixture
+def machines(tmp_path):
+    return Machines(tmp_path / "machines")
+
+
+@pytest.fixture
+def run_in(folder, settings):
+    """Import the folder into a store of a bucket; return what became of each entry."""
+
+    def run_in(store):
+        found = import_folder(
+            SetView(store), limits_of(settings), Budget(1 << 30), BaseFolder(None), folder
+        )
+        return {one.name: one for one in found}
+
+    return run_in
+
+
+def test_in_a_bucket_an_adapter_is_imported_once_for_all_machines(run_in, machines, folder):
+    shutil.copytree(TINY / "plain", folder / "plain")
+    one, other = machines.store("one"), machines.store("other")
+    assert outcomes(run_in(one)) == {"plain": "imported"}
+    for store in (one, other, machines.store("one")):
+        assert outcomes(run_in(store)) == {"plain": "unchanged"}
+        assert store.line.requests["put"] == 0 or store is one
+    assert copies(other) == [], "what is unchanged is not fetched"
+    assert other.read("plain").record == one.read("plain").record
+    shutil.copy(TINY / "rslora-patterns" / "adapter_config.json", folder / "plain")
+    shutil.copy(TINY / "rslora-patterns" / "adapter_model.safetensors", folder / "plain")
+    assert outcomes(run_in(other)) == {"plain": "imported"}
+    assert other.read("plain").record.version == 2
+
+
+def test_machines_that_start_at_once_import_one_version(run_in, machines, folder):
+    for number in range(4):
+        shutil.copytree(TINY / "plain", folder / f"s{number}")
+    stores = [machines.store(f"m{number}", stale=0.0) for number in range(3)]
+    begin, found = threading.Barrier(len(stores)), []
+
+    def start(store):
+        begin.wait()
+        found.append(outcomes(run_in(store)))
+
+    threads = [threading.Thread(target=start, args=(store,)) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for name in ("s0", "s1", "s2", "s3"):
+        assert sorted(one[name] for one in found) == ["imported", "unchanged", "unchanged"]
+        assert {store.read(name).record.version for store in stores} == {1}
+    assert stores[0].sums("").sets == 4
+
+
+def test_a_machine_that_was_slower_finds_the_set_unchanged(run_in, machines, folder):
+    """Both find no set; one writes it while the other is about to."""
+    shutil.copytree(TINY / "plain", folder / "plain")
+    one, other = machines.store("one"), machines.store("other")
+    swap, is_first = one._swap, [True]
+
+    def slower(*arguments):
+        if is_first.pop() if is_first else False:
+            assert outcomes(run_in(other)) == {"plain": "imported"}
+        return swap(*arguments)
+
+    one._swap = slower
+    assert outcomes(run_in(one)) == {"plain": "unchanged"}
+    assert one.read("plain").record == other.read("plain").record
+    assert one.read("plain").record.version == 1
+    assert machines.store("third").sums("").sets == 1
+
+
+def test_without_the_bucket_nothing_is_imported(run_in, machines, folder):
+    shutil.copytree(TINY / "plain", folder / "plain")
+    store = machines.store()
+    store.line.is_cut = True
+    with pytest.raises(StoreUnreachableError):
+        run_in(store)
+    store.line.is_cut = False
+    assert list(obstore.list(machines.memory)) == []
+    assert outcomes(run_in(store)) == {"plain": "imported"}

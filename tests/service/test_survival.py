@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from pathlib import Path
 
 import gguf_models
@@ -12,6 +11,7 @@ import pytest
 from conftest import (
     TINY,
     assert_problem,
+    gain_of,
     peft_config,
     peft_tensors,
     read_tensors,
@@ -182,16 +182,6 @@ def test_the_closed_form_is_what_storing_finds(rng, dtype, sigma):
     described = rounding.Weights(counts, {})
     kept = rounding.kept_squares(squares, delta.shape[1], described, dtype)
     assert kept / squares.sum() == pytest.approx(survive(weights, delta, dtype).gain, abs=0.01)
-
-
-def gain_of(client, path):
-    """The header of a download, when it is there."""
-    for _ in range(500):
-        found = client.head(path).headers.get("bonsai-delta-gain")
-        if found is not None:
-            return float(found)
-        time.sleep(0.01)
-    raise AssertionError(path)
 
 
 def test_downloads_of_a_gguf_base_say_it_for_their_own_type(based, tmp_path, rng):

@@ -13,6 +13,7 @@ from bonsai_lora.service.retry import repeated
 from bonsai_lora.storage.bucket import Bucket
 from bonsai_lora.storage.bucket_store import BucketStore
 from bonsai_lora.storage.cache import Cache
+from bonsai_lora.storage.newset import NextVersion
 
 NOW = "2026-01-01T00:00:00.000000Z"
 URL = "s3://bucket/prefix"
@@ -59,7 +60,10 @@ def made(name="s", *, rank=2, base="base", width=8):
 def create(store, name="s", check=lambda: None, **options):
     with store.lock(name):
         return store.write(
-            made(name, **options), origin="initialized", now=NOW, previous=None, check=check
+            NextVersion(
+                lora_set=made(name, **options), origin="initialized", now=NOW, previous=None
+            ),
+            check,
         ).record
 
 
@@ -70,10 +74,12 @@ def add(store, module, name="s"):
         present = store.read(name)
         registry = present.lora_set.registry.add(module, LoraAdapter.new(3, 2, LoraConfig(rank=1)))
         return store.write(
-            present.lora_set.with_registry(registry),
-            origin="mixed",
-            now=NOW,
-            previous=present.record,
+            NextVersion(
+                lora_set=present.lora_set.with_registry(registry),
+                origin="mixed",
+                now=NOW,
+                previous=present.record,
+            )
         ).record
 
 

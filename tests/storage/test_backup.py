@@ -138,6 +138,17 @@ def test_what_is_no_backup_is_refused(tmp_path, capsys, listing):
     (tmp_path / "listing.json").write_text(listing)
     assert main(["restore", str(tmp_path), "--store", str(tmp_path / "s")]) == 2
     assert "is not the listing of a backup" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_that_is_no_backup_is_refused(tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    for folder, text in (("other", "is not a backup"), ("absent", "No such file")):
+        assert main(["restore", str(tmp_path / folder), "--store", str(tmp_path / "s")]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / folder}" in error
+        assert text in error
+    assert not (tmp_path / "s").exists()
 
 
 def test_gc_removes_leftovers_and_old_bad_files(tmp_path, capsys, monkeypatch):

@@ -25,6 +25,7 @@ from bonsai_lora.errors import (
 from bonsai_lora.storage import freshness
 from bonsai_lora.storage.cache import Cache
 from bonsai_lora.storage.cache_folder import release_all
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.pointer import decode_pointer
 
 
@@ -51,6 +52,21 @@ def test_a_set_is_the_same_file_on_every_machine(machines):
     assert bytes(other.read("s").file) == bytes(one.read("s").file)
     pointer = decode_pointer("s", bytes(obstore.get(machines.memory, "sets/s").bytes()))
     assert bytes(obstore.get(machines.memory, pointer.blob).bytes()) == bytes(one.read("s").file)
+
+
+def test_a_record_is_read_without_the_set(machines):
+    one, other = machines.store("one"), machines.store("other")
+    record = create(one)
+    for _ in range(2):
+        assert requests_of(other, lambda: other.read_record("s") == record) == {"get": 1}
+    assert other.read_record("s") == record
+    assert other.state().cache_bytes == 0
+    other.read("s")
+    assert requests_of(other, lambda: other.read_record("s")) == {}
+    delete(one)
+    for name in ("s", "nobody", "../s", ""):
+        with pytest.raises(SetNotFoundError):
+            machines.store("third").read_record(name)
 
 
 def test_a_change_is_seen_at_once_on_its_machine_and_after_a_refresh_elsewhere(machines):
@@ -163,7 +179,9 @@ def test_of_two_who_create_one_wins(machines):
         with store.lock("s"):
             start.wait()
             try:
-                store.write(made(), origin="initialized", now=NOW, previous=None)
+                store.write(
+                    NextVersion(lora_set=made(), origin="initialized", now=NOW, previous=None)
+                )
             except ChangedMeanwhileError:
                 return False
         return True
@@ -183,7 +201,9 @@ def test_a_write_over_a_version_that_is_replaced_changes_nothing(machines):
         present = store.read("s")
         add(other, "theirs")
         with pytest.raises(ChangedMeanwhileError):
-            store.write(made(), origin="mixed", now=NOW, previous=present.record)
+            store.write(
+                NextVersion(lora_set=made(), origin="mixed", now=NOW, previous=present.record)
+            )
     store.refresh("s")
     assert modules_of(store) == {"q_proj", "theirs"}
     assert store.sums("").adapters == 2

@@ -20,6 +20,7 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import SetNotFoundError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.storage import files as files_module
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.verify import BackgroundCheck
 
@@ -29,7 +30,7 @@ def store(tmp_path):
     store = SetStore(tmp_path)
     made = BonsaiLoraSet.new(LoraConfig(rank=2), "base", "s").add_mlp_adapters(800, 700)
     with store.lock("s"):
-        store.write(made, origin="initialized", now=NOW, previous=None)
+        store.write(NextVersion(lora_set=made, origin="initialized", now=NOW, previous=None))
     return store
 
 

@@ -10,6 +10,7 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import SetNotFoundError
 from bonsai_lora.storage import in_use
 from bonsai_lora.storage.in_use import OpenNames, suspect_sets_of, suspects
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.store import SetStore
 
 
@@ -40,7 +41,7 @@ def test_a_suspect_is_verified_before_it_is_served(tmp_path):
     for name in ("bad", "good"):
         made = BonsaiLoraSet.new(LoraConfig(rank=2), "base", name).add_mlp_adapters(8, 16)
         with store.lock(name):
-            store.write(made, origin="initialized", now=NOW, previous=None)
+            store.write(NextVersion(lora_set=made, origin="initialized", now=NOW, previous=None))
     path = root / "sets" / "bad.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

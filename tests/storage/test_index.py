@@ -19,6 +19,7 @@ from bonsai_lora.service.stats import store_stats
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage import listing
 from bonsai_lora.storage.index import SetIndex, Sums
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import read_record
 from bonsai_lora.storage.store import SetStore
 
@@ -33,7 +34,9 @@ def write(store, name, rank=1, base="base"):
             previous = store.read_record(name)
         except SetNotFoundError:
             previous = None
-        store.write(lora_set, origin="initialized", now=NOW, previous=previous)
+        store.write(
+            NextVersion(lora_set=lora_set, origin="initialized", now=NOW, previous=previous)
+        )
 
 
 def delete(store, name):
@@ -375,8 +378,8 @@ def test_a_large_folder_that_has_not_changed_is_not_looked_at_when_a_process_beg
     write(SetStore(tmp_path), "a")
     write(SetStore(tmp_path), "b")
     looked = []
-    real = listing.Listing._stamps
-    monkeypatch.setattr(listing.Listing, "_stamps", lambda one: looked.append(1) or real(one))
+    real = listing.Listing._look
+    monkeypatch.setattr(listing.Listing, "_look", lambda one: looked.append(1) or real(one))
     monkeypatch.setattr(listing, "_FEW", 1)
     assert SetStore(tmp_path).sums("").sets == 2
     assert looked == []

@@ -12,6 +12,7 @@ from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import NewerFormatError, SetNotFoundError
 from bonsai_lora.formats import safetensors
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import RECORD_FORMAT
 from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.store import SetStore
@@ -50,7 +51,7 @@ def folder(tmp_path):
     store = SetStore(tmp_path)
     made = BonsaiLoraSet.new(LoraConfig(rank=2), "base", "s").add_mlp_adapters(8, 16)
     with store.lock("s"):
-        store.write(made, origin="initialized", now=NOW, previous=None)
+        store.write(NextVersion(lora_set=made, origin="initialized", now=NOW, previous=None))
     return tmp_path / "sets"
 
 
@@ -60,7 +61,9 @@ def rewrite(store, name):
         present = store.read(name)
         registry = present.lora_set.registry.add("more", LoraAdapter.new(3, 2, LoraConfig(rank=1)))
         changed = present.lora_set.with_registry(registry)
-        return store.write(changed, origin="mixed", now=NOW, previous=present.record)
+        return store.write(
+            NextVersion(lora_set=changed, origin="mixed", now=NOW, previous=present.record)
+        )
 
 
 @pytest.mark.parametrize(("name", "modules", "rank"), [("made", 2, 2), ("uploaded", 1, 4)])

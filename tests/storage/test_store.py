@@ -11,6 +11,7 @@ import pytest
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import SetNotFoundError, StoreReadOnlyError
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.store import SetStore
 
 NOW = "2026-01-01T00:00:00.000000Z"
@@ -22,7 +23,9 @@ def some_set(name="s", rank=2):
 
 def write(store, lora_set, previous=None):
     with store.lock(lora_set.adapter_name):
-        return store.write(lora_set, origin="initialized", now=NOW, previous=previous)
+        return store.write(
+            NextVersion(lora_set=lora_set, origin="initialized", now=NOW, previous=previous)
+        )
 
 
 @pytest.fixture
@@ -198,7 +201,9 @@ def test_writers_of_one_name_take_turns(tmp_path):
             with store.lock("s"):
                 present = store.read("s")
                 written = store.write(
-                    present.lora_set, origin="mixed", now=NOW, previous=present.record
+                    NextVersion(
+                        lora_set=present.lora_set, origin="mixed", now=NOW, previous=present.record
+                    )
                 )
                 versions.append(written.record.version)
 

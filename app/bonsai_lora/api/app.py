@@ -106,6 +106,8 @@ _EXPOSED_HEADERS = (
 _MAINTENANCE_SECONDS = 15
 _OPENING_THREADS = 32
 """Threads that wait for a bucket."""
+_NAMED = 32
+"""Most files named in a log line."""
 _PUBLISH_SECONDS = 1.0
 """Oldest figures of a worker that another worker reports."""
 
@@ -173,6 +175,7 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
     await anyio.to_thread.run_sync(_preload, context)
     totals = await anyio.to_thread.run_sync(context.store.totals)
     _log.info("ready", sets=totals.sets, pid=os.getpid())
+    await anyio.to_thread.run_sync(_warn_of_dropped, context.store)
     try:
         yield
     finally:
@@ -191,6 +194,17 @@ def _preload(context: Context) -> None:
             context.store.keep(name)
         except BonsaiLoraError as error:
             _log.warning("not preloaded", set=name, code=error.code, detail=error.detail)
+
+
+def _warn_of_dropped(store: SetView) -> None:
+    """Log what was put into the store's folder, from which no adapter is imported."""
+    dropped = store.dropped()
+    if dropped.count:
+        _log.warning(
+            "not imported from the store's folder; move it out, and use bonsai-lora push or --sets",
+            count=dropped.count,
+            names=dropped.names[:_NAMED],
+        )
 
 
 async def _publish_load(metrics: Metrics) -> None:

@@ -18,6 +18,7 @@ from starlette.types import Scope
 
 from bonsai_lora import errors
 from bonsai_lora.errors import BonsaiLoraError
+from bonsai_lora.validation import expectation
 
 PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
@@ -283,8 +284,7 @@ def _reason(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         meant = _PEFT_NAMES.get(str(error["loc"][-1]))
         return f"is PEFT's name for {meant!r}; use that" if meant else "is unknown; remove it"
-    remedy = re.sub(r"^\w+ should ", "it should ", error["msg"]).removeprefix("Value error, ")
-    return f"is {reprlib.repr(error.get('input'))}; {remedy}"
+    return f"is {reprlib.repr(error.get('input'))}; {expectation(error)}"
 
 
 def _allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:

@@ -9,10 +9,12 @@ from pydantic import BaseModel, Field
 
 from bonsai_lora.storage.jobs import JobRecord, State
 
-JobKind = Literal["combine", "extract", "survival"]
+JobKind = Literal["combine", "compare", "extract", "spectrum", "survival"]
 
-
-_RESULTS = ("CombinedSet", "CombineReport", "ExtractedSet", "SurvivalInfo")
+_RESULTS = (
+    *("CombinedSet", "CombineReport", "ComparisonInfo", "ExtractedSet", "SetSpectrum"),
+    "SurvivalInfo",
+)
 """Names of the schemas of results."""
 
 
@@ -25,7 +27,9 @@ class Job(BaseModel):
     """Work that goes on after the answer to its request."""
 
     id: str
-    kind: str = Field(description="combine, extract or survival; later releases add kinds")
+    kind: str = Field(
+        description="combine, compare, extract, spectrum or survival; later releases add kinds"
+    )
     state: State
     created_at: str
     progress: float = Field(description="from 0 to 1")

@@ -13,6 +13,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_set_name
 from bonsai_lora.service.keys import Key, KeyRing, Quota, Rates, Scope
+from bonsai_lora.validation import expectation
 
 CHECK_SECONDS = 1.0
 """Shortest time between two looks at the file."""
@@ -126,10 +127,9 @@ def read_keys(path: Path) -> KeysDocument:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        reason = first["msg"].removeprefix("Value error, ")
         raise KeysFileError(
-            f"the keys file {path} is not valid: {place}: {reason}; correct it, or write it "
-            "with bonsai-lora keys"
+            f"the keys file {path} is not valid: {place}: {expectation(first)}; correct it, or "
+            "write it with bonsai-lora keys"
         ) from None
 
 

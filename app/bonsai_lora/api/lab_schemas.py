@@ -18,6 +18,7 @@ from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.combine import Report
 from bonsai_lora.service.compare import Comparison, ModuleComparison
 from bonsai_lora.service.extract import Report as Extraction
+from bonsai_lora.service.spectrum import Spectra
 from bonsai_lora.service.survival import Followed, Survival
 from bonsai_lora.storage.setfile import StoredSet
 
@@ -288,7 +289,7 @@ class ModuleSpectrum(BaseModel):
 
     @classmethod
     def of(cls, name: str, adapter: LoraAdapter) -> "ModuleSpectrum":
-        """Compute the spectrum of an adapter."""
+        """Return the schema of an adapter's spectrum."""
         values = singular_values(adapter)
         most = float(values[0]) if len(values) else 0.0
         norm = float(np.linalg.norm(values))
@@ -309,6 +310,11 @@ class SetSpectrum(BaseModel):
     """The singular values of a set's deltas."""
 
     modules: list[ModuleSpectrum]
+
+    @classmethod
+    def of(cls, spectra: Spectra) -> "SetSpectrum":
+        """Return the schema of spectra that have been computed."""
+        return cls(modules=[ModuleSpectrum.of(*one) for one in spectra.adapters.items()])
 
 
 StoredDtype = Literal["BF16", "F16", "Q8_0", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0"]

@@ -10,6 +10,7 @@ from fastapi.routing import APIRoute
 from pydantic import BeforeValidator, Field
 
 from bonsai_lora.errors import InvalidRequestError
+from bonsai_lora.wire.stacks import MAX_SCALE
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\Z")
 
@@ -27,6 +28,8 @@ def plain_number(text: str) -> str:
 DECIMAL = BeforeValidator(plain_number)
 FiniteNumber = Annotated[float, Field(allow_inf_nan=False), DECIMAL]
 """A float in a query."""
+Factor = Annotated[float, Field(ge=-MAX_SCALE, le=MAX_SCALE), DECIMAL]
+"""A factor of a delta in a query."""
 Count = Annotated[int, Field(ge=0, le=2**63 - 1), DECIMAL]
 """A size in a query."""
 

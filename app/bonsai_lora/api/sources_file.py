@@ -1,6 +1,8 @@
 """The sources file: JSON in which the operator names the origins that sets are pulled from."""
 
 import os
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -8,8 +10,10 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bonsai_lora.sources.origins import Origin
+from bonsai_lora.validation import expectation
 
 _NAME = "^[a-z][a-z0-9-]{0,31}$"
+_BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._-]*)*/?")
 _TAKEN = "folder"
 """How the sources of sets from --sets begin."""
 
@@ -32,23 +36,12 @@ class WebEntry(_Model):
 
     @model_validator(mode="after")
     def _check_url(self) -> "WebEntry":
-        parts = urlsplit(self.url)
-        schemes = ("https", "http") if self.allow_http else ("https",)
-        if parts.scheme not in schemes or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(
-                f"the url {self.url!r} must begin with {' or '.join(schemes)}:// and have no query"
-            )
-        if "@" in parts.netloc:
-            raise ValueError("the url has a password; name the variable of a token_variable")
+        _check_address("url", self.url, allow_http=self.allow_http)
         return self
 
     def to_origin(self) -> Origin:
         """Return the origin; raises ValueError if the variable of the token is not set."""
-        token = None
-        if self.token_variable is not None:
-            token = os.environ.get(self.token_variable)
-            if not token:
-                raise ValueError(f"the variable {self.token_variable} of a token is not set")
+        token = None if self.token_variable is None else _secret(self.token_variable)
         return Origin(
             self.name,
             self.kind,
@@ -57,6 +50,50 @@ class WebEntry(_Model):
             hosts=frozenset(self.hosts),
             token=token,
             allow_private=self.allow_private,
+        )
+
+
+class BucketEntry(_Model):
+    """A bucket of S3, or of what speaks it, with folders of adapters below a prefix."""
+
+    name: str = Field(pattern=_NAME)
+    kind: Literal["s3"]
+    url: str
+    endpoint: str = ""
+    region: str = Field("", pattern="^[a-z0-9-]*$")
+    repositories: list[str] = ["*"]
+    access_key_variable: str | None = None
+    secret_key_variable: str | None = None
+    allow_private: bool = False
+    allow_http: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "BucketEntry":
+        if not _BUCKET.fullmatch(self.url):
+            raise ValueError(f"the url {self.url!r} must be s3://BUCKET or s3://BUCKET/PREFIX")
+        if self.endpoint:
+            _check_address("endpoint", self.endpoint, allow_http=self.allow_http)
+        if (self.access_key_variable is None) is not (self.secret_key_variable is None):
+            raise ValueError("access_key_variable and secret_key_variable belong together")
+        if find_spec("obstore") is None:
+            raise ValueError("a bucket needs obstore, which is not installed; pip install obstore")
+        return self
+
+    def to_origin(self) -> Origin:
+        """Return the origin; raises ValueError if the variable of a key is not set."""
+        credentials = None
+        if self.access_key_variable is not None and self.secret_key_variable is not None:
+            credentials = _secret(self.access_key_variable), _secret(self.secret_key_variable)
+        return Origin(
+            self.name,
+            "s3",
+            url=self.url.rstrip("/"),
+            repositories=tuple(self.repositories),
+            endpoint=self.endpoint.rstrip("/"),
+            region=self.region,
+            credentials=credentials,
+            allow_private=self.allow_private,
+            allow_http=self.allow_http,
         )
 
 
@@ -79,7 +116,7 @@ class FolderEntry(_Model):
 class SourcesDocument(_Model):
     """The whole file."""
 
-    sources: list[Annotated[WebEntry | FolderEntry, Field(discriminator="kind")]]
+    sources: list[Annotated[WebEntry | BucketEntry | FolderEntry, Field(discriminator="kind")]]
 
     @model_validator(mode="after")
     def _check_names(self) -> "SourcesDocument":
@@ -89,6 +126,24 @@ class SourcesDocument(_Model):
         if _TAKEN in names:
             raise ValueError(f"the name {_TAKEN!r} means the folder of --sets")
         return self
+
+
+def _check_address(field: str, url: str, *, allow_http: bool) -> None:
+    parts = urlsplit(url)
+    schemes = ("https", "http") if allow_http else ("https",)
+    if parts.scheme not in schemes or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError(
+            f"the {field} {url!r} must begin with {' or '.join(schemes)}:// and have no query"
+        )
+    if "@" in parts.netloc:
+        raise ValueError(f"the {field} has a password; name a variable with the secret instead")
+
+
+def _secret(variable: str) -> str:
+    found = os.environ.get(variable)
+    if not found:
+        raise ValueError(f"the variable {variable} of a secret is not set")
+    return found
 
 
 def read_sources(path: Path | None) -> dict[str, Origin]:
@@ -104,7 +159,12 @@ def read_sources(path: Path | None) -> dict[str, Origin]:
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        reason = first["msg"].removeprefix("Value error, ")
-        raise ValueError(f"the sources file {path} is not valid: {place}: {reason}") from None
-    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the sources file {path} is not valid: {place}: {expectation(first)}"
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"the sources file {path} cannot be read: {error.strerror or error}; check --sources"
+        ) from None
+    except ValueError as error:
         raise ValueError(f"the sources file {path} cannot be used: {error}; correct it") from None

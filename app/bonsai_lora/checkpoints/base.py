@@ -74,12 +74,12 @@ class Base(ABC):
         """Names of all tensors."""
 
     @abstractmethod
-    def info(self, name: str) -> Description | None:
-        """Return the dtype and shape of a tensor; None if it does not exist."""
+    def info(self, name: str) -> Description:
+        """Return the dtype and shape of a tensor; raises KeyError if it does not exist."""
 
     @abstractmethod
-    def tensor(self, name: str) -> Tensor | None:
-        """Return a tensor, not read yet; None if it does not exist.
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor, not read yet; raises KeyError if it does not exist.
 
         Raises InvalidRequestError or UnsupportedGgufError if it has no values as floats.
         """

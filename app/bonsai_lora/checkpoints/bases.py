@@ -12,7 +12,7 @@ from bonsai_lora.checkpoints.base import Base
 from bonsai_lora.checkpoints.file import BaseFile
 from bonsai_lora.checkpoints.folder import GGUF, FolderFiles, read_folder
 from bonsai_lora.checkpoints.gguf_base import open_gguf
-from bonsai_lora.checkpoints.gguf_parts import model_of
+from bonsai_lora.checkpoints.gguf_split import model_of
 from bonsai_lora.checkpoints.safetensors_base import open_safetensors
 from bonsai_lora.errors import BaseNotFoundError, InvalidBaseError
 from bonsai_lora.formats.identity import identity_of

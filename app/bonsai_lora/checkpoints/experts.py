@@ -30,16 +30,16 @@ def expert_weights(
         yield stacked, adapter
         return
     core, _, leaf = parameter.rpartition(".")
-    names = _SPLIT.get(leaf, (leaf,))
-    if _find(base, core, 0, names[0], match) is None:
+    first = _SPLIT.get(leaf, (leaf,))[0]
+    if _find(base, core, 0, first, match) is None:
         return
     for number, expert in enumerate(adapter.each_expert):
-        for name, part in zip(names, _parts(expert, len(names)), strict=True):
+        for name, part in split_outputs(leaf, expert):
             found = _find(base, core, number, name, match)
             if found is None:
                 raise _another_count(base, core, adapter, f"has no expert {number}")
             yield found, part
-    if _find(base, core, adapter.experts or 1, names[0], match) is not None:
+    if _find(base, core, adapter.experts or 1, first, match) is not None:
         raise _another_count(base, core, adapter, f"has an expert {adapter.experts or 1}")
 
 
@@ -59,10 +59,11 @@ def _find(base: Base, core: str, number: int, name: str, match: str | None) -> s
     )
 
 
-def _parts(adapter: LoraAdapter, count: int) -> Sequence[LoraAdapter]:
-    """Split the outputs into `count` equal parts; return the adapter of each."""
-    rows = adapter.d_out // count
+def split_outputs(leaf: str, expert: LoraAdapter) -> Sequence[tuple[str, LoraAdapter]]:
+    """Return the separate tensors of an expert that the fused parameter `leaf` holds."""
+    names = _SPLIT.get(leaf, (leaf,))
+    rows = expert.d_out // len(names)
     return [
-        replace(adapter, b_matrix=adapter.b_matrix[place * rows : (place + 1) * rows])
-        for place in range(count)
+        (name, replace(expert, b_matrix=expert.b_matrix[place * rows : (place + 1) * rows]))
+        for place, name in enumerate(names)
     ]

@@ -25,10 +25,8 @@ def weights_of(base: Base) -> dict[str, Weights]:
     found = {}
     for name in base.tensor_names:
         info = base.info(name)
-        if info is not None and info.dtype in FLOAT_DTYPES and len(info.shape) == 2:
-            tensor = base.tensor(name)
-            assert tensor is not None
-            found[name] = _count(tensor)
+        if info.dtype in FLOAT_DTYPES and len(info.shape) == 2:
+            found[name] = _count(base.tensor(name))
     return found
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -10,16 +11,16 @@ import numpy.typing as npt
 
 from bonsai_lora.checkpoints.base import Base, Tensor
 from bonsai_lora.checkpoints.difference import Difference, Survey
-from bonsai_lora.checkpoints.gguf_base import EMBEDDING, HEAD
 from bonsai_lora.checkpoints.orientation import CONV1D_TYPES, is_conv1d_name
 from bonsai_lora.checkpoints.ties import is_embedding
-from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.core.cast import FLOAT32, Array, Floats
+from bonsai_lora.core.adapter import LayerKind, LoraAdapter
+from bonsai_lora.core.cast import FLOAT32, Array
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.factors import Factors
-from bonsai_lora.core.lowrank import approximate, columns_for
+from bonsai_lora.core.lowrank import Approximation, approximate, columns_for
 from bonsai_lora.errors import InvalidRequestError, ShapeMismatchError
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
+from bonsai_lora.formats.gguf_names import EMBEDDING, HEAD
 from bonsai_lora.formats.peft_keys import TOKEN_ROWS
 
 Kind = Literal["lora", "token_rows", "replaced", "left_out"]
@@ -64,10 +65,10 @@ class Change:
     """What became of a tensor; squares of Frobenius norms."""
 
     pair: Pair
-    kind: Kind
     square: float
     """Of the difference."""
     base_square: float
+    kind: Kind
     lost_square: float = 0.0
     """Of what the form leaves out."""
     adapter: LoraAdapter | None = None
@@ -130,32 +131,27 @@ def _pair(
     base: Base, tuned: Base, name: str, sources: tuple[str | None, str | None]
 ) -> Pair | None:
     found = []
-    shapes = []
     for one, source in zip((base, tuned), sources, strict=True):
         assert source is not None
-        info = one.info(source)
-        assert info is not None
-        if info.dtype not in FLOAT_DTYPES:
+        if one.info(source).dtype not in FLOAT_DTYPES:
             return None
-        tensor = one.tensor(source)
-        assert tensor is not None
-        found.append(tensor)
-        shapes.append(info.shape)
-    if shapes[0] != shapes[1]:
+        found.append(one.tensor(source))
+    expected, got = (list(one.shape) for one in found)
+    if got != expected:
         raise ShapeMismatchError(
-            f"tensor {name!r} has shape {list(shapes[1])} in {tuned.name!r}, but {list(shapes[0])} "
-            f"in {base.name!r}; resize the embeddings of the base first, or use the base that the "
-            "model was tuned from",
+            f"tensor {name!r} has shape {got} in {tuned.name!r}, but {expected} in {base.name!r}; "
+            "resize the embeddings of the base first, or use the base that the model was tuned "
+            "from",
             tensor=name,
-            got=list(shapes[1]),
-            expected=list(shapes[0]),
+            got=got,
+            expected=expected,
         )
     return Pair(name, *found)
 
 
 def work_bytes(pair: Pair, size: Size) -> int:
     """Return the most memory that `extract` takes for a tensor."""
-    difference = Difference(pair.base, pair.tuned, _go_on)
+    difference = Difference(pair.base, pair.tuned, lambda: None)
     rows, columns = difference.shape
     width = columns_for(size.rank, rows, columns)
     return difference.work_bytes + 8 * _COPIES * width * (rows + columns + width)
@@ -198,31 +194,30 @@ def _form_of(
     size: Size,
     reserve: Callable[[int], None],
 ) -> Change:
-    squares = survey.square, survey.base_square
-    if not pair.name.endswith((".weight", ".bias")) or len(pair.base.shape) > 2:
-        return Change(pair, "left_out", *squares, lost_square=survey.square)
-    if len(pair.base.shape) < 2:
-        return Change(pair, "replaced", *squares, replacement=_whole(pair, difference))
-    changed = survey.changed_rows
-    if is_embedding(pair.name) and (base.is_tied or len(changed) <= _FEW_ROWS * pair.base.shape[0]):
-        reserve(4 * len(changed) * pair.base.shape[1])
-        values = _storable(difference.tuned_rows(changed))
-        return Change(pair, "token_rows", *squares, replacement=values, rows=changed)
-    return _low_rank(base, pair, difference, survey, size)
+    change = partial(Change, pair, survey.square, survey.base_square)
+    shape, changed = pair.base.shape, survey.changed_rows
+    if not pair.name.endswith((".weight", ".bias")) or len(shape) > 2:
+        return change("left_out", lost_square=survey.square)
+    if len(shape) == 2:
+        if is_embedding(pair.name) and (base.is_tied or len(changed) <= _FEW_ROWS * shape[0]):
+            reserve(4 * len(changed) * shape[1])
+            values = _storable(difference.tuned_rows(changed))
+            return change("token_rows", replacement=values, rows=changed)
+        found = _low_rank(pair.name, difference, size)
+        if found is not None:
+            return change("lora", found.lost_square, _adapter(base, pair, found.factors))
+    rows = difference.tuned_rows(np.arange(difference.shape[0]))
+    return change("replaced", replacement=_storable(rows.reshape(shape)))
 
 
-def _low_rank(base: Base, pair: Pair, difference: Difference, survey: Survey, size: Size) -> Change:
+def _low_rank(name: str, difference: Difference, size: Size) -> Approximation | None:
+    """Return the approximation of a difference; None if it would not be smaller."""
     rows, columns = difference.shape
-    squares = survey.square, survey.base_square
-    if size.energy is None and min(size.rank, rows, columns) * (rows + columns) >= rows * columns:
-        return Change(pair, "replaced", *squares, replacement=_whole(pair, difference))
-    found = approximate(
-        difference.blocks, difference.shape, pair.name, min(size.rank, rows, columns), size.energy
-    )
-    if found.rank * (rows + columns) >= rows * columns:
-        return Change(pair, "replaced", *squares, replacement=_whole(pair, difference))
-    adapter = _adapter(base, pair, found.factors)
-    return Change(pair, "lora", *squares, found.lost_square, adapter)
+    rank = min(size.rank, rows, columns)
+    if size.energy is None and rank * (rows + columns) >= rows * columns:
+        return None
+    found = approximate(difference.blocks, difference.shape, name, rank, size.energy)
+    return found if found.rank * (rows + columns) < rows * columns else None
 
 
 def _adapter(base: Base, pair: Pair, factors: Factors) -> LoraAdapter:
@@ -230,39 +225,24 @@ def _adapter(base: Base, pair: Pair, factors: Factors) -> LoraAdapter:
     rank = len(factors.right)
     config = LoraConfig(rank, float(rank), 0.0, ())
     left, right = factors.left.astype(np.float32), factors.right.astype(np.float32)
-    if is_embedding(pair.name):
-        return LoraAdapter(config, *_swapped(left, right), config.scaling, layer="embedding")
-    if base.model_type in CONV1D_TYPES and is_conv1d_name(pair.module):
-        return LoraAdapter(config, *_swapped(left, right), config.scaling)  # fan_in_fan_out
-    return LoraAdapter(config, right, left, config.scaling)
+    is_rows = is_embedding(pair.name)
+    if is_rows or _is_conv1d(base, pair):  # weights (in, out): A and B are exchanged
+        left, right = np.ascontiguousarray(right.T), np.ascontiguousarray(left.T)
+    layer: LayerKind = "embedding" if is_rows else "linear"
+    return LoraAdapter(config, right, left, config.scaling, layer=layer)
 
 
-def _swapped(left: Floats, right: Floats) -> tuple[Floats, Floats]:
-    """Return A and B of a weight that is stored as (in, out)."""
-    return np.ascontiguousarray(left.T), np.ascontiguousarray(right.T)
+def _is_conv1d(base: Base, pair: Pair) -> bool:
+    return base.model_type in CONV1D_TYPES and is_conv1d_name(pair.module)
 
 
 def is_transposed(base: Base, changes: Sequence[Change]) -> bool:
-    """Return whether adapters are for weights that are stored as (in, out)."""
-    return any(
-        change.adapter is not None
-        and base.model_type in CONV1D_TYPES
-        and is_conv1d_name(change.pair.module)
-        for change in changes
-    )
-
-
-def _whole(pair: Pair, difference: Difference) -> Array:
-    rows = difference.tuned_rows(np.arange(difference.shape[0]))
-    return _storable(rows.reshape(pair.base.shape))
+    """Return whether adapters are for weights that are stored as (in, out): fan_in_fan_out."""
+    return any(one.adapter is not None and _is_conv1d(base, one.pair) for one in changes)
 
 
 def _storable(values: Array) -> Array:
     return values.astype(FLOAT32) if values.dtype == np.float64 else values
-
-
-def _go_on() -> None:
-    pass
 
 
 def adapters_of(changes: Sequence[Change]) -> Mapping[str, LoraAdapter]:

@@ -57,6 +57,10 @@ class BaseFile:
         self.read_into(buffer, start)
         return buffer
 
+    def read_at(self, start: int, size: int) -> memoryview:
+        """Return `size` bytes from `start`, fewer only at the end of the file."""
+        return self.read(start, min(start + size, self.size_bytes))
+
     def read_into(self, buffer: memoryview, start: int) -> None:
         """Fill `buffer` with the bytes from `start`, which must be within the file."""
         done = 0

@@ -1,7 +1,7 @@
 """Check that a set fits a base: shapes, dtypes, and sums that one tensor can hold."""
 
 from bonsai_lora.checkpoints.base import Base
-from bonsai_lora.checkpoints.tensors import Touched
+from bonsai_lora.checkpoints.merged_tensor import Touched
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import (
     InvalidRequestError,
@@ -31,14 +31,14 @@ def check_tensor(base: Base, name: str, touched: Touched, *, is_one_set: bool) -
     tensor is missing, has no float dtype or cannot hold the sum, ShapeMismatchError if its shape is
     different.
     """
-    info = base.info(name)
-    if info is None:
+    if name not in base.tensor_names:
         raise UnsupportedAdapterError(
             f"base {base.name!r} has no tensor {name!r} to replace or add to; merge the set "
             "into the model that it was trained on",
             tensor=name,
             base=base.name,
         )
+    info = base.info(name)
     if info.dtype not in FLOAT_DTYPES:
         raise UnsupportedAdapterError(
             f"tensor {name!r} of base {base.name!r} is {info.dtype}, which cannot be merged into; "

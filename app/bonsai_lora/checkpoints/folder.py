@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bonsai_lora.formats.pieces import ObjectReader
+from bonsai_lora.formats.large_json import ObjectReader
+from bonsai_lora.formats.text import is_unicode
 
 GGUF = ".gguf"
 INDEX_FILE = "model.safetensors.index.json"
@@ -115,7 +116,7 @@ def _walk(
     """Yield the name and path of each file under `folder` that may be served."""
     for entry in os.scandir(folder):
         name = f"{prefix}{entry.name}"
-        if entry.name.startswith(".") or not _can_be_named(entry.name):
+        if entry.name.startswith(".") or not is_unicode(entry.name):  # no URL can have the name
             continue
         path = Path(entry.path)
         if entry.is_symlink() and not _stays_inside(path, roots):
@@ -127,15 +128,6 @@ def _walk(
                 ignored.append(f"{name}/")
             else:
                 yield from _walk(path, roots, f"{name}/", ignored)
-
-
-def _can_be_named(name: str) -> bool:
-    """Return whether a URL can contain the name, that is, whether it is valid Unicode."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _roots(folder: Path) -> tuple[Path, ...]:

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from bonsai_lora.checkpoints.base import Base, Description
 from bonsai_lora.checkpoints.file import BaseFile
-from bonsai_lora.checkpoints.gguf_parts import read_parts, reader_of
+from bonsai_lora.checkpoints.gguf_split import read_parts
 from bonsai_lora.checkpoints.gguf_tensor import Conversion, GgufTensor
 from bonsai_lora.errors import (
     BaseChangedError,
@@ -20,13 +20,15 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.formats import gguf, gguf_config, gguf_names, gguf_tokenizer
 from bonsai_lora.formats.dequantize import can_dequantize
-from bonsai_lora.formats.gguf_names import ARCHITECTURES, Change, Heads
+from bonsai_lora.formats.gguf_names import (
+    ARCHITECTURES,
+    GGUF_EMBEDDING,
+    GGUF_HEAD,
+    HEAD,
+    Change,
+    Heads,
+)
 from bonsai_lora.formats.hadamard import Folding, read_folding
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-GGUF_EMBEDDING = "token_embd.weight"
-GGUF_HEAD = "output.weight"
 
 _MOST_NAMES = 1 << 17
 """Tensors of a checkpoint, each expert counted. DeepSeek V3 has 46,000."""
@@ -143,27 +145,23 @@ class GgufBase(Base):
                 found.append((theirs.name, Place(name, theirs.change, expert)))
         return found
 
-    def info(self, name: str) -> Description | None:
-        """Return the dtype and shape of a tensor; None if it does not exist.
+    def info(self, name: str) -> Description:
+        """Return the dtype and shape of a tensor; raises KeyError if it does not exist.
 
         The dtype is F32, whatever the stored type, or that type if it cannot be dequantized.
         """
-        place = self.places.get(name)
-        if place is None:
-            return None
+        place = self.places[name]
         info = self.header.tensors[place.name]
         return Description(
             "F32" if can_dequantize(info.type) else info.type.name, _shape_of(place, info.shape)
         )
 
-    def tensor(self, name: str) -> GgufTensor | None:
-        """Return a tensor, not read yet; None if it does not exist.
+    def tensor(self, name: str) -> GgufTensor:
+        """Return a tensor, not read yet; raises KeyError if it does not exist.
 
         Raises UnsupportedGgufError if its rows cannot be brought into the order of a checkpoint.
         """
-        place = self.places.get(name)
-        if place is None:
-            return None
+        place = self.places[name]
         info = self.header.tensors[place.name]
         shape = _shape_of(place, info.shape)
         folding = self.folding_of(place.name)
@@ -174,7 +172,7 @@ class GgufBase(Base):
             shape,
             Conversion(place.change, self.heads, has_columns=not is_grouped),
             folding,
-            (place.expert or 0) * shape[0] if place.expert is not None else 0,
+            0 if place.expert is None else place.expert * shape[0],
             len(shape) == 2,
         )
         found.check()
@@ -202,12 +200,8 @@ class GgufBase(Base):
         """
         if "tokenizer.json" in self.files:
             return {}
-        made = gguf_tokenizer.tokenizer_files(self.header, self.read_at)
+        made = gguf_tokenizer.tokenizer_files(self.header, self.file.read_at)
         return {name: (len(raw), zlib.compress(raw, 1)) for name, raw in made.items()}
-
-    def read_at(self, start: int, size: int) -> memoryview:
-        """Return `size` bytes from `start` of the file with the keys."""
-        return self.file.read(start, start + size)
 
 
 def _shape_of(place: Place, stored: tuple[int, ...]) -> tuple[int, ...]:
@@ -233,7 +227,7 @@ def open_gguf(
     parts = read_parts(name, {file: files[file] for file in ggufs})
     header, opened = parts.header, files[ggufs[0]]
     try:
-        folding = read_folding(header, reader_of(opened))
+        folding = read_folding(header, opened.read_at)
         base = GgufBase(name, files, "", ignored, opened, header, parts.holders, folding=folding)
         _check(base)
     except BaseChangedError:

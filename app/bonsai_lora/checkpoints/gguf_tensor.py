@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from bonsai_lora.checkpoints.file import BaseFile
+from bonsai_lora.checkpoints.parts import Values
 from bonsai_lora.core.cast import FLOAT32, Floats
-from bonsai_lora.core.merge import Block
+from bonsai_lora.core.merge import Block, stacked_rows
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats import gguf_names
 from bonsai_lora.formats.dequantize import dequantize, read_rows
@@ -37,17 +38,6 @@ def _places_of_rows(change: Change, heads: Heads, rows: int) -> Order | None:
 
 
 ReadRows = Callable[[int, int], Floats]
-
-
-class Matrix(Protocol):
-    """Values (n, m) that are read or computed block by block."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Rows and columns."""
-
-    def __getitem__(self, block: Block) -> Any:
-        """Return a new array with the values of a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +129,7 @@ class GgufTensor:
 
     def _stored_rows(self, first: int, last: int) -> Floats:
         start = self.first_row
-        values = read_rows(self._read, self.info, start + first, start + last)
+        values = read_rows(self.file.read_at, self.info, start + first, start + last)
         return values if self.folding is None else self.folding.unfold(values)
 
     def _part_of_row(self, row: int, columns: slice) -> Floats:
@@ -154,7 +144,7 @@ class GgufTensor:
     def _whole(self) -> Floats:
         """Return a vector or convolution as in a checkpoint."""
         rows = prod(self.info.shape) // max(1, self.info.width)
-        values = read_rows(self._read, self.info, 0, rows).reshape(self.info.shape)
+        values = read_rows(self.file.read_at, self.info, 0, rows).reshape(self.info.shape)
         places = self.conversion.places(len(values))
         if places is not None:
             values = values[places]
@@ -166,15 +156,12 @@ class GgufTensor:
                     return np.log(-values)
         return values
 
-    def _read(self, start: int, size: int) -> memoryview:
-        return self.file.read(start, start + size)
-
 
 @dataclass(frozen=True, eq=False, slots=True)
 class InGgufOrder:
     """Values of a checkpoint in the order and form in which a GGUF file has them."""
 
-    source: Matrix
+    source: Values
     conversion: Conversion
     hugging_face_shape: tuple[int, ...]
 
@@ -216,7 +203,7 @@ class InGgufOrder:
 class Stacked:
     """Matrices of the same shape, one below the other."""
 
-    parts: Sequence[Matrix]
+    parts: Sequence[Values]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -228,11 +215,9 @@ class Stacked:
         """Return the values of a block."""
         rows, columns = block
         height = self.parts[0].shape[0]
-        found = []
-        for number in range(rows.start // height, -(-rows.stop // height)):
-            first = max(rows.start - number * height, 0)
-            last = min(rows.stop - number * height, height)
-            found.append(self.parts[number][slice(first, last), columns])
+        found = [
+            self.parts[number][inside, columns] for number, inside in stacked_rows(rows, height)
+        ]
         return found[0] if len(found) == 1 else np.concatenate(found)
 
 

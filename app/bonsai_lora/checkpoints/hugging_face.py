@@ -8,15 +8,23 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from bonsai_lora.checkpoints.encodings import computed_as
 from bonsai_lora.checkpoints.folder import CONFIG_FILE, GGUF, INDEX_FILE
-from bonsai_lora.checkpoints.gguf_base import HEAD, GgufBase
+from bonsai_lora.checkpoints.gguf_base import GgufBase
 from bonsai_lora.checkpoints.merged import MergedModel
-from bonsai_lora.checkpoints.parts import Made, MergedFile, Part, Stored
+from bonsai_lora.checkpoints.parts import (
+    Made,
+    MergedFile,
+    Part,
+    Stored,
+    computed_as,
+    etag_of,
+    media_type_of,
+)
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.dequantize import can_dequantize
 from bonsai_lora.formats.gguf_config import ROPE_TABLES, config_of, weights_fields
+from bonsai_lora.formats.gguf_names import HEAD
 from bonsai_lora.formats.gguf_types import BY_NAME
 
 SHARD_BYTES = 5_000_000_000
@@ -41,13 +49,13 @@ def checkpoint_files(
     shards = _shards(shapes, kind)
     seed = f"{model.digest}/{kind}"
     files = {
-        name: MergedFile([Stored(file, 0, file.size_bytes)], f"{base.digest}/{name}", _media(name))
+        name: _same_file(base, name, Stored(file, 0, file.size_bytes))
         for name, file in base.files.items()
         if not name.endswith(GGUF)
     }
     for name, (size, compressed) in base.tokenizer.items():
         made = Made(size, partial(zlib.decompress, compressed))
-        files.setdefault(name, MergedFile([made], f"{base.digest}/{name}", _media(name)))
+        files.setdefault(name, _same_file(base, name, made))
     for name, part in shards.items():
         files[name] = _weights(model, part, kind, f"{seed}/{name}")
     if len(shards) > 1:
@@ -61,12 +69,12 @@ def _config_of(model: MergedModel, base: GgufBase, dtype: str) -> Mapping[str, A
     """Return the configuration beside the GGUF file, or one made from its keys."""
     is_tied = base.is_tied and not model.is_untied
     if not base.config:
-        return config_of(base.header, base.read_at, dtype=dtype, is_tied=is_tied)
+        return config_of(base.header, base.file.read_at, dtype=dtype, is_tied=is_tied)
     return {**base.config, **weights_fields(dtype, is_tied=is_tied)}
 
 
 def _shapes_of(model: MergedModel, base: GgufBase, left_out: frozenset[str]) -> _Shapes:
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, stored in base.header.tensors.items():
         held = base.places_in(name)
         if name in left_out:
@@ -78,14 +86,9 @@ def _shapes_of(model: MergedModel, base: GgufBase, left_out: frozenset[str]) -> 
                 f"{what}; pull it as a GGUF file",
                 tensor=name,
             )
-        for theirs, _ in held:
-            info = base.info(theirs)
-            assert info is not None
-            shapes[theirs] = info.shape
+        shapes |= {theirs: base.info(theirs).shape for theirs, _ in held}
     if model.is_untied:
-        info = base.info(HEAD)
-        assert info is not None
-        shapes[HEAD] = info.shape
+        shapes[HEAD] = base.info(HEAD).shape
     return shapes
 
 
@@ -116,7 +119,7 @@ def _weights(model: MergedModel, shapes: _Shapes, dtype: str, seed: str) -> Merg
 
     parts: list[Part] = [Made(len(head()), head)]
     parts += [computed_as(dtype, model.values(name)) for name in shapes]
-    return MergedFile(parts, seed, "application/octet-stream")
+    return MergedFile(parts, etag_of(seed), "application/octet-stream")
 
 
 def _index(shards: Mapping[str, _Shapes], dtype: str) -> object:
@@ -129,8 +132,9 @@ def _index(shards: Mapping[str, _Shapes], dtype: str) -> object:
 
 def _json_file(value: object, seed: str) -> MergedFile:
     raw = json.dumps(value, indent=2).encode() + b"\n"
-    return MergedFile([Made(len(raw), lambda: raw)], seed, "application/json")
+    return MergedFile([Made(len(raw), lambda: raw)], etag_of(seed), "application/json")
 
 
-def _media(name: str) -> str:
-    return "application/json" if name.endswith(".json") else "application/octet-stream"
+def _same_file(base: GgufBase, name: str, content: Part) -> MergedFile:
+    """Return a file that no set changes."""
+    return MergedFile([content], etag_of(f"{base.digest}/{name}"), media_type_of(name))

@@ -9,8 +9,8 @@ import numpy as np
 from bonsai_lora.checkpoints.base import Base, Tensor
 from bonsai_lora.checkpoints.experts import expert_weights
 from bonsai_lora.checkpoints.fit import check_not_empty, check_tensor
+from bonsai_lora.checkpoints.merged_tensor import MergedTensor, TokenRows, Touched
 from bonsai_lora.checkpoints.orientation import Fit, as_stored, is_any_transposed
-from bonsai_lora.checkpoints.tensors import MergedTensor, TokenRows, Touched
 from bonsai_lora.checkpoints.ties import is_embedding, tied_replacements
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array
@@ -87,7 +87,6 @@ class MergedModel:
         if name in self._touched:
             return self.tensor(name)
         found = self.base.tensor(name)
-        assert found is not None
         return found.as_matrix(found.shape[0] if len(found.shape) == 2 else 1)
 
     def tensor(self, name: str) -> MergedTensor:
@@ -95,9 +94,8 @@ class MergedModel:
         known = self._tensors.get(name)
         if known is not None:
             return known
-        base = self.base.tensor(name)
-        assert base is not None
-        return self._tensors.setdefault(name, MergedTensor(base, self._touched[name]))
+        made = MergedTensor(self.base.tensor(name), self._touched[name])
+        return self._tensors.setdefault(name, made)
 
     def _add(self, one: Ingredient) -> bool:
         """Add the changes of a set; return whether it needs a head that is not tied."""
@@ -128,10 +126,8 @@ class MergedModel:
             if not found:
                 lost.append(module)
             for name, part in found:
-                info = self.base.info(name)
-                assert info is not None
                 names.append(name)
-                fits.append((module, part, info.shape))
+                fits.append((module, part, self.base.info(name).shape))
         if lost:
             raise _lost(self.base, one.lora_set, lost)
         others = is_any_transposed(fits)

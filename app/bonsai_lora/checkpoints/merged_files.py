@@ -14,7 +14,14 @@ from bonsai_lora.checkpoints.gguf_base import GgufBase
 from bonsai_lora.checkpoints.hugging_face import checkpoint_files
 from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.checkpoints.merged_gguf import merged_gguf
-from bonsai_lora.checkpoints.parts import Computed, MergedFile, Part, Stored
+from bonsai_lora.checkpoints.parts import (
+    Computed,
+    MergedFile,
+    Part,
+    Stored,
+    etag_of,
+    media_type_of,
+)
 from bonsai_lora.checkpoints.safetensors_base import SafetensorsBase
 from bonsai_lora.errors import InvalidRequestError, UnsupportedGgufError
 
@@ -98,5 +105,4 @@ def _like_base(model: MergedModel, base: SafetensorsBase, name: str) -> MergedFi
                 position = header.data_start + info.stop
     parts.append(Stored(file, position, file.size_bytes))
     digest = model.digest if header else base.digest
-    media = "application/json" if name.endswith(".json") else "application/octet-stream"
-    return MergedFile(parts, f"{digest}/{name}", media)
+    return MergedFile(parts, etag_of(f"{digest}/{name}"), media_type_of(name))

@@ -8,21 +8,22 @@ still folded in part could not be read by both.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
-from bonsai_lora.checkpoints.encodings import computed_as
-from bonsai_lora.checkpoints.gguf_base import GGUF_EMBEDDING, GGUF_HEAD, HEAD, GgufBase
+from bonsai_lora.checkpoints.gguf_base import GgufBase
+from bonsai_lora.checkpoints.gguf_file import file_parts
 from bonsai_lora.checkpoints.gguf_tensor import Conversion, InGgufOrder, Stacked
 from bonsai_lora.checkpoints.merged import MergedModel
-from bonsai_lora.checkpoints.parts import Made, MergedFile, Part, Stored, Values
+from bonsai_lora.checkpoints.parts import MergedFile, Part, Stored, Values, computed_as, etag_of
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats import gguf_writer, hadamard
 from bonsai_lora.formats.dequantize import can_dequantize
 from bonsai_lora.formats.gguf_layouts import TensorInfo
-from bonsai_lora.formats.gguf_names import Change
+from bonsai_lora.formats.gguf_names import GGUF_EMBEDDING, GGUF_HEAD, HEAD, Change
 from bonsai_lora.formats.gguf_types import BY_NAME, FILE_TYPES, TensorType
 from bonsai_lora.formats.gguf_writer import Layout, Plan, Writable
 
@@ -32,95 +33,106 @@ _FILE_TYPE = "general.file_type"
 _TYPES_VERSION = "general.quantization_version"
 
 
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A tensor of the merged file."""
+
+    stored: str
+    """The tensor of the base that it is made of."""
+    info: TensorInfo
+    """That of the base's tensor."""
+    held: Sequence[tuple[str, Change]]
+    """The tensors of a checkpoint that it holds."""
+    is_merged: bool
+    """Whether its values are not simply those of the base's tensor."""
+
+
 def merged_gguf(model: MergedModel, base: GgufBase, dtype: str, *, is_widened: bool) -> MergedFile:
     """Return the GGUF file of a merged model, with changed tensors in `dtype`.
 
     With `is_widened`, all other quantized tensors are written in this dtype, too. Raises
     UnsupportedGgufError for a tensor that cannot be dequantized.
     """
+    tensors = dict(_tensors(model, base))
     changed = {
-        name
-        for name in _names_of(model, base)
-        if _must_change(model, base, name, is_widened=is_widened)
+        name for name, one in tensors.items() if _must_change(base, one, is_widened=is_widened)
     }
-    layout = _layout(model, base, changed, dtype)
+    layout = {
+        name: (_type_for(one, dtype) if name in changed else one.info.type, one.info.shape)
+        for name, one in tensors.items()
+    }
     planned = _plan(base, layout)
-    parts: list[Part] = [Made(len(planned.head), lambda: _plan(base, layout).head)]
-    position = len(planned.head)
-    for name, info in planned.tensors.items():
-        parts.append(_zeros(info.start - position))
-        parts.append(_part(model, base, name, info, is_changed=name in changed))
-        position = info.stop
-    parts.append(_zeros(planned.total_bytes - position))
-    seed = f"{model.digest}/gguf/{dtype}/{is_widened}"
-    return MergedFile(parts, seed, "application/octet-stream")
+
+    def part_of(name: str, info: TensorInfo) -> Part:
+        one = tensors[name]
+        if name in changed:
+            return computed_as(info.type.name, _values(model, base, one))
+        return Stored(base.holders[one.stored], one.info.start, one.info.stop)
+
+    parts = file_parts(planned, lambda: _plan(base, layout).head, part_of)
+    etag = etag_of(f"{model.digest}/gguf/{dtype}/{is_widened}")
+    return MergedFile(parts, etag, "application/octet-stream")
 
 
-def _names_of(model: MergedModel, base: GgufBase) -> Iterator[str]:
-    """Yield the tensors of the merged file; an untied head follows the embedding."""
-    for name in base.header.tensors:
-        yield name
-        if name == GGUF_EMBEDDING and model.is_untied:
-            yield GGUF_HEAD
-
-
-def _stored_name(base: GgufBase, name: str) -> str:
-    return name if name in base.header.tensors else GGUF_EMBEDDING
-
-
-def _held(base: GgufBase, name: str) -> list[tuple[str, Change]]:
-    """Return the tensors of a checkpoint that a tensor of the merged file holds."""
-    if name not in base.header.tensors:
-        return [(HEAD, Change.NONE)]
-    return [(theirs, place.change) for theirs, place in base.places_in(name)]
-
-
-def _must_change(model: MergedModel, base: GgufBase, name: str, *, is_widened: bool) -> bool:
-    stored = _stored_name(base, name)
-    kind = base.header.tensors[stored].type
-    held = _held(base, name)
+def _tensors(model: MergedModel, base: GgufBase) -> Iterator[tuple[str, _Tensor]]:
+    """Yield the tensors of the merged file by name; an untied head follows the embedding."""
     is_grouped = base.folding is not None and base.folding.is_grouped
+    for name, info in base.header.tensors.items():
+        held = [(theirs, place.change) for theirs, place in base.places_in(name)]
+        is_merged = any(
+            model.is_touched(theirs) or (is_grouped and change is Change.V_COLUMNS)
+            for theirs, change in held
+        )
+        yield name, _Tensor(name, info, held, is_merged)
+        if name == GGUF_EMBEDDING and model.is_untied:
+            yield GGUF_HEAD, _Tensor(name, info, [(HEAD, Change.NONE)], model.is_touched(HEAD))
+
+
+def _must_change(base: GgufBase, tensor: _Tensor, *, is_widened: bool) -> bool:
+    kind = tensor.info.type
     must = (
-        any(model.is_touched(theirs) for theirs, _ in held)
-        or base.folding_of(stored) is not None
-        or (is_grouped and any(change is Change.V_COLUMNS for _, change in held))
+        tensor.is_merged
+        or base.folding_of(tensor.stored) is not None
         or (is_widened and kind.name not in _FLOATS)
     )
     if must and not can_dequantize(kind):
         raise UnsupportedGgufError(
-            f"tensor {stored!r} of base {base.name!r} has type {kind.name}, which cannot be "
+            f"tensor {tensor.stored!r} of base {base.name!r} has type {kind.name}, which cannot be "
             "dequantized; use a file of a different type",
-            tensor=stored,
+            tensor=tensor.stored,
             got=kind.name,
         )
     return must
 
 
-def _layout(model: MergedModel, base: GgufBase, changed: set[str], dtype: str) -> Layout:
-    layout = {}
-    for name in _names_of(model, base):
-        info = base.header.tensors[_stored_name(base, name)]
-        layout[name] = (
-            (_type_for(base, name, info, dtype) if name in changed else info.type),
-            info.shape,
-        )
-    return layout
-
-
-def _type_for(base: GgufBase, name: str, info: TensorInfo, dtype: str) -> TensorType:
+def _type_for(tensor: _Tensor, dtype: str) -> TensorType:
     """Return the type of a changed tensor: llama.cpp needs vectors and convolutions as F32."""
-    is_convolution = any(change is Change.CONVOLUTION for _, change in _held(base, name))
-    if len(info.shape) < 2 or is_convolution:
+    is_convolution = any(change is Change.CONVOLUTION for _, change in tensor.held)
+    if len(tensor.info.shape) < 2 or is_convolution:
         return BY_NAME["F32"]
     kind = BY_NAME[dtype]
-    return kind if info.width % kind.block == 0 else BY_NAME["F16"]
+    return kind if tensor.info.width % kind.block == 0 else BY_NAME["F16"]
+
+
+def _values(model: MergedModel, base: GgufBase, tensor: _Tensor) -> Values:
+    """Return the values of a changed tensor, in the order of the file."""
+    if not tensor.is_merged:
+        return base.stored(tensor.stored)
+    return Stacked(
+        [
+            InGgufOrder(
+                model.values(theirs), Conversion(change, base.heads), base.info(theirs).shape
+            )
+            for theirs, change in tensor.held
+        ]
+    )
 
 
 def _plan(base: GgufBase, layout: Layout) -> Plan:
     pairs: dict[str, Writable] = {}
     for key, value in base.header.pairs.items():
         if not key.startswith(_DROPPED):
-            pairs[key] = gguf_writer.encoded_value(base.read_at, value)
+            pairs[key] = gguf_writer.encoded_value(base.file.read_at, value)
     pairs |= _quantization(layout)
     if BY_NAME["TQ2_0_G128"] not in {kind for kind, _ in layout.values()}:
         pairs[_TYPES_VERSION] = np.uint32(2)
@@ -134,37 +146,3 @@ def _quantization(layout: Layout) -> Mapping[str, Writable]:
         counts[kind.name.removesuffix("_G128")] += prod(shape)
     known = [name for name, _ in counts.most_common() if name in FILE_TYPES]
     return {_FILE_TYPE: np.uint32(FILE_TYPES[known[0]])} if known else {}
-
-
-def _part(
-    model: MergedModel, base: GgufBase, name: str, info: TensorInfo, *, is_changed: bool
-) -> Part:
-    if not is_changed:
-        held = _stored_name(base, name)
-        stored = base.header.tensors[held]
-        return Stored(base.holders[held], stored.start, stored.stop)
-    return computed_as(info.type.name, _values(model, base, name))
-
-
-def _values(model: MergedModel, base: GgufBase, name: str) -> Values:
-    """Return the values of a changed tensor, in the order of the file."""
-    held = _held(base, name)
-    stored = _stored_name(base, name)
-    is_grouped = base.folding is not None and base.folding.is_grouped
-    is_plain = not any(
-        model.is_touched(theirs) or (is_grouped and change is Change.V_COLUMNS)
-        for theirs, change in held
-    )
-    if is_plain:
-        return base.stored(stored)
-    parts = []
-    for theirs, change in held:
-        info = base.info(theirs)
-        assert info is not None
-        conversion = Conversion(change, base.heads)
-        parts.append(InGgufOrder(model.values(theirs), conversion, info.shape))
-    return parts[0] if len(parts) == 1 else Stacked(parts)
-
-
-def _zeros(size: int) -> Part:
-    return Made(size, lambda: bytes(size))

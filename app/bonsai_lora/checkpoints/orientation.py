@@ -57,7 +57,9 @@ def as_stored(
         return adapter
     if adapter.experts is not None:
         return _as_stacked(adapter, shape, model_type)
-    is_transposed = _is_transposed(fit, model_type, may_be_transposed, others_are)
+    is_transposed = _is_transposed(
+        fit, model_type, may_be_transposed=may_be_transposed, others_are=others_are
+    )
     if is_transposed is None:
         raise UnsupportedAdapterError(
             f"fan_in_fan_out is set and the weight of {module!r} is square, so it is unknown "
@@ -78,10 +80,7 @@ def _as_stacked(adapter: LoraAdapter, shape: tuple[int, ...], model_type: str) -
 
 
 def _is_transposed(
-    fit: Fit,
-    model_type: str,
-    may_be_transposed: bool,  # noqa: FBT001
-    others_are: bool | None,  # noqa: FBT001
+    fit: Fit, model_type: str, *, may_be_transposed: bool, others_are: bool | None
 ) -> bool | None:
     """Return whether the weight is stored as (d_in, d_out); None if unknown."""
     module, adapter, shape = fit

@@ -12,9 +12,15 @@ from itertools import accumulate
 from math import prod
 from typing import Any, Protocol
 
+import numpy as np
+
 from bonsai_lora.checkpoints.file import BaseFile
+from bonsai_lora.core import backend
 from bonsai_lora.core.cast import Array
-from bonsai_lora.core.merge import Block, blocks
+from bonsai_lora.core.merge import BLOCK_VALUES, Block, blocks
+from bonsai_lora.formats.dtypes import FLOAT_DTYPES
+from bonsai_lora.formats.gguf_types import BY_NAME
+from bonsai_lora.formats.quantize import quantize_q8_0
 from bonsai_lora.formats.safetensors import as_bytes
 
 PIECE_BYTES = 1 << 20
@@ -96,7 +102,7 @@ class Computed:
         """Yield the pieces of the bytes [start, stop), cut from the fixed blocks."""
         offset = 0
         rows, columns = self.values.shape
-        for block in blocks(rows, columns):
+        for block in blocks(rows, columns, most=BLOCK_VALUES):
             size = self.bytes_of(
                 (block[0].stop - block[0].start) * (block[1].stop - block[1].start)
             )
@@ -111,12 +117,43 @@ class Computed:
         return self.encode(self.values[block])[first:last]
 
 
-class MergedFile:
-    """One file of a merged model: its size, its ETag, and any range of its bytes."""
+def computed_as(dtype: str, values: Values) -> Computed:
+    """Return float32 values as a part of a file: F32, F16, BF16 or Q8_0."""
+    return Computed(values, BY_NAME[dtype].bytes_of, _ENCODERS[dtype])
 
-    def __init__(self, parts: Sequence[Part], seed: str, media_type: str) -> None:
+
+def _rounded(dtype: str) -> Callable[[Array], memoryview]:
+    def encode(values: Array) -> memoryview:
+        out: Array = np.empty(values.shape, FLOAT_DTYPES[dtype])
+        backend.cast(values, out)
+        return as_bytes(out)
+
+    return encode
+
+
+def _q8_0(values: Array) -> memoryview:
+    return as_bytes(quantize_q8_0(values.reshape(-1)))
+
+
+_ENCODERS = {"F32": as_bytes, "F16": _rounded("F16"), "BF16": _rounded("BF16"), "Q8_0": _q8_0}
+
+
+def etag_of(seed: str) -> str:
+    """Return a strong ETag that differs wherever `seed` does."""
+    return f'"{hashlib.sha256(seed.encode()).hexdigest()[:40]}"'
+
+
+def media_type_of(name: str) -> str:
+    """Return the Content-Type of a model's file."""
+    return "application/json" if name.endswith(".json") else "application/octet-stream"
+
+
+class MergedFile:
+    """One file of a merged model, or a GGUF LoRA: its size, its ETag, any range of its bytes."""
+
+    def __init__(self, parts: Sequence[Part], etag: str, media_type: str) -> None:
         self.media_type = media_type
-        self.etag = f'"{hashlib.sha256(seed.encode()).hexdigest()[:40]}"'
+        self.etag = etag
         self._parts = parts
 
     @cached_property

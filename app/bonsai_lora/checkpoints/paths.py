@@ -59,7 +59,7 @@ class TensorPaths:
         """
         if match is None and parameter in self.names:
             return (parameter,)
-        known = sorted({*self._with_prefixes(parameter)} & {*self.names})
+        known = sorted({one for one in self._with_prefixes(parameter) if one in self.names})
         ending = self._by_ending.get(f".{parameter}", ())
         if match is not None:
             every = dict.fromkeys([*known, *ending])

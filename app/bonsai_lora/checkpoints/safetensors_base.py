@@ -29,25 +29,20 @@ class SafetensorsBase(Base):
         """Names of all tensors."""
         return self.weight_map.keys()
 
-    def info(self, name: str) -> Description | None:
-        """Return the dtype and shape of a tensor; None if it does not exist."""
-        file = self.weight_map.get(name)
-        if file is None:
-            return None
-        info = self.headers[file].tensors[name]
+    def info(self, name: str) -> Description:
+        """Return the dtype and shape of a tensor; raises KeyError if it does not exist."""
+        info = self.headers[self.weight_map[name]].tensors[name]
         return Description(info.dtype, info.shape)
 
-    def tensor(self, name: str) -> StoredTensor | None:
-        """Return a tensor, not read yet; None if it does not exist.
+    def tensor(self, name: str) -> StoredTensor:
+        """Return a tensor, not read yet; raises KeyError if it does not exist.
 
         Raises InvalidRequestError for a dtype outside FLOAT_DTYPES.
         """
-        file = self.weight_map.get(name)
-        if file is None:
-            return None
+        file = self.weight_map[name]
         header = self.headers[file]
         info = header.tensors[name]
-        dtype = safetensors.float_dtype(header, name)
+        dtype = safetensors.dtype_of(header, name)
         return StoredTensor(self.files[file], header.data_start + info.start, dtype, info.shape)
 
     @cached_property

@@ -142,7 +142,7 @@ class Acceptor:
             task.exception()  # a handshake that failed; the connection is closed
 
     def _rest(self) -> None:
-        """Leave connections in the backlog for a moment."""
+        """Accept nothing for a moment; connections wait in the backlog."""
         self._loop.remove_reader(self._listener)
         self._timer = self._loop.call_later(_REST_SECONDS, self._start)
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import BinaryIO, cast
 
-from bonsai_lora.cli.client import EXIT_REFUSED
-from bonsai_lora.cli.store import check_bucket, failed
+from bonsai_lora.cli.output import EXIT_REFUSED, failed
+from bonsai_lora.cli.store import check_bucket
 from bonsai_lora.errors import (
     BonsaiLoraError,
     NewerFormatError,

@@ -11,19 +11,22 @@ from typing import Any
 
 import httpx
 
+from bonsai_lora.cli.output import (
+    EXIT_REFUSED,
+    EXIT_USAGE,
+    plain,
+    print_rows,
+    print_table,
+    warn,
+)
 from bonsai_lora.cli.progress import ProgressLine
-from bonsai_lora.cli.table import print_table
 from bonsai_lora.client.blocking import Client
-from bonsai_lora.client.call import Call, decode_json, path_of
+from bonsai_lora.client.call import Call, json_body, path_of
 from bonsai_lora.client.connection import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE, url_of
 from bonsai_lora.errors import BonsaiLoraError, counted
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_base_name, is_set_name
 from bonsai_lora.formats.text import printable
 
-EXIT_REFUSED = 1
-"""The service returned an error."""
-EXIT_USAGE = 2
-"""The arguments are wrong, or a file cannot be read."""
 EXIT_UNREACHABLE = 3
 """The service cannot be reached."""
 
@@ -111,8 +114,9 @@ def _add_pull(commands: Any) -> None:
         "--dtype, too",
     )
     fetch.add_argument(
-        "--jobs", type=int, default=4, help="files to download at a time (default: 4)"
+        "--parallel", type=int, default=4, help="files to download at a time (default: 4)"
     )
+    fetch.add_argument("--jobs", type=int, dest="parallel", help=argparse.SUPPRESS)  # as in 0.1.0
 
 
 def add_command(
@@ -199,13 +203,6 @@ def _describe_failure(error: BaseException, address: str) -> tuple[int, str]:
     raise error
 
 
-def plain(error: Exception) -> str:
-    """Return the message of an error, without the number that the system gives it."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
-
-
 def list_sets(client: Client, arguments: argparse.Namespace) -> Any:
     """Print a line per set."""
     found = client.list_sets(
@@ -279,7 +276,7 @@ def push_set(client: Client, arguments: argparse.Namespace) -> Any:
         name = printable(report["name"])
         print(f"{name}: version {report['version']}, {counted(report['adapter_count'], 'adapter')}")
         for text in report["warnings"]:
-            print(f"warning: {printable(text)}", file=sys.stderr)
+            warn(text)
     return report
 
 
@@ -297,12 +294,9 @@ def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
     # Sent as JSON, not as an array: the service then reports a NaN by its index in the file.
     call: Call[Any] = Call(
         method="POST",
-        path="/v1"
-        + path_of("sets", set_name(arguments.name), "adapters", arguments.module, "apply"),
-        headers={"Content-Type": "application/json"},
-        content=json.dumps(body).encode(),
-        decode=decode_json,
+        path=path_of("v1", "sets", set_name(arguments.name), "adapters", arguments.module, "apply"),
         is_pure=True,
+        **json_body(body),
     )
     answer = client.send(call)
     if not arguments.json:
@@ -325,17 +319,22 @@ def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
             "--dtype, --architecture, --folded and --widen are for GGUF files; add --gguf"
         )
     with ProgressLine() as line:
-        if arguments.gguf:
-            return _pull_gguf(client, owner, name, arguments, line.update)
-        pulled = client.pull(
-            arguments.model, arguments.output, jobs=arguments.jobs, on_progress=line.update
+        pulled = (
+            _pull_gguf(client, owner, name, arguments, line.update)
+            if arguments.gguf
+            else client.pull(
+                arguments.model,
+                arguments.output,
+                parallel=arguments.parallel,
+                on_progress=line.update,
+            )
         )
-    gain = pulled["delta_gain"]
+    gain = pulled.get("delta_gain")
     if gain is not None and gain < _LITTLE_GAIN:
-        print(
-            f"warning: rounding left {gain:.0%} of the deltas; apply the set beside the base "
-            "instead, or merge it into a base with more bits",
-            file=sys.stderr,
+        wider = "pull it with --dtype F32" if arguments.gguf else "merge it into a wider base"
+        warn(
+            f"rounding left {gain:.0%} of the deltas; apply the set beside the base instead, or "
+            f"{wider}"
         )
     return pulled
 
@@ -367,8 +366,3 @@ def set_name(name: str) -> str:
     if not is_set_name(name):
         raise UsageError(f"{name!r} is not a valid set name; it must match {SET_NAME_PATTERN}")
     return name
-
-
-def print_rows(fields: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    """Print a table of some fields of each row."""
-    print_table([name.upper() for name in fields], [[row[name] for name in fields] for row in rows])

@@ -23,9 +23,10 @@ from bonsai_lora.api.keys_file import (
     QuotaEntry,
     read_keys,
 )
-from bonsai_lora.cli.table import print_table
+from bonsai_lora.cli.output import failed, print_table
 from bonsai_lora.service.keys import SCOPES, digest_of, new_token
 from bonsai_lora.settings import SettingsError, read_settings
+from bonsai_lora.validation import expectation
 
 _SPAN = re.compile(r"(\d{1,6})([dh])")
 _HOURS = {"d": 24, "h": 1}
@@ -76,10 +77,16 @@ def _run(action: Callable[[Path, argparse.Namespace], int], arguments: argparse.
     try:
         return action(_path_of(arguments), arguments)
     except (KeysFileError, SettingsError, ValidationError, OSError) as error:
-        text = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        for line in text.removeprefix("Value error, ").splitlines():
-            print(f"bonsai-lora: {line}", file=sys.stderr)
-        return 2
+        return failed(_mistake(error) if isinstance(error, ValidationError) else str(error))
+
+
+def _mistake(error: ValidationError) -> str:
+    """Return what is wrong with an argument."""
+    first = error.errors()[0]
+    text = expectation(first)
+    if first["type"] == "value_error":  # names the value itself
+        return text
+    return f"--{str(first['loc'][0]).replace('_', '-')} is {first['input']!r}; {text}"
 
 
 def _path_of(arguments: argparse.Namespace) -> Path:

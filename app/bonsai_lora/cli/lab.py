@@ -1,16 +1,16 @@
 """The commands of the laboratory: combine, compare, spectrum, survival, extract."""
 
 import argparse
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bonsai_lora.cli.client import UsageError, add_command, print_rows, set_name
+from bonsai_lora.cli.client import UsageError, add_command, set_name
+from bonsai_lora.cli.output import print_rows, print_table, warn
 from bonsai_lora.cli.pictures import curves, heat_map
 from bonsai_lora.cli.progress import JobLine
-from bonsai_lora.cli.table import print_table
 from bonsai_lora.client.blocking import Client
-from bonsai_lora.client.lab_answers import CombineOptions, Comparison, Job
+from bonsai_lora.client.lab_answers import CombineOptions, Comparison, SetSpectrum
 from bonsai_lora.errors import counted
 from bonsai_lora.formats.text import printable
 
@@ -96,7 +96,7 @@ def combine_sets(client: Client, arguments: argparse.Namespace) -> Any:
     job = client.start_combine(
         name, weights, method=arguments.method, dry_run=arguments.dry_run, **options
     )
-    answer = _result(client, job)
+    answer = _result(client, job, arguments)
     report = answer if arguments.dry_run else answer["report"]
     if not arguments.json:
         print(
@@ -105,16 +105,19 @@ def combine_sets(client: Client, arguments: argparse.Namespace) -> Any:
             f"relative error {report['relative_error']:.4g}"
         )
         for text in report["warnings"]:
-            print(f"warning: {printable(text)}", file=sys.stderr)
+            warn(text)
         fields = ("name", "rank", "energy_kept", "relative_error")
-        print_rows(fields, [{**one} for one in report["modules"]])
+        print_rows(fields, report["modules"])
     return answer
 
 
-def _result(client: Client, job: Job) -> dict[str, Any]:
-    """Return the result of a job, with a progress line; Ctrl-C cancels it."""
+def _result(client: Client, job: Mapping[str, Any], arguments: argparse.Namespace) -> Any:
+    """Return the result of a job, with a progress line unless --json is given; Ctrl-C cancels it.
+
+    What came without a job is returned as it is.
+    """
     try:
-        with JobLine() as line:
+        with JobLine(is_silent=arguments.json) as line:
             return client.wait_for(job, line.update)
     except KeyboardInterrupt:
         client.cancel_job(job["id"])
@@ -134,7 +137,7 @@ def _weighted(text: str) -> tuple[str, float]:
 def compare_sets(client: Client, arguments: argparse.Namespace) -> Any:
     """Print the cosines of sets, and with --modules those of each module."""
     names = [set_name(one) for one in arguments.sets]
-    found = client.compare(names)
+    found: Comparison = _result(client, client.start_compare(names), arguments)
     if arguments.plot:
         _draw_comparison(arguments.plot, names, found)
     if not arguments.json:
@@ -168,7 +171,8 @@ def _print_cosines(names: list[str], found: Any) -> None:
 
 def show_spectrum(client: Client, arguments: argparse.Namespace) -> Any:
     """Print norms and ranks of a set's modules, and their largest singular values."""
-    found = client.get_spectrum(set_name(arguments.name), modules=arguments.module)
+    job = client.start_spectrum(set_name(arguments.name), modules=arguments.module)
+    found: SetSpectrum = _result(client, job, arguments)
     if arguments.plot:
         spectra = {one["name"]: one["singular_values"] for one in found["modules"]}
         picture = curves(f"singular values of {arguments.name}", spectra)
@@ -178,7 +182,7 @@ def show_spectrum(client: Client, arguments: argparse.Namespace) -> Any:
             *("name", "rank", "frobenius_norm", "spectral_norm", "stable_rank", "effective_rank"),
             *("energy_rank_90", "energy_rank_99"),
         )
-        print_rows(fields, [{**one} for one in found["modules"]])
+        print_rows(fields, found["modules"])
     return found
 
 
@@ -186,14 +190,14 @@ def show_survival(client: Client, arguments: argparse.Namespace) -> Any:
     """Print how much of a set is left in merged weights, whole and by tensor."""
     base, name, dtype = arguments.base, set_name(arguments.name), arguments.dtype.upper()
     found: dict[str, Any] = (
-        _result(client, client.start_survival(base, name, dtype=dtype))
+        _result(client, client.start_survival(base, name, dtype=dtype), arguments)
         if arguments.exact
         else {**client.get_survival(base, name, dtype=dtype)}
     )
     if not arguments.json:
         fields = ("name", "unchanged", "gain", "relative_error")
         whole = {**found, "name": "all"}
-        print_rows(fields, [whole, *({**one} for one in found["modules"])])
+        print_rows(fields, [whole, *found["modules"]])
     return found
 
 
@@ -208,7 +212,7 @@ def extract_set(client: Client, arguments: argparse.Namespace) -> Any:
         energy=arguments.energy,
         modules=arguments.module,
     )
-    answer = _result(client, job)
+    answer = _result(client, job, arguments)
     report = answer["report"]
     if not arguments.json:
         print(
@@ -217,7 +221,7 @@ def extract_set(client: Client, arguments: argparse.Namespace) -> Any:
             f"{counted(len(report['modules']), 'tensor')} changed, {report['same']} the same"
         )
         for text in report["warnings"]:
-            print(f"warning: {printable(text)}", file=sys.stderr)
+            warn(text)
         fields = ("name", "kind", "rank", "delta_norm", "relative_norm", "relative_error")
         rows = [{**one, "rank": one["rank"] or one["rows"] or ""} for one in report["modules"]]
         print_rows(fields, rows)

@@ -53,7 +53,9 @@ def configure_logging(level: str, form: str) -> None:
     root.handlers = [handler]
     root.setLevel(level.upper())
     # Its startup and shutdown messages; `serve` logs one line instead.
-    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))
+    # And URLs of what is pulled, which may be signed.
+    for name in ("uvicorn.error", "httpx", "httpcore"):
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
 
 
 def _escape(

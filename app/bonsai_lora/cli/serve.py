@@ -27,14 +27,14 @@ from bonsai_lora.api.keys_file import read_keys
 from bonsai_lora.api.sources_file import read_sources
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.cli.accept import Server
-from bonsai_lora.cli.client import plain
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
+from bonsai_lora.cli.output import EXIT_USAGE, failed, plain
 from bonsai_lora.cli.store import check_bucket
 from bonsai_lora.cli.supervisor import Supervisor, end_by_signals
 from bonsai_lora.cli.temporary import temporary_folder
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
-from bonsai_lora.errors import BonsaiLoraError
+from bonsai_lora.errors import BonsaiLoraError, StoreUnreachableError
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.view import SetView
 from bonsai_lora.settings import UNGUARDED, Settings, SettingsError, read_settings
@@ -91,16 +91,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         settings = read_settings(**given)
     except SettingsError as error:
-        for line in str(error).splitlines():
-            _print_error(line)
-        return 2
+        return failed(str(error))
     end_by_signals()
     configure_logging(settings.log_level, settings.log_format)
     try:
         settings = _guarded(settings)
     except ValueError as error:
-        _print_error(str(error))
-        return 2
+        return failed(str(error))
     _warn_of_unknown_variables()
     if settings.bases and not Path(settings.bases).is_dir():
         _log.warning("the folder of bases %s does not exist; check --bases", settings.bases)
@@ -111,8 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
                 settings = settings.model_copy(update={"store": str(temporary)})
             return _serve(settings, listeners, temporary)
     except ListenError as error:
-        _print_error(str(error))
-        return 2
+        return failed(str(error))
 
 
 def _guarded(settings: Settings) -> Settings:
@@ -178,8 +174,7 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: Path) 
     try:
         _check_store(settings)
     except (OSError, ValueError) as error:
-        _print_error(str(error))
-        return 2
+        return failed(str(error))
     # prometheus_client keeps the workers' metrics here: each reports all of them, and they outlive
     # a worker that is replaced.
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(temporary)
@@ -190,7 +185,7 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: Path) 
     _keep_freed_memory()
     choose_backend(settings)  # once for all workers
     if settings.sets is not None and not _import_sets(settings):
-        return 2
+        return EXIT_USAGE
     scheme = "http" if settings.tls_cert is None else "https"
     addresses = " and ".join(address_of(one, scheme) for one in listeners)
     place = settings.store if settings.is_bucket else Path(settings.store).resolve()
@@ -212,15 +207,19 @@ def _import_sets(settings: Settings) -> bool:
 
 
 def _import_folder(settings: Settings) -> None:
-    """Import the adapters of the folder `sets`, and log what became of them; exit 2 on errors."""
+    """Import the adapters of the folder `sets`, and log what became of them; exit 2 on errors.
+
+    Without the bucket, the service starts nevertheless, as it does without `sets`.
+    """
     _exit_with(os.getppid())
     try:
         _import_each(settings, cast("Path", settings.sets))
+    except StoreUnreachableError as error:
+        _log.error("the sets of %s wait for the next start: %s", settings.sets, error.detail)
     except (OSError, ValueError, BonsaiLoraError) as error:
-        _print_error(
-            f"the sets of {settings.sets} cannot be imported: {plain(error)}; check --sets"
+        sys.exit(
+            failed(f"the sets of {settings.sets} cannot be imported: {plain(error)}; check --sets")
         )
-        sys.exit(2)
 
 
 def _import_each(settings: Settings, folder: Path) -> None:
@@ -347,7 +346,3 @@ def _warn_of_unknown_variables() -> None:
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _print_error(text: str) -> None:
-    print(f"bonsai-lora: {text}", file=sys.stderr)

@@ -11,11 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from bonsai_lora.cli.client import EXIT_REFUSED, EXIT_USAGE, plain
+from bonsai_lora.cli.output import EXIT_REFUSED, failed, plain
 from bonsai_lora.cli.progress import ProgressLine
 from bonsai_lora.errors import counted
 from bonsai_lora.settings import SettingsError, is_bucket, read_settings
-from bonsai_lora.storage.backup import back_up, restore
+from bonsai_lora.storage.backup import back_up, read_listing, restore
 from bonsai_lora.storage.leftovers import bad_files, old_folders, remove_leftovers
 from bonsai_lora.storage.protocol import Store
 from bonsai_lora.storage.store import SetStore
@@ -105,8 +105,9 @@ def run_restore(arguments: argparse.Namespace) -> int:
     """Restore a backup; print each set that could not be, and return the exit code."""
     place, wrong, count = store_of(arguments), 0, 0
     try:
+        listing = read_listing(arguments.folder)
         with ProgressLine() as progress, _opened(place) as store:
-            for name, problem in restore(store, arguments.folder, progress.update):
+            for name, problem in restore(store, arguments.folder, listing, progress.update):
                 count += 1
                 if problem is not None:
                     wrong += 1
@@ -171,7 +172,7 @@ def store_of(arguments: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def _opened(place: str) -> Iterator[Store]:
-    """Give the store at a place; that of a bucket has a cache of its own, which is removed."""
+    """Open the store at a place; that of a bucket has a temporary cache."""
     if not is_bucket(place):
         yield SetStore(Path(place))
         return
@@ -193,13 +194,6 @@ def _opened(place: str) -> Iterator[Store]:
 def not_a_store(folder: Path) -> int:
     """Print that there is no store at `folder`, and return the exit code."""
     return failed(f"{folder} is not a store; name one with --store")
-
-
-def failed(text: str) -> int:
-    """Print why a command cannot run, and return the exit code."""
-    for line in text.splitlines():
-        print(f"bonsai-lora: {line}", file=sys.stderr)
-    return EXIT_USAGE
 
 
 def _agreed(question: str) -> bool:

@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from bonsai_lora.cli.client import EXIT_REFUSED
+from bonsai_lora.cli.output import EXIT_REFUSED, failed
 from bonsai_lora.cli.progress import ProgressLine
-from bonsai_lora.cli.store import add_store, failed, not_a_store, store_of
+from bonsai_lora.cli.store import add_store, not_a_store, store_of
 from bonsai_lora.errors import BonsaiLoraError, SetNotFoundError
 from bonsai_lora.settings import is_bucket
 from bonsai_lora.storage.store import SetStore

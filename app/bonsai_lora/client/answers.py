@@ -201,8 +201,10 @@ class Readiness(TypedDict):
     sets: int
     bad_file_count: int
     newer_file_count: int
+    not_imported_count: int
     bad_files: NotRequired[dict[str, str]]
     newer_files: NotRequired[list[str]]
+    not_imported: NotRequired[dict[str, str]]
     store_writable: bool
     store: NotRequired[str]
     bases_readable: bool | None
@@ -258,6 +260,13 @@ class PulledFile(TypedDict):
     path: str
     size: int
     oid: str
+
+
+class PulledMerged(PulledFile):
+    """A downloaded GGUF file of a merged model."""
+
+    delta_gain: float | None
+    """What its rounding left of the deltas, if the service knows it already."""
 
 
 class Pulled(TypedDict):

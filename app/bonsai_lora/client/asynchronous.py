@@ -7,48 +7,25 @@ from collections.abc import (
     AsyncIterable,
     AsyncIterator,
     Callable,
-    Coroutine,
     Iterable,
     Mapping,
 )
-from typing import Any, BinaryIO, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 import httpx
 
 from bonsai_lora.client import connection
 from bonsai_lora.client.answers import Dtype, SetSummary, Weights
-from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, described, opened
-from bonsai_lora.client.calls import (
-    adapters,
-    applying,
-    bases,
-    inference,
-    jobs,
-    lab,
-    merging,
-    sets,
-    stats,
-)
-from bonsai_lora.client.lab_answers import Job
+from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, opened
+from bonsai_lora.client.calls import bases, jobs, merging
+from bonsai_lora.client.methods import Methods
 from bonsai_lora.client.refusals import refusal_of
 from bonsai_lora.client.retries import Retries
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _method(
-    make: Callable[P, Call[T]],
-) -> Callable[Concatenate["AsyncClient", P], Coroutine[Any, Any, T]]:
-    """Return the coroutine method that sends the call that `make` makes."""
-
-    async def method(self: "AsyncClient", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self.send(make(*args, **kwargs))
-
-    return described(method, make)
-
-
-class AsyncClient:
+class AsyncClient(Methods):
     """`Client` for asyncio: the same arguments, and the same calls as coroutines.
 
     >>> async with AsyncClient() as client:
@@ -67,11 +44,7 @@ class AsyncClient:
         timeout: float | httpx.Timeout = connection.TIMEOUT,
         retries: int = connection.RETRIES,
     ) -> None:
-        options = connection.options_of(url, uds, token, headers, timeout)
-        if uds is not None:
-            options["transport"] = httpx.AsyncHTTPTransport(
-                uds=os.fspath(uds), limits=connection.LIMITS
-            )
+        options = connection.options_of(url, uds, token, headers, timeout, httpx.AsyncHTTPTransport)
         self._http = httpx.AsyncClient(**options)
         self.retries = retries
 
@@ -97,7 +70,7 @@ class AsyncClient:
 
     @contextlib.asynccontextmanager
     async def stream(self, call: Call[Any]) -> AsyncIterator[httpx.Response]:
-        """Send a call and give its answer, whose body is read in the block. Raises as `send`."""
+        """Send a call and yield its answer, whose body is read in the block. Raises as `send`."""
         answer = await self._exchange(call, is_stream=True)
         try:
             yield answer
@@ -128,9 +101,9 @@ class AsyncClient:
         prefix: str | None = None,
         page_size: int | None = None,
     ) -> AsyncIterator[SetSummary]:
-        """Give the sets by name, a page at a time.
+        """Yield the sets by name, a page at a time.
 
-        Gives only those for `base_model_name`, and whose names begin with `prefix`, if given.
+        Only those for `base_model_name`, and whose names begin with `prefix`, if given.
         """
         cursor = None
         while True:
@@ -144,10 +117,11 @@ class AsyncClient:
                 return
 
     async def wait_for(
-        self, job: Job, on_progress: Callable[[float], object] | None = None
+        self, job: Mapping[str, Any], on_progress: Callable[[float], object] | None = None
     ) -> dict[str, Any]:
         """Return the result of a job when it is done, what its request would have answered.
 
+        What `start_compare` and `start_spectrum` have answered without a job is returned as it is.
         `on_progress` gets the share that is done, from 0 to 1. Raises the error of a job that
         failed, and JobInterruptedError if it was cancelled.
         """
@@ -168,15 +142,18 @@ class AsyncClient:
         *,
         dtype: Dtype,
         unmerge: bool = False,
+        version: int | None = None,
     ) -> AsyncIterator[bytes]:
-        """Give the merged bytes of weights that come in blocks, in constant memory.
+        """Yield the merged bytes of weights that come in blocks, in constant memory.
 
         `weights` is a file opened in binary mode, or an iterable of bytes, synchronous or not: W
         (d_out, d_in) row by row, as `dtype`. All of it is sent before the first block comes back.
         Raises as `merge`.
         """
         blocks = weights if isinstance(weights, AsyncIterable) else blocks_of(weights)
-        call = merging.merge_blocks(set_name, module, blocks, dtype, unmerge=unmerge)
+        call = merging.merge_blocks(
+            set_name, module, blocks, dtype, unmerge=unmerge, version=version
+        )
         async with self.stream(call) as answer:
             async for block in answer.aiter_raw(BLOCK_BYTES):
                 yield block
@@ -195,7 +172,7 @@ class AsyncClient:
         dtype: str | None = None,
         widen: str | None = None,
     ) -> AsyncIterator[bytes]:
-        """Give a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
+        """Yield a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
         call = bases.get_merged_file(
             base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets, match=match,
             dtype=dtype, widen=widen,
@@ -203,72 +180,6 @@ class AsyncClient:
         async with self.stream(call) as answer:
             async for block in answer.aiter_raw(BLOCK_BYTES):
                 yield block
-
-    create_set = _method(sets.create_set)
-    list_page = _method(sets.list_page)
-    get_set = _method(sets.get_set)
-    upload_set = _method(sets.upload_set)
-    upload_files = _method(sets.upload_files)
-    upload_tensors = _method(sets.upload_tensors)
-    pull_set = _method(sets.pull_set)
-    upload_gguf = _method(sets.upload_gguf)
-    change_set = _method(sets.change_set)
-    delete_set = _method(sets.delete_set)
-    get_adapter_config = _method(sets.get_adapter_config)
-    get_adapter_tensors = _method(sets.get_adapter_tensors)
-    get_adapter_model = _method(sets.get_adapter_model)
-    get_adapter_gguf = _method(sets.get_adapter_gguf)
-
-    list_adapters = _method(adapters.list_adapters)
-    get_adapter = _method(adapters.get_adapter)
-    put_adapter = _method(adapters.put_adapter)
-    put_weights = _method(adapters.put_weights)
-    delete_adapter = _method(adapters.delete_adapter)
-
-    apply = _method(applying.apply)
-    apply_many = _method(applying.apply_many)
-    apply_mixed = _method(applying.apply_mixed)
-    merge = _method(merging.merge)
-
-    get_set_stats = _method(stats.get_set_stats)
-    get_stats = _method(stats.get_stats)
-    estimate = _method(stats.estimate)
-    get_health = _method(stats.get_health)
-    get_readiness = _method(stats.get_readiness)
-    get_metrics = _method(stats.get_metrics)
-
-    combine = _method(lab.combine)
-    preview_combine = _method(lab.preview_combine)
-    compare = _method(lab.compare)
-    get_spectrum = _method(lab.get_spectrum)
-    get_survival = _method(lab.get_survival)
-    start_combine = _method(lab.start_combine)
-    start_extract = _method(lab.start_extract)
-    start_survival = _method(lab.start_survival)
-
-    list_jobs = _method(jobs.list_jobs)
-    get_job = _method(jobs.get_job)
-    cancel_job = _method(jobs.cancel_job)
-
-    list_bases = _method(bases.list_bases)
-    get_base = _method(bases.get_base)
-    list_merged_files = _method(bases.list_merged_files)
-    get_merged_file = _method(bases.get_merged_file)
-
-    infer = _method(inference.infer)
-    get_server = _method(inference.get_server)
-    get_server_live = _method(inference.get_server_live)
-    get_server_ready = _method(inference.get_server_ready)
-    get_model = _method(inference.get_model)
-    get_model_ready = _method(inference.get_model_ready)
-    get_model_config = _method(inference.get_model_config)
-    get_model_statistics = _method(inference.get_model_statistics)
-    list_models = _method(inference.list_models)
-    load_model = _method(inference.load_model)
-    unload_model = _method(inference.unload_model)
-    list_regions = _method(inference.list_regions)
-    register_region = _method(inference.register_region)
-    unregister_regions = _method(inference.unregister_regions)
 
 
 async def _as_async(blocks: Iterable[bytes] | AsyncIterable[bytes]) -> AsyncIterator[bytes]:

@@ -5,44 +5,24 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 import httpx
 
 from bonsai_lora.client import connection
-from bonsai_lora.client.answers import Dtype, Pulled, PulledFile, SetSummary, Weights
-from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, described, opened
-from bonsai_lora.client.calls import (
-    adapters,
-    applying,
-    bases,
-    inference,
-    jobs,
-    lab,
-    merging,
-    sets,
-    stats,
-)
+from bonsai_lora.client.answers import Dtype, Pulled, PulledFile, PulledMerged, SetSummary, Weights
+from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, opened
+from bonsai_lora.client.calls import bases, jobs, merging, sets
 from bonsai_lora.client.download import OnProgress, download
-from bonsai_lora.client.lab_answers import Job
+from bonsai_lora.client.methods import Methods
 from bonsai_lora.client.refusals import refusal_of
 from bonsai_lora.client.retries import Retries
 from bonsai_lora.errors import BonsaiLoraError
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _method(make: Callable[P, Call[T]]) -> Callable[Concatenate["Client", P], T]:
-    """Return the method that sends the call that `make` makes."""
-
-    def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self.send(make(*args, **kwargs))
-
-    return described(method, make)
-
-
-class Client:
+class Client(Methods):
     """A client of the service, with connection pooling.
 
     >>> with Client() as client:
@@ -80,9 +60,7 @@ class Client:
         timeout: float | httpx.Timeout = connection.TIMEOUT,
         retries: int = connection.RETRIES,
     ) -> None:
-        options = connection.options_of(url, uds, token, headers, timeout)
-        if uds is not None:
-            options["transport"] = httpx.HTTPTransport(uds=os.fspath(uds), limits=connection.LIMITS)
+        options = connection.options_of(url, uds, token, headers, timeout, httpx.HTTPTransport)
         self._http = httpx.Client(**options)
         self.retries = retries
 
@@ -108,7 +86,7 @@ class Client:
 
     @contextlib.contextmanager
     def stream(self, call: Call[Any]) -> Iterator[httpx.Response]:
-        """Send a call and give its answer, whose body is read in the block. Raises as `send`."""
+        """Send a call and yield its answer, whose body is read in the block. Raises as `send`."""
         answer = self._exchange(call, is_stream=True)
         try:
             yield answer
@@ -137,9 +115,9 @@ class Client:
         prefix: str | None = None,
         page_size: int | None = None,
     ) -> Iterator[SetSummary]:
-        """Give the sets by name, a page at a time.
+        """Yield the sets by name, a page at a time.
 
-        Gives only those for `base_model_name`, and whose names begin with `prefix`, if given.
+        Only those for `base_model_name`, and whose names begin with `prefix`, if given.
         """
         cursor = None
         while True:
@@ -152,10 +130,11 @@ class Client:
                 return
 
     def wait_for(
-        self, job: Job, on_progress: Callable[[float], object] | None = None
+        self, job: Mapping[str, Any], on_progress: Callable[[float], object] | None = None
     ) -> dict[str, Any]:
         """Return the result of a job when it is done, what its request would have answered.
 
+        What `start_compare` and `start_spectrum` have answered without a job is returned as it is.
         `on_progress` gets the share that is done, from 0 to 1. Raises the error of a job that
         failed, and JobInterruptedError if it was cancelled.
         """
@@ -176,14 +155,17 @@ class Client:
         *,
         dtype: Dtype,
         unmerge: bool = False,
+        version: int | None = None,
     ) -> Iterator[bytes]:
-        """Give the merged bytes of weights that come in blocks, in constant memory.
+        """Yield the merged bytes of weights that come in blocks, in constant memory.
 
         `weights` is a file opened in binary mode or an iterable of bytes: W (d_out, d_in) row by
         row, as `dtype`. All of it is sent before the first block comes back. Raises as `merge`.
         """
         blocks = blocks_of(weights)
-        call = merging.merge_blocks(set_name, module, blocks, dtype, unmerge=unmerge)
+        call = merging.merge_blocks(
+            set_name, module, blocks, dtype, unmerge=unmerge, version=version
+        )
         with self.stream(call) as answer:
             yield from answer.iter_raw(BLOCK_BYTES)
 
@@ -201,7 +183,7 @@ class Client:
         dtype: str | None = None,
         widen: str | None = None,
     ) -> Iterator[bytes]:
-        """Give a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
+        """Yield a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
         call = bases.get_merged_file(
             base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets, match=match,
             dtype=dtype, widen=widen,
@@ -214,12 +196,12 @@ class Client:
         model: str,
         folder: str | os.PathLike[str],
         *,
-        jobs: int = 4,
+        parallel: int = 4,
         on_progress: OnProgress | None = None,
     ) -> Pulled:
         """Download the merged model BASE/SET, the set adapters/SET, or the base bases/BASE.
 
-        `jobs` files at a time. Files that are already there are kept, and partial ones are
+        `parallel` files at a time. Files that are already there are kept, and partial ones are
         resumed, unless the model has changed since. `on_progress` gets the bytes that are there
         and the total. Raises ValueError if a file has a different size or ETag than announced.
         """
@@ -229,21 +211,19 @@ class Client:
         def rest_of(path: str, start: int, tag: str) -> Call[bytes]:
             return bases.resolve(model, commit, path, start=start, tag=tag)
 
-        download(self, rest_of, files, Path(folder), jobs, on_progress)
-        gain = self._gain_of(rest_of, files)
+        download(self, rest_of, files, Path(folder), parallel, on_progress)
+        gain = None
+        if files:
+            one = max(files, key=lambda one: one["size"])
+            gain = self._gain_of(rest_of(one["path"], one["size"] - 1, one["oid"]))
         return {"folder": os.fspath(folder), "commit": commit, "files": files, "delta_gain": gain}
 
-    def _gain_of(
-        self, rest_of: Callable[[str, int, str], Call[bytes]], files: list[PulledFile]
-    ) -> float | None:
-        """Return what a file's head says of the deltas that are left; None if it cannot be read.
+    def _gain_of(self, last: Call[bytes]) -> float | None:
+        """Return what the head of a file's last byte says of the deltas that are left.
 
-        The service may learn it only while the files are downloaded.
+        None if it says nothing, or cannot be read. The service may learn it only while the file is
+        downloaded.
         """
-        if not files:
-            return None
-        largest = max(files, key=lambda one: one["size"])
-        last = rest_of(largest["path"], largest["size"] - 1, largest["oid"])
         with (
             contextlib.suppress(httpx.TransportError, BonsaiLoraError),
             self.stream(last) as answer,
@@ -260,6 +240,7 @@ class Client:
         dtype: str | None = None,
         architecture: str | None = None,
         folded: bool = False,
+        version: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> PulledFile:
         """Download a set as a GGUF LoRA file. Otherwise the same as `get_adapter_gguf` and `pull`.
@@ -269,8 +250,9 @@ class Client:
 
         def rest_of(start: int, tag: str | None) -> Call[bytes]:
             return sets.get_adapter_gguf(
-                name, dtype=dtype, architecture=architecture, folded=folded, start=start, tag=tag
-            )
+                name, dtype=dtype, architecture=architecture, folded=folded, version=version,
+                start=start, tag=tag,
+            )  # fmt: skip
 
         return self._pull_file(rest_of, Path(file), on_progress)
 
@@ -283,7 +265,7 @@ class Client:
         dtype: str | None = None,
         widen: str | None = None,
         on_progress: OnProgress | None = None,
-    ) -> PulledFile:
+    ) -> PulledMerged:
         """Download the merged model of a GGUF base as a GGUF file. Otherwise as `pull_gguf`.
 
         Changed tensors have the type `dtype` (F16); with `widen="all"`, so have all others that
@@ -295,7 +277,9 @@ class Client:
                 base, set_name, f"{base}.gguf", start=start, dtype=dtype, widen=widen, tag=tag
             )
 
-        return self._pull_file(rest_of, Path(file), on_progress)
+        pulled = self._pull_file(rest_of, Path(file), on_progress)
+        gain = self._gain_of(rest_of(pulled["size"] - 1, pulled["oid"]))
+        return {**pulled, "delta_gain": gain}
 
     def _pull_file(
         self,
@@ -309,69 +293,3 @@ class Client:
         parts = target.parent
         download(self, lambda _, *rest: rest_of(*rest), [found], parts, 1, on_progress)
         return found
-
-    create_set = _method(sets.create_set)
-    list_page = _method(sets.list_page)
-    get_set = _method(sets.get_set)
-    upload_set = _method(sets.upload_set)
-    upload_files = _method(sets.upload_files)
-    upload_tensors = _method(sets.upload_tensors)
-    pull_set = _method(sets.pull_set)
-    upload_gguf = _method(sets.upload_gguf)
-    change_set = _method(sets.change_set)
-    delete_set = _method(sets.delete_set)
-    get_adapter_config = _method(sets.get_adapter_config)
-    get_adapter_tensors = _method(sets.get_adapter_tensors)
-    get_adapter_model = _method(sets.get_adapter_model)
-    get_adapter_gguf = _method(sets.get_adapter_gguf)
-
-    list_adapters = _method(adapters.list_adapters)
-    get_adapter = _method(adapters.get_adapter)
-    put_adapter = _method(adapters.put_adapter)
-    put_weights = _method(adapters.put_weights)
-    delete_adapter = _method(adapters.delete_adapter)
-
-    apply = _method(applying.apply)
-    apply_many = _method(applying.apply_many)
-    apply_mixed = _method(applying.apply_mixed)
-    merge = _method(merging.merge)
-
-    get_set_stats = _method(stats.get_set_stats)
-    get_stats = _method(stats.get_stats)
-    estimate = _method(stats.estimate)
-    get_health = _method(stats.get_health)
-    get_readiness = _method(stats.get_readiness)
-    get_metrics = _method(stats.get_metrics)
-
-    combine = _method(lab.combine)
-    preview_combine = _method(lab.preview_combine)
-    compare = _method(lab.compare)
-    get_spectrum = _method(lab.get_spectrum)
-    get_survival = _method(lab.get_survival)
-    start_combine = _method(lab.start_combine)
-    start_extract = _method(lab.start_extract)
-    start_survival = _method(lab.start_survival)
-
-    list_jobs = _method(jobs.list_jobs)
-    get_job = _method(jobs.get_job)
-    cancel_job = _method(jobs.cancel_job)
-
-    list_bases = _method(bases.list_bases)
-    get_base = _method(bases.get_base)
-    list_merged_files = _method(bases.list_merged_files)
-    get_merged_file = _method(bases.get_merged_file)
-
-    infer = _method(inference.infer)
-    get_server = _method(inference.get_server)
-    get_server_live = _method(inference.get_server_live)
-    get_server_ready = _method(inference.get_server_ready)
-    get_model = _method(inference.get_model)
-    get_model_ready = _method(inference.get_model_ready)
-    get_model_config = _method(inference.get_model_config)
-    get_model_statistics = _method(inference.get_model_statistics)
-    list_models = _method(inference.list_models)
-    load_model = _method(inference.load_model)
-    unload_model = _method(inference.unload_model)
-    list_regions = _method(inference.list_regions)
-    register_region = _method(inference.register_region)
-    unregister_regions = _method(inference.unregister_regions)

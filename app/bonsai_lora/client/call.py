@@ -4,7 +4,6 @@ Nothing here does I/O. `calls` makes these values; `Client` and `AsyncClient` se
 """
 
 import functools
-import inspect
 import json
 import os
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,6 @@ import httpx
 from bonsai_lora.errors import BonsaiLoraError, InvalidNameError
 
 T = TypeVar("T")
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 Part = bytes | os.PathLike[str] | BinaryIO
 """A file of an upload: its bytes, where it is, or the open file."""
@@ -29,13 +27,18 @@ BLOCK_BYTES = 1 << 20
 """Most bytes of a stream in memory at a time."""
 
 
+def decode_json(answer: httpx.Response) -> Any:
+    """Return the JSON value of an answer."""
+    return answer.json()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call(Generic[T]):
     """One request, and the function that decodes its answer."""
 
-    method: str
+    method: str = "GET"
     path: str
-    decode: Callable[[httpx.Response], T]
+    decode: Callable[[httpx.Response], T] = decode_json
     """Makes the result of an answer whose body has been read."""
     query: Query = ()
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -43,14 +46,19 @@ class Call(Generic[T]):
     parts: Mapping[str, Part] | None = None
     """The files of a multipart form, instead of `content`."""
     is_pure: bool = False
-    """It changes nothing, so it may be sent again whatever happened to the first attempt."""
+    """Whether it changes nothing, although it is not a GET."""
     is_one_shot: bool = False
     """Its body can be read only once."""
+
+    @property
+    def is_safe(self) -> bool:
+        """Whether it changes nothing, so that it may be sent again after any failure."""
+        return self.is_pure or self.method == "GET"
 
 
 @contextmanager
 def opened(call: Call[Any]) -> Iterator[dict[str, Any]]:
-    """Give the arguments of `httpx.Client.build_request`; files are open inside the block.
+    """Yield the arguments of `httpx.Client.build_request`; files are open inside the block.
 
     Raises OSError if a file cannot be opened.
     """
@@ -75,7 +83,7 @@ def opened(call: Call[Any]) -> Iterator[dict[str, Any]]:
 
 
 def path_of(*segments: str) -> str:
-    """Return the path of `segments`, each quoted.
+    """Return the path of `segments`, each quoted: `/v1/sets/NAME`.
 
     Raises InvalidNameError for an empty segment and for `.` and `..`, which would name a
     different resource.
@@ -88,12 +96,16 @@ def path_of(*segments: str) -> str:
     return "".join(f"/{quote(segment, safe='')}" for segment in segments)
 
 
+def given(**values: Any) -> dict[str, Any]:
+    """Return the values that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def query_of(**values: object) -> list[tuple[str, str]]:
     """Return query parameters, without those that are None; booleans as `true` and `false`."""
     return [
         (name, str(value).lower() if isinstance(value, bool) else str(value))
-        for name, value in values.items()
-        if value is not None
+        for name, value in given(**values).items()
     ]
 
 
@@ -106,16 +118,14 @@ def mix_query(scale: float, sets: Mapping[str, float] | None, match: str | None)
 
 def header_lines(**values: str | None) -> dict[str, str]:
     """Return headers, without those that are None: `if_match` is `If-Match`."""
-    return {
-        name.replace("_", "-").title(): value for name, value in values.items() if value is not None
-    }
+    return {name.replace("_", "-").title(): value for name, value in given(**values).items()}
 
 
-def json_body(value: Any) -> dict[str, Any]:
-    """Return the fields of a call that sends `value` as JSON."""
+def json_body(value: Any, **headers: str | None) -> dict[str, Any]:
+    """Return the fields of a call that sends `value` as JSON, with these `header_lines`."""
     return {
         "content": json.dumps(value).encode(),
-        "headers": {"Content-Type": "application/json"},
+        "headers": {"Content-Type": "application/json", **header_lines(**headers)},
     }
 
 
@@ -130,14 +140,14 @@ def decoded(call: Call[T], answer: httpx.Response) -> T:
         ) from error
 
 
-def decode_json(answer: httpx.Response) -> Any:
-    """Return the JSON value of an answer."""
-    return answer.json()
-
-
 def decode_tagged(answer: httpx.Response) -> Any:
     """Return the JSON object of an answer with its ETag added as `etag`."""
     return {**decode_json(answer), "etag": answer.headers.get("etag", "")}
+
+
+def decode_field(name: str) -> Callable[[httpx.Response], Any]:
+    """Return the function that decodes one field of a JSON object."""
+    return lambda answer: answer.json()[name]
 
 
 def decode_nothing(_answer: httpx.Response) -> None:
@@ -161,23 +171,14 @@ def blocks_of(source: BinaryIO | Iterable[bytes]) -> Iterable[bytes]:
     return source
 
 
-def described(method: Function, make: Callable[..., Any]) -> Function:
-    """Return `method` with the name, docstring and parameters of the function `make`."""
-    signature = inspect.signature(make)
-    self = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    result: Any = method
-    result.__name__, result.__doc__ = make.__name__, make.__doc__
-    result.__signature__ = signature.replace(
-        parameters=[self, *signature.parameters.values()],
-        return_annotation=inspect.Signature.empty,
-    )
-    return method
+def range_of(start: int, stop: int | None, tag: str | None) -> dict[str, str]:
+    """Return the headers for the bytes [start, stop), none for a whole file.
 
-
-def range_of(start: int, stop: int | None) -> dict[str, str]:
-    """Return the header for the bytes [start, stop); none for a whole file."""
+    With `tag`, an ETag without quotes, they ask for the whole file if that has changed.
+    """
     if start < 0 or (stop is not None and stop <= start):
         raise ValueError(f"there are no bytes from {start} to {stop}")
     if start == 0 and stop is None:
         return {}
-    return {"Range": f"bytes={start}-" if stop is None else f"bytes={start}-{stop - 1}"}
+    last = "" if stop is None else stop - 1
+    return {"Range": f"bytes={start}-{last}", **({"If-Range": f'"{tag}"'} if tag else {})}

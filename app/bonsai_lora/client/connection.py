@@ -31,8 +31,9 @@ def options_of(
     token: str | None,
     headers: Mapping[str, str] | None,
     timeout: float | httpx.Timeout,
+    transport: type[httpx.HTTPTransport | httpx.AsyncHTTPTransport],
 ) -> dict[str, Any]:
-    """Return the arguments of `httpx.Client`, but for the transport of a Unix socket.
+    """Return the arguments of `httpx.Client`; `transport` is the class for a Unix socket.
 
     Raises ValueError if both `url` and `uds` are given, httpx.InvalidURL.
     """
@@ -40,5 +41,8 @@ def options_of(
         raise ValueError("url and uds are both given; a service has one address")
     token = os.environ.get(TOKEN_VARIABLE) if token is None else token
     lines = {**({"Authorization": f"Bearer {token}"} if token else {}), **(headers or {})}
-    base_url = url_of(url) if uds is None else "http://localhost"
-    return {"base_url": base_url, "headers": lines, "timeout": timeout, "limits": LIMITS}
+    options = {"headers": lines, "timeout": timeout, "limits": LIMITS}
+    if uds is None:
+        return {**options, "base_url": url_of(url)}
+    socket = transport(uds=os.fspath(uds), limits=LIMITS)
+    return {**options, "base_url": "http://localhost", "transport": socket}

@@ -5,15 +5,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from bonsai_lora.client.answers import PulledFile
 from bonsai_lora.client.call import Call
+
+if TYPE_CHECKING:
+    from bonsai_lora.client.blocking import Client
 
 STATE_FOLDER = ".bonsai-pull"
 """Hidden folder next to the files, with partial downloads and the tags of complete files."""
@@ -27,15 +29,6 @@ OnProgress = Callable[[int, int], object]
 RestOf = Callable[[str, int, str], Call[Any]]
 """Gets the path of a file, a start and a tag; returns the call for the rest of the file from there
 if it still has the tag, else for all of it."""
-
-
-class Source(Protocol):
-    """What files are read from: a `Client`."""
-
-    retries: int
-
-    def stream(self, call: Call[Any]) -> AbstractContextManager[httpx.Response]:
-        """Send a call and give its answer, whose body is read inside the block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +73,14 @@ class _File:
 
 
 def download(
-    source: Source,
+    client: "Client",
     rest_of: RestOf,
     files: Sequence[PulledFile],
     folder: Path,
-    jobs: int,
+    parallel: int,
     on_progress: OnProgress | None,
 ) -> None:
-    """Write `files` into `folder`.
+    """Write `files` into `folder`, `parallel` at a time.
 
     Complete files are kept, and partial downloads are resumed. Raises ValueError for a path that
     leads out of `folder`, and for a file whose size or tag differs from the listing; other files
@@ -95,8 +88,8 @@ def download(
     """
     wanted = [_checked(one, folder) for one in files]
     progress = _Progress(sum(one.size_bytes for one in wanted), on_progress)
-    threads = ThreadPoolExecutor(max(1, jobs))
-    futures = [threads.submit(_fetch, source, rest_of, one, progress) for one in wanted]
+    threads = ThreadPoolExecutor(max(1, parallel))
+    futures = [threads.submit(_fetch, client, rest_of, one, progress) for one in wanted]
     try:
         wait(futures, return_when=FIRST_EXCEPTION)
     finally:  # all done, one failed, or Ctrl-C: stop the remaining downloads
@@ -114,15 +107,15 @@ def _checked(file: PulledFile, folder: Path) -> _File:
     return _File(str(path), file["size"], file["oid"], folder)
 
 
-def _fetch(source: Source, rest_of: RestOf, file: _File, progress: "_Progress") -> None:
+def _fetch(client: "Client", rest_of: RestOf, file: _File, progress: "_Progress") -> None:
     """Write one file, resuming it if the connection breaks."""
     if file.is_complete():
         progress.set(file.path, file.size_bytes)
         return
     file.partial.parent.mkdir(parents=True, exist_ok=True)
-    for left in range(source.retries, -1, -1):
+    for left in range(client.retries, -1, -1):
         try:
-            _append(source, rest_of, file, progress)
+            _append(client, rest_of, file, progress)
             break
         except httpx.TransportError:
             if left == 0 or progress.is_stopped:
@@ -137,11 +130,11 @@ def _fetch(source: Source, rest_of: RestOf, file: _File, progress: "_Progress") 
     file.finish()
 
 
-def _append(source: Source, rest_of: RestOf, file: _File, progress: "_Progress") -> None:
+def _append(client: "Client", rest_of: RestOf, file: _File, progress: "_Progress") -> None:
     """Read what is missing of a partial file."""
     start = file.partial.stat().st_size if file.partial.is_file() else 0
     start = start if start < file.size_bytes else 0
-    with source.stream(rest_of(file.path, start, file.tag)) as answer:
+    with client.stream(rest_of(file.path, start, file.tag)) as answer:
         if answer.headers.get("etag") != f'"{file.tag}"':
             raise ValueError(f"{file.path} changed during the download; pull it again")
         done = start if answer.status_code == httpx.codes.PARTIAL_CONTENT else 0

@@ -28,12 +28,15 @@ class Layer:
         sets: Weights | None = None,
         scale: float = 1.0,
         match: str | None = None,
+        version: int | None = None,
     ) -> None:
-        """Take the arguments of `Client.apply`, without calling the service."""
+        """Keep the arguments for `Client.apply`; nothing is sent yet."""
         self.module = module
         self._client = client
         self._set = set_name
-        self._options: dict[str, Any] = {"sets": sets, "scale": scale, "match": match}
+        self._options: dict[str, Any] = {
+            "sets": sets, "scale": scale, "match": match, "version": version,
+        }  # fmt: skip
         self._needs_base = False
 
     def __call__(self, x: Any, base_outputs: Any = None) -> Any:

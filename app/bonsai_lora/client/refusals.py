@@ -35,7 +35,7 @@ _STANDARD = frozenset({"type", "title", "detail", "instance", "code"})
 
 
 def _family(kind: type[BonsaiLoraError]) -> Iterator[type[BonsaiLoraError]]:
-    """Give the class and its descendants, a class before its ancestors."""
+    """Yield the class and its descendants, a class before its ancestors."""
     for child in kind.__subclasses__():
         yield from _family(child)
     yield kind

@@ -30,7 +30,7 @@ class Retries:
         """Return the seconds to wait after a broken connection; raise `error` to give up."""
         is_unsent = isinstance(error, httpx.ConnectError)
         is_broken = isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
-        if not is_unsent and not (is_broken and self._call.is_pure and not self._call.is_one_shot):
+        if not is_unsent and not (is_broken and self._call.is_safe and not self._call.is_one_shot):
             raise error
         return self._next(error, self._wait)
 
@@ -41,7 +41,7 @@ class Retries:
         if (
             seconds is None
             or isinstance(error, NewerFormatError)  # no wait changes that
-            or not (self._call.is_pure or did_not_begin)
+            or not (self._call.is_safe or did_not_begin)
             or self._call.is_one_shot
         ):
             raise error

@@ -13,7 +13,6 @@ import numpy.typing as npt
 from bonsai_lora.client.answers import Applied, AppliedMany, Inferred, Row
 from bonsai_lora.client.call import BLOCK_BYTES
 from bonsai_lora.wire import requests
-from bonsai_lora.wire.binary import EXPERTS as EXPERTS  # noqa: PLC0414 - for the calls
 
 Array = npt.NDArray[Any]
 
@@ -31,11 +30,6 @@ def binary_body(
         "content": requests.encode_tensors(tensors, texts or None),
         "headers": {"Content-Type": BINARY},
     }
-
-
-def adapter_file(tensors: Mapping[str, npt.ArrayLike]) -> bytes:
-    """Return a safetensors file of `tensors`, as PEFT writes it."""
-    return requests.encode_tensors(tensors, {"format": "pt"})
 
 
 def decode_tensors(answer: httpx.Response) -> dict[str, Array]:
@@ -99,7 +93,7 @@ class Blocks:
         self._parts = parts
 
     def __iter__(self) -> Iterator[bytes]:
-        """Give the blocks."""
+        """Yield the blocks."""
         for part in self._parts:
             for start in range(0, len(part), BLOCK_BYTES):
                 yield bytes(part[start : start + BLOCK_BYTES])

@@ -5,7 +5,7 @@ are rounded to float32 once.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,12 +13,12 @@ import numpy as np
 
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, Floats, all_finite, to_float32
+from bonsai_lora.core.combine_deltas import cut_delta
+from bonsai_lora.core.combine_factors import BY_FACTORS, Slot, present
 from bonsai_lora.core.config import LoraConfig
-from bonsai_lora.core.deltas import cut_delta
-from bonsai_lora.core.entries import merge_entries, prune_matrix
 from bonsai_lora.core.factors import Factors, Svd, Term, decompose, doubles, gram, rank_for
+from bonsai_lora.core.prune import merge_entries, prune_matrix
 from bonsai_lora.core.recipe import Recipe
-from bonsai_lora.core.targets import TARGETS, Slot, present
 from bonsai_lora.errors import NonFiniteOutputError
 
 
@@ -122,7 +122,7 @@ def _combine_experts(
     default_rank: int,
 ) -> list[_Part]:
     slots = _slots(adapters, weights)
-    if recipe.method in TARGETS:
+    if recipe.method in BY_FACTORS:
         return _by_svd(slots, weights, recipe, default_rank)
     parts = []
     for expert, slot in enumerate(slots):
@@ -164,13 +164,9 @@ def _join(parts: Sequence[Matrices]) -> Matrices:
 def _stacked(terms: Sequence[Term]) -> Matrices:
     """Return [factor * A] and [B], whose product is exactly the sum (PEFT's `cat`)."""
     return (
-        np.concatenate([_times(term.a, term.factor) for term in terms]),
+        np.concatenate([(term.factor * doubles(term.a)).astype(np.float32) for term in terms]),
         np.concatenate([to_float32(term.b) for term in terms], axis=1),
     )
-
-
-def _times(matrix: Array, factor: float) -> Floats:
-    return (factor * doubles(matrix)).astype(np.float32)
 
 
 # PEFT's types on factors: peft 0.21.2, tuners/lora/model.py,
@@ -198,13 +194,9 @@ def _merge_arrays(
     """Return one matrix of several, as PEFT merges task tensors (utils/merge_utils.py)."""
     kept = []
     for index, array in enumerate(arrays):
-        start = prune_matrix(recipe, partial(_one_block, array), array.size, f"{key}/{index}")
+        start = prune_matrix(recipe, partial(iter, [array]), array.size, f"{key}/{index}")
         kept.append(start()(array))
     return merge_entries(kept, weights, recipe)
-
-
-def _one_block(array: Floats) -> Iterator[Floats]:
-    yield array
 
 
 def _on_deltas(terms: Sequence[Term], recipe: Recipe, key: str, rank: int) -> _Part:
@@ -223,7 +215,7 @@ def _by_svd(
     slots: Sequence[Slot], weights: Sequence[float], recipe: Recipe, default_rank: int
 ) -> list[_Part]:
     """Return the results of the experts, cut to one rank: the highest that any of them needs."""
-    found = [TARGETS[recipe.method](slot, weights, recipe) for slot in slots]
+    found = [BY_FACTORS[recipe.method](slot, weights, recipe) for slot in slots]
     is_cut = recipe.energy is not None or (recipe.rank is not None and recipe.method != "tsv")
     if not is_cut and recipe.method != "svd":
         most = max(len(one.right) for one in found)

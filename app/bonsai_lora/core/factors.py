@@ -122,7 +122,7 @@ def gram(terms: Sequence[Term]) -> Values:
 
 
 def triangle(matrix: Values) -> Values:
-    """Return R of matrix = Q R, whose Gram matrix is that of `matrix`."""
+    """Return R of matrix = Q R, whose Gram matrix is that of `matrix`; of a stack one each."""
     found: Values = np.linalg.qr(matrix, mode="r")  # type: ignore[assignment]  # of NumPy's stubs
     return found
 

@@ -35,6 +35,16 @@ def blocks(
             yield slice(row, row + 1), slice(start, min(start + most, d_in))
 
 
+def stacked_rows(rows: slice, height: int) -> Iterator[tuple[int, slice]]:
+    """Yield which matrices of a stack have `rows`, counted over all, and which of their own.
+
+    Each matrix has `height` rows.
+    """
+    for number in range(rows.start // height, -(-rows.stop // height)):
+        first = max(rows.start - number * height, 0)
+        yield number, slice(first, min(rows.stop - number * height, height))
+
+
 def merge_rows(
     rows: Array,
     right: Array,

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from bonsai_lora.core.cast import Floats
 from bonsai_lora.core.factors import Values
+from bonsai_lora.core.recipe import Recipe
 
 Blocks = Callable[[], Iterator[Floats]]
 """Makes the row blocks of a matrix, from the first to the last."""
@@ -45,13 +46,9 @@ def order_statistics(blocks: Blocks, ranks: Sequence[int]) -> list[float]:
             parts.append(bits[upper == one].view(np.float32))
     below = ends - counts
     return [
-        _nth(np.concatenate(found[int(one)]), rank - int(below[one]))
-        for one, rank in zip(bins, ranks, strict=True)
+        float(np.partition(np.concatenate(found[int(one)]), place)[place])
+        for one, place in zip(bins, ranks - below[bins], strict=True)
     ]
-
-
-def _nth(values: Floats, place: int) -> float:
-    return float(np.partition(values, place)[place])
 
 
 def _bits(block: Floats) -> npt.NDArray[np.uint32]:
@@ -212,3 +209,27 @@ def _agrees(part: Floats, is_positive: npt.NDArray[np.bool_]) -> npt.NDArray[np.
     """Return which entries have the elected sign; zeros have none."""
     agrees: npt.NDArray[np.bool_] = ((part > 0) == is_positive) & (part != 0)
     return agrees
+
+
+def prune_matrix(recipe: Recipe, blocks: Blocks, size: int, key: str) -> Start:
+    """Return which entries of one summand the method keeps."""
+    match recipe.method:
+        case "linear":
+            return lambda: lambda block: block
+        case "breadcrumbs":
+            return without_outliers(blocks, size, recipe.kept, recipe.outliers)
+        case "della":
+            return by_rank_in_row(key, blocks, recipe.kept, recipe.half_range)
+        case "dare_linear" | "dare_ties" | "dare_linear_svd" | "dare_ties_svd":
+            return at_random(key, recipe.kept)
+    return by_magnitude(blocks, size, recipe.kept)
+
+
+def merge_entries(parts: Sequence[Floats], weights: Sequence[float], recipe: Recipe) -> Floats:
+    """Return one block of the result from the pruned blocks of the summands."""
+    match recipe.method:
+        case "ties" | "dare_ties" | "ties_svd" | "dare_ties_svd":
+            return disjoint_mean(parts, weights, by_count=recipe.sign == "frequency")
+        case "della":
+            return weighted_consensus(parts, weights)
+    return weighted_sum(parts, weights)

@@ -3,12 +3,9 @@
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 
 from bonsai_lora.core.adapter import LoraAdapter
-from bonsai_lora.core.cast import to_float32
-
-Values = npt.NDArray[np.float64]
+from bonsai_lora.core.factors import Values, doubles, triangle
 
 _CANCELLED = 1e-5
 _known: WeakKeyDictionary[LoraAdapter, Values] = WeakKeyDictionary()
@@ -34,9 +31,7 @@ def _compute(adapter: LoraAdapter) -> Values:
     if 0 in (adapter.rank, adapter.d_in, adapter.d_out):
         return values
     a_matrix, b_matrix = _doubles(adapter)
-    right: Values = np.linalg.qr(b_matrix, mode="r")  # type: ignore[assignment]  # of NumPy's stubs
-    left: Values = np.linalg.qr(a_matrix.swapaxes(-1, -2), mode="r")  # type: ignore[assignment]
-    core = right @ left.swapaxes(-1, -2)  # (…, r, r)
+    core = triangle(b_matrix) @ triangle(a_matrix.swapaxes(-1, -2)).swapaxes(-1, -2)  # (…, r, r)
     found = np.linalg.svd(core, compute_uv=False).reshape(-1)
     values[: len(found)] = abs(adapter.scaling) * np.sort(found)[::-1]
     return values
@@ -60,8 +55,7 @@ def delta_norm(adapter: LoraAdapter) -> float:
 
 def _doubles(adapter: LoraAdapter) -> tuple[Values, Values]:
     """Return A (r, d_in) and B (d_out, r) as float64; of fused experts one each."""
-    a_matrix = to_float32(adapter.a_matrix).astype(np.float64)
-    b_matrix = to_float32(adapter.b_matrix).astype(np.float64)
+    a_matrix, b_matrix = doubles(adapter.a_matrix), doubles(adapter.b_matrix)
     if adapter.experts is None:
         return a_matrix, b_matrix
     columns = b_matrix.reshape(adapter.d_out, adapter.rank, adapter.experts)

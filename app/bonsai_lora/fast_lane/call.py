@@ -1,20 +1,17 @@
 """One request to a fast-lane route, tied to its connection."""
 
-import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine
 from functools import partial
 from time import perf_counter
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from uvicorn.protocols.http.flow_control import FlowControl
 
 from bonsai_lora.api.body import LONG_BYTES
-from bonsai_lora.api.call import Call, HeaderLines, closes
+from bonsai_lora.api.call import Call, closes
 from bonsai_lora.api.coroutines import resume
-from bonsai_lora.api.door import Peer
 from bonsai_lora.api.errors import (
     failure_response,
     is_out_of_files,
@@ -25,9 +22,12 @@ from bonsai_lora.api.middleware import request_id_of
 from bonsai_lora.api.pace import Pace
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.fast_lane.head import RequestHead
-from bonsai_lora.fast_lane.routes import FastLane, RouteMatch
+from bonsai_lora.fast_lane.routes import RouteMatch
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.wire.buffers import Buffer
+
+if TYPE_CHECKING:
+    from bonsai_lora.fast_lane.protocol import LaneProtocol
 
 _BATCH_SECONDS = 1e-4
 """A response that took longer than this to compute is not held back for batching."""
@@ -35,38 +35,8 @@ _ALIGNMENT = 16
 """Alignment in bytes of the memory that NumPy allocates."""
 
 
-class Connection(Protocol):
-    """The connection of a `LaneCall`: `LaneProtocol` in app/bonsai_lora/fast_lane/protocol.py."""
-
-    lane: FastLane
-    flow: FlowControl
-    loop: asyncio.AbstractEventLoop
-    peer: Peer
-    tasks: set[asyncio.Task[None]]
-    transport: asyncio.Transport
-
-    async def fill(
-        self, target: memoryview, filled: int, stall_seconds: float, begin: Callable[[], None]
-    ) -> None:
-        """Read the rest of the body into `target`, starting at `filled`."""
-
-    def send_continue(self) -> None:
-        """Send `100 Continue`."""
-
-    def write_response(
-        self, status: int, lines: HeaderLines, parts: Sequence[Buffer], *, keep_alive: bool
-    ) -> None:
-        """Write a response."""
-
-    def flush(self) -> None:
-        """Write all batched responses."""
-
-    def end_call(self, call: "LaneCall") -> None:
-        """Prepare the connection for its next request."""
-
-
 class LaneCall(Call):
-    """A call that reads its body from a `Connection` and writes its response there."""
+    """A call that reads its body from a connection and writes its response there."""
 
     __slots__ = (
         "_body",
@@ -79,7 +49,7 @@ class LaneCall(Call):
         "keep_alive",
     )
 
-    def __init__(self, http: Connection, head: RequestHead, match: RouteMatch) -> None:
+    def __init__(self, http: "LaneProtocol", head: RequestHead, match: RouteMatch) -> None:
         # The part of an ASGI scope that logging, metrics and error responses read.
         scope = {
             "method": "POST",

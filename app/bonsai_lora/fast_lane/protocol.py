@@ -115,7 +115,7 @@ class LaneConnection(asyncio.BufferedProtocol):
             self._complete.set_exception(ClientDisconnect())
 
     def eof_received(self) -> bool:
-        """Close, unless a response is due: none is to a client that leaves amid a body."""
+        """Close, unless a response is due: a client that stops inside a body gets none."""
         return self._target is None and self._http.eof_received()
 
     def pause_writing(self) -> None:

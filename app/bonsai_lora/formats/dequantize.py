@@ -9,17 +9,19 @@ float32 rows, the others widen small integers, and each value is multiplied by i
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from bonsai_lora.core.cast import Floats, to_float32
+from bonsai_lora.core.cast import BFLOAT16, FLOAT16, FLOAT32, Floats, to_float32
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats.gguf_layouts import TensorInfo
 from bonsai_lora.formats.gguf_types import TensorType
-from bonsai_lora.formats.gguf_values import ReadAt, malformed
+from bonsai_lora.formats.gguf_values import ReadAt, read_exactly
 
 Bytes = npt.NDArray[np.uint8]
+
+PLAIN_TYPES: Mapping[str, np.dtype[Any]] = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
+"""The types whose values are stored as they are."""
 
 _PIECE_VALUES = 1 << 16
 """Values computed at a time: 256 KiB of float32."""
@@ -27,36 +29,32 @@ _PIECE_VALUES = 1 << 16
 
 def can_dequantize(kind: TensorType) -> bool:
     """Return whether `dequantize` reads this type."""
-    return kind.name in _FLOATS or kind.name in _DECODERS
+    return kind.name in PLAIN_TYPES or kind.name in _DECODERS
 
 
-def dequantize(
-    kind: TensorType, raw: bytes | memoryview | Bytes, out: Floats | None = None
-) -> Floats:
-    """Return the values (n,) of whole blocks, in `out` (n,), C-contiguous, if given.
+def dequantize(kind: TensorType, raw: bytes | memoryview | Bytes) -> Floats:
+    """Return the values (n,) of whole blocks, maybe as a read-only view of `raw`.
 
-    Without `out`, the result may be a read-only view of `raw`. Raises UnsupportedGgufError for a
-    type without a decoder, ValueError if the lengths of `raw` and `out` do not fit. NaNs of F16 and
-    BF16 become one quiet NaN.
+    Raises UnsupportedGgufError for a type without a decoder, ValueError for a part of a block. NaNs
+    of F16 and BF16 become one quiet NaN.
     """
-    dtype = _FLOATS.get(kind.name)
+    dtype = PLAIN_TYPES.get(kind.name)
     if dtype is not None:
-        return to_float32(np.frombuffer(raw, dtype), out)
+        return to_float32(np.frombuffer(raw, dtype))
     decode = _DECODERS.get(kind.name)
     if decode is None:
         raise UnsupportedGgufError(
             f"tensors of type {kind.name} cannot be dequantized; use one of "
-            f"{', '.join([*_FLOATS, *_DECODERS])}",
+            f"{', '.join([*PLAIN_TYPES, *_DECODERS])}",
             got=kind.name,
         )
     blocks = np.frombuffer(raw, np.uint8).reshape(-1, kind.size)
-    values = np.empty(len(blocks) * kind.block, np.float32) if out is None else out
-    rows = values.reshape(len(blocks), kind.block)
+    rows = np.empty((len(blocks), kind.block), np.float32)
     step = _PIECE_VALUES // kind.block
     with np.errstate(all="ignore"):  # scales of untrusted files overflow
         for start in range(0, len(blocks), step):
             decode(blocks[start : start + step], rows[start : start + step])
-    return values
+    return rows.reshape(-1)
 
 
 def read_rows(read: ReadAt, info: TensorInfo, start: int, stop: int) -> Floats:
@@ -65,11 +63,8 @@ def read_rows(read: ReadAt, info: TensorInfo, start: int, stop: int) -> Floats:
     A vector is one row. Raises MalformedGgufError if the file has become shorter,
     UnsupportedGgufError for a type without a decoder.
     """
-    first = info.start + start * info.row_bytes
-    size = (stop - start) * info.row_bytes
-    raw = read(first, size)
-    if len(raw) != size:
-        raise malformed(f"it ends after {first + len(raw)} bytes, inside a tensor")
+    first, size = info.start + start * info.row_bytes, (stop - start) * info.row_bytes
+    raw = read_exactly(read, first, size, "a tensor")
     return dequantize(info.type, raw).reshape(stop - start, info.width)
 
 
@@ -190,11 +185,6 @@ def _q6_k(blocks: Bytes, out: Floats) -> None:
     np.multiply(signed.reshape(-1, 16, 16), scale[:, :, None], out=out.reshape(-1, 16, 16))
 
 
-_FLOATS: Mapping[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 _DECODERS: Mapping[str, Callable[[Bytes, Floats], None]] = {
     "Q8_0": _q8_0,
     "Q4_0": _q4_0,

@@ -1,5 +1,7 @@
 """Dtypes of safetensors files."""
 
+from typing import Any
+
 import numpy as np
 
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, FLOAT32
@@ -18,5 +20,7 @@ ELEMENT_BITS = {
 FLOAT_DTYPES = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16, "F64": FLOAT64}
 """The dtypes that this package computes with."""
 
-DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
-DTYPE_NAMES[np.dtype(np.int64)] = "I64"
+INTEGER_DTYPES: dict[str, np.dtype[Any]] = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64)}
+"""Those of row and expert numbers."""
+
+DTYPE_NAMES = {dtype: name for name, dtype in (FLOAT_DTYPES | INTEGER_DTYPES).items()}

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from bonsai_lora.core.cast import Array
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
+from bonsai_lora.formats.names import endings
 
 ExpertLayout = Literal["rank_major", "grouped_by_expert"]
 
@@ -43,7 +44,7 @@ def targeted_parameters(targets: Iterable[str], modules: Iterable[str]) -> dict[
     found: dict[str, str] = {}
     for core, names in wrappers.items():
         parameters = _ordered(
-            core, {one for path in _endings(core) for one in leaves.get(path, ())}
+            core, {one for path in ("", *endings(core)) for one in leaves.get(path, ())}
         )
         depths = {name: (len(name) - len(core)) // len(_INNER) for name in names}
         if not parameters and names == [core]:
@@ -64,11 +65,6 @@ def _unwrapped(module: str) -> str:
     while module.endswith(_INNER):
         module = module.removesuffix(_INNER)
     return module
-
-
-def _endings(core: str) -> list[str]:
-    parts = core.split(".")
-    return ["", *(".".join(parts[start:]) for start in range(len(parts)))]
 
 
 def _ordered(core: str, parameters: set[str]) -> list[str]:

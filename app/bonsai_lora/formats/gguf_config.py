@@ -14,7 +14,9 @@ import numpy as np
 from bonsai_lora.core.config import shortest_float32
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats.dequantize import read_rows
+from bonsai_lora.formats.dtypes import FLOAT_DTYPES
 from bonsai_lora.formats.gguf import Header
+from bonsai_lora.formats.gguf_names import GGUF_EMBEDDING
 from bonsai_lora.formats.gguf_values import ReadAt, Scalar, ValueType, read_array
 
 ROPE_TABLES = frozenset(
@@ -27,7 +29,6 @@ _TOKENS = {
     "eos_token_id": "tokenizer.ggml.eos_token_id",
     "pad_token_id": "tokenizer.ggml.padding_token_id",
 }
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _YARN = {
     "attention_factor": "rope.scaling.yarn_attn_factor",
     "beta_fast": "rope.scaling.yarn_beta_fast",
@@ -65,7 +66,7 @@ def config_of(header: Header, read: ReadAt, *, dtype: str, is_tied: bool) -> dic
 
 def weights_fields(dtype: str, *, is_tied: bool) -> dict[str, Any]:
     """Return the fields of a configuration that say how the weights are stored."""
-    return {"tie_word_embeddings": is_tied, "torch_dtype": _DTYPES[dtype]}
+    return {"tie_word_embeddings": is_tied, "torch_dtype": FLOAT_DTYPES[dtype].name}
 
 
 class _Keys:
@@ -147,9 +148,12 @@ class _Keys:
 
 def _sizes(keys: _Keys) -> dict[str, Any]:
     """Return what all architectures have."""
-    embedding = keys.header.tensors.get("token_embd.weight")
+    embedding = keys.header.tensors.get(GGUF_EMBEDDING)
     if embedding is None or len(embedding.shape) != 2:
         raise _unknown("since token_embd.weight is missing")
+    epsilon = keys.real("attention.layer_norm_rms_epsilon")
+    if epsilon is None:
+        raise _unknown(f"since {keys.name('attention.layer_norm_rms_epsilon')} is missing")
     heads = keys.need("attention.head_count")
     return {
         "vocab_size": embedding.shape[0],
@@ -159,20 +163,13 @@ def _sizes(keys: _Keys) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": keys.find("attention.head_count_kv") or heads,
         "max_position_embeddings": keys.find("context_length"),
-        "rms_norm_eps": _epsilon(keys),
+        "rms_norm_eps": epsilon,
     }
-
-
-def _epsilon(keys: _Keys) -> float:
-    found = keys.real("attention.layer_norm_rms_epsilon")
-    if found is None:
-        raise _unknown(f"since {keys.name('attention.layer_norm_rms_epsilon')} is missing")
-    return found
 
 
 def _tokens(keys: _Keys) -> dict[str, int | None]:
     """Return the special tokens; null where the file has none, as classes have defaults."""
-    rows = keys.header.tensors["token_embd.weight"].shape[0]
+    rows = keys.header.tensors[GGUF_EMBEDDING].shape[0]
     found = {field: keys.header.get(key) for field, key in _TOKENS.items()}
     return {
         field: one if isinstance(one, int) and 0 <= one < rows else None

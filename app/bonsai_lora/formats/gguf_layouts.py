@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from bonsai_lora.errors import MalformedGgufError, UnsupportedGgufError
 from bonsai_lora.formats.gguf_types import Q2_0_G128, TQ2_0_G128, TYPES, TensorType
-from bonsai_lora.formats.gguf_values import ReadAt, malformed
+from bonsai_lora.formats.gguf_values import ReadAt, malformed, read_exactly
 
 AMBIGUOUS_ID = 42
 
@@ -177,9 +177,7 @@ def _plausible_share(kind: TensorType, tensors: Iterable[TensorInfo], read: Read
     plausible = total = 0
     for one in found[::step][:_SAMPLED_TENSORS]:
         size = min(one.stop - one.start, _SAMPLED_BLOCKS * kind.size)
-        raw = read(one.start, size)
-        if len(raw) != size:
-            raise malformed(f"it ends after {one.start + len(raw)} bytes, inside a tensor")
+        raw = read_exactly(read, one.start, size, "a tensor")
         blocks = np.frombuffer(raw, np.uint8).reshape(-1, kind.size)
         if kind is TQ2_0_G128:
             blocks = np.roll(blocks, 2, axis=1)

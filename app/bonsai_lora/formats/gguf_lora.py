@@ -8,20 +8,21 @@ expert.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bonsai_lora.core.cast import BFLOAT16, Array
+from bonsai_lora.core.cast import Array
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
-from bonsai_lora.formats.dequantize import read_rows
+from bonsai_lora.formats.dequantize import PLAIN_TYPES, read_rows
 from bonsai_lora.formats.fused import MAX_EXPERTS
 from bonsai_lora.formats.gguf import Header
 from bonsai_lora.formats.gguf_layouts import TensorInfo
 from bonsai_lora.formats.gguf_names import (
     ARCHITECTURES,
+    GGUF_EMBEDDING,
     Change,
     Heads,
     Order,
@@ -30,24 +31,17 @@ from bonsai_lora.formats.gguf_names import (
     row_order,
     to_hugging_face,
 )
-from bonsai_lora.formats.gguf_values import ReadAt, ValueType, malformed
+from bonsai_lora.formats.gguf_values import ReadAt, ValueType, read_exactly
+from bonsai_lora.formats.made_config import made_config
 from bonsai_lora.formats.peft_keys import tensor_name
-from bonsai_lora.formats.peft_made import made_config
 
 ALPHA_KEY = "adapter.lora.alpha"
 BASE_NAME_KEY = "general.base_model.0.name"
 FOLDED_KEY = "bonsai_lora.folded"
 """True if the factors are for folded weights (see hadamard); only this project writes it."""
-EMBEDDING = "token_embd.weight"
 
 _HALVES = (".lora_a", ".lora_b")
 _NOT_MULTIPLIED = ("_norm.weight", "ssm_conv1d.weight")
-_KEPT: Mapping[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": BFLOAT16,
-}
-"""Types that are kept; all others become float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +101,7 @@ def copied_bytes(header: Header, architecture: str | None = None) -> int:
     return sum(
         4 * math.prod(info.shape)
         for name, info in header.tensors.items()
-        if info.type.name not in _KEPT or _is_reordered(names, name[: -len(_HALVES[0])])
+        if info.type.name not in PLAIN_TYPES or _is_reordered(names, name[: -len(_HALVES[0])])
     )
 
 
@@ -133,7 +127,7 @@ def decode_lora(
     ranks: dict[str, int] = {}
     for name, (a_info, b_info) in pairs.items():
         rank = _rank(names, name, a_info, b_info)
-        embedding = "embedding_" if name == EMBEDDING else ""
+        embedding = "embedding_" if name == GGUF_EMBEDDING else ""
         a_matrix, b_matrix = _values(read, a_info), _values(read, b_info)
         for module, a_part, b_part in _modules(names, name, a_matrix, b_matrix, heads):
             tensors[tensor_name(module, f"{embedding}A")] = a_part
@@ -211,7 +205,7 @@ def _rank(architecture: str, name: str, a_info: TensorInfo, b_info: TensorInfo) 
     stacked = is_stack(architecture, name)
     if not stacked:
         _module(architecture, name)
-    if name == EMBEDDING:
+    if name == GGUF_EMBEDDING:
         fits = len(a_shape) == len(b_shape) == 2 and a_shape[1] == b_shape[1]
         expected = "(vocabulary, r) and (width, r)"
     else:
@@ -235,12 +229,10 @@ def _rank(architecture: str, name: str, a_info: TensorInfo, b_info: TensorInfo) 
 
 def _values(read: ReadAt, info: TensorInfo) -> Array:
     """Return a tensor: a view of the file if its type is kept, else float32."""
-    dtype = _KEPT.get(info.type.name)
+    dtype = PLAIN_TYPES.get(info.type.name)
     if dtype is None:
         return read_rows(read, info, 0, math.prod(info.shape[:-1])).reshape(info.shape)
-    raw = read(info.start, info.stop - info.start)
-    if len(raw) != info.stop - info.start:
-        raise malformed(f"it ends after {info.start + len(raw)} bytes, inside a tensor")
+    raw = read_exactly(read, info.start, info.stop - info.start, "a tensor")
     return np.frombuffer(raw, dtype).reshape(info.shape)
 
 
@@ -254,7 +246,7 @@ def _modules(
             yield module, a_matrix[expert], b_matrix[expert]
         return
     module, change = _module(architecture, name)
-    if name == EMBEDDING:
+    if name == GGUF_EMBEDDING:
         yield module, a_matrix.T, b_matrix
         return
     rows, columns = orders(name, change, heads, len(b_matrix), a_matrix.shape[1])

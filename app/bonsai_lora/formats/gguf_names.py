@@ -19,6 +19,9 @@ from bonsai_lora.formats.gguf import Header
 
 Order = npt.NDArray[np.intp]
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+GGUF_EMBEDDING, GGUF_HEAD = "token_embd.weight", "output.weight"
+
 
 class Change(Enum):
     """What conversion to GGUF does to the values of a tensor."""
@@ -91,9 +94,9 @@ _STACKED = "{expert}"
 
 _NO = Change.NONE
 _TOP = (
-    ("model.embed_tokens.weight", "token_embd.weight", _NO),
+    (EMBEDDING, GGUF_EMBEDDING, _NO),
     ("model.norm.weight", "output_norm.weight", _NO),
-    ("lm_head.weight", "output.weight", _NO),
+    (HEAD, GGUF_HEAD, _NO),
 )
 _ATTENTION = (
     ("self_attn.q_proj", "attn_q", _NO),

@@ -6,11 +6,9 @@ src/llama-vocab.cpp of llama.cpp (release b11434), and the format of tokenizers 
 
 from typing import Any
 
-import numpy as np
-
 from bonsai_lora.formats.gguf import Header
-from bonsai_lora.formats.gguf_values import ReadAt, Value, ValueType, read_array
-from bonsai_lora.formats.pieces import dump
+from bonsai_lora.formats.gguf_values import ReadAt, ValueType, read_array, read_integers
+from bonsai_lora.formats.large_json import dump
 
 _MODEL = "gpt2"
 _PATTERN = (
@@ -56,22 +54,16 @@ def _key(name: str) -> str:
 
 def _strings(header: Header, read: ReadAt, name: str) -> list[str] | None:
     value = header.pairs.get(_key(name))
-    if value is None or value.item is not ValueType.STRING or not _is_moderate(value):
+    if value is None or value.item is not ValueType.STRING:
+        return None
+    if value.count > _MOST_TOKENS or value.stop - value.start > _MOST_BYTES:
         return None
     return list(read_array(read, value))
 
 
 def _types(header: Header, read: ReadAt) -> list[int] | None:
-    value = header.pairs.get(_key("token_type"))
-    if value is None or value.item is None or not _is_moderate(value):
-        return None
-    found = read_array(read, value)
-    is_whole = isinstance(found, np.ndarray) and np.issubdtype(found.dtype, np.integer)
-    return [int(one) for one in found] if is_whole else None
-
-
-def _is_moderate(value: Value) -> bool:
-    return value.count <= _MOST_TOKENS and value.stop - value.start <= _MOST_BYTES
+    found = read_integers(read, header.pairs.get(_key("token_type")), _MOST_TOKENS)
+    return None if found is None else found.tolist()
 
 
 def _tokenizer(

@@ -71,6 +71,26 @@ class Value:
     """Type and number of the elements of an array."""
 
 
+def read_exactly(read: ReadAt, start: int, size: int, what: str) -> bytes | memoryview:
+    """Return `size` bytes from `start`; raises MalformedGgufError if the file ends in `what`."""
+    raw = read(start, size)
+    if len(raw) != size:
+        raise malformed(f"it ends after {start + len(raw)} bytes, inside {what}")
+    return raw
+
+
+def read_integers(
+    read: ReadAt, value: Value | None, most: int
+) -> npt.NDArray[np.integer[Any]] | None:
+    """Return an array of at most `most` integers; None for any other value, and for no value."""
+    if value is None or value.item is None or value.count > most:
+        return None
+    found = read_array(read, value)
+    if not isinstance(found, np.ndarray) or not np.issubdtype(found.dtype, np.integer):
+        return None
+    return found
+
+
 def read_array(read: ReadAt, value: Value) -> npt.NDArray[Any] | list[str]:
     """Return the elements of an array: strings as a list, all others as a read-only array (n,).
 
@@ -79,10 +99,8 @@ def read_array(read: ReadAt, value: Value) -> npt.NDArray[Any] | list[str]:
     assert value.item is not None
     start = value.start + ARRAY_HEAD.size
     if value.item is not ValueType.STRING:
-        raw = read(start, value.stop - start)
         dtype = DTYPES[value.item]
-        if len(raw) != value.count * dtype.itemsize:
-            raise malformed(f"it ends after {start + len(raw)} bytes, inside an array")
+        raw = read_exactly(read, start, value.count * dtype.itemsize, "an array")
         if dtype == np.bool_:  # any byte but 0 is true
             flags: npt.NDArray[Any] = np.frombuffer(raw, np.uint8) != 0
             return flags

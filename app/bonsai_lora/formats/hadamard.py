@@ -23,7 +23,7 @@ import numpy.typing as npt
 from bonsai_lora.core.cast import Array, Floats
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats.gguf import MAX_TENSORS, Header
-from bonsai_lora.formats.gguf_values import ReadAt, ValueType, read_array
+from bonsai_lora.formats.gguf_values import ReadAt, ValueType, read_array, read_integers
 
 PREFIX = "prism.hadamard."
 
@@ -193,10 +193,8 @@ def _read_signs(header: Header, read: ReadAt) -> dict[int, Floats]:
 
 
 def _numbers(header: Header, read: ReadAt, key: str) -> npt.NDArray[np.integer[Any]]:
-    value = header.pairs.get(PREFIX + key)
-    is_moderate = value is not None and value.item is not None and value.count <= _MAX_SIGNS
-    found = read_array(read, value) if value is not None and is_moderate else None
-    if not isinstance(found, np.ndarray) or not np.issubdtype(found.dtype, np.integer):
+    found = read_integers(read, header.pairs.get(PREFIX + key), _MAX_SIGNS)
+    if found is None:
         raise _unsupported(f"{PREFIX}{key} is not an array of up to {_MAX_SIGNS} integers")
     return found
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from bonsai_lora.core.cast import Array
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
+from bonsai_lora.formats.made_config import made_config
 from bonsai_lora.formats.peft import check_not_empty
 from bonsai_lora.formats.peft_keys import PREFIX, tensor_name
-from bonsai_lora.formats.peft_made import made_config
 
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings"})
 _EXPERTS = ".mlp.switch_mlp."
@@ -58,8 +58,8 @@ def decode_mlx(
         model if isinstance(model, str) else None,
         ranks,
         {name: scale * rank for name, rank in ranks.items()},
-        use_dora=any("m" in one for one in modules.values()),
     )
+    config["use_dora"] = any("m" in one for one in modules.values())
     return config, found
 
 

@@ -12,8 +12,8 @@ RESERVED_BASE_NAMES = RESERVED_SET_NAMES | {"docs", "page", "v1", "v2"}
 """Bases are the first part of a path, beside the routes of the service."""
 
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
-_SET_NAME = re.compile(SET_NAME_PATTERN.removesuffix("$") + r"\Z")
-_MODULE_NAME = re.compile(MODULE_NAME_PATTERN.removesuffix("$") + r"\Z")
+_SET_NAME = re.compile(SET_NAME_PATTERN)
+_MODULE_NAME = re.compile(MODULE_NAME_PATTERN)
 
 
 def check_set_name(name: str) -> str:
@@ -36,7 +36,7 @@ def check_set_name(name: str) -> str:
 
 def is_set_name(name: str) -> bool:
     """Return whether a stored set can have this name; older releases reserved fewer."""
-    return _SET_NAME.match(name) is not None
+    return _SET_NAME.fullmatch(name) is not None
 
 
 def is_base_name(name: str) -> bool:
@@ -46,7 +46,7 @@ def is_base_name(name: str) -> bool:
 
 def check_module_name(name: str) -> str:
     """Return `name`; raises InvalidNameError unless it is parts joined by dots."""
-    if len(name) > MODULE_NAME_LENGTH or not _MODULE_NAME.match(name):
+    if len(name) > MODULE_NAME_LENGTH or not _MODULE_NAME.fullmatch(name):
         raise InvalidNameError(
             f"{name[:120]!r} cannot name a module; expected letters, digits, '_' and '-' in parts "
             f"joined by dots, at most {MODULE_NAME_LENGTH} characters, such as "
@@ -55,6 +55,12 @@ def check_module_name(name: str) -> str:
             expected=MODULE_NAME_PATTERN,
         )
     return name
+
+
+def endings(module: str) -> list[str]:
+    """Return the module's path and its suffixes that follow a dot."""
+    parts = module.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def base_names(base_model_name: str) -> list[str]:

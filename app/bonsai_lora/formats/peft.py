@@ -18,7 +18,9 @@ from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError, cou
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.foreign import check_keys
 from bonsai_lora.formats.fused import decode_experts, in_one_layout, rank_of
-from bonsai_lora.formats.peft_config import PeftConfig, Scaling, endings, unknown_fields
+from bonsai_lora.formats.made_config import made_config
+from bonsai_lora.formats.names import endings
+from bonsai_lora.formats.peft_config import PeftConfig, Scaling, unknown_fields
 from bonsai_lora.formats.peft_keys import (
     TOKEN_ROWS,
     Keys,
@@ -28,7 +30,6 @@ from bonsai_lora.formats.peft_keys import (
     sort_uploaded,
     tensor_name,
 )
-from bonsai_lora.formats.peft_patterns import keys_of
 
 GGUF_ARCHITECTURE = "gguf_architecture"
 """Field of the stored configuration of a GGUF LoRA: whose tensor names it had. Never exported."""
@@ -140,29 +141,13 @@ def encode_config(lora_set: BonsaiLoraSet, original: Mapping[str, Any] | None) -
     config = lora_set.registry.config
     adapters = lora_set.registry.adapters
     alphas = {name: _exported_alpha(one) for name, one in adapters.items()}
-    modules = sorted({name.rpartition(".")[2] for name in adapters}) or list(config.target_modules)
-    keys = keys_of(adapters)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": lora_set.base_model_name or None,
-        "inference_mode": True,
+    ranks = {name: one.rank for name, one in adapters.items()}
+    usual = config.rank, config.alpha
+    made = made_config(lora_set.base_model_name or None, ranks, alphas, usual)
+    return made | {
         "r": max(config.rank, 1),
-        "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": modules,
-        "rank_pattern": {
-            keys[name]: one.rank for name, one in adapters.items() if one.rank != config.rank
-        },
-        "alpha_pattern": {
-            keys[name]: alpha for name, alpha in alphas.items() if alpha != config.alpha
-        },
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": False,
-        "use_rslora": False,
+        "target_modules": made["target_modules"] or list(config.target_modules),
     }
 
 

@@ -14,6 +14,8 @@ from typing import Any
 from bonsai_lora.core.config import LoraConfig, shortest_float32
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
 from bonsai_lora.formats.experts import LAYOUT_FIELD
+from bonsai_lora.formats.large_json import refuse_constant
+from bonsai_lora.formats.names import endings
 from bonsai_lora.formats.peft_fields import FIELDS
 from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.formats.peft_patterns import STEPS_PER_LOOKUP, Choice, Steps, choose
@@ -53,7 +55,7 @@ class PeftConfig:
         """The set's configuration."""
         rank = self.raw.get("r", 8)
         if type(rank) is not int or rank < 1:
-            raise InvalidAdapterError(f"r must be a positive integer, got {rank!r}", field="r")
+            raise _invalid("r", rank, "a positive integer")
         targets = self.raw.get("target_modules")
         return LoraConfig(
             rank,
@@ -92,11 +94,8 @@ class PeftConfig:
         indices = self.raw.get("trainable_token_indices") or []
         for rows in indices.values() if isinstance(indices, dict) else [indices]:
             if not _are_rows(rows):
-                raise InvalidAdapterError(
-                    f"trainable_token_indices is {str(indices)[:200]}; expected distinct row "
-                    "numbers from 0, as a list or as lists by module",
-                    field="trainable_token_indices",
-                )
+                expected = "distinct row numbers from 0, as a list or as lists by module"
+                raise _invalid("trainable_token_indices", indices, expected)
         return BaseOptions.of(self.raw)
 
     def scalings(self, modules: Iterable[str]) -> dict[str, "Scaling"]:
@@ -167,10 +166,7 @@ class PeftConfig:
         value = self.raw.get("layers_pattern") or []
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
-            raise InvalidAdapterError(
-                f"layers_pattern is {str(value)[:200]!r}; expected a string or a list of strings",
-                field="layers_pattern",
-            )
+            raise _invalid("layers_pattern", value, "a string or a list of strings")
         return names
 
     @cached_property
@@ -179,10 +175,7 @@ class PeftConfig:
         value = self.raw.get("layers_to_transform")
         numbers = [value] if isinstance(value, int) else (value or [])
         if not isinstance(numbers, list) or not all(isinstance(one, int) for one in numbers):
-            raise InvalidAdapterError(
-                f"layers_to_transform is {str(value)[:200]}; expected an integer or a list of them",
-                field="layers_to_transform",
-            )
+            raise _invalid("layers_to_transform", value, "an integer or a list of them")
         return frozenset(numbers)
 
     def _is_layer_wanted(self, module: str) -> bool:
@@ -226,11 +219,6 @@ class Scaling:
         return alpha, shortest_float32(scaling)
 
 
-def decode_config(raw: bytes) -> PeftConfig:
-    """Return a checked adapter_config.json; raises InvalidAdapterError, UnsupportedAdapterError."""
-    return PeftConfig(parse_config(raw))
-
-
 def parse_config(raw: bytes) -> dict[str, Any]:
     """Return the fields of an adapter_config.json; raises InvalidAdapterError unless it is JSON."""
     if raw.count(b",") > _MOST_VALUES:
@@ -239,7 +227,7 @@ def parse_config(raw: bytes) -> dict[str, Any]:
             "send the file that was saved with the weights"
         )
     try:
-        value = json.loads(raw, parse_constant=_refuse_constant)
+        value = json.loads(raw, parse_constant=refuse_constant)
         if b"\\u" in raw:  # half a surrogate pair cannot be written
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -252,10 +240,6 @@ def parse_config(raw: bytes) -> dict[str, Any]:
             f"adapter_config.json is a JSON {type(value).__name__}; expected an object"
         )
     return value
-
-
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a JSON number")
 
 
 def unknown_fields(config: PeftConfig) -> list[str]:
@@ -289,9 +273,7 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
             field="lora_bias",
         )
     if raw.get("bias", "none") not in ("none", "all", "lora_only"):
-        raise InvalidAdapterError(
-            f"bias is {raw['bias']!r}; expected none, all or lora_only", field="bias"
-        )
+        raise _invalid("bias", raw["bias"], "none, all or lora_only")
     init = raw.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
         raise UnsupportedAdapterError(
@@ -302,18 +284,20 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
         )
 
 
+def _invalid(field: str, value: Any, expected: str) -> InvalidAdapterError:
+    return InvalidAdapterError(f"{field} is {value!r:.200}; expected {expected}", field=field)
+
+
 def _strings(raw: Mapping[str, Any], name: str) -> list[str]:
     value = raw.get(name) or []
     if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
-        raise InvalidAdapterError(
-            f"{name} is {str(value)[:200]}; expected a list of strings", field=name
-        )
+        raise _invalid(name, value, "a list of strings")
     return value
 
 
 def _number(value: Any, name: str) -> float:
     if type(value) not in (int, float) or not math.isfinite(shortest_float32(value)):
-        raise InvalidAdapterError(f"{name} is {value!r}; expected a finite number", field=name)
+        raise _invalid(name, value, "a finite number")
     return float(value)
 
 
@@ -329,9 +313,7 @@ def _positive(value: Any) -> int:
 def _object(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = raw.get(name) or {}
     if not isinstance(value, dict):
-        raise InvalidAdapterError(
-            f"{name} is {str(value)[:200]!r}; expected an object of names and numbers", field=name
-        )
+        raise _invalid(name, value, "an object of names and numbers")
     return value
 
 
@@ -369,9 +351,3 @@ def _layer_index(module: str, names: list[str]) -> int | None:
         if behind and parts[place].isdecimal():
             return int(parts[place])
     return None
-
-
-def endings(module: str) -> list[str]:
-    """Return the module's path and its suffixes that follow a dot."""
-    parts = module.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]

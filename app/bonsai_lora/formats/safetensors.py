@@ -6,14 +6,13 @@ does not report which rule was broken (docs/decisions/0004-safetensors.md).
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from bonsai_lora.core.cast import FLOAT32, Array
 from bonsai_lora.errors import (
@@ -24,7 +23,7 @@ from bonsai_lora.errors import (
     counted,
 )
 from bonsai_lora.formats.dtypes import DTYPE_NAMES, ELEMENT_BITS, FLOAT_DTYPES
-from bonsai_lora.formats.pieces import ObjectReader, dump
+from bonsai_lora.formats.large_json import ObjectReader, dump
 
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
@@ -164,13 +163,18 @@ def check_total(header: Header, total_bytes: int) -> None:
         )
 
 
-def view(raw: bytes | memoryview, header: Header, name: str) -> Array:
+def view(
+    raw: bytes | memoryview,
+    header: Header,
+    name: str,
+    dtypes: Mapping[str, np.dtype[Any]] = FLOAT_DTYPES,
+) -> Array:
     """Return the tensor `name` as a read-only view of `raw`, a whole file.
 
-    Raises InvalidRequestError for a dtype outside FLOAT_DTYPES.
+    Raises InvalidRequestError for a dtype outside `dtypes`.
     """
     info = header.tensors[name]
-    dtype = float_dtype(header, name)
+    dtype = dtype_of(header, name, dtypes)
     count = (info.stop - info.start) // dtype.itemsize
     flat = np.frombuffer(raw, dtype, count, header.data_start + info.start)
     try:
@@ -186,31 +190,20 @@ def view(raw: bytes | memoryview, header: Header, name: str) -> Array:
     return array
 
 
-def float_dtype(header: Header, name: str) -> np.dtype[Any]:
-    """Return the dtype of the tensor `name`; raises InvalidRequestError outside FLOAT_DTYPES."""
+def dtype_of(
+    header: Header, name: str, dtypes: Mapping[str, np.dtype[Any]] = FLOAT_DTYPES
+) -> np.dtype[Any]:
+    """Return the dtype of the tensor `name`; raises InvalidRequestError outside `dtypes`."""
     found = header.tensors[name].dtype
-    dtype: np.dtype[Any] | None = FLOAT_DTYPES.get(found)
+    dtype = dtypes.get(found)
     if dtype is None:
         raise InvalidRequestError(
-            f"tensor {name!r} is {found}; expected one of {', '.join(FLOAT_DTYPES)}",
+            f"tensor {name!r} is {found}; expected one of {', '.join(dtypes)}",
             tensor=name,
             got=found,
-            expected=list(FLOAT_DTYPES),
+            expected=list(dtypes),
         )
     return dtype
-
-
-INTEGERS: Mapping[str, np.dtype[Any]] = {"I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
-"""The dtypes that `integers` reads."""
-
-
-def integers(raw: bytes | memoryview, header: Header, name: str) -> npt.NDArray[np.int64]:
-    """Return the tensor `name`, of a dtype in INTEGERS, as int64."""
-    info = header.tensors[name]
-    dtype = INTEGERS[info.dtype]
-    count = (info.stop - info.start) // dtype.itemsize
-    flat: Array = np.frombuffer(raw, dtype, count, header.data_start + info.start)
-    return flat.astype(np.int64).reshape(info.shape)
 
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -369,12 +362,9 @@ def _is_size(value: object) -> bool:
 
 def _check_contiguous(tensors: Mapping[str, TensorInfo]) -> None:
     expected = 0
-    for name, start, stop in _spans(tensors):
+    for name, info in tensors.items():
+        start = info.start
         if start != expected:
             kind = "overlaps the previous one" if start < expected else "leaves a gap"
             raise _malformed(f"tensor {name[:100]!r} starts at {start}, not {expected}: it {kind}")
-        expected = stop
-
-
-def _spans(tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, int, int]]:
-    return ((name, info.start, info.stop) for name, info in tensors.items())
+        expected = info.stop

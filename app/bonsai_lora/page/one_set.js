@@ -190,7 +190,7 @@ function mergeSection(info, bases, signal) {
   const base = select(bases);
   const own = info.base_model_name.split("/").at(-1);
   if (bases.includes(own)) base.value = own;
-  const dtype = select(["BF16", "F16", "Q8_0", "Q1_0"]);
+  const dtype = select(["BF16", "F16", "Q8_0", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0"]);
   const result = h("div", { class: "result" });
   const path = (kind) => `v1/bases/${encodeURIComponent(base.value)}/${kind}/${encodeURIComponent(name)}`;
   const check = h("button", { type: "button" }, "Show the files");

@@ -19,6 +19,7 @@ from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.retry import repeated
 from bonsai_lora.service.sets import Precondition, write_set
 from bonsai_lora.service.view import SetView
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import StoredSet
 
 
@@ -95,15 +96,16 @@ def delete_adapter(
         kept = {
             one: array for one, array in lora_set.replacements.items() if one != f"{module}.bias"
         }
-        write_set(
-            store,
-            limits,
-            replace(lora_set, registry=lora_set.registry.remove(module), replacements=kept),
+        wanted = NextVersion(
+            lora_set=replace(
+                lora_set, registry=lora_set.registry.remove(module), replacements=kept
+            ),
             origin=present.record.origin,
             previous=present.record,
             # peft loads a targeted module without tensors as an adapter that changes nothing.
             adapter_config=present.adapter_config,
         )
+        write_set(store, limits, wanted)
 
 
 def _refuse_beside_variants(present: StoredSet) -> None:
@@ -144,14 +146,12 @@ def _put_adapter(
         changed = registry.add(module, make(present))
         limits.check_modules(len(changed.adapters))
         unmixed = initialized and present.record.origin == "initialized"
-        stored = write_set(
-            store,
-            limits,
-            present.lora_set.with_registry(changed),
+        wanted = NextVersion(
+            lora_set=present.lora_set.with_registry(changed),
             origin="initialized" if unmixed else "mixed",
             previous=present.record,
         )
-        return stored, registry.get(module) is None
+        return write_set(store, limits, wanted), registry.get(module) is None
 
 
 def _check_factors(tensors: Mapping[str, Array]) -> tuple[Array, Array]:

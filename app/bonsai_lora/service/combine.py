@@ -8,18 +8,19 @@ from typing import Any
 
 from bonsai_lora.core import combine
 from bonsai_lora.core.combine import Combined
+from bonsai_lora.core.combine_deltas import pass_bytes
 from bonsai_lora.core.config import LoraConfig
-from bonsai_lora.core.deltas import pass_bytes
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.lowrank import columns_for
 from bonsai_lora.core.recipe import Recipe
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError
-from bonsai_lora.formats.combined import adapted_parameters, combined_config
+from bonsai_lora.formats.made_config import adapted_parameters, combined_config
 from bonsai_lora.service.aligned import Aligned, align, present, read_sets, stacked_rank
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import refuse_existing, store_new
 from bonsai_lora.service.view import SetView
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import StoredSet
 
 _COPIES = 4
@@ -143,7 +144,10 @@ class Plan:
         """Store the new set; raises SetExistsError, MemoryBudgetError and the store's errors."""
         lora_set = self.lora_set(report)
         config = combined_config(lora_set, self._sources())
-        return store_new(store, limits, lora_set, origin="combined", adapter_config=config)
+        wanted = NextVersion(
+            lora_set=lora_set, origin="combined", previous=None, adapter_config=config
+        )
+        return store_new(store, limits, wanted)
 
 
 def plan(

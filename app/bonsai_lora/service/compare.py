@@ -9,6 +9,9 @@ from bonsai_lora.service.aligned import Aligned, align, present, read_sets, stac
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.view import SetView
 
+_NANOSECONDS_PER_OPERATION = 0.02
+"""Of a product of float64 matrices, on one core."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModuleComparison:
@@ -34,6 +37,14 @@ class Comparison:
         """Return the most that the computation of one module takes: its factors as float64."""
         return max(map(_work_bytes, self.modules.values()), default=0)
 
+    def operations(self) -> list[int]:
+        """Return the multiplications and additions that each module takes."""
+        return [_operations(adapters) for adapters in self.modules.values()]
+
+    def nanoseconds(self) -> float:
+        """Estimate the processor time of all modules."""
+        return _NANOSECONDS_PER_OPERATION * sum(self.operations())
+
     def whole(self, modules: Sequence[ModuleComparison]) -> Similarity:
         """Return the similarity of the sets over all modules."""
         return joint((one.similarity for one in modules), len(self.names))
@@ -53,6 +64,11 @@ def compare(store: SetView, limits: Limits, names: Sequence[str]) -> Comparison:
 def _work_bytes(adapters: Aligned) -> int:
     one, rank = present(adapters)[0], stacked_rank(adapters)
     return 8 * (2 * (one.d_in + one.d_out) * rank + 3 * rank * rank)
+
+
+def _operations(adapters: Aligned) -> int:
+    one = present(adapters)[0]
+    return 2 * stacked_rank(adapters) ** 2 * (one.d_in + one.d_out) * (one.experts or 1)
 
 
 def _compare(adapters: Aligned) -> ModuleComparison:

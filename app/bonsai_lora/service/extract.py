@@ -11,18 +11,19 @@ from bonsai_lora.checkpoints import extraction
 from bonsai_lora.checkpoints.base import Base
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.extraction import Change, Pair, Size
-from bonsai_lora.checkpoints.gguf_base import HEAD
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError, counted
-from bonsai_lora.formats.extracted import extracted_config
+from bonsai_lora.formats.gguf_names import HEAD
+from bonsai_lora.formats.made_config import extracted_config
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.jobs import Progress
 from bonsai_lora.service.keys import missing_scope
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import refuse_existing, store_new
 from bonsai_lora.service.view import SetView
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import StoredSet
 
 _MOST_RANK = 128
@@ -146,7 +147,10 @@ class Plan:
             [one.module for one in self.pairs],
             is_transposed=extraction.is_transposed(self.base, report.changes),
         )
-        return store_new(store, limits, lora_set, origin="extracted", adapter_config=config)
+        wanted = NextVersion(
+            lora_set=lora_set, origin="extracted", previous=None, adapter_config=config
+        )
+        return store_new(store, limits, wanted)
 
 
 def plan(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from bonsai_lora.checkpoints.base import Base
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.gguf_base import GgufBase
+from bonsai_lora.checkpoints.gguf_lora import LoraFile, Model, encode_lora
 from bonsai_lora.checkpoints.safetensors_base import SafetensorsBase
 from bonsai_lora.core.shapes import MODELS
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError
@@ -23,8 +24,6 @@ from bonsai_lora.formats.gguf_lora import (
     decode_lora,
     float32_bytes,
 )
-from bonsai_lora.formats.gguf_lora_file import LoraFile
-from bonsai_lora.formats.gguf_lora_writer import Model, encode_lora
 from bonsai_lora.formats.gguf_names import ARCHITECTURES, Heads, to_gguf
 from bonsai_lora.formats.names import base_names, check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig

@@ -36,6 +36,8 @@ from bonsai_lora.storage.jobs import (
 
 AT_ONCE = 2
 """Jobs that run at the same time; the others are queued."""
+LONG_NANOSECONDS = 1e9
+"""What a GET may take before it becomes a job, if the caller prefers that."""
 BEAT_SECONDS = 1.0
 """How often a runner writes its record, and looks whether the job is cancelled."""
 

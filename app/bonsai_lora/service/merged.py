@@ -1,7 +1,6 @@
 """Merged models: a base with weighted sets, cached."""
 
 import contextlib
-import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from weakref import WeakKeyDictionary
@@ -95,8 +94,7 @@ class MergedModels:
 def weighted_sets(name: str, scale: float, others: list[str], weights: list[float]) -> WeightedSets:
     """Return `name` with weight `scale`, and `others` with their `weights` (default: 1).
 
-    Raises InvalidRequestError for a weight that is not finite, more weights than sets, or a set
-    named twice.
+    Raises InvalidRequestError for more weights than sets, or a set named twice.
     """
     if len(weights) > len(others):
         raise InvalidRequestError(
@@ -110,10 +108,6 @@ def weighted_sets(name: str, scale: float, others: list[str], weights: list[floa
     sets = [
         (one, weight + 0.0) for one, weight in zip([name, *others], [scale, *padded], strict=True)
     ]
-    if not all(math.isfinite(weight) for _, weight in sets):
-        raise InvalidRequestError(
-            "scale or weight is not finite; expected finite numbers", field="weight"
-        )
     if len({one for one, _ in sets}) != len(sets):
         raise InvalidRequestError(
             "a set is named twice; name it once, with one weight", field="set"

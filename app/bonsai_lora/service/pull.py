@@ -67,10 +67,10 @@ def pull_set(
     base_model_name: str | None = None,
     expert_layout: ExpertLayout | None = None,
 ) -> Imported:
-    """Create or replace a set from an adapter in an origin, at the hub's commit if it is a hub's.
+    """Create or replace a set from an adapter in an origin: of one commit, if the origin has them.
 
-    If the stored version came from the same commit, or the same files, nothing changes. `disk`
-    counts bytes before they are written. Raises the errors of `find`, `web.fetch`, `folder.read`
+    If the stored version came from the same one, or the same files, nothing changes. `disk` counts
+    bytes before they are written. Raises the errors of `find`, `web.fetch`, `s3.pin`, `folder.read`
     and `sets.import_adapter`, BusyError, and then changes nothing.
     """
     store.check_name(name)
@@ -108,7 +108,11 @@ def pull_set(
 
 
 def _pin(origins: Origins, found: Reference) -> Reference:
-    """Return the reference with the commit that its revision means now, if it is a hub's."""
+    """Return the reference with the commit or revision that it means now, if its origin has one."""
+    if found.origin.kind == "s3":
+        from bonsai_lora.sources import s3  # noqa: PLC0415 - optional
+
+        return s3.pin(found, (CONFIG_FILE, MODEL_FILE), origins.stall_seconds)
     if found.origin.kind != "hub":
         return found
     revision = found.revision or "main"
@@ -142,6 +146,11 @@ def _get(origins: Origins, pinned: Reference, file: str, sink: Sink, limit: int)
     origin = pinned.origin
     if origin.kind == "file":
         folder.read(origin, f"{pinned.path}/{file}", sink, limit)
+        return
+    if origin.kind == "s3":
+        from bonsai_lora.sources import s3  # noqa: PLC0415 - optional
+
+        s3.read(pinned, file, sink, limit, origins.stall_seconds)
         return
     inner = f"/resolve/{pinned.revision}" if origin.kind == "hub" else ""
     url = f"{origin.url}/{pinned.path}{inner}/{file}"

@@ -3,9 +3,7 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
-from typing import Any
 
 from bonsai_lora.core.cast import Array
 from bonsai_lora.core.config import LoraConfig
@@ -26,7 +24,7 @@ from bonsai_lora.service.budget import Budget, Reservation
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.retry import repeated
 from bonsai_lora.service.view import SetView
-from bonsai_lora.storage.newset import Received
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.protocol import Page
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.source import Source
@@ -83,7 +81,8 @@ def create_set(
         with Reservation(memory) as reserved:
             reserved.add(needed)
             lora_set = BonsaiLoraSet.new(config, base_model_name, name).add_adapters(kept)
-            return write_set(store, limits, lora_set, origin="initialized", previous=None)
+            wanted = NextVersion(lora_set=lora_set, origin="initialized", previous=None)
+            return write_set(store, limits, wanted)
 
 
 def import_adapter(
@@ -143,16 +142,15 @@ def store_import(
     with store.lock(name):
         previous = _record_or_none(store, name)
         precondition(previous)
-        stored = write_set(
-            store,
-            limits,
-            adapter.lora_set,
+        wanted = NextVersion(
+            lora_set=adapter.lora_set,
             origin=origin,
             previous=previous,
             adapter_config=adapter.config,
             received=None if received is None else (received, adapter.names),
             source=source,
         )
+        stored = write_set(store, limits, wanted)
     norms = {module: delta_norm(one) for module, one in stored.lora_set.registry.adapters.items()}
     return Imported(stored, previous is None, adapter.ignored_keys, adapter.warnings, norms)
 
@@ -166,14 +164,13 @@ def name_base(
         present = store.read(name)
         precondition(present.record)
         raw = present.adapter_config
-        return write_set(
-            store,
-            limits,
-            replace(present.lora_set, base_model_name=base_model_name),
+        wanted = NextVersion(
+            lora_set=replace(present.lora_set, base_model_name=base_model_name),
             origin=present.record.origin,
             previous=present.record,
             adapter_config=None if raw is None else {**raw, _BASE_FIELD: base_model_name},
         )
+        return write_set(store, limits, wanted)
 
 
 def list_sets(
@@ -201,54 +198,26 @@ def export_config(stored: StoredSet) -> bytes:
     return f"{json.dumps(config, indent=2)}\n".encode()
 
 
-def write_set(
-    store: SetView,
-    limits: Limits,
-    lora_set: BonsaiLoraSet,
-    *,
-    origin: str,
-    previous: SetRecord | None,
-    adapter_config: Mapping[str, Any] | None = None,
-    received: Received | None = None,
-    source: Source | None = None,
-) -> StoredSet:
+def write_set(store: SetView, limits: Limits, wanted: NextVersion) -> StoredSet:
     """Write a set within the memory budget and the caller's quota."""
-    name, size = lora_set.adapter_name, lora_set.total_memory_bytes()
-    return store.write(
-        lora_set,
-        origin=origin,
-        now=_now(),
-        previous=previous,
-        adapter_config=adapter_config,
-        received=received,
-        source=source,
-        check=partial(limits.check_budget, store, name, size),
-    )
+    size = wanted.lora_set.total_memory_bytes()
+    return store.write(wanted, partial(limits.check_budget, store, wanted.name, size))
 
 
 @repeated
-def store_new(
-    store: SetView,
-    limits: Limits,
-    lora_set: BonsaiLoraSet,
-    *,
-    origin: str,
-    adapter_config: Mapping[str, Any] | None = None,
-) -> StoredSet:
+def store_new(store: SetView, limits: Limits, wanted: NextVersion) -> StoredSet:
     """Store a computed set under a name that is free; raises SetExistsError, MemoryBudgetError."""
-    with store.lock(lora_set.adapter_name):
-        refuse_existing(store, lora_set.adapter_name)
-        return write_set(
-            store, limits, lora_set, origin=origin, previous=None, adapter_config=adapter_config
-        )
+    with store.lock(wanted.name):
+        refuse_existing(store, wanted.name)
+        return write_set(store, limits, wanted)
 
 
 def refuse_existing(store: SetView, name: str) -> None:
     """Raise SetExistsError if there is a set of this name."""
     if _record_or_none(store, name) is not None:
         raise SetExistsError(
-            f"a set named {name!r} already exists; DELETE /v1/sets/{name} first, or PUT a PEFT "
-            "adapter to replace it",
+            f"a set named {name!r} already exists; choose a different name, or DELETE "
+            f"/v1/sets/{name} first",
             set=name,
         )
 
@@ -258,7 +227,3 @@ def _record_or_none(store: SetView, name: str) -> SetRecord | None:
         return store.read_record(name)
     except SetNotFoundError:
         return None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -17,6 +17,7 @@ from bonsai_lora.errors import (
     BonsaiLoraError,
     InvalidAdapterError,
     SetNotFoundError,
+    StoreUnreachableError,
     counted,
 )
 from bonsai_lora.formats.foreign import check_config_start
@@ -56,7 +57,8 @@ def import_folder(
     """Import each adapter of `folder` that is not stored yet; yield what became of each entry.
 
     Hidden entries and other files are ignored. An adapter that is refused, as an upload of it would
-    be, leaves the set as it is. Raises OSError if the folder cannot be listed.
+    be, leaves the set as it is. Raises OSError if the folder cannot be listed, and
+    StoreUnreachableError.
     """
     for path in sorted(folder.iterdir()):
         is_gguf = path.suffix == GGUF_SUFFIX and path.is_file()
@@ -67,6 +69,8 @@ def import_folder(
             yield _import(store, limits, memory, bases, name, path)
         except _UnchangedError:
             yield Found(name, "unchanged")
+        except StoreUnreachableError:
+            raise
         except (BonsaiLoraError, OSError) as error:
             yield Found(name, "refused", str(error))
 

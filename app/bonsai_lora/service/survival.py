@@ -9,7 +9,7 @@ import numpy as np
 
 from bonsai_lora.checkpoints.base import Tensor
 from bonsai_lora.checkpoints.merged import MergedModel
-from bonsai_lora.checkpoints.tensors import Touched
+from bonsai_lora.checkpoints.merged_tensor import Touched
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, Floats, to_float32
 from bonsai_lora.core.merge import Block, blocks
 from bonsai_lora.errors import InvalidRequestError, counted

@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar
 
-from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import (
     NameNotYoursError,
     QuotaExceededError,
@@ -19,11 +18,11 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.formats.names import check_set_name
 from bonsai_lora.service.keys import ANYONE, Key, Scope, may, narrowed
+from bonsai_lora.storage.dropped import Dropped
 from bonsai_lora.storage.index import Sums
-from bonsai_lora.storage.newset import Received
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.protocol import Page, Store, StoreState
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
-from bonsai_lora.storage.source import Source
 
 T = TypeVar("T")
 
@@ -141,6 +140,10 @@ class SetView:
         sums = self._store.sums("")
         return Totals(sums.sets, self._store.count_bad_files(), sums.newer)
 
+    def dropped(self) -> Dropped:
+        """Return what others put into the folder of the store, whoever asks."""
+        return self._store.dropped()
+
     def is_writable(self) -> bool:
         """Return whether the store can be changed, whoever asks."""
         return self._store.is_writable()
@@ -187,30 +190,10 @@ class SetView:
                 limit_bytes=quota.bytes,
             )
 
-    def write(
-        self,
-        lora_set: BonsaiLoraSet,
-        *,
-        origin: str,
-        now: str,
-        previous: SetRecord | None,
-        adapter_config: Mapping[str, Any] | None = None,
-        received: Received | None = None,
-        source: Source | None = None,
-        check: Callable[[], None],
-    ) -> StoredSet:
-        """Write `lora_set` durably as the next version of its name, and return it opened."""
-        self._check(lora_set.adapter_name)
-        return self._store.write(
-            lora_set,
-            origin=origin,
-            now=now,
-            previous=previous,
-            adapter_config=adapter_config,
-            received=received,
-            source=source,
-            check=check,
-        )
+    def write(self, wanted: NextVersion, check: Callable[[], None]) -> StoredSet:
+        """Write the next version of a set durably, and return it opened."""
+        self._check(wanted.name)
+        return self._store.write(wanted, check)
 
     def new_file(self) -> AbstractContextManager[BinaryIO]:
         """Create a temporary file on the store's file system; it is removed on exit."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 from bonsai_lora.errors import InvalidRequestError, SourcesOffError, SourceUnknownError
 
-Kind = Literal["hub", "https", "file"]
+Kind = Literal["hub", "https", "s3", "file"]
 
 _SEGMENT = "[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _REFERENCE = re.compile(
@@ -25,7 +25,7 @@ class Origin:
     name: str
     kind: Kind
     url: str = ""
-    """Of a hub or web server, without a slash at the end."""
+    """Of a hub, web server or bucket, without a slash at the end."""
     folder: Path = Path()
     """Of files."""
     repositories: tuple[str, ...] = ("*",)
@@ -33,8 +33,15 @@ class Origin:
     hosts: frozenset[str] = frozenset()
     """Further hosts that the origin may redirect to."""
     token: str | None = field(default=None, repr=False)
+    endpoint: str = ""
+    """Of a bucket; if empty, what the environment names, or Amazon's."""
+    region: str = ""
+    credentials: tuple[str, str] | None = field(default=None, repr=False)
+    """Access key and secret for a bucket; if None, those of the environment or the machine."""
     allow_private: bool = False
     """Whether the hosts may have addresses that are not public."""
+    allow_http: bool = False
+    """Whether the endpoint of a bucket may be plain HTTP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,8 @@ class Reference:
     origin: Origin
     path: str
     revision: str | None
+    etags: Mapping[str, str] = field(default_factory=dict)
+    """Of the files in a bucket for which the revision stands, by name."""
 
     def at(self, revision: str | None) -> str:
         """Return the text of the reference with a revision."""
@@ -77,9 +86,10 @@ def find(origins: Mapping[str, Origin], text: str) -> Reference:
             source=text[:200],
             expected=sorted(origins),
         )
-    if revision is not None and origin.kind != "hub":
+    if revision is not None and origin.kind not in ("hub", "s3"):
         raise InvalidRequestError(
-            f"the source {text[:200]!r} has a revision, which only hubs have; leave it out",
+            f"the source {text[:200]!r} has a revision, which only hubs and buckets have; leave it "
+            "out",
             field="source",
         )
     return Reference(origin, path, revision)

@@ -51,24 +51,61 @@ def commit_of(origin: Origin, repository: str, revision: str, stall: float) -> s
     return found
 
 
-def fetch(origin: Origin, url: str, sink: Sink, limit: int, stall: float) -> None:
+def fetch(
+    origin: Origin, url: str, sink: Sink, limit: int, stall: float, *, etag: str | None = None
+) -> None:
     """Give the file at `url` to `sink` in pieces, up to `limit` bytes.
 
     Follows redirects to the origin's host and those that it names. `stall` is how long, in seconds,
     the server may be silent, or behind 1 KiB per second. Raises BodyTooLargeError,
-    SourceRefusedError for a missing file or a forbidden redirect, SourceUnreachableError.
+    SourceRefusedError for a missing file or a forbidden redirect, SourceUnreachableError, also for
+    a file that does not have the `etag` any more.
     """
     started = time.monotonic()
+    with _answered(origin, "GET", url, stall) as (name, response):
+        if etag not in (None, response.headers.get("etag")):
+            raise SourceUnreachableError(
+                f"the origin {origin.name!r} replaced {name} during the pull; retry",
+                origin=origin.name,
+            )
+        _read(origin, name, response, sink, limit, started + stall)
+
+
+def etag_of(origin: Origin, url: str, stall: float) -> str:
+    """Return the ETag of the file at `url`.
+
+    Raises the errors of `fetch`, and SourceRefusedError if the server names none.
+    """
+    with _answered(origin, "HEAD", url, stall) as (name, response):
+        found = response.headers.get("etag", "")
+    if not found:
+        raise SourceRefusedError(
+            f"the origin {origin.name!r} has no ETag for {name}; look at the origin",
+            origin=origin.name,
+        )
+    return str(found)
+
+
+@contextmanager
+def _answered(
+    origin: Origin, method: str, url: str, stall: float
+) -> Iterator[tuple[str, httpx.Response]]:
+    """Give the name of the file at `url` and the response with it, whose body is still to come.
+
+    Raises the errors of `fetch`.
+    """
     target = httpx.URL(url)
     timeout = httpx.Timeout(stall, connect=_CONNECT_SECONDS)
     with _as_unreachable(origin), httpx.Client(trust_env=False, timeout=timeout) as client:
         for _ in range(_MOST_REDIRECTS + 1):
-            request = _request(client, origin, target)
+            request = _request(client, origin, method, target)
             with _deadline(client, stall):
                 response = client.send(request, stream=True)
             try:
                 if response.status_code not in _REDIRECTS:
-                    _read(origin, target, response, sink, limit, started + stall)
+                    name = target.path.rpartition("/")[2]
+                    _check_status(origin, name, response.status_code)
+                    yield name, response
                     return
                 target = _next(origin, target, response.headers.get("location", ""))
             finally:
@@ -107,7 +144,7 @@ def _deadline(client: httpx.Client, seconds: float) -> Iterator[None]:
         timer.cancel()
 
 
-def _request(client: httpx.Client, origin: Origin, target: httpx.URL) -> httpx.Request:
+def _request(client: httpx.Client, origin: Origin, method: str, target: httpx.URL) -> httpx.Request:
     """Return a request to the address of `target` that was checked."""
     address = _address(origin, target.host, target.port or _port(target))
     headers = {
@@ -120,7 +157,7 @@ def _request(client: httpx.Client, origin: Origin, target: httpx.URL) -> httpx.R
         headers["Authorization"] = f"Bearer {origin.token}"
     extensions: dict[str, Any] = {"sni_hostname": target.host}
     there = target.copy_with(host=str(address))
-    return client.build_request("GET", there, headers=headers, extensions=extensions)
+    return client.build_request(method, there, headers=headers, extensions=extensions)
 
 
 def _port(url: httpx.URL) -> int:
@@ -166,27 +203,24 @@ def _next(origin: Origin, target: httpx.URL, location: str) -> httpx.URL:
     return there
 
 
-def _read(
-    origin: Origin,
-    target: httpx.URL,
-    response: httpx.Response,
-    sink: Sink,
-    limit: int,
-    until: float,
-) -> None:
-    """Give the body of a response to `sink`; raises the errors of `fetch`."""
-    name = target.path.rpartition("/")[2]
-    if response.status_code in (401, 403, 404):
+def _check_status(origin: Origin, name: str, status: int) -> None:
+    if status in (401, 403, 404):
         raise SourceRefusedError(
             f"the origin {origin.name!r} has no {name} there, or not for this service (status "
-            f"{response.status_code}); use the path of an adapter",
+            f"{status}); use the path of an adapter",
             origin=origin.name,
         )
-    if response.status_code != 200:
+    if status != 200:
         raise SourceUnreachableError(
-            f"the origin {origin.name!r} answered with status {response.status_code}; retry later",
+            f"the origin {origin.name!r} answered with status {status}; retry later",
             origin=origin.name,
         )
+
+
+def _read(
+    origin: Origin, name: str, response: httpx.Response, sink: Sink, limit: int, until: float
+) -> None:
+    """Give the body of a response to `sink`; raises the errors of `fetch`."""
     if response.headers.get("content-encoding", "identity").lower() != "identity":
         raise SourceRefusedError(
             f"the origin {origin.name!r} compresses {name}, although nobody asked for it; look "

@@ -31,6 +31,8 @@ from bonsai_lora.storage.store import SetStore
 from bonsai_lora.storage.verify import verify_set_file
 
 LISTING = "listing.json"
+Listing = list[tuple[str, int]]
+"""The name and the length in bytes of each file of a backup."""
 OnSet = Callable[[int, int], None]
 """Called with the bytes done and those of the whole."""
 
@@ -54,13 +56,14 @@ def back_up(store: SetStore, target: Path, on_bytes: OnSet) -> list[dict[str, An
     return entries
 
 
-def restore(store: Store, source: Path, on_bytes: OnSet) -> Iterator[tuple[str, str | None]]:
+def restore(
+    store: Store, source: Path, entries: Listing, on_bytes: OnSet
+) -> Iterator[tuple[str, str | None]]:
     """Add the sets of a backup to `store`, durably; give the name of each, and what is wrong.
 
-    A set that is there already in the same version is left. Raises OSError, and ValueError if
-    `source` is not a backup.
+    `entries` is what `read_listing` returned of it. A set that is there already in the same version
+    is left. Raises OSError.
     """
-    entries = _read_listing(source / LISTING)
     total, done = sum(size for _, size in entries), 0
     for name, size in entries:
         yield name, _problem_of(store, source / "sets" / f"{name}{SUFFIX}", size)
@@ -154,8 +157,13 @@ def _sync_folder(folder: Path) -> None:
         pass
 
 
-def _read_listing(path: Path) -> list[tuple[str, int]]:
-    """Return the name and the length in bytes of each file."""
+def read_listing(folder: Path) -> Listing:
+    """Return what a backup has; raises OSError, and ValueError if the folder is not a backup."""
+    path = folder / LISTING
+    if folder.is_dir() and not path.exists():
+        raise ValueError(
+            f"{folder} is not a backup, as it has no {LISTING}; name a folder that `backup` wrote"
+        )
     try:
         listing = json.loads(path.read_bytes())
         found = [(str(one["name"]), int(one["bytes"])) for one in listing["sets"]]

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -176,7 +176,9 @@ class Bucket:
                 yield reading.popleft().result()
                 reading.extend(threads.submit(read, start) for start in islice(starts, 1))
 
-    def list(self, folder: str, *, after: str = "", count: int = 1000) -> Iterator[list[Listed]]:
+    def list(
+        self, folder: str, *, after: str = "", count: int = 1000
+    ) -> Iterator[Sequence[Listed]]:
         """Yield the objects in `folder` by name, from the first after `after`, `count` at a time.
 
         Each thousand costs a request.

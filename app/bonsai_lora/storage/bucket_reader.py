@@ -21,6 +21,7 @@ from bonsai_lora.storage.pointer import (
     Pointer,
     decode_pointer,
 )
+from bonsai_lora.storage.setfile import SetRecord
 
 _TRIES = 3
 
@@ -48,6 +49,14 @@ class BucketReader:
         if not look.exists:
             raise SetNotFoundError(name)
         return look
+
+    def read_record(self, name: str) -> SetRecord:
+        """Return the record in the bucket's pointer to a set; raises SetNotFoundError."""
+        found = self._bucket.get(f"{POINTERS}/{name}") if is_set_name(name) else None
+        record = None if found is None else self.decode(name, found).record
+        if record is None:
+            raise SetNotFoundError(name)
+        return record
 
     def refresh(self, name: str) -> None:
         """Compare the pointer of a set with the bucket's now, and fetch the set if it changed."""

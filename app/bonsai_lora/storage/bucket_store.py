@@ -14,14 +14,13 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import (
     BusyError,
     ChangedMeanwhileError,
@@ -35,10 +34,11 @@ from bonsai_lora.storage.bucket_listing import BucketListing
 from bonsai_lora.storage.bucket_reader import BucketReader
 from bonsai_lora.storage.cache import Cache, Note
 from bonsai_lora.storage.disk import storage_errors
+from bonsai_lora.storage.dropped import Dropped
 from bonsai_lora.storage.freshness import Look, Looks
 from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.jobs import JobRecords
-from bonsai_lora.storage.newset import Received, file_of, next_version
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.pointer import (
     POINTERS,
     Pointer,
@@ -47,7 +47,6 @@ from bonsai_lora.storage.pointer import (
 )
 from bonsai_lora.storage.protocol import Page, StoreState, allowed
 from bonsai_lora.storage.setfile import SetRecord, StoredSet, record_of
-from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.usage import Usage
 from bonsai_lora.storage.verify import OnPiece
 
@@ -141,13 +140,13 @@ class BucketStore:
         raise BusyError(f"the copy of set {name!r} was removed three times; retry in a second")
 
     def read_record(self, name: str) -> SetRecord:
-        """Return the record of a set."""
+        """Return the record of a set; one that is not on this machine is not fetched for that."""
         if name in self._locked:
             pointer = self._locked[name]
             if pointer is None or pointer.record is None:
                 raise SetNotFoundError(name)
             return pointer.record
-        return self.read(name).record
+        return self.read(name).record if self._cache.has(name) else self._reader.read_record(name)
 
     def refresh(self, name: str) -> None:
         """Compare the pointer of a set with the bucket's now, and fetch the set if it changed."""
@@ -180,33 +179,14 @@ class BucketStore:
         """Create a temporary file in `temporary`; it is removed on exit."""
         return self._files.new_file()
 
-    def write(
-        self,
-        lora_set: BonsaiLoraSet,
-        *,
-        origin: str,
-        now: str,
-        previous: SetRecord | None,
-        adapter_config: Mapping[str, Any] | None = None,
-        received: Received | None = None,
-        source: Source | None = None,
-        check: Callable[[], None] = allowed,
-    ) -> StoredSet:
+    def write(self, wanted: NextVersion, check: Callable[[], None] = allowed) -> StoredSet:
         """Write the next version of a set: sums, blob, pointer, then the copy. Call with `lock`."""
-        name = lora_set.adapter_name
+        name = wanted.name
         present = self._locked[name]
-        if previous != (present and present.record):
+        if wanted.previous != (present and present.record):
             raise ChangedMeanwhileError
-        new = next_version(
-            lora_set,
-            origin=origin,
-            now=now,
-            previous=previous,
-            adapter_config=adapter_config,
-            source=source,
-            version=present.version + 1 if present else 1,
-        )
-        with storage_errors(), file_of(self._files, new, received) as file:
+        version = present.version + 1 if present else 1
+        with storage_errors(), wanted.file(self._files, version) as file:
             self.add(file, name, check)
         return self.read(name)
 
@@ -296,6 +276,10 @@ class BucketStore:
     def newer_files(self) -> dict[str, int]:
         """Return nothing: requests for sets of a newer release are refused one by one."""
         return {}
+
+    def dropped(self) -> Dropped:
+        """Return nothing: nobody drops files into a cache."""
+        return Dropped()
 
     def is_writable(self) -> bool:
         """Return whether this process can make copies."""

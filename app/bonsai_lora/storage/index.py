@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bonsai_lora.errors import BonsaiLoraError
+from bonsai_lora.storage.dropped import Dropped
 from bonsai_lora.storage.setfile import SetRecord, record_from_text, record_to_text
 
 _BUSY_SECONDS = 10
@@ -36,6 +37,10 @@ CREATE TABLE IF NOT EXISTS state(
     one INTEGER PRIMARY KEY CHECK(one = 1), folder INTEGER NOT NULL, compared REAL NOT NULL
 );
 INSERT OR IGNORE INTO state VALUES(1, -1, 0);
+CREATE TABLE IF NOT EXISTS dropped(
+    one INTEGER PRIMARY KEY CHECK(one = 1), number INTEGER NOT NULL, names TEXT NOT NULL
+);
+INSERT OR IGNORE INTO dropped VALUES(1, 0, '[]');
 """
 _SUM = """
 SELECT coalesce(sum(NOT newer), 0), coalesce(sum(adapters), 0), coalesce(sum(params), 0),
@@ -161,6 +166,19 @@ class SetIndex:
     def set_compared_at(self, seconds: float) -> None:
         """Note when a process begins to compare the table with all files."""
         self._ask("UPDATE state SET compared = ?", seconds)
+
+    def dropped(self) -> Dropped:
+        """Return what was beside the files of sets when they were last compared."""
+        number, names = self._ask("SELECT number, names FROM dropped")[0]
+        try:
+            return Dropped(number, json.loads(names))
+        except ValueError as error:
+            raise DamagedIndexError(f"the names of dropped files are unreadable: {error}") from None
+
+    def set_dropped(self, dropped: Dropped) -> None:
+        """Note what is beside the files of sets. Call in a transaction."""
+        names = json.dumps(dropped.names)
+        self._ask("UPDATE dropped SET number = ?, names = ?", dropped.count, names)
 
     def stamps(self) -> dict[str, str]:
         """Return the stamp of each file by the set's name."""

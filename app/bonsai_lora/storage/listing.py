@@ -26,6 +26,7 @@ from bonsai_lora.errors import BonsaiLoraError, NewerFormatError, SetNotFoundErr
 from bonsai_lora.formats.identity import is_unsettled
 from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.storage.disk import storage_errors
+from bonsai_lora.storage.dropped import Dropped
 from bonsai_lora.storage.files import SUFFIX
 from bonsai_lora.storage.index import DamagedIndexError, Row, SetIndex
 from bonsai_lora.storage.setfile import SetRecord
@@ -102,12 +103,12 @@ class Listing:
             if only_if_due and age < _COMPARE_SECONDS:
                 return
             self._begin_comparison(index)
-        found = self._stamps()  # takes long, and others may use the table meanwhile
+        found, dropped = self._look()  # takes long, and others may use the table meanwhile
         with self._lock:
             if index is not self._index:
                 return  # replaced meanwhile, and compared then
             try:
-                self._settle(index, found)
+                self._settle(index, found, dropped)
             except sqlite3.Error as error:
                 self._give_up(error)
 
@@ -199,8 +200,8 @@ class Listing:
     def _compare(self, index: SetIndex) -> None:
         started = time.monotonic()
         self._begin_comparison(index)
-        found = self._stamps()
-        self._settle(index, found)
+        found, dropped = self._look()
+        self._settle(index, found, dropped)
         now = time.monotonic()
         if len(found) > _FEW:
             self._next_comparison = now + _REST * (now - started)
@@ -211,8 +212,11 @@ class Listing:
             index.set_folder_time(self._touch_folder())
             index.set_compared_at(time.time())
 
-    def _settle(self, index: SetIndex, found: dict[str, str | None]) -> None:
+    def _settle(self, index: SetIndex, found: dict[str, str | None], dropped: Dropped) -> None:
         """Make the rows of all sets those of their files, which had the stamps `found`."""
+        if dropped != index.dropped():
+            with index.transaction():
+                index.set_dropped(dropped)
         known = index.stamps()
         names = sorted(known.keys() | found.keys())
         differing = [name for name in names if not _agree(name, known, found)]
@@ -233,13 +237,17 @@ class Listing:
             return False
         return True
 
-    def _stamps(self) -> dict[str, str | None]:
-        found = {}
+    def _look(self) -> tuple[dict[str, str | None], Dropped]:
+        """Return the stamps of all files by the set's name, and what is not a file of a set."""
+        found, dropped = {}, Dropped()
         for entry in os.scandir(self._sets):
             name = entry.name.removesuffix(SUFFIX)
             if is_set_name(name) and name != entry.name:
                 found[name] = _stamp_of(entry)
-        return found
+            else:
+                dropped.add(f"{self._sets.name}/", entry)
+        dropped.names.sort()
+        return found, dropped
 
     def _compare_file(self, index: SetIndex, name: str) -> None:
         """Make the row of one set that of its file. Call in a transaction."""

@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 
-from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.storage.dropped import Dropped
 from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.jobs import JobRecords
-from bonsai_lora.storage.newset import Received
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
-from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.verify import OnPiece
 
 
@@ -73,18 +72,7 @@ class Store(Protocol):
     def new_file(self) -> AbstractContextManager[BinaryIO]:
         """Create a temporary file in `temporary`; it is removed on exit."""
 
-    def write(
-        self,
-        lora_set: BonsaiLoraSet,
-        *,
-        origin: str,
-        now: str,
-        previous: SetRecord | None,
-        adapter_config: Mapping[str, Any] | None = None,
-        received: Received | None = None,
-        source: Source | None = None,
-        check: Callable[[], None] = allowed,
-    ) -> StoredSet:
+    def write(self, wanted: NextVersion, check: Callable[[], None] = allowed) -> StoredSet:
         """Write the next version of a set durably. Call with `lock` held.
 
         Raises ChangedMeanwhileError if a different process has changed the set, and what `check`
@@ -129,6 +117,9 @@ class Store(Protocol):
 
     def newer_files(self) -> dict[str, int]:
         """Return the sizes in bytes, by set name, of files that a newer release wrote."""
+
+    def dropped(self) -> Dropped:
+        """Return what others put into the store's folder, from which no adapter is imported."""
 
     def is_writable(self) -> bool:
         """Return whether this process may change sets."""

@@ -4,12 +4,11 @@ The file doubles as the `adapter_model.safetensors` of the set's PEFT folder. Th
 first entry of the header, so that listing sets reads only a few kilobytes of each file.
 """
 
-import hashlib
 import json
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -23,19 +22,17 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import (
     BonsaiLoraError,
-    HeaderTooLargeError,
     MalformedSafetensorsError,
     NewerFormatError,
     counted,
 )
 from bonsai_lora.formats import safetensors
+from bonsai_lora.formats.large_json import ObjectReader
 from bonsai_lora.formats.mapped import map_file
 from bonsai_lora.formats.peft import set_tensors
 from bonsai_lora.formats.peft_keys import group_keys
-from bonsai_lora.formats.pieces import ObjectReader, dump
 from bonsai_lora.formats.text import is_unicode
 from bonsai_lora.storage.source import SOURCE_KEY, Source, decode_source, encode_source
-from bonsai_lora.storage.upload import ReceivedUpload
 
 RECORD_FORMAT = 1
 """The record format that is written and the newest that can be read; the default if missing.
@@ -45,13 +42,11 @@ of the record instead; they keep unknown keys.
 """
 
 _METADATA_START = b'{"__metadata__":'
-_RECORD_KEY = "bonsai_lora"
-_MODULES_KEY = "bonsai_lora_modules"
-_CONFIG_KEY = "adapter_config"
+RECORD_KEY = "bonsai_lora"
+MODULES_KEY = "bonsai_lora_modules"
+CONFIG_KEY = "adapter_config"
 _DIGEST_KEY = "digest"
-_NO_DIGEST = "0" * 64
 _PEEK_BYTES = 1 << 14
-_PIECE_BYTES = 1 << 20
 _MOST_FLOAT32 = float(np.finfo(np.float32).max)
 _INTEGER_END = 1 << 53
 """Integers below it are the same in every reader of JSON."""
@@ -136,87 +131,6 @@ class StoredSet:
     """The whole file, memory-mapped; remains readable after the set is replaced or deleted."""
 
 
-def write_set_file(file: BinaryIO, stored: "NewSet") -> None:
-    """Write the file of a set; constant zero arrays become holes of a sparse file."""
-    header = stored.header(_NO_DIGEST)
-    file.write(header)
-    file.truncate(len(header) + stored.record.data_bytes)
-    digest = hashlib.sha256()
-    for array in set_tensors(stored.lora_set).values():
-        if array.size and not any(array.strides) and not array.flat[0]:  # one zero, broadcast
-            file.seek(array.nbytes, os.SEEK_CUR)
-            for piece in _zeros(array.nbytes):
-                digest.update(piece)
-        else:
-            content = safetensors.as_bytes(array)
-            file.write(content)
-            digest.update(content)
-    file.seek(0)
-    file.write(stored.header(digest.hexdigest()))  # as long as the first
-
-
-def _zeros(count: int) -> Iterator[memoryview]:
-    """Yield `count` zero bytes in pieces."""
-    piece = memoryview(bytes(min(count, _PIECE_BYTES)))
-    for start in range(0, count, _PIECE_BYTES):
-        yield piece[: count - start]
-
-
-def write_header(stored: "NewSet", received: ReceivedUpload, names: Mapping[str, str]) -> bool:
-    """Turn an upload into a set's file by writing its header; return False if it does not fit."""
-    infos = received.header.tensors
-    layout = {names[key]: (info.dtype, info.shape) for key, info in infos.items()}
-    try:
-        header = stored.header(received.digest, layout, received.header.data_start)
-    except ValueError:
-        return False
-    received.write_header(header)
-    return True
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class NewSet:
-    """A set to be written."""
-
-    record: SetRecord
-    lora_set: BonsaiLoraSet
-    adapter_config: Mapping[str, Any] | None
-
-    def header(
-        self, digest: str, layout: safetensors.Layout | None = None, length: int | None = None
-    ) -> bytes:
-        """Return the file's header for tensors in the order of `layout` (default: the set's).
-
-        `digest` is that of their bytes. Raises HeaderTooLargeError if it is too long to be read
-        again, ValueError if it does not fit in `length` bytes.
-        """
-        if layout is None:
-            layout = safetensors.layout_of(set_tensors(self.lora_set))
-        header = safetensors.encode_header(layout, self._metadata(digest), length=length)
-        if len(header) > safetensors.MAX_HEADER_BYTES:
-            raise HeaderTooLargeError(
-                f"the header of the set would have {len(header)} bytes, but the limit is "
-                f"{safetensors.MAX_HEADER_BYTES}; use fewer or shorter module names",
-                got_bytes=len(header),
-                limit_bytes=safetensors.MAX_HEADER_BYTES,
-            )
-        return header
-
-    def _metadata(self, digest: str) -> dict[str, str]:
-        modules = {
-            name: [one.config.alpha, one.scaling, one.layer, *filter(None, [one.experts])]
-            for name, one in self.lora_set.registry.adapters.items()
-        }
-        metadata = {
-            _RECORD_KEY: record_to_text(replace(self.record, digest=digest)),
-            "format": "pt",
-            _MODULES_KEY: dump(modules),
-        }
-        if self.adapter_config is not None:
-            metadata[_CONFIG_KEY] = json.dumps(self.adapter_config)
-        return metadata
-
-
 def read_record(path: Path) -> SetRecord:
     """Return the record of the file without reading its tensor entries.
 
@@ -235,10 +149,10 @@ def open_set_file(path: Path) -> StoredSet:
         mapped = map_file(file)
     header = safetensors.decode_header(mapped)
     _check_size(path, header.total_bytes, len(mapped))
-    text = header.metadata.get(_CONFIG_KEY)
+    text = header.metadata.get(CONFIG_KEY)
     config = None if text is None else json.loads(text)
     if not isinstance(config, dict | None):
-        raise MalformedSafetensorsError(f"{path.name} has an {_CONFIG_KEY} that is not an object")
+        raise MalformedSafetensorsError(f"{path.name} has an {CONFIG_KEY} that is not an object")
     stored = StoredSet(record, _open_set(mapped, header, record), config, mapped)
     if record.digest is None:  # perhaps not written by this program, which checks them first
         _check_values(stored.lora_set)
@@ -266,7 +180,7 @@ def record_of(path: Path, file: BinaryIO) -> SetRecord:
 
 def record_from_text(name: str, text: str) -> SetRecord:
     """Return the record of set `name` from JSON; raises the errors of `read_record`."""
-    return _decode_record(Path(f"{name}.safetensors"), {_RECORD_KEY: text})
+    return _decode_record(Path(f"{name}.safetensors"), {RECORD_KEY: text})
 
 
 def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord) -> BonsaiLoraSet:
@@ -275,7 +189,7 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
 
     modules, others = group_keys(header.tensors)
     adapters = {}
-    reader = ObjectReader(header.metadata[_MODULES_KEY])
+    reader = ObjectReader(header.metadata[MODULES_KEY])
     for module in reader.names():
         alpha, scaling, layer, *more = reader.value()
         experts = more[0] if more else None
@@ -328,10 +242,13 @@ def record_to_text(record: SetRecord) -> str:
 
 def _decode_record(path: Path, metadata: Any) -> SetRecord:
     try:
-        fields = json.loads(metadata[_RECORD_KEY])
+        fields = json.loads(metadata[RECORD_KEY])
         written = fields.pop("format", RECORD_FORMAT)
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise MalformedSafetensorsError(f"{path.name} has no record of a set") from None
+        raise MalformedSafetensorsError(
+            f"{path.name} has no record of a set; if it is an adapter, put it into a folder as "
+            "adapter_model.safetensors, with its adapter_config.json, and run bonsai-lora push"
+        ) from None
     if type(written) is not int or written < 1:
         raise MalformedSafetensorsError(f"{path.name} has a record of format {written!r}")
     if written > RECORD_FORMAT:

@@ -4,22 +4,21 @@ A write is durable when it returns: temporary file, fsync, atomic rename, fsync 
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.formats.names import is_set_name
 from bonsai_lora.storage.disk import storage_errors
+from bonsai_lora.storage.dropped import Dropped, dropped_beside_sets
 from bonsai_lora.storage.files import SUFFIX, SetFiles
 from bonsai_lora.storage.index import SetIndex, Sums
 from bonsai_lora.storage.jobs import JobFolder, JobRecords
 from bonsai_lora.storage.listing import Listing
-from bonsai_lora.storage.newset import Received, file_of, next_version
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.protocol import Page, StoreState, allowed
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
-from bonsai_lora.storage.source import Source
 
 
 class SetStore(SetFiles):
@@ -70,37 +69,16 @@ class SetStore(SetFiles):
         """Hold the lock to change the total of all sets; acquire it inside `lock`, if both."""
         return self.locked("all")
 
-    def write(
-        self,
-        lora_set: BonsaiLoraSet,
-        *,
-        origin: str,
-        now: str,
-        previous: SetRecord | None,
-        adapter_config: Mapping[str, Any] | None = None,
-        received: Received | None = None,
-        source: Source | None = None,
-        check: Callable[[], None] = allowed,
-    ) -> StoredSet:
-        """Write `lora_set` durably as the next version of its name, and return it opened.
+    def write(self, wanted: NextVersion, check: Callable[[], None] = allowed) -> StoredSet:
+        """Write the next version of a set durably, and return it opened. Call with `lock` held.
 
-        Call with `lock` held. `now` is RFC 3339; `previous` is the version to replace. `received`
-        is an upload of exactly these tensors into a file of `new_file`: only the header is written
-        then. `check` raises if the set may not be written; the sums do not change between it and
-        the write. Raises StoreFullError or StoreReadOnlyError, and then changes nothing.
+        `check` raises if the set may not be written; the sums do not change between it and the
+        write. Raises StoreFullError or StoreReadOnlyError, and then changes nothing.
         """
-        new = next_version(
-            lora_set,
-            origin=origin,
-            now=now,
-            previous=previous,
-            adapter_config=adapter_config,
-            source=source,
-        )
-        name = lora_set.adapter_name
+        name = wanted.name
         with self.lock_all(), storage_errors():
             check()
-            with file_of(self, new, received) as file:
+            with wanted.file(self) as file:
                 self.commit(file, name)
         return self._open_version(name, self._identity(name))
 
@@ -117,6 +95,10 @@ class SetStore(SetFiles):
     def newer_files(self) -> dict[str, int]:
         """Return the sizes in bytes, by set name, of files that a newer release wrote."""
         return self.listing.ask(SetIndex.newer_files)
+
+    def dropped(self) -> Dropped:
+        """Return what others put into the folder, a minute ago at the latest."""
+        return self.listing.ask(SetIndex.dropped).plus(dropped_beside_sets(self.root))
 
     def keep(self, name: str) -> None:
         """Do nothing: all sets are on this machine."""

@@ -13,7 +13,7 @@ from bonsai_lora.errors import (
     TakesLongError,
 )
 from bonsai_lora.formats import safetensors
-from bonsai_lora.formats.dtypes import FLOAT_DTYPES
+from bonsai_lora.formats.dtypes import FLOAT_DTYPES, INTEGER_DTYPES
 from bonsai_lora.wire.finite import check_finite
 
 _LONG_HEADER_BYTES = 1 << 16
@@ -43,7 +43,7 @@ def decode_batch(
     safetensors.check_total(header, len(body))
     names, numbers = list(header.tensors), None
     info = header.tensors.get(EXPERTS)
-    if info is not None and info.dtype in safetensors.INTEGERS:
+    if info is not None and info.dtype in INTEGER_DTYPES:
         names.remove(EXPERTS)
         numbers = _experts(body, header)
     tensors = {name: _checked(safetensors.view(body, header, name), name) for name in names}
@@ -59,7 +59,7 @@ def _experts(body: bytes | memoryview, header: safetensors.Header) -> Integers:
             got=list(shape),
             expected=["rows"],
         )
-    return safetensors.integers(body, header, EXPERTS)
+    return safetensors.view(body, header, EXPERTS, INTEGER_DTYPES).astype(np.int64)
 
 
 def _check_not_json(body: bytes | memoryview) -> None:

@@ -36,20 +36,11 @@ def check_floats(tensor: InferInput) -> np.dtype[Any]:
     Raises InvalidRequestError for any other datatype, ShapeMismatchError unless it has one or two
     dimensions and the length of its data fits its shape.
     """
-    name, shape = tensor.name, tensor.shape
     dtype = DATATYPES.get(tensor.datatype)
     if dtype is None:
-        raise InvalidRequestError(
-            f"inference input '{name}' data-type is '{tensor.datatype}'; expected 'FP32' or "
-            "'FP64', or in binary also 'FP16' or 'BF16'",
-            field=name,
-        )
-    if len(shape) not in (1, 2):
-        raise ShapeMismatchError(
-            f"unexpected shape {format_shape(shape)} for input '{name}'; expected [rows, width] or "
-            "[width]",
-            field=name,
-        )
+        raise _wrong_datatype(tensor, "'FP32' or 'FP64', or in binary also 'FP16' or 'BF16'")
+    if len(tensor.shape) not in (1, 2):
+        raise _wrong_shape(tensor, "[rows, width] or [width]")
     _check_size(tensor, dtype)
     return dtype
 
@@ -83,16 +74,9 @@ def decode_integers(
     name, shape = tensor.name, tensor.shape
     dtype = INTEGERS.get(tensor.datatype)
     if dtype is None:
-        raise InvalidRequestError(
-            f"inference input '{name}' data-type is '{tensor.datatype}'; expected 'INT32' or "
-            "'INT64'",
-            field=name,
-        )
+        raise _wrong_datatype(tensor, "'INT32' or 'INT64'")
     if len(shape) != 1:
-        raise ShapeMismatchError(
-            f"unexpected shape {format_shape(shape)} for input '{name}'; expected [rows]",
-            field=name,
-        )
+        raise _wrong_shape(tensor, "[rows]")
     _check_size(tensor, dtype)
     if isinstance(content, memoryview):
         return np.frombuffer(content, dtype).astype(np.int64)
@@ -114,15 +98,9 @@ def decode_strings(tensor: InferInput, content: memoryview | Array | list[Any]) 
     """
     name = tensor.name
     if tensor.datatype != BYTES:
-        raise InvalidRequestError(
-            f"inference input '{name}' data-type is '{tensor.datatype}'; expected 'BYTES'",
-            field=name,
-        )
+        raise _wrong_datatype(tensor, "'BYTES'")
     if len(tensor.shape) not in (1, 2) or tensor.shape[1:] not in ((), (1,)):
-        raise ShapeMismatchError(
-            f"unexpected shape {format_shape(tensor.shape)} for input '{name}'; expected [rows]",
-            field=name,
-        )
+        raise _wrong_shape(tensor, "[rows]")
     count = tensor.shape[0]
     found = (
         _binary_strings(content, name, count + 1)
@@ -142,6 +120,21 @@ def decode_strings(tensor: InferInput, content: memoryview | Array | list[Any]) 
 def format_shape(shape: tuple[int, ...]) -> str:
     """Return a shape as Triton writes it."""
     return f"[{','.join(map(str, shape))}]"
+
+
+def _wrong_datatype(tensor: InferInput, expected: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"inference input '{tensor.name}' data-type is '{tensor.datatype}'; expected {expected}",
+        field=tensor.name,
+    )
+
+
+def _wrong_shape(tensor: InferInput, expected: str) -> ShapeMismatchError:
+    return ShapeMismatchError(
+        f"unexpected shape {format_shape(tensor.shape)} for input '{tensor.name}'; expected "
+        f"{expected}",
+        field=tensor.name,
+    )
 
 
 def _check_size(tensor: InferInput, dtype: np.dtype[Any]) -> None:

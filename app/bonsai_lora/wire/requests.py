@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -135,15 +135,10 @@ def encode_inference(
     return b"".join([text, *map(safetensors.as_bytes, arrays.values())]), len(text)
 
 
-class Inference(NamedTuple):
-    """What a response of the Open Inference Protocol says."""
+def decode_inference(body: bytes, header_length: int) -> tuple[Mapping[str, Any], dict[str, Array]]:
+    """Return the fields of the response in `body`, and its outputs by name.
 
-    fields: Mapping[str, Any]
-    outputs: dict[str, Array]
-
-
-def decode_inference(body: bytes, header_length: int) -> Inference:
-    """Return the response in `body`, whose first `header_length` bytes are JSON.
+    The first `header_length` bytes are JSON.
 
     Raises ValueError, KeyError or TypeError if it does not describe the binary data that follow.
     """
@@ -155,7 +150,7 @@ def decode_inference(body: bytes, header_length: int) -> Inference:
         flat = np.frombuffer(body, dtype, size // dtype.itemsize, start)
         outputs[one["name"]] = flat.reshape(one["shape"]).copy()
         start += size
-    return Inference(fields, outputs)
+    return fields, outputs
 
 
 def _text_of(row: str | Mapping[str, float] | None) -> str:

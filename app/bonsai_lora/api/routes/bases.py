@@ -13,7 +13,7 @@ from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.merged_file import StreamedFile, gain_headers
 from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.openapi import file_responses, problems
-from bonsai_lora.api.query import FiniteNumber
+from bonsai_lora.api.query import Factor
 from bonsai_lora.api.ranges import file_response
 from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.checkpoints.merged_files import Rendering, merge_info
@@ -23,12 +23,12 @@ from bonsai_lora.service.merged import weighted_sets
 router = APIRouter(tags=["merged checkpoints"])
 
 BaseName = Annotated[str, Path(description="name of a base checkpoint", examples=["tiny-qwen3"])]
-Scale = Annotated[FiniteNumber, Query(description="weight of the set's delta")]
+Scale = Annotated[Factor, Query(description="weight of the set's delta")]
 Others = Annotated[
     list[str] | None, Query(alias="set", max_length=32, description="additional sets to merge")
 ]
 Weights = Annotated[
-    list[FiniteNumber] | None,
+    list[Factor] | None,
     Query(alias="weight", max_length=32, description="their weights, in order"),
 ]
 Match = Annotated[

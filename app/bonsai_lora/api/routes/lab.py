@@ -1,9 +1,12 @@
 """The laboratory: combine sets, compare them, and look at their spectra."""
 
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import BaseModel
 
 from bonsai_lora import errors
 from bonsai_lora.api import lab_schemas
@@ -11,7 +14,7 @@ from bonsai_lora.api.body import read_model
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
 from bonsai_lora.api.described import described, set_headers
-from bonsai_lora.api.job_schemas import Job
+from bonsai_lora.api.job_schemas import Job, JobKind
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
@@ -33,8 +36,9 @@ from bonsai_lora.service import combine, compare, extract, survival
 from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.budget import Reservation
-from bonsai_lora.service.jobs import Progress
+from bonsai_lora.service.jobs import LONG_NANOSECONDS, Progress
 from bonsai_lora.service.merged import weighted_sets
+from bonsai_lora.service.spectrum import Spectra
 from bonsai_lora.service.work import Lane, Place
 from bonsai_lora.storage.setfile import StoredSet
 
@@ -186,7 +190,8 @@ async def _extract(context: Context, plan: extract.Plan, progress: Progress) -> 
     operation_id="compare_sets",
     summary="Compare sets: norms, cosines and interference",
     response_model=lab_schemas.ComparisonInfo,
-    responses=problems(
+    responses=JOB
+    | problems(
         errors.InvalidRequestError,
         errors.SetNotFoundError,
         errors.ShapeMismatchError,
@@ -196,6 +201,7 @@ async def _extract(context: Context, plan: extract.Plan, progress: Progress) -> 
     ),
 )
 async def compare_sets(
+    request: Request,
     context: ContextDep,
     names: Annotated[
         list[str],
@@ -209,15 +215,15 @@ async def compare_sets(
     ],
 ) -> Response:
     """Returns figures of scaling * B @ A, whole and by module, from small Gram matrices. A module
-    that a set lacks counts as zero.
+    that a set lacks counts as zero. With `Prefer: respond-async`, what takes longer than a second
+    becomes a job.
     """
-    with context.long.admit(), Reservation(context.memory) as reserved:
+    with context.long.admit():
         check = partial(compare.compare, context.store, context.limits, names)
         comparison = await context.long.run(check)
-        reserved.add(context.settings.threads * comparison.work_bytes())
-        modules = await context.long.run_each(comparison.works(), context.settings.threads)
-        show = partial(lab_schemas.ComparisonInfo.of, comparison, modules)
-        return await described(context, show, len(names) * len(modules), {})
+        show = partial(lab_schemas.ComparisonInfo.of, comparison)
+        size = len(names) * len(comparison.modules)
+        return await _computed(request, context, "compare", comparison, show, size)
 
 
 @router.get(
@@ -225,15 +231,18 @@ async def compare_sets(
     operation_id="get_spectrum",
     summary="Show the singular values of a set's deltas",
     response_model=lab_schemas.SetSpectrum,
-    responses=problems(
+    responses=JOB
+    | problems(
         errors.InvalidRequestError,
         errors.SetNotFoundError,
         errors.VersionNotFoundError,
         errors.AdapterNotFoundError,
+        errors.MemoryBudgetError,
         errors.BusyError,
     ),
 )
 async def get_spectrum(
+    request: Request,
     context: ContextDep,
     name: SetName,
     modules: Annotated[
@@ -242,18 +251,63 @@ async def get_spectrum(
     version: WantedVersion = None,
 ) -> Response:
     """Returns singular values, norms and ranks of scaling * B @ A, from small matrices. They are
-    remembered as long as the version of the set is open.
+    remembered as long as the version of the set is open. With `Prefer: respond-async`, what takes
+    longer than a second becomes a job.
     """
     stored = await context.open_version(name, version)
     adapters = {one: get_adapter(stored, one) for one in modules} or dict(
         stored.lora_set.registry.adapters
     )
+    spectra = Spectra(adapters)
+    size = sum(len(one.a_matrix) for one in adapters.values())
     with context.long.admit():
-        works = [
-            partial(lab_schemas.ModuleSpectrum.of, module, one) for module, one in adapters.items()
-        ]
-        found = await context.long.run_each(works, context.settings.threads)
-    return await described(context, lambda: lab_schemas.SetSpectrum(modules=found), len(found), {})
+        return await _computed(
+            request,
+            context,
+            "spectrum",
+            spectra,
+            lambda _: lab_schemas.SetSpectrum.of(spectra),
+            size,
+        )
+
+
+_NO_RECORD = (errors.StoreFullError, errors.StoreReadOnlyError, errors.StoreUnreachableError)
+"""Why a job may not be stored."""
+
+
+async def _computed(
+    request: Request,
+    context: Context,
+    kind: JobKind,
+    plan: compare.Comparison | Spectra,
+    show: Callable[[list[Any]], BaseModel],
+    size: int,
+) -> Response:
+    """Compute each module, and answer with `size` numbers that `show` makes of the results.
+
+    Answers with a job instead if the caller prefers that, the work is long, and jobs can be stored.
+    """
+    threads = context.settings.threads
+    needed = threads * plan.work_bytes()
+    if wants_job(request) and plan.nanoseconds() > threads * LONG_NANOSECONDS:
+        with suppress(*_NO_RECORD):
+            return await start_job(context, kind, needed, partial(_as_job, context, plan, show))
+    with Reservation(context.memory) as reserved:
+        reserved.add(needed)
+        found: list[Any] = await context.long.run_each(plan.works(), threads)
+        return await described(context, partial(show, found), size, {})
+
+
+async def _as_job(
+    context: Context,
+    plan: compare.Comparison | Spectra,
+    show: Callable[[list[Any]], BaseModel],
+    progress: Progress,
+) -> dict[str, Any]:
+    lane = context.jobs.lane
+    works = progress.follow(plan.works(), plan.operations())
+    found = await lane.run_each(works, context.settings.threads)
+    return await lane.run(lambda: show(found).model_dump(mode="json"))
 
 
 Stored = Annotated[

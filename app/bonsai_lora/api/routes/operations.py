@@ -7,10 +7,10 @@ import anyio.to_thread
 from fastapi import APIRouter, Response
 
 from bonsai_lora import errors
-from bonsai_lora.api import schemas
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
 from bonsai_lora.api.openapi import problems
+from bonsai_lora.api.operations_schemas import Health, Readiness
 
 router = APIRouter(tags=["operations"])
 
@@ -20,9 +20,9 @@ _MOST_NAMES = 1000
 @router.get(
     "/healthz", operation_id="get_health", summary="Is the process alive?", responses=problems()
 )
-async def get_health() -> schemas.Health:
+async def get_health() -> Health:
     """Responds as long as the process is running."""
-    return schemas.Health()
+    return Health()
 
 
 @router.get(
@@ -32,30 +32,33 @@ async def get_health() -> schemas.Health:
     response_model_exclude_unset=True,
     responses=problems(errors.BusyError, errors.ShuttingDownError),
 )
-async def get_readiness(context: ContextDep) -> schemas.Readiness:
+async def get_readiness(context: ContextDep) -> Readiness:
     """Also reports what needs a person: files that could not be read, sets that a newer release
-    wrote, a read-only store, and a folder of bases that does not exist. Files are named, up to
-    1,000, only if the service needs no keys. Answers 503 while the service drains before it stops.
+    wrote, adapters that were put into the store's folder, a read-only store, and a folder of bases
+    that does not exist. Files are named, up to 1,000, only if the service needs no keys. Answers
+    503 while the service drains before it stops.
     """
     context.check_ready()
     return await anyio.to_thread.run_sync(_readiness, context)
 
 
-def _readiness(context: Context) -> schemas.Readiness:
+def _readiness(context: Context) -> Readiness:
     store, bases = context.store, context.settings.bases
-    totals = store.totals()
+    totals, dropped = store.totals(), store.dropped()
     names: dict[str, Any] = {}
     if store.key.sees_all:
         names["bad_files"] = store.bad_files(_MOST_NAMES)
         names["newer_files"] = [*store.newer_files()][:_MOST_NAMES]
+        names["not_imported"] = dropped.advice()
     is_reachable = store.state().is_reachable
     if is_reachable is not None:
         names["store"] = "reachable" if is_reachable else "unreachable"
-    return schemas.Readiness(
+    return Readiness(
         status="ready",
         sets=totals.sets,
         bad_file_count=totals.bad_files,
         newer_file_count=totals.newer_files,
+        not_imported_count=dropped.count,
         **names,
         store_writable=store.is_writable(),
         bases_readable=os.access(bases, os.R_OK | os.X_OK) if bases else None,

@@ -1,14 +1,13 @@
 """The adapters of a set: list, show, put, delete."""
 
-from typing import TYPE_CHECKING, Any
-
-import httpx
+from typing import TYPE_CHECKING
 
 from bonsai_lora.client.answers import Config, ModuleInfo
 from bonsai_lora.client.call import (
     Call,
-    decode_json,
+    decode_field,
     decode_nothing,
+    given,
     header_lines,
     json_body,
     path_of,
@@ -20,23 +19,21 @@ if TYPE_CHECKING:
 
 
 def _path(set_name: str, module: str) -> str:
-    return "/v1" + path_of("sets", set_name, "adapters", module)
+    return path_of("v1", "sets", set_name, "adapters", module)
 
 
-def list_adapters(set_name: str) -> Call[list[ModuleInfo]]:
+def list_adapters(set_name: str, *, version: int | None = None) -> Call[list[ModuleInfo]]:
     """Return the adapters of a set in the order in which they were added."""
-
-    def decode(answer: httpx.Response) -> list[ModuleInfo]:
-        adapters: list[ModuleInfo] = decode_json(answer)["adapters"]
-        return adapters
-
-    path = "/v1" + path_of("sets", set_name, "adapters")
-    return Call(method="GET", path=path, decode=decode, is_pure=True)
+    return Call(
+        path=path_of("v1", "sets", set_name, "adapters"),
+        query=query_of(version=version),
+        decode=decode_field("adapters"),
+    )
 
 
-def get_adapter(set_name: str, module: str) -> Call[ModuleInfo]:
+def get_adapter(set_name: str, module: str, *, version: int | None = None) -> Call[ModuleInfo]:
     """Return one adapter of a set; raises SetNotFoundError, AdapterNotFoundError."""
-    return Call(method="GET", path=_path(set_name, module), decode=decode_json, is_pure=True)
+    return Call(path=_path(set_name, module), query=query_of(version=version))
 
 
 def put_adapter(
@@ -52,10 +49,8 @@ def put_adapter(
 
     `config` is by default that of the set.
     """
-    fields: dict[str, Any] = {"d_in": d_in, "d_out": d_out}
-    body = json_body(fields if config is None else {**fields, "config": config})
-    body["headers"] |= header_lines(if_match=if_match)
-    return Call(method="PUT", path=_path(set_name, module), decode=decode_json, **body)
+    body = json_body(given(d_in=d_in, d_out=d_out, config=config), if_match=if_match)
+    return Call(method="PUT", path=_path(set_name, module), **body)
 
 
 def put_weights(
@@ -76,13 +71,7 @@ def put_weights(
 
     body = binary_body({"lora_A": lora_a, "lora_B": lora_b})
     body["headers"] |= header_lines(if_match=if_match)
-    return Call(
-        method="PUT",
-        path=_path(set_name, module),
-        query=query_of(alpha=alpha),
-        decode=decode_json,
-        **body,
-    )
+    return Call(method="PUT", path=_path(set_name, module), query=query_of(alpha=alpha), **body)
 
 
 def delete_adapter(set_name: str, module: str, *, if_match: str | None = None) -> Call[None]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bonsai_lora.client.answers import Applied, AppliedMany, Dtype, Row, Weights
-from bonsai_lora.client.call import Call, path_of, query_of
+from bonsai_lora.client.call import Call, given, path_of, query_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -21,6 +21,7 @@ def apply(
     scale: float = 1.0,
     dtype: Dtype = "F32",
     match: str | None = None,
+    version: int | None = None,
 ) -> Call[Applied]:
     """Return scaling · B·A·x for each row x of `inputs`, (rows, d_in) or (d_in,).
 
@@ -28,22 +29,19 @@ def apply(
     `base_outputs` is W·x without bias, for DoRA modules only; `match` is the start of the base's
     tensor names that are meant, if a module path fits several. `experts` is the number of each
     row's expert, for fused experts only. `scale` is a factor on everything that is
-    added. Raises ShapeMismatchError, NonFiniteInputError with the position.
+    added. `version` is the one of `set_name` that is meant. Raises VersionNotFoundError if the set
+    has a different one, ShapeMismatchError, NonFiniteInputError with the position.
     """
     from bonsai_lora.client import tensors  # noqa: PLC0415 - loads NumPy
 
-    given = {"inputs": inputs}
-    if base_outputs is not None:
-        given["base_outputs"] = base_outputs
-    if experts is not None:
-        given[tensors.EXPERTS] = experts
+    sent = given(inputs=inputs, base_outputs=base_outputs, experts=experts)
     return Call(
         method="POST",
-        path="/v1" + path_of("sets", set_name, "adapters", module, "apply"),
-        query=query_of(scale=scale, dtype=dtype, match=match),
+        path=path_of("v1", "sets", set_name, "adapters", module, "apply"),
+        query=query_of(scale=scale, dtype=dtype, match=match, version=version),
         decode=tensors.decode_applied,
         is_pure=True,
-        **tensors.binary_body(given, tensors.stack_of(sets)),
+        **tensors.binary_body(sent, tensors.stack_of(sets)),
     )
 
 
@@ -58,6 +56,7 @@ def apply_many(
     scale: float = 1.0,
     dtype: Dtype = "F32",
     match: str | None = None,
+    version: int | None = None,
 ) -> Call[AppliedMany]:
     """Return what several modules of one version of a set add, in one request.
 
@@ -66,21 +65,20 @@ def apply_many(
     """
     from bonsai_lora.client import tensors  # noqa: PLC0415 - loads NumPy
 
-    given = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
+    sent = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
     for module, value in (base_outputs or {}).items():
-        given[f"{module}.base_outputs"] = value
-    if experts is not None:
-        given[tensors.EXPERTS] = experts
+        sent[f"{module}.base_outputs"] = value
+    sent |= given(experts=experts)
     return Call(
         method="POST",
-        path="/v1" + path_of("sets", set_name, "apply"),
+        path=path_of("v1", "sets", set_name, "apply"),
         query=[
-            *query_of(scale=scale, dtype=dtype, match=match),
+            *query_of(scale=scale, dtype=dtype, match=match, version=version),
             *(("module", one) for one in modules),
         ],
         decode=tensors.decode_applied_many,
         is_pure=True,
-        **tensors.binary_body(given, tensors.stack_of(sets)),
+        **tensors.binary_body(sent, tensors.stack_of(sets)),
     )
 
 
@@ -102,16 +100,12 @@ def apply_mixed(
     """
     from bonsai_lora.client import tensors  # noqa: PLC0415 - loads NumPy
 
-    given = {"inputs": inputs}
-    if base_outputs is not None:
-        given["base_outputs"] = base_outputs
-    if experts is not None:
-        given[tensors.EXPERTS] = experts
+    sent = given(inputs=inputs, base_outputs=base_outputs, experts=experts)
     return Call(
         method="POST",
         path="/v1/apply",
         query=query_of(scale=scale, dtype=dtype, match=match),
         decode=tensors.decode_applied,
         is_pure=True,
-        **tensors.binary_body(given, {"module": module, "sets": tensors.rows_of(sets)}),
+        **tensors.binary_body(sent, {"module": module, "sets": tensors.rows_of(sets)}),
     )

@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import httpx
-
 from bonsai_lora.client.answers import BaseInfo, BaseList, MergedFile, PulledFile, Weights
 from bonsai_lora.client.call import (
     Call,
     Query,
     decode_bytes,
-    decode_json,
+    decode_field,
     mix_query,
     path_of,
     query_of,
@@ -19,12 +17,12 @@ from bonsai_lora.client.call import (
 
 def list_bases() -> Call[BaseList]:
     """Return the base checkpoints, and why other folders are none."""
-    return Call(method="GET", path="/v1/bases", decode=decode_json, is_pure=True)
+    return Call(path="/v1/bases")
 
 
 def get_base(name: str) -> Call[BaseInfo]:
     """Return a base checkpoint; raises BaseNotFoundError, InvalidBaseError."""
-    return Call(method="GET", path="/v1" + path_of("bases", name), decode=decode_json, is_pure=True)
+    return Call(path=path_of("v1", "bases", name))
 
 
 def list_merged_files(
@@ -44,17 +42,10 @@ def list_merged_files(
     `dtype` (F16, BF16, F32, Q8_0) is the type of changed tensors of a GGUF base, and
     `widen="all"` that of all other quantized tensors of the GGUF file, too.
     """
-
-    def decode(answer: httpx.Response) -> list[MergedFile]:
-        files: list[MergedFile] = decode_json(answer)["files"]
-        return files
-
     return Call(
-        method="GET",
-        path="/v1" + path_of("bases", base, "merged", set_name),
+        path=path_of("v1", "bases", base, "merged", set_name),
         query=_mix(scale, sets, match, dtype, widen),
-        decode=decode,
-        is_pure=True,
+        decode=decode_field("files"),
     )
 
 
@@ -77,34 +68,31 @@ def get_merged_file(
     Only these bytes are computed. With `tag`, an ETag without quotes, all of the file if that has
     changed. Raises FileNotInModelError, RangeNotSatisfiableError.
     """
-    headers = range_of(start, stop)
     return Call(
-        method="GET",
-        path="/v1" + path_of("bases", base, "merged", set_name, *filename.split("/")),
+        path=path_of("v1", "bases", base, "merged", set_name, *filename.split("/")),
         query=_mix(scale, sets, match, dtype, widen),
-        headers=headers | ({"If-Range": f'"{tag}"'} if tag and headers else {}),
+        headers=range_of(start, stop, tag),
         decode=decode_bytes,
-        is_pure=True,
     )
 
 
 def get_repository(model: str) -> Call[dict[str, Any]]:
     """Return what the Hugging Face hub's protocol says of BASE/SET or adapters/SET."""
-    path = "/api/models" + path_of(*model.split("/"))
-    return Call(method="GET", path=path, decode=decode_json, is_pure=True)
+    return Call(path=path_of("api", "models", *model.split("/")))
 
 
 def list_repository(model: str, commit: str) -> Call[list[PulledFile]]:
     """Return the files of BASE/SET or adapters/SET at a commit."""
-    path = "/api/models" + path_of(*model.split("/"), "tree", commit)
-    return Call(method="GET", path=path, decode=decode_json, is_pure=True)
+    return Call(path=path_of("api", "models", *model.split("/"), "tree", commit))
 
 
 def resolve(model: str, commit: str, filename: str, *, start: int, tag: str) -> Call[bytes]:
     """Return the rest of a file at a commit, from `start` if it still has this tag, else all."""
-    headers = {**range_of(start, None), "If-Range": f'"{tag}"'} if start else {}
-    path = path_of(*model.split("/"), "resolve", commit, *filename.split("/"))
-    return Call(method="GET", path=path, headers=headers, decode=decode_bytes, is_pure=True)
+    return Call(
+        path=path_of(*model.split("/"), "resolve", commit, *filename.split("/")),
+        headers=range_of(start, None, tag),
+        decode=decode_bytes,
+    )
 
 
 def _mix(

@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import httpx
-
 from bonsai_lora.client.answers import (
     IndexEntry,
     Inferred,
@@ -13,15 +11,15 @@ from bonsai_lora.client.answers import (
     Row,
     ServerMetadata,
 )
-from bonsai_lora.client.call import Call, decode_json, decode_nothing, json_body, path_of
+from bonsai_lora.client.call import Call, decode_field, decode_nothing, json_body, path_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
 
-def _model(model: str, version: str | None, *ending: str) -> str:
-    versions = () if version is None else ("versions", version)
-    return "/v2" + path_of("models", model, *versions, *ending)
+def _model(model: str, version: int | str | None, *ending: str) -> str:
+    versions = () if version is None else ("versions", str(version))
+    return path_of("v2", "models", model, *versions, *ending)
 
 
 def infer(
@@ -29,7 +27,7 @@ def infer(
     inputs: "Mapping[str, npt.ArrayLike]",
     *,
     outputs: Sequence[str] | None = None,
-    version: str | None = None,
+    version: int | str | None = None,
     sets: Sequence[Row] | None = None,
     scale: float = 1.0,
     request_id: str = "",
@@ -54,91 +52,90 @@ def infer(
 
 def get_server() -> Call[ServerMetadata]:
     """Return the server's name, version and extensions."""
-    return Call(method="GET", path="/v2", decode=decode_json, is_pure=True)
+    return Call(path="/v2")
 
 
 def get_server_live() -> Call[dict[str, bool]]:
     """Return that the server is alive."""
-    return Call(method="GET", path="/v2/health/live", decode=decode_json, is_pure=True)
+    return Call(path="/v2/health/live")
 
 
 def get_server_ready() -> Call[dict[str, bool]]:
     """Return that the server is ready."""
-    return Call(method="GET", path="/v2/health/ready", decode=decode_json, is_pure=True)
+    return Call(path="/v2/health/ready")
 
 
-def get_model(model: str, *, version: str | None = None) -> Call[ModelMetadata]:
+def get_model(model: str, *, version: int | str | None = None) -> Call[ModelMetadata]:
     """Return the inputs and outputs of a model; raises NotFoundError."""
-    return Call(method="GET", path=_model(model, version), decode=decode_json, is_pure=True)
+    return Call(path=_model(model, version))
 
 
-def get_model_ready(model: str, *, version: str | None = None) -> Call[dict[str, Any]]:
+def get_model_ready(model: str, *, version: int | str | None = None) -> Call[dict[str, Any]]:
     """Return that a model is ready; raises NotFoundError."""
-    path = _model(model, version, "ready")
-    return Call(method="GET", path=path, decode=decode_json, is_pure=True)
+    return Call(path=_model(model, version, "ready"))
 
 
-def get_model_config(model: str, *, version: str | None = None) -> Call[dict[str, Any]]:
+def get_model_config(model: str, *, version: int | str | None = None) -> Call[dict[str, Any]]:
     """Return a model's configuration in the fields of Triton; raises NotFoundError."""
-    path = _model(model, version, "config")
-    return Call(method="GET", path=path, decode=decode_json, is_pure=True)
+    return Call(path=_model(model, version, "config"))
 
 
 def get_model_statistics(
-    model: str | None = None, *, version: str | None = None
+    model: str | None = None, *, version: int | str | None = None
 ) -> Call[list[dict[str, Any]]]:
     """Return Triton's statistics of one model or of all: counts, and sums of nanoseconds."""
-
-    def decode(answer: httpx.Response) -> list[dict[str, Any]]:
-        statistics: list[dict[str, Any]] = decode_json(answer)["model_stats"]
-        return statistics
-
-    path = "/v2/models/stats" if model is None else _model(model, version, "stats")
-    return Call(method="GET", path=path, decode=decode, is_pure=True)
+    return Call(
+        path="/v2/models/stats" if model is None else _model(model, version, "stats"),
+        decode=decode_field("model_stats"),
+    )
 
 
 def list_models() -> Call[list[IndexEntry]]:
     """Return the repository index: every set, and the model `mixed`."""
-    return Call(
-        method="POST",
-        path="/v2/repository/index",
-        decode=decode_json,
-        is_pure=True,
-        **json_body({}),
-    )
+    return Call(method="POST", path="/v2/repository/index", is_pure=True, **json_body({}))
 
 
 def load_model(model: str) -> Call[None]:
-    """Bring a set into memory; raises NotFoundError."""
-    path = "/v2/repository" + path_of("models", model, "load")
-    return Call(method="POST", path=path, decode=decode_nothing, is_pure=True)
+    """Load a set into memory; raises NotFoundError."""
+    return Call(
+        method="POST",
+        path=path_of("v2", "repository", "models", model, "load"),
+        decode=decode_nothing,
+        is_pure=True,
+    )
 
 
 def unload_model(model: str) -> Call[None]:
     """Release the memory of a set, which stays stored; raises NotFoundError."""
-    path = "/v2/repository" + path_of("models", model, "unload")
-    return Call(method="POST", path=path, decode=decode_nothing, is_pure=True)
+    return Call(
+        method="POST",
+        path=path_of("v2", "repository", "models", model, "unload"),
+        decode=decode_nothing,
+        is_pure=True,
+    )
 
 
 def list_regions(region: str | None = None) -> Call[list[RegionInfo]]:
     """Return the registered shared-memory regions, or the one of this name."""
     place = () if region is None else ("region", region)
-    path = "/v2" + path_of("systemsharedmemory", *place, "status")
-    return Call(method="GET", path=path, decode=decode_json, is_pure=True)
+    return Call(path=path_of("v2", "systemsharedmemory", *place, "status"))
 
 
 def register_region(region: str, key: str, byte_size: int, *, offset: int = 0) -> Call[None]:
-    """Give shared memory of this machine a name; raises UnsupportedFeatureError if it is off."""
+    """Register shared memory of this machine; raises UnsupportedFeatureError if that is off."""
     return Call(
         method="POST",
-        path="/v2" + path_of("systemsharedmemory", "region", region, "register"),
+        path=path_of("v2", "systemsharedmemory", "region", region, "register"),
         decode=decode_nothing,
         **json_body({"key": key, "offset": offset, "byte_size": byte_size}),
     )
 
 
 def unregister_regions(region: str | None = None) -> Call[None]:
-    """Forget one shared-memory region, or all; the memory itself stays."""
+    """Unregister one shared-memory region, or all; the memory itself stays."""
     place = () if region is None else ("region", region)
-    path = "/v2" + path_of("systemsharedmemory", *place, "unregister")
-    return Call(method="POST", path=path, decode=decode_nothing)
+    return Call(
+        method="POST",
+        path=path_of("v2", "systemsharedmemory", *place, "unregister"),
+        decode=decode_nothing,
+    )

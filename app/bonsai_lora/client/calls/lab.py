@@ -6,8 +6,9 @@ from typing import Any, Unpack
 from bonsai_lora.client.answers import Weights
 from bonsai_lora.client.call import (
     Call,
-    decode_json,
     decode_tagged,
+    given,
+    header_lines,
     json_body,
     mix_query,
     path_of,
@@ -22,6 +23,8 @@ from bonsai_lora.client.lab_answers import (
     SetSpectrum,
     SetSurvival,
 )
+
+_ASYNC = header_lines(prefer="respond-async")
 
 
 def combine(
@@ -45,7 +48,6 @@ def preview_combine(
         method="POST",
         path="/v1/combine",
         query=query_of(dry_run=True),
-        decode=decode_json,
         is_pure=True,
         **json_body(_body(name, sets, method, options)),
     )
@@ -59,14 +61,13 @@ def start_combine(
     dry_run: bool = False,
     **options: Unpack[CombineOptions],
 ) -> Call[Job]:
-    """Begin what `combine` does, or with `dry_run` what `preview_combine` does, and return the job.
+    """Start what `combine` does, or with `dry_run` what `preview_combine` does, and return the job.
 
     Raises the refusals of `combine` that need no computation.
     """
-    body = json_body(_body(name, sets, method, options))
-    body["headers"] |= {"Prefer": "respond-async"}
-    query = query_of(dry_run=True) if dry_run else []
-    return Call(method="POST", path="/v1/combine", query=query, decode=decode_json, **body)
+    body = json_body(_body(name, sets, method, options), prefer="respond-async")
+    query = query_of(dry_run=dry_run or None)
+    return Call(method="POST", path="/v1/combine", query=query, **body)
 
 
 def start_extract(
@@ -78,42 +79,52 @@ def start_extract(
     energy: float | None = None,
     modules: Sequence[str] = (),
 ) -> Call[Job]:
-    """Begin to extract a set from a fine-tuned model and its base, both bases of the service.
+    """Start to extract a set from a fine-tuned model and its base, both bases of the service.
 
     `rank` is that of each module; with `energy`, it is the highest. The result of the job is an
     `ExtractedSet`. Raises BaseNotFoundError, SetExistsError, ShapeMismatchError.
     """
-    wanted = {"rank": rank, "energy": energy, "modules": list(modules)}
-    given = {key: value for key, value in wanted.items() if value}
-    body = json_body({"name": name, "base": base, "tuned": tuned, **given})
-    return Call(method="POST", path="/v1/extract", decode=decode_json, **body)
+    wanted = given(rank=rank, energy=energy, modules=list(modules) or None)
+    body = json_body({"name": name, "base": base, "tuned": tuned, **wanted})
+    return Call(method="POST", path="/v1/extract", **body)
 
 
 def _body(name: str, sets: Weights, method: str, options: CombineOptions) -> dict[str, Any]:
-    given = {key: value for key, value in options.items() if value is not None}
     parts = [{"set": one, "weight": weight} for one, weight in sets.items()]
-    return {"name": name, "sets": parts, "method": method, **given}
+    return {"name": name, "sets": parts, "method": method, **given(**options)}
 
 
 def compare(sets: Sequence[str]) -> Call[Comparison]:
     """Return norms, cosines and interference of up to 64 sets, whole and by module."""
+    return Call(path="/v1/compare", query=[("set", name) for name in sets])
+
+
+def start_compare(sets: Sequence[str]) -> Call[Job | Comparison]:
+    """Begin what `compare` does, and return the job; if it takes no second, what `compare` returns.
+
+    `wait_for` takes either.
+    """
+    return Call(path="/v1/compare", query=[("set", name) for name in sets], headers=_ASYNC)
+
+
+def get_spectrum(
+    name: str, *, modules: Sequence[str] = (), version: int | None = None
+) -> Call[SetSpectrum]:
+    """Return singular values, norms and ranks of a set's deltas, or of some `modules` only."""
     return Call(
-        method="GET",
-        path="/v1/compare",
-        query=[("set", name) for name in sets],
-        decode=decode_json,
-        is_pure=True,
+        path=path_of("v1", "sets", name, "spectrum"),
+        query=[*query_of(version=version), *(("module", module) for module in modules)],
     )
 
 
-def get_spectrum(name: str, *, modules: Sequence[str] = ()) -> Call[SetSpectrum]:
-    """Return singular values, norms and ranks of a set's deltas, or of some `modules` only."""
+def start_spectrum(
+    name: str, *, modules: Sequence[str] = (), version: int | None = None
+) -> Call[Job | SetSpectrum]:
+    """Begin what `get_spectrum` does, and return as `start_compare`."""
     return Call(
-        method="GET",
-        path="/v1" + path_of("sets", name, "spectrum"),
-        query=[("module", module) for module in modules],
-        decode=decode_json,
-        is_pure=True,
+        path=path_of("v1", "sets", name, "spectrum"),
+        query=[*query_of(version=version), *(("module", module) for module in modules)],
+        headers=_ASYNC,
     )
 
 
@@ -132,11 +143,8 @@ def get_survival(
     merged files. Raises BaseNotFoundError, SetNotFoundError.
     """
     return Call(
-        method="GET",
-        path="/v1" + path_of("bases", base, "survival", name),
+        path=path_of("v1", "bases", base, "survival", name),
         query=[*query_of(dtype=dtype), *mix_query(scale, sets, match)],
-        decode=decode_json,
-        is_pure=True,
     )
 
 
@@ -149,10 +157,9 @@ def start_survival(
     sets: Weights | None = None,
     match: str | None = None,
 ) -> Call[Job]:
-    """Begin to compute exactly what `get_survival` estimates, and return the job."""
+    """Start to compute exactly what `get_survival` estimates, and return the job."""
     return Call(
         method="POST",
-        path="/v1" + path_of("bases", base, "survival", name),
+        path=path_of("v1", "bases", base, "survival", name),
         query=[*query_of(dtype=dtype), *mix_query(scale, sets, match)],
-        decode=decode_json,
     )

@@ -19,9 +19,9 @@ from bonsai_lora.client.call import (
     Call,
     Part,
     decode_bytes,
-    decode_json,
     decode_nothing,
     decode_tagged,
+    given,
     header_lines,
     json_body,
     path_of,
@@ -54,16 +54,15 @@ def create_set(
     `model` is a known model such as `qwen3-8b` and stands for `attention`, `mlp` and `num_layers`.
     Raises SetExistsError if there is a set of this name.
     """
-    fields = {
-        "name": name,
-        "base_model_name": base_model_name,
-        "config": config,
-        "model": model,
-        "attention": attention,
-        "mlp": mlp,
-        "num_layers": num_layers,
-    }
-    body = {key: value for key, value in fields.items() if value is not None}
+    body = given(
+        name=name,
+        base_model_name=base_model_name,
+        config=config,
+        model=model,
+        attention=attention,
+        mlp=mlp,
+        num_layers=num_layers,
+    )
     return Call(method="POST", path="/v1/sets", decode=decode_tagged, **json_body(body))
 
 
@@ -76,18 +75,18 @@ def list_page(
 ) -> Call[SetPage]:
     """Return one page of the sets by name; `list_sets` goes through all pages."""
     return Call(
-        method="GET",
         path="/v1/sets",
         query=query_of(limit=limit, cursor=cursor, base_model_name=base_model_name, prefix=prefix),
-        decode=decode_json,
-        is_pure=True,
     )
 
 
-def get_set(name: str) -> Call[SetInfo]:
-    """Return everything about a set but its weights; raises SetNotFoundError."""
+def get_set(name: str, *, version: int | None = None) -> Call[SetInfo]:
+    """Return everything about a set but its weights; raises SetNotFoundError.
+
+    `version` is the one that is meant: raises VersionNotFoundError if the set has a different one.
+    """
     return Call(
-        method="GET", path="/v1" + path_of("sets", name), decode=decode_tagged, is_pure=True
+        path=path_of("v1", "sets", name), query=query_of(version=version), decode=decode_tagged
     )
 
 
@@ -144,7 +143,7 @@ def upload_files(
     is_one_shot = not all(isinstance(part, bytes | os.PathLike) for part in files.values())
     return Call(
         method="PUT",
-        path="/v1" + path_of("sets", name),
+        path=path_of("v1", "sets", name),
         query=query_of(base_model_name=base_model_name, expert_b_layout=expert_b_layout),
         headers=header_lines(if_match=if_match, if_none_match=if_none_match),
         parts=files,
@@ -166,14 +165,12 @@ def pull_set(
 
     Otherwise the same as `upload_set`. Raises SourceUnknownError, SourceUnreachableError.
     """
-    body = json_body({"source": source})
-    body["headers"] |= header_lines(if_match=if_match, if_none_match=if_none_match)
     return Call(
         method="PUT",
-        path="/v1" + path_of("sets", name),
+        path=path_of("v1", "sets", name),
         query=query_of(base_model_name=base_model_name, expert_b_layout=expert_b_layout),
         decode=decode_tagged,
-        **body,
+        **json_body({"source": source}, if_match=if_match, if_none_match=if_none_match),
     )
 
 
@@ -191,11 +188,11 @@ def upload_tensors(
 
     Otherwise the same as `upload_set`.
     """
-    from bonsai_lora.client.tensors import adapter_file  # noqa: PLC0415 - loads NumPy
+    from bonsai_lora.wire.requests import encode_tensors  # noqa: PLC0415 - loads NumPy
 
     files: dict[str, Part] = {
         "adapter_config": json.dumps(config).encode(),
-        "adapter_model": adapter_file(tensors),
+        "adapter_model": encode_tensors(tensors, {"format": "pt"}),
     }
     return upload_files(
         name,
@@ -223,7 +220,7 @@ def upload_gguf(
     """
     return Call(
         method="PUT",
-        path="/v1" + path_of("sets", name),
+        path=path_of("v1", "sets", name),
         query=query_of(base_model_name=base_model_name, architecture=architecture),
         headers=header_lines(if_match=if_match, if_none_match=if_none_match),
         parts={"adapter_gguf": file},
@@ -237,39 +234,43 @@ def change_set(name: str, *, base_model_name: str, if_match: str | None = None) 
 
     Raises SetNotFoundError, and PreconditionFailedError for other ETags.
     """
-    body = json_body({"base_model_name": base_model_name})
-    body["headers"] |= header_lines(if_match=if_match)
-    return Call(method="PATCH", path="/v1" + path_of("sets", name), decode=decode_tagged, **body)
+    body = json_body({"base_model_name": base_model_name}, if_match=if_match)
+    return Call(method="PATCH", path=path_of("v1", "sets", name), decode=decode_tagged, **body)
 
 
 def delete_set(name: str, *, if_match: str | None = None) -> Call[None]:
     """Delete a set; raises SetNotFoundError, and PreconditionFailedError for other ETags."""
     return Call(
         method="DELETE",
-        path="/v1" + path_of("sets", name),
+        path=path_of("v1", "sets", name),
         headers=header_lines(if_match=if_match),
         decode=decode_nothing,
     )
 
 
-def get_adapter_config(name: str) -> Call[dict[str, Any]]:
+def get_adapter_config(name: str, *, version: int | None = None) -> Call[dict[str, Any]]:
     """Return the adapter_config.json of a set as PEFT reads it; raises SetNotFoundError."""
-    path = "/v1" + path_of("sets", name, _CONFIG_FILE)
-    return Call(method="GET", path=path, decode=decode_json, is_pure=True)
+    return Call(path=path_of("v1", "sets", name, _CONFIG_FILE), query=query_of(version=version))
 
 
-def get_adapter_tensors(name: str) -> "Call[dict[str, Array]]":
+def get_adapter_tensors(name: str, *, version: int | None = None) -> "Call[dict[str, Array]]":
     """Return the weights of a set under PEFT's key names, in their dtypes."""
     from bonsai_lora.client.tensors import decode_tensors  # noqa: PLC0415 - loads NumPy
 
-    path = "/v1" + path_of("sets", name, _MODEL_FILE)
-    return Call(method="GET", path=path, decode=decode_tensors, is_pure=True)
+    return Call(
+        path=path_of("v1", "sets", name, _MODEL_FILE),
+        query=query_of(version=version),
+        decode=decode_tensors,
+    )
 
 
-def get_adapter_model(name: str) -> Call[bytes]:
+def get_adapter_model(name: str, *, version: int | None = None) -> Call[bytes]:
     """Return the adapter_model.safetensors of a set, as it would be in a PEFT folder."""
-    path = "/v1" + path_of("sets", name, _MODEL_FILE)
-    return Call(method="GET", path=path, decode=decode_bytes, is_pure=True)
+    return Call(
+        path=path_of("v1", "sets", name, _MODEL_FILE),
+        query=query_of(version=version),
+        decode=decode_bytes,
+    )
 
 
 def get_adapter_gguf(
@@ -278,6 +279,7 @@ def get_adapter_gguf(
     dtype: str | None = None,
     architecture: str | None = None,
     folded: bool = False,
+    version: int | None = None,
     start: int = 0,
     stop: int | None = None,
     tag: str | None = None,
@@ -287,12 +289,11 @@ def get_adapter_gguf(
     `dtype` is F32, F16, BF16 or Q8_0. With `tag`, an ETag without quotes, all of the file if that
     has changed. Raises UnsupportedAdapterError for a set that no GGUF LoRA can express.
     """
-    headers = range_of(start, stop)
     return Call(
-        method="GET",
-        path="/v1" + path_of("sets", name, "adapter.gguf"),
-        query=query_of(dtype=dtype, architecture=architecture, folded="true" if folded else None),
-        headers=headers | ({"If-Range": f'"{tag}"'} if tag and headers else {}),
+        path=path_of("v1", "sets", name, "adapter.gguf"),
+        query=query_of(
+            dtype=dtype, architecture=architecture, folded=folded or None, version=version
+        ),
+        headers=range_of(start, stop, tag),
         decode=decode_bytes,
-        is_pure=True,
     )

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bonsai_lora.errors import MalformedSafetensorsError
-from bonsai_lora.formats import pieces, safetensors
-from bonsai_lora.formats.pieces import ObjectReader, dump
+from bonsai_lora.formats import large_json, safetensors
+from bonsai_lora.formats.large_json import ObjectReader, dump
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 FLAT = SCALARS | st.lists(st.integers() | st.floats(allow_nan=False, allow_infinity=False))
@@ -20,7 +20,7 @@ SPACE = st.sampled_from(["", " ", "\n\t\r "])
 
 @given(VALUES, st.booleans(), st.integers(1, 3))
 def test_what_is_written_is_what_json_writes(value, is_ascii, piece):
-    before, pieces._PIECE = pieces._PIECE, piece
+    before, large_json._PIECE = large_json._PIECE, piece
     try:
         for separators in (None, (",", ":")):
             options = {
@@ -29,7 +29,7 @@ def test_what_is_written_is_what_json_writes(value, is_ascii, piece):
             }
             assert dump(value, **options) == json.dumps(value, **options)
     finally:
-        pieces._PIECE = before
+        large_json._PIECE = before
 
 
 def read(text):

@@ -104,7 +104,8 @@ def _knots_ties(slot: Slot, _weights: Sequence[float], recipe: Recipe) -> Factor
     The deltas side by side are U [P_1 … P_T]; the P_i are trimmed to the density and merged.
     """
     terms = present(slot)
-    left = stack(terms).left * _repeated([term.factor for term in terms], terms)
+    factors = [np.full(len(term.a), term.factor) for term in terms]
+    left = stack(terms).left * np.concatenate(factors)
     small_left = triangle(left)  # (k, R)
     small_right = _block_diagonal([triangle(doubles(term.a).T).T for term in terms])
     u, values, vt = np.linalg.svd(small_left @ small_right, full_matrices=False)
@@ -117,10 +118,6 @@ def _knots_ties(slot: Slot, _weights: Sequence[float], recipe: Recipe) -> Factor
         for end, term in zip(ends, terms, strict=True)
     ]
     return Factors(basis, mean_of_agreeing(parts))
-
-
-def _repeated(values: Sequence[float], terms: Sequence[Term]) -> Values:
-    return np.repeat(np.array(values, np.float64), [len(term.a) for term in terms])
 
 
 def _block_diagonal(parts: Sequence[Values]) -> Values:
@@ -138,7 +135,7 @@ def _trimmed(part: Values, density: float) -> Values:
     return np.where(kept != 0, part, 0.0)
 
 
-TARGETS: Mapping[str, Callable[[Slot, Sequence[float], Recipe], Factors]] = {
+BY_FACTORS: Mapping[str, Callable[[Slot, Sequence[float], Recipe], Factors]] = {
     "svd": _sum,
     "slerp": _slerp,
     "tsv": _tsv,

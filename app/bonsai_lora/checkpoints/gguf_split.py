@@ -14,7 +14,6 @@ from bonsai_lora.errors import BaseChangedError, BonsaiLoraError, InvalidBaseErr
 from bonsai_lora.formats import gguf
 from bonsai_lora.formats.gguf import Header
 from bonsai_lora.formats.gguf_layouts import TensorInfo
-from bonsai_lora.formats.gguf_values import ReadAt
 
 _PART = re.compile(r"(?P<model>.+)-(?P<number>[0-9]{5})-of-(?P<count>[0-9]{5})\.gguf", re.DOTALL)
 _NUMBER, _COUNT, _TENSORS = "split.no", "split.count", "split.tensors.count"
@@ -38,11 +37,6 @@ def model_of(file: str) -> str | None:
     return None if match is None else match["model"]
 
 
-def reader_of(file: BaseFile) -> ReadAt:
-    """Return a reader of an open file, which returns fewer bytes at its end."""
-    return lambda start, size: file.read(start, min(start + size, file.size_bytes))
-
-
 def read_parts(base: str, files: Mapping[str, BaseFile]) -> Parts:
     """Return the model in `files`, which are sorted by name.
 
@@ -52,7 +46,7 @@ def read_parts(base: str, files: Mapping[str, BaseFile]) -> Parts:
     headers: dict[str, Header] = {}
     for name, file in files.items():
         try:
-            headers[name] = gguf.read_header(reader_of(file), file.size_bytes)
+            headers[name] = gguf.read_header(file.read_at, file.size_bytes)
         except BaseChangedError:
             raise
         except BonsaiLoraError as error:

@@ -1,41 +1,54 @@
-"""GGUF LoRA files, written: a set as llama.cpp computes it, exactly, or not at all.
+"""GGUF LoRA files, computed while they are read: a set as llama.cpp applies it, or not at all.
 
-See gguf_lora for the format. A file has one alpha, and the scale of a tensor is alpha / r. If one
-alpha gives the scaling of every adapter, it is written and the factors stay as they are. Otherwise
-(rsLoRA, patterns of alphas) alpha is 0, which means a scale of 1, and each B is multiplied by its
-scaling. The file is planned before it is computed, so any part of it can be computed alone; its
-bytes depend on the arguments only.
+See formats/gguf_lora.py for the format. A file has one alpha, and the scale of a tensor is
+alpha / r. If one alpha gives the scaling of every adapter, it is written and the factors stay as
+they are. Otherwise (rsLoRA, patterns of alphas) alpha is 0, which means a scale of 1, and each B is
+multiplied by its scaling. The file is planned before it is computed, so any part of it can be
+computed alone; its bytes depend on the arguments only.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import numpy as np
 
+from bonsai_lora.checkpoints.experts import split_outputs
+from bonsai_lora.checkpoints.gguf_file import file_parts
+from bonsai_lora.checkpoints.gguf_tensor import Conversion, Stacked
+from bonsai_lora.checkpoints.parts import MergedFile, Part, Values, computed_as
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Floats, to_float32
 from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.core.merge import BLOCK_VALUES, Block, blocks
 from bonsai_lora.errors import UnsupportedAdapterError
 from bonsai_lora.formats.fused import MAX_EXPERTS
+from bonsai_lora.formats.gguf_layouts import TensorInfo
 from bonsai_lora.formats.gguf_lora import (
     ALPHA_KEY,
     BASE_NAME_KEY,
-    EMBEDDING,
     FOLDED_KEY,
     is_multiplied,
     orders,
 )
-from bonsai_lora.formats.gguf_lora_file import LoraFile, MakeRows
-from bonsai_lora.formats.gguf_names import Change, Counterpart, Heads, to_gguf
+from bonsai_lora.formats.gguf_names import (
+    GGUF_EMBEDDING,
+    GGUF_HEAD,
+    Change,
+    Counterpart,
+    Heads,
+    to_gguf,
+)
 from bonsai_lora.formats.gguf_types import BY_NAME, TensorType
-from bonsai_lora.formats.gguf_writer import Writable, plan
+from bonsai_lora.formats.gguf_writer import Plan, Writable, plan
 from bonsai_lora.formats.hadamard import Folding
 from bonsai_lora.formats.peft_options import BaseOptions
 
-_SPLIT = {"gate_up_proj": ("gate_proj", "up_proj")}
-"""Fused parameters -> the separate tensors of an expert, in the order of their outputs."""
+_LARGEST = {"F32": 3.4028234e38, "BF16": 3.3895313e38, "F16": 65504.0, "Q8_0": 127 * 65504.0}
+"""Largest finite value of each type."""
+_COPIES = 6
+"""Float32 copies of a piece: widened, ordered, folded, placed and encoded; and one being sent."""
 _FUSED = re.compile(r"(?P<core>.+\.experts)\.(?P<leaf>gate_up_proj|down_proj)")
 _NUMBER = re.compile(r"(\d+)")
 
@@ -72,66 +85,103 @@ class _Target:
         """Rank of the tensor; experts of a smaller one are padded with zeros."""
         return max(one.rank for one in self.adapters.values())
 
-    @property
-    def a_shape(self) -> tuple[int, ...]:
-        if self.first.layer == "embedding":
-            return (self.first.d_in, self.rank)
-        return (*self._stack, self.rank, self.first.d_in)
+    def shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of a factor, whose matrices have this height and width."""
+        return (height, width) if self.experts is None else (self.experts, height, width)
 
-    @property
-    def b_shape(self) -> tuple[int, ...]:
-        return (*self._stack, self.first.d_out, self.rank)
-
-    @property
-    def _stack(self) -> tuple[int, ...]:
-        return () if self.experts is None else (self.experts,)
-
-    def check_heads(self, heads: Heads | None) -> None:
-        """Raise UnsupportedAdapterError or UnsupportedGgufError unless the heads fit."""
-        orders(self.name, self.change, heads, self.first.d_out, self.first.d_in)
-
-    def a_rows(self, rows: slice, heads: Heads | None, folding: Folding | None) -> Floats:
-        """Return rows of lora_a, counted over all experts, (n, width)."""
-        if self.first.layer == "embedding":
-            return to_float32(np.ascontiguousarray(self.first.a_matrix[:, rows].T))
-        out = np.zeros((rows.stop - rows.start, self.first.d_in), np.float32)
-        own = folding if folding is not None and self.name in folding.weights else None
-        for number, inside, place in _spans(rows, self.rank):
-            adapter = self.adapters.get(number)
-            if adapter is None or inside.start >= adapter.rank:
-                continue
-            values = to_float32(adapter.a_matrix[inside])
-            _, order = orders(self.name, self.change, heads, adapter.d_out, adapter.d_in)
-            if order is not None and not (own is not None and own.is_grouped):
-                values = values[:, order]
-            part = out[place]
-            part[: len(values)] = values if own is None else own.fold(values)
-        return out
-
-    def b_rows(self, rows: slice, heads: Heads | None, *, is_scaled: bool) -> Floats:
-        """Return rows of lora_b, times the scaling of each adapter if it `is_scaled`."""
-        out = np.zeros((rows.stop - rows.start, self.rank), np.float32)
-        for number, inside, place in _spans(rows, self.first.d_out):
-            adapter = self.adapters.get(number)
-            if adapter is None:
-                continue
-            order, _ = orders(self.name, self.change, heads, adapter.d_out, adapter.d_in)
-            values = to_float32(adapter.b_matrix[inside if order is None else order[inside]])
-            factor = np.float32(adapter.scaling if is_scaled else 1)
-            with np.errstate(over="ignore"):  # infinities are refused afterwards
-                np.multiply(values, factor, out=out[place, : adapter.rank])
-        return out
+    def values(self, shape: tuple[int, ...], make: "_MakeRows") -> Values:
+        """Return a factor of this shape: the matrix of each expert, one below the other."""
+        height, width = shape[-2:]
+        each = [
+            _Padded((height, width), self.adapters.get(number), make)
+            for number in range(self.experts or 1)
+        ]
+        return Stacked(each)
 
 
-def _spans(rows: slice, height: int) -> Iterator[tuple[int, slice, slice]]:
-    """Yield number, rows inside, and place among `rows`, of the experts that have `rows`."""
-    for number in range(rows.start // height, -(-rows.stop // height)):
-        start = number * height
-        first, last = max(rows.start, start), min(rows.stop, start + height)
-        yield (
-            number,
-            slice(first - start, last - start),
-            slice(first - rows.start, last - rows.start),
+_MakeRows = Callable[[LoraAdapter, slice], Floats]
+"""Returns those of some rows of an adapter's factor that exist."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Padded:
+    """A factor of one adapter; rows and columns that it lacks are zeros."""
+
+    shape: tuple[int, int]
+    adapter: LoraAdapter | None
+    make: _MakeRows
+
+    def __getitem__(self, block: Block) -> Floats:
+        rows, columns = block
+        out = np.zeros((rows.stop - rows.start, self.shape[1]), np.float32)
+        if self.adapter is not None:
+            found = self.make(self.adapter, rows)
+            out[: len(found), : found.shape[1]] = found
+        return out[:, columns]
+
+
+def _embedding_rows(adapter: LoraAdapter, rows: slice) -> Floats:
+    return to_float32(np.ascontiguousarray(adapter.a_matrix[:, rows].T))
+
+
+def _a_rows(
+    adapter: LoraAdapter, rows: slice, *, conversion: Conversion, folding: Folding | None
+) -> Floats:
+    """Return rows of A with the columns in the file's order, folded as its weights are."""
+    values = to_float32(adapter.a_matrix[rows])
+    order = conversion.columns(adapter.d_in)
+    values = values if order is None else values[:, order]
+    return values if folding is None else folding.fold(values)
+
+
+def _b_rows(
+    adapter: LoraAdapter, rows: slice, *, conversion: Conversion, is_scaled: bool
+) -> Floats:
+    """Return rows of B in the file's order, times the scaling of the adapter if it `is_scaled`."""
+    order = conversion.rows(adapter.d_out)
+    values = to_float32(adapter.b_matrix[rows if order is None else order[rows]])
+    with np.errstate(over="ignore"):  # infinities are refused afterwards
+        return values * np.float32(adapter.scaling) if is_scaled else values
+
+
+class LoraFile(MergedFile):
+    """A GGUF LoRA file, of which any bytes can be computed."""
+
+    def __init__(
+        self, planned: Plan, values: Mapping[str, Values], etag: str, *, may_overflow: bool
+    ) -> None:
+        def part_of(name: str, info: TensorInfo) -> Part:
+            return computed_as(info.type.name, values[name])
+
+        parts = file_parts(planned, lambda: planned.head, part_of)
+        super().__init__(parts, etag, "application/octet-stream")
+        largest = max(
+            max(width, min(height * width, BLOCK_VALUES))
+            for height, width in (one.shape for one in values.values())
+        )
+        self.working_bytes = _COPIES * 4 * largest
+        """Memory for one piece, while it is computed and the one before it is sent."""
+        self._may_overflow = may_overflow
+        self._planned = planned
+        self._values = values
+
+    def check_values(self) -> None:
+        """Raise UnsupportedAdapterError for values beyond their type; computes all of them."""
+        if not self._may_overflow:
+            return
+        for name, values in self._values.items():
+            for block in blocks(*values.shape):
+                _check_size(name, self._planned.tensors[name].type, values[block])
+
+
+def _check_size(name: str, kind: TensorType, values: Floats) -> None:
+    """Raise UnsupportedAdapterError if a value is beyond the largest of its type."""
+    largest = float(max(values.max(initial=0), -values.min(initial=0)))
+    if largest > _LARGEST[kind.name]:
+        raise UnsupportedAdapterError(
+            f"{name} has values up to {largest:.6g}, beyond the largest {kind.name} value; use "
+            "dtype=F32, or train with a smaller scaling",
+            key=name,
         )
 
 
@@ -151,53 +201,65 @@ def encode_lora(
     """
     targets = _targets(lora_set, options, model)
     alpha = _common_alpha(targets)
-    values: dict[str, MakeRows] = {}
+    values: dict[str, Values] = {}
     layout: dict[str, tuple[TensorType, tuple[int, ...]]] = {}
     for one in targets:
-        one.check_heads(model.heads)
         _check_folded(one, folding)
-        for half, shape, make in (
-            ("lora_a", one.a_shape, partial(one.a_rows, heads=model.heads, folding=folding)),
-            (
-                "lora_b",
-                one.b_shape,
-                partial(one.b_rows, heads=model.heads, is_scaled=alpha == 0),
-            ),
-        ):
-            kind, name = _kind(dtype, shape[-1]), f"{one.name}.{half}"
-            layout[name], values[name] = (kind, shape), make
-    made = plan(_pairs(lora_set, model, alpha, is_folded=folding is not None), layout)
+        for half, shape, make in _factors(one, model.heads, folding, is_scaled=alpha == 0):
+            name = f"{one.name}.{half}"
+            layout[name] = _kind(dtype, shape[-1]), shape
+            values[name] = one.values(shape, make)
+    planned = plan(_pairs(lora_set, model, alpha, is_folded=folding is not None), layout)
     may_overflow = dtype != "F32" or alpha == 0 or folding is not None
-    return LoraFile(made, values, etag, may_overflow=may_overflow)
+    return LoraFile(planned, values, etag, may_overflow=may_overflow)
+
+
+def _factors(
+    target: _Target, heads: Heads | None, folding: Folding | None, *, is_scaled: bool
+) -> Iterator[tuple[str, tuple[int, ...], _MakeRows]]:
+    """Yield the name, the shape and the rows of both factors.
+
+    Raises UnsupportedAdapterError or UnsupportedGgufError unless the heads fit.
+    """
+    first, own = target.first, None
+    orders(target.name, target.change, heads, first.d_out, first.d_in)
+    if folding is not None and target.name in folding.weights:
+        own = folding
+    is_grouped = own is not None and own.is_grouped
+    conversion = Conversion(target.change, heads or Heads(), has_columns=not is_grouped)
+    if first.layer == "embedding":
+        yield "lora_a", target.shape(first.d_in, target.rank), _embedding_rows
+    else:
+        make = partial(_a_rows, conversion=conversion, folding=own)
+        yield "lora_a", target.shape(target.rank, first.d_in), make
+    make = partial(_b_rows, conversion=conversion, is_scaled=is_scaled)
+    yield "lora_b", target.shape(first.d_out, target.rank), make
 
 
 def _check_folded(target: _Target, folding: Folding | None) -> None:
     """Raise UnsupportedAdapterError for a folded embedding: its rows, not inputs, are folded."""
-    if folding is not None and target.name == EMBEDDING and EMBEDDING in folding.weights:
+    if folding is not None and target.name == GGUF_EMBEDDING and GGUF_EMBEDDING in folding.weights:
         raise UnsupportedAdapterError(
-            f"the set adapts {EMBEDDING!r}, whose rows are Hadamard-folded; an adapter beside them "
-            "cannot be folded. Download the merged model instead",
-            module=EMBEDDING,
+            f"the set adapts {GGUF_EMBEDDING!r}, whose rows are Hadamard-folded; an adapter beside "
+            "them cannot be folded. Download the merged model instead",
+            module=GGUF_EMBEDDING,
         )
 
 
 def _pairs(
     lora_set: BonsaiLoraSet, model: Model, alpha: float, *, is_folded: bool
 ) -> dict[str, Writable]:
+    base = lora_set.base_model_name
     return {
         "general.architecture": model.architecture,
         "general.type": "adapter",
         "adapter.type": "lora",
         "general.name": lora_set.adapter_name,
-        **_base_pairs(lora_set.base_model_name),
+        **({"general.base_model.count": np.uint32(1), BASE_NAME_KEY: base} if base else {}),
         ALPHA_KEY: np.float32(alpha),
         **({FOLDED_KEY: True} if is_folded else {}),
         "general.quantization_version": np.uint32(2),
     }
-
-
-def _base_pairs(name: str) -> dict[str, Writable]:
-    return {"general.base_model.count": np.uint32(1), BASE_NAME_KEY: name} if name else {}
 
 
 def _kind(dtype: str, width: int) -> TensorType:
@@ -272,12 +334,9 @@ def _weights(lora_set: BonsaiLoraSet, options: BaseOptions) -> Iterator[tuple[st
         if match is None:
             yield parameter, adapter
             continue
-        names = _SPLIT.get(match["leaf"], (match["leaf"],))
-        rows = adapter.d_out // len(names)
         for number, expert in enumerate(adapter.each_expert):
-            for place, name in enumerate(names):
-                part = expert.b_matrix[place * rows : (place + 1) * rows]
-                yield f"{match['core']}.{number}.{name}.weight", replace(expert, b_matrix=part)
+            for name, part in split_outputs(match["leaf"], expert):
+                yield f"{match['core']}.{number}.{name}.weight", part
 
 
 def _check_expressible(lora_set: BonsaiLoraSet, options: BaseOptions) -> None:
@@ -300,14 +359,14 @@ def _check_expressible(lora_set: BonsaiLoraSet, options: BaseOptions) -> None:
 
 def _check_embedding(name: str, adapter: LoraAdapter, model: Model) -> None:
     """Raise UnsupportedAdapterError for an embedding or head that llama.cpp would get wrong."""
-    if (name == EMBEDDING) != (adapter.layer == "embedding"):
+    if (name == GGUF_EMBEDDING) != (adapter.layer == "embedding"):
         raise UnsupportedAdapterError(
             f"the adapter of {name!r} is for a layer of kind {adapter.layer}, which it is not; "
             "train it with peft",
             module=name,
         )
-    is_unsure = name == EMBEDDING and model.is_tied is None
-    if name in (EMBEDDING, "output.weight") and (model.is_tied or is_unsure):
+    is_unsure = name == GGUF_EMBEDDING and model.is_tied is None
+    if name in (GGUF_EMBEDDING, GGUF_HEAD) and (model.is_tied or is_unsure):
         why = (
             "the base ties its embedding to its head"
             if model.is_tied

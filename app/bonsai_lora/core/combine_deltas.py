@@ -10,11 +10,10 @@ from functools import partial
 import numpy as np
 
 from bonsai_lora.core.cast import Floats, to_float32
-from bonsai_lora.core.entries import merge_entries, prune_matrix
 from bonsai_lora.core.factors import Factors, Term, decompose
 from bonsai_lora.core.lowrank import columns_for, range_of
 from bonsai_lora.core.merge import blocks
-from bonsai_lora.core.prune import Blocks
+from bonsai_lora.core.prune import Blocks, merge_entries, prune_matrix
 from bonsai_lora.core.recipe import Recipe
 
 _BLOCK_VALUES = 1 << 18

@@ -11,7 +11,7 @@ from bonsai_lora.checkpoints.base import Tensor, row_norms
 from bonsai_lora.core import backend
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array, to_float32
-from bonsai_lora.core.merge import Block, merge_rows
+from bonsai_lora.core.merge import Block, merge_rows, stacked_rows
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -107,13 +107,9 @@ class MergedTensor:
         rows, columns = block
         if adapter.experts is not None:
             height = self._base.shape[0] // adapter.experts
-            for number in range(rows.start // height, -(-rows.stop // height)):
-                first, last = (
-                    max(rows.start, number * height),
-                    min(rows.stop, (number + 1) * height),
-                )
-                part = total[first - rows.start : last - rows.start]
-                inside = slice(first - number * height, last - number * height)
+            rest = total
+            for number, inside in stacked_rows(rows, height):
+                part, rest = np.split(rest, [inside.stop - inside.start])
                 self._add(part, adapter.each_expert[number], weight, (inside, columns))
             return
         right, left = adapter.stored_factors_of(rows, columns)

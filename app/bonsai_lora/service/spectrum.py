@@ -1,0 +1,40 @@
+"""Singular values of a set's deltas, module by module."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.factors import Values
+from bonsai_lora.core.spectrum import singular_values
+
+_NANOSECONDS_PER_OPERATION = 0.1
+"""Of a QR decomposition of thin float64 matrices, on one core."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spectra:
+    """Adapters whose singular values are wanted; each is computed on its own."""
+
+    adapters: Mapping[str, LoraAdapter]
+
+    def works(self) -> list["partial[Values]"]:
+        """Return the computation of each module, whose result its adapter remembers."""
+        return [partial(singular_values, one) for one in self.adapters.values()]
+
+    def operations(self) -> list[int]:
+        """Return the multiplications and additions that each module takes."""
+        return [2 * one.rank * _numbers(one) for one in self.adapters.values()]
+
+    def nanoseconds(self) -> float:
+        """Estimate the processor time of all modules."""
+        return _NANOSECONDS_PER_OPERATION * sum(self.operations())
+
+    def work_bytes(self) -> int:
+        """Return the most that one module takes: its factors as float64, twice."""
+        return max((16 * _numbers(one) for one in self.adapters.values()), default=0)
+
+
+def _numbers(adapter: LoraAdapter) -> int:
+    """Return how many numbers A and B have."""
+    return adapter.rank * (adapter.d_in + adapter.d_out) * (adapter.experts or 1)

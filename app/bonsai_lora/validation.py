@@ -1,0 +1,50 @@
+"""What pydantic finds wrong with a value, in the words of all other errors; imports nothing."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_EXPECTED = {
+    "missing": "it is missing; add it",
+    "extra_forbidden": "it is unknown; remove it",
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
+    "int_parsing": "expected an integer",
+    "int_parsing_size": "expected a shorter integer",
+    "int_type": "expected an integer",
+    "int_from_float": "expected an integer",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+    "string_type": "expected a string",
+    "list_type": "expected a list",
+    "dict_type": "expected an object",
+    "model_type": "expected an object",
+    "model_attributes_type": "expected an object",
+    "literal_error": "expected {expected}",
+    "union_tag_invalid": "expected {expected_tags}",
+    "greater_than_equal": "expected {ge} or more",
+    "greater_than": "expected more than {gt}",
+    "less_than_equal": "expected {le} or less",
+    "less_than": "expected less than {lt}",
+    "string_too_short": "expected a length of {min_length} or more",
+    "string_too_long": "expected a length of {max_length} or less",
+    "string_pattern_mismatch": "expected what matches {pattern}",
+    "too_short": "expected a list of {min_length} or more",
+    "too_long": "expected a list of {max_length} or fewer",
+}
+"""By the type of pydantic's error."""
+
+
+def expectation(error: Mapping[str, Any]) -> str:
+    """Return what one of pydantic's errors says of a value, or what was expected instead."""
+    text = _EXPECTED.get(error["type"])
+    if text is None:
+        found: str = error["msg"].removeprefix("Value error, ")
+        return re.sub(r"^\w+ should ", "it should ", found)
+    limits = error.get("ctx", {})
+    return text.format_map({key: _shown(value) for key, value in limits.items()})
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.15g}" if isinstance(value, float) else str(value)
