@@ -186,21 +186,9 @@ ENCODERS = {
 }  # fmt: skip
 
 
-def whole_file(pairs, tensors):
-    """A file; tensors are name -> (type, shape, bytes)."""
-    planned = gguf_writer.plan(pairs, {name: one[:2] for name, one in tensors.items()})
-    content = bytearray(planned.total_bytes)
-    content[: len(planned.head)] = planned.head
-    for name, info in planned.tensors.items():
-        raw = tensors[name][2]
-        assert len(raw) == info.stop - info.start, name
-        content[info.start : info.stop] = raw
-    return bytes(content)
-
-
 def file_of(pairs, tensors):
     """A file; tensors are name -> (type name, shape, bytes)."""
-    return whole_file(
+    return gguf_writer.encode(
         pairs, {name: (BY_NAME[kind], shape, raw) for name, (kind, shape, raw) in tensors.items()}
     )
 
@@ -223,7 +211,7 @@ def parts_of(raw, counts, **more):
             **({} if number else more),
         }
         tensors = {name: header.tensors[name] for name in itertools.islice(names, count)}
-        made[f"-{number + 1:05}-of-{len(counts):05}.gguf"] = whole_file(
+        made[f"-{number + 1:05}-of-{len(counts):05}.gguf"] = gguf_writer.encode(
             keys,
             {
                 name: (one.type, one.shape, bytes(raw[one.start : one.stop]))

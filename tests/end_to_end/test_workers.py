@@ -157,6 +157,7 @@ import sys
 from pathlib import Path
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.store import SetStore
 
 store = SetStore(Path(sys.argv[1]))
@@ -170,7 +171,7 @@ while True:
             previous = store.read_record("s")
         except Exception:
             previous = None
-        store.write(made, origin="initialized", now="now", previous=previous)
+        store.write(NextVersion(lora_set=made, origin="initialized", previous=previous))
     print(version, flush=True)
 """
 

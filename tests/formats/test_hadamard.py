@@ -89,7 +89,9 @@ def pairs(**changes):
 
 def folding_of(given_pairs):
     kind = gguf_files.BY_NAME["F32"]
-    raw = gguf_files.whole_file(given_pairs, {"output.weight": (kind, (1, 384), bytes(1536))})
+    raw = gguf_files.gguf_writer.encode(
+        given_pairs, {"output.weight": (kind, (1, 384), bytes(1536))}
+    )
     read = gguf.reader_of(raw)
     return read_folding(gguf.read_header(read, len(raw)), read)
 

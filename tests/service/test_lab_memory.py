@@ -47,6 +47,28 @@ def test_combinations(rng, method, shape):
     assert peak <= plan.work_bytes() + plan.result_bytes()
 
 
+SIZES = [{}, {"rank": 2}, {"energy": 1.0}]
+"""Ways in which a request says how large a new set may be."""
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: " ".join(size) or "nothing")
+@pytest.mark.parametrize("method", OPTIONS)
+def test_what_is_counted_for_a_new_set_covers_it(rng, method, size):
+    if not size.keys() <= set(OPTIONS[method]):
+        pytest.skip("an option that the method does not take")
+    density = {"density": 0.5} if "density" in OPTIONS[method] else {}
+    recipe = Recipe(method, **density, **size)
+    pair = [
+        random_adapter(rng, rank, 40, 30) for rank in ((3, 3) if recipe.is_on_factors else (3, 2))
+    ]
+    plan = Plan("new", [], [0.5, 0.5], recipe, {"m": pair}, 3)
+    made = combine("m", pair, [0.5, 0.5], recipe, 3).adapter
+    made_bytes = made.a_matrix.nbytes + made.b_matrix.nbytes
+    assert made_bytes <= plan.result_bytes()
+    if method == "svd":  # its rank is known
+        assert made_bytes == plan.result_bytes()
+
+
 @pytest.mark.parametrize("shape", SETS)
 def test_comparisons(rng, shape):
     count, rank, d_in, d_out, experts = shape

@@ -80,6 +80,21 @@ def plan(pairs: Mapping[str, Writable], tensors: Layout) -> Plan:
     return Plan(head.ljust(start, b"\0"), placed, start + offset)
 
 
+def encode(
+    pairs: Mapping[str, Writable], tensors: Mapping[str, tuple[TensorType, Any, bytes]]
+) -> bytes:
+    """Return a whole file; `tensors` are type, shape and bytes by name."""
+    made = plan(pairs, {name: (kind, shape) for name, (kind, shape, _) in tensors.items()})
+    content = bytearray(made.total_bytes)
+    content[: len(made.head)] = made.head
+    for name, info in made.tensors.items():
+        raw = tensors[name][2]
+        if len(raw) != info.stop - info.start:
+            raise ValueError(f"{name} has {len(raw)} bytes, not {info.stop - info.start}")
+        content[info.start : info.stop] = raw
+    return bytes(content)
+
+
 def encoded_value(read: ReadAt, value: Value) -> Encoded:
     """Return a value of a file as it is, to be written to a different file."""
     return Encoded(read(value.start, value.stop - value.start))

@@ -20,9 +20,9 @@ def norms_of(
     module: str,
     adapter: LoraAdapter,
     bases: BaseFolder,
-    match: str | None = None,
+    match: str | None,
     *,
-    may_take_long: bool = True,
+    may_take_long: bool,
 ) -> Floats:
     """Return the row norms (d_out,) of W + scaling * B @ A, cached per adapter and base.
 

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from bonsai_lora.checkpoints.base import Base
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
-from bonsai_lora.checkpoints.merged_files import DEFAULT, Rendering, hub_files, merged_files
+from bonsai_lora.checkpoints.merged_files import Rendering, hub_files, merged_files
 from bonsai_lora.checkpoints.parts import MergedFile
 from bonsai_lora.errors import BaseNotFoundError, InvalidRequestError, counted
 from bonsai_lora.formats.peft_options import BaseOptions
@@ -70,7 +70,7 @@ class MergedModels:
                 self._known.popitem(last=False)
         return model
 
-    def files(self, model: MergedModel, rendering: Rendering = DEFAULT) -> Mapping[str, MergedFile]:
+    def files(self, model: MergedModel, rendering: Rendering) -> Mapping[str, MergedFile]:
         """Return the files of a merged model by name; raises the errors of merged_files."""
         return self._cached(model, rendering)
 

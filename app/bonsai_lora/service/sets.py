@@ -128,7 +128,7 @@ def store_import(
     precondition: Precondition,
     *,
     received: ReceivedUpload | None = None,
-    source: Source | None = None,
+    source: Source | None,
 ) -> Imported:
     """Create or replace the set of a decoded upload, whose file is kept if it is `received`.
 
