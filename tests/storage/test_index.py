@@ -22,7 +22,7 @@ from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.stats import store_stats
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage import listing
-from bonsai_lora.storage.index import SetIndex, Sums
+from bonsai_lora.storage.index import Row, SetIndex, Sums
 from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import read_record
 from bonsai_lora.storage.store import SetStore
@@ -137,6 +137,17 @@ def test_the_largest_sets_are_those_of_the_key(tmp_path, count):
         own.sort(key=lambda one: (-one.total_memory_bytes, one.name))
         assert SetView(store, LIMITS, key).largest(7).records == own[:7]
         assert store_stats(SetView(store, LIMITS, key)).sums.sets == len(own)
+
+
+def test_a_table_that_is_filled_at_once_counts_its_sums(tmp_path):
+    store = SetStore(tmp_path)
+    for name in ("a", "b", "b.x"):
+        write(store, name)
+    index = SetIndex(None)
+    with index.transaction():
+        index.fill(Row(one.name, "", one, 1) for one in in_files(tmp_path))
+    for start in ("", "b"):
+        assert index.sums(start) == store.listing.ask(lambda kept, start=start: kept.sums(start))
 
 
 def test_a_quota_counts_each_set_once(tmp_path):

@@ -94,16 +94,7 @@ class Metrics:
             registry=registry,
         )
         self._read_load = read_load
-        self._load = {
-            name: Gauge(
-                f"bonsai_lora_{name}",
-                description,
-                [label],
-                registry=registry,
-                multiprocess_mode="livesum",
-            )
-            for name, description, label in _LOAD_GAUGES
-        }
+        self._load = {one[0]: _load_gauge(registry, *one) for one in _LOAD_GAUGES}
         self.keys_file_errors = Counter(
             "bonsai_lora_keys_file_errors",
             "Times that the keys file was changed to one that cannot be used.",
@@ -145,6 +136,16 @@ class Metrics:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry) + generate_latest(self._service_registry)
+
+
+def _load_gauge(registry: CollectorRegistry, name: str, description: str, label: str) -> Gauge:
+    return Gauge(
+        f"bonsai_lora_{name}",
+        description,
+        [label],
+        registry=registry,
+        multiprocess_mode="livesum",
+    )
 
 
 class _BucketMetrics:
