@@ -258,6 +258,7 @@ WHOLE = {
     "apply": ("POST", ONE, BINARY, safetensors.encode({"inputs": np.ones(D_IN, np.float32)})),
     "apply, long": ("POST", ONE, BINARY, safetensors.encode({"inputs": np.ones((100, D_IN), np.float32)})),
     "apply, JSON": ("POST", ONE, JSON, json.dumps({"inputs": [1] * D_IN}).encode()),
+    "apply, in a thread": ("POST", ONE, JSON, json.dumps({"inputs": [[1] * D_IN] * 400}).encode()),
     "merge": ("POST", "/v1/sets/s/adapters/m/merge?dtype=F16", RAW, bytes(2 * D_IN * D_OUT)),
     "weights of a set": ("GET", "/v1/sets/s/adapter_model.safetensors", JSON, b""),
     "merged file": ("GET", "/v1/bases/b/merged/s/model.safetensors", JSON, b""),

@@ -274,8 +274,8 @@ def test_a_line_that_does_not_end_is_refused_when_it_is_too_long(guarded, start,
 
 def test_repeated_headers_are_joined_in_one_pass():
     lines = [(b"x-%d" % (number % 20_000), b"%d" % number) for number in range(20_003)]
-    began = time.monotonic()
+    began = time.thread_time()
     headers = join_headers(lines)
-    assert time.monotonic() - began < 1
+    assert time.thread_time() - began < 1
     assert headers[b"x-2"] == b"2, 20002"
     assert (headers[b"x-3"], len(headers)) == (b"3", 20_000)

@@ -141,7 +141,7 @@ def signed(app, *, key="anyone", seconds=LINK_SECONDS, name="x", content=CONTENT
     staged = Staged(name, sha256_of(content), len(content))
     link = Link(staged, key, int(time.time()) + seconds)
     values = {"size": len(content), "key": key, "expires": link.expires_at}
-    signature = link.signature(SetView(app.state.store))
+    signature = link.signature(SetView(app.state.store, app.state.context.limits))
     query = urlencode({**values, "signature": signature})
     return f"/adapters/{name}.git/info/lfs/objects/{staged.sha256}?{query}"
 
@@ -477,7 +477,10 @@ def test_preupload_says_lfs_to_clients_that_ask_for_it(client):
 
 def test_a_link_is_one_for_each_of_its_values(app):
     """What is signed cannot be cut in a different way."""
-    store, base = SetView(app.state.store), Link(Staged("a", "1" * 64, 23), "k", 4)
+    store, base = (
+        SetView(app.state.store, app.state.context.limits),
+        Link(Staged("a", "1" * 64, 23), "k", 4),
+    )
     others = [
         replace(base, staged=Staged("a", "1" * 64, 2), expires_at=34),
         replace(base, key="k4", expires_at=4),

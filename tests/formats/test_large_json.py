@@ -64,6 +64,16 @@ def test_what_json_refuses_is_refused(text):
             read(text)
 
 
+@pytest.mark.parametrize("ends", ["[]", "{}"])
+def test_a_value_has_4096_characters_at_most(ends):
+    def text(spaces):
+        return f'{{"a":{ends[0]}{" " * spaces}{ends[1]}}}'
+
+    assert read(text(4094)) == {"a": json.loads(ends)}
+    with pytest.raises(ValueError, match="a short value"):
+        read(text(4095))
+
+
 MANY = 300_000
 FLAT_NAMES = "{" + ",".join(f'"{number}":0' for number in range(MANY)) + "}"
 HOSTILE = {

@@ -1,13 +1,16 @@
 """The derived index of a store: whatever happens, it says what the files say."""
 
+import contextlib
 import itertools
 import os
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,16 +18,18 @@ from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import QuotaExceededError, SetNotFoundError
 from bonsai_lora.service.keys import Key, Quota
+from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.stats import store_stats
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage import listing
-from bonsai_lora.storage.index import SetIndex, Sums
+from bonsai_lora.storage.index import Row, SetIndex, Sums
 from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import read_record
 from bonsai_lora.storage.store import SetStore
 
 NOW = "2026-01-01T00:00:00.000000Z"
 EVERYTHING = "everything"
+LIMITS = Limits(*[1 << 40] * 9)
 
 
 def write(store, name, rank=1, base="base"):
@@ -98,7 +103,7 @@ def test_own_changes_are_noted_without_a_comparison(tmp_path, monkeypatch):
     delete(stores[0], "s5")
     for store in stores:
         assert [one.name for one in store.records()] == ["s0", "s1", "s2", "s3", "s4"]
-        assert SetView(store).held_bytes(besides="s0") == 4 * 4 * 16
+        assert SetView(store, LIMITS).held_bytes(besides="s0") == 4 * 4 * 16
 
 
 def test_pages_follow_names_prefixes_and_bases(tmp_path):
@@ -109,7 +114,7 @@ def test_pages_follow_names_prefixes_and_bases(tmp_path):
     prefixes = ["", "a", "a.", "zz"]
     keys = [key_of(""), key_of("a."), key_of("b.", "a.", "a.b"), key_of()]
     for key, prefix, base, limit in itertools.product(keys, prefixes, [None, "even"], [1, 2, 100]):
-        view, found, after = SetView(store, key), [], ""
+        view, found, after = SetView(store, LIMITS, key), [], ""
         while page := view.page(prefix, after=after, base_model_name=base, limit=limit).records:
             assert len(page) <= limit
             found += [one.name for one in page]
@@ -130,21 +135,32 @@ def test_the_largest_sets_are_those_of_the_key(tmp_path, count):
     for key in (key_of(""), key_of("a."), key_of("a.1", "b.")):
         own = [one for one in in_files(tmp_path) if key.owns(one.name)]
         own.sort(key=lambda one: (-one.total_memory_bytes, one.name))
-        assert SetView(store, key).largest(7).records == own[:7]
-        assert store_stats(SetView(store, key)).set_count == len(own)
+        assert SetView(store, LIMITS, key).largest(7).records == own[:7]
+        assert store_stats(SetView(store, LIMITS, key)).sums.sets == len(own)
+
+
+def test_a_table_that_is_filled_at_once_counts_its_sums(tmp_path):
+    store = SetStore(tmp_path)
+    for name in ("a", "b", "b.x"):
+        write(store, name)
+    index = SetIndex(None)
+    with index.transaction():
+        index.fill(Row(one.name, "", one, 1) for one in in_files(tmp_path))
+    for start in ("", "b"):
+        assert index.sums(start) == store.listing.ask(lambda kept, start=start: kept.sums(start))
 
 
 def test_a_quota_counts_each_set_once(tmp_path):
     store = SetStore(tmp_path)
     for name in ("a.1", "a.b.1", "b.1"):
         write(store, name)
-    view = SetView(store, key_of("a.", "a.b.", quota=Quota(sets=2, bytes=3 * 32)), "write")
-    view.check_quota("a.1", 64)
+    view = SetView(store, LIMITS, key_of("a.", "a.b.", quota=Quota(sets=2, bytes=3 * 32)), "write")
+    view.check_budget("a.1", 64)
     for name, size in (("a.1", 65), ("a.2", 1)):
         with pytest.raises(QuotaExceededError):
-            view.check_quota(name, size)
+            view.check_budget(name, size)
     delete(store, "a.b.1")
-    view.check_quota("a.2", 64)
+    view.check_budget("a.2", 64)
 
 
 def test_what_others_put_change_and_remove_is_found(tmp_path):
@@ -168,7 +184,6 @@ def test_what_others_put_change_and_remove_is_found(tmp_path):
 def test_own_changes_are_noted_while_a_comparison_has_to_wait(tmp_path, monkeypatch):
     """In a large folder that others keep changing, what was acknowledged is listed at once."""
     monkeypatch.setattr(listing, "_FEW", 0)
-    monkeypatch.setattr(listing, "_REST", 1e9)
     store = SetStore(tmp_path)
     write(store, "a")
     (tmp_path / "sets" / "b.safetensors").write_bytes(b"by others")
@@ -176,7 +191,7 @@ def test_own_changes_are_noted_while_a_comparison_has_to_wait(tmp_path, monkeypa
     assert [one.name for one in store.records()] == ["a", "c"]
     delete(store, "a")
     assert [one.name for one in store.records()] == ["c"]
-    assert SetView(store).held_bytes("") == 32
+    assert SetView(store, LIMITS).held_bytes("") == 32
 
 
 def test_a_comparison_is_shared_by_the_workers(tmp_path, monkeypatch):
@@ -366,7 +381,7 @@ def test_a_rebuild_takes_all_processes_along(tmp_path):
     write(store, "s")
     # A wrong sum, which no comparison of rows with files can find.
     store.listing.ask(lambda index: index._ask("UPDATE sums SET held = 7"))
-    assert SetView(store).held_bytes("") == 7
+    assert SetView(store, LIMITS).held_bytes("") == 7
     SetStore(tmp_path).listing.rebuild()
     assert_agrees(store)
     assert [path.name for path in (tmp_path / "index-1").glob("*.sqlite")] == ["2.sqlite"]
@@ -390,3 +405,148 @@ def test_a_large_folder_that_has_not_changed_is_not_looked_at_when_a_process_beg
     store = SetStore(tmp_path)
     store.listing.compare()
     assert store.sums("").sets == 0
+
+
+def looks(monkeypatch):
+    """Return a list that grows with each look at all files; every folder counts as large."""
+    looked, real = [], listing.Listing._look
+    monkeypatch.setattr(listing.Listing, "_look", lambda one: looked.append(1) or real(one))
+    monkeypatch.setattr(listing, "_FEW", 0)
+    return looked
+
+
+def test_no_request_waits_for_a_look_at_a_large_folder_that_others_change(tmp_path, monkeypatch):
+    store, other = SetStore(tmp_path / "one"), SetStore(tmp_path / "other")
+    write(store, "a")
+    write(other, "b")
+    looked = looks(monkeypatch)
+    for _ in range(3):
+        shutil.copy(other.root / "sets" / "b.safetensors", store.root / "sets")
+        assert store.sums("").sets == 1
+        write(store, "a")
+    assert looked == []
+    assert store.read("b").record.version == 1
+    later = time.time() + 31
+    monkeypatch.setattr(time, "time", lambda: later)
+    store.maintain()
+    assert looked == [1]
+    assert_agrees(store)
+
+
+def test_processes_that_begin_without_a_table_make_one(tmp_path, monkeypatch):
+    for number in range(6):
+        write(SetStore(tmp_path), f"s{number}")
+    shutil.rmtree(tmp_path / "index-1")
+    looked, look = looks(monkeypatch), listing.Listing._look
+    monkeypatch.setattr(listing.Listing, "_look", lambda one: time.sleep(0.5) or look(one))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: SetStore(tmp_path).sums("").sets, range(4)))
+    assert (found, looked) == ([6] * 4, [1])
+
+
+def test_writers_need_not_wait_while_files_are_read(tmp_path, monkeypatch):
+    for number in range(3):
+        write(SetStore(tmp_path), f"s{number}")
+    shutil.rmtree(tmp_path / "index-1")
+    free, real = [], listing.Listing._read_row
+
+    def read_row(one, name):
+        path = tmp_path / "index-1" / "1.sqlite"
+        with contextlib.closing(sqlite3.connect(path, 0, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            free.append(name)
+        return real(one, name)
+
+    monkeypatch.setattr(listing.Listing, "_read_row", read_row)
+    assert_agrees(SetStore(tmp_path))
+    assert free == ["s0", "s1", "s2"]
+
+
+def test_a_file_that_changes_after_it_was_read_is_read_again(tmp_path, monkeypatch):
+    store = SetStore(tmp_path / "one")
+    for name in ("a", "b", "c"):
+        write(store, name)
+    real, changed = listing.Listing._read_row, []
+
+    def read_row(one, name):
+        row = real(one, name)
+        if name not in changed:
+            changed.append(name)
+            path = store.root / "sets" / f"{name}.safetensors"
+            if name == "b":
+                path.unlink()
+            else:
+                shutil.copy(other.root / "sets" / path.name, path)
+        return row
+
+    other = SetStore(tmp_path / "other")
+    for name in ("a", "c"):
+        write(other, name, rank=3)
+    shutil.rmtree(store.root / "index-1")
+    monkeypatch.setattr(listing.Listing, "_read_row", read_row)
+    monkeypatch.setattr(listing, "_FEW", 0)  # nothing but this comparison puts it right
+    opened = SetStore(store.root)
+    assert opened.sums("").sets == 2
+    assert changed == ["a", "b", "c"]
+    assert_agrees(opened)
+
+
+STOPPED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_index import SetStore, listing
+listing._FEW, listing._BATCH = 0, 2
+store, real, calls = SetStore(Path({root!r})), listing.Listing._read_row, []
+{before}
+def read_row(*arguments):
+    calls.append(1)
+    if len(calls) > {most}:
+        os._exit(9)
+    return real(*arguments)
+listing.Listing._read_row = read_row
+listing.Listing._look, look = lambda one: {look}, listing.Listing._look
+store.sums("")
+store.listing.compare()
+os._exit(1)
+"""
+
+
+def stop(root, *, most=3, before="", look="look(one)"):
+    values = {"tests": os.path.dirname(__file__), "root": str(root)}
+    script = STOPPED.format(**values, most=most, before=before, look=look)
+    died = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert died.returncode == 9, died.stderr
+
+
+def test_a_process_that_dies_while_it_makes_the_table(tmp_path, monkeypatch):
+    for number in range(6):
+        write(SetStore(tmp_path), f"s{number}")
+    shutil.rmtree(tmp_path / "index-1")
+    stop(tmp_path)
+    looked = looks(monkeypatch)
+    assert SetStore(tmp_path).sums("").sets == 6
+    assert SetStore(tmp_path).sums("").sets == 6
+    assert looked == [1], "what was made is trusted"
+
+
+def test_a_process_that_dies_while_it_looks_for_changes_of_others(tmp_path, monkeypatch):
+    one, other = SetStore(tmp_path / "one"), SetStore(tmp_path / "other")
+    for number in range(6):
+        write(one if number < 3 else other, f"s{number}")
+    one.sums("")
+    for path in (other.root / "sets").iterdir():
+        shutil.copy(path, one.root / "sets")
+    stop(one.root, most=1)
+    looked = looks(monkeypatch)
+    opened = SetStore(one.root)
+    assert (opened.sums("").sets, looked) == (6, [1])
+
+
+def test_a_process_that_dies_while_it_looks_at_what_agrees(tmp_path, monkeypatch):
+    """The next one does not look at all files for that."""
+    write(SetStore(tmp_path), "s")
+    stop(tmp_path, before="store.sums('')", look="os._exit(9)")
+    looked = looks(monkeypatch)
+    assert SetStore(tmp_path).sums("").sets == 1
+    assert looked == []

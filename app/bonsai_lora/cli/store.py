@@ -107,6 +107,8 @@ def run_restore(arguments: argparse.Namespace) -> int:
     """Restore a backup; print each set that could not be, and return the exit code."""
     place, wrong, count = store_of(arguments), 0, 0
     try:
+        if is_bucket(place):
+            check_bucket(place)
         listing = read_listing(arguments.folder)
         with ProgressLine() as progress, _opened(place) as store:
             for name, problem in restore(store, arguments.folder, listing, progress.update):
@@ -175,11 +177,10 @@ def store_of(arguments: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def _opened(place: str) -> Iterator[Store]:
-    """Open the store at a place; that of a bucket has a temporary cache."""
+    """Open the store at a place; that of a bucket, which was checked, has a temporary cache."""
     if not is_bucket(place):
         yield SetStore(Path(place))
         return
-    check_bucket(place)
     from bonsai_lora.storage.bucket_store import open_bucket_store  # noqa: PLC0415 - optional
 
     with tempfile.TemporaryDirectory(prefix="bonsai-lora-") as cache:

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from bonsai_lora.checkpoints.base import Base
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
-from bonsai_lora.checkpoints.merged_files import DEFAULT, Rendering, hub_files, merged_files
+from bonsai_lora.checkpoints.merged_files import Rendering, hub_files, merged_files
 from bonsai_lora.checkpoints.parts import MergedFile
 from bonsai_lora.errors import BaseNotFoundError, InvalidRequestError, counted
 from bonsai_lora.formats.peft_options import BaseOptions
@@ -70,15 +70,13 @@ class MergedModels:
                 self._known.popitem(last=False)
         return model
 
-    def files(self, model: MergedModel, rendering: Rendering = DEFAULT) -> Mapping[str, MergedFile]:
-        """Return the files of a merged model by name; raises the errors of merged_files."""
-        return self._cached(model, rendering)
+    def files(
+        self, model: MergedModel, rendering: Rendering | None = None
+    ) -> Mapping[str, MergedFile]:
+        """Return the files of a merged model by name: by default, those that Hub clients load.
 
-    def hub_files(self, model: MergedModel) -> Mapping[str, MergedFile]:
-        """Return the files of a merged model that Hugging Face clients load."""
-        return self._cached(model, None)
-
-    def _cached(self, model: MergedModel, rendering: Rendering | None) -> Mapping[str, MergedFile]:
+        Raises the errors of merged_files.
+        """
         known = self._files.get(model)
         if known is None or known[0] != rendering:
             files = hub_files(model) if rendering is None else merged_files(model, rendering)

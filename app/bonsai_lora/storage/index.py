@@ -161,11 +161,22 @@ class SetIndex:
 
     def compared_at(self) -> float:
         """Return when a process last began to compare the table with all files (Unix time)."""
-        return float(self._ask("SELECT compared FROM state")[0][0])
+        return abs(self._compared())
 
-    def set_compared_at(self, seconds: float) -> None:
-        """Note when a process begins to compare the table with all files."""
-        self._ask("UPDATE state SET compared = ?", seconds)
+    def is_whole(self) -> bool:
+        """Return whether the last comparison with all files ended, or was not needed."""
+        return self._compared() >= 0
+
+    def begin_comparison(self, seconds: float, *, is_needed: bool) -> None:
+        """Note that a process begins to compare the table with all files, at this Unix time."""
+        self._ask("UPDATE state SET compared = ?", -seconds if is_needed else seconds)
+
+    def end_comparison(self, seconds: float) -> None:
+        """Note that the comparison that began then has ended, unless a later one has begun."""
+        self._ask("UPDATE state SET compared = ? WHERE compared = ?", seconds, -seconds)
+
+    def _compared(self) -> float:
+        return float(self._ask("SELECT compared FROM state")[0][0])
 
     def dropped(self) -> Dropped:
         """Return what was beside the files of sets when they were last compared."""
@@ -196,7 +207,8 @@ class SetIndex:
         self._add(row.name, _values(row.sums()))
 
     def fill(self, rows: Iterable[Row]) -> None:
-        """Insert rows of a new table, whose sums are not asked for. Call in a transaction."""
+        """Insert rows of a new table; its sums are counted when needed. Call in a transaction."""
+        self._ask("DELETE FROM sums")
         self._connection.executemany(
             "INSERT OR REPLACE INTO sets VALUES(?, ?, ?, ?, ?, ?, ?, ?)", map(_columns, rows)
         )
@@ -207,12 +219,6 @@ class SetIndex:
         if any(gone):
             self._ask("DELETE FROM sets WHERE name = ?", name)
             self._add(name, [-one for one in gone])
-
-    def clear(self) -> None:
-        """Remove all rows and sums. Call in a transaction."""
-        self._ask("DELETE FROM sets")
-        self._ask("DELETE FROM sums")
-        self._ask("INSERT INTO sums VALUES('', 0, 0, 0, 0, 0, 0)")
 
     def sums(self, *starts: str) -> Sums:
         """Return the sums over names that begin with one of `starts`.

@@ -2,15 +2,17 @@
 
 The files are the truth. Every change by this program commits the table's row right after the
 rename, with the folder's time of modification, which it sets to the nanosecond. So a folder whose
-time differs from the table's was changed by somebody else, or by a process that died in between,
-and is compared. A file that was changed in place is found when all are compared: within a minute,
-and in a small folder also when a process begins.
+time differs from the table's was changed by somebody else, or by a process that died in between.
+All files are compared then: when a process begins, at the next use of a small folder, and of any
+folder within a minute. So is a file found that was changed in place, in a small folder also when a
+process begins.
 
 The table is a file in the folder `index-1` of the store: N.sqlite with the largest N. A new one has
 the next number, so that a process which still has the old one open cannot touch it. Where no file
 can be written, each process has its own table in memory.
 """
 
+import fcntl
 import logging
 import os
 import sqlite3
@@ -18,7 +20,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,8 +39,7 @@ _COMPARE_SECONDS = 30
 _BATCH = 256
 _FEW = 2000
 """So few files are compared when a process begins, and whenever others change the folder."""
-_REST = 10
-"""A large folder that others keep changing is compared for a tenth of the time."""
+_LOCK = "lock"
 _DAMAGED = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 T = TypeVar("T")
@@ -60,7 +61,7 @@ class Listing:
         self._index: SetIndex | None = None
         self._inode = self._pid = -1
         self._is_compared = False
-        self._in_memory_until = self._next_comparison = 0.0
+        self._in_memory_until = 0.0
 
     def ask(self, query: Callable[[SetIndex], T]) -> T:
         """Return the result of `query`, after a look at the folder's time."""
@@ -102,13 +103,15 @@ class Listing:
             age = abs(time.time() - index.compared_at())
             if only_if_due and age < _COMPARE_SECONDS:
                 return
-            self._begin_comparison(index)
+            began, known = self._begin_comparison(index), index.stamps()
         found, dropped = self._look()  # takes long, and others may use the table meanwhile
+        differing = _differing(known, found)
         with self._lock:
             if index is not self._index:
                 return  # replaced meanwhile, and compared then
             try:
-                self._settle(index, found, dropped)
+                self._settle(index, differing, dropped)
+                index.end_comparison(began)
             except sqlite3.Error as error:
                 self._give_up(error)
 
@@ -124,12 +127,28 @@ class Listing:
         if self._index is not None and self._is_current(self._index):
             return self._index
         self._close()
-        index = SetIndex(None) if self._must_be_in_memory() else self._open_file()
-        self._index, self._pid, self._is_compared = index, os.getpid(), False
-        if index.folder_time() != self._folder_time() or index.sums("").sets <= _FEW:
-            self._compare(index)
+        is_shared = not self._must_be_in_memory()
+        with self._opening() if is_shared else nullcontext():
+            index = self._open_file() if is_shared else SetIndex(None)
+            self._index, self._pid, self._is_compared = index, os.getpid(), False
+            if not self._agrees(index) or index.sums("").sets <= _FEW:
+                self._compare(index)
         self._is_compared = True
         return index
+
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """Let one process make a new table while others that begin wait, and find it made."""
+        with _as_sqlite_errors():
+            self._folder.mkdir(exist_ok=True)
+            file = (self._folder / _LOCK).open("w")
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _agrees(self, index: SetIndex) -> bool:
+        """Return whether nobody else has changed the folder since the table was compared."""
+        return index.is_whole() and index.folder_time() == self._folder_time()
 
     def _open_file(self) -> SetIndex:
         with _as_sqlite_errors():
@@ -189,8 +208,11 @@ class Listing:
         self._in_memory_until = time.monotonic() + _COMPARE_SECONDS
 
     def _refresh(self, index: SetIndex) -> None:
-        """Compare the table with the files if somebody else has changed the folder."""
-        if index.folder_time() == self._folder_time() or time.monotonic() < self._next_comparison:
+        """Compare the table with the files if somebody else has changed the folder.
+
+        No request waits for that in a large folder: `compare` does it within a minute.
+        """
+        if index.folder_time() == self._folder_time() or index.sums("").sets > _FEW:
             return
         with index.transaction():  # a writer may be between its rename and its commit
             if index.folder_time() == self._folder_time():
@@ -198,32 +220,40 @@ class Listing:
         self._compare(index)
 
     def _compare(self, index: SetIndex) -> None:
-        started = time.monotonic()
-        self._begin_comparison(index)
+        began, known = self._begin_comparison(index), index.stamps()
         found, dropped = self._look()
-        self._settle(index, found, dropped)
-        now = time.monotonic()
-        if len(found) > _FEW:
-            self._next_comparison = now + _REST * (now - started)
+        self._settle(index, _differing(known, found), dropped)
+        index.end_comparison(began)
 
-    def _begin_comparison(self, index: SetIndex) -> None:
-        """Note that the table agrees: what changes from now on changes the folder's time again."""
+    def _begin_comparison(self, index: SetIndex) -> float:
+        """Note that a comparison begins, and return its Unix time for `end_comparison`.
+
+        From now on, changes by others change the folder's time again. A process that begins before
+        the end does not trust the table, unless it agreed before.
+        """
+        now = time.time()
         with index.transaction():
+            is_needed = not self._agrees(index)
             index.set_folder_time(self._touch_folder())
-            index.set_compared_at(time.time())
+            index.begin_comparison(now, is_needed=is_needed)
+        return now
 
-    def _settle(self, index: SetIndex, found: dict[str, str | None], dropped: Dropped) -> None:
-        """Make the rows of all sets those of their files, which had the stamps `found`."""
+    def _settle(self, index: SetIndex, differing: list[str], dropped: Dropped) -> None:
+        """Make the rows of the sets `differing` those of their files.
+
+        These are read before each transaction, for which writers wait.
+        """
         if dropped != index.dropped():
             with index.transaction():
                 index.set_dropped(dropped)
-        known = index.stamps()
-        names = sorted(known.keys() | found.keys())
-        differing = [name for name in names if not _agree(name, known, found)]
         for begin in range(0, len(differing), _BATCH):
+            rows = {name: self._read_row(name) for name in differing[begin : begin + _BATCH]}
             with index.transaction():
-                for name in differing[begin : begin + _BATCH]:
-                    self._compare_file(index, name)
+                for name, row in rows.items():
+                    if row is not None and row.stamp == _stamp_of(self._path(name)):
+                        index.put(row)
+                    else:  # gone, or changed meanwhile
+                        self._compare_file(index, name)
 
     def _note(self, index: SetIndex, name: str) -> bool:
         """Make the row of a set that of its new file; return False if it could not be read.
@@ -251,18 +281,32 @@ class Listing:
 
     def _compare_file(self, index: SetIndex, name: str) -> None:
         """Make the row of one set that of its file. Call in a transaction."""
-        path = self._sets / f"{name}{SUFFIX}"
-        stamp = _stamp_of(path)
+        stamp = _stamp_of(self._path(name))
         if stamp is not None and stamp == index.stamp(name):
             return
+        row = self._read_row(name)
+        if row is None:
+            index.remove(name)
+        else:
+            index.put(row)
+
+    def _read_row(self, name: str) -> Row | None:
+        """Return the row of a set's file; None if there is no set."""
+        path = self._path(name)
+        stamp = _stamp_of(path)
         try:
             record: SetRecord | None = self._read_record(name)
         except NewerFormatError:
             record = None
         except SetNotFoundError:
-            index.remove(name)
-            return
-        index.put(Row(name, stamp or "", record, path.stat().st_size))
+            return None
+        try:
+            return Row(name, stamp or "", record, path.stat().st_size)
+        except FileNotFoundError:  # removed since
+            return None
+
+    def _path(self, name: str) -> Path:
+        return self._sets / f"{name}{SUFFIX}"
 
     def _folder_time(self) -> int:
         return os.stat(self._sets).st_mtime_ns  # noqa: PTH116 - on every use
@@ -277,8 +321,10 @@ class Listing:
         return self._folder_time()
 
 
-def _agree(name: str, known: dict[str, str], found: dict[str, str | None]) -> bool:
-    return found.get(name) is not None and known.get(name) == found[name]
+def _differing(known: dict[str, str], found: dict[str, str | None]) -> list[str]:
+    """Return the names whose files are gone, or may not be those of their rows."""
+    changed = [name for name, stamp in found.items() if stamp is None or known.get(name) != stamp]
+    return sorted(changed + [name for name in known if name not in found])
 
 
 def _stamp_of(entry: "os.DirEntry[str] | Path") -> str | None:

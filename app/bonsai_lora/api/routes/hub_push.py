@@ -177,7 +177,7 @@ def _import(context: Context, name: str, pushed: Commit, upload: Upload) -> Impo
     if staged is not None:
         read_staged(context.store, staged, upload)
     imported = sets.import_adapter(
-        context.store, context.limits, name, pushed.config, upload, _precondition(pushed)
+        context.store, name, pushed.config, upload, _precondition(pushed)
     )
     if staged is not None:
         context.store.staging(name).remove(staged)

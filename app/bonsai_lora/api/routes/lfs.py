@@ -90,7 +90,7 @@ async def put_object(request: Request, context: ContextDep, name: str, oid: str)
     """Keep the file that a link of `batch` is for, until a commit names it."""
     link, signature = _link_of(request, name, oid)
     await context.opening.run(partial(lfs.check_link, context.store, link, signature))
-    caller = request.app.state.door.caller_of(link.key)
+    caller = request.app.state.authenticator.caller_of(link.key)
     request.scope["key"] = caller.log_id
     store = caller.context("write").store
     store.check_name(name)
