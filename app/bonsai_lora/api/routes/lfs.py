@@ -57,15 +57,12 @@ class _Object(_Model):
     size: int = Field(ge=0, lt=1 << 53)
 
 
-class _Ref(_Model):
-    name: str = "main"
-
-
 class _Batch(_Model):
+    """A batch. Its `ref`, the branch that a client of git is on, means nothing here."""
+
     operation: str
     transfers: list[str] = ["basic"]
     hash_algo: str = "sha256"
-    ref: _Ref | None = None
     objects: list[_Object] = Field(max_length=256)
 
 
@@ -76,7 +73,7 @@ async def batch(request: Request, context: ContextDep, name: str) -> Response:
     _check_media_type(request)
     with Place(context.long) as place:
         wanted = parse_model(await read_body(request, MODEL_BYTES, place), _Batch)
-        _check_batch(context, name, wanted)
+        _check_batch(name, wanted)
         address = f"{request.scope['address']}{context.settings.root_path}"
         answers = await context.opening.run(
             partial(_answers, context, name, wanted.objects, address)
@@ -117,8 +114,8 @@ def _check_media_type(request: Request) -> None:
         )
 
 
-def _check_batch(context: Context, name: str, wanted: _Batch) -> None:
-    """Raise an error unless it is an upload to the main branch, by the basic transfer."""
+def _check_batch(name: str, wanted: _Batch) -> None:
+    """Raise an error unless it is an upload by the basic transfer."""
     if wanted.operation != "upload":
         raise errors.UnsupportedFeatureError(
             f"the operation is {wanted.operation[:40]!r}, but LFS only uploads here; download "
@@ -130,8 +127,6 @@ def _check_batch(context: Context, name: str, wanted: _Batch) -> None:
             "'basic' with 'sha256'",
             field="transfers",
         )
-    if wanted.ref is not None:
-        check_target(context, ADAPTERS, name, wanted.ref.name.removeprefix("refs/heads/"))
 
 
 def _answers(
