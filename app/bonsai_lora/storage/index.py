@@ -220,12 +220,6 @@ class SetIndex:
             self._ask("DELETE FROM sets WHERE name = ?", name)
             self._add(name, [-one for one in gone])
 
-    def clear(self) -> None:
-        """Remove all rows and sums. Call in a transaction."""
-        self._ask("DELETE FROM sets")
-        self._ask("DELETE FROM sums")
-        self._ask("INSERT INTO sums VALUES('', 0, 0, 0, 0, 0, 0)")
-
     def sums(self, *starts: str) -> Sums:
         """Return the sums over names that begin with one of `starts`.
 
