@@ -48,7 +48,7 @@ from bonsai_lora.wire.oip_tensors import (
     format_shape,
 )
 from bonsai_lora.wire.stacks import SETS, Stack, decode_row
-from bonsai_lora.wire.tensors import BASE_ENDING
+from bonsai_lora.wire.tensors import BASE_ENDING, Batches
 
 MODULE_NANOSECONDS = 30_000
 """Fixed cost of each module in a request."""
@@ -122,10 +122,11 @@ class Inference:
             for name, ending in endings.items()
             if ending in request.inputs
         }
+        batches = Batches(inputs, base_outputs, experts=experts)
         return (
             outputs,
             inputs,
-            lambda: applier.apply(set_segments, inputs, base_outputs, experts, reserve=reserve),
+            lambda: applier.apply(set_segments, batches, reserve=reserve),
         )
 
     def _mixed_segments(
