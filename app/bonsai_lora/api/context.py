@@ -112,7 +112,7 @@ class Context:
         except SetNotFoundError:
             if version is None:
                 raise
-        await self.opening.run(partial(self.store.refresh, name))
+        await self.opening.run(self.store.refresh, name)
         return await self._open(name)
 
     async def open_version(self, name: str, version: int | None) -> StoredSet:
@@ -122,7 +122,7 @@ class Context:
     async def _open(self, name: str) -> StoredSet:
         stored = self.store.read_quickly(name)
         if stored is None:
-            stored = await self.opening.run(partial(self.store.read, name))
+            stored = await self.opening.run(self.store.read, name)
         return stored
 
     async def apply(self, work: Callable[[Applier], T], nanoseconds: float) -> T:
@@ -131,10 +131,10 @@ class Context:
         It begins again in the long lane if it turns out to take long.
         """
         try:
-            return await self.short.run(partial(work, self.applier), nanoseconds)
+            return await self.short.run_estimated(partial(work, self.applier), nanoseconds)
         except TakesLongError:
             patient = replace(self.applier, may_take_long=True)
-            return await self.long.run(partial(work, patient))
+            return await self.long.run(work, patient)
 
 
 def checked_version(stored: StoredSet, version: int | None) -> StoredSet:

@@ -1,7 +1,5 @@
 """Pulls by reference, which several routes offer."""
 
-from functools import partial
-
 from bonsai_lora.api.context import Context
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.service.pull import pull_set
@@ -17,7 +15,7 @@ async def pull(
     expert_layout: ExpertLayout | None = None,
 ) -> Imported:
     """Create or replace a set in the long lane; raises the errors of `pull_set`."""
-    work = partial(
+    return await context.long.run(
         pull_set,
         context.store,
         context.spill,
@@ -28,4 +26,3 @@ async def pull(
         base_model_name=base_model_name,
         expert_layout=expert_layout,
     )
-    return await context.long.run(work)

@@ -75,14 +75,13 @@ async def combine_sets(
     """
     with Place(context.long) as place, Reservation(context.memory) as reserved:
         wanted = await read_model(request, lab_schemas.CombineSets, place)
-        check = partial(
+        plan = await context.long.run(
             combine.plan,
             context.store,
             wanted.name,
             [(one.set, one.weight) for one in wanted.sets],
             wanted.recipe(),
         )
-        plan = await context.long.run(check)
         needed = plan.result_bytes() + context.settings.threads * plan.work_bytes()
         if wants_job(request):
             work = partial(_combine_as_job, context, plan, dry_run)
@@ -112,11 +111,11 @@ async def _combine(
     """Compute a combination, and store it unless it is a dry run; return what shows it."""
     works = progress.follow(plan.works(), [1] * len(plan.modules))
     combined = await lane.run_each(works, context.settings.threads)
-    report = await lane.run(partial(plan.report, combined))
+    report = await lane.run(plan.report, combined)
     progress.check()
     if dry_run:
         return partial(lab_schemas.CombineReport.of, report), None
-    stored = await lane.run(partial(plan.store, context.store, report))
+    stored = await lane.run(plan.store, context.store, report)
     return partial(lab_schemas.CombinedSet.made, stored, report), stored
 
 
@@ -147,7 +146,7 @@ async def extract_set(request: Request, context: ContextDep) -> Response:
     """
     with Place(context.long) as place:
         wanted = await read_model(request, lab_schemas.ExtractSet, place)
-        check = partial(
+        plan = await context.long.run(
             extract.plan,
             context.store,
             context.bases,
@@ -158,7 +157,6 @@ async def extract_set(request: Request, context: ContextDep) -> Response:
             wanted.energy,
             wanted.modules,
         )
-        plan = await context.long.run(check)
         needed = context.settings.threads * plan.work_bytes()
         return await start_job(context, "extract", needed, partial(_extract, context, plan))
 
@@ -170,7 +168,7 @@ async def _extract(context: Context, plan: extract.Plan, progress: Progress) -> 
         found = await lane.run_each(works, context.settings.threads)
         report = plan.report(found)
         progress.check()
-        stored = await lane.run(partial(plan.store, context.store, report))
+        stored = await lane.run(plan.store, context.store, report)
         return await _result(context, partial(lab_schemas.ExtractedSet.made, stored, report))
 
 
@@ -208,8 +206,7 @@ async def compare_sets(
     becomes a job.
     """
     with context.long.admit():
-        check = partial(compare.compare, context.store, names)
-        comparison = await context.long.run(check)
+        comparison = await context.long.run(compare.compare, context.store, names)
         show = partial(lab_schemas.ComparisonInfo.of, comparison)
         size = len(names) * len(comparison.modules)
         return await _computed(request, context, "compare", comparison, show, size)
@@ -306,9 +303,9 @@ async def _followed(
     context: ContextDep, query: Annotated[_SurvivalQuery, Depends()]
 ) -> survival.Followed:
     with context.long.admit():
-        model = await context.long.run(partial(query.model, context))
+        model = await context.long.run(query.model, context)
         context.gains.prepare(model.base)
-        return await context.long.run(partial(survival.follow, model, query.dtype))
+        return await context.long.run(survival.follow, model, query.dtype)
 
 
 Followed = Annotated[survival.Followed, Depends(_followed)]

@@ -275,8 +275,7 @@ async def _infer(call: Call, model: Model) -> BufferResponse:
     call.count_rows(counts.vectors)
     headers = [] if length is None else [(HEADER_LENGTH, b"%d" % length)]
     if options.response_coding is not None:
-        work = partial(compress, b"".join(parts), options.response_coding)
-        parts = [await context.short.run(work)]
+        parts = [await context.short.run(compress, b"".join(parts), options.response_coding)]
         headers.append((b"content-encoding", options.response_coding.encode()))
     return BufferResponse(parts, (Form.JSON if length is None else Form.RAW).value, headers)
 
@@ -314,8 +313,8 @@ async def load_model(request: Request, context: ContextDep, model: ModelDep) -> 
         )
     if model.stored is not None:
         with context.long.admit():
-            await context.long.run(partial(models.load, model.stored))
-            await context.long.run(partial(context.store.keep, model.name))
+            await context.long.run(models.load, model.stored)
+            await context.long.run(context.store.keep, model.name)
     return Response()
 
 
@@ -330,7 +329,7 @@ async def load_model(request: Request, context: ContextDep, model: ModelDep) -> 
 async def unload_model(request: Request, context: ContextDep, model: ModelDep) -> Response:
     """The set stays in the store, and is opened again on its next use."""
     await _read_optional(request, oip_schemas.RepositoryRequest)
-    await context.long.run(partial(context.store.release, model.name))
+    await context.long.run(context.store.release, model.name)
     return Response()
 
 

@@ -127,7 +127,7 @@ async def _unload(request: Request, context: Context) -> str:
                     set=name,
                 )
 
-        await context.long.run(partial(sets.delete_set, context.store, name, check))
+        await context.long.run(sets.delete_set, context.store, name, check)
     return name
 
 

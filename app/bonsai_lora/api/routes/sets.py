@@ -92,7 +92,7 @@ async def create_set(request: Request, context: ContextDep) -> Response:
     with Place(context.long) as place:
         wanted = await read_model(request, schemas.CreateSet, place)
         shapes, base_model_name = wanted.shapes()
-        make = partial(
+        stored = await context.long.run(
             sets.create_set,
             context.store,
             context.memory,
@@ -101,7 +101,6 @@ async def create_set(request: Request, context: ContextDep) -> Response:
             wanted.config.to_core(),
             shapes,
         )
-        stored = await context.long.run(make)
     return await _info(context, stored, 201)
 
 
@@ -265,8 +264,8 @@ async def upload_set(
         gguf = WholeUpload(file)
         config = await receive_adapter(request, upload, gguf, limit, reserved, place)
         check = precondition(request)
-        make = (
-            partial(
+        if config is None:
+            imported = await context.long.run(
                 gguf_lora.import_gguf,
                 context.store,
                 context.bases,
@@ -277,8 +276,8 @@ async def upload_set(
                 base_model_name=options.base_model_name,
                 architecture=options.architecture,
             )
-            if config is None
-            else partial(
+        else:
+            imported = await context.long.run(
                 sets.import_adapter,
                 context.store,
                 name,
@@ -288,8 +287,6 @@ async def upload_set(
                 base_model_name=options.base_model_name,
                 expert_layout=options.expert_b_layout,
             )
-        )
-        imported = await context.long.run(make)
     return await _report(context, imported)
 
 
@@ -339,14 +336,13 @@ async def change_set(request: Request, context: ContextDep, name: SetName) -> Re
     """The weights stay; the set gets its next version, and its exported configuration the name."""
     with Place(context.long) as place:
         wanted = await read_model(request, schemas.PatchSet, place)
-        change = partial(
+        stored = await context.long.run(
             sets.name_base,
             context.store,
             name,
             wanted.base_model_name,
             precondition(request),
         )
-        stored = await context.long.run(change)
     return await _info(context, stored)
 
 
@@ -361,5 +357,4 @@ async def change_set(request: Request, context: ContextDep, name: SetName) -> Re
 )
 async def delete_set(request: Request, context: ContextDep, name: SetName) -> None:
     """Requests in flight finish with the set as it was when they started."""
-    remove = partial(sets.delete_set, context.store, name, precondition(request))
-    await context.long.run(remove)
+    await context.long.run(sets.delete_set, context.store, name, precondition(request))
