@@ -173,8 +173,8 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
         asyncio.create_task(_maintain(app.state.store)),
     ]
     await anyio.to_thread.run_sync(_preload, context)
-    totals = await anyio.to_thread.run_sync(context.store.totals)
-    _log.info("ready", sets=totals.sets, pid=os.getpid())
+    sums = await anyio.to_thread.run_sync(context.store.all_sums)
+    _log.info("ready", sets=sums.sets, pid=os.getpid())
     await anyio.to_thread.run_sync(_warn_of_dropped, context.store)
     try:
         yield

@@ -23,7 +23,6 @@ from bonsai_lora.api.openapi import (
     request_body,
 )
 from bonsai_lora.api.openapi_headers import sends
-from bonsai_lora.api.pulls import pull
 from bonsai_lora.api.query import DECIMAL
 from bonsai_lora.api.uploads import CONFIG_PART, GGUF_PART, MODEL_PART, receive_adapter
 from bonsai_lora.formats.experts import ExpertLayout
@@ -31,6 +30,7 @@ from bonsai_lora.formats.names import SET_NAME_PATTERN
 from bonsai_lora.service import gguf_lora, sets
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.keys import check_scope
+from bonsai_lora.service.pull import pull_set
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.upload import Upload, WholeUpload
@@ -302,9 +302,17 @@ async def _pull(
     check_scope(context.store.key, "pull")
     with Place(context.long) as place:
         wanted = await read_model(request, schemas.PullSet, place)
-        layout = options.expert_b_layout
-        check = precondition(request)
-        return await pull(context, name, wanted.source, check, options.base_model_name, layout)
+        return await context.long.run(
+            pull_set,
+            context.store,
+            context.spill,
+            context.origins,
+            name,
+            wanted.source,
+            precondition(request),
+            base_model_name=options.base_model_name,
+            expert_layout=options.expert_b_layout,
+        )
 
 
 async def _report(context: Context, imported: sets.Imported) -> Response:
