@@ -17,8 +17,7 @@ from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
 from bonsai_lora.api.job_schemas import Job, JobKind
 from bonsai_lora.api.json_response import json_response, set_headers
 from bonsai_lora.api.openapi import (
-    BODY_ERRORS,
-    STORE_ERRORS,
+    CHANGE_ERRORS,
     VERSION_ERRORS,
     extra_response,
     problems,
@@ -52,8 +51,7 @@ router = APIRouter(tags=["laboratory"])
     | sends(201, "ETag", "Location")
     | JOB
     | problems(
-        *BODY_ERRORS,
-        *STORE_ERRORS,
+        *CHANGE_ERRORS,
         errors.SetNotFoundError,
         errors.SetExistsError,
         errors.InvalidNameError,
@@ -128,8 +126,7 @@ async def _combine(
     openapi_extra=request_body(lab_schemas.ExtractSet),
     responses=sends(202, "Location", "Preference-Applied")
     | problems(
-        *BODY_ERRORS,
-        *STORE_ERRORS,
+        *CHANGE_ERRORS,
         errors.SetExistsError,
         errors.InvalidNameError,
         errors.BaseNotFoundError,

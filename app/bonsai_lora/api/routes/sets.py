@@ -15,7 +15,7 @@ from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
 from bonsai_lora.api.json_response import json_response, set_headers
 from bonsai_lora.api.openapi import (
-    BODY_ERRORS,
+    CHANGE_ERRORS,
     STORE_ERRORS,
     VERSION_ERRORS,
     extra_response,
@@ -76,8 +76,7 @@ _UPLOAD_BODY = {
     openapi_extra=request_body(schemas.CreateSet),
     responses=sends(201, "ETag", "Location")
     | problems(
-        *BODY_ERRORS,
-        *STORE_ERRORS,
+        *CHANGE_ERRORS,
         errors.SetExistsError,
         errors.InvalidNameError,
         errors.RankTooLargeError,
@@ -334,8 +333,7 @@ async def _report(context: Context, imported: sets.Imported) -> Response:
     openapi_extra=request_body(schemas.PatchSet),
     responses=sends(200, "ETag")
     | problems(
-        *BODY_ERRORS,
-        *STORE_ERRORS,
+        *CHANGE_ERRORS,
         errors.SetNotFoundError,
         errors.PreconditionFailedError,
     ),
