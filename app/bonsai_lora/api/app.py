@@ -252,34 +252,29 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
     memory = Budget(settings.work_memory_bytes)
-    long = Lane("long", settings.max_concurrency, settings.threads)
+    places, threads = settings.max_concurrency, settings.threads
+    has_spare_cores = min(threads, usable_cores()) > settings.workers
+    long = Lane("long", places, threads)
+    job_lane = Lane("jobs", settings.max_jobs, threads, late_per_place=0)
     return Context(
-        settings,
-        view,
-        memory,
-        Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
-        ShortLane(
-            settings.max_concurrency,
-            settings.threads,
-            has_spare_cores=min(settings.threads, usable_cores()) > settings.workers,
-        ),
-        long,
-        Lane("opening", settings.max_concurrency, _OPENING_THREADS) if settings.is_bucket else long,
-        Applier(limits, bases),
-        Inference(view, regions),
-        CountFile(shared),
-        bases,
-        MergedModels(bases),
-        CheckedFiles(),
-        ThreadPoolExecutor(settings.threads, "merge"),
-        Jobs(
-            store.jobs,
-            Lane("jobs", settings.max_jobs, settings.threads, late_per_place=0),
-            memory,
-        ),
-        Gains(ExponentFolder(store.root / "exponents")),
-        Origins(read_sources(settings.sources), settings.stall_seconds),
-        metrics,
+        settings=settings,
+        store=view,
+        memory=memory,
+        spill=Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
+        short=ShortLane(places, threads, has_spare_cores=has_spare_cores),
+        long=long,
+        opening=Lane("opening", places, _OPENING_THREADS) if settings.is_bucket else long,
+        applier=Applier(limits, bases),
+        inference=Inference(view, regions),
+        counts=CountFile(shared),
+        bases=bases,
+        models=MergedModels(bases),
+        checked_files=CheckedFiles(),
+        executor=ThreadPoolExecutor(threads, "merge"),
+        jobs=Jobs(store.jobs, job_lane, memory),
+        gains=Gains(ExponentFolder(store.root / "exponents")),
+        origins=Origins(read_sources(settings.sources), settings.stall_seconds),
+        metrics=metrics,
     )
 
 
