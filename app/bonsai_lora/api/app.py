@@ -41,7 +41,6 @@ from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.gain import Gains
 from bonsai_lora.service.gguf_lora import CheckedFiles
-from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
@@ -265,7 +264,7 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
         long=long,
         opening=Lane("opening", places, _OPENING_THREADS) if settings.is_bucket else long,
         applier=Applier(limits, bases),
-        inference=Inference(view, regions),
+        regions=regions,
         counts=CountFile(shared),
         bases=bases,
         models=MergedModels(bases),

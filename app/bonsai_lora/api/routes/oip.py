@@ -38,7 +38,7 @@ from bonsai_lora.api.options import (
 from bonsai_lora.errors import BonsaiLoraError, ForbiddenError, UnsupportedFeatureError
 from bonsai_lora.service import models
 from bonsai_lora.service.apply import Applier
-from bonsai_lora.service.infer import cost_of_inference
+from bonsai_lora.service.infer import Inference, cost_of_inference
 from bonsai_lora.service.models import MIXED, MIXED_VERSION, Model, model_of, raw_request
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.storage.residency import resident_bytes
@@ -137,7 +137,7 @@ def _of_model(
 @router.get("/", include_in_schema=False)
 async def get_server(context: ContextDep) -> oip_schemas.ServerMetadata:
     """Returns the server's name, version and protocol extensions."""
-    shared = ("system_shared_memory",) if context.inference.regions.is_on else ()
+    shared = ("system_shared_memory",) if context.regions.is_on else ()
     return oip_schemas.ServerMetadata(
         name="bonsai-lora",
         version=package_version("bonsai-lora"),
@@ -362,7 +362,8 @@ async def _run(
         request = requested or _timed(decode_it, counts)
         # The outputs' form is known to `infer` only, so count those in JSON.
         reserve = call.reserve_outputs(Form.BINARY if request.is_binary else Form.JSON)
-        return context.inference.infer(applier, model, request, counts, reserve)
+        inference = Inference(context.store, context.regions, applier)
+        return inference.infer(model, request, counts, reserve)
 
     return await context.apply(work, cost_of_inference(model, requested) if requested else math.inf)
 
