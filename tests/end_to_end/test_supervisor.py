@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import time
 
@@ -73,6 +74,20 @@ def test_an_interrupt_of_the_terminal_ends_it(tmp_path):
         httpx.get(f"{url}/healthz").raise_for_status()
         for pid in (process.pid, *workers_of(process)):
             os.kill(pid, signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+
+
+def test_ctrl_c_lets_requests_in_flight_finish(tmp_path):
+    """A terminal sends it to the whole process group, which `setsid` makes here."""
+    head = "POST /v1/sets HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with running("--store", str(tmp_path), command=("setsid", COMMAND)) as (url, process):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
+            client.sendall(f"{head}Content-Length: 13\r\n\r\n".encode())
+            httpx.get(f"{url}/healthz").raise_for_status()  # the head was read by now
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.5)
+            client.sendall(b'{"name": "s"}')
+            assert client.recv(4096).startswith(b"HTTP/1.1 201 ")
         assert process.wait(timeout=20) == 0
 
 

@@ -135,6 +135,6 @@ def test_whatever_keeps_a_bucket_from_answering_is_one_error(bucket, server, tmp
 
 
 @pytest.mark.parametrize("url", ["s3:/", "ftp://bucket/p", "nonsense"])
-def test_what_is_no_url_of_a_bucket_is_refused(url):
+def test_what_is_not_a_url_of_a_bucket_is_refused(url):
     with pytest.raises(ValueError, match="expected such as s3://bucket/prefix"):
         open_bucket(url)

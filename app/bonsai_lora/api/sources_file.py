@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bonsai_lora.sources.origins import Origin
-from bonsai_lora.validation import expectation
+from bonsai_lora.validation import fault_in_file
 
 _NAME = "^[a-z][a-z0-9-]{0,31}$"
 _BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._-]*)*/?")
@@ -22,13 +22,16 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class WebEntry(_Model):
+class _Entry(_Model):
+    name: str = Field(pattern=_NAME)
+    repositories: list[str] = ["*"]
+
+
+class WebEntry(_Entry):
     """A hub, or a web server with folders of adapters."""
 
-    name: str = Field(pattern=_NAME)
     kind: Literal["hub", "https"]
     url: str
-    repositories: list[str] = ["*"]
     hosts: list[str] = []
     token_variable: str | None = None
     allow_private: bool = False
@@ -53,15 +56,13 @@ class WebEntry(_Model):
         )
 
 
-class BucketEntry(_Model):
+class BucketEntry(_Entry):
     """A bucket of S3, or of what speaks it, with folders of adapters below a prefix."""
 
-    name: str = Field(pattern=_NAME)
     kind: Literal["s3"]
     url: str
     endpoint: str = ""
     region: str = Field("", pattern="^[a-z0-9-]*$")
-    repositories: list[str] = ["*"]
     access_key_variable: str | None = None
     secret_key_variable: str | None = None
     allow_private: bool = False
@@ -97,13 +98,11 @@ class BucketEntry(_Model):
         )
 
 
-class FolderEntry(_Model):
+class FolderEntry(_Entry):
     """A folder with folders of adapters."""
 
-    name: str = Field(pattern=_NAME)
     kind: Literal["file"]
     path: str
-    repositories: list[str] = ["*"]
 
     def to_origin(self) -> Origin:
         """Return the origin; raises ValueError if the folder does not exist."""
@@ -157,11 +156,7 @@ def read_sources(path: Path | None) -> dict[str, Origin]:
         document = SourcesDocument.model_validate_json(path.read_bytes())
         return {one.name: one.to_origin() for one in document.sources}
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise ValueError(
-            f"the sources file {path} is not valid: {place}: {expectation(first)}"
-        ) from None
+        raise ValueError(f"the sources file {path} is not valid: {fault_in_file(error)}") from None
     except OSError as error:
         raise ValueError(
             f"the sources file {path} cannot be read: {error.strerror or error}; check --sources"

@@ -107,9 +107,11 @@ def _become_worker(work: Callable[[], None]) -> NoReturn:
     """Call `work` and exit, without what the parent process does when it exits."""
     code = 1
     try:
+        # Ctrl-C is the supervisor's, which passes it on: a worker that got it twice would not let
+        # requests finish.
+        os.setpgid(0, 0)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for ending in _ENDINGS:
-            # The others are the supervisor's, though a terminal sends them to all its processes.
             signal.signal(ending, _exit if ending in _FOR_WORKERS else signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         work()

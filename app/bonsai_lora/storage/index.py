@@ -207,7 +207,8 @@ class SetIndex:
         self._add(row.name, _values(row.sums()))
 
     def fill(self, rows: Iterable[Row]) -> None:
-        """Insert rows of a new table, whose sums are not asked for. Call in a transaction."""
+        """Insert rows of a new table; its sums are counted when needed. Call in a transaction."""
+        self._ask("DELETE FROM sums")
         self._connection.executemany(
             "INSERT OR REPLACE INTO sets VALUES(?, ?, ?, ?, ?, ?, ?, ?)", map(_columns, rows)
         )
