@@ -160,7 +160,7 @@ def test_a_bad_file_is_moved_aside_and_the_rest_is_served(opened, tmp_path, dama
     assert store.read("bad").record.version == 1
 
 
-def test_a_file_that_the_disk_cannot_read_is_no_set_and_stays(opened, tmp_path, monkeypatch):
+def test_a_file_that_the_disk_cannot_read_is_not_found_and_stays(opened, tmp_path, monkeypatch):
     write(opened, some_set())
 
     def fail(*_args, **_options):
