@@ -225,13 +225,14 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     def on_framework(request: Request, error: HTTPException) -> Response:
         path, method = request.url.path, request.method
         if error.status_code == HTTPStatus.NOT_FOUND:
+            remedy = "remove the last slash" if path.endswith("/") else "see /docs for all paths"
             problem: BonsaiLoraError = errors.RouteNotFoundError(
-                f"there is no resource at {path!r}; see /docs for all paths"
+                f"there is no resource at {path!r}; {remedy}"
             )
             return problem_response(problem, request.scope)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = _allowed_methods(routes, request.scope)
-            remedy = f"use {'one of ' if len(allowed) > 1 else ''}{', '.join(allowed)}"
+            remedy = f"use {errors.one_of(allowed)}"
             if path == "/v1/sets" and method in ("PUT", "PATCH", "DELETE"):
                 remedy = f"name the set: {method} /v1/sets/{{set}}"
             problem = errors.MethodNotAllowedError(

@@ -128,7 +128,7 @@ def read_keys(path: Path) -> KeysDocument:
         first = error.errors(include_input=False, include_url=False)[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise KeysFileError(
-            f"the keys file {path} is not valid: {place}: {expectation(first)}; correct it, or "
+            f"the keys file {path} is not valid ({place}: {expectation(first)}); correct it, or "
             "write it with bonsai-lora keys"
         ) from None
 
