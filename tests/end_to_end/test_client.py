@@ -275,6 +275,9 @@ def test_what_cannot_be_read_is_named_without_a_number(run, tmp_path):
     code, _, err = run("push", "plain", file)
     assert (code, err.count("\n")) == (2, 1)
     assert f"{file} is a file" in err
+    file.write_bytes(b"\xff")
+    code, _, err = run("apply", "plain", "q_proj", file)
+    assert (code, "the vectors are not JSON: 'utf-8' codec" in err) == (2, True)
     missing = tmp_path / "x.json"
     assert run("apply", "plain", "q_proj", missing) == (
         *(2, ""),

@@ -300,9 +300,8 @@ def _why_no_adapter(arguments: argparse.Namespace, missing: str) -> str:
 def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
     """Print the outputs of a module's adapter for a JSON list of vectors."""
     is_file = arguments.file not in (None, "-")
-    text = Path(arguments.file).read_text("utf-8") if is_file else sys.stdin.read()
     try:
-        value = json.loads(text)
+        value = json.loads(Path(arguments.file).read_text("utf-8") if is_file else sys.stdin.read())
     except ValueError as error:
         raise UsageError(
             f"the vectors are not JSON: {error}; expected a list of lists of numbers"
