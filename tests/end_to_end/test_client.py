@@ -230,7 +230,7 @@ def test_no_service(capsys):
     assert "no service at http://127.0.0.1:9: Connection refused; start one with" in error
 
 
-def test_https_where_there_is_no_tls(service, capsys):
+def test_https_without_tls(service, capsys):
     assert main(["ls", "--url", service.replace("http:", "https:")]) == 3
     assert "it does not use TLS; begin the URL with http://" in capsys.readouterr().err
 
