@@ -97,6 +97,7 @@ REQUESTS = [
     (errors.VersionNotFoundError, "GET", "/v2/models/plain/versions/9", {}),
     (errors.RouteNotFoundError, "GET", "/other", {}),
     (errors.RouteNotFoundError, "GET", "/v1/sets/", {}),
+    (errors.RouteNotFoundError, "GET", "/api/models/my-set", {}),
     (errors.MethodNotAllowedError, "PATCH", "/v1/sets", {}),
     (
         errors.NotAcceptableError,

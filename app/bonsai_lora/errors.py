@@ -141,7 +141,7 @@ class BaseNotFoundError(NotFoundError, code="base_not_found"):
     def __init__(self, name: str) -> None:
         super().__init__(
             f"there is no base named {name!r}; add a folder of that name with safetensors files, "
-            "or a GGUF file, to the folder of the setting bases (GET /v1/bases lists the bases)",
+            "or a GGUF file, to the folder that --bases names (GET /v1/bases lists the bases)",
             base=name,
         )
 

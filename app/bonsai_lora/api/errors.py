@@ -225,9 +225,8 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
     def on_framework(request: Request, error: HTTPException) -> Response:
         path, method = request.url.path, request.method
         if error.status_code == HTTPStatus.NOT_FOUND:
-            remedy = "remove the last slash" if path.endswith("/") else "see /docs for all paths"
             problem: BonsaiLoraError = errors.RouteNotFoundError(
-                f"there is no resource at {path!r}; {remedy}"
+                f"there is no resource at {path!r}; {_remedy(path)}"
             )
             return problem_response(problem, request.scope)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
@@ -253,6 +252,15 @@ def _on_system_error(request: Request, error: Exception) -> Response:
     if not is_out_of_files(error):
         raise error
     return problem_response(too_many_files(), request.scope)
+
+
+def _remedy(path: str) -> str:
+    """Return what to do about a path at which there is nothing."""
+    if path.endswith("/"):
+        return "remove the last slash"
+    if path.startswith("/api/models/"):
+        return "name a repository as BASE/SET, adapters/SET or bases/BASE"
+    return "see /docs for all paths"
 
 
 def validation_problem(found: Any) -> BonsaiLoraError:

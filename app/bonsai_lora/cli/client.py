@@ -194,7 +194,7 @@ def _describe_failure(error: BaseException, address: str) -> tuple[int, str]:
                 EXIT_UNREACHABLE,
                 f"{address} did not respond like this service: {error!r}; check --url",
             )
-        case httpx.UnsupportedProtocol() | httpx.InvalidURL():
+        case httpx.InvalidURL():
             return EXIT_USAGE, f"{address!r} is not a valid URL; expected one such as {DEFAULT_URL}"
         case httpx.TransportError():
             return EXIT_UNREACHABLE, f"no service at {address}: {_why_unreachable(error)}"

@@ -295,8 +295,8 @@ def orders(
     if heads is None:
         raise UnsupportedAdapterError(
             f"{name!r} is ordered by attention head in GGUF, but the head counts are unknown, "
-            "which an adapter does not contain; put the base's folder, with its config.json, under "
-            "the setting bases, and give its name as base_model_name",
+            "which an adapter does not contain; put the base's folder, with its config.json, into "
+            "the folder that --bases names, and give its name as base_model_name",
             key=name,
         )
     return row_order(change, heads, rows), column_order(change, heads, columns)
