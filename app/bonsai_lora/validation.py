@@ -46,12 +46,5 @@ def expectation(error: Mapping[str, Any]) -> str:
     return text.format_map({key: _shown(value) for key, value in limits.items()})
 
 
-def fault_in_file(error: Any) -> str:
-    """Return where in a file the first fault of a ValidationError is, and what was expected."""
-    first = error.errors(include_input=False, include_url=False)[0]
-    place = ".".join(map(str, first["loc"])) or "the file"
-    return f"{place}: {expectation(first)}"
-
-
 def _shown(value: Any) -> str:
     return f"{value:.15g}" if isinstance(value, float) else str(value)
