@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a value, in the words of all other errors; imports nothing."""
+"""How errors tell what is wrong with values of the operator's; imports nothing of the package."""
 
 import re
 from collections.abc import Mapping
@@ -36,6 +36,14 @@ _EXPECTED = {
 """By the type of pydantic's error."""
 
 
+_SECRETS = re.compile(r"(?<=:).*(?=@)|(?<=\?).*", re.DOTALL)
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it: without the password and query that a URL may have."""
+    return repr(_SECRETS.sub("...", value) if isinstance(value, str) else value)
+
+
 def expectation(error: Mapping[str, Any]) -> str:
     """Return what one of pydantic's errors says of a value, or what was expected instead."""
     text = _EXPECTED.get(error["type"])
@@ -43,8 +51,8 @@ def expectation(error: Mapping[str, Any]) -> str:
         found: str = error["msg"].removeprefix("Value error, ")
         return re.sub(r"^\w+ should ", "it should ", found)
     limits = error.get("ctx", {})
-    return text.format_map({key: _shown(value) for key, value in limits.items()})
+    return text.format_map({key: _number_or_text(value) for key, value in limits.items()})
 
 
-def _shown(value: Any) -> str:
+def _number_or_text(value: Any) -> str:
     return f"{value:.15g}" if isinstance(value, float) else str(value)
