@@ -35,13 +35,31 @@ _EXPECTED = {
 }
 """By the type of pydantic's error."""
 
-
 _SECRETS = re.compile(r"(?<=:).*(?=@)|(?<=\?).*", re.DOTALL)
+_CREDENTIAL = re.compile("[!-~]+")
+
+
+def without_secrets(url: str) -> str:
+    """Return a URL, or what should be one, without the password and query that it may have."""
+    return _SECRETS.sub("...", url)
 
 
 def shown(value: Any) -> str:
-    """Return a value as an error shows it: without the password and query that a URL may have."""
-    return repr(_SECRETS.sub("...", value) if isinstance(value, str) else value)
+    """Return a value as an error shows it, without what may be a secret."""
+    return repr(without_secrets(value) if isinstance(value, str) else value)
+
+
+def check_credential(what: str, text: str) -> str:
+    """Return a key or token that a header can carry; `what` names it in the error, which hides it.
+
+    Raises ValueError.
+    """
+    if not _CREDENTIAL.fullmatch(text):
+        raise ValueError(
+            f"{what} has a space, a line end or a character beyond ASCII; pass the key as it was "
+            "given out, and nothing else"
+        )
+    return text
 
 
 def expectation(error: Mapping[str, Any]) -> str:

@@ -388,6 +388,17 @@ def test_a_bad_sources_file_says_why(tmp_path, entry, text):
         read_sources(tmp_path / "absent.json")
 
 
+def test_a_secret_that_no_header_can_carry_is_refused_at_the_start(tmp_path, monkeypatch):
+    path = tmp_path / "sources.json"
+    entry = {"name": "a", "kind": "hub", "url": ADDRESS, "token_variable": "TOKEN_OF_TEST"}
+    path.write_text(json.dumps({"sources": [entry]}))
+    for secret in ("hidden\n", "hidden\N{SNOWMAN}"):
+        monkeypatch.setenv("TOKEN_OF_TEST", secret)
+        with pytest.raises(ValueError, match="token_variable of 'a' names has a space") as refused:
+            read_sources(path)
+        assert "hidden" not in str(refused.value)
+
+
 @pytest.fixture
 def engine(start, server):
     """A client of a service with one adapter to load."""

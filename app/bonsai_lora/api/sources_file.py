@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bonsai_lora.sources.origins import Origin
-from bonsai_lora.validation import expectation, shown
+from bonsai_lora.validation import check_credential, expectation, shown
 
 _NAME = "^[a-z][a-z0-9-]{0,31}$"
 _BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._-]*)*/?")
@@ -146,13 +146,13 @@ def _check_address(field: str, url: str, *, allow_http: bool) -> None:
 
 def _secret(origin: str, field: str, variable: str) -> str:
     """Return the value of a variable, whose name no error shows: it may be the secret itself."""
-    found = os.environ.get(variable)
+    found, named = os.environ.get(variable), f"variable that {field} of {origin!r} names"
     if not found:
         raise ValueError(
-            f"the environment variable that {field} of {origin!r} names is not set; put the secret "
-            "into a variable, and its name into the file"
+            f"the environment {named} is not set; put the secret into a variable, and its name "
+            "into the file"
         )
-    return found
+    return check_credential(f"the environment {named}", found)
 
 
 def read_sources(path: Path | None) -> dict[str, Origin]:
