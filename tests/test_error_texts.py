@@ -96,6 +96,8 @@ REQUESTS = [
     (errors.UnmergeableError, "GET", "/tiny-qwen3/other-model/resolve/main/config.json", {}),
     (errors.VersionNotFoundError, "GET", "/v2/models/plain/versions/9", {}),
     (errors.RouteNotFoundError, "GET", "/other", {}),
+    (errors.RouteNotFoundError, "GET", "/v1/sets/", {}),
+    (errors.RouteNotFoundError, "GET", "/api/models/my-set", {}),
     (errors.MethodNotAllowedError, "PATCH", "/v1/sets", {}),
     (
         errors.NotAcceptableError,
@@ -165,6 +167,8 @@ REQUESTS = [
     (errors.InvalidRequestError, "POST", f"{APPLY}?dtype=F16", {"json": {"inputs": [ROW]}}),
     (errors.InvalidRequestError, "GET", "/v1/sets?page=1", {}),
     (errors.InvalidRequestError, "GET", "/v1/bases?page=1", {}),
+    (errors.InvalidRequestError, "GET", "/v1/compare?sets=a", {}),
+    (errors.InvalidRequestError, "GET", "/v1/sets?limit=ten", {}),
     (errors.InvalidRequestError, "POST", "/v1/sets", {"json": {}}),
     (
         errors.InvalidRequestError,

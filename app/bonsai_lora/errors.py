@@ -4,12 +4,18 @@ Each class has a stable `code`. HTTP statuses are assigned in `app/bonsai_lora/a
 An error's text says what is wrong with the value at hand, then what to do.
 """
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 
 def counted(number: int, noun: str) -> str:
     """Return `1 row` or `2 rows` for the noun `row`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def one_of(names: Sequence[str]) -> str:
+    """Return `a`, or `one of a, b`."""
+    return ", ".join(names) if len(names) == 1 else f"one of {', '.join(names)}"
 
 
 class BonsaiLoraError(Exception):
@@ -135,7 +141,7 @@ class BaseNotFoundError(NotFoundError, code="base_not_found"):
     def __init__(self, name: str) -> None:
         super().__init__(
             f"there is no base named {name!r}; add a folder of that name with safetensors files, "
-            "or a GGUF file, to the folder of the setting bases (GET /v1/bases lists the bases)",
+            "or a GGUF file, to the folder that --bases names (GET /v1/bases lists the bases)",
             base=name,
         )
 

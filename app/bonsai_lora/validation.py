@@ -22,14 +22,14 @@ _EXPECTED = {
     "model_type": "expected an object",
     "model_attributes_type": "expected an object",
     "literal_error": "expected {expected}",
-    "union_tag_invalid": "expected {expected_tags}",
+    "union_tag_invalid": "{discriminator} is '{tag}'; expected one of {expected_tags}",
     "greater_than_equal": "expected {ge} or more",
     "greater_than": "expected more than {gt}",
     "less_than_equal": "expected {le} or less",
     "less_than": "expected less than {lt}",
     "string_too_short": "expected a length of {min_length} or more",
     "string_too_long": "expected a length of {max_length} or less",
-    "string_pattern_mismatch": "expected what matches {pattern}",
+    "string_pattern_mismatch": "expected text that matches {pattern}",
     "too_short": "expected a list of {min_length} or more",
     "too_long": "expected a list of {max_length} or fewer",
 }
@@ -44,13 +44,6 @@ def expectation(error: Mapping[str, Any]) -> str:
         return re.sub(r"^\w+ should ", "it should ", found)
     limits = error.get("ctx", {})
     return text.format_map({key: _shown(value) for key, value in limits.items()})
-
-
-def fault_in_file(error: Any) -> str:
-    """Return where in a file the first fault of a ValidationError is, and what was expected."""
-    first = error.errors(include_input=False, include_url=False)[0]
-    place = ".".join(map(str, first["loc"])) or "the file"
-    return f"{place}: {expectation(first)}"
 
 
 def _shown(value: Any) -> str:

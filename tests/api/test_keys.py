@@ -336,7 +336,7 @@ def test_every_way_of_the_store_passes_the_view():
     theirs = {name for name in dir(SetView) if not name.startswith("_")}
     assert theirs - ours == {
         *("seen_by", "check_name", "check_budget", "reader"),
-        *("totals", "records", "find_record", "held_bytes"),  # of pages and sums
+        *("all_sums", "records", "find_record", "held_bytes"),  # of pages and sums
     }
 
 

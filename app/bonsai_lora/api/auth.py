@@ -1,6 +1,6 @@
-"""Who calls, and whether they may: one check of every request, on both ways in.
+"""Who is calling, and whether they may: the one check of every request.
 
-FastAPI asks `Authenticator` through `AuthMiddleware`, and the fast lane by itself.
+FastAPI runs it through `AuthMiddleware`; the fast lane calls `Authenticator` itself.
 """
 
 import base64

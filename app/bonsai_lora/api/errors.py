@@ -226,12 +226,12 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         path, method = request.url.path, request.method
         if error.status_code == HTTPStatus.NOT_FOUND:
             problem: BonsaiLoraError = errors.RouteNotFoundError(
-                f"there is no resource at {path!r}; see /docs for all paths"
+                f"there is no resource at {path!r}; {_remedy(path)}"
             )
             return problem_response(problem, request.scope)
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
             allowed = _allowed_methods(routes, request.scope)
-            remedy = f"use {'one of ' if len(allowed) > 1 else ''}{', '.join(allowed)}"
+            remedy = f"use {errors.one_of(allowed)}"
             if path == "/v1/sets" and method in ("PUT", "PATCH", "DELETE"):
                 remedy = f"name the set: {method} /v1/sets/{{set}}"
             problem = errors.MethodNotAllowedError(
@@ -252,6 +252,15 @@ def _on_system_error(request: Request, error: Exception) -> Response:
     if not is_out_of_files(error):
         raise error
     return problem_response(too_many_files(), request.scope)
+
+
+def _remedy(path: str) -> str:
+    """Return what to do about a path at which there is nothing."""
+    if path.endswith("/"):
+        return "remove the last slash"
+    if path.startswith("/api/models/"):
+        return "name a repository as BASE/SET, adapters/SET or bases/BASE"
+    return "see /docs for all paths"
 
 
 def validation_problem(found: Any) -> BonsaiLoraError:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bonsai_lora.sources.origins import Origin
-from bonsai_lora.validation import fault_in_file
+from bonsai_lora.validation import expectation
 
 _NAME = "^[a-z][a-z0-9-]{0,31}$"
 _BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._-]*)*/?")
@@ -107,8 +107,10 @@ class FolderEntry(_Entry):
     def to_origin(self) -> Origin:
         """Return the origin; raises ValueError if the folder does not exist."""
         folder = Path(self.path)
-        if not folder.is_absolute() or not folder.is_dir():
-            raise ValueError(f"the path {self.path!r} must be absolute, and a folder")
+        if not folder.is_absolute():
+            raise ValueError(f"the path {self.path!r} is relative; make it absolute")
+        if not folder.is_dir():
+            raise ValueError(f"the path {self.path!r} is not a folder; correct it")
         return Origin(self.name, "file", folder=folder, repositories=tuple(self.repositories))
 
 
@@ -141,7 +143,7 @@ def _check_address(field: str, url: str, *, allow_http: bool) -> None:
 def _secret(variable: str) -> str:
     found = os.environ.get(variable)
     if not found:
-        raise ValueError(f"the variable {variable} of a secret is not set")
+        raise ValueError(f"the environment variable {variable} is not set; put the secret into it")
     return found
 
 
@@ -156,10 +158,21 @@ def read_sources(path: Path | None) -> dict[str, Origin]:
         document = SourcesDocument.model_validate_json(path.read_bytes())
         return {one.name: one.to_origin() for one in document.sources}
     except ValidationError as error:
-        raise ValueError(f"the sources file {path} is not valid: {fault_in_file(error)}") from None
+        raise ValueError(f"the sources file {path} is not valid: {_fault(error)}") from None
     except OSError as error:
         raise ValueError(
             f"the sources file {path} cannot be read: {error.strerror or error}; check --sources"
         ) from None
     except ValueError as error:
-        raise ValueError(f"the sources file {path} cannot be used: {error}; correct it") from None
+        raise ValueError(f"the sources file {path} cannot be used: {error}") from None
+
+
+def _fault(error: ValidationError) -> str:
+    """Return the place of the first fault, the value there, and what was expected."""
+    first = error.errors(include_url=False)[0]
+    names = [*first["loc"][:2], *first["loc"][3:]]  # the third is the kind, not a field
+    place = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in names)
+    is_value = first["type"] not in ("missing", "extra_forbidden", "json_invalid", "value_error")
+    is_field = is_value and len(names) > 2
+    found = f" is {first['input']!r};" if is_field else ":"
+    return f"{place.removeprefix('.') or 'the file'}{found} {expectation(first)}"

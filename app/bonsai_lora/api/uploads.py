@@ -7,7 +7,7 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from bonsai_lora.api.body import LONG_BYTES, check_length, check_not_compressed, content_length
+from bonsai_lora.api.body import body_parts, check_length, check_not_compressed, content_length
 from bonsai_lora.errors import MalformedMultipartError, UnsupportedMediaTypeError
 from bonsai_lora.formats.foreign import check_config_start
 from bonsai_lora.formats.peft_config import CONFIG_BYTES
@@ -54,15 +54,10 @@ async def receive_adapter(
         reserved.budget.check(declared)
     form = _AdapterForm()
     boundary = _boundary(request)
-    received = 0
     try:
         parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
-        async for chunk in request.stream():
-            received += len(chunk)
-            check_length(received, limit)
+        async for chunk in body_parts(request, limit, place):
             reserved.add(len(chunk))
-            if received > LONG_BYTES:
-                place.take()
             parser.write(chunk)
             if len(form.model) >= _WRITE_BYTES:
                 await _flush(form, gguf if form.is_gguf else upload)
@@ -71,7 +66,6 @@ async def receive_adapter(
         raise MalformedMultipartError(
             f"the body is not multipart/form-data: {error}; {_REMEDY}"
         ) from None
-    place.take()
     await _flush(form, gguf if form.is_gguf else upload)
     missing = set() if form.is_gguf else {CONFIG_PART, MODEL_PART} - form.seen
     if missing or not form.ended:

@@ -94,6 +94,8 @@ def run_backup(arguments: argparse.Namespace) -> int:
     try:
         with ProgressLine() as progress:
             entries = back_up(SetStore(root), arguments.folder, progress.update)
+    except FileExistsError as error:
+        return failed(f"{error.filename} exists already; name a new folder")
     except OSError as error:
         return failed(f"no backup was made: {plain(error)}")
     size = sum(one["bytes"] for one in entries)
@@ -153,7 +155,7 @@ def run_gc(arguments: argparse.Namespace) -> int:
 def check_bucket(url: str) -> None:
     """Raise ValueError if `url` does not name a bucket, or what connects to it is missing."""
     if not urlsplit(url).netloc:
-        raise ValueError(f"the store {url!r} names no bucket; expected such as s3://bucket/prefix")
+        raise ValueError(f"the store {url!r} names no bucket; add it, as in s3://bucket/prefix")
     if find_spec("obstore") is None:
         raise ValueError(
             f"the store {url} needs obstore, which is not installed; pip install obstore"
@@ -194,7 +196,7 @@ def _opened(place: str) -> Iterator[Store]:
 
 def not_a_store(folder: Path) -> int:
     """Print that there is no store at `folder`, and return the exit code."""
-    return failed(f"{folder} is not a store; name one with --store")
+    return failed(f"there is no store at {folder}; name one with --store")
 
 
 def _agreed(question: str) -> bool:

@@ -6,7 +6,6 @@ path, body, metadata, query, tensor or cursor) and every name that goes out pass
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -28,15 +27,6 @@ from bonsai_lora.storage.protocol import Page, Store, StoreState
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Numbers of sets and files, which are the same for every caller."""
-
-    sets: int
-    bad_files: int
-    newer_files: int
 
 
 class SetView:
@@ -148,10 +138,13 @@ class SetView:
     def _own(self, found: Mapping[str, T]) -> dict[str, T]:
         return {name: value for name, value in found.items() if self.key.owns(name)}
 
-    def totals(self) -> Totals:
-        """Return the numbers of all sets and files, whoever asks."""
-        sums = self._store.sums("")
-        return Totals(sums.sets, self._store.count_bad_files(), sums.newer)
+    def all_sums(self) -> Sums:
+        """Return the sums over all sets, whoever asks."""
+        return self._store.sums("")
+
+    def count_bad_files(self) -> int:
+        """Return the number of unreadable files, whoever asks."""
+        return self._store.count_bad_files()
 
     def dropped(self) -> Dropped:
         """Return what others put into the folder of the store, whoever asks."""
@@ -193,7 +186,7 @@ class SetView:
 
         Sets that a newer release wrote count as much as their files.
         """
-        total, one = self._store.sums(""), self._store.sums_of(besides)
+        total, one = self.all_sums(), self._store.sums_of(besides)
         return total.held_bytes + total.newer_bytes - one.held_bytes - one.newer_bytes
 
     def _check_quota(self, name: str, new_bytes: int) -> None:

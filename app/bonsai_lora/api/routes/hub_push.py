@@ -147,7 +147,8 @@ def _check_target(context: Context, owner: str, name: str, revision: str = "main
     """Raise an error if nothing can be pushed there."""
     if owner != ADAPTERS:
         raise errors.InvalidRequestError(
-            f"{owner[:100]}/{name[:100]} is no adapter; push an adapter to {ADAPTERS}/{{set}}",
+            f"the repository {f'{owner[:100]}/{name[:100]}'.lstrip('/')!r} is not that of a set; "
+            f"push to {ADAPTERS}/{name[:100]}",
             got=owner[:100],
             expected=ADAPTERS,
         )
