@@ -80,7 +80,10 @@ def test_an_interrupt_of_the_terminal_ends_it(tmp_path):
 def test_ctrl_c_lets_requests_in_flight_finish(tmp_path):
     """A terminal sends it to the whole process group, which `setsid` makes here."""
     head = "POST /v1/sets HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with running("--store", str(tmp_path), command=("setsid", COMMAND)) as (url, process):
+    with running("--store", str(tmp_path), "--workers", "1", command=("setsid", COMMAND)) as (
+        url,
+        process,
+    ):
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as client:
             client.sendall(f"{head}Content-Length: 13\r\n\r\n".encode())
             httpx.get(f"{url}/healthz").raise_for_status()  # the head was read by now
