@@ -61,8 +61,8 @@ mutants: setup-dev $(VENV)/.mutants ## change FOLDER=formats (core, wire, …) i
 mutants-known: setup-dev ## check that the tests detect known mistakes, put into a copy of the code
 	@$(BIN)/python tests/mutants/run.py
 
-soak: setup-dev ## kills, mutated requests and overload for SECONDS=600
-	@$(BIN)/python tests/hostile/soak.py --seconds $(or $(SECONDS),600)
+soak: setup-dev ## kills, mutated requests and overload for SECONDS=600; half of it over a bucket after make test-cluster
+	@PATH="$$PATH:$(CURDIR)/$(CLUSTER)/bin" $(BIN)/python tests/hostile/soak.py --seconds $(or $(SECONDS),600)
 
 test-peers: setup-dev $(VENV)/.peers ## compare results with torch, peft and safetensors
 	@$(BIN)/python -m pytest -q -m peers

@@ -19,7 +19,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from bonsai_lora.api.app import create_app
-from bonsai_lora.api.door import Door
+from bonsai_lora.api.auth import Authenticator
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
@@ -121,8 +121,8 @@ def stages(app, stored: StoredSet, rows: int, rank: int) -> dict[str, float]:
     x = vectors(rows)
     text = b"".join(json.encode({"inputs": x}))
     return {
-        "the door, without keys": door_microseconds(app.state.door, b""),
-        "the door, with a key": door_microseconds(*door_with_a_key(app)),
+        "authentication, without keys": auth_microseconds(app.state.authenticator, b""),
+        "authentication, with a key": auth_microseconds(*authenticator_with_a_key(app)),
         "look-up of the set": microseconds(lambda: app.state.context.store.read("bench")),
         "x·Aᵀ·Bᵀ": microseconds(lambda: adapter.apply(x)),
         "count and observe": microseconds(
@@ -133,15 +133,15 @@ def stages(app, stored: StoredSet, rows: int, rank: int) -> dict[str, float]:
     }
 
 
-def door_microseconds(door: Door, header: bytes) -> float:
+def auth_microseconds(auth: Authenticator, header: bytes) -> float:
     """Return what the check of one request costs on the fast lane."""
     headers = {b"host": b"127.0.0.1:8000", b"authorization": header}
-    peer = door.peer_of(("127.0.0.1", 8000), ("127.0.0.1", 50000))
-    return microseconds(lambda: door.admit("/v1/apply", headers, peer).context("apply"))
+    peer = auth.peer_of(("127.0.0.1", 8000), ("127.0.0.1", 50000))
+    return microseconds(lambda: auth.admit("/v1/apply", headers, peer).context("apply"))
 
 
-def door_with_a_key(app) -> tuple[Door, bytes]:
-    """Return a door, and the Authorization header of a key with rates and a prefix."""
+def authenticator_with_a_key(app) -> tuple[Authenticator, bytes]:
+    """Return an authenticator, and the Authorization header of a key with rates and a prefix."""
     number, token = new_token()
     entry = {
         "id": number,
@@ -155,7 +155,7 @@ def door_with_a_key(app) -> tuple[Door, bytes]:
     path.write_text(dumps({"keys": [entry]}))
     path.chmod(0o600)
     settings = Settings(keys_file=path)
-    return Door(settings, app.state.context), b"Bearer " + token.encode()
+    return Authenticator(settings, app.state.context), b"Bearer " + token.encode()
 
 
 def read_json(text: bytes) -> None:

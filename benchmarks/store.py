@@ -1,12 +1,14 @@
 """The store: uploads against cp plus fsync, 100 to 100,000 sets, look-ups, restarts.
 
 With `--only-sizes` only the costs by number of sets; with `--hundred-thousand` also at that number,
-which writes 100,000 files (400 MB) and takes minutes.
+which writes 100,000 files (400 MB) and takes minutes. With `--bucket` only those costs over a bucket
+of SeaweedFS, which the environment of `make test-cluster` has:
+
+    .venv-cluster/bin/python benchmarks/store.py --bucket
 """
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import shutil
@@ -18,6 +20,7 @@ from pathlib import Path
 
 from measure import in_turns, report
 from server import serving
+from store_sizes import ASKED, asked_rows, make_small_sets, wait_until_ready
 
 import httpx
 import ml_dtypes
@@ -127,86 +130,33 @@ def size_rows(folder: Path, counts: list[int]) -> list[dict[str, object]]:
         for count in counts:
             root = folder / f"sized-{count}"
             make_small_sets(root, count)
-            started = time.perf_counter()
-            with serving("--store", str(root)) as (url, _):
-                wait_until_ready(url)
-            first = time.perf_counter() - started
-            started = time.perf_counter()
+            shutil.rmtree(root / "index-1")
+            rows.append(start_row(root, count))
             url, _ = stack.enter_context(serving("--store", str(root)))
             wait_until_ready(url)
-            again = time.perf_counter() - started
-            rows.append({"what": f"{count:,} sets: start until ready, without / with an index",
-                         "figure": f"{first:.2f} s / {again:.2f} s"})  # fmt: skip
             services[count] = stack.enter_context(httpx.Client(base_url=url, timeout=60))
-        for what, ask in ASKED.items():
-            rivals = {str(count): ask(client, count) for count, client in services.items()}
-            seconds = in_turns(rivals, seconds=4)
-            figures = " / ".join(f"{seconds[str(count)] * 1e3:.2f}" for count in counts)
-            sizes = " / ".join(f"{count:,}" for count in counts)
-            rows.append({"what": f"{what}, {sizes} sets", "figure": f"{figures} ms"})
-    return rows
+        return rows + asked_rows(services, ASKED)
 
 
-def make_small_sets(root: Path, count: int) -> None:
-    """Write `count` sets of one tiny module, as copies of a set that the store wrote."""
-    store, name = SetStore(root), "set-000000"
-    made = BonsaiLoraSet.new(LoraConfig(rank=1), "base", name).add_adapters({"m": (4, 4)})
-    with store.lock(name):
-        store.write(
-            NextVersion(
-                lora_set=made, origin="initialized", now="2026-01-01T00:00:00Z", previous=None
-            )
-        )
-    raw = (root / "sets" / f"{name}.safetensors").read_bytes()
-    for index in range(1, count):
-        other = f"set-{index:06}"
-        path = root / "sets" / f"{other}.safetensors"
-        path.write_bytes(raw.replace(name.encode(), other.encode()))
+def start_row(root: Path, count: int) -> dict[str, object]:
+    """How long a start takes until the service is ready."""
+
+    def start(*flags: str) -> str:
+        started = time.perf_counter()
+        with serving("--store", str(root), *flags) as (url, _):
+            wait_until_ready(url)
+            return f"{time.perf_counter() - started:.2f} s"
+
+    first, again = start(), start()
+    (root / "sets" / "by-others").touch()
+    changed = start()
+    (root / "sets" / "by-others").unlink()
     shutil.rmtree(root / "index-1")
-
-
-def wait_until_ready(url: str) -> None:
-    while True:
-        with contextlib.suppress(httpx.TransportError):
-            httpx.get(f"{url}/readyz", timeout=300).raise_for_status()
-            return
-        time.sleep(0.01)
-
-
-def getting(path: str):
-    """Return what makes a call that gets a path, with the name of a set in the middle."""
-
-    def make(client: httpx.Client, count: int):
-        url = path.format(middle=f"set-{count // 2:06}")
-        return lambda: client.get(url).raise_for_status()
-
-    return make
-
-
-def creating(client: httpx.Client, _count: int):
-    numbers = itertools.count()
-    body = {"mlp": {"hidden_size": 4, "intermediate_size": 4}, "config": {"rank": 1}}
-    return lambda: client.post(
-        "/v1/sets", json={"name": f"new-{next(numbers)}", **body}
-    ).raise_for_status()
-
-
-def deleting(client: httpx.Client, _count: int):
-    numbers = itertools.count()
-    return lambda: client.delete(f"/v1/sets/new-{next(numbers)}")
-
-
-ASKED = {
-    "creating a set": creating,
-    "deleting a set": deleting,
-    "GET /v1/sets/{set}": getting("/v1/sets/{middle}"),
-    "GET /v1/sets, a page of 100": getting("/v1/sets?cursor={middle}"),
-    "the same for one base": getting("/v1/sets?cursor={middle}&base_model_name=base"),
-    "the same for a prefix": getting("/v1/sets?prefix=set-0000"),
-    "GET /readyz": getting("/readyz"),
-    "GET /metrics": getting("/metrics"),
-    "GET /v1/stats": getting("/v1/stats"),
-}
+    return {
+        "what": f"{count:,} sets: start until ready, without an index / with one / with one after "
+        "others changed the folder / without one, four workers",
+        "figure": f"{first} / {again} / {changed} / {start('--workers', '4')}",
+    }
 
 
 def store_one(store: SetStore, name: str):
@@ -278,11 +228,17 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only-sizes", action="store_true")
     parser.add_argument("--hundred-thousand", action="store_true")
+    parser.add_argument("--bucket", action="store_true")
     chosen, _ = parser.parse_known_args()
-    counts = [100, 10_000, *([100_000] if chosen.hundred_thousand else [])]
+    large = [10_000, *([100_000] if chosen.hundred_thousand else [])]
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name:
         folder = Path(name)
-        rows = size_rows(folder, counts)
+        if chosen.bucket:
+            from store_bucket import bucket_rows
+
+            report("The store in a bucket", bucket_rows(folder, [10, *large]))
+            return
+        rows = size_rows(folder, [100, *large])
         if not chosen.only_sizes:
             rows += upload_rows(folder) + many_rows(folder)
             rows += [workers_row(folder, workers) for workers in (1, 4)]

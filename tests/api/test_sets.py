@@ -297,7 +297,7 @@ def test_export_ranges_head_and_conditions(client):
         ({"init_lora_weights": "olora"}, "unsupported_adapter", "olora"),
         ({"use_qalora": True}, "unsupported_adapter", "use_qalora"),
         ({"r": 5}, "invalid_adapter", "rank"),
-        ({"r": 0}, "invalid_adapter", "r must"),
+        ({"r": 0}, "invalid_adapter", "r is 0"),
         ({"lora_alpha": "x"}, "invalid_adapter", "lora_alpha"),
         ({"rank_pattern": {"q_proj": 3}}, "invalid_adapter", "rank"),
         ({"rank_pattern": {"(": 4}}, "invalid_adapter", "regular expression"),

@@ -38,7 +38,6 @@ class Seaweed:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.ports = {name: _free_port() for part in _PARTS for name in (part, f"{part}.grpc")}
-        self.ports["iceberg"] = _free_port()
         self.endpoint = f"http://127.0.0.1:{self.ports['s3']}"
         identity = {
             "name": "test",
@@ -65,7 +64,7 @@ class Seaweed:
             [
                 *(WEED, "server", f"-dir={self.folder}", "-ip=127.0.0.1"),
                 *("-ip.bind=127.0.0.1", "-filer", "-s3", *ports),
-                f"-s3.port.iceberg={self.ports['iceberg']}",
+                *("-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
                 f"-s3.config={self.folder}/s3.json",
                 *("-master.volumeSizeLimitMB=64", "-volume.max=20"),
             ],
@@ -83,9 +82,13 @@ class Seaweed:
     def stop(self):
         if self._process is None:
             return
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(timeout=20)
         self._process = None
+        for port in self.ports.values():  # a killed server leaves its sockets
+            for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                path.unlink()
 
     def store(self, prefix):
         """Return the URL of a store of its own."""

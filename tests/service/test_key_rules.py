@@ -17,7 +17,7 @@ from bonsai_lora.service.keys import (
     may,
     new_token,
 )
-from bonsai_lora.service.rates import Bucket
+from bonsai_lora.service.rates import TokenBucket
 
 
 def key(scopes=("read",), prefixes=("acme.",), token=b"", **more):
@@ -75,7 +75,7 @@ class Clock:
 
 def test_a_bucket_lets_its_rate_through():
     clock = Clock()
-    bucket = Bucket(8, clock)
+    bucket = TokenBucket(8, clock)
     assert [bucket.take(1) for _ in range(9)] == [0] * 8 + [1]
     clock.now += 0.125
     assert [bucket.take(1), bucket.take(1)] == [0, 1]
@@ -85,7 +85,7 @@ def test_a_bucket_lets_its_rate_through():
 
 def test_more_than_a_second_is_worth_passes_once_the_bucket_is_full_and_is_waited_for():
     clock = Clock()
-    bucket = Bucket(8, clock)
+    bucket = TokenBucket(8, clock)
     assert bucket.take(40) == 0
     assert bucket.take(1) == 5  # 32 are owed
     clock.now += 4
@@ -96,7 +96,7 @@ def test_more_than_a_second_is_worth_passes_once_the_bucket_is_full_and_is_waite
 
 def test_rates_below_one_still_let_one_through():
     clock = Clock()
-    bucket = Bucket(0.125, clock)
+    bucket = TokenBucket(0.125, clock)
     assert bucket.take(1) == 0
     assert bucket.take(1) == 8
     clock.now += 8

@@ -30,42 +30,43 @@ def peak_of(work):
         tracemalloc.stop()
 
 
+RECIPES = [
+    Recipe(method, **size, **({"density": 0.5} if "density" in options else {}))
+    for method, options in OPTIONS.items()
+    for size in ({}, {"rank": 2}, {"energy": 1.0})
+    if size.keys() <= set(options)
+]
+"""Every method, with each of the options that say how large the new set may be."""
+each_recipe = pytest.mark.parametrize(
+    "recipe", RECIPES, ids=lambda one: f"{one.method} {one.rank or one.energy or ''}"
+)
+
+
 @pytest.mark.parametrize("shape", SETS)
-@pytest.mark.parametrize("method", OPTIONS)
-def test_combinations(rng, method, shape):
+@each_recipe
+def test_combinations(rng, recipe, shape):
     count, rank, d_in, d_out, experts = shape
-    if method == "slerp" and count != 2:
+    if recipe.method == "slerp" and count != 2:
         pytest.skip("slerp takes two sets")
     adapters = [
         random_adapter(rng, rank, d_in, d_out, dtype=ml_dtypes.bfloat16, experts=experts)
         for _ in range(count)
     ]
-    recipe = Recipe(method, **({"density": 0.5} if "density" in OPTIONS[method] else {}))
     weights = [1 / count] * count
     plan = Plan("new", [], weights, recipe, {"m": adapters}, adapters[0].rank)
     peak = peak_of(lambda: combine("m", adapters, weights, recipe, adapters[0].rank))
     assert peak <= plan.work_bytes() + plan.result_bytes()
 
 
-SIZES = [{}, {"rank": 2}, {"energy": 1.0}]
-"""Ways in which a request says how large a new set may be."""
-
-
-@pytest.mark.parametrize("size", SIZES, ids=lambda size: " ".join(size) or "nothing")
-@pytest.mark.parametrize("method", OPTIONS)
-def test_what_is_counted_for_a_new_set_covers_it(rng, method, size):
-    if not size.keys() <= set(OPTIONS[method]):
-        pytest.skip("an option that the method does not take")
-    density = {"density": 0.5} if "density" in OPTIONS[method] else {}
-    recipe = Recipe(method, **density, **size)
-    pair = [
-        random_adapter(rng, rank, 40, 30) for rank in ((3, 3) if recipe.is_on_factors else (3, 2))
-    ]
+@each_recipe
+def test_what_is_counted_for_a_new_set_covers_it(rng, recipe):
+    ranks = (3, 3) if recipe.is_on_factors else (3, 2)
+    pair = [random_adapter(rng, rank, 40, 30) for rank in ranks]
     plan = Plan("new", [], [0.5, 0.5], recipe, {"m": pair}, 3)
     made = combine("m", pair, [0.5, 0.5], recipe, 3).adapter
     made_bytes = made.a_matrix.nbytes + made.b_matrix.nbytes
     assert made_bytes <= plan.result_bytes()
-    if method == "svd":  # its rank is known
+    if recipe.method == "svd":  # its rank is known
         assert made_bytes == plan.result_bytes()
 
 

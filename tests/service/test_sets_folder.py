@@ -41,7 +41,7 @@ def run(store, folder, settings):
 
     def run(**changes):
         limits = dataclasses.replace(limits_of(settings), **changes)
-        found = import_folder(SetView(store), limits, Budget(1 << 30), BaseFolder(None), folder)
+        found = import_folder(SetView(store, limits), Budget(1 << 30), BaseFolder(None), folder)
         return {one.name: one for one in found}
 
     return run
@@ -83,12 +83,12 @@ def test_a_changed_file_is_the_next_version(run, store, folder):
 def test_a_changed_set_is_imported_again(run, store, folder, settings, change):
     shutil.copytree(TINY / "plain", folder / "plain")
     run()
-    view, limits = SetView(store), limits_of(settings)
+    view = SetView(store, limits_of(settings))
     if change == "base":
-        sets.name_base(view, limits, "plain", "other", lambda _: None)
+        sets.name_base(view, "plain", "other", lambda _: None)
     elif change == "remove":
         module = store.read("plain").lora_set.registry.module_names()[0]
-        adapters.delete_adapter(view, limits, "plain", module, lambda _: None)
+        adapters.delete_adapter(view, "plain", module, lambda _: None)
     else:
         sets.delete_set(view, "plain", lambda _: None)
     assert outcomes(run()) == {"plain": "imported"}
@@ -154,8 +154,8 @@ def test_limits_are_those_of_an_upload(run, store, folder, limit):
 
 
 def test_a_set_that_somebody_made_is_replaced(run, store, folder, settings):
-    view, limits = SetView(store), limits_of(settings)
-    sets.create_set(view, limits, Budget(1 << 20), "plain", "", LoraConfig(2, 2.0, 0.0, ()), {})
+    view = SetView(store, limits_of(settings))
+    sets.create_set(view, Budget(1 << 20), "plain", "", LoraConfig(2, 2.0, 0.0, ()), {})
     shutil.copytree(TINY / "plain", folder / "plain")
     assert outcomes(run()) == {"plain": "imported"}
     assert store.read("plain").record.version == 2
@@ -176,7 +176,7 @@ def run_in(folder, settings):
 
     def run_in(store):
         found = import_folder(
-            SetView(store), limits_of(settings), Budget(1 << 30), BaseFolder(None), folder
+            SetView(store, limits_of(settings)), Budget(1 << 30), BaseFolder(None), folder
         )
         return {one.name: one for one in found}
 

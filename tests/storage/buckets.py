@@ -38,11 +38,11 @@ class Line(Bucket):
 
 
 class Machines:
-    """Makes machines with caches of their own below `folder`."""
+    """Makes machines with caches of their own below `folder`, over a bucket in memory or a given one."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, bucket=None):
         self.folder = folder
-        self.memory = MemoryStore()
+        self.memory = bucket or MemoryStore()
 
     def store(self, name="one", *, cache_bytes=1 << 30, stale=60.0, if_error=3600.0):
         bucket = Line(self.memory)

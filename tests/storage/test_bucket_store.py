@@ -22,7 +22,7 @@ from bonsai_lora.errors import (
     StoreFullError,
     StoreUnreachableError,
 )
-from bonsai_lora.storage import freshness
+from bonsai_lora.storage import bucket_store, cache, freshness
 from bonsai_lora.storage.cache import Cache
 from bonsai_lora.storage.cache_folder import release_all
 from bonsai_lora.storage.newset import NextVersion
@@ -462,6 +462,70 @@ def test_a_worker_finds_what_a_different_one_has_evicted(machines):
     (machines.folder / "one" / "sets" / "s.safetensors").unlink()
     assert store.read_quickly("s") is None
     assert store.read("s").record.version == 1
+
+
+def test_maintenance_removes_copies_beyond_the_limit_that_other_workers_made(machines, monkeypatch):
+    one = machines.store("one")
+    for name in "abcd":
+        create(one, name, width=256)
+    size = len(one.read("a").file)
+    workers = [machines.store("other", cache_bytes=2 * size + 100) for _ in range(2)]
+    for worker, names in zip(workers, ("ab", "cd"), strict=True):
+        for name in names:
+            worker.read(name)
+    copies = machines.folder / "other" / "sets"
+    for worker in workers:
+        worker.maintain()  # counted half a minute ago at most
+    assert len(os.listdir(copies)) == 4
+    monkeypatch.setattr(cache, "_RECOUNT_SECONDS", 0.0)
+    os.utime(machines.folder / "other" / "notes" / "a", (1, 1))
+    os.utime(machines.folder / "other" / "notes" / "c", (2, 2))
+    workers[0].maintain()
+    assert sorted(os.listdir(copies)) == ["b.safetensors", "d.safetensors"]
+    assert workers[0].state().cache_bytes == 2 * size
+    assert [one.record.name for one in workers[0].open_sets()] == ["b"]
+
+
+def test_maintenance_asks_a_bucket_that_nobody_has_asked(machines, monkeypatch):
+    store = machines.store()
+    create(store)
+    assert requests_of(store, store.maintain) == {}
+    store.line.is_cut = True
+    monkeypatch.setattr(bucket_store, "_PROBE_SECONDS", -1.0)
+    store.maintain()
+    assert not store.state().is_reachable
+    store.line.is_cut = False
+    assert requests_of(store, store.maintain) == {"get": 1}
+    assert store.state().is_reachable
+
+
+def test_what_is_counted(machines):
+    one, other = machines.store("one"), machines.store("other")
+    for name in ("a", "b"):
+        create(one, name)
+    sizes = [len(one.read(name).file) for name in ("a", "b")]
+    for name in ("a", "b"):
+        other.read(name)
+        for _ in range(3):
+            other.read_quickly(name)
+        for _ in range(2):
+            other.refresh(name)
+    add(one, "more", "a")
+    other.refresh("a")
+    delete(one, "b")
+    other.refresh("b")
+    counts = other.state().counts
+    assert counts.pop("fetch_seconds") > 0
+    assert counts == {
+        "requests_get": 2 * 2 + 2 * 2 + (2 + 1) + 2,
+        "looks_changed": 3,
+        "looks_same": 4,
+        "looks_gone": 1,
+        "hits": 6,
+        "fetches": 3,
+        "fetched_bytes": sum(sizes) + len(one.read("a").file),
+        "evictions": 0,
+    }
 
 
 def test_the_budget_holds_between_machines(machines):

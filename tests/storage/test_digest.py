@@ -193,6 +193,32 @@ def test_a_digest_that_is_not_one_counts_as_none(store):
         assert record_of(path_of(store))["digest"] == value
 
 
+@pytest.mark.parametrize(
+    ("modules", "width", "has_digest", "is_quick"),
+    [
+        (1, 8, True, True),
+        (1, 8, False, True),  # it is checked in a millisecond
+        (1, 100_000, True, True),
+        (1, 100_000, False, False),  # all of it has to be checked first
+        (600, 200, True, False),  # its header is long
+    ],
+)
+def test_a_set_is_opened_at_once_if_that_takes_milliseconds(
+    tmp_path, modules, width, has_digest, is_quick
+):
+    shapes = {f"model.layers.{number}.q_proj": (width, width) for number in range(modules)}
+    made = BonsaiLoraSet.new(LoraConfig(rank=2), "base", "s").add_adapters(shapes)
+    written = SetStore(tmp_path)
+    with written.lock("s"):
+        written.write(NextVersion(lora_set=made, origin="initialized", now=NOW, previous=None))
+    if not has_digest:
+        change_record(path_of(written), with_keys(digest=None))
+    store = SetStore(tmp_path)
+    assert (store.read_quickly("s") is not None) == is_quick
+    opened = store.read("s")
+    assert store.read_quickly("s") is opened, "once open, it stays open"
+
+
 def overwrite(path, change):
     """Write changed content into the same file, as `cp` does."""
     content = bytearray(path.read_bytes())

@@ -18,16 +18,18 @@ from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import QuotaExceededError, SetNotFoundError
 from bonsai_lora.service.keys import Key, Quota
+from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.stats import store_stats
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage import listing
-from bonsai_lora.storage.index import SetIndex, Sums
+from bonsai_lora.storage.index import Row, SetIndex, Sums
 from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import read_record
 from bonsai_lora.storage.store import SetStore
 
 NOW = "2026-01-01T00:00:00.000000Z"
 EVERYTHING = "everything"
+LIMITS = Limits(*[1 << 40] * 9)
 
 
 def write(store, name, rank=1, base="base"):
@@ -101,7 +103,7 @@ def test_own_changes_are_noted_without_a_comparison(tmp_path, monkeypatch):
     delete(stores[0], "s5")
     for store in stores:
         assert [one.name for one in store.records()] == ["s0", "s1", "s2", "s3", "s4"]
-        assert SetView(store).held_bytes(besides="s0") == 4 * 4 * 16
+        assert SetView(store, LIMITS).held_bytes(besides="s0") == 4 * 4 * 16
 
 
 def test_pages_follow_names_prefixes_and_bases(tmp_path):
@@ -112,7 +114,7 @@ def test_pages_follow_names_prefixes_and_bases(tmp_path):
     prefixes = ["", "a", "a.", "zz"]
     keys = [key_of(""), key_of("a."), key_of("b.", "a.", "a.b"), key_of()]
     for key, prefix, base, limit in itertools.product(keys, prefixes, [None, "even"], [1, 2, 100]):
-        view, found, after = SetView(store, key), [], ""
+        view, found, after = SetView(store, LIMITS, key), [], ""
         while page := view.page(prefix, after=after, base_model_name=base, limit=limit).records:
             assert len(page) <= limit
             found += [one.name for one in page]
@@ -133,21 +135,32 @@ def test_the_largest_sets_are_those_of_the_key(tmp_path, count):
     for key in (key_of(""), key_of("a."), key_of("a.1", "b.")):
         own = [one for one in in_files(tmp_path) if key.owns(one.name)]
         own.sort(key=lambda one: (-one.total_memory_bytes, one.name))
-        assert SetView(store, key).largest(7).records == own[:7]
-        assert store_stats(SetView(store, key)).set_count == len(own)
+        assert SetView(store, LIMITS, key).largest(7).records == own[:7]
+        assert store_stats(SetView(store, LIMITS, key)).sums.sets == len(own)
+
+
+def test_a_table_that_is_filled_at_once_counts_its_sums(tmp_path):
+    store = SetStore(tmp_path)
+    for name in ("a", "b", "b.x"):
+        write(store, name)
+    index = SetIndex(None)
+    with index.transaction():
+        index.fill(Row(one.name, "", one, 1) for one in in_files(tmp_path))
+    for start in ("", "b"):
+        assert index.sums(start) == store.listing.ask(lambda kept, start=start: kept.sums(start))
 
 
 def test_a_quota_counts_each_set_once(tmp_path):
     store = SetStore(tmp_path)
     for name in ("a.1", "a.b.1", "b.1"):
         write(store, name)
-    view = SetView(store, key_of("a.", "a.b.", quota=Quota(sets=2, bytes=3 * 32)), "write")
-    view.check_quota("a.1", 64)
+    view = SetView(store, LIMITS, key_of("a.", "a.b.", quota=Quota(sets=2, bytes=3 * 32)), "write")
+    view.check_budget("a.1", 64)
     for name, size in (("a.1", 65), ("a.2", 1)):
         with pytest.raises(QuotaExceededError):
-            view.check_quota(name, size)
+            view.check_budget(name, size)
     delete(store, "a.b.1")
-    view.check_quota("a.2", 64)
+    view.check_budget("a.2", 64)
 
 
 def test_what_others_put_change_and_remove_is_found(tmp_path):
@@ -178,7 +191,7 @@ def test_own_changes_are_noted_while_a_comparison_has_to_wait(tmp_path, monkeypa
     assert [one.name for one in store.records()] == ["a", "c"]
     delete(store, "a")
     assert [one.name for one in store.records()] == ["c"]
-    assert SetView(store).held_bytes("") == 32
+    assert SetView(store, LIMITS).held_bytes("") == 32
 
 
 def test_a_comparison_is_shared_by_the_workers(tmp_path, monkeypatch):
@@ -368,7 +381,7 @@ def test_a_rebuild_takes_all_processes_along(tmp_path):
     write(store, "s")
     # A wrong sum, which no comparison of rows with files can find.
     store.listing.ask(lambda index: index._ask("UPDATE sums SET held = 7"))
-    assert SetView(store).held_bytes("") == 7
+    assert SetView(store, LIMITS).held_bytes("") == 7
     SetStore(tmp_path).listing.rebuild()
     assert_agrees(store)
     assert [path.name for path in (tmp_path / "index-1").glob("*.sqlite")] == ["2.sqlite"]

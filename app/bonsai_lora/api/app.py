@@ -25,9 +25,8 @@ from prometheus_client.core import Metric
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import BaseRoute, Route
 
+from bonsai_lora.api.auth import Authenticator, AuthMiddleware
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.door import Door
-from bonsai_lora.api.entrance import EntranceMiddleware
 from bonsai_lora.api.errors import install_error_handlers
 from bonsai_lora.api.metrics import Load, Metrics, service_metrics
 from bonsai_lora.api.middleware import ObserveMiddleware, Observer
@@ -120,7 +119,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     Chooses the backend and compiles its kernels, so that the first apply is as fast as the second.
     `shared` is a folder that all workers of the service share while it runs; by default a temporary
     folder that is deleted with the application. Raises ValueError if there are neither keys nor
-    `no_auth`, so that no server opens the door by accident, and KeysFileError.
+    `no_auth`, so that no server is open by accident, and KeysFileError.
     """
     if settings.keys_file is None and not settings.no_auth:
         raise ValueError(UNGUARDED)
@@ -145,12 +144,13 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     app.state.fast_lane = None
     metrics = Metrics(partial(_collect, app, shared), partial(_read_load, app), store.state)
     app.state.store = store
-    app.state.door = door = Door(settings, _make_context(settings, store, shared, metrics))
-    app.state.context = door.visitor.context(OPEN)
+    auth = Authenticator(settings, _make_context(settings, store, shared, metrics))
+    app.state.authenticator = auth
+    app.state.context = auth.visitor.context(OPEN)
     app.state.routes = _include_routes(app)
     install_error_handlers(app, app.state.routes)
     install_openapi(app, settings.root_path)
-    app.add_middleware(EntranceMiddleware, door=door)
+    app.add_middleware(AuthMiddleware, authenticator=auth)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -247,8 +247,8 @@ def choose_backend(settings: Settings) -> None:
 
 
 def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metrics) -> Context:
-    view = SetView(store)
     limits = limits_of(settings)
+    view = SetView(store, limits)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
     memory = Budget(settings.work_memory_bytes)
@@ -256,7 +256,6 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
     return Context(
         settings,
         view,
-        limits,
         memory,
         Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
         ShortLane(
@@ -288,7 +287,7 @@ def _collect(app: FastAPI, shared: Path) -> Iterable[Metric]:
     """Return the metrics of the whole service, as this process sees it."""
     context: Context = app.state.context
     return service_metrics(
-        store_stats(SetView(app.state.store)),
+        store_stats(SetView(app.state.store, context.limits)),
         _describe(app),
         budget_bytes=context.limits.memory_budget_bytes,
         restarts=read_restarts(shared),
@@ -300,12 +299,12 @@ def _read_load(app: FastAPI) -> Load:
     context: Context = app.state.context
     lanes = {context.short, context.long, context.opening, context.jobs.lane}
     budgets = {"memory": context.memory, "spill": context.spill}
-    return Load(
-        {lane.name: lane.in_progress for lane in lanes},
-        {lane.name: lane.waiting for lane in lanes},
-        {name: budget.reserved_bytes for name, budget in budgets.items()},
-        {name: budget.total_bytes for name, budget in budgets.items()},
-    )
+    return {
+        "requests_in_flight": {lane.name: lane.in_progress for lane in lanes},
+        "queued_work": {lane.name: lane.waiting for lane in lanes},
+        "reserved_bytes": {name: budget.reserved_bytes for name, budget in budgets.items()},
+        "budget_bytes": {name: budget.total_bytes for name, budget in budgets.items()},
+    }
 
 
 def _describe(app: FastAPI) -> dict[str, str]:

@@ -24,6 +24,16 @@ LONG_BYTES = 1 << 16
 """Bodies up to this length take a place when they are complete, longer ones before that.
 Their memory, and that of responses up to this length, is bounded by the number of places."""
 
+MODEL_BYTES = 1 << 20
+"""Longest body parsed into a pydantic model; models hold names and sizes, not tensors."""
+
+_MOST_COLONS, _MOST_COMMAS = 4096, 16384
+"""Most fields of a model's JSON, and most values in its lists. Pydantic reports each that is wrong,
+and lets no thread run until it has reported all."""
+
+_LENGTH_DIGITS = 18
+"""Most digits of a Content-Length."""
+
 
 async def read_body(request: Request, limit: int, place: Place | None = None) -> bytes:
     """Return the body; raises BodyTooLargeError if it is longer than `limit` bytes.
@@ -45,16 +55,6 @@ async def read_body(request: Request, limit: int, place: Place | None = None) ->
     if place is not None:
         place.take()
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-_LENGTH_DIGITS = 18
-
-MODEL_BYTES = 1 << 20
-"""Longest body parsed into a pydantic model; models hold names and sizes, not tensors."""
-
-_MOST_COLONS, _MOST_COMMAS = 4096, 16384
-"""Most fields of a model's JSON, and most values in its lists. Pydantic reports each that is wrong,
-and lets no thread run until it has reported all."""
 
 
 async def read_model(request: Request, model: type[Model], place: Place) -> Model:

@@ -98,10 +98,9 @@ class Call(ABC):
 
     def reserve_outputs(self, response_form: Form) -> Callable[[int], None]:
         """Return a function that reserves memory for float32 outputs, and their text as JSON."""
-        return self.reserve if response_form is not Form.JSON else self._reserve_with_text
-
-    def _reserve_with_text(self, size: int) -> None:
-        self.reserve(_JSON_COPIES * size)
+        if response_form is not Form.JSON:
+            return self.reserve
+        return lambda size: self.reserve(_JSON_COPIES * size)
 
     def close(self) -> None:
         """Free the place and release the memory, after the response has been written."""

@@ -45,7 +45,6 @@ class Context:
 
     settings: Settings
     store: SetView
-    limits: Limits
     memory: Budget
     spill: Budget
     short: ShortLane
@@ -57,7 +56,7 @@ class Context:
     counts: CountFile
     bases: BaseFolder
     models: MergedModels
-    checked: CheckedFiles
+    checked_files: CheckedFiles
     executor: Executor
     jobs: Jobs
     gains: Gains
@@ -67,8 +66,13 @@ class Context:
     """Set once the service is about to stop, for balancers that ask whether it is ready."""
     started: float = field(default_factory=monotonic)
 
+    @property
+    def limits(self) -> Limits:
+        """The limits on requests."""
+        return self.store.limits
+
     def is_crowded(self) -> bool:
-        """Return whether requests were refused of late because of clients that take long."""
+        """Return whether requests were refused recently because of slow clients."""
         last = max(self.short.crowded_at, self.long.crowded_at, self.memory.crowded_at)
         return monotonic() - last < self.settings.stall_seconds
 

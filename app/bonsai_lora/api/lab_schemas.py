@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, Field, FiniteFloat
@@ -19,7 +19,7 @@ from bonsai_lora.service.combine import Report
 from bonsai_lora.service.compare import Comparison, ModuleComparison
 from bonsai_lora.service.extract import Report as Extraction
 from bonsai_lora.service.spectrum import Spectra
-from bonsai_lora.service.survival import Followed, Survival
+from bonsai_lora.service.survival import Followed, StoredDtype, Survival
 from bonsai_lora.storage.setfile import StoredSet
 
 Rank = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -317,10 +317,6 @@ class SetSpectrum(BaseModel):
         return cls(modules=[ModuleSpectrum.of(*one) for one in spectra.adapters.items()])
 
 
-StoredDtype = Literal["BF16", "F16", "Q8_0", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0"]
-"""Types whose loss is computed."""
-
-
 class SurvivalFigures(InfoModel):
     """What is left of deltas D as D', the difference that they make to the stored weights."""
 
@@ -350,7 +346,7 @@ class SurvivalInfo(SurvivalFigures):
     def of(cls, followed: Followed, found: Sequence[Survival], *, is_exact: bool) -> "SurvivalInfo":
         """Return the schema of what was found of each tensor."""
         return cls(
-            dtype=cast("StoredDtype", followed.dtype),
+            dtype=followed.dtype,
             exact=is_exact,
             **_survival(sum(found, Survival())),
             modules=[

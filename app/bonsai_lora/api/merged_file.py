@@ -2,12 +2,12 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import Executor
-from typing import Protocol
 
 from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.checkpoints.merged_files import GGUF_DTYPES, SAFETENSORS_DTYPES
+from bonsai_lora.checkpoints.parts import MergedFile
 from bonsai_lora.service.budget import Budget, Reservation
 from bonsai_lora.service.gain import Gains
 
@@ -28,33 +28,10 @@ def gain_headers(
     return {} if gain is None else {"Bonsai-Delta-Gain": f"{gain:.4f}"}
 
 
-class ComputedFile(Protocol):
-    """A file that exists nowhere, such as a merged model's; any of its bytes can be computed."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Length of the file."""
-        ...
-
-    @property
-    def etag(self) -> str:
-        """Strong ETag."""
-        ...
-
-    @property
-    def media_type(self) -> str:
-        """Content-Type of the file."""
-        ...
-
-    def pieces(self, start: int, stop: int) -> Iterator[Callable[[], memoryview]]:
-        """Yield what computes the bytes [start, stop), in order."""
-        ...
-
-
 class StreamedFile:
     """A computed file for `file_response`, computed in `executor` up to `ahead` pieces ahead."""
 
-    def __init__(self, file: ComputedFile, executor: Executor, ahead: int) -> None:
+    def __init__(self, file: MergedFile, executor: Executor, ahead: int) -> None:
         self.size_bytes = file.size_bytes
         self.etag = file.etag
         self.media_type = file.media_type
@@ -86,7 +63,7 @@ class CountedFile(StreamedFile):
     """
 
     def __init__(
-        self, file: ComputedFile, executor: Executor, memory: Budget, working_bytes: int
+        self, file: MergedFile, executor: Executor, memory: Budget, working_bytes: int
     ) -> None:
         super().__init__(file, executor, 0)
         self._memory = memory

@@ -30,27 +30,16 @@ _LATENCY_SECONDS = (
 _WORKER_FILE = re.compile(r"gauge_livesum_([0-9]+)\.db")
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What one process has to do at the moment."""
-
-    in_flight: Mapping[str, int]
-    """Admitted requests by lane."""
-    queued: Mapping[str, int]
-    """Pieces of work, by lane, that are in a thread or wait for one."""
-    reserved: Mapping[str, int]
-    """Bytes reserved for requests in flight, by resource: memory, or disk for spill files."""
-    budgets: Mapping[str, int]
-    """Most bytes that can be reserved, by resource."""
-
+Load = Mapping[str, Mapping[str, float]]
+"""What one process has to do at the moment: numbers by gauge, then by the gauge's label."""
 
 _LOAD_GAUGES = (
-    ("in_flight", "requests_in_flight", "Requests admitted and not yet answered.", "lane"),
-    ("queued", "queued_work", "Work that is in a thread or waits for one.", "lane"),
-    ("reserved", "reserved_bytes", "Bytes reserved for requests in flight.", "resource"),
-    ("budgets", "budget_bytes", "Most bytes that can be reserved.", "resource"),
+    ("requests_in_flight", "Requests admitted and not yet answered.", "lane"),
+    ("queued_work", "Work that is in a thread or waits for one.", "lane"),
+    ("reserved_bytes", "Bytes reserved for requests in flight.", "resource"),
+    ("budget_bytes", "Most bytes that can be reserved.", "resource"),
 )
-"""Field of `Load`, and name, description and label of its gauge."""
+"""Name, description and label of the gauges of a `Load`."""
 
 
 class Metrics:
@@ -105,10 +94,7 @@ class Metrics:
             registry=registry,
         )
         self._read_load = read_load
-        self._load = {
-            field: _gauge(registry, name, description, [label])
-            for field, name, description, label in _LOAD_GAUGES
-        }
+        self._load = {one[0]: _load_gauge(registry, *one) for one in _LOAD_GAUGES}
         self.keys_file_errors = Counter(
             "bonsai_lora_keys_file_errors",
             "Times that the keys file was changed to one that cannot be used.",
@@ -135,10 +121,9 @@ class Metrics:
         """Update this process's gauges and the store's counters, which other workers read."""
         if self._of_bucket is not None:
             self._of_bucket.publish(self._read_store())
-        load = self._read_load()
-        for field, gauge in self._load.items():
-            for label, number in getattr(load, field).items():
-                gauge.labels(label).set(number)
+        for name, numbers in self._read_load().items():
+            for label, number in numbers.items():
+                self._load[name].labels(label).set(number)
 
     def render(self) -> bytes:
         """Return the metrics in Prometheus's text format."""
@@ -151,6 +136,16 @@ class Metrics:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry) + generate_latest(self._service_registry)
+
+
+def _load_gauge(registry: CollectorRegistry, name: str, description: str, label: str) -> Gauge:
+    return Gauge(
+        f"bonsai_lora_{name}",
+        description,
+        [label],
+        registry=registry,
+        multiprocess_mode="livesum",
+    )
 
 
 class _BucketMetrics:
@@ -191,18 +186,6 @@ class _BucketMetrics:
                 kind, _, label = key.partition("_")
                 counter = (self._requests if kind == "requests" else self._looks).labels(label)
             counter.inc(new)
-
-
-def _gauge(
-    registry: CollectorRegistry, name: str, description: str, labels: Iterable[str] = ()
-) -> Gauge:
-    return Gauge(
-        f"bonsai_lora_{name}",
-        description,
-        labels,
-        registry=registry,
-        multiprocess_mode="livesum",
-    )
 
 
 def _workers() -> list[int]:
@@ -264,15 +247,15 @@ def service_metrics(
         "bonsai_lora_worker_restarts", "Workers replaced after they died.", restarts
     )
     for name, description, value in (
-        ("sets", "Sets in the store.", stats.set_count),
+        ("sets", "Sets in the store.", stats.sums.sets),
         ("bad_files", "Files in the store that could not be read.", stats.bad_file_count),
         (
             "newer_files",
             "Files in the store that a newer release wrote; they are kept but not served.",
-            stats.newer_file_count,
+            stats.sums.newer,
         ),
-        ("adapters", "Adapters in all sets.", stats.adapter_count),
-        ("sets_bytes", "Size of all sets as float32.", stats.total_memory_bytes),
+        ("adapters", "Adapters in all sets.", stats.sums.adapters),
+        ("sets_bytes", "Size of all sets as float32.", stats.sums.held_bytes),
         ("sets_budget_bytes", "What all sets may take as float32.", budget_bytes),
         (
             "resident_bytes",

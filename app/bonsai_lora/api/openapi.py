@@ -1,9 +1,9 @@
 """Helpers that describe routes in the OpenAPI document."""
 
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterable
 from http import HTTPStatus
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -13,16 +13,13 @@ from pydantic.json_schema import models_json_schema
 from bonsai_lora import errors
 from bonsai_lora.api import job_schemas, lab_schemas, oip_schemas, schemas, tensor_schemas
 from bonsai_lora.api.errors import PROBLEM_TYPE, is_oip, status_of
-from bonsai_lora.api.openapi_headers import describe_headers, sends
-from bonsai_lora.api.openapi_schemas import refine_schemas
+from bonsai_lora.api.openapi_headers import describe_headers, references
+from bonsai_lora.api.openapi_schemas import REFERENCE, reachable, refine_schemas
 from bonsai_lora.api.scopes import OPEN, scope_of
 from bonsai_lora.errors import BonsaiLoraError
 from bonsai_lora.wire.media import Form
 
-_REF = "#/components/schemas/{model}"
 _BINARY = {"type": "string", "format": "binary"}
-
-Endpoint = TypeVar("Endpoint", bound=Callable[..., Awaitable[None]])
 
 Kinds = tuple[type[BonsaiLoraError], ...]
 
@@ -67,7 +64,12 @@ STORE_ERRORS: Kinds = (
     errors.StoreUnreachableError,
 )
 STORED_ERRORS: Kinds = (errors.NewerFormatError, errors.StoreUnreachableError)
-
+VERSION_ERRORS: Kinds = (
+    errors.SetNotFoundError,
+    errors.VersionNotFoundError,
+    errors.InvalidRequestError,
+)
+"""Of a read of a set, or of one version of it."""
 
 Responses = dict[int | str, dict[str, Any]]
 
@@ -77,7 +79,7 @@ def extra_response(
 ) -> Responses:
     """Return an additional response of a route, with the body `model` if given."""
     more = {} if model is None else {"model": model}
-    return {status: {"description": description, **more, **sends(status, *headers)[status]}}
+    return {status: {"description": description, **more, "headers": references(headers)}}
 
 
 def problems(*kinds: type[BonsaiLoraError]) -> Responses:
@@ -103,18 +105,22 @@ def request_body(
     required: bool = True,
 ) -> dict[str, Any]:
     """Return the `openapi_extra` of a route whose body is the JSON of `model`, or in `forms`."""
-    content: dict[str, Any] = {Form.JSON.value: {"schema": _ref(model)}}
+    content = _content(model, forms)
     if example is not None:
         content[Form.JSON.value]["example"] = example
-    content |= {form.value: {"schema": _BINARY} for form in forms}
     return {"requestBody": {"required": required, "content": content}}
 
 
 def tensor_responses(model: type[BaseModel], *forms: Form) -> Responses:
     """Return the `responses` of a route that returns the JSON of `model`, or binary."""
-    content: dict[str, Any] = {Form.JSON.value: {"schema": _ref(model)}}
-    content |= {form.value: {"schema": _BINARY} for form in forms}
-    return {200: {"description": "the result, computed in float32", "content": content}}
+    description = "the result, computed in float32"
+    return {200: {"description": description, "content": _content(model, forms)}}
+
+
+def _content(model: type[BaseModel], forms: Iterable[Form]) -> dict[str, Any]:
+    """Return the content of a body that is the JSON of `model`, or in `forms`."""
+    binary = {form.value: {"schema": _BINARY} for form in forms}
+    return {Form.JSON.value: {"schema": _ref(model)}, **binary}
 
 
 def oip_errors(*statuses: int) -> Responses:
@@ -132,16 +138,16 @@ def empty_responses() -> Responses:
 def file_responses(media_type: str, *headers: str) -> Responses:
     """Return the `responses` of a route that serves a file and its byte ranges, with `headers`."""
     schema = {"type": "object"} if media_type == Form.JSON.value else _BINARY
-    content = {media_type: {"schema": schema}}
+    content, sent = {media_type: {"schema": schema}}, references(headers)
     return {
-        200: {"description": "the whole file", "content": content, **sends(200, *headers)[200]},
+        200: {"description": "the whole file", "content": content, "headers": sent},
         206: {
-            **sends(206, *headers)[206],
+            "headers": sent,
             "description": "the requested byte ranges",
             "content": {**content, "multipart/byteranges": {"schema": _BINARY}},
         },
         304: {
-            **sends(304, *headers)[304],
+            "headers": sent,
             "description": "not modified: If-None-Match names the current ETag",
         },
     }
@@ -224,22 +230,10 @@ def _add_models(document: dict[str, Any]) -> None:
     kinds = (schemas.RequestModel, oip_schemas.LenientModel)
     requests = {one for one in models if issubclass(one, kinds)}
     pairs = [(one, "validation" if one in requests else "serialization") for one in models]
-    _, definitions = models_json_schema(pairs, ref_template=_REF)  # type: ignore[arg-type]
-    for name in sorted(_referenced(definitions["$defs"], document)):
-        known.setdefault(name, definitions["$defs"][name])
-
-
-def _referenced(definitions: dict[str, Any], document: Any) -> set[str]:
-    """Return the names of the definitions that the document refers to, even indirectly."""
-    found: set[str] = set()
-    places = [document]
-    while places:
-        text = str(places)
-        new = {name for name in definitions if f"'{_REF.format(model=name)}'" in text} - found
-        found |= new
-        places = [definitions[name] for name in new]
-    return found
+    _, definitions = models_json_schema(pairs, ref_template=f"{REFERENCE}{{model}}")  # type: ignore[arg-type]
+    found = definitions["$defs"] | known
+    known |= {name: found[name] for name in sorted(reachable(document, found)) if name not in known}
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": _REF.format(model=model.__name__)}
+    return {"$ref": f"{REFERENCE}{model.__name__}"}

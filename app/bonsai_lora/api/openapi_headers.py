@@ -66,9 +66,14 @@ _REQUEST_HEADERS_BY_STATUS = {
 }
 
 
+def references(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return the headers `names` of a response, as the document describes them."""
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
 def sends(status: int, *names: str) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of a route that sends these headers with this status."""
-    return {status: {"headers": _references(names)}}
+    return {status: {"headers": references(names)}}
 
 
 def describe_headers(document: dict[str, Any]) -> None:
@@ -100,7 +105,7 @@ def _describe(operation: dict[str, Any]) -> None:
         {"$ref": f"#/components/parameters/{name}"} for name in dict.fromkeys(read)
     )
     for status, response in responses.items():
-        sent = _references(_sent(status, responses))
+        sent = references(_sent(status, responses))
         response["headers"] = sent | response.get("headers", {})
 
 
@@ -117,7 +122,3 @@ def _sent(status: str, responses: dict[str, Any]) -> Iterator[str]:
         yield "Accept-Ranges"
     if status in ("206", "416"):
         yield "Content-Range"
-
-
-def _references(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}

@@ -1,18 +1,24 @@
 """Changes of the generated OpenAPI schemas for those who generate clients from them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bonsai_lora import errors
 
-_PREFIX = "#/components/schemas/"
+REFERENCE = "#/components/schemas/"
+"""How a reference to a schema begins."""
 
 
 def refine_schemas(document: dict[str, Any]) -> None:
     """Make optional fields optional for generators, and list the codes of errors."""
     schemas = document["components"]["schemas"]
-    for name in _request_schemas(document):
+    bodies = [
+        operation.get("requestBody")
+        for item in document["paths"].values()
+        for operation in item.values()
+    ]
+    for name in reachable(bodies, schemas):
         for field in schemas[name].get("properties", {}).values():
             _describe_default(field)
     for schema in schemas.values():
@@ -43,21 +49,13 @@ def _drop_null(schema: dict[str, Any]) -> None:
             schema.update(schema.pop("anyOf")[0])
 
 
-def _request_schemas(document: dict[str, Any]) -> set[str]:
-    """Return the names of the schemas of request bodies, and of those within them."""
+def reachable(part: Any, schemas: Mapping[str, Any]) -> set[str]:
+    """Return the names of the schemas that a part of the document refers to, even indirectly."""
     found: set[str] = set()
-    new = {
-        name
-        for item in document["paths"].values()
-        for operation in item.values()
-        for name in _references(operation.get("requestBody"))
-    }
+    new = set(_references(part))
     while new:
         found |= new
-        within = {
-            name for one in new for name in _references(document["components"]["schemas"][one])
-        }
-        new = within - found
+        new = set(_references([schemas[name] for name in new])) - found
     return found
 
 
@@ -65,8 +63,8 @@ def _references(part: Any) -> Iterator[str]:
     """Yield the names of the schemas that a part of the document refers to."""
     if isinstance(part, dict):
         target = part.get("$ref")
-        if isinstance(target, str) and target.startswith(_PREFIX):
-            yield target.removeprefix(_PREFIX)
+        if isinstance(target, str) and target.startswith(REFERENCE):
+            yield target.removeprefix(REFERENCE)
         part = list(part.values())
     if isinstance(part, list):
         for one in part:

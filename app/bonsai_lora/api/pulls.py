@@ -4,16 +4,8 @@ from functools import partial
 
 from bonsai_lora.api.context import Context
 from bonsai_lora.formats.experts import ExpertLayout
-from bonsai_lora.service.keys import missing_scope
 from bonsai_lora.service.pull import pull_set
 from bonsai_lora.service.sets import Imported, Precondition
-
-
-def check_may_pull(context: Context) -> None:
-    """Raise ForbiddenError if the caller's key lacks the scope `pull`."""
-    key = context.store.key
-    if "pull" not in key.scopes:
-        raise missing_scope(key, "pull")
 
 
 async def pull(
@@ -28,7 +20,6 @@ async def pull(
     work = partial(
         pull_set,
         context.store,
-        context.limits,
         context.spill,
         context.origins,
         name,

@@ -19,6 +19,7 @@ MAX_RANGES = 64
 
 T = TypeVar("T")
 
+_BLOCK_BYTES = 1 << 20
 _RANGE = re.compile(r"(\d{0,1000})-(\d{0,1000})\Z")
 
 Range = tuple[int, int]
@@ -183,6 +184,3 @@ class BytesFile:
         for offset in range(start, stop, _BLOCK_BYTES):
             piece = self._content[offset : min(offset + _BLOCK_BYTES, stop)]
             yield await anyio.to_thread.run_sync(bytes, piece)
-
-
-_BLOCK_BYTES = 1 << 20

@@ -264,15 +264,10 @@ class ImportReport(SetSummary):
     @classmethod
     def of(cls, imported: Imported) -> "ImportReport":
         """Return the report of an import."""
-        stored, norms = imported.stored, imported.delta_norms
-        modules = [
-            ImportedModule(**ModuleInfo.of(name, one).model_dump(), delta_norm=norms[name])
-            for name, one in stored.lora_set.registry.adapters.items()
-        ]
+        info, norms = SetInfo.of(imported.stored), imported.delta_norms
+        modules = [ImportedModule(**dict(one), delta_norm=norms[one.name]) for one in info.modules]
         return cls(
-            **SetSummary.model_validate(stored.record).model_dump(),
-            config=ConfigInfo.model_validate(stored.record.config),
-            modules=modules,
+            **(dict(info) | {"modules": modules}),
             ignored_keys=imported.ignored_keys,
             warnings=imported.warnings,
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 import uvicorn
 
-from bonsai_lora.api.crowded import CrowdedConnection
+from bonsai_lora.api.refused_connection import RefusedConnection
 
 _ACCEPTED_AT_ONCE = 64
 """Most connections accepted in one turn of the event loop. libuv accepts one, and new connections
@@ -124,7 +124,7 @@ class Acceptor:
                 self._rest()
                 return
             free = self._limit - connection.fileno()  # which was the lowest free number
-            self._open(connection, self._connect if free > _RESERVED else CrowdedConnection)
+            self._open(connection, self._connect if free > _RESERVED else RefusedConnection)
             if free < _LEAST:
                 self._rest()
                 return

@@ -230,11 +230,11 @@ def _import_each(settings: Settings, folder: Path) -> None:
     inside = Path(settings.cache if settings.is_bucket else settings.store).resolve()
     if folder.resolve().is_relative_to(inside) or inside.is_relative_to(folder.resolve()):
         raise OSError(f"it shares a folder with the store {inside}")
-    store = SetView(open_store(settings))
+    store = SetView(open_store(settings), limits_of(settings))
     memory = Budget(settings.work_memory_bytes)
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     outcomes: Counter[str] = Counter()
-    for one in import_folder(store, limits_of(settings), memory, bases, folder):
+    for one in import_folder(store, memory, bases, folder):
         outcomes[one.outcome] += 1
         if one.outcome == "refused":
             _log.error("the adapter %r in %s is refused: %s", one.name, folder, one.reason)
@@ -278,7 +278,7 @@ def _work(
         server_header=False,
         http=connection_class(settings),
         ws="none",
-        proxy_headers=False,  # api/door.py reads what trusted proxies say
+        proxy_headers=False,  # api/auth.py reads what trusted proxies say
         ssl_certfile=settings.tls_cert,
         ssl_keyfile=settings.tls_key,
     )

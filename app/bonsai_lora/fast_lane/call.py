@@ -133,7 +133,9 @@ class LaneCall(Call):
     async def _answer(self) -> Response:
         """Return the response of the route's function, or an error response."""
         try:
-            caller = self._http.lane.door.admit(self._head.path, self.headers, self._http.peer)
+            caller = self._http.lane.authenticator.admit(
+                self._head.path, self.headers, self._http.peer
+            )
             self.scope["key"] = caller.log_id
             self.context = caller.context(self._match.route.need)
             return await self._match.route.endpoint(self, *self._match.path_params.values())

@@ -156,7 +156,7 @@ class LaneProtocol(GuardedProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Initialize the timers."""
         super().connection_made(transport)
-        self.peer = self.lane.door.peer_of(self.server, self.client)
+        self.peer = self.lane.authenticator.peer_of(self.server, self.client)
         self._check_seconds = min(self.timeout_keep_alive, self.stall_seconds)
 
     def data_received(self, data: bytes) -> None:

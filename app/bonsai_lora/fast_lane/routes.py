@@ -9,9 +9,9 @@ from typing import NamedTuple
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 
+from bonsai_lora.api.auth import PRIVATE, Authenticator
 from bonsai_lora.api.call import BufferResponse, HeaderLines, get_call
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.door import PRIVATE, Door
 from bonsai_lora.api.middleware import Observer
 from bonsai_lora.api.scopes import scope_of
 from bonsai_lora.fast_lane.head import RequestHead, read_head
@@ -95,9 +95,9 @@ class FastLane:
         assert len(self._routes) == len(routes), "ambiguous routes"
         self.batch = WriteBatch()
         self.context: Context = app.state.context
-        self.door: Door = app.state.door
+        self.authenticator: Authenticator = app.state.authenticator
         self.more_headers: HeaderLines = (
-            [(b"cache-control", PRIVATE.encode())] if self.door.has_keys else []
+            [(b"cache-control", PRIVATE.encode())] if self.authenticator.has_keys else []
         )
         self.observer: Observer = app.state.observer
         self.read_buffer = memoryview(bytearray(_READ_BYTES))

@@ -15,9 +15,8 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.formats.names import check_module_name
 from bonsai_lora.service.budget import Budget, Reservation
-from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.retry import repeated
-from bonsai_lora.service.sets import Precondition, write_set
+from bonsai_lora.service.sets import Precondition
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import StoredSet
@@ -34,7 +33,6 @@ def get_adapter(stored: StoredSet, module: str) -> LoraAdapter:
 
 def put_new_adapter(
     store: SetView,
-    limits: Limits,
     memory: Budget,
     name: str,
     module: str,
@@ -47,19 +45,18 @@ def put_new_adapter(
 
     def make(present: StoredSet) -> LoraAdapter:
         own = config if config is not None else present.record.config
-        limits.check_rank(own.rank)
+        store.limits.check_rank(own.rank)
         needed = adapter_bytes(d_in, d_out, own.rank)
-        limits.check_budget(store, name, needed)
+        store.check_budget(name, needed)
         reserved.add(needed)
         return LoraAdapter.new(d_in, d_out, own)
 
     with Reservation(memory) as reserved:
-        return _put_adapter(store, limits, name, module, make, precondition, initialized=True)
+        return _put_adapter(store, name, module, make, precondition, initialized=True)
 
 
 def put_weights(
     store: SetView,
-    limits: Limits,
     name: str,
     module: str,
     tensors: Mapping[str, Array],
@@ -73,20 +70,18 @@ def put_weights(
     """
     a_matrix, b_matrix = _check_factors(tensors)
     rank = len(a_matrix)
-    limits.check_rank(rank)
+    store.limits.check_rank(rank)
 
     def make(present: StoredSet) -> LoraAdapter:
         base = present.record.config
         own = replace(base, rank=rank, alpha=base.alpha if alpha is None else alpha)
         return LoraAdapter(own, a_matrix, b_matrix, own.scaling)
 
-    return _put_adapter(store, limits, name, module, make, precondition, initialized=False)
+    return _put_adapter(store, name, module, make, precondition, initialized=False)
 
 
 @repeated
-def delete_adapter(
-    store: SetView, limits: Limits, name: str, module: str, precondition: Precondition
-) -> None:
+def delete_adapter(store: SetView, name: str, module: str, precondition: Precondition) -> None:
     """Remove the adapter of `module` from a set, and the bias that it replaces."""
     with store.lock(name):
         present = store.read(name)
@@ -105,7 +100,7 @@ def delete_adapter(
             # peft loads a targeted module without tensors as an adapter that changes nothing.
             adapter_config=present.adapter_config,
         )
-        write_set(store, limits, wanted)
+        store.write(wanted)
 
 
 def _refuse_beside_variants(present: StoredSet) -> None:
@@ -129,7 +124,6 @@ def _refuse_beside_variants(present: StoredSet) -> None:
 @repeated
 def _put_adapter(
     store: SetView,
-    limits: Limits,
     name: str,
     module: str,
     make: Callable[[StoredSet], LoraAdapter],
@@ -144,14 +138,14 @@ def _put_adapter(
         _refuse_beside_variants(present)
         registry = present.lora_set.registry
         changed = registry.add(module, make(present))
-        limits.check_modules(len(changed.adapters))
+        store.limits.check_modules(len(changed.adapters))
         unmixed = initialized and present.record.origin == "initialized"
         wanted = NextVersion(
             lora_set=present.lora_set.with_registry(changed),
             origin="initialized" if unmixed else "mixed",
             previous=present.record,
         )
-        return write_set(store, limits, wanted), registry.get(module) is None
+        return store.write(wanted), registry.get(module) is None
 
 
 def _check_factors(tensors: Mapping[str, Array]) -> tuple[Array, Array]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.errors import ShapeMismatchError
-from bonsai_lora.service.keys import missing_scope
+from bonsai_lora.service.keys import check_scope
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.setfile import StoredSet
 
@@ -20,8 +20,7 @@ def read_sets(store: SetView, names: Sequence[str]) -> list[StoredSet]:
 
     Raises SetNotFoundError, ForbiddenError without the scope `read`.
     """
-    if "read" not in store.key.scopes:
-        raise missing_scope(store.key, "read")
+    check_scope(store.key, "read")
     readable = store.seen_by(store.key, "read")
     found = {name: readable.read(name) for name in dict.fromkeys(names)}
     return [found[name] for name in names]

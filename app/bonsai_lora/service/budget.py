@@ -83,6 +83,12 @@ class Reservation:
         self.budget.reserve(size)
         self._size += size
 
+    def try_add(self, size: int) -> bool:
+        """Reserve `size` more bytes if they fit now; return whether they do."""
+        fits = self.budget.try_reserve(size)
+        self._size += size if fits else 0
+        return fits
+
     def __enter__(self) -> Self:
         return self
 

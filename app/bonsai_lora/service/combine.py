@@ -17,7 +17,6 @@ from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError
 from bonsai_lora.formats.made_config import adapted_parameters, combined_config
 from bonsai_lora.service.aligned import Aligned, align, present, read_sets, stacked_rank
-from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import refuse_existing, store_new
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.newset import NextVersion
@@ -140,19 +139,18 @@ class Plan:
     def _sources(self) -> list[tuple[BonsaiLoraSet, Mapping[str, Any] | None]]:
         return [(one.lora_set, one.adapter_config) for one in self.sets]
 
-    def store(self, store: SetView, limits: Limits, report: Report) -> StoredSet:
+    def store(self, store: SetView, report: Report) -> StoredSet:
         """Store the new set; raises SetExistsError, MemoryBudgetError and the store's errors."""
         lora_set = self.lora_set(report)
         config = combined_config(lora_set, self._sources())
         wanted = NextVersion(
             lora_set=lora_set, origin="combined", previous=None, adapter_config=config
         )
-        return store_new(store, limits, wanted)
+        return store_new(store, wanted)
 
 
 def plan(
     store: SetView,
-    limits: Limits,
     name: str,
     parts: Sequence[tuple[str, float]],
     recipe: Recipe,
@@ -170,17 +168,17 @@ def plan(
     for one in sets:
         _refuse_variants(one)
     modules = align(sets)
-    limits.check_modules(len(modules))
+    store.limits.check_modules(len(modules))
     adapted_parameters([(one.lora_set, one.adapter_config) for one in sets])
     if recipe.rank is not None:
-        limits.check_rank(recipe.rank)
+        store.limits.check_rank(recipe.rank)
     for module, adapters in modules.items():
-        limits.check_rank(stacked_rank(adapters))
+        store.limits.check_rank(stacked_rank(adapters))
         if recipe.is_on_factors:
             _check_equal_ranks(module, adapters, recipe)
     ranks = [one.rank for adapters in modules.values() for one in present(adapters)]
     made = Plan(name, sets, [weight for _, weight in parts], recipe, modules, max(ranks, default=0))
-    limits.check_budget(store, name, made.result_bytes())
+    store.check_budget(name, made.result_bytes())
     return made
 
 

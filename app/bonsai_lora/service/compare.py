@@ -6,7 +6,6 @@ from functools import partial
 
 from bonsai_lora.core.similarity import Similarity, joint, similarity, subspace_similarity
 from bonsai_lora.service.aligned import Aligned, align, present, read_sets, stacked_rank
-from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.view import SetView
 
 _NANOSECONDS_PER_OPERATION = 0.02
@@ -50,14 +49,14 @@ class Comparison:
         return joint((one.similarity for one in modules), len(self.names))
 
 
-def compare(store: SetView, limits: Limits, names: Sequence[str]) -> Comparison:
+def compare(store: SetView, names: Sequence[str]) -> Comparison:
     """Check sets that are to be compared.
 
     Raises SetNotFoundError, ShapeMismatchError if a module has different shapes, and
     AnswerTooLargeError.
     """
     modules = align(read_sets(store, names))
-    limits.check_answer((len(modules) + 1) * (len(names) + 1) ** 2)
+    store.limits.check_answer((len(modules) + 1) * (len(names) + 1) ** 2)
     return Comparison(names, modules)
 
 

@@ -57,7 +57,6 @@ def _norms_in(base: Base, name: str, stored: StoredSet, module: str, match: str 
     adapter = stored.lora_set.registry.adapters[module]
     own = stored.lora_set.replacements.get(f"{module}.weight")
     weight = base.tensor(name) if own is None else own
-    assert weight is not None
     fit = (module, adapter, weight.shape)
     options = BaseOptions.of(stored.adapter_config)
     oriented = as_stored(
@@ -82,6 +81,4 @@ def _fits(base: Base, stored: StoredSet, match: str | None) -> Iterator[Fit]:
     """Yield the set's modules with the shapes of their base tensors, which show the orientation."""
     for module, adapter in stored.lora_set.registry.adapters.items():
         for name in base.paths.find(f"{module}.weight", match):
-            info = base.info(name)
-            assert info is not None
-            yield module, adapter, info.shape
+            yield module, adapter, base.info(name).shape

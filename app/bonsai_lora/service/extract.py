@@ -19,8 +19,7 @@ from bonsai_lora.formats.gguf_names import HEAD
 from bonsai_lora.formats.made_config import extracted_config
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.jobs import Progress
-from bonsai_lora.service.keys import missing_scope
-from bonsai_lora.service.limits import Limits
+from bonsai_lora.service.keys import check_scope
 from bonsai_lora.service.sets import refuse_existing, store_new
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.newset import NextVersion
@@ -123,10 +122,10 @@ class Plan:
             )
         return Report(changes, len(found) - len(changes))
 
-    def store(self, store: SetView, limits: Limits, report: Report) -> StoredSet:
+    def store(self, store: SetView, report: Report) -> StoredSet:
         """Store the new set; raises SetExistsError, MemoryBudgetError and the store's errors."""
         adapters = extraction.adapters_of(report.changes)
-        limits.check_modules(len(adapters))
+        store.limits.check_modules(len(adapters))
         replaced = extraction.replacements_of(report.changes)
         rows = {
             one.pair.module: one.rows.tolist() for one in report.changes if one.rows is not None
@@ -150,12 +149,11 @@ class Plan:
         wanted = NextVersion(
             lora_set=lora_set, origin="extracted", previous=None, adapter_config=config
         )
-        return store_new(store, limits, wanted)
+        return store_new(store, wanted)
 
 
 def plan(
     store: SetView,
-    limits: Limits,
     bases: BaseFolder,
     name: str,
     base_name: str,
@@ -169,14 +167,13 @@ def plan(
     Raises ForbiddenError, InvalidNameError, SetExistsError, BaseNotFoundError, InvalidBaseError,
     InvalidRequestError, ShapeMismatchError, RankTooLargeError.
     """
-    if "read" not in store.key.scopes:
-        raise missing_scope(store.key, "read")
+    check_scope(store.key, "read")
     store.check_name(name)
     refuse_existing(store, name)
     if rank is None and energy is None:
         raise InvalidRequestError("rank and energy are missing; send one of them", field="rank")
-    highest = rank if rank is not None else min(_MOST_RANK, limits.max_rank)
-    limits.check_rank(highest)
+    highest = rank if rank is not None else min(_MOST_RANK, store.limits.max_rank)
+    store.limits.check_rank(highest)
     base, tuned = bases.get(base_name), bases.get(tuned_name)
     pairs = extraction.pairs_of(base, tuned, modules)
     return Plan(name, base, tuned, pairs, Size(highest, energy))

@@ -102,7 +102,6 @@ def gain_of(model: MergedModel, weights: Mapping[str, Weights], dtype: str | Non
     kept = total = 0.0
     for name, touched in model.changes.items():
         info = model.base.info(name)
-        assert info is not None
         stored = dtype or info.dtype
         if not is_sum(touched) or name not in weights or stored not in MANTISSA_BITS:
             continue

@@ -1,9 +1,7 @@
 """GGUF LoRA files: import one as a set, and export a set as one."""
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -28,7 +26,6 @@ from bonsai_lora.formats.gguf_names import ARCHITECTURES, Heads, to_gguf
 from bonsai_lora.formats.names import base_names, check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig
 from bonsai_lora.formats.peft_options import BaseOptions
-from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import Imported, Precondition, store_import
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.setfile import StoredSet
@@ -56,21 +53,19 @@ class CheckedFiles:
     """ETags of GGUF LoRAs whose values fit their types: they are computed once, to be checked."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[str, None] = OrderedDict()
+        self._known: set[str] = set()
 
     def check(self, file: LoraFile) -> None:
         """Raise UnsupportedAdapterError for values beyond their type, unless known to fit."""
         if file.etag not in self._known:
             file.check_values()
-            self._known[file.etag] = None
-            while len(self._known) > _REMEMBERED:
-                with suppress(KeyError):  # a different thread may drop it meanwhile
-                    self._known.popitem(last=False)
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known.add(file.etag)
 
 
 def import_gguf(
     store: SetView,
-    limits: Limits,
     bases: BaseFolder,
     name: str,
     upload: WholeUpload,
@@ -90,23 +85,21 @@ def import_gguf(
     check_set_name(name)
     content = upload.finish()
     read = reader_of(content)
-    header = read_header(read, len(content), limit=limits.max_header_bytes)
+    header = read_header(read, len(content), limit=store.limits.max_header_bytes)
     check_is_lora(header)
     # Before anything is made: a stack of a few kilobytes has thousands of experts.
-    limits.check_modules(count_modules(header))
-    limits.check_budget(store, name, float32_bytes(header))
+    store.limits.check_modules(count_modules(header))
+    store.check_budget(name, float32_bytes(header))
     reserve(copied_bytes(header, architecture))
     named = header.get(BASE_NAME_KEY) if base_model_name is None else base_model_name
     base = named if isinstance(named, str) else ""
-    model = _model_of(_find(bases, base), base)
+    model = _model_of(bases.find(base), base)
     found = decode_lora(header, read, architecture, None if model is None else model.heads)
     config = {**found.config, "base_model_name_or_path": base or None}
     adapter = peft.decode_adapter(PeftConfig(config), found.tensors, name)
     adapter.ignored_keys.extend(found.ignored_keys)
     own = {**adapter.config, peft.GGUF_ARCHITECTURE: architecture or header.architecture}
-    return store_import(
-        store, limits, replace(adapter, config=own), "gguf", precondition, source=source
-    )
+    return store_import(store, replace(adapter, config=own), "gguf", precondition, source=source)
 
 
 def export_gguf(
@@ -125,7 +118,7 @@ def export_gguf(
     express.
     """
     lora_set = stored.lora_set
-    base = _find(bases, lora_set.base_model_name)
+    base = bases.find(lora_set.base_model_name)
     model = _model_of(base, lora_set.base_model_name)
     if model is None or architecture not in (None, model.architecture):
         model = Model(_architecture_of(stored, architecture))
@@ -172,10 +165,6 @@ def _architecture_of(stored: StoredSet, given: str | None) -> str:
         got=given,
         expected=sorted(ARCHITECTURES),
     )
-
-
-def _find(bases: BaseFolder, base_model_name: str) -> Base | None:
-    return bases.find(base_model_name) if base_model_name else None
 
 
 def _model_of(base: Base | None, base_model_name: str) -> Model | None:

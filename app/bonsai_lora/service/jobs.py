@@ -8,8 +8,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from bonsai_lora.errors import (
     JobInterruptedError,
     JobNotFoundError,
 )
-from bonsai_lora.service.budget import Budget
+from bonsai_lora.service.budget import Budget, Reservation
 from bonsai_lora.service.keys import Key
 from bonsai_lora.service.work import Lane
 from bonsai_lora.storage.jobs import (
@@ -188,10 +188,10 @@ class Jobs:
     ) -> Callable[[JobRecord], JobRecord]:
         """Do the work, and return the last change of its record."""
         try:
-            while not self._memory.try_reserve(needed_bytes):
-                await asyncio.sleep(BEAT_SECONDS)
-                progress.check()
-            with _released(self._memory, needed_bytes):
+            with Reservation(self._memory) as reserved:
+                while not reserved.try_add(needed_bytes):
+                    await asyncio.sleep(BEAT_SECONDS)
+                    progress.check()
                 record = await asyncio.to_thread(self._records.update, number, _started)
                 progress.is_cancelled |= record is None or record.is_finished
                 progress.check()
@@ -215,15 +215,6 @@ class Jobs:
             with suppress(BonsaiLoraError, OSError):  # the next beat may succeed
                 record = await asyncio.to_thread(self._records.update, number, change)
                 progress.is_cancelled |= record is None or record.is_cancelled
-
-
-@contextmanager
-def _released(budget: Budget, size: int) -> Iterator[None]:
-    """Release `size` bytes at the end."""
-    try:
-        yield
-    finally:
-        budget.release(size)
 
 
 def _seen(key: Key, number: str, record: JobRecord | None) -> JobRecord:

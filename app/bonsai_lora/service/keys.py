@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from bonsai_lora.errors import ForbiddenError, RateLimitedError
-from bonsai_lora.service.rates import Bucket
+from bonsai_lora.service.rates import TokenBucket
 
 Scope = Literal["read", "apply", "write", "pull", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -108,6 +108,12 @@ def missing_scope(key: Key, scope: Scope) -> ForbiddenError:
     )
 
 
+def check_scope(key: Key, scope: Scope) -> None:
+    """Raise ForbiddenError if `key` lacks `scope`."""
+    if scope not in key.scopes:
+        raise missing_scope(key, scope)
+
+
 class KeyRing:
     """Keys by id, found by the token that a caller sends."""
 
@@ -144,8 +150,8 @@ class Meter:
     def __init__(self, key: Key, share: float = 1.0) -> None:
         self._key = key
         rates = key.rates
-        self._requests = Bucket.of(rates.requests_per_second, share)
-        self._rows = Bucket.of(rates.rows_per_second, share)
+        self._requests = TokenBucket.of(rates.requests_per_second, share)
+        self._rows = TokenBucket.of(rates.rows_per_second, share)
 
     def take_request(self) -> None:
         """Count a request; raises RateLimitedError if there are too many."""
@@ -157,7 +163,7 @@ class Meter:
         if self._rows is not None:
             self._take(self._rows, rows, "rows_per_second")
 
-    def _take(self, bucket: Bucket, amount: int, limit: str) -> None:
+    def _take(self, bucket: TokenBucket, amount: int, limit: str) -> None:
         wait = bucket.take(amount)
         if wait > 0:
             raise RateLimitedError(

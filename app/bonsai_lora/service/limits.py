@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from bonsai_lora.errors import (
     AnswerTooLargeError,
     BodyTooLargeError,
-    MemoryBudgetError,
     RankTooLargeError,
     TooManyModulesError,
     TooManyRowsError,
     counted,
 )
-from bonsai_lora.service.view import SetView
 
 _TENSORS_PER_MODULE = 8
 """A and B, bias and magnitude, those of an embedding, and some of a replaced module."""
@@ -89,22 +87,4 @@ class Limits:
                 f"is the limit, have at most {most}; split it, or raise max_modules",
                 got=count,
                 limit=most,
-            )
-
-    def check_budget(self, store: SetView, name: str, new_bytes: int) -> None:
-        """Raise MemoryBudgetError if all sets, with `name` at `new_bytes`, exceed the budget.
-
-        Raises QuotaExceededError if those that the caller sees exceed its quota.
-        """
-        store.check_quota(name, new_bytes)
-        held = store.held_bytes(besides=name)
-        if held + new_bytes > self.memory_budget_bytes:
-            known = {"held_bytes": held} if store.key.sees_all else {}
-            raise MemoryBudgetError(
-                f"set {name!r} needs {new_bytes} bytes and the other sets hold "
-                f"{known.get('held_bytes', 'the rest')}, but the budget is "
-                f"{self.memory_budget_bytes}; delete sets, or raise memory_budget_bytes",
-                needed_bytes=new_bytes,
-                **known,
-                budget_bytes=self.memory_budget_bytes,
             )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -16,7 +17,8 @@ from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.storage.setfile import StoredSet
 
-MERGE_DTYPES = ("F32", "F16", "BF16")
+MergeDtype = Literal["F32", "F16", "BF16"]
+MERGE_DTYPES: tuple[str, ...] = get_args(MergeDtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,15 +70,13 @@ class MergedModels:
                 self._known.popitem(last=False)
         return model
 
-    def files(self, model: MergedModel, rendering: Rendering) -> Mapping[str, MergedFile]:
-        """Return the files of a merged model by name; raises the errors of merged_files."""
-        return self._cached(model, rendering)
+    def files(
+        self, model: MergedModel, rendering: Rendering | None = None
+    ) -> Mapping[str, MergedFile]:
+        """Return the files of a merged model by name: by default, those that Hub clients load.
 
-    def hub_files(self, model: MergedModel) -> Mapping[str, MergedFile]:
-        """Return the files of a merged model that Hugging Face clients load."""
-        return self._cached(model, None)
-
-    def _cached(self, model: MergedModel, rendering: Rendering | None) -> Mapping[str, MergedFile]:
+        Raises the errors of merged_files.
+        """
         known = self._files.get(model)
         if known is None or known[0] != rendering:
             files = hub_files(model) if rendering is None else merged_files(model, rendering)

@@ -38,11 +38,6 @@ class Model:
         return {} if self.stored is None else self.stored.lora_set.registry.adapters
 
     @property
-    def has_experts(self) -> bool:
-        """Whether a module has fused experts; False for the mixed model."""
-        return any(one.experts is not None for one in self.adapters.values())
-
-    @property
     def version(self) -> str:
         """The set's version as a string."""
         return MIXED_VERSION if self.stored is None else str(self.stored.record.version)
@@ -93,7 +88,8 @@ def inputs_of(model: Model) -> list[Tensor]:
         for name, one in adapters.items()
         if one.magnitude is not None
     ]
-    if model.has_experts and EXPERTS not in adapters:
+    has_experts = any(one.experts is not None for one in adapters.values())
+    if has_experts and EXPERTS not in adapters:
         own.append(Tensor(EXPERTS, "INT64", [-1]))
     return own if SHARED_INPUT in adapters else [*own, shared]
 

@@ -7,20 +7,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
-from bonsai_lora.core.spectrum import delta_norm
-from bonsai_lora.errors import BusyError, SetNotFoundError
+from bonsai_lora.errors import BusyError
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.foreign import check_config_start
 from bonsai_lora.formats.peft_config import CONFIG_BYTES, CONFIG_FILE, MODEL_FILE
 from bonsai_lora.service import sets
 from bonsai_lora.service.budget import Budget, Reservation
-from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.sets import Imported, Precondition
 from bonsai_lora.service.view import SetView
 from bonsai_lora.sources import folder, web
 from bonsai_lora.sources.origins import Origin, Reference, find
 from bonsai_lora.sources.web import Sink
-from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.upload import Upload
 
@@ -51,13 +48,8 @@ class Origins:
             self._places.release()
 
 
-class _UnchangedError(Exception):
-    """The stored version came from the same files."""
-
-
 def pull_set(
     store: SetView,
-    limits: Limits,
     disk: Budget,
     origins: Origins,
     name: str,
@@ -77,34 +69,26 @@ def pull_set(
     found = find(origins.by_name, reference)
     with origins.place():
         pinned = _pin(origins, found)
-        present = _record_or_none(store, name)
-        if pinned.revision is not None and _came_from(present, pinned.at(pinned.revision)):
+        present = store.find_record(name)
+        source = None if present is None else present.source
+        reference = pinned.at(pinned.revision)
+        if pinned.revision is not None and source is not None and source.reference == reference:
             precondition(present)
-            return _unchanged(store.read(name))
+            return Imported.unchanged(store.read(name))
         with store.new_file() as file, Reservation(disk) as reserved:
-            upload = Upload(file, limits.max_header_bytes)
-            config, digest = _receive(origins, pinned, upload, limits, reserved)
-            source = Source(pinned.at(pinned.revision), digest)
-
-            def check(current: SetRecord | None) -> None:
-                precondition(current)
-                if current is not None and current.source == source:
-                    raise _UnchangedError
-
-            try:
-                return sets.import_adapter(
-                    store,
-                    limits,
-                    name,
-                    config,
-                    upload,
-                    check,
-                    base_model_name=base_model_name,
-                    expert_layout=expert_layout,
-                    source=source,
-                )
-            except _UnchangedError:
-                return _unchanged(store.read(name))
+            upload = Upload(file, store.limits.max_header_bytes)
+            limit = store.limits.max_upload_bytes
+            config, digest = _receive(origins, pinned, upload, limit, reserved)
+            return sets.import_adapter(
+                store,
+                name,
+                config,
+                upload,
+                precondition,
+                base_model_name=base_model_name,
+                expert_layout=expert_layout,
+                source=Source(reference, digest),
+            )
 
 
 def _pin(origins: Origins, found: Reference) -> Reference:
@@ -121,7 +105,7 @@ def _pin(origins: Origins, found: Reference) -> Reference:
 
 
 def _receive(
-    origins: Origins, pinned: Reference, upload: Upload, limits: Limits, reserved: Reservation
+    origins: Origins, pinned: Reference, upload: Upload, limit: int, reserved: Reservation
 ) -> tuple[bytes, str]:
     """Write the weights to `upload`; return the configuration, and the digest of both files."""
     config, digests = bytearray(), {CONFIG_FILE: hashlib.sha256(), MODEL_FILE: hashlib.sha256()}
@@ -137,7 +121,7 @@ def _receive(
 
     _get(origins, pinned, CONFIG_FILE, keep_config, CONFIG_BYTES)
     check_config_start(config)
-    _get(origins, pinned, MODEL_FILE, keep_weights, limits.max_upload_bytes)
+    _get(origins, pinned, MODEL_FILE, keep_weights, limit)
     whole = "".join(f"{name} {digest.hexdigest()}\n" for name, digest in digests.items())
     return bytes(config), hashlib.sha256(whole.encode()).hexdigest()
 
@@ -155,19 +139,3 @@ def _get(origins: Origins, pinned: Reference, file: str, sink: Sink, limit: int)
     inner = f"/resolve/{pinned.revision}" if origin.kind == "hub" else ""
     url = f"{origin.url}/{pinned.path}{inner}/{file}"
     web.fetch(origin, url, sink, limit, origins.stall_seconds)
-
-
-def _record_or_none(store: SetView, name: str) -> SetRecord | None:
-    try:
-        return store.read_record(name)
-    except SetNotFoundError:
-        return None
-
-
-def _came_from(record: SetRecord | None, reference: str) -> bool:
-    return record is not None and record.source is not None and record.source.reference == reference
-
-
-def _unchanged(stored: StoredSet) -> Imported:
-    norms = {name: delta_norm(one) for name, one in stored.lora_set.registry.adapters.items()}
-    return Imported(stored, False, [], [], norms)

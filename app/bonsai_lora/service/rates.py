@@ -6,7 +6,7 @@ from collections.abc import Callable
 from time import monotonic
 
 
-class Bucket:
+class TokenBucket:
     """Lets `rate` units per second through, after a pause up to one second's worth at once.
 
     An amount larger than a second's worth passes when the bucket is full, and leaves a debt that
@@ -22,7 +22,7 @@ class Bucket:
         self._lock = threading.Lock()
 
     @classmethod
-    def of(cls, rate: float | None, share: float) -> "Bucket | None":
+    def of(cls, rate: float | None, share: float) -> "TokenBucket | None":
         """Return a bucket for a share of `rate`; None without a rate."""
         return None if rate is None else cls(rate * share)
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 from bonsai_lora.core.cast import Array
 from bonsai_lora.core.config import LoraConfig
@@ -11,17 +10,12 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import adapter_bytes
 from bonsai_lora.core.shapes import Shapes
 from bonsai_lora.core.spectrum import delta_norm
-from bonsai_lora.errors import (
-    InvalidRequestError,
-    SetExistsError,
-    SetNotFoundError,
-)
+from bonsai_lora.errors import InvalidRequestError, SetExistsError
 from bonsai_lora.formats import mlx, peft
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig, parse_config
 from bonsai_lora.service.budget import Budget, Reservation
-from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.retry import repeated
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.newset import NextVersion
@@ -46,12 +40,18 @@ class Imported:
     ignored_keys: list[str]
     warnings: list[str]
     delta_norms: Mapping[str, float]
+    is_changed: bool = True
+    """False if the set came from the same source before, and stays as it is."""
+
+    @classmethod
+    def unchanged(cls, stored: StoredSet) -> "Imported":
+        """Return the report of an import that changed nothing."""
+        return cls(stored, False, [], [], _norms_of(stored), is_changed=False)
 
 
 @repeated
 def create_set(
     store: SetView,
-    limits: Limits,
     memory: Budget,
     name: str,
     base_model_name: str,
@@ -65,9 +65,9 @@ def create_set(
     shapes.
     """
     check_set_name(name)
-    limits.check_rank(config.rank)
+    store.limits.check_rank(config.rank)
     kept = {module: shape for module, shape in shapes.items() if config.targets(module)}
-    limits.check_modules(len(kept))
+    store.limits.check_modules(len(kept))
     if shapes and not kept:
         raise InvalidRequestError(
             f"target_modules {list(config.target_modules)} matches none of the modules "
@@ -77,17 +77,16 @@ def create_set(
     with store.lock(name):
         refuse_existing(store, name)
         needed = sum(adapter_bytes(*shape, config.rank) for shape in kept.values())
-        limits.check_budget(store, name, needed)
+        store.check_budget(name, needed)
         with Reservation(memory) as reserved:
             reserved.add(needed)
             lora_set = BonsaiLoraSet.new(config, base_model_name, name).add_adapters(kept)
             wanted = NextVersion(lora_set=lora_set, origin="initialized", previous=None)
-            return write_set(store, limits, wanted)
+            return store.write(wanted)
 
 
 def import_adapter(
     store: SetView,
-    limits: Limits,
     name: str,
     raw_config: bytes,
     upload: Upload,
@@ -105,7 +104,7 @@ def import_adapter(
     """
     check_set_name(name)
     raw = parse_config(raw_config)
-    limits.check_tensors(upload.count_tensors())
+    store.limits.check_tensors(upload.count_tensors())
     received = upload.finish()
     tensors: Mapping[str, Array] = received.tensors
     is_mlx = mlx.is_mlx(raw, tensors)
@@ -116,13 +115,12 @@ def import_adapter(
     adapter = peft.decode_adapter(PeftConfig(raw), tensors, name, expert_layout)
     origin = "mlx" if is_mlx else "peft"
     kept = received if adapter.is_as_it_came and not is_mlx else None
-    return store_import(store, limits, adapter, origin, precondition, received=kept, source=source)
+    return store_import(store, adapter, origin, precondition, received=kept, source=source)
 
 
 @repeated
 def store_import(
     store: SetView,
-    limits: Limits,
     adapter: peft.PeftAdapter,
     origin: str,
     precondition: Precondition,
@@ -132,16 +130,19 @@ def store_import(
 ) -> Imported:
     """Create or replace the set of a decoded upload, whose file is kept if it is `received`.
 
-    Raises RankTooLargeError, TooManyModulesError, MemoryBudgetError and errors of `precondition`.
+    A set that came from the same `source` stays as it is. Raises RankTooLargeError,
+    TooManyModulesError, MemoryBudgetError and errors of `precondition`.
     """
     name = adapter.lora_set.adapter_name
     adapters = adapter.lora_set.registry.adapters
-    limits.check_modules(len(adapters))
+    store.limits.check_modules(len(adapters))
     for one in adapters.values():
-        limits.check_rank(one.rank)
+        store.limits.check_rank(one.rank)
     with store.lock(name):
-        previous = _record_or_none(store, name)
+        previous = store.find_record(name)
         precondition(previous)
+        if previous is not None and source is not None and previous.source == source:
+            return Imported.unchanged(store.read(name))
         wanted = NextVersion(
             lora_set=adapter.lora_set,
             origin=origin,
@@ -150,14 +151,19 @@ def store_import(
             received=None if received is None else (received, adapter.names),
             source=source,
         )
-        stored = write_set(store, limits, wanted)
-    norms = {module: delta_norm(one) for module, one in stored.lora_set.registry.adapters.items()}
-    return Imported(stored, previous is None, adapter.ignored_keys, adapter.warnings, norms)
+        stored = store.write(wanted)
+    return Imported(
+        stored, previous is None, adapter.ignored_keys, adapter.warnings, _norms_of(stored)
+    )
+
+
+def _norms_of(stored: StoredSet) -> Mapping[str, float]:
+    return {module: delta_norm(one) for module, one in stored.lora_set.registry.adapters.items()}
 
 
 @repeated
 def name_base(
-    store: SetView, limits: Limits, name: str, base_model_name: str, precondition: Precondition
+    store: SetView, name: str, base_model_name: str, precondition: Precondition
 ) -> StoredSet:
     """Change the name of the model that a set is for; raises SetNotFoundError."""
     with store.lock(name):
@@ -170,7 +176,7 @@ def name_base(
             previous=present.record,
             adapter_config=None if raw is None else {**raw, _BASE_FIELD: base_model_name},
         )
-        return write_set(store, limits, wanted)
+        return store.write(wanted)
 
 
 def list_sets(
@@ -198,32 +204,19 @@ def export_config(stored: StoredSet) -> bytes:
     return f"{json.dumps(config, indent=2)}\n".encode()
 
 
-def write_set(store: SetView, limits: Limits, wanted: NextVersion) -> StoredSet:
-    """Write a set within the memory budget and the caller's quota."""
-    size = wanted.lora_set.total_memory_bytes()
-    return store.write(wanted, partial(limits.check_budget, store, wanted.name, size))
-
-
 @repeated
-def store_new(store: SetView, limits: Limits, wanted: NextVersion) -> StoredSet:
+def store_new(store: SetView, wanted: NextVersion) -> StoredSet:
     """Store a computed set under a name that is free; raises SetExistsError, MemoryBudgetError."""
     with store.lock(wanted.name):
         refuse_existing(store, wanted.name)
-        return write_set(store, limits, wanted)
+        return store.write(wanted)
 
 
 def refuse_existing(store: SetView, name: str) -> None:
     """Raise SetExistsError if there is a set of this name."""
-    if _record_or_none(store, name) is not None:
+    if store.find_record(name) is not None:
         raise SetExistsError(
             f"a set named {name!r} already exists; choose a different name, or DELETE "
             f"/v1/sets/{name} first",
             set=name,
         )
-
-
-def _record_or_none(store: SetView, name: str) -> SetRecord | None:
-    try:
-        return store.read_record(name)
-    except SetNotFoundError:
-        return None

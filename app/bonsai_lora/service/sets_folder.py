@@ -4,7 +4,6 @@ Each subfolder that PEFT or MLX wrote, and each GGUF LoRA, is a set with its nam
 the truth: a set is imported if it is absent, or if what is stored was made of different files.
 """
 
-import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from bonsai_lora.errors import (
     BodyTooLargeError,
     BonsaiLoraError,
     InvalidAdapterError,
-    SetNotFoundError,
     StoreUnreachableError,
     counted,
 )
@@ -24,7 +22,6 @@ from bonsai_lora.formats.foreign import check_config_start
 from bonsai_lora.formats.peft_config import CONFIG_BYTES, CONFIG_FILE, MODEL_FILE
 from bonsai_lora.service import gguf_lora, sets
 from bonsai_lora.service.budget import Budget, Reservation
-from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.setfile import SetRecord
 from bonsai_lora.storage.source import Source
@@ -36,23 +33,22 @@ GGUF_SUFFIX = ".gguf"
 _PIECE_BYTES = 1 << 20
 
 
+Outcome = Literal["imported", "unchanged", "refused"]
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """What became of one entry of the folder."""
 
     name: str
-    outcome: Literal["imported", "unchanged", "refused"]
+    outcome: Outcome
     reason: str = ""
     """Why it was refused."""
     warnings: list[str] = field(default_factory=list)
 
 
-class _UnchangedError(Exception):
-    """The stored set came from these files."""
-
-
 def import_folder(
-    store: SetView, limits: Limits, memory: Budget, bases: BaseFolder, folder: Path
+    store: SetView, memory: Budget, bases: BaseFolder, folder: Path
 ) -> Iterator[Found]:
     """Import each adapter of `folder` that is not stored yet; yield what became of each entry.
 
@@ -66,44 +62,41 @@ def import_folder(
             continue
         name = path.stem if is_gguf else path.name
         try:
-            yield _import(store, limits, memory, bases, name, path)
-        except _UnchangedError:
-            yield Found(name, "unchanged")
+            yield _import(store, memory, bases, name, path)
         except StoreUnreachableError:
             raise
         except (BonsaiLoraError, OSError) as error:
             yield Found(name, "refused", str(error))
 
 
-def _import(
-    store: SetView, limits: Limits, memory: Budget, bases: BaseFolder, name: str, path: Path
-) -> Found:
+def _import(store: SetView, memory: Budget, bases: BaseFolder, name: str, path: Path) -> Found:
     files = [path] if path.suffix == GGUF_SUFFIX and path.is_file() else _adapter_files(path)
     for file in files:
-        _check_size(file, limits.max_upload_bytes)
+        _check_size(file, store.limits.max_upload_bytes)
     source = Source(f"folder:{path.name}", _digest(files))
-
-    def check(present: SetRecord | None) -> None:
-        if present is not None and present.source == source:
-            raise _UnchangedError
-
     store.check_name(name)
-    with contextlib.suppress(SetNotFoundError):
-        check(store.read_record(name))  # before anything is copied
+    present = store.find_record(name)
+    if present is not None and present.source == source:  # before anything is copied
+        return Found(name, "unchanged")
     with store.new_file() as target, Reservation(memory) as reserved:
         if len(files) == 1:
             whole = WholeUpload(target)
             _copy(files[0], whole)
             made = gguf_lora.import_gguf(
-                store, limits, bases, name, whole, reserved.add, check, source=source
+                store, bases, name, whole, reserved.add, _replace, source=source
             )
         else:
-            upload = Upload(target, limits.max_header_bytes)
+            upload = Upload(target, store.limits.max_header_bytes)
             config = files[0].read_bytes()
             check_config_start(config)
             _copy(files[1], upload)
-            made = sets.import_adapter(store, limits, name, config, upload, check, source=source)
-    return Found(name, "imported", warnings=made.warnings)
+            made = sets.import_adapter(store, name, config, upload, _replace, source=source)
+    outcome: Outcome = "imported" if made.is_changed else "unchanged"
+    return Found(name, outcome, warnings=made.warnings)
+
+
+def _replace(_: SetRecord | None) -> None:
+    """Allow any version, or none, to be replaced."""
 
 
 def _adapter_files(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 
@@ -50,7 +51,10 @@ def _ternary(width: int, rows: Floats) -> Floats:
     return result
 
 
-STORED: Mapping[str, tuple[int, Callable[[Floats], Floats]]] = {
+StoredDtype = Literal["BF16", "F16", "Q8_0", "Q1_0", "Q2_0", "TQ1_0", "TQ2_0"]
+"""Types whose loss is computed."""
+
+STORED: Mapping[StoredDtype, tuple[int, Callable[[Floats], Floats]]] = {
     "BF16": (1, lambda rows: rows.astype(BFLOAT16).astype(np.float32)),
     "F16": (1, lambda rows: rows.astype(FLOAT16).astype(np.float32)),
     "Q8_0": (32, _q8_0),
@@ -113,7 +117,7 @@ class Survival:
         return math.sqrt(error / self.wanted) if self.wanted else 0.0
 
 
-def survive(weights: Floats, delta: Floats, dtype: str) -> Survival:
+def survive(weights: Floats, delta: Floats, dtype: StoredDtype) -> Survival:
     """Return what is left of `delta` in whole rows (n, width) that are stored in `dtype`."""
     stored = STORED[dtype][1]
     with np.errstate(over="ignore", invalid="ignore"):
@@ -135,7 +139,7 @@ class Followed:
     tensors: Mapping[str, tuple[Tensor, Touched]]
     skipped: Sequence[str]
     """Changed tensors that are not a sum with deltas, or whose rows are not whole blocks."""
-    dtype: str
+    dtype: StoredDtype
 
     def estimates(self) -> list["partial[Survival]"]:
         """Return the computation of each tensor from a sample of its rows."""
@@ -155,13 +159,12 @@ class Followed:
         return _COPIES * 8 * max(_BLOCK_VALUES, widest)
 
 
-def follow(model: MergedModel, dtype: str) -> Followed:
+def follow(model: MergedModel, dtype: StoredDtype) -> Followed:
     """Choose the tensors to follow; raises InvalidRequestError if none can be."""
     block = STORED[dtype][0]
     tensors, skipped = {}, []
     for name, touched in model.changes.items():
         weight = model.base.tensor(name)
-        assert weight is not None
         if is_sum(touched) and len(weight.shape) == 2 and weight.shape[1] % block == 0:
             tensors[name] = weight, touched
         else:
@@ -185,7 +188,7 @@ def is_sum(touched: Touched) -> bool:
     )
 
 
-def _sample(weight: Tensor, touched: Touched, dtype: str) -> Survival:
+def _sample(weight: Tensor, touched: Touched, dtype: StoredDtype) -> Survival:
     """Return the sums of some rows, extended to the whole tensor."""
     rows, columns = weight.shape
     found = Survival()
@@ -194,7 +197,9 @@ def _sample(weight: Tensor, touched: Touched, dtype: str) -> Survival:
     return found.times(rows * columns / found.count) if found.count else found
 
 
-def _exact(weight: Tensor, touched: Touched, dtype: str, check: Callable[[], None]) -> Survival:
+def _exact(
+    weight: Tensor, touched: Touched, dtype: StoredDtype, check: Callable[[], None]
+) -> Survival:
     """Return the sums of all rows."""
     found = Survival()
     for block in blocks(*weight.shape, most=_BLOCK_VALUES, whole_rows=True):
@@ -203,7 +208,7 @@ def _exact(weight: Tensor, touched: Touched, dtype: str, check: Callable[[], Non
     return found
 
 
-def _of_rows(weight: Tensor, touched: Touched, dtype: str, block: Block) -> Survival:
+def _of_rows(weight: Tensor, touched: Touched, dtype: StoredDtype, block: Block) -> Survival:
     delta = np.zeros((block[0].stop - block[0].start, weight.shape[1]), np.float32)
     for adapter, factor in touched.deltas:
         right, left = adapter.stored_factors_of(*block)

@@ -7,10 +7,12 @@ path, body, metadata, query, tensor or cursor) and every name that goes out pass
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from bonsai_lora.errors import (
+    MemoryBudgetError,
     NameNotYoursError,
     QuotaExceededError,
     SetNotFoundError,
@@ -18,6 +20,7 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.formats.names import check_set_name
 from bonsai_lora.service.keys import ANYONE, Key, Scope, may, narrowed
+from bonsai_lora.service.limits import Limits
 from bonsai_lora.storage.dropped import Dropped
 from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.newset import NextVersion
@@ -37,21 +40,24 @@ class Totals:
 
 
 class SetView:
-    """The sets that `key` may use for `scope`. Thread-safe.
+    """The sets that `key` may use for `scope`, and the limits on them. Thread-safe.
 
     A name that is not the key's does not exist (SetNotFoundError), but to write to it is refused
     (NameNotYoursError). The methods are those of `Store`, and raise its errors too.
     """
 
-    def __init__(self, store: Store, key: Key = ANYONE, scope: Scope = "read") -> None:
+    def __init__(
+        self, store: Store, limits: Limits, key: Key = ANYONE, scope: Scope = "read"
+    ) -> None:
         self._store = store
+        self.limits = limits
         self.key = key
         self._scope = scope
         self.temporary: Path = store.temporary
 
     def seen_by(self, key: Key, scope: Scope) -> "SetView":
         """Return the same store as another caller sees it."""
-        return SetView(self._store, key, scope)
+        return SetView(self._store, self.limits, key, scope)
 
     def check_name(self, name: str) -> None:
         """Raise InvalidNameError, or an error of this class, if `name` cannot be written to."""
@@ -86,6 +92,13 @@ class SetView:
         """Return the record of a set."""
         self._check(name)
         return self._store.read_record(name)
+
+    def find_record(self, name: str) -> SetRecord | None:
+        """Return the record of a set; None if there is no such set."""
+        try:
+            return self.read_record(name)
+        except SetNotFoundError:
+            return None
 
     def reader(self, *, may_take_long: bool) -> Callable[[str], StoredSet]:
         """Return `read`, or what raises TakesLongError in its place for a set that takes long."""
@@ -152,6 +165,29 @@ class SetView:
         """Return how the store is doing, whoever asks."""
         return self._store.state()
 
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        """Hold the lock to change `name`."""
+        self._check(name)
+        return self._store.lock(name)
+
+    def check_budget(self, name: str, new_bytes: int) -> None:
+        """Raise MemoryBudgetError if all sets, with `name` at `new_bytes`, exceed the budget.
+
+        Raises QuotaExceededError if those that the caller sees exceed its quota.
+        """
+        self._check_quota(name, new_bytes)
+        held, budget = self.held_bytes(besides=name), self.limits.memory_budget_bytes
+        if held + new_bytes > budget:
+            known = {"held_bytes": held} if self.key.sees_all else {}
+            raise MemoryBudgetError(
+                f"set {name!r} needs {new_bytes} bytes and the other sets hold "
+                f"{known.get('held_bytes', 'the rest')}, but the budget is {budget}; delete sets, "
+                "or raise memory_budget_bytes",
+                needed_bytes=new_bytes,
+                **known,
+                budget_bytes=budget,
+            )
+
     def held_bytes(self, besides: str) -> int:
         """Return the size as float32 of all sets but one, whoever asks: they share the budget.
 
@@ -160,13 +196,7 @@ class SetView:
         total, one = self._store.sums(""), self._store.sums_of(besides)
         return total.held_bytes + total.newer_bytes - one.held_bytes - one.newer_bytes
 
-    def lock(self, name: str) -> AbstractContextManager[None]:
-        """Hold the lock to change `name`."""
-        self._check(name)
-        return self._store.lock(name)
-
-    def check_quota(self, name: str, new_bytes: int) -> None:
-        """Raise QuotaExceededError if the caller's sets, with `name` at `new_bytes`, exceed it."""
+    def _check_quota(self, name: str, new_bytes: int) -> None:
         quota = self.key.quota
         if quota.sets is None and quota.bytes is None:
             return
@@ -190,10 +220,14 @@ class SetView:
                 limit_bytes=quota.bytes,
             )
 
-    def write(self, wanted: NextVersion, check: Callable[[], None]) -> StoredSet:
-        """Write the next version of a set durably, and return it opened."""
+    def write(self, wanted: NextVersion) -> StoredSet:
+        """Write the next version of a set durably, and return it opened.
+
+        Raises the errors of `check_budget`.
+        """
         self._check(wanted.name)
-        return self._store.write(wanted, check)
+        size = wanted.lora_set.total_memory_bytes()
+        return self._store.write(wanted, partial(self.check_budget, wanted.name, size))
 
     def new_file(self) -> AbstractContextManager[BinaryIO]:
         """Create a temporary file on the store's file system; it is removed on exit."""

@@ -51,7 +51,7 @@ class Lane:
         self.waiting = 0
         """Number of pieces of work that are in a thread or wait for one."""
         self.crowded_at = -math.inf
-        """When a request was last refused because of clients that take long (monotonic)."""
+        """When a request was last refused because of slow clients (monotonic)."""
         self._places = places
         self._most_late = late_per_place * places
         self._holders: dict[object, float] = {}

@@ -4,9 +4,9 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 
-from bonsai_lora.errors import BodyTooLargeError, SourceRefusedError
+from bonsai_lora.errors import SourceRefusedError
 from bonsai_lora.sources.origins import Origin
-from bonsai_lora.sources.web import Sink
+from bonsai_lora.sources.web import Sink, check_length
 
 _PIECE_BYTES = 1 << 20
 
@@ -43,12 +43,7 @@ def read(origin: Origin, path: str, sink: Sink, limit: int) -> None:
         received = 0
         while piece := file.read(_PIECE_BYTES):
             received += len(piece)
-            if received > limit:
-                raise BodyTooLargeError(
-                    f"{name} has more than {limit} bytes, which is the limit; pull a smaller "
-                    "adapter",
-                    limit_bytes=limit,
-                )
+            check_length(name, received, limit)
             sink(piece)
 
 

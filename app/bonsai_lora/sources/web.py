@@ -228,11 +228,11 @@ def _read(
             origin=origin.name,
         )
     declared = response.headers.get("content-length", "")
-    _check_length(name, int(declared) if declared.isdigit() else 0, limit)
+    check_length(name, int(declared) if declared.isdigit() else 0, limit)
     received = 0
     for piece in response.iter_raw():
         received += len(piece)
-        _check_length(name, received, limit)
+        check_length(name, received, limit)
         if time.monotonic() > until + received / _LEAST_BYTES_PER_SECOND:
             raise SourceUnreachableError(
                 f"the origin {origin.name!r} sends less than {_LEAST_BYTES_PER_SECOND} bytes per "
@@ -242,7 +242,8 @@ def _read(
         sink(piece)
 
 
-def _check_length(name: str, size: int, limit: int) -> None:
+def check_length(name: str, size: int, limit: int) -> None:
+    """Raise BodyTooLargeError if the file `name` has more than `limit` bytes."""
     if size > limit:
         raise BodyTooLargeError(
             f"{name} has at least {size} bytes, but the limit is {limit}; pull a smaller adapter",

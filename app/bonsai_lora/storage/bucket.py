@@ -131,8 +131,8 @@ class Bucket:
                         raise _NoBucketError(str(error)) from error
                     raise ConflictError(key) from error
         except (ConflictError, StoreUnreachableError) as error:
-            if error.__cause__ is None:  # it was not sent
-                raise
+            if error.__cause__ is None or isinstance(error.__cause__, _NoBucketError):
+                raise  # it was not sent, or not lost
             self._down_until = 0.0
             found = self.get(key)
             if found is not None and found.body == body:
@@ -141,7 +141,7 @@ class Bucket:
 
     def write(self, key: str, path: Path) -> None:
         """Write the large object `key` from a file."""
-        with self._asking("put"):
+        with self._asking("put"), _in_bucket():
             obstore.put(self._large, key, path, chunk_size=_PART_BYTES, max_concurrency=_AHEAD)
 
     def pieces(self, key: str, size: int) -> Iterator[bytes]:
@@ -183,7 +183,7 @@ class Bucket:
 
         Each thousand costs a request.
         """
-        with self._asking("list"), _listing():
+        with self._asking("list"), _in_bucket():
             chunks = obstore.list(
                 self._small, folder, offset=f"{folder}/{after}" if after else None, chunk_size=count
             )
@@ -193,7 +193,7 @@ class Bucket:
                 Listed(one["path"], one["e_tag"] or "", one["size"], one["last_modified"])
                 for one in chunk
             ]
-            with self._asking("list"), _listing():
+            with self._asking("list"), _in_bucket():
                 chunk = next(chunks, [])
 
     def delete(self, key: str) -> None:
@@ -203,7 +203,7 @@ class Bucket:
 
     def now(self) -> datetime:
         """Return the time by the clock of the bucket, which writes an object to ask for it."""
-        with self._asking("put"):
+        with self._asking("put"), _in_bucket():
             obstore.put(self._small, "probes/clock", b"clock")
             return obstore.head(self._small, "probes/clock")["last_modified"]
 
@@ -223,7 +223,7 @@ class Bucket:
         if not isinstance(self._small, S3Store | GCSStore | AzureStore):
             return False
         key = "probes/delete"
-        with self._asking("put"):
+        with self._asking("put"), _in_bucket():
             obstore.put(self._small, key, b"probe")
         wrongly = self.delete_if(key, '"00000000000000000000000000000000"')
         found = self.get(key)
@@ -257,7 +257,8 @@ class Bucket:
 
 
 @contextlib.contextmanager
-def _listing() -> Iterator[None]:
+def _in_bucket() -> Iterator[None]:
+    """Raise _NoBucketError if something is missing: a write or a listing needs only the bucket."""
     try:
         yield
     except FileNotFoundError as error:

@@ -307,10 +307,11 @@ class SetFiles:
     def _set_aside(self, name: str, identity: Identity, reason: str, *, wait: bool) -> None:
         """Move an unreadable file to the folder `bad`, with its reason, unless it was changed.
 
-        Without `wait`, only if the lock is free: the calling thread may hold it.
+        Raises SetNotFoundError if it is gone. Without `wait`, only if the lock is free: the calling
+        thread may hold it.
         """
         with (
-            contextlib.suppress(OSError, StoreFullError, StoreReadOnlyError, SetNotFoundError),
+            contextlib.suppress(OSError, StoreFullError, StoreReadOnlyError),
             self.locked(self._stripe(name), wait=wait),
         ):
             if self._identity(name) != identity:

@@ -207,7 +207,8 @@ class SetIndex:
         self._add(row.name, _values(row.sums()))
 
     def fill(self, rows: Iterable[Row]) -> None:
-        """Insert rows of a new table, whose sums are not asked for. Call in a transaction."""
+        """Insert rows of a new table; its sums are counted when needed. Call in a transaction."""
+        self._ask("DELETE FROM sums")
         self._connection.executemany(
             "INSERT OR REPLACE INTO sets VALUES(?, ?, ?, ?, ?, ?, ?, ?)", map(_columns, rows)
         )
@@ -218,12 +219,6 @@ class SetIndex:
         if any(gone):
             self._ask("DELETE FROM sets WHERE name = ?", name)
             self._add(name, [-one for one in gone])
-
-    def clear(self) -> None:
-        """Remove all rows and sums. Call in a transaction."""
-        self._ask("DELETE FROM sets")
-        self._ask("DELETE FROM sums")
-        self._ask("INSERT INTO sums VALUES('', 0, 0, 0, 0, 0, 0)")
 
     def sums(self, *starts: str) -> Sums:
         """Return the sums over names that begin with one of `starts`.

@@ -13,10 +13,11 @@ from bonsai_lora.api.body import body_form, parse_model, read_body
 from bonsai_lora.api.conditions import precondition
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, ModuleName, SetName, WantedVersion
-from bonsai_lora.api.described import described
+from bonsai_lora.api.json_response import json_response
 from bonsai_lora.api.openapi import (
     STORE_ERRORS,
     TENSOR_ERRORS,
+    VERSION_ERRORS,
     extra_response,
     problems,
     request_body,
@@ -51,8 +52,7 @@ _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
     operation_id="list_adapters",
     summary="List the adapters of a set",
     response_model=schemas.AdapterList,
-    responses=sends(200, "ETag")
-    | problems(errors.SetNotFoundError, errors.VersionNotFoundError, errors.InvalidRequestError),
+    responses=sends(200, "ETag") | problems(*VERSION_ERRORS),
 )
 async def list_adapters(
     context: ContextDep, name: SetName, version: WantedVersion = None
@@ -65,20 +65,14 @@ async def list_adapters(
         modules = [schemas.ModuleInfo.of(*item) for item in adapters.items()]
         return schemas.AdapterList(adapters=modules)
 
-    return await described(context, describe, len(adapters), {"ETag": stored.record.etag})
+    return await json_response(context, describe, len(adapters), {"ETag": stored.record.etag})
 
 
 @router.get(
     "/v1/sets/{set}/adapters/{module}",
     operation_id="get_adapter",
     summary="Show one adapter of a set",
-    responses=sends(200, "ETag")
-    | problems(
-        errors.SetNotFoundError,
-        errors.VersionNotFoundError,
-        errors.InvalidRequestError,
-        errors.AdapterNotFoundError,
-    ),
+    responses=sends(200, "ETag") | problems(*VERSION_ERRORS, errors.AdapterNotFoundError),
 )
 async def get_adapter(
     response: Response,
@@ -150,11 +144,11 @@ def _put(
     alpha: float | None,
     check: Precondition,
 ) -> tuple[StoredSet, bool]:
-    store, limits = context.store, context.limits
+    store = context.store
     tensors: Mapping[str, Array]
     if form is Form.BINARY:
         tensors, _ = safetensors.decode(
-            body, limit=limits.max_header_bytes, most=safetensors.FEW_TENSORS
+            body, limit=store.limits.max_header_bytes, most=safetensors.FEW_TENSORS
         )
     else:
         value = json.decode_object(body, _PUT_FIELDS)
@@ -167,13 +161,13 @@ def _put(
             new = parse_model(body, schemas.NewAdapter)
             config = new.config.to_core() if new.config else None
             return adapters.put_new_adapter(
-                store, limits, context.memory, name, module, new.d_in, new.d_out, config, check
+                store, context.memory, name, module, new.d_in, new.d_out, config, check
             )
         own_alpha = _alpha_of(value)
         alpha = alpha if own_alpha is None else own_alpha
         text = json.Text(body)
         tensors = {key: json.decode_tensor(one, key, text) for key, one in value.items()}
-    return adapters.put_weights(store, limits, name, module, tensors, alpha, check)
+    return adapters.put_weights(store, name, module, tensors, alpha, check)
 
 
 def _alpha_of(value: dict[str, Any]) -> float | None:
@@ -210,6 +204,4 @@ async def delete_adapter(
 ) -> None:
     """Creates the next version of the set, without this module."""
     check = precondition(request)
-    await context.long.run(
-        partial(adapters.delete_adapter, context.store, context.limits, name, module, check)
-    )
+    await context.long.run(partial(adapters.delete_adapter, context.store, name, module, check))

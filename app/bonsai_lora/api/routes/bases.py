@@ -9,6 +9,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
 from bonsai_lora import errors
 from bonsai_lora.api import base_schemas
+from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName
 from bonsai_lora.api.merged_file import StreamedFile, gain_headers
 from bonsai_lora.api.middleware import decode_slashes
@@ -23,67 +24,61 @@ from bonsai_lora.service.merged import weighted_sets
 router = APIRouter(tags=["merged checkpoints"])
 
 BaseName = Annotated[str, Path(description="name of a base checkpoint", examples=["tiny-qwen3"])]
-Scale = Annotated[Factor, Query(description="weight of the set's delta")]
-Others = Annotated[
-    list[str] | None, Query(alias="set", max_length=32, description="additional sets to merge")
-]
-Weights = Annotated[
-    list[Factor] | None,
-    Query(alias="weight", max_length=32, description="their weights, in order"),
-]
-Match = Annotated[
-    str | None,
-    Query(
-        max_length=256,
-        description="prefix of the tensor names that ambiguous module paths mean",
-        examples=["model.language_model."],
-    ),
-]
-
-Dtype = Annotated[
-    Literal["F16", "BF16", "F32", "Q8_0"] | None,
-    Query(
-        description="type of the changed tensors of a GGUF base; default: F16 in the GGUF file, "
-        "BF16 in the safetensors files, which cannot be Q8_0"
-    ),
-]
-Widen = Annotated[
-    Literal["all"] | None,
-    Query(description="`all`: write all quantized tensors of the GGUF file in this type"),
-]
 
 
 @dataclass(frozen=True, slots=True)
-class _Merged:
-    """A merged model, and its files as the caller wants them."""
+class ModelQuery:
+    """Which merged model a request is about."""
 
-    model: MergedModel
-    files: Mapping[str, MergedFile]
-    dtype: str | None
+    base: BaseName
+    name: SetName
+    scale: Annotated[Factor, Query(description="weight of the set's delta")] = 1.0
+    others: Annotated[
+        list[str] | None, Query(alias="set", max_length=32, description="additional sets to merge")
+    ] = None
+    weights: Annotated[
+        list[Factor] | None,
+        Query(alias="weight", max_length=32, description="their weights, in order"),
+    ] = None
+    match: Annotated[
+        str | None,
+        Query(
+            max_length=256,
+            description="prefix of the tensor names that ambiguous module paths mean",
+            examples=["model.language_model."],
+        ),
+    ] = None
+
+    def model(self, context: Context) -> MergedModel:
+        """Return the model; raises the errors of `weighted_sets` and `MergedModels.get`."""
+        sets = weighted_sets(self.name, self.scale, self.others or [], self.weights or [])
+        return context.models.get(context.store, self.base, sets, self.match)
 
 
-async def _merged_files(
-    context: ContextDep,
-    base: BaseName,
-    name: SetName,
-    scale: Scale = 1.0,
-    others: Others = None,
-    weights: Weights = None,
-    match: Match = None,
-    dtype: Dtype = None,
-    widen: Widen = None,
-) -> _Merged:
-    sets = weighted_sets(name, scale, others or [], weights or [])
-    rendering = Rendering(dtype, is_widened=widen == "all")
+@dataclass(frozen=True, slots=True)
+class _FilesQuery(ModelQuery):
+    """In which form the files of a merged model are wanted."""
 
-    def read() -> _Merged:
-        model = context.models.get(context.store, base, sets, match)
-        return _Merged(model, context.models.files(model, rendering), dtype)
+    dtype: Annotated[
+        Literal["F16", "BF16", "F32", "Q8_0"] | None,
+        Query(
+            description="type of the changed tensors of a GGUF base; default: F16 in the GGUF "
+            "file, BF16 in the safetensors files, which cannot be Q8_0"
+        ),
+    ] = None
+    widen: Annotated[
+        Literal["all"] | None,
+        Query(description="`all`: write all quantized tensors of the GGUF file in this type"),
+    ] = None
 
-    return await context.long.run(read)
+    def files(self, context: Context) -> tuple[MergedModel, Mapping[str, MergedFile]]:
+        """Return the model and its files; raises the errors of `model` and `merged_files`."""
+        model = self.model(context)
+        rendering = Rendering(self.dtype, is_widened=self.widen == "all")
+        return model, context.models.files(model, rendering)
 
 
-Merged = Annotated[_Merged, Depends(_merged_files)]
+FilesQuery = Annotated[_FilesQuery, Depends()]
 
 MERGE_ERRORS = (
     errors.BaseNotFoundError,
@@ -136,11 +131,12 @@ async def get_base(context: ContextDep, base: BaseName) -> base_schemas.BaseInfo
     summary="List the files of a merged model",
     responses=problems(*MERGE_ERRORS),
 )
-async def list_merged_files(merged: Merged) -> base_schemas.MergedFiles:
+async def list_merged_files(context: ContextDep, query: FilesQuery) -> base_schemas.MergedFiles:
     """Returns names, sizes and ETags. Nothing is computed. Of a GGUF base there are a merged GGUF
     file, named like the base, and the same model as a Hugging Face checkpoint.
     """
-    found = merge_info(merged.files)
+    _, files = await context.long.run(partial(query.files, context))
+    found = merge_info(files)
     return base_schemas.MergedFiles(files=[base_schemas.MergedFileInfo(**one) for one in found])
 
 
@@ -155,7 +151,7 @@ async def list_merged_files(merged: Merged) -> base_schemas.MergedFiles:
 async def get_merged_file(
     request: Request,
     context: ContextDep,
-    merged: Merged,
+    query: FilesQuery,
     filename: Annotated[
         str, Path(description="name of a listed file", examples=["model.safetensors"])
     ],
@@ -164,16 +160,17 @@ async def get_merged_file(
     range is computed when it is requested, in float32, and rounded once, to nearest even. Once it
     is known, the header Bonsai-Delta-Gain says how much of the deltas this rounding leaves.
     """
+    model, files = await context.long.run(partial(query.files, context))
     filename = decode_slashes(filename)
-    file = merged.files.get(filename)
+    file = files.get(filename)
     if file is None:
-        raise errors.FileNotInModelError(filename, list(merged.files))
+        raise errors.FileNotInModelError(filename, list(files))
     streamed = StreamedFile(file, context.executor, context.settings.threads)
-    headers = gain_headers(context.gains, merged.model, filename, merged.dtype)
+    headers = gain_headers(context.gains, model, filename, query.dtype)
     return file_response(request, streamed, context.long, headers)
 
 
-def _info(context: ContextDep, name: str) -> base_schemas.BaseInfo:
+def _info(context: Context, name: str) -> base_schemas.BaseInfo:
     base = context.bases.get(name)
     files = [
         base_schemas.BaseFile(name=file, size_bytes=opened.size_bytes)

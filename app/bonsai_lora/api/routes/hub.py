@@ -7,7 +7,7 @@ Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request wit
 import hashlib
 import json
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Annotated, Any
@@ -249,8 +249,7 @@ def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
         )
     if model.etags != [record.etag]:  # changed between the two reads
         return _merged_repo(context, owner, name)
-    found = _of_set(f"{owner}/{name}", model.digest, record, *_streamed(context, model))
-    return replace(found, model=model)
+    return _of_set(f"{owner}/{name}", model.digest, record, *_streamed(context, model), model)
 
 
 def _base_repo(context: Context, owner: str, name: str) -> _Repo:
@@ -269,9 +268,10 @@ def _of_set(
     record: SetRecord,
     files: Mapping[str, RangedFile],
     refusal: errors.UnmergeableError | None = None,
+    model: MergedModel | None = None,
 ) -> _Repo:
     dates = record.created_at, record.updated_at
-    return _Repo(repo, commit, record.version, *dates, files, refusal)
+    return _Repo(repo, commit, record.version, *dates, files, refusal, model)
 
 
 def _streamed(
@@ -282,7 +282,7 @@ def _streamed(
     If it cannot be a checkpoint, that is the file which clients read first.
     """
     try:
-        files = context.models.hub_files(model)
+        files = context.models.files(model)
     except errors.UnsupportedGgufError as error:
         refusal = errors.UnmergeableError(error.detail, **error.values)
         tag = _tag(f"{model.digest}/refused", CONFIG_FILE)

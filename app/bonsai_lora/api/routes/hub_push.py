@@ -134,7 +134,6 @@ async def commit(
             partial(
                 sets.import_adapter,
                 context.store,
-                context.limits,
                 name,
                 pushed.config,
                 upload,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
@@ -13,31 +14,24 @@ from bonsai_lora.api import lab_schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
-from bonsai_lora.api.described import described, set_headers
 from bonsai_lora.api.job_schemas import Job, JobKind
+from bonsai_lora.api.json_response import json_response, set_headers
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
+    VERSION_ERRORS,
     extra_response,
     problems,
     request_body,
 )
 from bonsai_lora.api.openapi_headers import sends
-from bonsai_lora.api.routes.bases import (
-    MERGE_ERRORS,
-    BaseName,
-    Match,
-    Others,
-    Scale,
-    Weights,
-)
+from bonsai_lora.api.routes.bases import MERGE_ERRORS, ModelQuery
 from bonsai_lora.api.routes.jobs import JOB, start_job, wants_job
 from bonsai_lora.service import combine, compare, extract, survival
 from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.service.aligned import MAX_SETS
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.jobs import LONG_NANOSECONDS, Progress
-from bonsai_lora.service.merged import weighted_sets
 from bonsai_lora.service.spectrum import Spectra
 from bonsai_lora.service.work import Lane, Place
 from bonsai_lora.storage.setfile import StoredSet
@@ -84,7 +78,6 @@ async def combine_sets(
         check = partial(
             combine.plan,
             context.store,
-            context.limits,
             wanted.name,
             [(one.set, one.weight) for one in wanted.sets],
             wanted.recipe(),
@@ -95,38 +88,36 @@ async def combine_sets(
             work = partial(_combine_as_job, context, plan, dry_run)
             return await start_job(context, "combine", needed, work)
         reserved.add(needed)
-        report, stored = await _combine(context, context.long, plan, dry_run, Progress())
-        modules = len(report.modules)
-        if stored is None:
-            show = partial(lab_schemas.CombineReport.of, report)
-            return await described(context, show, modules, {})
-        made = partial(lab_schemas.CombinedSet.made, stored, report)
-        return await described(context, made, modules, set_headers(context, stored, 201), 201)
+        show, stored = await _combine(context, context.long, plan, dry_run, Progress())
+        headers = {} if stored is None else set_headers(context, stored, 201)
+        status = 200 if stored is None else 201
+        return await json_response(context, show, len(plan.modules), headers, status)
 
 
 async def _combine_as_job(
     context: Context, plan: combine.Plan, dry_run: bool, progress: Progress
 ) -> dict[str, Any]:
-    report, stored = await _combine(context, context.jobs.lane, plan, dry_run, progress)
-    made = (
-        partial(lab_schemas.CombineReport.of, report)
-        if stored is None
-        else partial(lab_schemas.CombinedSet.made, stored, report)
-    )
-    return await context.jobs.lane.run(lambda: made().model_dump(mode="json"))
+    show, _ = await _combine(context, context.jobs.lane, plan, dry_run, progress)
+    return await _result(context, show)
+
+
+async def _result(context: Context, show: Callable[[], BaseModel]) -> dict[str, Any]:
+    """Return the result of a job, which is the model that `show` makes."""
+    return await context.jobs.lane.run(lambda: show().model_dump(mode="json"))
 
 
 async def _combine(
     context: Context, lane: Lane, plan: combine.Plan, dry_run: bool, progress: Progress
-) -> tuple[combine.Report, StoredSet | None]:
-    """Compute a combination, and store it unless it is a dry run."""
+) -> tuple[Callable[[], BaseModel], StoredSet | None]:
+    """Compute a combination, and store it unless it is a dry run; return what shows it."""
     works = progress.follow(plan.works(), [1] * len(plan.modules))
     combined = await lane.run_each(works, context.settings.threads)
     report = await lane.run(partial(plan.report, combined))
     progress.check()
     if dry_run:
-        return report, None
-    return report, await lane.run(partial(plan.store, context.store, context.limits, report))
+        return partial(lab_schemas.CombineReport.of, report), None
+    stored = await lane.run(partial(plan.store, context.store, report))
+    return partial(lab_schemas.CombinedSet.made, stored, report), stored
 
 
 @router.post(
@@ -159,7 +150,6 @@ async def extract_set(request: Request, context: ContextDep) -> Response:
         check = partial(
             extract.plan,
             context.store,
-            context.limits,
             context.bases,
             wanted.name,
             wanted.base,
@@ -180,9 +170,8 @@ async def _extract(context: Context, plan: extract.Plan, progress: Progress) -> 
         found = await lane.run_each(works, context.settings.threads)
         report = plan.report(found)
         progress.check()
-        stored = await lane.run(partial(plan.store, context.store, context.limits, report))
-        made = partial(lab_schemas.ExtractedSet.made, stored, report)
-        return await lane.run(lambda: made().model_dump(mode="json"))
+        stored = await lane.run(partial(plan.store, context.store, report))
+        return await _result(context, partial(lab_schemas.ExtractedSet.made, stored, report))
 
 
 @router.get(
@@ -219,7 +208,7 @@ async def compare_sets(
     becomes a job.
     """
     with context.long.admit():
-        check = partial(compare.compare, context.store, context.limits, names)
+        check = partial(compare.compare, context.store, names)
         comparison = await context.long.run(check)
         show = partial(lab_schemas.ComparisonInfo.of, comparison)
         size = len(names) * len(comparison.modules)
@@ -233,12 +222,7 @@ async def compare_sets(
     response_model=lab_schemas.SetSpectrum,
     responses=JOB
     | problems(
-        errors.InvalidRequestError,
-        errors.SetNotFoundError,
-        errors.VersionNotFoundError,
-        errors.AdapterNotFoundError,
-        errors.MemoryBudgetError,
-        errors.BusyError,
+        *VERSION_ERRORS, errors.AdapterNotFoundError, errors.MemoryBudgetError, errors.BusyError
     ),
 )
 async def get_spectrum(
@@ -295,7 +279,7 @@ async def _computed(
     with Reservation(context.memory) as reserved:
         reserved.add(needed)
         found: list[Any] = await context.long.run_each(plan.works(), threads)
-        return await described(context, partial(show, found), size, {})
+        return await json_response(context, partial(show, found), size, {})
 
 
 async def _as_job(
@@ -304,33 +288,27 @@ async def _as_job(
     show: Callable[[list[Any]], BaseModel],
     progress: Progress,
 ) -> dict[str, Any]:
-    lane = context.jobs.lane
     works = progress.follow(plan.works(), plan.operations())
-    found = await lane.run_each(works, context.settings.threads)
-    return await lane.run(lambda: show(found).model_dump(mode="json"))
+    found = await context.jobs.lane.run_each(works, context.settings.threads)
+    return await _result(context, partial(show, found))
 
 
-Stored = Annotated[
-    lab_schemas.StoredDtype, Query(description="type in which the merged weights are stored")
-]
+@dataclass(frozen=True, slots=True)
+class _SurvivalQuery(ModelQuery):
+    """How the weights of a merged model would be stored."""
+
+    dtype: Annotated[
+        survival.StoredDtype, Query(description="type in which the merged weights are stored")
+    ] = "BF16"
 
 
 async def _followed(
-    context: ContextDep,
-    base: BaseName,
-    name: SetName,
-    scale: Scale = 1.0,
-    others: Others = None,
-    weights: Weights = None,
-    match: Match = None,
-    dtype: Stored = "BF16",
+    context: ContextDep, query: Annotated[_SurvivalQuery, Depends()]
 ) -> survival.Followed:
     with context.long.admit():
-        sets = weighted_sets(name, scale, others or [], weights or [])
-        choose = partial(context.models.get, context.store, base, sets, match)
-        model = await context.long.run(choose)
+        model = await context.long.run(partial(query.model, context))
         context.gains.prepare(model.base)
-        return await context.long.run(partial(survival.follow, model, dtype))
+        return await context.long.run(partial(survival.follow, model, query.dtype))
 
 
 Followed = Annotated[survival.Followed, Depends(_followed)]
@@ -350,7 +328,7 @@ async def get_survival(context: ContextDep, followed: Followed) -> Response:
     with context.long.admit():
         found = await context.long.run_each(followed.estimates(), context.settings.threads)
     show = partial(lab_schemas.SurvivalInfo.of, followed, found, is_exact=False)
-    return await described(context, show, len(found), {})
+    return await json_response(context, show, len(found), {})
 
 
 @router.post(
@@ -377,5 +355,5 @@ async def _survive(
 ) -> dict[str, Any]:
     works = progress.follow(followed.works(progress.check), followed.sizes())
     found = await context.jobs.lane.run_each(works, context.settings.threads)
-    info = lab_schemas.SurvivalInfo.of(followed, found, is_exact=True)
-    return info.model_dump(mode="json")
+    show = partial(lab_schemas.SurvivalInfo.of, followed, found, is_exact=True)
+    return await _result(context, show)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.responses import Response as StarletteResponse
@@ -14,12 +14,18 @@ from bonsai_lora.api.body import BodyReader, body_form, content_length, read_bod
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, ModuleName, SetName, WantedVersion
 from bonsai_lora.api.merge_stream import MergeStream
-from bonsai_lora.api.openapi import TENSOR_ERRORS, problems, request_body, tensor_responses
+from bonsai_lora.api.openapi import (
+    TENSOR_ERRORS,
+    VERSION_ERRORS,
+    problems,
+    request_body,
+    tensor_responses,
+)
 from bonsai_lora.api.spool import Spool
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service.apply import check_no_replaced_bias
-from bonsai_lora.service.merge import WeightMerge, merge_of_header, stored_adapter
+from bonsai_lora.service.merge import MergeDtype, WeightMerge, merge_of_header, stored_adapter
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire import json
@@ -41,8 +47,7 @@ _SMALL_HEADER_BYTES = 1 << 13
     responses=tensor_responses(tensor_schemas.MergeAnswer, Form.BINARY, Form.RAW)
     | problems(
         *TENSOR_ERRORS,
-        errors.SetNotFoundError,
-        errors.VersionNotFoundError,
+        *VERSION_ERRORS,
         errors.AdapterNotFoundError,
         errors.NonFiniteOutputError,
         errors.UnsupportedAdapterError,
@@ -54,7 +59,7 @@ async def merge_weights(
     name: SetName,
     module: ModuleName,
     dtype: Annotated[
-        Literal["F32", "F16", "BF16"] | None,
+        MergeDtype | None,
         Query(description="required for application/octet-stream"),
     ] = None,
     unmerge: Annotated[bool, Query(description="subtract the delta instead of adding it")] = False,

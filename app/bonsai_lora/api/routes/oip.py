@@ -21,7 +21,7 @@ from bonsai_lora.api.body import check_length, parse_model, read_body
 from bonsai_lora.api.call import BufferResponse, Call
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import CallDep, ContextDep
-from bonsai_lora.api.described import described
+from bonsai_lora.api.json_response import json_response
 from bonsai_lora.api.openapi import (
     empty_responses,
     oip_errors,
@@ -193,7 +193,7 @@ async def get_model(context: ContextDep, model: ModelDep) -> Response:
             ],
         )
 
-    return await described(context, describe, len(model.adapters), {})
+    return await json_response(context, describe, len(model.adapters), {})
 
 
 @_of_model("/ready", "_ready", "Is the model ready?", oip_schemas.ModelReady)
@@ -205,7 +205,7 @@ async def get_model_ready(model: ModelDep) -> oip_schemas.ModelReady:
 @_of_model("/config", "_config", "Show a model's configuration", oip_schemas.ModelConfig)
 async def get_model_config(context: ContextDep, model: ModelDep) -> Response:
     """Uses the fields of Triton's model configuration."""
-    return await described(
+    return await json_response(
         context, lambda: oip_schemas.ModelConfig(**models.config_of(model)), len(model.adapters), {}
     )
 

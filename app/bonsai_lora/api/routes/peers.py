@@ -11,32 +11,31 @@ from typing import Annotated, Any
 import anyio.to_thread
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import PlainTextResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from bonsai_lora import errors
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
-from bonsai_lora.api.pulls import check_may_pull, pull
+from bonsai_lora.api.pulls import pull
 from bonsai_lora.service import sets
+from bonsai_lora.service.keys import check_scope
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import SetRecord
 
 router = APIRouter(include_in_schema=False)
 
 
-class _Model(BaseModel):
-    # Engines add fields that mean nothing here, such as SGLang's `pinned`.
-    model_config = ConfigDict(extra="ignore")
+# Fields that mean nothing here, such as SGLang's `pinned`, are ignored.
 
 
-class _Load(_Model):
+class _Load(BaseModel):
     lora_name: str
     lora_path: str = Field(max_length=1024)
     load_inplace: bool = False
 
 
-class _Unload(_Model):
+class _Unload(BaseModel):
     lora_name: str
 
 
@@ -100,7 +99,7 @@ def _model(record: SetRecord) -> dict[str, Any]:
 
 async def _load(request: Request, context: Context) -> _Load:
     """Pull the set that the body names, as `pull` does."""
-    check_may_pull(context)
+    check_scope(context.store.key, "pull")
     with Place(context.long) as place:
         wanted = await read_model(request, _Load, place)
 

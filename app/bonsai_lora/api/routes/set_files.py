@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from bonsai_lora import errors
 from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
 from bonsai_lora.api.merged_file import CountedFile
-from bonsai_lora.api.openapi import file_responses, problems
+from bonsai_lora.api.openapi import VERSION_ERRORS, file_responses, problems
 from bonsai_lora.api.ranges import BytesFile, file_response
 from bonsai_lora.service import gguf_lora, sets
 from bonsai_lora.service.budget import Reservation
@@ -17,9 +17,7 @@ from bonsai_lora.wire.media import Form
 router = APIRouter(tags=["sets"])
 
 _FILE_ERRORS = (
-    errors.InvalidRequestError,
-    errors.SetNotFoundError,
-    errors.VersionNotFoundError,
+    *VERSION_ERRORS,
     errors.RangeNotSatisfiableError,
     errors.BusyError,
 )
@@ -100,6 +98,6 @@ async def get_adapter_gguf(
     made = await context.long.run(make)
     with Reservation(context.memory) as reserved:
         reserved.add(made.working_bytes)
-        await context.long.run(partial(context.checked.check, made))
+        await context.long.run(partial(context.checked_files.check, made))
     file = CountedFile(made, context.executor, context.memory, made.working_bytes)
     return file_response(request, file, context.long)

@@ -13,22 +13,24 @@ from bonsai_lora.api.body import read_model
 from bonsai_lora.api.conditions import not_modified, precondition
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
-from bonsai_lora.api.described import described, set_headers
+from bonsai_lora.api.json_response import json_response, set_headers
 from bonsai_lora.api.openapi import (
     BODY_ERRORS,
     STORE_ERRORS,
+    VERSION_ERRORS,
     extra_response,
     problems,
     request_body,
 )
 from bonsai_lora.api.openapi_headers import sends
-from bonsai_lora.api.pulls import check_may_pull, pull
+from bonsai_lora.api.pulls import pull
 from bonsai_lora.api.query import DECIMAL
 from bonsai_lora.api.uploads import CONFIG_PART, GGUF_PART, MODEL_PART, receive_adapter
 from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.names import SET_NAME_PATTERN
 from bonsai_lora.service import gguf_lora, sets
 from bonsai_lora.service.budget import Reservation
+from bonsai_lora.service.keys import check_scope
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.upload import Upload, WholeUpload
@@ -93,7 +95,6 @@ async def create_set(request: Request, context: ContextDep) -> Response:
         make = partial(
             sets.create_set,
             context.store,
-            context.limits,
             context.memory,
             wanted.name,
             base_model_name,
@@ -107,7 +108,7 @@ async def create_set(request: Request, context: ContextDep) -> Response:
 async def _info(context: Context, stored: StoredSet, status: int = 200) -> Response:
     make = partial(schemas.SetInfo.of, stored)
     headers = set_headers(context, stored, status)
-    return await described(context, make, stored.record.adapter_count, headers, status)
+    return await json_response(context, make, stored.record.adapter_count, headers, status)
 
 
 def _check_not_an_upload(request: Request) -> None:
@@ -169,7 +170,7 @@ async def list_sets(
     summary="Show a set",
     response_model=schemas.SetInfo,
     responses=extra_response(304, "not modified: If-None-Match names the current ETag")
-    | problems(errors.SetNotFoundError, errors.VersionNotFoundError, errors.InvalidRequestError),
+    | problems(*VERSION_ERRORS),
 )
 async def get_set(
     request: Request, context: ContextDep, name: SetName, version: WantedVersion = None
@@ -263,11 +264,11 @@ async def upload_set(
         limit = context.limits.max_upload_bytes
         gguf = WholeUpload(file)
         config = await receive_adapter(request, upload, gguf, limit, reserved, place)
-        check, common = precondition(request), (context.store, context.limits)
+        check = precondition(request)
         make = (
             partial(
                 gguf_lora.import_gguf,
-                *common,
+                context.store,
                 context.bases,
                 name,
                 gguf,
@@ -279,7 +280,7 @@ async def upload_set(
             if config is None
             else partial(
                 sets.import_adapter,
-                *common,
+                context.store,
                 name,
                 config,
                 upload,
@@ -301,7 +302,7 @@ async def _pull(
     request: Request, context: Context, name: str, options: UploadOptions
 ) -> sets.Imported:
     """Pull the adapter that the body names."""
-    check_may_pull(context)
+    check_scope(context.store.key, "pull")
     with Place(context.long) as place:
         wanted = await read_model(request, schemas.PullSet, place)
         layout = options.expert_b_layout
@@ -311,7 +312,7 @@ async def _pull(
 
 async def _report(context: Context, imported: sets.Imported) -> Response:
     stored, status = imported.stored, 201 if imported.created else 200
-    return await described(
+    return await json_response(
         context,
         partial(schemas.ImportReport.of, imported),
         stored.record.adapter_count,
@@ -341,7 +342,6 @@ async def change_set(request: Request, context: ContextDep, name: SetName) -> Re
         change = partial(
             sets.name_base,
             context.store,
-            context.limits,
             name,
             wanted.base_model_name,
             precondition(request),

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
 from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
-from bonsai_lora.api.openapi import problems
+from bonsai_lora.api.openapi import VERSION_ERRORS, problems
 from bonsai_lora.api.query import Count
 from bonsai_lora.core.registry import LoraRegistry, adapter_bytes
 from bonsai_lora.service.stats import store_stats
@@ -26,12 +26,7 @@ Budget = Annotated[Count, Query(description="memory for all adapters, in bytes")
     "/v1/sets/{set}/stats",
     operation_id="get_set_stats",
     summary="Show the statistics of a set",
-    responses=problems(
-        errors.SetNotFoundError,
-        errors.VersionNotFoundError,
-        errors.InvalidRequestError,
-        errors.BusyError,
-    ),
+    responses=problems(*VERSION_ERRORS, errors.BusyError),
 )
 async def get_set_stats(
     context: ContextDep,
@@ -75,15 +70,15 @@ async def get_stats(context: ContextDep) -> schemas.StoreStatsInfo:
     """Returns totals over all sets, and the largest sets."""
     stats = await anyio.to_thread.run_sync(store_stats, context.store)
     return schemas.StoreStatsInfo(
-        set_count=stats.set_count,
-        adapter_count=stats.adapter_count,
-        total_trainable_params=stats.total_trainable_params,
-        total_memory_bytes=stats.total_memory_bytes,
+        set_count=stats.sums.sets,
+        adapter_count=stats.sums.adapters,
+        total_trainable_params=stats.sums.params,
+        total_memory_bytes=stats.sums.held_bytes,
         memory_budget_bytes=context.limits.memory_budget_bytes,
         resident_bytes=stats.resident_bytes,
         uptime_seconds=monotonic() - context.started,
-        sets=[schemas.SetSummary.model_validate(one) for one in stats.largest],
-        **({} if stats.as_of is None else {"as_of": stats.as_of}),
+        sets=[schemas.SetSummary.model_validate(one) for one in stats.largest.records],
+        **({} if stats.largest.as_of is None else {"as_of": stats.largest.as_of}),
     )
 
 

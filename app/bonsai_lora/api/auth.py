@@ -1,4 +1,7 @@
-"""Who comes in: the one check of every request, which FastAPI and the fast lane both call."""
+"""Who calls, and whether they may: one check of every request, on both ways in.
+
+FastAPI asks `Authenticator` through `AuthMiddleware`, and the fast lane by itself.
+"""
 
 import base64
 import binascii
@@ -7,12 +10,18 @@ from collections.abc import Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any, NamedTuple
 
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as AsgiScope
+
 from bonsai_lora.api.browsers import check_host, check_origin
+from bonsai_lora.api.call import join_headers
 from bonsai_lora.api.context import Context
+from bonsai_lora.api.errors import problem_response
 from bonsai_lora.api.keys_file import WatchedKeys
-from bonsai_lora.api.scopes import OPEN, Need, is_health
-from bonsai_lora.errors import UnauthenticatedError
-from bonsai_lora.service.keys import ANYONE, NOBODY, Key, Meter, missing_scope
+from bonsai_lora.api.scopes import OPEN, Need, is_health, is_open
+from bonsai_lora.errors import BonsaiLoraError, UnauthenticatedError
+from bonsai_lora.service.keys import ANYONE, NOBODY, Key, Meter, Scope, check_scope
 from bonsai_lora.settings import Settings
 
 _REMEMBERED = 1024
@@ -51,15 +60,15 @@ class Caller:
         """Return the context for a call that needs the scope `need`; raises ForbiddenError."""
         found = self._contexts.get(need)
         if found is None:
-            if need != OPEN and need not in self.key.scopes:
-                raise missing_scope(self.key, need)
-            scope = "read" if need == OPEN else need
+            scope: Scope = "read" if need == OPEN else need
+            if need != OPEN:
+                check_scope(self.key, scope)
             found = self._contexts[need] = self._base.seen_by(self.key, scope, self.meter)
         return found
 
 
-class Door:
-    """Finds the caller of each request, and refuses those that may not come in."""
+class Authenticator:
+    """Finds the caller of each request, and refuses what may not be served."""
 
     def __init__(self, settings: Settings, base: Context) -> None:
         """Read the keys; raises KeysFileError."""
@@ -191,3 +200,47 @@ def _token_of(header: bytes) -> bytes | None:
         return base64.b64decode(value, validate=True).partition(b":")[2]
     except binascii.Error:
         return None
+
+
+class AuthMiddleware:
+    """Puts the caller of each request into the scope, or answers with the reason to refuse it."""
+
+    def __init__(self, app: ASGIApp, authenticator: Authenticator) -> None:
+        self._app = app
+        self._authenticator = authenticator
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer = (
+            _privately(send)
+            if self._authenticator.has_keys and not is_open(scope["path"])
+            else send
+        )
+        try:
+            caller = scope["caller"] = self._admit(scope)
+        except BonsaiLoraError as error:
+            await problem_response(error, scope)(scope, receive, answer)
+            return
+        scope["key"] = caller.log_id
+        await self._app(scope, receive, answer)
+
+    def _admit(self, scope: AsgiScope) -> Caller:
+        auth, path, headers = self._authenticator, scope["path"], join_headers(scope["headers"])
+        peer = auth.peer_of(scope.get("server"), scope.get("client"))
+        auth.check_site(scope["method"], path, headers, peer)
+        scope["address"] = address_of(scope["scheme"], headers, peer)
+        return auth.visitor if is_open(path) else auth.identify(headers)
+
+
+def _privately(send: Send) -> Send:
+    """Return a `send` that tells shared caches to keep no answer to a caller with a key."""
+
+    async def send_privately(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).setdefault("cache-control", PRIVATE)
+        await send(message)
+
+    return send_privately

@@ -11,7 +11,7 @@ from bonsai_lora.api.middleware import request_id_of
 _LINGER_SECONDS = 1.0
 
 
-class CrowdedConnection(asyncio.Protocol):
+class RefusedConnection(asyncio.Protocol):
     """Answers whatever is sent with 503, and closes."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -13,7 +13,7 @@ _QUICK_MODULES = 256
 """Describing more modules takes milliseconds, too long for the event loop."""
 
 
-async def described(
+async def json_response(
     context: Context,
     describe: Callable[[], BaseModel],
     modules: int,
