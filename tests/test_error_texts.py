@@ -56,6 +56,7 @@ BINARY = {"Content-Type": Form.BINARY.value}
 RAW = {"Content-Type": Form.RAW.value}
 ROW = [0.0] * 64
 
+FORGED = "size=1&key=anyone&expires=0&signature=0"
 VERBS = frozenset(
     re.findall(
         r"\w+",
@@ -284,6 +285,8 @@ def produce(folder):
         with app.state.context.short.admit(), app.state.context.short.admit():
             answer = client.post(APPLY, json={"inputs": [ROW]})
             texts[errors.BusyError].append(text_of(answer, errors.BusyError, APPLY))
+        forged = client.put(f"/adapters/plain.git/info/lfs/objects/{'0' * 64}?{FORGED}")
+        texts[errors.LinkRefusedError].append(forged.json()["message"])
         texts[errors.StalledError].append(stalled(url))
         app.state.context.stopping.set()
         answer = client.get("/readyz")

@@ -93,6 +93,10 @@ class NameNotYoursError(ForbiddenError, code="name_not_yours"):
     """A write to a name that starts with none of the key's prefixes."""
 
 
+class LinkRefusedError(ForbiddenError, code="link_refused"):
+    """A link to upload to has expired, or the service did not sign it."""
+
+
 class CrossSiteError(ForbiddenError, code="cross_site"):
     """A web page of a different site sent a request that may change something."""
 

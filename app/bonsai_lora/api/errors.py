@@ -29,7 +29,9 @@ _PASSING = (
     errors.StoreUnreachableError,
 )
 """Errors that the same request need not meet again."""
-_HUB_PATH = re.compile("/api/|/[^/]+/[^/]+/resolve/")
+LFS_TYPE = "application/vnd.git-lfs+json"
+_LFS_PATH = re.compile(r"/adapters/[^/]+\.git/info/lfs/")
+_HUB_PATH = re.compile(rf"/api/|/[^/]+/[^/]+/resolve/|{_LFS_PATH.pattern}")
 
 
 STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
@@ -81,9 +83,13 @@ def problem_response(
     """Return the response for a refused request."""
     scope["problem"] = error  # for the log
     status = status_of(type(error))
+    body: dict[str, Any]
     if is_oip(scope["path"]):
         status = status if status in _OIP_STATUSES else HTTPStatus.BAD_REQUEST
         media_type, body = "application/json", _oip_body(error)
+    elif _LFS_PATH.match(scope["path"]):
+        body = {"message": error.detail, "request_id": scope.get("request_id")}
+        media_type = LFS_TYPE
     else:
         media_type, body = PROBLEM_TYPE, _problem_body(error, status, scope)
     more = {**_headers_of(error, scope), **(headers or {})}
@@ -99,6 +105,8 @@ def _headers_of(error: BonsaiLoraError, scope: Scope) -> dict[str, str]:
         headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
     if isinstance(error, errors.UnauthenticatedError):
         headers["WWW-Authenticate"] = "Bearer"
+        if _LFS_PATH.match(scope["path"]):
+            headers["LFS-Authenticate"] = 'Basic realm="Git LFS"'
     if isinstance(error, _PASSING):
         headers["Retry-After"] = str(error.values.get("retry_seconds", RETRY_AFTER_SECONDS))
     return headers
