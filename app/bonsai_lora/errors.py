@@ -4,12 +4,19 @@ Each class has a stable `code`. HTTP statuses are assigned in `app/bonsai_lora/a
 An error's text says what is wrong with the value at hand, then what to do.
 """
 
+import errno
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 
 def counted(number: int, noun: str) -> str:
     """Return `1 row` or `2 rows` for the noun `row`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def one_of(names: Sequence[str]) -> str:
+    """Return `a`, or `one of a, b`."""
+    return ", ".join(names) if len(names) == 1 else f"one of {', '.join(names)}"
 
 
 class BonsaiLoraError(Exception):
@@ -87,6 +94,10 @@ class NameNotYoursError(ForbiddenError, code="name_not_yours"):
     """A write to a name that starts with none of the key's prefixes."""
 
 
+class LinkRefusedError(ForbiddenError, code="link_refused"):
+    """A link to upload to has expired, or the service did not sign it."""
+
+
 class CrossSiteError(ForbiddenError, code="cross_site"):
     """A web page of a different site sent a request that may change something."""
 
@@ -135,7 +146,7 @@ class BaseNotFoundError(NotFoundError, code="base_not_found"):
     def __init__(self, name: str) -> None:
         super().__init__(
             f"there is no base named {name!r}; add a folder of that name with safetensors files, "
-            "or a GGUF file, to the folder of the setting bases (GET /v1/bases lists the bases)",
+            "or a GGUF file, to the folder that --bases names (GET /v1/bases lists the bases)",
             base=name,
         )
 
@@ -305,6 +316,18 @@ class UnsupportedGgufError(InvalidError, code="unsupported_gguf", title="Unsuppo
 
 class BusyError(BonsaiLoraError, code="busy"):
     """Too many requests are in progress; this one was not started."""
+
+
+class TooManyFilesError(BusyError):
+    """No file descriptor is left."""
+
+    def __init__(self) -> None:
+        super().__init__("too many files are open; retry in a second, or raise the limit of files")
+
+
+def is_out_of_files(error: Exception) -> bool:
+    """Return whether `error` says that no file descriptor is left."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 class StoreUnreachableError(BonsaiLoraError, code="store_unreachable"):

@@ -25,6 +25,7 @@ UNGUARDED = (
 """Why a service without keys does not start."""
 _ORIGIN = re.compile(r"https?://[^/?#\s*]+")
 
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*:")
 _ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
 
 
@@ -205,7 +206,7 @@ class Settings(BaseSettings):
         16 * _GIB,
         ge=0,
         description="most disk space per worker for uploads in progress, and for streamed merges "
-        "whose clients do not read yet",
+        "whose clients do not read yet; and in the store for uploads that wait for their commits",
     )
     work_memory_bytes: int = Field(
         default_factory=_work_memory_bytes,
@@ -287,9 +288,10 @@ class Settings(BaseSettings):
     @classmethod
     def _check_store(cls, value: str) -> str:
         """Refuse an address that is no bucket's, which would be taken for the name of a folder."""
-        if "://" in value and not is_bucket(value):
+        if _SCHEME.match(value) and value != "memory:" and not is_bucket(value):
             raise ValueError(
-                f"expected a folder, or a bucket that starts with {' or '.join(_BUCKETS)}"
+                "expected a folder, or a bucket that starts with "
+                f"{', '.join(_BUCKETS[:-1])} or {_BUCKETS[-1]}"
             )
         return value
 

@@ -1,7 +1,7 @@
 """What pydantic finds wrong with a value, in the words of all other errors; imports nothing."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _EXPECTED = {
@@ -22,14 +22,14 @@ _EXPECTED = {
     "model_type": "expected an object",
     "model_attributes_type": "expected an object",
     "literal_error": "expected {expected}",
-    "union_tag_invalid": "expected {expected_tags}",
+    "union_tag_invalid": "{discriminator} is '{tag}'; expected one of {expected_tags}",
     "greater_than_equal": "expected {ge} or more",
     "greater_than": "expected more than {gt}",
     "less_than_equal": "expected {le} or less",
     "less_than": "expected less than {lt}",
     "string_too_short": "expected a length of {min_length} or more",
     "string_too_long": "expected a length of {max_length} or less",
-    "string_pattern_mismatch": "expected what matches {pattern}",
+    "string_pattern_mismatch": "expected text that matches {pattern}",
     "too_short": "expected a list of {min_length} or more",
     "too_long": "expected a list of {max_length} or fewer",
 }
@@ -46,11 +46,22 @@ def expectation(error: Mapping[str, Any]) -> str:
     return text.format_map({key: _shown(value) for key, value in limits.items()})
 
 
-def fault_in_file(error: Any) -> str:
-    """Return where in a file the first fault of a ValidationError is, and what was expected."""
-    first = error.errors(include_input=False, include_url=False)[0]
-    place = ".".join(map(str, first["loc"])) or "the file"
-    return f"{place}: {expectation(first)}"
+_NO_VALUE = ("missing", "extra_forbidden", "json_invalid", "value_error", "union_tag_invalid")
+"""Faults that are not of a single value, or that name it."""
+
+
+def fault_in_file(error: Any, *, tags: Sequence[str] = (), has_secrets: bool = False) -> str:
+    """Return where in a file the first fault of a ValidationError is, and what was expected.
+
+    `tags` are the values by which pydantic chose a model, which are no part of the place. Of a file
+    that may have secrets, no value is shown.
+    """
+    first = error.errors(include_url=False)[0]
+    names = [f"[{one}]" if isinstance(one, int) else f".{one}" for one in first["loc"]]
+    place = "".join(name for name in names if name[1:] not in tags).removeprefix(".")
+    is_value = first["type"] not in _NO_VALUE and isinstance(first["input"], str | int | float)
+    found = f" is {first['input']!r};" if is_value and not has_secrets else ":"
+    return f"{place or 'the file'}{found} {expectation(first)}"
 
 
 def _shown(value: Any) -> str:

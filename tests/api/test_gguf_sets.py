@@ -16,12 +16,13 @@ from conftest import (
     upload,
     upload_parts,
 )
+from test_merged import write_base
 
 from bonsai_lora.api.app import create_app
 from bonsai_lora.api.merged_file import CountedFile
 from bonsai_lora.checkpoints.gguf_lora import LoraFile, Model, encode_lora
 from bonsai_lora.formats.gguf import read_header, reader_of
-from bonsai_lora.formats.peft import decode_adapter
+from bonsai_lora.formats.peft import GGUF_ARCHITECTURE, decode_adapter
 from bonsai_lora.formats.peft_config import PeftConfig
 from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.service.budget import Budget
@@ -85,6 +86,91 @@ def test_the_architecture_must_be_known(client, rng):
     assert_problem(answer, 422, "invalid_request")
     assert f"{layer!r} is unknown for the default architecture 'qwen3'" in answer.json()["detail"]
     assert_problem(client.get(f"{PATH}?folded=true"), 422, "unsupported_adapter")
+
+
+def export_for(client, folder, config, tensors, target):
+    """Export a set of `tensors` whose base is served, with this config.json."""
+    write_base(folder / "bases" / "b", {"x": np.zeros(1, np.float32)}, **config)
+    own = peft_config(base_model_name_or_path="org/b", target_modules=[target])
+    assert upload_parts(client, "s", own, tensors).status_code == 201
+    return client.get("/v1/sets/s/adapter.gguf")
+
+
+def tensors_of(answer):
+    """The F32 tensors of a GGUF file."""
+    assert answer.status_code == 200, answer.text
+    raw = answer.content
+    found = read_header(reader_of(raw), len(raw)).tensors
+    return {
+        name: np.frombuffer(raw[one.start : one.stop], "<f4").reshape(one.shape)
+        for name, one in found.items()
+    }
+
+
+QUERIES = "num_attention_heads"
+KEYS = "num_key_value_heads"
+
+
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        ({QUERIES: 8, KEYS: 2}, {"q": 8, "k": 2}),
+        ({QUERIES: 8}, {"q": 8, "k": 8}),
+        ({QUERIES: 16, KEYS: 16, "text_config": {QUERIES: 8, KEYS: 2}}, {"q": 8, "k": 2}),
+    ],
+)
+@pytest.mark.parametrize("kind", ["q", "k"])
+def test_rows_are_in_the_order_of_the_heads_of_a_served_base(
+    based, tmp_path, rng, config, heads, kind
+):
+    tensors = peft_tensors(rng, f"model.layers.0.self_attn.{kind}_proj", d_out=32)
+    answer = export_for(based, tmp_path, {"model_type": "llama", **config}, tensors, f"{kind}_proj")
+    b_matrix, width = [*tensors.values()][1], 32 // heads[kind]
+    # llama.cpp, conversion of llama
+    expected = b_matrix.reshape(heads[kind], 2, width // 2, 4).swapaxes(1, 2).reshape(32, 4)
+    assert np.array_equal(tensors_of(answer)[f"blk.0.attn_{kind}.weight.lora_b"], expected)
+
+
+def test_heads_that_are_no_numbers_are_refused(based, tmp_path, rng):
+    config = {"model_type": "llama", QUERIES: "8"}
+    tensors = peft_tensors(rng, "model.layers.0.self_attn.q_proj", d_out=32)
+    answer = export_for(based, tmp_path, config, tensors, "q_proj")
+    assert "head counts" in assert_problem(answer, 422, "unsupported_gguf")["detail"]
+
+
+@pytest.mark.parametrize(
+    ("config", "experts"),
+    [({"num_experts": 5}, 5), ({"num_local_experts": 6}, 6), ({}, 3), ({"num_experts": -1}, 3)],
+)
+def test_a_stack_has_the_experts_of_a_served_base(based, tmp_path, rng, config, experts):
+    """Of a base that does not say how many it has, those up to the last one with an adapter."""
+    tensors = peft_tensors(rng, "model.layers.0.mlp.experts.2.up_proj")
+    config = {"model_type": "qwen3_moe", **config}
+    found = tensors_of(export_for(based, tmp_path, config, tensors, "up_proj"))
+    assert found["blk.0.ffn_up_exps.weight.lora_a"].shape == (experts, 4, 6)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_an_embedding_is_exported_if_a_served_base_has_a_head_of_its_own(
+    based, tmp_path, rng, is_tied
+):
+    prefix = "base_model.model.model.embed_tokens.lora_embedding"
+    tensors = {
+        f"{prefix}_A": rng.standard_normal((4, 10)).astype(np.float32),
+        f"{prefix}_B": rng.standard_normal((6, 4)).astype(np.float32),
+    }
+    answer = export_for(based, tmp_path, {"tie_word_embeddings": is_tied}, tensors, "embed_tokens")
+    if is_tied:
+        assert_problem(answer, 422, "unsupported_adapter")
+    else:
+        assert tensors_of(answer)["token_embd.weight.lora_a"].shape == (10, 4)
+
+
+@pytest.mark.parametrize("own", ["bloom", 7])
+def test_an_uploaded_configuration_names_no_unknown_architecture(client, rng, own):
+    config = peft_config(**{GGUF_ARCHITECTURE: own})
+    upload_parts(client, "plain", config, peft_tensors(rng))
+    assert architecture(client.get(PATH)) == "qwen3"
 
 
 def test_a_set_keeps_the_architecture_and_base_of_its_file(client, rng):

@@ -363,8 +363,12 @@ def test_a_key_combines_what_it_may_read(tmp_path, rng):
             )
             assert client.post("/v1/combine", json=body).status_code == 201
         with caller(url, writer) as client:
-            refused = client.post("/v1/combine", json=body | {"name": "acme.other"})
-            assert_problem(refused, 403, "forbidden")
+            named = body | {"name": "acme.other"}
+            for refused in (
+                client.post("/v1/combine", json=named),
+                client.get("/v1/compare?set=acme.one"),
+            ):
+                assert assert_problem(refused, 403, "forbidden")["scope"] == "read"
 
 
 def test_tensors_of_combined_sets_are_float32(pair, store):

@@ -104,6 +104,19 @@ def test_a_set_is_a_model(server):
     )
 
 
+def test_the_mixed_model_takes_sets_and_x(server):
+    inputs = [("sets", "BYTES", [-1], False), ("x", "FP32", [-1, -1], True)]
+    model, config = server.get_model_metadata("mixed"), server.get_model_config("mixed")
+    assert model["inputs"] == [
+        {"name": name, "datatype": datatype, "shape": shape} for name, datatype, shape, _ in inputs
+    ]
+    assert model["outputs"] == config["output"] == []
+    kinds = {"BYTES": "TYPE_STRING", "FP32": "TYPE_FP32"}
+    assert [
+        (one["name"], one["data_type"], one["dims"], one["optional"]) for one in config["input"]
+    ] == [(name, kinds[datatype], shape, optional) for name, datatype, shape, optional in inputs]
+
+
 @pytest.mark.parametrize("sent", [True, False])
 @pytest.mark.parametrize("wanted", [True, False, None])
 def test_infer_agrees_with_apply(loaded, golden, sent, wanted):

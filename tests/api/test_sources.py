@@ -91,6 +91,13 @@ def web_origin(server, **more):
     return {"name": "files", "kind": "https", "url": f"{server.url}/loras", **OPEN, **more}
 
 
+def test_a_host_that_does_not_exist(start):
+    client = start({"name": "files", "kind": "https", "url": "https://adapters.invalid"})
+    problem = assert_problem(pull(client, "files:a"), 502, "source_unreachable")
+    assert "cannot be read (its host name does not resolve); retry later" in problem["detail"]
+    assert client.store.list_names() == []
+
+
 def test_from_the_hub_of_a_second_service(start, tmp_path, settings):
     other = create_app(settings.model_copy(update={"store": str(tmp_path / "other")}))
     with serving(other) as url, httpx.Client(base_url=url) as second:
@@ -337,30 +344,41 @@ def test_a_pull_needs_its_scope(start, server, tmp_path):
         assert pull(one, "files:a", "acme.x").status_code == 201
 
 
+ADDRESS = "https://example.com"
+
+
 @pytest.mark.parametrize(
-    "entry",
+    ("entry", "text"),
     [
-        {"name": "a", "kind": "https", "url": "http://example.com"},
-        {"name": "a", "kind": "https", "url": "https://u:p@example.com"},
-        {"name": "a", "kind": "https", "url": "https://example.com/?x"},
-        {"name": "A", "kind": "https", "url": "https://example.com"},
-        {"name": "folder", "kind": "https", "url": "https://example.com"},
-        {"name": "a", "kind": "ftp", "url": "ftp://example.com"},
-        {"name": "a", "kind": "file", "path": "relative"},
-        {
-            "name": "a",
-            "kind": "hub",
-            "url": "https://example.com",
-            "token_variable": "NOT_SET_HERE",
-        },
-        {"name": "a", "kind": "hub", "url": "https://example.com", "token": "secret"},
+        ({"kind": "https", "url": "http://example.com"}, r"sources\[0\]: the url 'http://example"),
+        ({"kind": "https", "url": "https://u:p@example.com"}, "the url has a password"),
+        ({"kind": "https", "url": "https://example.com/?x"}, "and have no query"),
+        ({"kind": "https", "url": 5}, r"sources\[0\]\.url is 5; expected a string"),
+        (
+            {"name": "A", "kind": "https", "url": ADDRESS},
+            r"sources\[0\]\.name is 'A'; expected text",
+        ),
+        ({"name": "folder", "kind": "https", "url": ADDRESS}, "means the folder of --sets"),
+        (
+            {"kind": "ftp", "url": "ftp://example.com"},
+            r"\[0\]: 'kind' is 'ftp'; expected one of 'hub'",
+        ),
+        ({"kind": "file"}, r"sources\[0\]\.path: it is missing; add it"),
+        ({"kind": "file", "path": "relative"}, "the path 'relative' is relative; make it absolute"),
+        ({"kind": "file", "path": "/proc/none"}, "the path '/proc/none' is not a folder"),
+        (
+            {"kind": "hub", "url": ADDRESS, "token_variable": "NOT_SET"},
+            "variable NOT_SET is not set",
+        ),
+        ({"kind": "hub", "url": ADDRESS, "token": "secret"}, r"\.token: it is unknown; remove it"),
     ],
 )
-def test_a_bad_sources_file_says_why(tmp_path, entry):
+def test_a_bad_sources_file_says_why(tmp_path, entry, text):
     path = tmp_path / "sources.json"
-    path.write_text(json.dumps({"sources": [entry]}))
-    with pytest.raises(ValueError, match="sources file"):
+    path.write_text(json.dumps({"sources": [{"name": "a", **entry}]}))
+    with pytest.raises(ValueError, match=f"sources file .*{text}") as refused:
         read_sources(path)
+    assert "secret'" not in str(refused.value)
     good = {"name": "a", "kind": "https", "url": "https://example.com"}
     path.write_text(json.dumps({"sources": [good, good]}))
     with pytest.raises(ValueError, match="same name"):

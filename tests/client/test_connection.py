@@ -10,7 +10,7 @@ from conftest import TINY
 from scripted import Answer, scripted
 
 import bonsai_lora
-from bonsai_lora import Client
+from bonsai_lora import Client, errors
 
 STATS = Answer(200, b'{"set_count": 1}')
 
@@ -91,3 +91,22 @@ def test_threads_share_a_client(service, rng):
 def test_the_package_gives_the_clients_their_names():
     assert bonsai_lora.Client is Client
     assert {"Client", "AsyncClient"} <= set(bonsai_lora.__all__) <= set(dir(bonsai_lora))
+
+
+def test_what_is_not_a_url():
+    for url in ("localhost:8000", "ftp://localhost"):
+        with pytest.raises(ValueError, match=f"'{url}' is not a valid URL; expected one such as"):
+            Client(url)
+
+
+def test_sets_of_the_wrong_kind_are_refused_before_anything_is_sent():
+    with Client("http://127.0.0.1:9") as client:
+        for call in (
+            lambda: client.combine("n", ["a", "b"]),
+            lambda: client.apply("a", "q_proj", np.ones(2), sets=["b"]),
+        ):
+            with pytest.raises(errors.InvalidRequestError, match="sets is a list; expected a map"):
+                call()
+        for call in (client.compare, client.start_compare):
+            with pytest.raises(errors.InvalidRequestError, match="sets is the text 'demo'"):
+                call("demo")

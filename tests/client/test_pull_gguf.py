@@ -20,8 +20,8 @@ def test_pull_resumes_and_push_takes_the_file(based, tmp_path, capsys):
     assert main(["push", "back", str(file), "--url", url]) == 0, capsys.readouterr().err
     assert based.get("/v1/sets/back").json()["origin"] == "gguf"
     refused = ["pull", "tiny-qwen3/plain", "--gguf", "-o", str(file), "--url", url]
-    assert main(refused) == 1
-    assert "no file 'tiny-qwen3.gguf'" in capsys.readouterr().err
+    assert main(refused) == 2
+    assert "base 'tiny-qwen3' is not a GGUF file; leave out --gguf" in capsys.readouterr().err
     refused[1] = "bases/tiny-qwen3"
     assert main(refused) == 2
     assert "a base is no GGUF LoRA" in capsys.readouterr().err

@@ -152,6 +152,25 @@ def test_pull_an_adapter_and_missing_models(run, tmp_path):
     assert run("push", "x", tmp_path / "nowhere")[0] == 2
 
 
+def test_mistakes_with_folders_and_files(run, tmp_path):
+    adapter, file, absent = TINY / "plain", tmp_path / "file", tmp_path / "absent"
+    file.touch()
+    assert run("push", "plain", adapter)[0] == 0
+    for words, text in (
+        (("push", "x", absent), f"there is no file or folder {absent}; give a folder saved by"),
+        (("push", "tests", "x"), "there is no folder x; name the set first, then the folder"),
+        (("push", "x", file), f"{file} is a file; give a folder saved by"),
+        (("push", "x", tmp_path), f"{tmp_path} has no adapter_config.json; give a folder saved by"),
+        (("pull", "adapters/plain", "-o", file), f"{file} is a file; name a folder"),
+        (("pull", "adapters/plain", "--gguf", "-o", tmp_path), f"such as {tmp_path}/model.gguf"),
+        (("pull", "tiny-qwen3/plain", "--gguf", "-o", absent), "is not a GGUF file; leave out"),
+    ):
+        code, _, err = run(*words)
+        assert (code, text in err) == (2, True), err
+    assert not absent.exists()
+    assert file.read_bytes() == b""
+
+
 @pytest.mark.parametrize(
     "words", [("show", ".."), ("stats", "."), ("rm", ""), ("pull", "../..", "-o", "x")]
 )
@@ -207,7 +226,13 @@ def test_a_service_of_a_different_kind(capsys):
 
 def test_no_service(capsys):
     assert main(["ls", "--url", "http://127.0.0.1:9"]) == 3
-    assert "no service at http://127.0.0.1:9" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no service at http://127.0.0.1:9: Connection refused; start one with" in error
+
+
+def test_https_without_tls(service, capsys):
+    assert main(["ls", "--url", service.replace("http:", "https:")]) == 3
+    assert "it does not use TLS; begin the URL with http://" in capsys.readouterr().err
 
 
 def test_progress_shows_rate_and_time_left(monkeypatch):
@@ -249,7 +274,10 @@ def test_what_cannot_be_read_is_named_without_a_number(run, tmp_path):
     file.write_bytes(b"")
     code, _, err = run("push", "plain", file)
     assert (code, err.count("\n")) == (2, 1)
-    assert f"{file} has no adapter_config.json" in err
+    assert f"{file} is a file" in err
+    file.write_bytes(b"\xff")
+    code, _, err = run("apply", "plain", "q_proj", file)
+    assert (code, "the vectors are not JSON: 'utf-8' codec" in err) == (2, True)
     missing = tmp_path / "x.json"
     assert run("apply", "plain", "q_proj", missing) == (
         *(2, ""),

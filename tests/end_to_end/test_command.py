@@ -142,6 +142,7 @@ def test_flags_take_precedence_and_memory_stores_are_deleted(tmp_path):
         (["--max-rows", "0"], "max_rows"),
         (["--log-format", "xml"], "log_format"),
         (["--store", "/proc/nothing", "--port", "0"], "store"),
+        (["--store", "s3:bucket/sets", "--port", "0"], "s3:bucket/sets"),
         (["--store", "", "--port", "0"], "store"),  # would be the working folder
         (["--kernels", "fast"], "kernels"),
     ],
@@ -160,12 +161,23 @@ def test_an_empty_variable_counts_as_not_set(monkeypatch):
     assert empty == Settings()
 
 
-def test_a_folder_of_bases_that_does_not_exist_is_logged(tmp_path):
+@pytest.mark.parametrize(
+    ("bases", "text"),
+    [
+        ("absent", "does not exist; check --bases"),
+        ("file", "is not a folder; check --bases"),
+        ("one", "is itself a model; give --bases the folder around it"),
+    ],
+)
+def test_a_folder_that_has_no_bases_is_logged(tmp_path, bases, text):
+    (tmp_path / "file").touch()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "model.safetensors").touch()
     # A store that cannot be opened ends the command right after the checks of the settings.
-    flags = ["--bases", str(tmp_path / "bases"), "--store", "/proc/nothing", "--port", "0"]
+    flags = ["--bases", str(tmp_path / bases), "--store", "/proc/nothing", "--port", "0"]
     done = subprocess.run([COMMAND, "serve", *flags], stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 2
-    assert f"the folder of bases {tmp_path / 'bases'} does not exist" in done.stderr
+    assert f"the folder of bases {tmp_path / bases} {text}" in done.stderr
 
 
 def test_help_names_every_setting(capsys):

@@ -48,14 +48,21 @@ def test_a_new_key_is_printed_once_and_kept_as_a_digest(capsys, path):
     assert [one.name for one in path.parent.iterdir()] == ["keys.json"]
 
 
+def test_a_date_in_the_past_is_refused(capsys, path):
+    with pytest.raises(SystemExit):
+        keys(path, "new", "--scope", "read", "--expires", "2020-01-01")
+    assert "'2020-01-01' is in the past; name a time to come" in capsys.readouterr().err
+    assert not path.exists()
+
+
 def test_keys_are_listed_and_removed(capsys, path):
     first = new_key(capsys, path, "--scope", "admin")
-    new_key(capsys, path, "--scope", "read", "--prefix", "b-", "--expires", "2020-01-01")
+    new_key(capsys, path, "--scope", "read", "--prefix", "b-", "--expires", "0h")
     number = first.split("_")[1]
     assert keys(path, "ls") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == [number, "admin", "*", "never"]
-    assert lines[2].endswith("2020-01-01 00:00 (expired)")
+    assert lines[2].endswith(" (expired)")
     assert keys(path, "rm", number) == 0
     assert number not in path.read_text()
     assert keys(path, "rm", number) == 2
@@ -85,9 +92,9 @@ ENTRY = {"id": "a" * 8, "sha256": "0" * 64, "scopes": ["read"], "prefixes": [""]
         ("[]", "the file"),
         ('{"keys": [], "more": 1}', "more"),
         (json.dumps({"keys": [ENTRY, ENTRY]}), "given twice"),
-        (json.dumps({"keys": [{**ENTRY, "scopes": ["root"]}]}), "keys.0.scopes.0"),
-        (json.dumps({"keys": [{**ENTRY, "scopes": []}]}), "keys.0.scopes"),
-        (json.dumps({"keys": [{**ENTRY, "sha256": "00"}]}), "keys.0.sha256"),
+        (json.dumps({"keys": [{**ENTRY, "scopes": ["root"]}]}), r"keys\[0\]\.scopes\[0\]: "),
+        (json.dumps({"keys": [{**ENTRY, "scopes": []}]}), r"keys\[0\]\.scopes: "),
+        (json.dumps({"keys": [{**ENTRY, "sha256": "00"}]}), r"keys\[0\]\.sha256: expected text"),
         (json.dumps({"keys": [{**ENTRY, "prefixes": ["a"]}]}), "must end in"),
         (json.dumps({"keys": [{**ENTRY, "expires_at": "2027-01-01"}]}), "expires_at"),
         (json.dumps({"keys": [{**ENTRY, "limits": {"rows_per_second": 0}}]}), "rows_per_second"),

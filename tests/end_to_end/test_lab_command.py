@@ -181,6 +181,9 @@ def test_pictures(run, service, tmp_path):
     code, _, err = run("spectrum", "plain", "--plot", tmp_path / "absent" / "plot.svg")
     assert code == 2
     assert "absent" in err
+    with pytest.raises(SystemExit):
+        main(["compare", "plain", "--url", service, "--plot", str(tmp_path / "plot.png")])
+    assert not (tmp_path / "plot.png").exists()
 
 
 def test_pictures_of_odd_values(tmp_path):

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import time
 
 import httpx
 from conftest import TINY
@@ -28,3 +29,16 @@ def test_the_store_is_no_folder_of_adapters(tmp_path):
         )
         assert done.returncode == 2
         assert "cannot be imported" in done.stderr
+
+
+def test_the_folder_of_a_single_adapter_is_named(tmp_path):
+    log = tmp_path / "log"
+    with log.open("w") as stderr:
+        command = [COMMAND, "serve", "--port", "0", "--store", str(tmp_path / "store")]
+        with subprocess.Popen([*command, "--sets", str(TINY / "plain")], stderr=stderr) as process:
+            deadline = time.monotonic() + 20
+            while "ready" not in log.read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.terminate()
+    assert "plain is itself an adapter; give --sets the folder around it" in log.read_text()

@@ -10,6 +10,19 @@ import httpx
 import pytest
 from test_command import COMMAND, running, workers_of
 
+ENDINGS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
+
+
+@pytest.fixture(autouse=True)
+def no_signal_is_ignored():
+    """A service ignores what its parent ignores, as nohup and shells in the background make it do."""
+    ignored = [one for one in ENDINGS if signal.getsignal(one) is signal.SIG_IGN]
+    for one in ignored:
+        signal.signal(one, lambda *_: None)  # which no child inherits
+    yield
+    for one in ignored:
+        signal.signal(one, signal.SIG_IGN)
+
 
 def wait_for_other_workers(process, before):
     deadline = time.monotonic() + 10
@@ -76,9 +89,6 @@ def test_ctrl_c_lets_requests_in_flight_finish(tmp_path):
             client.sendall(b'{"name": "s"}')
             assert client.recv(4096).startswith(b"HTTP/1.1 201 ")
         assert process.wait(timeout=20) == 0
-
-
-ENDINGS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)

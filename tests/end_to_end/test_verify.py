@@ -58,7 +58,7 @@ def test_the_store_is_that_of_the_settings(several, capsys, monkeypatch):
 def test_what_is_missing(several, capsys, tmp_path):
     assert verify(capsys, "--store", str(several.root), "none") == (1, {"none": "missing"})
     assert main(["verify", "--store", str(tmp_path / "no")]) == 2
-    assert "is not a store" in capsys.readouterr().err
+    assert "there is no store at" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 

@@ -33,7 +33,7 @@ def order_of(nanoseconds):
 
     async def main():
         lane = ShortLane(4, 1, has_spare_cores=False)
-        works = [lane.run(lambda: seen.append("work"), nanoseconds) for _ in range(3)]
+        works = [lane.run_estimated(lambda: seen.append("work"), nanoseconds) for _ in range(3)]
         await asyncio.gather(*works, look())
 
     asyncio.run(main())
@@ -67,7 +67,7 @@ def test_longer_work_takes_turns(nanoseconds):
 def test_the_longest_work_runs_in_a_thread(has_spare_cores, most):
     async def main(nanoseconds):
         lane = ShortLane(1, 1, has_spare_cores=has_spare_cores)
-        return await lane.run(threading.get_ident, nanoseconds)
+        return await lane.run_estimated(threading.get_ident, nanoseconds)
 
     assert asyncio.run(main(most)) == threading.get_ident()
     assert asyncio.run(main(most + 1)) != threading.get_ident()
@@ -76,8 +76,8 @@ def test_the_longest_work_runs_in_a_thread(has_spare_cores, most):
 def test_a_cancelled_turn_does_not_block_the_next():
     async def main():
         lane = ShortLane(2, 1, has_spare_cores=False)
-        first = asyncio.create_task(lane.run(lambda: 1, 2 * ITERATION_NANOSECONDS))
-        second = asyncio.create_task(lane.run(lambda: 2, 2 * ITERATION_NANOSECONDS))
+        first = asyncio.create_task(lane.run_estimated(lambda: 1, 2 * ITERATION_NANOSECONDS))
+        second = asyncio.create_task(lane.run_estimated(lambda: 2, 2 * ITERATION_NANOSECONDS))
         await asyncio.sleep(0)
         first.cancel()
         assert await asyncio.wait_for(second, 5) == 2
@@ -159,7 +159,7 @@ def test_pieces_run_some_at_a_time_and_leave_room_in_between():
         works = [partial(order.append, number) for number in range(6)]
         pieces = asyncio.ensure_future(lane.run_each(works, 1))
         await asyncio.sleep(0)
-        await lane.run(partial(order.append, "other"))
+        await lane.run(order.append, "other")
         await pieces
         return order, lane.waiting
 

@@ -96,10 +96,11 @@ def test_a_backup_goes_into_a_new_folder_only(tmp_path, capsys):
     write(store, "a")
     (tmp_path / "to").mkdir()
     assert main(["backup", str(tmp_path / "to"), "--store", str(store.root)]) == 2
+    assert f"{tmp_path / 'to'} exists already; name a new folder" in capsys.readouterr().err
     assert list((tmp_path / "to").iterdir()) == []
     assert main(["backup", str(tmp_path / "new"), "--store", str(tmp_path)]) == 2
     assert not (tmp_path / "new").exists()
-    assert "is not a store" in capsys.readouterr().err
+    assert "there is no store at" in capsys.readouterr().err
 
 
 def test_a_restore_replaces_nothing_and_can_be_continued(tmp_path, capsys):
@@ -143,7 +144,7 @@ def test_what_is_no_backup_is_refused(tmp_path, capsys, listing):
 
 def test_a_folder_that_is_no_backup_is_refused(tmp_path, capsys):
     (tmp_path / "other").mkdir()
-    for folder, text in (("other", "is not a backup"), ("absent", "No such file")):
+    for folder, text in (("other", "is not a backup"), ("absent", "does not exist; name")):
         assert main(["restore", str(tmp_path / folder), "--store", str(tmp_path / "s")]) == 2
         error = capsys.readouterr().err
         assert f"{tmp_path / folder}" in error

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from buckets import Machines
 
-from bonsai_lora.errors import StoreUnreachableError
+from bonsai_lora.errors import SetNotFoundError, StoreUnreachableError
 from bonsai_lora.storage import jobs
-from bonsai_lora.storage.jobs import JobFolder, forgettable, new_record
+from bonsai_lora.storage.jobs import JobFolder, decode, encode, failed, forgettable, new_record
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -76,6 +76,19 @@ def test_too_many_are_forgotten_with_their_results(machines, monkeypatch):
         one.write_result(record.id, {})
     assert one.ids() == [records[3].id, records[2].id]
     assert [one.read_result(record.id) for record in records] == [None, None, {}, {}]
+
+
+def test_a_failed_job_has_the_problem_that_a_request_would_get():
+    error = SetNotFoundError("s")
+    record = failed(new_record("combine", "key"), error)
+    assert (record.state, record.is_finished) == ("failed", True)
+    assert record.error == {
+        "code": "set_not_found",
+        "title": error.title,
+        "detail": "there is no set named 's'; GET /v1/sets lists those that exist",
+        "set": "s",
+    }
+    assert decode(encode(record)) == record
 
 
 def test_what_is_forgotten():

@@ -13,7 +13,7 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import NewerFormatError, SetNotFoundError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.storage.newset import NextVersion
-from bonsai_lora.storage.setfile import RECORD_FORMAT
+from bonsai_lora.storage.setfile import RECORD_FORMAT, read_record
 from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.store import SetStore
 
@@ -212,6 +212,17 @@ def write_file(folder, tensors, metadata):
     known = {"bonsai_lora": json.dumps(record), "bonsai_lora_modules": '{"m": [8, 4, "linear"]}'}
     path.write_bytes(safetensors.encode(tensors, known | metadata))
     return SetStore(folder.parent)
+
+
+@pytest.mark.parametrize("note", ["é" * 9000, "x" + "é" * 9000], ids=["even", "odd"])
+def test_the_part_of_a_header_that_is_read_first_may_end_within_a_character(folder, note):
+    path = folder / "s.safetensors"
+    before = read_record(path)
+    header, data = header_of(path)
+    header["__metadata__"]["note"] = note
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    assert read_record(path) == before
 
 
 def test_a_file_written_by_hand_opens(folder):

@@ -3,6 +3,7 @@ import errno
 import os
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,42 @@ def test_a_bad_file_is_moved_aside_and_the_rest_is_served(opened, tmp_path, dama
     assert store.list_names() == ["good"]
     write(store, some_set("bad"))
     assert store.read("bad").record.version == 1
+
+
+def test_a_file_that_the_disk_cannot_read_is_not_found_and_stays(opened, tmp_path, monkeypatch):
+    write(opened, some_set())
+
+    def fail(*_args, **_options):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    store = SetStore(tmp_path)
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(SetNotFoundError) as caught:
+        store.read("s")
+    assert caught.value.values == {"set": "s"}
+    assert "Input/output error" in store.bad_files()["s"]
+    monkeypatch.undo()
+    assert store.read("s").record.version == 1
+    assert store.bad_files() == {}
+
+
+def test_a_verification_waits_for_a_writer_to_move_a_damaged_file(opened, tmp_path):
+    """A reader does not: it may hold the lock itself."""
+    write(opened, some_set())
+    path = tmp_path / "sets" / "s.safetensors"
+    content = path.read_bytes()
+    path.with_suffix(".x").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    path.with_suffix(".x").rename(path)
+    with ThreadPoolExecutor(1) as threads:
+        with SetStore(tmp_path).lock("s"):
+            verified = threads.submit(opened.verify, "s")
+            with pytest.raises(TimeoutError):
+                verified.result(timeout=0.2)
+            assert path.exists()
+        with pytest.raises(SetNotFoundError):
+            verified.result(timeout=10)
+    assert not path.exists()
+    assert "is damaged" in opened.bad.reasons()["s"]
 
 
 @pytest.mark.parametrize("error", [errno.EROFS, errno.ENOSPC, errno.EACCES, errno.EIO])

@@ -41,7 +41,6 @@ from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.gain import Gains
 from bonsai_lora.service.gguf_lora import CheckedFiles
-from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.limits import Limits
 from bonsai_lora.service.merged import MergedModels
@@ -173,8 +172,8 @@ async def _running(app: FastAPI) -> AsyncIterator[None]:
         asyncio.create_task(_maintain(app.state.store)),
     ]
     await anyio.to_thread.run_sync(_preload, context)
-    totals = await anyio.to_thread.run_sync(context.store.totals)
-    _log.info("ready", sets=totals.sets, pid=os.getpid())
+    sums = await anyio.to_thread.run_sync(context.store.all_sums)
+    _log.info("ready", sets=sums.sets, pid=os.getpid())
     await anyio.to_thread.run_sync(_warn_of_dropped, context.store)
     try:
         yield
@@ -252,34 +251,29 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
     bases = BaseFolder(Path(settings.bases) if settings.bases else None)
     regions = SharedRegions(shared / "regions" if settings.shared_memory else None)
     memory = Budget(settings.work_memory_bytes)
-    long = Lane("long", settings.max_concurrency, settings.threads)
+    places, threads = settings.max_concurrency, settings.threads
+    has_spare_cores = min(threads, usable_cores()) > settings.workers
+    long = Lane("long", places, threads)
+    job_lane = Lane("jobs", settings.max_jobs, threads, late_per_place=0)
     return Context(
-        settings,
-        view,
-        memory,
-        Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
-        ShortLane(
-            settings.max_concurrency,
-            settings.threads,
-            has_spare_cores=min(settings.threads, usable_cores()) > settings.workers,
-        ),
-        long,
-        Lane("opening", settings.max_concurrency, _OPENING_THREADS) if settings.is_bucket else long,
-        Applier(limits, bases),
-        Inference(view, regions),
-        CountFile(shared),
-        bases,
-        MergedModels(bases),
-        CheckedFiles(),
-        ThreadPoolExecutor(settings.threads, "merge"),
-        Jobs(
-            store.jobs,
-            Lane("jobs", settings.max_jobs, settings.threads, late_per_place=0),
-            memory,
-        ),
-        Gains(ExponentFolder(store.root / "exponents")),
-        Origins(read_sources(settings.sources), settings.stall_seconds),
-        metrics,
+        settings=settings,
+        store=view,
+        memory=memory,
+        spill=Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
+        short=ShortLane(places, threads, has_spare_cores=has_spare_cores),
+        long=long,
+        opening=Lane("opening", places, _OPENING_THREADS) if settings.is_bucket else long,
+        applier=Applier(limits, bases),
+        regions=regions,
+        counts=CountFile(shared),
+        bases=bases,
+        models=MergedModels(bases),
+        checked_files=CheckedFiles(),
+        executor=ThreadPoolExecutor(threads, "merge"),
+        jobs=Jobs(store.jobs, job_lane, memory),
+        gains=Gains(ExponentFolder(store.root / "exponents")),
+        origins=Origins(read_sources(settings.sources), settings.stall_seconds),
+        metrics=metrics,
     )
 
 

@@ -43,18 +43,24 @@ async def read_body(request: Request, limit: int, place: Place | None = None) ->
     declared = content_length(request)
     if declared is not None:
         check_length(declared, limit)
-    parts: list[bytes] = []
+    # The last part is empty; a single one is not copied.
+    parts = [part async for part in body_parts(request, limit, place) if part]
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def body_parts(
+    request: Request, limit: int, place: Place | None = None
+) -> AsyncIterator[bytes]:
+    """Yield the body as it arrives; raises and takes `place` as `read_body` does."""
     received = 0
     async for part in request.stream():
         received += len(part)
         check_length(received, limit)
         if place is not None and received > LONG_BYTES:
             place.take()
-        if part:  # the last one is empty; a single one is not copied
-            parts.append(part)
+        yield part
     if place is not None:
         place.take()
-    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 async def read_model(request: Request, model: type[Model], place: Place) -> Model:

@@ -23,7 +23,6 @@ from bonsai_lora.service.apply import Applier
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.gain import Gains
 from bonsai_lora.service.gguf_lora import CheckedFiles
-from bonsai_lora.service.infer import Inference
 from bonsai_lora.service.jobs import Jobs
 from bonsai_lora.service.keys import Key, Meter, Scope, missing_scope
 from bonsai_lora.service.limits import Limits
@@ -52,7 +51,7 @@ class Context:
     opening: Lane
     """Where sets are opened if that takes long: the long lane, or more threads for a bucket."""
     applier: Applier
-    inference: Inference
+    regions: SharedRegions
     counts: CountFile
     bases: BaseFolder
     models: MergedModels
@@ -88,14 +87,14 @@ class Context:
         """Return the context of a caller: the sets that it may use for `scope`, and its rates."""
         store = self.store.seen_by(key, scope)
         # Regions belong to nobody, so that only an administrator may compute in them.
-        regions = self.inference.regions
+        regions = self.regions
         if regions.is_on and "admin" not in key.scopes:
             regions = SharedRegions(None, partial(missing_scope, key, "admin"))
         return replace(
             self,
             store=store,
             applier=replace(self.applier, meter=meter),
-            inference=replace(self.inference, store=store, regions=regions),
+            regions=regions,
         )
 
     async def open(self, name: str, version: int | None = None) -> StoredSet:
@@ -112,7 +111,7 @@ class Context:
         except SetNotFoundError:
             if version is None:
                 raise
-        await self.opening.run(partial(self.store.refresh, name))
+        await self.opening.run(self.store.refresh, name)
         return await self._open(name)
 
     async def open_version(self, name: str, version: int | None) -> StoredSet:
@@ -122,7 +121,7 @@ class Context:
     async def _open(self, name: str) -> StoredSet:
         stored = self.store.read_quickly(name)
         if stored is None:
-            stored = await self.opening.run(partial(self.store.read, name))
+            stored = await self.opening.run(self.store.read, name)
         return stored
 
     async def apply(self, work: Callable[[Applier], T], nanoseconds: float) -> T:
@@ -131,10 +130,10 @@ class Context:
         It begins again in the long lane if it turns out to take long.
         """
         try:
-            return await self.short.run(partial(work, self.applier), nanoseconds)
+            return await self.short.run_estimated(partial(work, self.applier), nanoseconds)
         except TakesLongError:
             patient = replace(self.applier, may_take_long=True)
-            return await self.long.run(partial(work, patient))
+            return await self.long.run(work, patient)
 
 
 def checked_version(stored: StoredSet, version: int | None) -> StoredSet:

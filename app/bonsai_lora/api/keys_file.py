@@ -126,8 +126,8 @@ def read_keys(path: Path) -> KeysDocument:
         return KeysDocument.model_validate_json(content)
     except ValidationError as error:
         raise KeysFileError(
-            f"the keys file {path} is not valid: {fault_in_file(error)}; correct it, or write it "
-            "with bonsai-lora keys"
+            f"the keys file {path} is not valid ({fault_in_file(error, has_secrets=True)}); "
+            "correct it, or write it with bonsai-lora keys"
         ) from None
 
 

@@ -62,16 +62,7 @@ class CombineSets(RequestModel):
 
     def recipe(self) -> Recipe:
         """Return the core's recipe; raises InvalidRequestError."""
-        return Recipe(
-            self.method,
-            self.rank,
-            self.energy,
-            self.density,
-            self.sign,
-            self.gamma,
-            self.epsilon,
-            self.seed,
-        )
+        return Recipe(**self.model_dump(exclude={"name", "sets"}))
 
 
 class CombinedModule(BaseModel):

@@ -6,7 +6,6 @@ it can send. So reading and sending are separate tasks with a spool between them
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 
 import anyio
 from starlette.types import Send
@@ -53,7 +52,7 @@ class MergeStream:
         try:
             for block, size in self.merge.blocks():
                 raw = await self.reader.read_exactly(size)
-                merged = await self.lane.run(partial(self.merge.merge_block, block, raw))
+                merged = await self.lane.run(self.merge.merge_block, block, raw)
                 await self.spool.put(merged)
                 self.on_bytes(size)
             await self.reader.expect_end()

@@ -63,6 +63,8 @@ STORE_ERRORS: Kinds = (
     errors.NewerFormatError,
     errors.StoreUnreachableError,
 )
+CHANGE_ERRORS: Kinds = (*BODY_ERRORS, *STORE_ERRORS)
+"""Of a change whose request is JSON."""
 STORED_ERRORS: Kinds = (errors.NewerFormatError, errors.StoreUnreachableError)
 VERSION_ERRORS: Kinds = (
     errors.SetNotFoundError,

@@ -9,7 +9,7 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 from pydantic import BeforeValidator, Field
 
-from bonsai_lora.errors import InvalidRequestError
+from bonsai_lora.errors import InvalidRequestError, one_of
 from bonsai_lora.wire.stacks import MAX_SCALE
 
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\Z")
@@ -21,7 +21,7 @@ def plain_number(text: str) -> str:
     Python reads more, such as 1_0 and the digits of other scripts, which clients send by mistake.
     """
     if _NUMBER.match(text) is None:
-        raise ValueError("expected a decimal number")
+        raise ValueError("expected a number")
     return text
 
 
@@ -52,7 +52,7 @@ def check_known(given: Iterable[str], known: Sequence[str]) -> None:
     """Raise InvalidRequestError for the first name in `given` that is not in `known`."""
     for name in given:
         if name not in known:
-            expected = f"expected one of {', '.join(known)}" if known else "remove it"
+            expected = f"expected {one_of(known)}" if known else "remove it"
             raise InvalidRequestError(
                 f"unknown query parameter {name[:100]!r}; {expected}",
                 got=name[:100],

@@ -107,8 +107,10 @@ class FolderEntry(_Entry):
     def to_origin(self) -> Origin:
         """Return the origin; raises ValueError if the folder does not exist."""
         folder = Path(self.path)
-        if not folder.is_absolute() or not folder.is_dir():
-            raise ValueError(f"the path {self.path!r} must be absolute, and a folder")
+        if not folder.is_absolute():
+            raise ValueError(f"the path {self.path!r} is relative; make it absolute")
+        if not folder.is_dir():
+            raise ValueError(f"the path {self.path!r} is not a folder; correct it")
         return Origin(self.name, "file", folder=folder, repositories=tuple(self.repositories))
 
 
@@ -141,7 +143,7 @@ def _check_address(field: str, url: str, *, allow_http: bool) -> None:
 def _secret(variable: str) -> str:
     found = os.environ.get(variable)
     if not found:
-        raise ValueError(f"the variable {variable} of a secret is not set")
+        raise ValueError(f"the environment variable {variable} is not set; put the secret into it")
     return found
 
 
@@ -156,10 +158,11 @@ def read_sources(path: Path | None) -> dict[str, Origin]:
         document = SourcesDocument.model_validate_json(path.read_bytes())
         return {one.name: one.to_origin() for one in document.sources}
     except ValidationError as error:
-        raise ValueError(f"the sources file {path} is not valid: {fault_in_file(error)}") from None
+        fault = fault_in_file(error, tags=("hub", "https", "s3", "file"))
+        raise ValueError(f"the sources file {path} is not valid: {fault}") from None
     except OSError as error:
         raise ValueError(
             f"the sources file {path} cannot be read: {error.strerror or error}; check --sources"
         ) from None
     except ValueError as error:
-        raise ValueError(f"the sources file {path} cannot be used: {error}; correct it") from None
+        raise ValueError(f"the sources file {path} cannot be used: {error}") from None

@@ -7,7 +7,7 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from bonsai_lora.api.body import LONG_BYTES, check_length, check_not_compressed, content_length
+from bonsai_lora.api.body import body_parts, check_length, check_not_compressed, content_length
 from bonsai_lora.errors import MalformedMultipartError, UnsupportedMediaTypeError
 from bonsai_lora.formats.foreign import check_config_start
 from bonsai_lora.formats.peft_config import CONFIG_BYTES
@@ -28,7 +28,7 @@ _FILE_NAMES = {
 """Parts that are named after the file that they hold."""
 
 _REMEDY = f"send the two files {CONFIG_PART} and {MODEL_PART}, or {GGUF_PART} alone"
-_WRITE_BYTES = 1 << 20
+WRITE_BYTES = 1 << 20
 
 
 async def receive_adapter(
@@ -54,24 +54,18 @@ async def receive_adapter(
         reserved.budget.check(declared)
     form = _AdapterForm()
     boundary = _boundary(request)
-    received = 0
     try:
         parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
-        async for chunk in request.stream():
-            received += len(chunk)
-            check_length(received, limit)
+        async for chunk in body_parts(request, limit, place):
             reserved.add(len(chunk))
-            if received > LONG_BYTES:
-                place.take()
             parser.write(chunk)
-            if len(form.model) >= _WRITE_BYTES:
+            if len(form.model) >= WRITE_BYTES:
                 await _flush(form, gguf if form.is_gguf else upload)
         parser.finalize()
     except FormParserError as error:
         raise MalformedMultipartError(
             f"the body is not multipart/form-data: {error}; {_REMEDY}"
         ) from None
-    place.take()
     await _flush(form, gguf if form.is_gguf else upload)
     missing = set() if form.is_gguf else {CONFIG_PART, MODEL_PART} - form.seen
     if missing or not form.ended:

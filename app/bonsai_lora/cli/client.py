@@ -23,7 +23,7 @@ from bonsai_lora.cli.progress import ProgressLine
 from bonsai_lora.client.blocking import Client
 from bonsai_lora.client.call import Call, json_body, path_of
 from bonsai_lora.client.connection import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE, url_of
-from bonsai_lora.errors import BonsaiLoraError, counted
+from bonsai_lora.errors import BonsaiLoraError, FileNotInModelError, counted
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_base_name, is_set_name
 from bonsai_lora.formats.text import printable
 
@@ -194,13 +194,20 @@ def _describe_failure(error: BaseException, address: str) -> tuple[int, str]:
                 EXIT_UNREACHABLE,
                 f"{address} did not respond like this service: {error!r}; check --url",
             )
-        case httpx.UnsupportedProtocol() | httpx.InvalidURL():
+        case httpx.InvalidURL():
             return EXIT_USAGE, f"{address!r} is not a valid URL; expected one such as {DEFAULT_URL}"
         case httpx.TransportError():
-            return EXIT_UNREACHABLE, f"no service at {address}: {error}"
+            return EXIT_UNREACHABLE, f"no service at {address}: {_why_unreachable(error)}"
         case OSError() | ValueError():
             return EXIT_USAGE, plain(error)
     raise error
+
+
+def _why_unreachable(error: httpx.TransportError) -> str:
+    text = re.sub(r"^\[Errno -?\d+\] ", "", str(error))
+    if "WRONG_VERSION_NUMBER" in text:
+        return "it does not use TLS; begin the URL with http://"
+    return f"{text}; start one with bonsai-lora serve, or check the address"
 
 
 def list_sets(client: Client, arguments: argparse.Namespace) -> Any:
@@ -265,13 +272,7 @@ def push_set(client: Client, arguments: argparse.Namespace) -> Any:
             else client.upload_set(name, arguments.folder, base_model_name=base)
         )
     except (FileNotFoundError, NotADirectoryError) as error:
-        missing = Path(error.filename)
-        if missing == arguments.folder:
-            raise
-        raise UsageError(
-            f"{arguments.folder} has no {missing.name}; give a folder saved by PEFT or mlx_lm, or "
-            "a GGUF LoRA file, which ends in .gguf"
-        ) from None
+        raise UsageError(_why_no_adapter(arguments, Path(error.filename).name)) from None
     if not arguments.json:
         name = printable(report["name"])
         print(f"{name}: version {report['version']}, {counted(report['adapter_count'], 'adapter')}")
@@ -280,12 +281,27 @@ def push_set(client: Client, arguments: argparse.Namespace) -> Any:
     return report
 
 
+def _why_no_adapter(arguments: argparse.Namespace, missing: str) -> str:
+    """Return what is wrong with the folder to push, which lacks the file `missing`."""
+    folder = arguments.folder
+    if not folder.exists():
+        if Path(arguments.name).exists():
+            return f"there is no folder {folder}; name the set first, then the folder"
+        found = f"there is no file or folder {folder}"
+    elif folder.is_file():
+        found = f"{folder} is a file"
+    else:
+        found = f"{folder} has no {missing}"
+    return (
+        f"{found}; give a folder saved by PEFT or mlx_lm, or a GGUF LoRA file, which ends in .gguf"
+    )
+
+
 def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
     """Print the outputs of a module's adapter for a JSON list of vectors."""
     is_file = arguments.file not in (None, "-")
-    text = Path(arguments.file).read_text("utf-8") if is_file else sys.stdin.read()
     try:
-        value = json.loads(text)
+        value = json.loads(Path(arguments.file).read_text("utf-8") if is_file else sys.stdin.read())
     except ValueError as error:
         raise UsageError(
             f"the vectors are not JSON: {error}; expected a list of lists of numbers"
@@ -318,6 +334,7 @@ def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
         raise UsageError(
             "--dtype, --architecture, --folded and --widen are for GGUF files; add --gguf"
         )
+    _check_output(arguments)
     with ProgressLine() as line:
         pulled = (
             _pull_gguf(client, owner, name, arguments, line.update)
@@ -339,6 +356,14 @@ def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
     return pulled
 
 
+def _check_output(arguments: argparse.Namespace) -> None:
+    output = arguments.output
+    if arguments.gguf and output.is_dir():
+        raise UsageError(f"{output} is a folder; name a GGUF file, such as {output / 'model.gguf'}")
+    if not arguments.gguf and output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file; name a folder")
+
+
 def _pull_gguf(
     client: Client,
     owner: str,
@@ -356,9 +381,12 @@ def _pull_gguf(
             folded=arguments.folded,
             on_progress=on_progress,
         )
-    return client.pull_merged_gguf(
-        owner, name, output, dtype=dtype, widen=arguments.widen, on_progress=on_progress
-    )
+    try:
+        return client.pull_merged_gguf(
+            owner, name, output, dtype=dtype, widen=arguments.widen, on_progress=on_progress
+        )
+    except FileNotInModelError:
+        raise UsageError(f"base {owner!r} is not a GGUF file; leave out --gguf") from None
 
 
 def set_name(name: str) -> str:

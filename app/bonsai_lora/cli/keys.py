@@ -186,4 +186,7 @@ def _time(text: str) -> datetime:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a time; expected such as 90d, 12h or 2027-01-31"
         ) from None
-    return time if time.tzinfo else time.replace(tzinfo=UTC)
+    time = time if time.tzinfo else time.replace(tzinfo=UTC)
+    if time < datetime.now(UTC):
+        raise argparse.ArgumentTypeError(f"{text!r} is in the past; name a time to come")
+    return time

@@ -75,7 +75,14 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_plot(parser: argparse.ArgumentParser, text: str) -> None:
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help=f"draw a picture: {text}")
+    parser.add_argument("--plot", type=_picture, metavar="FILE.svg", help=f"draw a picture: {text}")
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix != ".svg":
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .svg: pictures are SVG files")
+    return path
 
 
 def combine_sets(client: Client, arguments: argparse.Namespace) -> Any:

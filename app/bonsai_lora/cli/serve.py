@@ -35,6 +35,7 @@ from bonsai_lora.cli.supervisor import Supervisor, end_by_signals
 from bonsai_lora.cli.temporary import temporary_folder
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
 from bonsai_lora.errors import BonsaiLoraError, StoreUnreachableError
+from bonsai_lora.formats.peft_config import CONFIG_FILE
 from bonsai_lora.service.budget import Budget
 from bonsai_lora.service.view import SetView
 from bonsai_lora.settings import UNGUARDED, Settings, SettingsError, read_settings
@@ -99,8 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         return failed(str(error))
     _warn_of_unknown_variables()
-    if settings.bases and not Path(settings.bases).is_dir():
-        _log.warning("the folder of bases %s does not exist; check --bases", settings.bases)
+    if settings.bases:
+        _warn_of_bases(Path(settings.bases))
     _raise_file_limit()
     try:
         with listening(settings) as listeners, temporary_folder() as temporary:
@@ -239,6 +240,8 @@ def _import_each(settings: Settings, folder: Path) -> None:
             _log.error("the adapter %r in %s is refused: %s", one.name, folder, one.reason)
         for warning in one.warnings:
             _log.warning("the adapter %r in %s: %s", one.name, folder, warning)
+    if (folder / CONFIG_FILE).is_file():
+        _log.warning("the folder %s is itself an adapter; give --sets the folder around it", folder)
     counts = [f"{outcomes[outcome]} {outcome}" for outcome in ("imported", "unchanged", "refused")]
     _log.info("sets of %s: %s", folder, ", ".join(counts))
 
@@ -342,6 +345,20 @@ def _warn_of_unknown_variables() -> None:
     for name in sorted(os.environ):
         if name.startswith("BONSAI_LORA_") and name not in known:
             _log.warning("%s is not a setting; see bonsai-lora serve --help", name)
+
+
+def _warn_of_bases(folder: Path) -> None:
+    """Log it if there is no folder of bases, or if the folder of a single one was given."""
+    if not folder.is_dir():
+        found = "is not a folder" if folder.exists() else "does not exist"
+        _log.warning("the folder of bases %s %s; check --bases", folder, found)
+        return
+    with contextlib.suppress(PermissionError):
+        if any(folder.glob("*.safetensors")) and not BaseFolder(folder).names():
+            _log.warning(
+                "the folder of bases %s is itself a model; give --bases the folder around it",
+                folder,
+            )
 
 
 def _flag(name: str) -> str:

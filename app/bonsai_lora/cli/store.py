@@ -18,6 +18,7 @@ from bonsai_lora.settings import SettingsError, is_bucket, read_settings
 from bonsai_lora.storage.backup import back_up, read_listing, restore
 from bonsai_lora.storage.leftovers import bad_files, old_folders, remove_leftovers
 from bonsai_lora.storage.protocol import Store
+from bonsai_lora.storage.staging import FOLDER, expire_folder
 from bonsai_lora.storage.store import SetStore
 
 _BAD_DAYS = 30.0
@@ -60,9 +61,10 @@ def add_gc(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `gc`."""
     parser.description = (
         "Remove what nobody needs from a store. From a folder: temporary files of processes that "
-        "died, and, after asking, files that could not be read and were moved to the folder "
-        "`bad`. From a bucket: blobs that no set needs and what is left of deleted sets, both once "
-        "they are older than the grace; it also counts the sums again, and writes the index."
+        "died, uploads that no commit named within a day, and, after asking, files that could not "
+        "be read and were moved to the folder `bad`. From a bucket: such uploads, and blobs that "
+        "no set needs and what is left of deleted sets, both once they are older than the grace; "
+        "it also counts the sums again, and writes the index."
     )
     parser.add_argument(
         "--days",
@@ -94,6 +96,8 @@ def run_backup(arguments: argparse.Namespace) -> int:
     try:
         with ProgressLine() as progress:
             entries = back_up(SetStore(root), arguments.folder, progress.update)
+    except FileExistsError as error:
+        return failed(f"{error.filename} exists already; name a new folder")
     except OSError as error:
         return failed(f"no backup was made: {plain(error)}")
     size = sum(one["bytes"] for one in entries)
@@ -134,6 +138,7 @@ def run_gc(arguments: argparse.Namespace) -> int:
         shutil.rmtree(folder)
         removed += 1
     print(f"{counted(removed, 'temporary file')} removed")
+    print(f"{counted(expire_folder(root / FOLDER), 'upload')} without a commit removed")
     bad = bad_files(root / "bad", arguments.days)
     if not bad:
         return 0
@@ -153,7 +158,7 @@ def run_gc(arguments: argparse.Namespace) -> int:
 def check_bucket(url: str) -> None:
     """Raise ValueError if `url` does not name a bucket, or what connects to it is missing."""
     if not urlsplit(url).netloc:
-        raise ValueError(f"the store {url!r} names no bucket; expected such as s3://bucket/prefix")
+        raise ValueError(f"the store {url!r} names no bucket; add it, as in s3://bucket/prefix")
     if find_spec("obstore") is None:
         raise ValueError(
             f"the store {url} needs obstore, which is not installed; pip install obstore"
@@ -194,7 +199,7 @@ def _opened(place: str) -> Iterator[Store]:
 
 def not_a_store(folder: Path) -> int:
     """Print that there is no store at `folder`, and return the exit code."""
-    return failed(f"{folder} is not a store; name one with --store")
+    return failed(f"there is no store at {folder}; name one with --store")
 
 
 def _agreed(question: str) -> bool:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import httpx
 
-from bonsai_lora.errors import BonsaiLoraError, InvalidNameError
+from bonsai_lora.errors import BonsaiLoraError, InvalidNameError, InvalidRequestError
 
 T = TypeVar("T")
 
@@ -182,3 +182,23 @@ def range_of(start: int, stop: int | None, tag: str | None) -> dict[str, str]:
         return {}
     last = "" if stop is None else stop - 1
     return {"Range": f"bytes={start}-{last}", **({"If-Range": f'"{tag}"'} if tag else {})}
+
+
+def weighted(sets: Mapping[str, float]) -> list[dict[str, Any]]:
+    """Return the JSON value of sets with their weights; raises InvalidRequestError."""
+    if not isinstance(sets, Mapping):
+        raise InvalidRequestError(
+            f"sets is a {type(sets).__name__}; expected a mapping from names to weights, such as "
+            '{"a": 1.0}',
+            field="sets",
+        )
+    return [{"set": name, "weight": weight} for name, weight in sets.items()]
+
+
+def checked_names(sets: Sequence[str]) -> Sequence[str]:
+    """Return the names of sets; raises InvalidRequestError for a text, which has letters."""
+    if isinstance(sets, str):
+        raise InvalidRequestError(
+            f"sets is the text {sets[:100]!r}; expected a list of names", field="sets"
+        )
+    return sets

@@ -35,7 +35,8 @@ def options_of(
 ) -> dict[str, Any]:
     """Return the arguments of `httpx.Client`; `transport` is the class for a Unix socket.
 
-    Raises ValueError if both `url` and `uds` are given, httpx.InvalidURL.
+    Raises ValueError if both `url` and `uds` are given or the URL is not one of HTTP, and
+    httpx.InvalidURL.
     """
     if url is not None and uds is not None:
         raise ValueError("url and uds are both given; a service has one address")
@@ -43,6 +44,9 @@ def options_of(
     lines = {**({"Authorization": f"Bearer {token}"} if token else {}), **(headers or {})}
     options = {"headers": lines, "timeout": timeout, "limits": LIMITS}
     if uds is None:
-        return {**options, "base_url": url_of(url)}
+        address = url_of(url)
+        if not address.startswith(("http://", "https://")):
+            raise ValueError(f"{address!r} is not a valid URL; expected one such as {DEFAULT_URL}")
+        return {**options, "base_url": address}
     socket = transport(uds=os.fspath(uds), limits=LIMITS)
     return {**options, "base_url": "http://localhost", "transport": socket}

@@ -11,7 +11,7 @@ import httpx
 import numpy.typing as npt
 
 from bonsai_lora.client.answers import Applied, AppliedMany, Inferred, Row
-from bonsai_lora.client.call import BLOCK_BYTES
+from bonsai_lora.client.call import BLOCK_BYTES, weighted
 from bonsai_lora.wire import requests
 
 Array = npt.NDArray[Any]
@@ -58,7 +58,7 @@ def _versions(metadata: Mapping[str, str]) -> dict[str, int]:
 
 def stack_of(sets: Mapping[str, float] | None) -> dict[str, Any]:
     """Return the metadata for further sets that all rows go through."""
-    return {} if sets is None else {"sets": requests.encode_stack(sets)}
+    return {} if sets is None else {"sets": weighted(sets)}
 
 
 def rows_of(sets: Sequence[Row]) -> list[Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from bonsai_lora.core.cast import Array
-from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError
+from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError, counted
 from bonsai_lora.formats.dequantize import PLAIN_TYPES, read_rows
 from bonsai_lora.formats.fused import MAX_EXPERTS
 from bonsai_lora.formats.gguf import Header
@@ -190,8 +190,8 @@ def _pairs(header: Header) -> tuple[_Pairs, list[str]]:
     if lonely:
         missing = _HALVES[lonely[0] in halves[0]]
         raise InvalidAdapterError(
-            f"{lonely[0]}{missing} is missing, as is one half of {len(lonely)} pair(s) in all; "
-            "convert the adapter again",
+            f"{lonely[0]}{missing} is missing ({counted(len(lonely), 'pair')} "
+            "without one half in all); convert the adapter again",
             keys=lonely[:64],
         )
     if not halves[0]:
@@ -295,8 +295,8 @@ def orders(
     if heads is None:
         raise UnsupportedAdapterError(
             f"{name!r} is ordered by attention head in GGUF, but the head counts are unknown, "
-            "which an adapter does not contain; put the base's folder, with its config.json, under "
-            "the setting bases, and give its name as base_model_name",
+            "which an adapter does not contain; put the base's folder, with its config.json, into "
+            "the folder that --bases names, and give its name as base_model_name",
             key=name,
         )
     return row_order(change, heads, rows), column_order(change, heads, columns)

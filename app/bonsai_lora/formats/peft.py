@@ -162,8 +162,8 @@ def _check_targets(config: PeftConfig, modules: Iterable[str]) -> None:
     stray = [module for module in modules if not config.targets(module)]
     if stray:
         raise InvalidAdapterError(
-            f"{len(stray)} module(s) have tensors but are not selected by target_modules, "
-            "exclude_modules and layers_to_transform, so peft would not load them: "
+            f"target_modules, exclude_modules and layers_to_transform do not select "
+            f"{counted(len(stray), 'module')} with tensors, so peft would not load them: "
             f"{', '.join(stray[:8])}; correct the configuration",
             modules=stray[:64],
         )
@@ -259,9 +259,9 @@ def _replacements(config: PeftConfig, keys: Keys) -> tuple[dict[str, str], list[
             unknown.append(key)
     if unknown:
         raise UnsupportedAdapterError(
-            f"{len(unknown)} tensor(s) would be lost, since they are neither LoRA weights nor "
-            "parameters that peft would load (a module's weight, or what modules_to_save or bias "
-            f"names): {', '.join(unknown[:8])}; remove them, or save the adapter again with peft",
+            f"peft would not load {counted(len(unknown), 'tensor')}, which would be lost: neither "
+            "LoRA weights, nor a module's weight, nor what modules_to_save or bias names: "
+            f"{', '.join(unknown[:8])}; remove them, or save the adapter again with peft",
             keys=unknown[:64],
         )
     return replaced, keys.originals
@@ -330,8 +330,8 @@ def _warnings(config: PeftConfig, keys: Keys, replaced: Mapping[str, str]) -> li
     unasked = [one for one in loaded if not config.is_saved(one.rpartition(".")[0])]
     if unasked:
         found.append(
-            f"{len(unasked)} parameter(s) of the base are replaced, as when peft loads this file "
-            f"(it saves them after the vocabulary was resized): {', '.join(unasked[:8])}"
+            f"the adapter replaces {counted(len(unasked), 'parameter')} of the base, as when peft "
+            f"loads it (it saves them after the vocabulary was resized): {', '.join(unasked[:8])}"
         )
     if keys.wrappers:
         found.append(

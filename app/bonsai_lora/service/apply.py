@@ -34,6 +34,7 @@ from bonsai_lora.service.limits import Limits
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.wire.media import Form
 from bonsai_lora.wire.stacks import Stack
+from bonsai_lora.wire.tensors import Batches
 
 Inputs = Mapping[str, Floats]
 
@@ -124,44 +125,33 @@ class Applier:
     def apply(
         self,
         set_segments: Sequence[SetSegment],
-        inputs: Inputs,
-        base_outputs: Inputs,
-        experts: Integers | None = None,
+        batches: Batches,
         match: str | None = None,
         *,
         reserve: Reserve,
     ) -> dict[str, Floats]:
         """Return the summed deltas of `set_segments` by module, for inputs (d_in,) or (rows, d_in).
 
-        `base_outputs` are W x without bias, for DoRA modules only, whose norms come from the base
-        tensors that `match` is the prefix of; `experts` (rows,) is the number of the expert of each
-        row, for fused modules only. Everything is checked before anything is computed. Raises
-        InvalidRequestError if `inputs` is empty, the errors of `check_experts`, `norms_of` and
-        `reserve`,
-        AdapterNotFoundError, ShapeMismatchError, TooManyRowsError, AnswerTooLargeError,
-        DoraNeedsBaseError, RateLimitedError, and UnsupportedAdapterError for a module whose bias is
-        replaced, or a DoRA module that is weighted or stacked.
+        W x is for DoRA modules only, whose norms come from the base tensors that `match` is the
+        prefix of, and experts are for fused modules only. Everything is checked before anything is
+        computed. Raises InvalidRequestError if there are no inputs, the errors of `check_experts`,
+        `norms_of` and `reserve`, AdapterNotFoundError, ShapeMismatchError, TooManyRowsError,
+        AnswerTooLargeError, DoraNeedsBaseError, RateLimitedError, and UnsupportedAdapterError for a
+        module whose bias is replaced, or a DoRA module that is weighted or stacked.
         """
+        inputs = batches.inputs
         if not inputs:
             raise InvalidRequestError("the request has no inputs; send vectors for a module")
         adapters = {
             module: _adapters_of(module, set_segments, batch) for module, batch in inputs.items()
         }
         rows = {module: count_rows(batch) for module, batch in inputs.items()}
-        check_experts(adapters, rows, experts)
+        check_experts(adapters, rows, batches.experts)
         self.limits.check_rows(max(rows.values()))
         values = sum(rows[one] * some[0].d_out for one, some in adapters.items())
         self.limits.check_answer(values)
         planned = {
-            module: self._plan(
-                module,
-                set_segments,
-                some,
-                inputs[module],
-                base_outputs.get(module),
-                experts,
-                match,
-            )
+            module: self._plan(module, set_segments, some, batches, match)
             for module, some in adapters.items()
         }
         reserve(4 * values)
@@ -174,17 +164,15 @@ class Applier:
         module: str,
         set_segments: Sequence[SetSegment],
         adapters: Sequence[LoraAdapter],
-        x: Floats,
-        base_outputs: Floats | None,
-        experts: Integers | None,
+        batches: Batches,
         match: str | None,
     ) -> Callable[[], Floats]:
         """Check one module's inputs and return its computation, which raises nothing."""
-        first = adapters[0]
+        first, x = adapters[0], batches.inputs[module]
         is_simple = first.magnitude is None and first.experts is None
         if len(set_segments) == 1 and set_segments[0].rows is None and is_simple:
             return partial(first.apply, x, set_segments[0].weights)
-        d_out = first.d_out
+        d_out, base_outputs = first.d_out, batches.base_outputs.get(module)
         if any(one.magnitude is not None for one in adapters):
             _check_dora(module, set_segments, adapters, count_rows(x))
             base_outputs = _check_base_outputs(module, base_outputs, (*x.shape[:-1], d_out))
@@ -196,7 +184,7 @@ class Applier:
                 one,
                 adapter,
                 None if base_outputs is None else base_outputs.reshape(count_rows(x), d_out),
-                experts,
+                batches.experts,
                 match,
             )
         ]

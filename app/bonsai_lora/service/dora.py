@@ -41,7 +41,7 @@ def norms_of(
         raise DoraNeedsBaseError(
             f"module {module!r} is DoRA, whose outputs depend on the base weights, but no base "
             f"named {stored.lora_set.base_model_name!r} has the module; add the checkpoint's "
-            "folder under the setting bases",
+            "folder to the folder that --bases names",
             module=module,
             base_model_name=stored.lora_set.base_model_name,
         )

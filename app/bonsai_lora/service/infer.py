@@ -48,7 +48,7 @@ from bonsai_lora.wire.oip_tensors import (
     format_shape,
 )
 from bonsai_lora.wire.stacks import SETS, Stack, decode_row
-from bonsai_lora.wire.tensors import BASE_ENDING
+from bonsai_lora.wire.tensors import BASE_ENDING, Batches
 
 MODULE_NANOSECONDS = 30_000
 """Fixed cost of each module in a request."""
@@ -56,18 +56,14 @@ MODULE_NANOSECONDS = 30_000
 
 @dataclass(frozen=True, slots=True)
 class Inference:
-    """Runs inference requests."""
+    """Runs inference requests of one caller."""
 
     store: SetView
     regions: SharedRegions
+    applier: Applier
 
     def infer(
-        self,
-        applier: Applier,
-        model: Model,
-        request: InferRequest,
-        counts: Counts,
-        reserve: Reserve,
+        self, model: Model, request: InferRequest, counts: Counts, reserve: Reserve
     ) -> Encoded:
         """Return the response body, and the length of its JSON if binary data follows.
 
@@ -76,7 +72,7 @@ class Inference:
         locations of outputs are checked before anything is computed.
         """
         started = time.perf_counter_ns()
-        outputs, inputs, compute = self._plan(applier, model, request, reserve)
+        outputs, inputs, compute = self._plan(model, request, reserve)
         ready = time.perf_counter_ns()
         arrays = compute()
         computed = time.perf_counter_ns()
@@ -93,16 +89,16 @@ class Inference:
         return encoded
 
     def _plan(
-        self, applier: Applier, model: Model, request: InferRequest, reserve: Reserve
+        self, model: Model, request: InferRequest, reserve: Reserve
     ) -> tuple[Sequence[InferOutput], Inputs, Callable[[], dict[str, Floats]]]:
         """Return the requested outputs, their inputs by module, and the computation."""
         tensors = _Tensors(request, self.regions)
         placed = [one.content for one in request.inputs.values()]
         sizes = [one.byte_size for one in placed if isinstance(one, Placement)]
-        applier.limits.check_region_bytes(sum(sizes))
+        self.applier.limits.check_region_bytes(sum(sizes))
         experts, request = _take_experts(model, request, tensors)
         set_segments = (
-            self._mixed_segments(request, tensors, applier)
+            self._mixed_segments(request, tensors)
             if model.stored is None
             else [SetSegment(model.stored, request.scale)]
         )
@@ -113,7 +109,7 @@ class Inference:
             _check_width(model, source, adapter.d_in)
         self._check_places(outputs, set_segments, sources)
         for source in sources.values():
-            applier.limits.check_rows(source.rows)
+            self.applier.limits.check_rows(source.rows)
             check_floats(source)
         inputs = {name: tensors.floats(source) for name, source in sources.items()}
         endings = {name: f"{name}{BASE_ENDING}" for name in inputs}
@@ -122,22 +118,21 @@ class Inference:
             for name, ending in endings.items()
             if ending in request.inputs
         }
+        batches = Batches(inputs, base_outputs, experts=experts)
         return (
             outputs,
             inputs,
-            lambda: applier.apply(set_segments, inputs, base_outputs, experts, reserve=reserve),
+            lambda: self.applier.apply(set_segments, batches, reserve=reserve),
         )
 
-    def _mixed_segments(
-        self, request: InferRequest, tensors: "_Tensors", applier: Applier
-    ) -> list[SetSegment]:
+    def _mixed_segments(self, request: InferRequest, tensors: "_Tensors") -> list[SetSegment]:
         sets = request.inputs.get(SETS)
         if sets is None:
             raise InvalidRequestError(
                 f"model '{MIXED}' has no input '{SETS}'; send one set's name per row, as BYTES",
                 field=SETS,
             )
-        applier.limits.check_rows(sets.shape[0] if sets.shape else 0)
+        self.applier.limits.check_rows(sets.shape[0] if sets.shape else 0)
         stacks = [_stack_of(text, row) for row, text in enumerate(tensors.strings(sets))]
         for one in request.inputs.values():
             if one is not sets and one.rows != len(stacks):
@@ -148,7 +143,7 @@ class Inference:
                     got=one.rows,
                     expected=len(stacks),
                 )
-        read = self.store.reader(may_take_long=applier.may_take_long)
+        read = self.store.reader(may_take_long=self.applier.may_take_long)
         return group_by_set(stacks, request.scale, read)
 
     def _check_places(

@@ -56,8 +56,8 @@ def pull_set(
     reference: str,
     precondition: Precondition,
     *,
-    base_model_name: str | None,
-    expert_layout: ExpertLayout | None,
+    base_model_name: str | None = None,
+    expert_layout: ExpertLayout | None = None,
 ) -> Imported:
     """Create or replace a set from an adapter in an origin: of one commit, if the origin has them.
 

@@ -5,6 +5,7 @@ the truth: a set is imported if it is absent, or if what is stored was made of d
 """
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +30,6 @@ from bonsai_lora.storage.upload import Upload, WholeUpload
 
 MODEL_FILES = (MODEL_FILE, "adapters.safetensors")
 GGUF_SUFFIX = ".gguf"
-
-_PIECE_BYTES = 1 << 20
 
 
 Outcome = Literal["imported", "unchanged", "refused"]
@@ -135,5 +134,4 @@ def _digest(files: list[Path]) -> str:
 
 def _copy(path: Path, upload: Upload | WholeUpload) -> None:
     with path.open("rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            upload.write(piece)
+        shutil.copyfileobj(file, upload)

@@ -6,7 +6,6 @@ path, body, metadata, query, tensor or cursor) and every name that goes out pass
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -26,17 +25,9 @@ from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.protocol import Page, Store, StoreState
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.staging import Staging
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Numbers of sets and files, which are the same for every caller."""
-
-    sets: int
-    bad_files: int
-    newer_files: int
 
 
 class SetView:
@@ -148,10 +139,13 @@ class SetView:
     def _own(self, found: Mapping[str, T]) -> dict[str, T]:
         return {name: value for name, value in found.items() if self.key.owns(name)}
 
-    def totals(self) -> Totals:
-        """Return the numbers of all sets and files, whoever asks."""
-        sums = self._store.sums("")
-        return Totals(sums.sets, self._store.count_bad_files(), sums.newer)
+    def all_sums(self) -> Sums:
+        """Return the sums over all sets, whoever asks."""
+        return self._store.sums("")
+
+    def count_bad_files(self) -> int:
+        """Return the number of unreadable files, whoever asks."""
+        return self._store.count_bad_files()
 
     def dropped(self) -> Dropped:
         """Return what others put into the folder of the store, whoever asks."""
@@ -175,7 +169,7 @@ class SetView:
 
         Raises QuotaExceededError if those that the caller sees exceed its quota.
         """
-        self._check_quota(name, new_bytes)
+        self.check_quota(name, new_bytes)
         held, budget = self.held_bytes(besides=name), self.limits.memory_budget_bytes
         if held + new_bytes > budget:
             known = {"held_bytes": held} if self.key.sees_all else {}
@@ -193,10 +187,11 @@ class SetView:
 
         Sets that a newer release wrote count as much as their files.
         """
-        total, one = self._store.sums(""), self._store.sums_of(besides)
+        total, one = self.all_sums(), self._store.sums_of(besides)
         return total.held_bytes + total.newer_bytes - one.held_bytes - one.newer_bytes
 
-    def _check_quota(self, name: str, new_bytes: int) -> None:
+    def check_quota(self, name: str, new_bytes: int) -> None:
+        """Raise QuotaExceededError if the caller's sets, with `name` at `new_bytes`, exceed it."""
         quota = self.key.quota
         if quota.sets is None and quota.bytes is None:
             return
@@ -232,6 +227,15 @@ class SetView:
     def new_file(self) -> AbstractContextManager[BinaryIO]:
         """Create a temporary file on the store's file system; it is removed on exit."""
         return self._store.new_file()
+
+    def staging(self, name: str) -> Staging:
+        """Return where uploads for `name` wait for the commit that names them."""
+        self._check(name)
+        return self._store.staging
+
+    def link_secret(self) -> bytes:
+        """Return what signs links to upload to, whoever asks."""
+        return self._store.staging.secret()
 
     def delete(self, name: str) -> None:
         """Delete a set durably."""

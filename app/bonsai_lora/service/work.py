@@ -10,11 +10,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from time import monotonic
-from typing import Self, TypeVar
+from typing import ParamSpec, Self, TypeVar
 
 from bonsai_lora.errors import BusyError, counted
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 INLINE_NANOSECONDS = 500_000
@@ -126,11 +128,12 @@ class Lane:
         self._late.add(oldest)
         return True
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """Run `work` in a thread and return its result."""
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `work` in a thread and return its result."""
         self.waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+            call = partial(work, *args, **kwargs)
+            return await asyncio.get_running_loop().run_in_executor(self._threads, call)
         finally:
             self.waiting -= 1
 
@@ -195,10 +198,10 @@ class ShortLane(Lane):
         self._turns: deque[tuple[asyncio.Future[None], float]] = deque()
         """Work that waits for an iteration, and its nanoseconds."""
 
-    async def run(self, work: Callable[[], T], nanoseconds: float = math.inf) -> T:
+    async def run_estimated(self, work: Callable[[], T], nanoseconds: float) -> T:
         """Run `work`, which is estimated to take `nanoseconds`, and return its result."""
         if nanoseconds > self._loop_nanoseconds:
-            return await super().run(work)
+            return await self.run(work)
         if nanoseconds > _COUNTED_NANOSECONDS and not self._fits(nanoseconds):
             turn = asyncio.get_running_loop().create_future()
             self._turns.append((turn, nanoseconds))

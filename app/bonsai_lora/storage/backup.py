@@ -160,10 +160,9 @@ def _sync_folder(folder: Path) -> None:
 def read_listing(folder: Path) -> Listing:
     """Return what a backup has; raises OSError, and ValueError if the folder is not a backup."""
     path = folder / LISTING
-    if folder.is_dir() and not path.exists():
-        raise ValueError(
-            f"{folder} is not a backup, as it has no {LISTING}; name a folder that `backup` wrote"
-        )
+    if not path.exists():
+        fault = f"is not a backup, as it has no {LISTING}" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {fault}; name a folder that `backup` wrote")
     try:
         listing = json.loads(path.read_bytes())
         found = [(str(one["name"]), int(one["bytes"])) for one in listing["sets"]]

@@ -294,8 +294,9 @@ class SetFiles:
         except FileNotFoundError:
             raise SetNotFoundError(name) from None
         except OSError as error:
-            with storage_errors():
+            with contextlib.suppress(OSError), storage_errors():
                 raise
+            self.bad.note(name, self._path(name), str(error))  # a failing disk
             raise SetNotFoundError(name) from error
         except NewerFormatError as error:
             self._newer[name] = (identity, error.values["got"])

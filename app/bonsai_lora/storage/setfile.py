@@ -165,10 +165,10 @@ def record_of(path: Path, file: BinaryIO) -> SetRecord:
     length = safetensors.header_length(prefix)
     while True:
         try:
-            text = prefix[8 : 8 + length].decode("utf-8", "ignore")
+            text = prefix[8 : 8 + length].decode()
             metadata, _ = json.JSONDecoder().raw_decode(text, len(_METADATA_START))
             break
-        except ValueError:
+        except ValueError:  # the text ends in the middle
             more = file.read(len(prefix))
             if not more or len(prefix) >= 8 + length:
                 raise MalformedSafetensorsError(f"{path.name} is not a set file") from None

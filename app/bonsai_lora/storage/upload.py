@@ -50,6 +50,24 @@ class WholeUpload:
         return map_file(self._file)
 
 
+class HashedUpload(WholeUpload):
+    """Receives a file that is written as it is, and computes its SHA-256."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self._digest = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of what was received so far, in hexadecimal."""
+        return self._digest.hexdigest()
+
+    def write(self, piece: bytes | bytearray) -> None:
+        """Write the next piece."""
+        super().write(piece)
+        self._digest.update(piece)
+
+
 class Upload:
     """Receives the pieces of a safetensors file and writes its data to `file` as they arrive.
 

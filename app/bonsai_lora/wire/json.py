@@ -18,6 +18,7 @@ from bonsai_lora.errors import (
     RaggedInputError,
     TakesLongError,
     counted,
+    one_of,
 )
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.finite import check_finite
@@ -62,7 +63,7 @@ def decode_object(
     unknown = sorted(value.keys() - allowed)
     if unknown:
         raise InvalidRequestError(
-            f"unknown field {unknown[0][:100]!r}; expected one of {', '.join(sorted(allowed))}",
+            f"unknown field {unknown[0][:100]!r}; expected {one_of(sorted(allowed))}",
             got=[name[:100] for name in unknown[:8]],
             expected=sorted(allowed),
         )

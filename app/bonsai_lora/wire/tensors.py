@@ -54,18 +54,6 @@ class Batches:
     """Number of the expert of each row, if sent: (rows,)."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class MixedBatch:
-    """The decoded body of a mixed apply: rows for one module, each with its own sets."""
-
-    module: str
-    stacks: list[Stack]
-    inputs: Floats
-    base_outputs: Floats | None
-    experts: Integers | None = None
-    """Number of the expert of each row, if sent: (rows,)."""
-
-
 def decode_one(
     form: Form, body: Buffer, max_header_bytes: int, module: str, *, may_take_long: bool = True
 ) -> Batches:
@@ -87,9 +75,7 @@ def decode_one(
         )
         sets = sets_of_metadata(metadata)
         _check_names(found)
-    shared = found.get(BASE_OUTPUTS)
-    base_outputs = {} if shared is None else {module: shared}
-    return Batches({module: found[INPUTS]}, base_outputs, _stack(sets), experts)
+    return replace(_of_module(module, found), stack=_stack(sets), experts=experts)
 
 
 def decode_many(
@@ -143,12 +129,12 @@ def decode_many(
 
 def decode_mixed(
     form: Form, body: Buffer, max_header_bytes: int, *, may_take_long: bool = True
-) -> MixedBatch:
+) -> tuple[str, list[Stack], Batches]:
     """Decode a body with `module`, `sets`, `inputs` (and `base_outputs` for DoRA).
 
-    In binary, `module` and `sets` are JSON in the metadata; a bare module name is accepted too.
-    Raises the errors of `decode_one` and `decode_row`, and ShapeMismatchError unless `sets` has
-    one entry per row.
+    Returns the module, the sets of each row, and the batch. In binary, `module` and `sets` are JSON
+    in the metadata; a bare module name is accepted too. Raises the errors of `decode_one` and
+    `decode_row`, and ShapeMismatchError unless `sets` has one entry per row.
     """
     if form is Form.JSON:
         text = json.Text(body)
@@ -188,7 +174,7 @@ def decode_mixed(
             expected=rows,
         )
     stacks = [decode_row(one, f"{SETS}[{row}]") for row, one in enumerate(sets)]
-    return MixedBatch(module, stacks, tensors[INPUTS], tensors.get(BASE_OUTPUTS), experts)
+    return module, stacks, replace(_of_module(module, tensors), experts=experts)
 
 
 def _shown(value: Any) -> str:
@@ -221,6 +207,11 @@ def _stack(sets: Any) -> Stack:
 
 def _arrays(fields: Mapping[str, Any], text: json.Text) -> dict[str, Floats]:
     return {name: json.decode_tensor(one, name, text) for name, one in fields.items()}
+
+
+def _of_module(module: str, tensors: Mapping[str, Floats]) -> Batches:
+    base_outputs = {module: tensors[BASE_OUTPUTS]} if BASE_OUTPUTS in tensors else {}
+    return Batches({module: tensors[INPUTS]}, base_outputs)
 
 
 def _shared(tensors: Mapping[str, Floats], modules: Sequence[str]) -> Batches:

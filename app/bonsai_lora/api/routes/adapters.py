@@ -2,7 +2,6 @@
 
 import reprlib
 from collections.abc import Mapping
-from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -122,14 +121,15 @@ async def put_adapter(
     `lora_B` to set its weights.
     """
     form = body_form(request, (Form.JSON, Form.BINARY))
-    await context.opening.run(partial(context.store.read_record, name))
+    await context.opening.run(context.store.read_record, name)
     with Place(context.long) as place:
         limits = context.limits
         limit = limits.max_json_bytes if form is Form.JSON else limits.max_body_bytes
         body = await read_body(request, limit, place)
         check = precondition(request)
-        put = partial(_put, context, name, module, form, body, alpha, check)
-        stored, created = await context.long.run(put)
+        stored, created = await context.long.run(
+            _put, context, name, module, form, body, alpha, check
+        )
     response.status_code = 201 if created else 200
     response.headers["ETag"] = stored.record.etag
     return schemas.ModuleInfo.of(module, adapters.get_adapter(stored, module))
@@ -204,4 +204,4 @@ async def delete_adapter(
 ) -> None:
     """Creates the next version of the set, without this module."""
     check = precondition(request)
-    await context.long.run(partial(adapters.delete_adapter, context.store, name, module, check))
+    await context.long.run(adapters.delete_adapter, context.store, name, module, check)

@@ -27,6 +27,7 @@ from bonsai_lora.core.cast import Floats
 from bonsai_lora.service.adapters import get_adapter
 from bonsai_lora.service.apply import (
     Applier,
+    SetSegment,
     cost_of_body,
     group_by_set,
     stack_on,
@@ -159,29 +160,18 @@ async def apply_mixed(call: CallDep) -> BufferResponse:
     response_form, dtype = options.response_form, options.dtype
 
     def compute(body: Buffer, applier: Applier) -> Sequence[Buffer]:
-        batch = decode_mixed(
+        module, stacks, batches = decode_mixed(
             options.request_form,
             body,
             context.limits.max_header_bytes,
             may_take_long=applier.may_take_long,
         )
-        module, inputs = batch.module, {batch.module: batch.inputs}
-        base_outputs = {} if batch.base_outputs is None else {module: batch.base_outputs}
-        if not batch.stacks:  # without rows, no set determines the width of the outputs
-            return encode_outputs(
-                response_form, inputs[module][:, :0], {"module": module, "versions": {}}, dtype
-            )
+        if not stacks:  # without rows, no set determines the width of the outputs
+            empty = batches.inputs[module][:, :0]
+            return encode_outputs(response_form, empty, {"module": module, "versions": {}}, dtype)
         read = context.store.reader(may_take_long=applier.may_take_long)
-        set_segments = group_by_set(batch.stacks, options.scale, read)
-        outputs = applier.apply(
-            set_segments,
-            inputs,
-            base_outputs,
-            batch.experts,
-            options.match,
-            reserve=call.reserve_outputs(response_form),
-        )
-        call.count_rows(total_rows(inputs))
+        set_segments = group_by_set(stacks, options.scale, read)
+        outputs = _deltas(call, applier, set_segments, batches, options)
         fields = {"module": module, "versions": versions_of(set_segments)}
         return encode_outputs(response_form, outputs[module], fields, dtype)
 
@@ -197,20 +187,23 @@ def _stacked(
     fields: ResponseFields,
 ) -> dict[str, Floats]:
     """Return the summed deltas of the set and those stacked on it; add `versions` to `fields`."""
-    context = call.context
-    read = context.store.reader(may_take_long=applier.may_take_long)
+    read = call.context.store.reader(may_take_long=applier.may_take_long)
     set_segments = stack_on(stored, batches.stack, options.scale, read)
-    outputs = applier.apply(
-        set_segments,
-        batches.inputs,
-        batches.base_outputs,
-        batches.experts,
-        options.match,
-        reserve=call.reserve_outputs(options.response_form),
-    )
-    call.count_rows(total_rows(batches.inputs))
     if batches.stack:
         fields["versions"] = versions_of(set_segments)
+    return _deltas(call, applier, set_segments, batches, options)
+
+
+def _deltas(
+    call: Call,
+    applier: Applier,
+    set_segments: Sequence[SetSegment],
+    batches: Batches,
+    options: ApplyOptions,
+) -> dict[str, Floats]:
+    reserve = call.reserve_outputs(options.response_form)
+    outputs = applier.apply(set_segments, batches, options.match, reserve=reserve)
+    call.count_rows(total_rows(batches.inputs))
     return outputs
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
@@ -106,7 +105,7 @@ async def list_bases(context: ContextDep) -> base_schemas.BaseList:
     found, bad = [], {}
     for name in context.bases.names():
         try:
-            found.append(await context.long.run(partial(_info, context, name)))
+            found.append(await context.long.run(_info, context, name))
         except (errors.InvalidBaseError, errors.BaseChangedError) as error:
             bad[name] = error.detail
         except errors.BaseNotFoundError:
@@ -122,7 +121,7 @@ async def list_bases(context: ContextDep) -> base_schemas.BaseList:
 )
 async def get_base(context: ContextDep, base: BaseName) -> base_schemas.BaseInfo:
     """Returns the checkpoint's files, dtypes and parameter counts."""
-    return await context.long.run(partial(_info, context, base))
+    return await context.long.run(_info, context, base)
 
 
 @router.get(
@@ -135,7 +134,7 @@ async def list_merged_files(context: ContextDep, query: FilesQuery) -> base_sche
     """Returns names, sizes and ETags. Nothing is computed. Of a GGUF base there are a merged GGUF
     file, named like the base, and the same model as a Hugging Face checkpoint.
     """
-    _, files = await context.long.run(partial(query.files, context))
+    _, files = await context.long.run(query.files, context)
     found = merge_info(files)
     return base_schemas.MergedFiles(files=[base_schemas.MergedFileInfo(**one) for one in found])
 
@@ -160,7 +159,7 @@ async def get_merged_file(
     range is computed when it is requested, in float32, and rounded once, to nearest even. Once it
     is known, the header Bonsai-Delta-Gain says how much of the deltas this rounding leaves.
     """
-    model, files = await context.long.run(partial(query.files, context))
+    model, files = await context.long.run(query.files, context)
     filename = decode_slashes(filename)
     file = files.get(filename)
     if file is None:

@@ -9,7 +9,6 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from typing import Annotated, Any
 from urllib.parse import parse_qs, urlencode
 
@@ -125,8 +124,9 @@ async def list_models(
 
     Those that do not fit their base are left out. The header Link leads to the next page.
     """
-    find = partial(page_of, context.store, context.bases, author, search, cursor, min(limit, PAGE))
-    names, more = await context.long.run(find)
+    names, more = await context.long.run(
+        page_of, context.store, context.bases, author, search, cursor, min(limit, PAGE)
+    )
     found: list[dict[str, Any]] = []
     for owner, name in names:
         try:
@@ -166,7 +166,7 @@ async def paths_info(
 ) -> Response:
     """Return the files that the form's `paths` name; like the Hub, leave out unknown paths."""
     body = await read_body(request, MODEL_BYTES)
-    form = await context.long.run(lambda: parse_qs(body.decode("utf-8", "replace")))
+    form = await context.long.run(parse_qs, body.decode("utf-8", "replace"))
     wanted = set(form.get("paths", ()))
     repo = await _repo(context, owner, name, revision)
     return _json([repo.entry(path) for path in repo.files if path in wanted])
@@ -208,7 +208,7 @@ async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo
     """Return a repository at `revision`: main, the set's version, or the commit."""
     make = _MAKERS.get(owner, _merged_repo)
     try:
-        repo = await context.long.run(lambda: make(context, owner, name))
+        repo = await context.long.run(make, context, owner, name)
     except (errors.NotFoundError, errors.InvalidError) as error:
         if context.store.key.sees_all:
             raise HubError("RepoNotFound", error.detail) from None

@@ -17,8 +17,7 @@ from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
 from bonsai_lora.api.job_schemas import Job, JobKind
 from bonsai_lora.api.json_response import json_response, set_headers
 from bonsai_lora.api.openapi import (
-    BODY_ERRORS,
-    STORE_ERRORS,
+    CHANGE_ERRORS,
     VERSION_ERRORS,
     extra_response,
     problems,
@@ -52,8 +51,7 @@ router = APIRouter(tags=["laboratory"])
     | sends(201, "ETag", "Location")
     | JOB
     | problems(
-        *BODY_ERRORS,
-        *STORE_ERRORS,
+        *CHANGE_ERRORS,
         errors.SetNotFoundError,
         errors.SetExistsError,
         errors.InvalidNameError,
@@ -75,14 +73,13 @@ async def combine_sets(
     """
     with Place(context.long) as place, Reservation(context.memory) as reserved:
         wanted = await read_model(request, lab_schemas.CombineSets, place)
-        check = partial(
+        plan = await context.long.run(
             combine.plan,
             context.store,
             wanted.name,
             [(one.set, one.weight) for one in wanted.sets],
             wanted.recipe(),
         )
-        plan = await context.long.run(check)
         needed = plan.result_bytes() + context.settings.threads * plan.work_bytes()
         if wants_job(request):
             work = partial(_combine_as_job, context, plan, dry_run)
@@ -112,11 +109,11 @@ async def _combine(
     """Compute a combination, and store it unless it is a dry run; return what shows it."""
     works = progress.follow(plan.works(), [1] * len(plan.modules))
     combined = await lane.run_each(works, context.settings.threads)
-    report = await lane.run(partial(plan.report, combined))
+    report = await lane.run(plan.report, combined)
     progress.check()
     if dry_run:
         return partial(lab_schemas.CombineReport.of, report), None
-    stored = await lane.run(partial(plan.store, context.store, report))
+    stored = await lane.run(plan.store, context.store, report)
     return partial(lab_schemas.CombinedSet.made, stored, report), stored
 
 
@@ -129,8 +126,7 @@ async def _combine(
     openapi_extra=request_body(lab_schemas.ExtractSet),
     responses=sends(202, "Location", "Preference-Applied")
     | problems(
-        *BODY_ERRORS,
-        *STORE_ERRORS,
+        *CHANGE_ERRORS,
         errors.SetExistsError,
         errors.InvalidNameError,
         errors.BaseNotFoundError,
@@ -147,7 +143,7 @@ async def extract_set(request: Request, context: ContextDep) -> Response:
     """
     with Place(context.long) as place:
         wanted = await read_model(request, lab_schemas.ExtractSet, place)
-        check = partial(
+        plan = await context.long.run(
             extract.plan,
             context.store,
             context.bases,
@@ -158,7 +154,6 @@ async def extract_set(request: Request, context: ContextDep) -> Response:
             wanted.energy,
             wanted.modules,
         )
-        plan = await context.long.run(check)
         needed = context.settings.threads * plan.work_bytes()
         return await start_job(context, "extract", needed, partial(_extract, context, plan))
 
@@ -170,7 +165,7 @@ async def _extract(context: Context, plan: extract.Plan, progress: Progress) -> 
         found = await lane.run_each(works, context.settings.threads)
         report = plan.report(found)
         progress.check()
-        stored = await lane.run(partial(plan.store, context.store, report))
+        stored = await lane.run(plan.store, context.store, report)
         return await _result(context, partial(lab_schemas.ExtractedSet.made, stored, report))
 
 
@@ -208,8 +203,7 @@ async def compare_sets(
     becomes a job.
     """
     with context.long.admit():
-        check = partial(compare.compare, context.store, names)
-        comparison = await context.long.run(check)
+        comparison = await context.long.run(compare.compare, context.store, names)
         show = partial(lab_schemas.ComparisonInfo.of, comparison)
         size = len(names) * len(comparison.modules)
         return await _computed(request, context, "compare", comparison, show, size)
@@ -306,9 +300,9 @@ async def _followed(
     context: ContextDep, query: Annotated[_SurvivalQuery, Depends()]
 ) -> survival.Followed:
     with context.long.admit():
-        model = await context.long.run(partial(query.model, context))
+        model = await context.long.run(query.model, context)
         context.gains.prepare(model.base)
-        return await context.long.run(partial(survival.follow, model, query.dtype))
+        return await context.long.run(survival.follow, model, query.dtype)
 
 
 Followed = Annotated[survival.Followed, Depends(_followed)]

@@ -38,7 +38,7 @@ from bonsai_lora.api.options import (
 from bonsai_lora.errors import BonsaiLoraError, ForbiddenError, UnsupportedFeatureError
 from bonsai_lora.service import models
 from bonsai_lora.service.apply import Applier
-from bonsai_lora.service.infer import cost_of_inference
+from bonsai_lora.service.infer import Inference, cost_of_inference
 from bonsai_lora.service.models import MIXED, MIXED_VERSION, Model, model_of, raw_request
 from bonsai_lora.storage.counts import Counts
 from bonsai_lora.storage.residency import resident_bytes
@@ -137,7 +137,7 @@ def _of_model(
 @router.get("/", include_in_schema=False)
 async def get_server(context: ContextDep) -> oip_schemas.ServerMetadata:
     """Returns the server's name, version and protocol extensions."""
-    shared = ("system_shared_memory",) if context.inference.regions.is_on else ()
+    shared = ("system_shared_memory",) if context.regions.is_on else ()
     return oip_schemas.ServerMetadata(
         name="bonsai-lora",
         version=package_version("bonsai-lora"),
@@ -275,8 +275,7 @@ async def _infer(call: Call, model: Model) -> BufferResponse:
     call.count_rows(counts.vectors)
     headers = [] if length is None else [(HEADER_LENGTH, b"%d" % length)]
     if options.response_coding is not None:
-        work = partial(compress, b"".join(parts), options.response_coding)
-        parts = [await context.short.run(work)]
+        parts = [await context.short.run(compress, b"".join(parts), options.response_coding)]
         headers.append((b"content-encoding", options.response_coding.encode()))
     return BufferResponse(parts, (Form.JSON if length is None else Form.RAW).value, headers)
 
@@ -314,8 +313,8 @@ async def load_model(request: Request, context: ContextDep, model: ModelDep) -> 
         )
     if model.stored is not None:
         with context.long.admit():
-            await context.long.run(partial(models.load, model.stored))
-            await context.long.run(partial(context.store.keep, model.name))
+            await context.long.run(models.load, model.stored)
+            await context.long.run(context.store.keep, model.name)
     return Response()
 
 
@@ -330,7 +329,7 @@ async def load_model(request: Request, context: ContextDep, model: ModelDep) -> 
 async def unload_model(request: Request, context: ContextDep, model: ModelDep) -> Response:
     """The set stays in the store, and is opened again on its next use."""
     await _read_optional(request, oip_schemas.RepositoryRequest)
-    await context.long.run(partial(context.store.release, model.name))
+    await context.long.run(context.store.release, model.name)
     return Response()
 
 
@@ -363,7 +362,8 @@ async def _run(
         request = requested or _timed(decode_it, counts)
         # The outputs' form is known to `infer` only, so count those in JSON.
         reserve = call.reserve_outputs(Form.BINARY if request.is_binary else Form.JSON)
-        return context.inference.infer(applier, model, request, counts, reserve)
+        inference = Inference(context.store, context.regions, applier)
+        return inference.infer(model, request, counts, reserve)
 
     return await context.apply(work, cost_of_inference(model, requested) if requested else math.inf)
 

@@ -44,7 +44,7 @@ async def get_readiness(context: ContextDep) -> Readiness:
 
 def _readiness(context: Context) -> Readiness:
     store, bases = context.store, context.settings.bases
-    totals, dropped = store.totals(), store.dropped()
+    sums, dropped = store.all_sums(), store.dropped()
     names: dict[str, Any] = {}
     if store.key.sees_all:
         names["bad_files"] = store.bad_files(_MOST_NAMES)
@@ -55,9 +55,9 @@ def _readiness(context: Context) -> Readiness:
         names["store"] = "reachable" if is_reachable else "unreachable"
     return Readiness(
         status="ready",
-        sets=totals.sets,
-        bad_file_count=totals.bad_files,
-        newer_file_count=totals.newer_files,
+        sets=sums.sets,
+        bad_file_count=store.count_bad_files(),
+        newer_file_count=sums.newer,
         not_imported_count=dropped.count,
         **names,
         store_writable=store.is_writable(),

@@ -17,9 +17,9 @@ from bonsai_lora import errors
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
-from bonsai_lora.api.pulls import pull
 from bonsai_lora.service import sets
 from bonsai_lora.service.keys import check_scope
+from bonsai_lora.service.pull import pull_set
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import SetRecord
 
@@ -98,7 +98,7 @@ def _model(record: SetRecord) -> dict[str, Any]:
 
 
 async def _load(request: Request, context: Context) -> _Load:
-    """Pull the set that the body names, as `pull` does."""
+    """Pull the set that the body names, as `pull_set` does."""
     check_scope(context.store.key, "pull")
     with Place(context.long) as place:
         wanted = await read_model(request, _Load, place)
@@ -111,7 +111,15 @@ async def _load(request: Request, context: Context) -> _Load:
                     set=wanted.lora_name,
                 )
 
-        await pull(context, wanted.lora_name, wanted.lora_path, check)
+        await context.long.run(
+            pull_set,
+            context.store,
+            context.spill,
+            context.origins,
+            wanted.lora_name,
+            wanted.lora_path,
+            check,
+        )
     return wanted
 
 
@@ -127,7 +135,7 @@ async def _unload(request: Request, context: Context) -> str:
                     set=name,
                 )
 
-        await context.long.run(partial(sets.delete_set, context.store, name, check))
+        await context.long.run(sets.delete_set, context.store, name, check)
     return name
 
 

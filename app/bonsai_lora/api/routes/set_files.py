@@ -1,6 +1,5 @@
 """Download sets as PEFT files, and as GGUF LoRAs."""
 
-from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -92,12 +91,11 @@ async def get_adapter_gguf(
     LoRA that was uploaded, else qwen3 if all modules have names in it.
     """
     stored = await context.open_version(name, version)
-    make = partial(
+    made = await context.long.run(
         gguf_lora.export_gguf, stored, context.bases, dtype, architecture, is_folded=folded
     )
-    made = await context.long.run(make)
     with Reservation(context.memory) as reserved:
         reserved.add(made.working_bytes)
-        await context.long.run(partial(context.checked_files.check, made))
+        await context.long.run(context.checked_files.check, made)
     file = CountedFile(made, context.executor, context.memory, made.working_bytes)
     return file_response(request, file, context.long)

@@ -15,7 +15,7 @@ from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
 from bonsai_lora.api.json_response import json_response, set_headers
 from bonsai_lora.api.openapi import (
-    BODY_ERRORS,
+    CHANGE_ERRORS,
     STORE_ERRORS,
     VERSION_ERRORS,
     extra_response,
@@ -23,7 +23,6 @@ from bonsai_lora.api.openapi import (
     request_body,
 )
 from bonsai_lora.api.openapi_headers import sends
-from bonsai_lora.api.pulls import pull
 from bonsai_lora.api.query import DECIMAL
 from bonsai_lora.api.uploads import CONFIG_PART, GGUF_PART, MODEL_PART, receive_adapter
 from bonsai_lora.formats.experts import ExpertLayout
@@ -31,6 +30,7 @@ from bonsai_lora.formats.names import SET_NAME_PATTERN
 from bonsai_lora.service import gguf_lora, sets
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.keys import check_scope
+from bonsai_lora.service.pull import pull_set
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.upload import Upload, WholeUpload
@@ -76,8 +76,7 @@ _UPLOAD_BODY = {
     openapi_extra=request_body(schemas.CreateSet),
     responses=sends(201, "ETag", "Location")
     | problems(
-        *BODY_ERRORS,
-        *STORE_ERRORS,
+        *CHANGE_ERRORS,
         errors.SetExistsError,
         errors.InvalidNameError,
         errors.RankTooLargeError,
@@ -92,7 +91,7 @@ async def create_set(request: Request, context: ContextDep) -> Response:
     with Place(context.long) as place:
         wanted = await read_model(request, schemas.CreateSet, place)
         shapes, base_model_name = wanted.shapes()
-        make = partial(
+        stored = await context.long.run(
             sets.create_set,
             context.store,
             context.memory,
@@ -101,7 +100,6 @@ async def create_set(request: Request, context: ContextDep) -> Response:
             wanted.config.to_core(),
             shapes,
         )
-        stored = await context.long.run(make)
     return await _info(context, stored, 201)
 
 
@@ -265,8 +263,8 @@ async def upload_set(
         gguf = WholeUpload(file)
         config = await receive_adapter(request, upload, gguf, limit, reserved, place)
         check = precondition(request)
-        make = (
-            partial(
+        if config is None:
+            imported = await context.long.run(
                 gguf_lora.import_gguf,
                 context.store,
                 context.bases,
@@ -277,8 +275,8 @@ async def upload_set(
                 base_model_name=options.base_model_name,
                 architecture=options.architecture,
             )
-            if config is None
-            else partial(
+        else:
+            imported = await context.long.run(
                 sets.import_adapter,
                 context.store,
                 name,
@@ -288,8 +286,6 @@ async def upload_set(
                 base_model_name=options.base_model_name,
                 expert_layout=options.expert_b_layout,
             )
-        )
-        imported = await context.long.run(make)
     return await _report(context, imported)
 
 
@@ -305,9 +301,17 @@ async def _pull(
     check_scope(context.store.key, "pull")
     with Place(context.long) as place:
         wanted = await read_model(request, schemas.PullSet, place)
-        layout = options.expert_b_layout
-        check = precondition(request)
-        return await pull(context, name, wanted.source, check, options.base_model_name, layout)
+        return await context.long.run(
+            pull_set,
+            context.store,
+            context.spill,
+            context.origins,
+            name,
+            wanted.source,
+            precondition(request),
+            base_model_name=options.base_model_name,
+            expert_layout=options.expert_b_layout,
+        )
 
 
 async def _report(context: Context, imported: sets.Imported) -> Response:
@@ -329,8 +333,7 @@ async def _report(context: Context, imported: sets.Imported) -> Response:
     openapi_extra=request_body(schemas.PatchSet),
     responses=sends(200, "ETag")
     | problems(
-        *BODY_ERRORS,
-        *STORE_ERRORS,
+        *CHANGE_ERRORS,
         errors.SetNotFoundError,
         errors.PreconditionFailedError,
     ),
@@ -339,14 +342,13 @@ async def change_set(request: Request, context: ContextDep, name: SetName) -> Re
     """The weights stay; the set gets its next version, and its exported configuration the name."""
     with Place(context.long) as place:
         wanted = await read_model(request, schemas.PatchSet, place)
-        change = partial(
+        stored = await context.long.run(
             sets.name_base,
             context.store,
             name,
             wanted.base_model_name,
             precondition(request),
         )
-        stored = await context.long.run(change)
     return await _info(context, stored)
 
 
@@ -361,5 +363,4 @@ async def change_set(request: Request, context: ContextDep, name: SetName) -> Re
 )
 async def delete_set(request: Request, context: ContextDep, name: SetName) -> None:
     """Requests in flight finish with the set as it was when they started."""
-    remove = partial(sets.delete_set, context.store, name, precondition(request))
-    await context.long.run(remove)
+    await context.long.run(sets.delete_set, context.store, name, precondition(request))

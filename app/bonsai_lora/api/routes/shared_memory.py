@@ -28,9 +28,7 @@ RegionPath = Annotated[
 )
 async def get_shared_memory(context: ContextDep) -> list[oip_schemas.RegionInfo]:
     """Available if the service was started with `--shared-memory`."""
-    return [
-        oip_schemas.RegionInfo.model_validate(one) for one in context.inference.regions.registered()
-    ]
+    return [oip_schemas.RegionInfo.model_validate(one) for one in context.regions.registered()]
 
 
 @router.get(
@@ -43,7 +41,7 @@ async def get_shared_memory_region(
     context: ContextDep, region: RegionPath
 ) -> list[oip_schemas.RegionInfo]:
     """Returns a list with one entry, as Triton does."""
-    return [oip_schemas.RegionInfo.model_validate(context.inference.regions.get(region))]
+    return [oip_schemas.RegionInfo.model_validate(context.regions.get(region))]
 
 
 @router.post(
@@ -57,7 +55,7 @@ async def get_shared_memory_region(
 async def register(request: Request, context: ContextDep, region: RegionPath) -> Response:
     """The shared memory must exist. The service never deletes it."""
     requested = parse_model(await read_body(request, _REGISTER_BYTES), oip_schemas.RegisterRequest)
-    context.inference.regions.register(region, requested.key, requested.offset, requested.byte_size)
+    context.regions.register(region, requested.key, requested.offset, requested.byte_size)
     return Response()
 
 
@@ -70,7 +68,7 @@ async def register(request: Request, context: ContextDep, region: RegionPath) ->
 )
 async def unregister(context: ContextDep, region: RegionPath) -> Response:
     """Does nothing if no region has this name."""
-    context.inference.regions.unregister(region)
+    context.regions.unregister(region)
     return Response()
 
 
@@ -83,6 +81,6 @@ async def unregister(context: ContextDep, region: RegionPath) -> Response:
 )
 async def unregister_all(context: ContextDep) -> Response:
     """The shared memory itself is kept."""
-    for one in context.inference.regions.registered():
-        context.inference.regions.unregister(one.name)
+    for one in context.regions.registered():
+        context.regions.unregister(one.name)
     return Response()

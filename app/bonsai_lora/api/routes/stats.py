@@ -1,6 +1,5 @@
 """Statistics of sets and of the store, and memory estimates."""
 
-from functools import partial
 from time import monotonic
 from typing import Annotated
 
@@ -44,8 +43,7 @@ async def get_set_stats(
         # One module at a time, so that other work can run in between.
         adapters = stored.lora_set.registry.adapters
         modules = [
-            await context.long.run(partial(schemas.ModuleStatsInfo.of, *item))
-            for item in adapters.items()
+            await context.long.run(schemas.ModuleStatsInfo.of, *item) for item in adapters.items()
         ]
     ratio = None if base_param_count is None else stored.lora_set.efficiency_ratio(base_param_count)
     record = stored.record

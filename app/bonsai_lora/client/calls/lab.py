@@ -6,6 +6,7 @@ from typing import Any, Unpack
 from bonsai_lora.client.answers import Weights
 from bonsai_lora.client.call import (
     Call,
+    checked_names,
     decode_tagged,
     given,
     header_lines,
@@ -13,6 +14,7 @@ from bonsai_lora.client.call import (
     mix_query,
     path_of,
     query_of,
+    weighted,
 )
 from bonsai_lora.client.lab_answers import (
     CombinedSet,
@@ -90,13 +92,12 @@ def start_extract(
 
 
 def _body(name: str, sets: Weights, method: str, options: CombineOptions) -> dict[str, Any]:
-    parts = [{"set": one, "weight": weight} for one, weight in sets.items()]
-    return {"name": name, "sets": parts, "method": method, **given(**options)}
+    return {"name": name, "sets": weighted(sets), "method": method, **given(**options)}
 
 
 def compare(sets: Sequence[str]) -> Call[Comparison]:
     """Return norms, cosines and interference of up to 64 sets, whole and by module."""
-    return Call(path="/v1/compare", query=[("set", name) for name in sets])
+    return Call(path="/v1/compare", query=[("set", name) for name in checked_names(sets)])
 
 
 def start_compare(sets: Sequence[str]) -> Call[Job | Comparison]:
@@ -104,7 +105,9 @@ def start_compare(sets: Sequence[str]) -> Call[Job | Comparison]:
 
     `wait_for` takes either.
     """
-    return Call(path="/v1/compare", query=[("set", name) for name in sets], headers=_ASYNC)
+    return Call(
+        path="/v1/compare", query=[("set", name) for name in checked_names(sets)], headers=_ASYNC
+    )
 
 
 def get_spectrum(
