@@ -56,6 +56,7 @@ BINARY = {"Content-Type": Form.BINARY.value}
 RAW = {"Content-Type": Form.RAW.value}
 ROW = [0.0] * 64
 
+FORGED = "size=1&key=anyone&expires=0&signature=0"
 VERBS = frozenset(
     re.findall(
         r"\w+",
@@ -241,9 +242,8 @@ def leaves():
     found = [one for _, one in inspect.getmembers(errors, inspect.isclass)]
     kinds = [one for one in found if issubclass(one, errors.BonsaiLoraError)]
     parents = {parent for one in kinds for parent in one.__mro__[1:]}
-    return sorted(
-        (set(kinds) - parents) | {errors.MalformedBodyError, errors.ForbiddenError}, key=line_of
-    )
+    raised = {errors.MalformedBodyError, errors.ForbiddenError, errors.BusyError}
+    return sorted((set(kinds) - parents) | raised, key=line_of)
 
 
 def line_of(kind):
@@ -284,6 +284,8 @@ def produce(folder):
         with app.state.context.short.admit(), app.state.context.short.admit():
             answer = client.post(APPLY, json={"inputs": [ROW]})
             texts[errors.BusyError].append(text_of(answer, errors.BusyError, APPLY))
+        forged = client.put(f"/adapters/plain.git/info/lfs/objects/{'0' * 64}?{FORGED}")
+        texts[errors.LinkRefusedError].append(forged.json()["message"])
         texts[errors.StalledError].append(stalled(url))
         app.state.context.stopping.set()
         answer = client.get("/readyz")
@@ -291,6 +293,7 @@ def produce(folder):
         for kind, number in (
             (errors.StoreFullError, errno.ENOSPC),
             (errors.StoreReadOnlyError, errno.EROFS),
+            (errors.TooManyFilesError, errno.EMFILE),
         ):
             with failing_fsync(number):
                 answer = client.post("/v1/sets", json={"name": "n"})

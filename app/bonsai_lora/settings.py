@@ -206,7 +206,7 @@ class Settings(BaseSettings):
         16 * _GIB,
         ge=0,
         description="most disk space per worker for uploads in progress, and for streamed merges "
-        "whose clients do not read yet",
+        "whose clients do not read yet; and in the store for uploads that wait for their commits",
     )
     work_memory_bytes: int = Field(
         default_factory=_work_memory_bytes,

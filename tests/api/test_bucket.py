@@ -4,12 +4,14 @@ import contextlib
 import re
 import socket
 import time
+from urllib.parse import urlsplit
 
 import httpx
 import obstore
 import pytest
 from buckets import Line
 from conftest import TINY, assert_problem, peft_tensors, serving, upload
+from lfs import CONTENT, ask, assert_refused, link_to, pointing_lines, sha256_of
 from obstore.store import MemoryStore
 from test_hub_push import CONFIG, HEADER, MODEL, file_line, ndjson, push
 
@@ -172,6 +174,51 @@ def test_each_request_of_a_push_may_go_to_a_different_machine(start, line):
         for client in (one, two, three):
             assert client.get("/v1/sets/s?version=1").status_code == 200
             assert client.get("/api/models/adapters/s").json()["sha"] == done.json()["commitOid"]
+
+
+def test_weights_may_be_sent_to_a_different_machine_than_their_commit(start, line):
+    with contextlib.ExitStack() as stack:
+        urls = [stack.enter_context(serving(start(name))) for name in ("one", "two", "three")]
+        one, two, three = (stack.enter_context(httpx.Client(base_url=url)) for url in urls)
+        link = urlsplit(link_to(one, "s"))
+        assert two.put(f"{link.path}?{link.query}", content=CONTENT).status_code == 200
+        assert keys_in(line) == [f"staged/{sha256_of(CONTENT)}.s", "staged/secret", "usage"]
+        assert link_to(three, "s") is None
+        assert_problem(push(three, "t", *pointing_lines()), 422, "invalid_request")
+        done = push(three, "s", *pointing_lines())
+        assert done.status_code == 200, done.text
+        for client in (one, two, three):
+            assert client.get("/v1/sets/s?version=1").status_code == 200
+        staged = [key for key in keys_in(line) if key.startswith("staged/")]
+        assert staged == ["staged/secret"]
+
+
+def test_uploads_wait_for_a_bucket_that_is_away(start, line):
+    with serving(start("one")) as url, httpx.Client(base_url=url) as client:
+        link = link_to(client, "s")
+        line.is_cut = True
+        assert_refused(ask(client, "s"), 503)
+        assert_refused(client.put(link, content=CONTENT), 503)
+        line.is_cut = False
+        assert client.put(link, content=CONTENT).status_code == 200
+        line.is_cut = True
+        assert_problem(push(client, "s", *pointing_lines()), 503, "store_unreachable")
+        line.is_cut = False
+        assert push(client, "s", *pointing_lines()).status_code == 200
+
+
+def test_an_upload_that_is_aborted_leaves_nothing(start, line, tmp_path):
+    content = bytes(8 << 20)
+    temporary = tmp_path / "one" / "tmp"
+    with serving(start("one")) as url, httpx.Client(base_url=url) as client:
+        link = urlsplit(link_to(client, "s", content))
+        with socket.create_connection(address_of(url), 10) as sender:
+            head = f"PUT {link.path}?{link.query} HTTP/1.1\r\nHost: {address_of(url)[0]}\r\n"
+            sender.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode())
+            sender.sendall(content[:-1000])
+            eventually(lambda: sum(one.stat().st_size for one in temporary.iterdir()) > 1 << 20)
+        eventually(lambda: not [*temporary.iterdir()])
+        assert keys_in(line) == ["staged/secret", "usage"]
 
 
 def test_an_aborted_commit_leaves_nothing(start, line, tmp_path, rng):

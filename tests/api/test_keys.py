@@ -10,10 +10,12 @@ import pytest
 import tritonclient.http as triton
 from conftest import TINY, assert_problem, serving, snapshot, upload
 from keyring import TENANT_SCOPES, KeysFileMaker, caller
+from lfs import ask, assert_refused, pointing_lines
 from starlette.routing import Route
+from test_hub_push import push
 
 from bonsai_lora.api.app import create_app
-from bonsai_lora.api.scopes import OPEN, scope_of
+from bonsai_lora.api.scopes import OPEN, SIGNED, scope_of
 from bonsai_lora.fast_lane.routes import lane_routes
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service.view import SetView
@@ -186,6 +188,9 @@ WRITES = {
     "put adapter": lambda c, n: c.put(f"/v1/sets/{n}/adapters/new", json={"d_in": 2, "d_out": 2}),
     "delete adapter": lambda c, n: c.delete(ADAPTER.format(n)),
     "delete": lambda c, n: c.delete(f"/v1/sets/{n}"),
+    "push": push,
+    "push's weights": lambda c, n: push(c, n, *pointing_lines()),
+    "LFS batch": ask,
 }
 
 
@@ -213,6 +218,9 @@ def test_a_write_to_a_foreign_name_is_refused_whether_or_not_it_exists(world, wr
     before = snapshot(world.app.state.store)
     for name in (FOREIGN, ABSENT):
         answer = WRITES[write](world.tenant, name)
+        if write == "LFS batch":
+            assert "may not write to 'umbra." in assert_refused(answer, 403)
+            continue
         problem = assert_problem(answer, 403, "name_not_yours")
         assert problem["expected"] == ["acme."]
     assert snapshot(world.app.state.store) == before
@@ -271,6 +279,7 @@ EXAMPLES = {
     "path:path": "adapter_config.json",
     "region": "r",
     "job": "0" * 28,
+    "oid": "0" * 64,
 }
 
 
@@ -290,6 +299,10 @@ def test_every_route_but_the_open_ones_needs_a_key_with_its_scope(world):
         if need == OPEN:
             assert answer.status_code not in (401, 403), path
             continue
+        if need == SIGNED:  # a key is no signature, whatever it may do
+            for name in ("nobody", "root", *TENANT_SCOPES):
+                assert "no signature" in assert_refused(getattr(world, name).put(path), 403)
+            continue
         assert answer.status_code == 401, (method, path)
         assert answer.headers["WWW-Authenticate"] == "Bearer"
         assert answer.headers["Cache-Control"] == "private"
@@ -298,7 +311,7 @@ def test_every_route_but_the_open_ones_needs_a_key_with_its_scope(world):
                 refused = getattr(world, scope).request(method, path)
                 assert refused.status_code == 403, (method, path, scope)
                 assert method == "HEAD" or repr(need) in refused.text
-    assert scopes == {OPEN, "read", "apply", "write", "admin"}
+    assert scopes == {OPEN, SIGNED, "read", "apply", "write", "admin"}
 
 
 def test_the_walk_is_over_all_routes(world):
@@ -335,8 +348,9 @@ def test_every_way_of_the_store_passes_the_view():
     ours = {name for name in dir(Store) if not name.startswith("_")}
     theirs = {name for name in dir(SetView) if not name.startswith("_")}
     assert theirs - ours == {
-        *("seen_by", "check_name", "check_budget", "reader"),
+        *("seen_by", "check_name", "check_budget", "check_quota", "reader"),
         *("all_sums", "records", "find_record", "held_bytes"),  # of pages and sums
+        *("staging", "link_secret"),  # of what is staged
     }
 
 

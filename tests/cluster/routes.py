@@ -14,6 +14,7 @@ HUB = [
     "/adapters/{set}/resolve/main/adapter_model.safetensors",
     "/tiny-qwen3/{set}/resolve/main/model.safetensors",
     "/adapters/{set}.git/info/lfs/objects/batch",
+    f"/adapters/{{set}}.git/info/lfs/objects/{'0' * 64}",
 ]
 
 

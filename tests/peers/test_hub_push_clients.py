@@ -31,24 +31,30 @@ def run(url, folder, command, **variables):
     return subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment)
 
 
-@pytest.mark.parametrize("no_xet", ["0", "1"])
-def test_the_clients_of_the_hub_push(settings, tmp_path, no_xet):
+@pytest.mark.parametrize(
+    ("no_xet", "origin"), [("0", ""), ("1", ""), ("1", "lfs")], ids=["xet", "regular", "lfs"]
+)
+def test_the_clients_of_the_hub_push(settings, tmp_path, no_xet, origin):
     shutil.copytree(TINY / "base", tmp_path / "bases" / "tiny-qwen3")
     known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
     (tmp_path / "scratch").mkdir()
     script = [sys.executable, str(HERE / "hub_push_client.py")]
-    with serving(create_app(known)) as url:
+    app = create_app(known)
+    with serving(app) as url:
         done = run(
             url,
             tmp_path,
             [*script, str(TINY / "base"), str(TINY / "plain"), str(tmp_path / "scratch")],
             HF_HUB_DISABLE_XET=no_xet,
+            HF_HUB_USER_AGENT_ORIGIN=origin,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         with httpx.Client(base_url=url) as client:
             names = [one["name"] for one in client.get("/v1/sets").json()["sets"]]
             assert client.get("/v1/sets/pushed").json()["version"] == 3
     assert names == ["folder", "pushed"]
+    # The secret is made when LFS first asks for a link.
+    assert (app.state.store.root / "staged" / "secret").exists() is (origin == "lfs")
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("xet") is (no_xet == "0")
     refusals = found.pop("refusals")
@@ -85,6 +91,28 @@ def test_the_command_pushes_with_a_key(settings, tmp_path):
         refused = run(url, tmp_path, command, HF_TOKEN=token)
         assert refused.returncode != 0
         assert "may not write to 'umbra.one'" in refused.stderr, refused.stderr
+
+
+def test_its_functions_for_lfs_send_weights(settings, tmp_path):
+    """As uploaders call them that choose LFS themselves."""
+    made = KeysFileMaker(tmp_path / "keys.json")
+    token = made.add(scopes=["read", "write"])
+    app = create_app(settings.model_copy(update={"keys_file": made.path}))
+    script = [sys.executable, str(HERE / "hub_lfs_client.py"), str(TINY / "plain")]
+    with serving(app) as url:
+        done = run(url, tmp_path, script, HF_TOKEN=token)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found = json.loads(done.stdout.splitlines()[-1])
+        with caller(url, token) as client:
+            assert client.get("/v1/sets/acme.one").json()["version"] == 1
+    assert found["transfer"] == "basic"
+    assert found["actions"] == [["upload"], None]
+    assert [code for code, _ in found["errors"]] == [413]
+    assert "the limit is" in found["errors"][0][1]
+    assert "may not write to 'umbra.one'" in found["foreign"]
+    assert "was not uploaded" in found["missing"]
+    assert "not one that this service signed" in found["forged"]
+    assert found["weights"] is True
 
 
 def test_engines_load_by_their_own_calls(service, tmp_path):

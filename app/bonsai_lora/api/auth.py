@@ -19,7 +19,7 @@ from bonsai_lora.api.call import join_headers
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.errors import problem_response
 from bonsai_lora.api.keys_file import WatchedKeys
-from bonsai_lora.api.scopes import OPEN, Need, is_health, is_open
+from bonsai_lora.api.scopes import OPEN, SIGNED, Need, is_health, is_open, is_signed
 from bonsai_lora.errors import BonsaiLoraError, UnauthenticatedError
 from bonsai_lora.service.keys import ANYONE, NOBODY, Key, Meter, Scope, check_scope
 from bonsai_lora.settings import Settings
@@ -60,8 +60,8 @@ class Caller:
         """Return the context for a call that needs the scope `need`; raises ForbiddenError."""
         found = self._contexts.get(need)
         if found is None:
-            scope: Scope = "read" if need == OPEN else need
-            if need != OPEN:
+            scope: Scope = "read" if need in (OPEN, SIGNED) else need
+            if need not in (OPEN, SIGNED):
                 check_scope(self.key, scope)
             found = self._contexts[need] = self._base.seen_by(self.key, scope, self.meter)
         return found
@@ -132,18 +132,28 @@ class Authenticator:
         """
         if self._keys is None:
             return self.visitor
-        if self._keys.is_changed():
-            self._by_header.clear()
-            kept = self._by_id.keys() & self._keys.ring.keys
-            self._by_id = {number: self._by_id[number] for number in kept}
+        self._forget_old(self._keys)
         header = headers.get(b"authorization", b"")
-        caller = self._by_header.get(header) or self._authenticate(header)
-        if caller.key.expires_at <= time.time():
+        return _counted(self._by_header.get(header) or self._authenticate(header))
+
+    def caller_of(self, number: str) -> Caller:
+        """Return the caller whose key has this id, as `identify` does; anyone without keys."""
+        if self._keys is None:
+            return self.visitor
+        self._forget_old(self._keys)
+        key = self._keys.ring.keys.get(number)
+        if key is None:
             raise UnauthenticatedError(
-                f"the key {caller.key.id!r} has expired; ask the operator for a new one"
+                f"there is no key {number[:16]!r} any more; ask the operator for one"
             )
-        caller.meter.take_request()
-        return caller
+        return _counted(self._known(key))
+
+    def _forget_old(self, keys: WatchedKeys) -> None:
+        """Forget callers whose keys are gone, if the file has changed."""
+        if keys.is_changed():
+            self._by_header.clear()
+            kept = self._by_id.keys() & keys.ring.keys
+            self._by_id = {number: self._by_id[number] for number in kept}
 
     def _authenticate(self, header: bytes) -> Caller:
         assert self._keys is not None
@@ -155,12 +165,16 @@ class Authenticator:
                 if token
                 else "the request has no key; send it as Authorization: Bearer KEY"
             )
-        known = self._by_id.get(key.id)
-        if known is None or known.key is not key:
-            self._by_id[key.id] = known = self._caller(key, known)
+        known = self._known(key)
         _forget_some(self._by_header)
         if len(header) <= _REMEMBERED_BYTES:
             self._by_header[header] = known
+        return known
+
+    def _known(self, key: Key) -> Caller:
+        known = self._by_id.get(key.id)
+        if known is None or known.key is not key:
+            self._by_id[key.id] = known = self._caller(key, known)
         return known
 
     def _caller(self, key: Key, before: Caller | None = None) -> Caller:
@@ -168,6 +182,16 @@ class Authenticator:
         is_same = before is not None and before.key.rates == key.rates
         meter = before.meter if before and is_same else Meter(key, self._share)
         return Caller(key, meter, self._base)
+
+
+def _counted(caller: Caller) -> Caller:
+    """Count a request of `caller`; raises UnauthenticatedError if its key has expired."""
+    if caller.key.expires_at <= time.time():
+        raise UnauthenticatedError(
+            f"the key {caller.key.id!r} has expired; ask the operator for a new one"
+        )
+    caller.meter.take_request()
+    return caller
 
 
 def address_of(scheme: str, headers: Headers, peer: Peer) -> str:
@@ -232,7 +256,9 @@ class AuthMiddleware:
         peer = auth.peer_of(scope.get("server"), scope.get("client"))
         auth.check_site(scope["method"], path, headers, peer)
         scope["address"] = address_of(scope["scheme"], headers, peer)
-        return auth.visitor if is_open(path) else auth.identify(headers)
+        if is_open(path) or is_signed(scope["method"], path):
+            return auth.visitor
+        return auth.identify(headers)
 
 
 def _privately(send: Send) -> Send:

@@ -19,16 +19,16 @@ from bonsai_lora.api.body import (
     check_not_compressed,
     content_length,
 )
-from bonsai_lora.api.uploads import write_weights
+from bonsai_lora.api.uploads import WRITE_BYTES, write_weights
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, UnsupportedMediaTypeError
 from bonsai_lora.formats.foreign import check_config_start
 from bonsai_lora.formats.peft_config import CONFIG_BYTES, CONFIG_FILE, MODEL_FILE
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.work import Place
+from bonsai_lora.storage.staging import is_sha256
 from bonsai_lora.storage.upload import Upload
 
 _MEDIA_TYPE = "application/x-ndjson"
-_WRITE_BYTES = 1 << 20
 _MOST_LINES = 1024
 _CONTENT = re.compile(rb'(?<!\\)"content"\s*:\s*"')
 """What is before the characters of a file. Within a JSON string its quotes would be escaped."""
@@ -44,6 +44,8 @@ class Commit:
     """Content of adapter_config.json; None if neither file is in the commit."""
     parent: str | None
     """The commit that the client wants to replace; None for any."""
+    pointer: tuple[str, int] | None
+    """SHA-256 and size of weights that were uploaded before, in place of those in the commit."""
 
 
 async def receive_commit(
@@ -68,7 +70,7 @@ async def receive_commit(
         if received > LONG_BYTES:
             place.take()
         reader.feed(chunk)
-        if len(reader.model) >= _WRITE_BYTES:
+        if len(reader.model) >= WRITE_BYTES:
             await write_weights(upload, reader.take_model())
     place.take()
     reader.end()
@@ -144,6 +146,7 @@ class _CommitReader:
     """Whether the file is too long for a configuration."""
     _config: bytes | None = None
     _has_model: bool = False
+    _pointer: tuple[str, int] | None = None
     _parent: str | None = None
     _lines: int = 0
     _text_size: int = 0
@@ -233,13 +236,41 @@ class _CommitReader:
             self._parent = None if parent is None else str(parent)
         elif operation == "file":
             self._add(value)
+        elif operation == "lfsFile":
+            self._point(value)
         else:
             raise InvalidRequestError(
                 f"the commit has the operation {operation[:40]!r}; a set takes whole adapters "
                 f"only: add {CONFIG_FILE} and {MODEL_FILE}, or DELETE /v1/sets/{{set}}",
                 got=operation[:40],
-                expected=["file"],
+                expected=["file", "lfsFile"],
             )
+
+    def _point(self, value: dict[str, Any]) -> None:
+        """Take the weights to be those of a file that was uploaded before."""
+        path, oid, size = str(value.get("path")), str(value.get("oid")), value.get("size")
+        if path != MODEL_FILE or self._has_content:
+            raise InvalidRequestError(
+                f"the commit has {path[:100]!r} as lfsFile; send only {MODEL_FILE} so, without "
+                f"content, and {CONFIG_FILE} as file",
+                field="path",
+            )
+        if value.get("algo") != "sha256" or not is_sha256(oid):
+            raise InvalidRequestError(
+                f"the lfsFile {path} has the oid {oid[:100]!r}; send algo 'sha256', and the oid as "
+                "64 lower-case hexadecimal digits",
+                field="oid",
+            )
+        if type(size) is not int or size < 0:
+            raise InvalidRequestError(
+                f"the lfsFile {path} has the size {str(size)[:40]!r}; send its length in bytes",
+                field="size",
+            )
+        if self._has_model:
+            raise _twice(MODEL_FILE)
+        self._size += size
+        check_length(self._size, self.limit)
+        self._has_model, self._pointer = True, (oid, size)
 
     def _add(self, value: dict[str, Any]) -> None:
         path = str(value.get("path"))
@@ -291,7 +322,7 @@ class _CommitReader:
                 "upload_folder",
                 expected=[CONFIG_FILE, MODEL_FILE],
             )
-        return Commit(self._config, self._parent)
+        return Commit(self._config, self._parent, self._pointer)
 
 
 def _twice(path: str) -> InvalidRequestError:

@@ -1,6 +1,5 @@
 """Turn errors into responses: one table of status codes, one shape (RFC 9457)."""
 
-import errno
 import json
 import re
 import reprlib
@@ -29,7 +28,9 @@ _PASSING = (
     errors.StoreUnreachableError,
 )
 """Errors that the same request need not meet again."""
-_HUB_PATH = re.compile("/api/|/[^/]+/[^/]+/resolve/")
+LFS_TYPE = "application/vnd.git-lfs+json"
+_LFS_PATH = re.compile(r"/adapters/[^/]+\.git/info/lfs/")
+_HUB_PATH = re.compile(rf"/api/|/[^/]+/[^/]+/resolve/|{_LFS_PATH.pattern}")
 
 
 STATUSES: Mapping[type[BonsaiLoraError], HTTPStatus] = {
@@ -81,9 +82,13 @@ def problem_response(
     """Return the response for a refused request."""
     scope["problem"] = error  # for the log
     status = status_of(type(error))
+    body: dict[str, Any]
     if is_oip(scope["path"]):
         status = status if status in _OIP_STATUSES else HTTPStatus.BAD_REQUEST
         media_type, body = "application/json", _oip_body(error)
+    elif _LFS_PATH.match(scope["path"]):
+        body = {"message": error.detail, "request_id": scope.get("request_id")}
+        media_type = LFS_TYPE
     else:
         media_type, body = PROBLEM_TYPE, _problem_body(error, status, scope)
     more = {**_headers_of(error, scope), **(headers or {})}
@@ -99,6 +104,8 @@ def _headers_of(error: BonsaiLoraError, scope: Scope) -> dict[str, str]:
         headers["Content-Range"] = f"bytes */{error.values['size_bytes']}"
     if isinstance(error, errors.UnauthenticatedError):
         headers["WWW-Authenticate"] = "Bearer"
+        if _LFS_PATH.match(scope["path"]):
+            headers["LFS-Authenticate"] = 'Basic realm="Git LFS"'
     if isinstance(error, _PASSING):
         headers["Retry-After"] = str(error.values.get("retry_seconds", RETRY_AFTER_SECONDS))
     return headers
@@ -147,18 +154,6 @@ def failure_response(scope: Scope) -> Response:
         ),
         scope,
     )
-
-
-def too_many_files() -> errors.BusyError:
-    """Return the error for a system without free file descriptors."""
-    return errors.BusyError(
-        "too many files are open; retry in a second, or raise the limit of files"
-    )
-
-
-def is_out_of_files(error: Exception) -> bool:
-    """Return whether `error` says that no file descriptor is left."""
-    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 def is_oip(path: str) -> bool:
@@ -249,9 +244,9 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
 
 def _on_system_error(request: Request, error: Exception) -> Response:
-    if not is_out_of_files(error):
+    if not errors.is_out_of_files(error):
         raise error
-    return problem_response(too_many_files(), request.scope)
+    return problem_response(errors.TooManyFilesError(), request.scope)
 
 
 def _remedy(path: str) -> str:

@@ -13,6 +13,7 @@ from bonsai_lora.api.routes import (
     hub_push,
     jobs,
     lab,
+    lfs,
     merge,
     oip,
     operations,
@@ -43,6 +44,7 @@ _ROUTERS = [
         page,
         peers,
         hub_push,
+        lfs,
         hub,  # last: its paths match almost anything
     )
 ]

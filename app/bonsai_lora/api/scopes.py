@@ -1,5 +1,6 @@
 """Which scope each route needs. A route that is missing here cannot be added to the application."""
 
+import re
 from collections.abc import Mapping
 from typing import Literal
 
@@ -7,14 +8,17 @@ from bonsai_lora.service.keys import Scope
 
 OPEN: Literal["open"] = "open"
 """Needs no key."""
+SIGNED: Literal["signed"] = "signed"
+"""Needs a signature in place of a key; the route checks it, and the key that asked for it."""
 
-Need = Scope | Literal["open"]
+Need = Scope | Literal["open", "signed"]
 
 _SET = "/v1/sets/{set}"
 _ADAPTER = "/v1/sets/{set}/adapters/{module}"
 _MODEL = "/v2/models/{model}"
 _VERSION = "/v2/models/{model}/versions/{version}"
 _HUB = "/api/models/{owner}/{name}"
+_LFS = "/adapters/{name}.git/info/lfs/objects"
 _MEMORY = "/v2/systemsharedmemory"
 
 SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
@@ -30,6 +34,7 @@ SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
             "/v2/health/ready",
         )
     },
+    SIGNED: {"PUT": (f"{_LFS}/{{oid}}",)},
     "read": {
         "GET": (
             "/v1/sets",
@@ -100,6 +105,7 @@ SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
             "/api/validate-yaml",
             f"{_HUB}/preupload/{{revision}}",
             f"{_HUB}/commit/{{revision}}",
+            f"{_LFS}/batch",
         ),
         "PUT": (_SET, _ADAPTER),
         "PATCH": (_SET,),
@@ -126,6 +132,7 @@ _NEEDS: Mapping[tuple[str, str], Need] = {
 
 _OPEN_PATHS = frozenset(path for path in SCOPES[OPEN]["GET"] if "{" not in path)
 _OPEN_FOLDER = "/page/"
+_SIGNED_PATH = re.compile(r"/adapters/[^/]+\.git/info/lfs/objects/[^/]+")
 _HEALTH_PATHS = frozenset({"/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"})
 
 
@@ -137,6 +144,11 @@ def scope_of(method: str, path: str) -> Need:
 def is_open(path: str) -> bool:
     """Return whether a request's path needs no key."""
     return path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER)
+
+
+def is_signed(method: str, path: str) -> bool:
+    """Return whether a request has a signature in place of a key."""
+    return method == "PUT" and _SIGNED_PATH.fullmatch(path) is not None
 
 
 def is_health(path: str) -> bool:

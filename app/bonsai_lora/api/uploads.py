@@ -28,7 +28,7 @@ _FILE_NAMES = {
 """Parts that are named after the file that they hold."""
 
 _REMEDY = f"send the two files {CONFIG_PART} and {MODEL_PART}, or {GGUF_PART} alone"
-_WRITE_BYTES = 1 << 20
+WRITE_BYTES = 1 << 20
 
 
 async def receive_adapter(
@@ -59,7 +59,7 @@ async def receive_adapter(
         async for chunk in body_parts(request, limit, place):
             reserved.add(len(chunk))
             parser.write(chunk)
-            if len(form.model) >= _WRITE_BYTES:
+            if len(form.model) >= WRITE_BYTES:
                 await _flush(form, gguf if form.is_gguf else upload)
         parser.finalize()
     except FormParserError as error:

@@ -40,6 +40,7 @@ def _report(found: Collected) -> Iterator[str]:
         yield "the sums were not counted again, as others kept writing; run it again"
     yield f"{counted(found.blobs, 'blob')} removed, {counted(found.blob_bytes, 'byte')}"
     yield f"{counted(found.tombstones, 'deleted set')} removed"
+    yield f"{counted(found.staged, 'upload')} without a commit removed"
     if found.kept_tombstones:
         kept = counted(found.kept_tombstones, "deleted set")
         yield f"{kept} kept: the bucket has no conditional delete"

@@ -18,6 +18,7 @@ from bonsai_lora.settings import SettingsError, is_bucket, read_settings
 from bonsai_lora.storage.backup import back_up, read_listing, restore
 from bonsai_lora.storage.leftovers import bad_files, old_folders, remove_leftovers
 from bonsai_lora.storage.protocol import Store
+from bonsai_lora.storage.staging import FOLDER, expire_folder
 from bonsai_lora.storage.store import SetStore
 
 _BAD_DAYS = 30.0
@@ -60,9 +61,10 @@ def add_gc(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `gc`."""
     parser.description = (
         "Remove what nobody needs from a store. From a folder: temporary files of processes that "
-        "died, and, after asking, files that could not be read and were moved to the folder "
-        "`bad`. From a bucket: blobs that no set needs and what is left of deleted sets, both once "
-        "they are older than the grace; it also counts the sums again, and writes the index."
+        "died, uploads that no commit named within a day, and, after asking, files that could not "
+        "be read and were moved to the folder `bad`. From a bucket: such uploads, and blobs that "
+        "no set needs and what is left of deleted sets, both once they are older than the grace; "
+        "it also counts the sums again, and writes the index."
     )
     parser.add_argument(
         "--days",
@@ -136,6 +138,7 @@ def run_gc(arguments: argparse.Namespace) -> int:
         shutil.rmtree(folder)
         removed += 1
     print(f"{counted(removed, 'temporary file')} removed")
+    print(f"{counted(expire_folder(root / FOLDER), 'upload')} without a commit removed")
     bad = bad_files(root / "bad", arguments.days)
     if not bad:
         return 0

@@ -25,6 +25,7 @@ from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.protocol import Page, Store, StoreState
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.staging import Staging
 
 T = TypeVar("T")
 
@@ -168,7 +169,7 @@ class SetView:
 
         Raises QuotaExceededError if those that the caller sees exceed its quota.
         """
-        self._check_quota(name, new_bytes)
+        self.check_quota(name, new_bytes)
         held, budget = self.held_bytes(besides=name), self.limits.memory_budget_bytes
         if held + new_bytes > budget:
             known = {"held_bytes": held} if self.key.sees_all else {}
@@ -189,7 +190,8 @@ class SetView:
         total, one = self.all_sums(), self._store.sums_of(besides)
         return total.held_bytes + total.newer_bytes - one.held_bytes - one.newer_bytes
 
-    def _check_quota(self, name: str, new_bytes: int) -> None:
+    def check_quota(self, name: str, new_bytes: int) -> None:
+        """Raise QuotaExceededError if the caller's sets, with `name` at `new_bytes`, exceed it."""
         quota = self.key.quota
         if quota.sets is None and quota.bytes is None:
             return
@@ -225,6 +227,15 @@ class SetView:
     def new_file(self) -> AbstractContextManager[BinaryIO]:
         """Create a temporary file on the store's file system; it is removed on exit."""
         return self._store.new_file()
+
+    def staging(self, name: str) -> Staging:
+        """Return where uploads for `name` wait for the commit that names them."""
+        self._check(name)
+        return self._store.staging
+
+    def link_secret(self) -> bytes:
+        """Return what signs links to upload to, whoever asks."""
+        return self._store.staging.secret()
 
     def delete(self, name: str) -> None:
         """Delete a set durably."""

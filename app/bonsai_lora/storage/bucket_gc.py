@@ -14,6 +14,7 @@ from typing import BinaryIO
 from bonsai_lora.errors import NewerFormatError
 from bonsai_lora.storage.bucket import Bucket, Listed
 from bonsai_lora.storage.bucket_index import FOLDER, Entry, read_index, write_index
+from bonsai_lora.storage.bucket_staging import BucketStaging
 from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.pointer import (
     BLOBS,
@@ -44,6 +45,8 @@ class Collected:
     """Names whose pointers cannot be used; as long as there are any, no blob is removed."""
     is_corrected: bool
     """Whether the sums were counted again; not if others kept writing."""
+    staged: int
+    """Uploads without a commit that were removed."""
 
 
 def collect(bucket: Bucket, file: BinaryIO, grace: timedelta) -> Collected:
@@ -78,6 +81,7 @@ def collect(bucket: Bucket, file: BinaryIO, grace: timedelta) -> Collected:
         len(tombs) - len(removed),
         unreadable,
         is_corrected,
+        BucketStaging(bucket).expire(),
     )
 
 

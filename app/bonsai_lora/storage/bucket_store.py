@@ -3,6 +3,7 @@
     {prefix}/sets/{name}         pointer: the record of the current version, and which blob it is
     {prefix}/blobs/{hh}/{blob}   immutable; byte for byte the file of a set
     {prefix}/usage               sums over all sets
+    {prefix}/staged/{key}        uploads that wait for their commits, as in `staging`
     {prefix}/index               which object of indexes/ has all records as of a time, by `gc`
 
 A write puts the blob first and then changes the pointer by compare-and-swap, which decides between
@@ -32,6 +33,7 @@ from bonsai_lora.storage.bucket import Bucket, ConflictError, Found, open_bucket
 from bonsai_lora.storage.bucket_jobs import BucketJobs
 from bonsai_lora.storage.bucket_listing import BucketListing
 from bonsai_lora.storage.bucket_reader import BucketReader
+from bonsai_lora.storage.bucket_staging import BucketStaging
 from bonsai_lora.storage.cache import Cache, Note
 from bonsai_lora.storage.disk import storage_errors
 from bonsai_lora.storage.dropped import Dropped
@@ -43,16 +45,17 @@ from bonsai_lora.storage.pointer import (
     POINTERS,
     Pointer,
     encode_pointer,
-    pointer_of,
 )
 from bonsai_lora.storage.protocol import Page, StoreState, allowed
 from bonsai_lora.storage.setfile import SetRecord, StoredSet, record_of
+from bonsai_lora.storage.staging import Staging
 from bonsai_lora.storage.usage import Usage
 from bonsai_lora.storage.verify import OnPiece
 
 _THREADS = 16
 _TRIES = 3
 _PROBE_SECONDS = 15
+_EXPIRE_SECONDS = 3600
 _PIECE_BYTES = 1 << 20
 
 
@@ -87,6 +90,7 @@ class BucketStore:
     ) -> None:
         self._bucket = bucket
         self.jobs: JobRecords = BucketJobs(bucket)
+        self.staging: Staging = BucketStaging(bucket)
         self._cache = cache
         self._files = cache.files
         self.root, self.temporary = cache.files.root, cache.files.temporary
@@ -98,6 +102,7 @@ class BucketStore:
         self._locked: dict[str, Pointer | None] = {}
         self._etags: dict[str, str] = {}
         """Pointers of the names whose lock is held, and their ETags: what a write replaces."""
+        self._expired_at = time.monotonic()
 
     @property
     def on_open(self) -> Callable[[SetRecord], None] | None:
@@ -286,9 +291,13 @@ class BucketStore:
         return self._files.is_writable()
 
     def maintain(self) -> None:
-        """Release maps of copies that were evicted, keep the cache small, probe a silent bucket."""
+        """Release maps of evicted copies, keep the cache small, drop old uploads, and probe."""
         self._files.open_sets()
         self._cache.trim()
+        if time.monotonic() - self._expired_at > _EXPIRE_SECONDS:
+            self._expired_at = time.monotonic()
+            with contextlib.suppress(StoreUnreachableError):
+                self.staging.expire()
         if time.time() - self._bucket.last_ok > _PROBE_SECONDS:
             with contextlib.suppress(StoreUnreachableError):
                 self._bucket.get("usage")
@@ -351,4 +360,5 @@ def _pointer_of(name: str, file: BinaryIO) -> Pointer:
     for start in range(0, size, _PIECE_BYTES):
         digest.update(os.pread(file.fileno(), _PIECE_BYTES, start))
     file.seek(0)
-    return pointer_of(record_of(Path(f"{name}.safetensors"), file), size, digest.hexdigest())
+    record = record_of(Path(f"{name}.safetensors"), file)
+    return Pointer(record.uid, record.version, record, size, digest.hexdigest())

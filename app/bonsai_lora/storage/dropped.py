@@ -17,7 +17,7 @@ from bonsai_lora.formats.text import printable
 MOST_NAMED = 1000
 _MOST_LOOKED_AT = 10_000
 """Entries of the store's folder itself; it has a dozen of its own."""
-_OWN = frozenset({"sets", "tmp", "locks", "bad", "jobs", "exponents"})
+_OWN = frozenset({"sets", "tmp", "locks", "bad", "jobs", "exponents", "staged"})
 _WEIGHTS = (".safetensors", CONFIG_FILE)
 _FILES = (".gguf", *_WEIGHTS)
 _IMPORT = "run bonsai-lora push NAME PATH, or serve with --sets for the folder around it"

@@ -11,6 +11,7 @@ from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.jobs import JobRecords
 from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.staging import Staging
 from bonsai_lora.storage.verify import OnPiece
 
 
@@ -48,6 +49,8 @@ class Store(Protocol):
     """Folder for temporary files of requests."""
     jobs: JobRecords
     """The records of jobs, for all processes that share the store."""
+    staging: Staging
+    """Uploads that wait for the commit that names them."""
     on_open: Callable[[SetRecord], None] | None
     """Called with the record of each version that `read` opens."""
 

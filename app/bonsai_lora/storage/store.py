@@ -19,6 +19,7 @@ from bonsai_lora.storage.listing import Listing
 from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.protocol import Page, StoreState, allowed
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
+from bonsai_lora.storage.staging import Staging, StagingFolder
 
 
 class SetStore(SetFiles):
@@ -34,6 +35,7 @@ class SetStore(SetFiles):
         self.listing = Listing(root, self.read_record)
         """The table of all sets, for pages and sums."""
         self.jobs: JobRecords = JobFolder(root / "jobs")
+        self.staging: Staging = StagingFolder(self)
 
     def list_names(self) -> list[str]:
         """Return the names of all sets, sorted."""
@@ -110,8 +112,9 @@ class SetStore(SetFiles):
         """Do nothing: every look-up asks the file."""
 
     def maintain(self) -> None:
-        """Find what others have put into the folder within a minute."""
+        """Find what others have put into the folder within a minute, and drop old uploads."""
         self.listing.compare(only_if_due=True)
+        self.staging.expire()
 
     def state(self) -> StoreState:
         """Return that the folder needs nothing else."""

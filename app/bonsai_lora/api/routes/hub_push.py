@@ -1,7 +1,8 @@
 """The writing half of the Hugging Face Hub API: a commit to `adapters/{set}` is an upload.
 
 Implements what huggingface_hub 2.4 sends for `upload_folder`, `push_to_hub` and `hf upload`. Both
-files are "regular" ones, whose content is in the commit, so neither Xet nor Git LFS takes part.
+files are "regular" ones, whose content is in the commit, unless the client asks for Git LFS, which
+`lfs` implements.
 """
 
 import json
@@ -22,15 +23,18 @@ from bonsai_lora.formats.peft_config import CONFIG_FILE, MODEL_FILE
 from bonsai_lora.service import sets
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.hub import ADAPTERS
+from bonsai_lora.service.lfs import read_staged
 from bonsai_lora.service.sets import Imported, Precondition
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import SetRecord
+from bonsai_lora.storage.staging import Staged
 from bonsai_lora.storage.upload import Upload
 
 router = APIRouter(include_in_schema=False)
 
 _SILENT = ("README.md", ".gitattributes", ".gitignore")
 """Files of every pushed folder, whose absence surprises nobody."""
+_LFS_ORIGIN = "origin/lfs"
 _MOST_WARNINGS = 8
 _WARNING_CHARACTERS = 400
 
@@ -64,7 +68,7 @@ async def create_repo(request: Request, context: ContextDep) -> Response:
         raise errors.InvalidRequestError(
             f"the repository is a {wanted.type[:40]!r}; create a model", field="type"
         )
-    _check_target(context, owner, wanted.name)
+    check_target(context, owner, wanted.name)
     url = _url_of(request, owner, wanted.name)
     try:
         await context.opening.run(partial(context.store.read_record, wanted.name))
@@ -89,15 +93,20 @@ async def preupload(
     request: Request, context: ContextDep, owner: str, name: str, revision: str
 ) -> Response:
     """Say which files the commit should have: both adapter files, in full, and no other."""
-    _check_target(context, owner, name, revision)
+    check_target(context, owner, name, revision)
     with Place(context.long) as place:
         wanted = await read_model(request, _Preupload, place)
     for file in wanted.files:
         if file.path == MODEL_FILE:
             check_length(file.size, context.limits.max_upload_bytes)
     known = (CONFIG_FILE, MODEL_FILE)
+    special = {MODEL_FILE: "lfs"} if _asks_for_lfs(request) else {}
     modes = [
-        {"path": one.path, "uploadMode": "regular", "shouldIgnore": one.path not in known}
+        {
+            "path": one.path,
+            "uploadMode": special.get(one.path, "regular"),
+            "shouldIgnore": one.path not in known,
+        }
         for one in wanted.files
     ]
     ignored = [one.path for one in wanted.files if one.path not in (*known, *_SILENT)]
@@ -115,7 +124,7 @@ async def commit(
     create_pr: bool = False,
 ) -> Response:
     """Create or replace the set atomically, as an upload does; the answer has its report."""
-    _check_target(context, owner, name, revision)
+    check_target(context, owner, name, revision)
     if create_pr:
         raise errors.InvalidRequestError(
             "create_pr is set, but sets have no pull requests; push to main", field="create_pr"
@@ -130,20 +139,13 @@ async def commit(
         pushed = await receive_commit(request, upload, limit, reserved, place)
         if pushed.config is None:
             return await context.opening.run(partial(_unchanged, request, context, name, pushed))
-        imported = await context.long.run(
-            partial(
-                sets.import_adapter,
-                context.store,
-                name,
-                pushed.config,
-                upload,
-                _precondition(pushed),
-            )
-        )
+        if pushed.pointer is not None:
+            reserved.add(pushed.pointer[1])
+        imported = await context.long.run(partial(_import, context, name, pushed, upload))
         return await context.long.run(partial(_committed, request, name, imported))
 
 
-def _check_target(context: Context, owner: str, name: str, revision: str = "main") -> None:
+def check_target(context: Context, owner: str, name: str, revision: str = "main") -> None:
     """Raise an error if nothing can be pushed there."""
     if owner != ADAPTERS:
         raise errors.InvalidRequestError(
@@ -158,6 +160,29 @@ def _check_target(context: Context, owner: str, name: str, revision: str = "main
             field="revision",
         )
     context.store.check_name(name)
+
+
+def _asks_for_lfs(request: Request) -> bool:
+    """Return whether the client asks for Git LFS, as HF_HUB_USER_AGENT_ORIGIN=lfs makes it do.
+
+    Nothing else that it sends shows whether it has Xet, which it would then use without a fallback.
+    """
+    parts = request.headers.get("user-agent", "").split(";")
+    return any(one.strip() == _LFS_ORIGIN for one in parts)
+
+
+def _import(context: Context, name: str, pushed: Commit, upload: Upload) -> Imported:
+    """Import the adapter of a commit, and drop its weights from where they were staged."""
+    assert pushed.config is not None
+    staged = None if pushed.pointer is None else Staged(name, *pushed.pointer)
+    if staged is not None:
+        read_staged(context.store, staged, upload)
+    imported = sets.import_adapter(
+        context.store, name, pushed.config, upload, _precondition(pushed)
+    )
+    if staged is not None:
+        context.store.staging(name).remove(staged)
+    return imported
 
 
 def _precondition(pushed: Commit) -> Precondition:
