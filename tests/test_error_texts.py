@@ -242,9 +242,8 @@ def leaves():
     found = [one for _, one in inspect.getmembers(errors, inspect.isclass)]
     kinds = [one for one in found if issubclass(one, errors.BonsaiLoraError)]
     parents = {parent for one in kinds for parent in one.__mro__[1:]}
-    return sorted(
-        (set(kinds) - parents) | {errors.MalformedBodyError, errors.ForbiddenError}, key=line_of
-    )
+    raised = {errors.MalformedBodyError, errors.ForbiddenError, errors.BusyError}
+    return sorted((set(kinds) - parents) | raised, key=line_of)
 
 
 def line_of(kind):
@@ -294,6 +293,7 @@ def produce(folder):
         for kind, number in (
             (errors.StoreFullError, errno.ENOSPC),
             (errors.StoreReadOnlyError, errno.EROFS),
+            (errors.TooManyFilesError, errno.EMFILE),
         ):
             with failing_fsync(number):
                 answer = client.post("/v1/sets", json={"name": "n"})

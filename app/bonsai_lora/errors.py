@@ -4,6 +4,7 @@ Each class has a stable `code`. HTTP statuses are assigned in `app/bonsai_lora/a
 An error's text says what is wrong with the value at hand, then what to do.
 """
 
+import errno
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -315,6 +316,18 @@ class UnsupportedGgufError(InvalidError, code="unsupported_gguf", title="Unsuppo
 
 class BusyError(BonsaiLoraError, code="busy"):
     """Too many requests are in progress; this one was not started."""
+
+
+class TooManyFilesError(BusyError):
+    """No file descriptor is left."""
+
+    def __init__(self) -> None:
+        super().__init__("too many files are open; retry in a second, or raise the limit of files")
+
+
+def is_out_of_files(error: Exception) -> bool:
+    """Return whether `error` says that no file descriptor is left."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
 
 
 class StoreUnreachableError(BonsaiLoraError, code="store_unreachable"):

@@ -1,7 +1,7 @@
 """How errors tell what is wrong with values of the operator's; imports nothing of the package."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _EXPECTED = {
@@ -70,6 +70,24 @@ def expectation(error: Mapping[str, Any]) -> str:
         return re.sub(r"^\w+ should ", "it should ", found)
     limits = error.get("ctx", {})
     return text.format_map({key: _number_or_text(value) for key, value in limits.items()})
+
+
+_NO_VALUE = ("missing", "extra_forbidden", "json_invalid", "value_error", "union_tag_invalid")
+"""Faults that are not of a single value, or that name it."""
+
+
+def fault_in_file(error: Any, *, tags: Sequence[str] = (), has_secrets: bool = False) -> str:
+    """Return where in a file the first fault of a ValidationError is, and what was expected.
+
+    `tags` are the values by which pydantic chose a model, which are no part of the place. Of a file
+    that may have secrets, no value is shown.
+    """
+    first = error.errors(include_url=False)[0]
+    names = [f"[{one}]" if isinstance(one, int) else f".{one}" for one in first["loc"]]
+    place = "".join(name for name in names if name[1:] not in tags).removeprefix(".")
+    is_value = first["type"] not in _NO_VALUE and isinstance(first["input"], str | int | float)
+    found = f" is {shown(first['input'])};" if is_value and not has_secrets else ":"
+    return f"{place or 'the file'}{found} {expectation(first)}"
 
 
 def _number_or_text(value: Any) -> str:

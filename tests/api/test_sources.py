@@ -91,6 +91,13 @@ def web_origin(server, **more):
     return {"name": "files", "kind": "https", "url": f"{server.url}/loras", **OPEN, **more}
 
 
+def test_a_host_that_does_not_exist(start):
+    client = start({"name": "files", "kind": "https", "url": "https://adapters.invalid"})
+    problem = assert_problem(pull(client, "files:a"), 502, "source_unreachable")
+    assert "cannot be read (its host name does not resolve); retry later" in problem["detail"]
+    assert client.store.list_names() == []
+
+
 def test_from_the_hub_of_a_second_service(start, tmp_path, settings):
     other = create_app(settings.model_copy(update={"store": str(tmp_path / "other")}))
     with serving(other) as url, httpx.Client(base_url=url) as second:

@@ -76,22 +76,26 @@ def wanted_files():
 
 
 def stage(folder):
-    """Bring .mutants/FOLDER up to date, leaving what did not change."""
+    """Bring .mutants/FOLDER up to date, leaving what did not change; return whether anything did."""
     work = ROOT / ".mutants" / folder
     wanted = wanted_files()
     added = {
         Path("pyproject.toml"): settings(folder),
         Path("tests/conftest.py"): HOOKS.read_text().replace("FOLDER", folder),
     }
+    is_changed = False
     for place, path in wanted.items():
         target = work / place
         content = path.read_bytes() + added.get(place, "").encode()
         if not target.is_file() or target.read_bytes() != content:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
+            is_changed = True
     for path in [*(work / "src").rglob("*.py"), *(work / "tests").rglob("*.py")]:
         if path.relative_to(work) not in wanted:
             path.unlink()
+            is_changed = True
+    return is_changed
 
 
 def settings(folder):
@@ -169,7 +173,8 @@ def interval(killed, judged):
 def judge(folder, work, size, seed, processes, *, again):
     """Judge the mutants of a sample (all if `size` is None) that have no verdict yet."""
     shutil.rmtree(work / "mutants" / "tests", ignore_errors=True)
-    stage(folder)
+    if stage(folder):  # else mutmut asks only tests that reached the code as it was
+        (work / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
     # No mutant has this name: mutmut makes the mutants, learns which tests reach them, and stops.
     made = mutmut(work, "run", "none", capture_output=True, text=True)
     if "nothing matches" not in made.stderr:

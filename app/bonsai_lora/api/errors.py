@@ -1,6 +1,5 @@
 """Turn errors into responses: one table of status codes, one shape (RFC 9457)."""
 
-import errno
 import json
 import re
 import reprlib
@@ -157,18 +156,6 @@ def failure_response(scope: Scope) -> Response:
     )
 
 
-def too_many_files() -> errors.BusyError:
-    """Return the error for a system without free file descriptors."""
-    return errors.BusyError(
-        "too many files are open; retry in a second, or raise the limit of files"
-    )
-
-
-def is_out_of_files(error: Exception) -> bool:
-    """Return whether `error` says that no file descriptor is left."""
-    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
-
-
 def is_oip(path: str) -> bool:
     """Return whether a path belongs to the Open Inference Protocol, whose errors differ."""
     return path == "/v2" or path.startswith("/v2/")
@@ -257,9 +244,9 @@ def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
 
 def _on_system_error(request: Request, error: Exception) -> Response:
-    if not is_out_of_files(error):
+    if not errors.is_out_of_files(error):
         raise error
-    return problem_response(too_many_files(), request.scope)
+    return problem_response(errors.TooManyFilesError(), request.scope)
 
 
 def _remedy(path: str) -> str:

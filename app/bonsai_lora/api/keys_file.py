@@ -13,7 +13,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_set_name
 from bonsai_lora.service.keys import Key, KeyRing, Quota, Rates, Scope
-from bonsai_lora.validation import expectation
+from bonsai_lora.validation import fault_in_file
 
 CHECK_SECONDS = 1.0
 """Shortest time between two looks at the file."""
@@ -125,11 +125,9 @@ def read_keys(path: Path) -> KeysDocument:
     try:
         return KeysDocument.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
         raise KeysFileError(
-            f"the keys file {path} is not valid: {place}: {expectation(first)}; correct it, or "
-            "write it with bonsai-lora keys"
+            f"the keys file {path} is not valid ({fault_in_file(error, has_secrets=True)}); "
+            "correct it, or write it with bonsai-lora keys"
         ) from None
 
 

@@ -5,8 +5,9 @@ from typing import cast
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
-from bonsai_lora.api.errors import problem_response, too_many_files
+from bonsai_lora.api.errors import problem_response
 from bonsai_lora.api.middleware import request_id_of
+from bonsai_lora.errors import TooManyFilesError
 
 _LINGER_SECONDS = 1.0
 
@@ -35,7 +36,7 @@ class RefusedConnection(asyncio.Protocol):
 
 def _answer() -> bytes:
     request_id = request_id_of(None)
-    refusal = problem_response(too_many_files(), {"path": "*", "request_id": request_id})
+    refusal = problem_response(TooManyFilesError(), {"path": "*", "request_id": request_id})
     lines = [
         *refusal.raw_headers,
         (b"x-request-id", request_id.encode()),

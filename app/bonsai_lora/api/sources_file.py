@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bonsai_lora.sources.origins import Origin
-from bonsai_lora.validation import check_credential, expectation, shown
+from bonsai_lora.validation import check_credential, fault_in_file, shown
 
 _NAME = "^[a-z][a-z0-9-]{0,31}$"
 _BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._-]*)*/?")
@@ -166,25 +166,11 @@ def read_sources(path: Path | None) -> dict[str, Origin]:
         document = SourcesDocument.model_validate_json(path.read_bytes())
         return {one.name: one.to_origin() for one in document.sources}
     except ValidationError as error:
-        raise ValueError(f"the sources file {path} is not valid: {_fault(error)}") from None
+        fault = fault_in_file(error, tags=("hub", "https", "s3", "file"))
+        raise ValueError(f"the sources file {path} is not valid: {fault}") from None
     except OSError as error:
         raise ValueError(
             f"the sources file {path} cannot be read: {error.strerror or error}; check --sources"
         ) from None
     except ValueError as error:
         raise ValueError(f"the sources file {path} cannot be used: {error}") from None
-
-
-def _fault(error: ValidationError) -> str:
-    """Return the place of the first fault, the value there, and what was expected.
-
-    Values that may have a secret, or that are long, are left out.
-    """
-    first = error.errors(include_url=False)[0]
-    names = [*first["loc"][:2], *first["loc"][3:]]  # the third is the kind, not a field
-    place = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in names)
-    is_value = first["type"] not in ("missing", "extra_forbidden", "json_invalid", "value_error")
-    is_short = isinstance(first["input"], str | int | float)
-    is_field = is_value and is_short and len(names) > 2 and not place.endswith("_variable")
-    found = f" is {shown(first['input'])};" if is_field else ":"
-    return f"{place.removeprefix('.') or 'the file'}{found} {expectation(first)}"

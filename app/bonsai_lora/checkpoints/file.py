@@ -14,11 +14,9 @@ import numpy as np
 
 from bonsai_lora.core.cast import Array
 from bonsai_lora.core.merge import Block
-from bonsai_lora.errors import BaseChangedError, BusyError
+from bonsai_lora.errors import BaseChangedError, TooManyFilesError, is_out_of_files
 from bonsai_lora.formats.identity import Identity, identity_of, is_unsettled
 from bonsai_lora.formats.safetensors import as_bytes
-
-_NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
 class BaseFile:
@@ -35,8 +33,8 @@ class BaseFile:
         except FileNotFoundError:
             raise self._changed("was removed while it was opened") from None
         except OSError as error:
-            if error.errno in _NO_DESCRIPTORS:
-                raise BusyError("too many files are open; retry in a second") from None
+            if is_out_of_files(error):
+                raise TooManyFilesError from None
             raise
         status = os.fstat(self._descriptor)
         if is_unsettled(status):  # the checks after each read could miss a change

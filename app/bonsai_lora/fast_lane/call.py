@@ -14,13 +14,11 @@ from bonsai_lora.api.call import Call, closes
 from bonsai_lora.api.coroutines import resume
 from bonsai_lora.api.errors import (
     failure_response,
-    is_out_of_files,
     problem_response,
-    too_many_files,
 )
 from bonsai_lora.api.middleware import request_id_of
 from bonsai_lora.api.pace import Pace
-from bonsai_lora.errors import BonsaiLoraError
+from bonsai_lora.errors import BonsaiLoraError, TooManyFilesError, is_out_of_files
 from bonsai_lora.fast_lane.head import RequestHead
 from bonsai_lora.fast_lane.routes import RouteMatch
 from bonsai_lora.formats.safetensors import as_bytes
@@ -146,7 +144,7 @@ class LaneCall(Call):
         except OSError as error:
             if not is_out_of_files(error):
                 raise
-            return problem_response(too_many_files(), self.scope)
+            return problem_response(TooManyFilesError(), self.scope)
 
     def _write(self, answer: Response) -> None:
         http = self._http

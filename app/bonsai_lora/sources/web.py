@@ -122,9 +122,11 @@ def _as_unreachable(origin: Origin) -> Iterator[None]:
         yield
     except (httpx.HTTPError, httpx.InvalidURL, OSError, RuntimeError) as error:
         # Without the text of the error, which may tell of what is inside the network.
+        kind = type(error).__name__
+        reason = "its host name does not resolve" if isinstance(error, socket.gaierror) else kind
         raise SourceUnreachableError(
-            f"the origin {origin.name!r} cannot be read ({type(error).__name__}); retry later, or "
-            "ask the operator",
+            f"the origin {origin.name!r} cannot be read ({reason}); retry later, or ask the "
+            "operator",
             origin=origin.name,
         ) from error
 

@@ -45,7 +45,6 @@ from bonsai_lora.storage.pointer import (
     POINTERS,
     Pointer,
     encode_pointer,
-    pointer_of,
 )
 from bonsai_lora.storage.protocol import Page, StoreState, allowed
 from bonsai_lora.storage.setfile import SetRecord, StoredSet, record_of
@@ -361,4 +360,5 @@ def _pointer_of(name: str, file: BinaryIO) -> Pointer:
     for start in range(0, size, _PIECE_BYTES):
         digest.update(os.pread(file.fileno(), _PIECE_BYTES, start))
     file.seek(0)
-    return pointer_of(record_of(Path(f"{name}.safetensors"), file), size, digest.hexdigest())
+    record = record_of(Path(f"{name}.safetensors"), file)
+    return Pointer(record.uid, record.version, record, size, digest.hexdigest())

@@ -6,7 +6,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from bonsai_lora.errors import BusyError, StoreFullError, StoreReadOnlyError
+from bonsai_lora.errors import (
+    StoreFullError,
+    StoreReadOnlyError,
+    TooManyFilesError,
+    is_out_of_files,
+)
 
 
 @contextlib.contextmanager
@@ -36,6 +41,6 @@ def storage_errors() -> Iterator[None]:
                 "the store is read-only and nothing was changed; give the service write access to "
                 "its folder"
             ) from error
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise BusyError("too many files are open; retry in a second") from error
+        if is_out_of_files(error):
+            raise TooManyFilesError from error
         raise

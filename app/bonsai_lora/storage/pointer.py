@@ -58,11 +58,6 @@ class Pointer:
         return Sums() if self.record is None else Row("", "", self.record, self.size).sums()
 
 
-def pointer_of(record: SetRecord, size: int, sha256: str) -> Pointer:
-    """Return the pointer to a blob."""
-    return Pointer(record.uid, record.version, record, size, sha256)
-
-
 def encode_pointer(pointer: Pointer) -> bytes:
     """Return a pointer as JSON; raises HeaderTooLargeError if it is over a mebibyte."""
     # No two writes are alike, so that each writer can tell whether an object is its own.

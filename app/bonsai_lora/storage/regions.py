@@ -27,10 +27,11 @@ import numpy as np
 
 from bonsai_lora.errors import (
     BonsaiLoraError,
-    BusyError,
     InvalidRequestError,
     RegionNotFoundError,
+    TooManyFilesError,
     UnsupportedFeatureError,
+    is_out_of_files,
 )
 from bonsai_lora.formats.safetensors import as_bytes
 from bonsai_lora.wire.oip import Placement
@@ -295,8 +296,8 @@ def _open(path: Path, key: str) -> tuple[int, bool]:
         except PermissionError:
             return os.open(path, os.O_RDONLY | flags), False
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise BusyError("too many files are open; retry in a second") from None
+        if is_out_of_files(error):
+            raise TooManyFilesError from None
         raise InvalidRequestError(
             f"Unable to open shared memory region: '{key}': {error.strerror}; create it with "
             "shm_open, readable by the service"

@@ -36,12 +36,9 @@ class WholeUpload:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self.received = 0
-        """Bytes received so far."""
 
     def write(self, piece: bytes | bytearray) -> None:
         """Write the next piece."""
-        self.received += len(piece)
         self._file.write(piece)
 
     def finish(self) -> memoryview:
@@ -82,17 +79,16 @@ class Upload:
         self._missing = 8
         self._data_start = 0
         self._digest = hashlib.sha256()
-        self.received = 0
-        """Bytes received so far."""
+        self._received = 0
 
     def write(self, piece: bytes | bytearray) -> None:
         """Write the next piece.
 
         Raises HeaderTooLargeError, MalformedSafetensorsError, and the errors of `check_start`.
         """
-        if not self.received:
+        if not self._received:
             check_start(piece)
-        self.received += len(piece)
+        self._received += len(piece)
         rest = memoryview(piece)
         while self._missing and rest:
             taken = rest[: self._missing]
@@ -122,7 +118,7 @@ class Upload:
         """
         self._file.flush()
         header = safetensors.decode_header(bytes(self._head), limit=self._limit)
-        safetensors.check_total(header, self.received)
+        safetensors.check_total(header, self._received)
         moved = replace(header, data_start=self._data_start)
         has_data = header.total_bytes > header.data_start
         # Tensors without elements leave nothing to map: they are views of the room for the header.
