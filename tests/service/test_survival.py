@@ -104,10 +104,14 @@ def test_q8_0_is_noise_of_its_step(rng):
     assert found.relative_error == pytest.approx(math.sqrt(np.mean(steps**2) / 6) / 1e-3, rel=0.03)
 
 
-def test_a_delta_of_zero_survives():
-    zeros = np.zeros((2, 128), np.float32)
-    found = survive(zeros, zeros, "BF16")
+@pytest.mark.parametrize("dtype", survival.STORED)
+def test_a_delta_of_zero_survives(dtype):
+    zeros = np.zeros((2, 256), np.float32)
+    found = survive(zeros, zeros, dtype)
     assert (found.unchanged, found.gain, found.relative_error) == (1.0, 1.0, 0.0)
+
+
+def test_without_entries_nothing_is_lost():
     assert (Survival().unchanged, Survival().gain) == (1.0, 1.0)
 
 
