@@ -223,6 +223,7 @@ def test_a_write_to_a_foreign_name_is_refused_whether_or_not_it_exists(world, wr
             continue
         problem = assert_problem(answer, 403, "name_not_yours")
         assert problem["expected"] == ["acme."]
+        assert "starts with 'acme.'" in problem["detail"]
     assert snapshot(world.app.state.store) == before
 
 

@@ -590,8 +590,9 @@ def test_names_that_clash_are_refused_with_the_reason(tmp_path, rng):
     with pytest.raises(InvalidBaseError, match=r"both a folder and the file b\.gguf"):
         bases.get("b")
     (tmp_path / "b.gguf").unlink()
-    with pytest.raises(InvalidBaseError, match=r"2 GGUF files: one\.gguf, two\.gguf"):
+    with pytest.raises(InvalidBaseError, match=r"2 GGUF files: one\.gguf, two\.gguf") as caught:
         bases.get("b")
+    assert caught.value.values == {"base": "b"}
     (tmp_path / "b" / "two.gguf").unlink()
     assert bases.get("b").format == "gguf"
     assert bases.get("b") is bases.get("b")

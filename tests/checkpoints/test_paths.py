@@ -100,6 +100,8 @@ def test_a_path_without_a_layer_means_all_layers_of_one_tower():
     others = ["mtp.layers.0.self_attn.q_proj.weight", "model.visual.blocks.0.q_proj.weight"]
     assert list(paths(*names).find("q_proj.weight")) == names
     assert list(paths(*names, *others).find("q_proj.weight")) == names
+    bare = [one.removeprefix("model.") for one in names]
+    assert list(paths(*bare, *others).find("q_proj.weight")) == bare
     with pytest.raises(InvalidRequestError, match="could mean"):
         paths(*others).find("q_proj.weight")
     assert list(paths(*others).find("q_proj.weight", "mtp.")) == others[:1]

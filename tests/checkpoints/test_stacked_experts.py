@@ -1,4 +1,4 @@
-"""Fused experts merged into a base that stacks them in one tensor (experts, d_out, d_in)."""
+"""Fused experts merged into a base that stacks them, as (experts, d_out, d_in), or does not."""
 
 import numpy as np
 import pytest
@@ -24,9 +24,9 @@ def adapter(rng):
 
 @pytest.fixture
 def open_base(tmp_path, rng):
-    def open_with(*names):
+    def open_with(*names, shape=(EXPERTS, D_OUT, D_IN)):
         (tmp_path / "b").mkdir()
-        tensors = {name: normal(rng, EXPERTS, D_OUT, D_IN) for name in names}
+        tensors = {name: normal(rng, *shape) for name in names}
         (tmp_path / "b" / "model.safetensors").write_bytes(safetensors.encode(tensors))
         return BaseFolder(tmp_path).get("b"), tensors
 
@@ -38,6 +38,15 @@ def delta_of(adapter):
     a_matrix = adapter.a_matrix.astype(np.float64).reshape(EXPERTS, 2, D_IN)
     b_matrix = adapter.b_matrix.astype(np.float64).reshape(D_OUT, 2, EXPERTS)
     return 2.0 * np.einsum("oqe,eqi->eoi", b_matrix, a_matrix).reshape(-1, D_IN)
+
+
+def merge(base, adapter, leaf, match=None):
+    """The tensors of `base` with an adapter of the fused parameter `leaf`."""
+    options = BaseOptions(target_parameters=(f"mlp.experts.{leaf}",))
+    one = Ingredient(lora_set({"layers.0.mlp.experts": adapter}), '"x-1"', 1.0, options)
+    file = merged_files(MergedModel(base, [one], match))["model.safetensors"]
+    raw = b"".join(piece() for piece in file.pieces(0, file.size_bytes))
+    return safetensors.decode(raw)[0]
 
 
 @pytest.mark.parametrize("stop", range(1, EXPERTS * D_OUT + 1))
@@ -55,11 +64,18 @@ def test_blocks_may_begin_and_end_within_an_expert(open_base, adapter, stop):
 def test_match_chooses_between_towers(open_base, adapter):
     towers = [f"{tower}.model.{PARAMETER}" for tower in ("audio", "text")]
     base, tensors = open_base(*towers)
-    options = BaseOptions(target_parameters=("mlp.experts.down_proj",))
-    one = Ingredient(lora_set({"layers.0.mlp.experts": adapter}), '"x-1"', 1.0, options)
-    file = merged_files(MergedModel(base, [one], "text."))["model.safetensors"]
-    raw = b"".join(piece() for piece in file.pieces(0, file.size_bytes))
-    got, _ = safetensors.decode(raw)
+    got = merge(base, adapter, "down_proj", "text.")
     assert np.array_equal(got[towers[0]], tensors[towers[0]])
     expected = tensors[towers[1]].reshape(-1, D_IN) + delta_of(adapter)
     assert close(got[towers[1]].reshape(-1, D_IN), expected)
+
+
+@pytest.mark.parametrize(("leaf", "names"), [("down_proj", ["w2"]), ("gate_up_proj", ["w1", "w3"])])
+def test_separate_experts_may_have_the_names_of_mixtral(open_base, adapter, leaf, names):
+    path = "model.layers.0.block_sparse_moe.experts"
+    experts = [f"{path}.{number}.{name}.weight" for number in range(EXPERTS) for name in names]
+    base, tensors = open_base(*experts, shape=(D_OUT // len(names), D_IN))
+    got = merge(base, adapter, leaf)
+    deltas = delta_of(adapter).reshape(len(experts), -1, D_IN)
+    for name, delta in zip(experts, deltas, strict=True):
+        assert close(got[name], tensors[name] + delta)

@@ -58,6 +58,16 @@ def test_combinations(rng, recipe, shape):
     assert peak <= plan.work_bytes() + plan.result_bytes()
 
 
+def test_knots_take_blocks_as_wide_as_the_stack_of_each_set_more(rng):
+    adapters = [random_adapter(rng, 2, 40, 30) for _ in range(3)]
+    knots, svd = (
+        Plan("new", [], [1, 1, 1], recipe, {"m": adapters}, 2).work_bytes()
+        for recipe in (Recipe("knots_ties", density=0.5), Recipe("svd", rank=6))
+    )
+    copies, float64_bytes, sets, stacked, d_in = 4, 8, 3, 6, 40
+    assert knots - svd == copies * float64_bytes * sets * stacked * d_in
+
+
 @each_recipe
 def test_what_is_counted_for_a_new_set_covers_it(rng, recipe):
     ranks = (3, 3) if recipe.is_on_factors else (3, 2)

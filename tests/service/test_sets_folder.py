@@ -121,6 +121,8 @@ def test_what_is_refused_leaves_the_others(run, store, folder, rng):
     shutil.copytree(TINY / "plain", folder / "bad name")
     shutil.copytree(TINY / "plain", folder / "half")
     (folder / "half" / "adapter_model.safetensors").unlink()
+    shutil.copytree(TINY / "plain", folder / "other half")
+    (folder / "other half" / "adapter_config.json").unlink()
     (folder / "pickled").mkdir()
     (folder / "pickled" / "adapter_config.json").write_text("{}")
     (folder / "pickled" / "adapter_model.safetensors").write_bytes(b"\x80\x02}q\x00.")
@@ -136,9 +138,15 @@ def test_what_is_refused_leaves_the_others(run, store, folder, rng):
     found = run()
     assert outcomes(found) == {
         "good": "imported",
-        **dict.fromkeys(("bad name", "half", "pickled", "nan", "broken"), "refused"),
+        **dict.fromkeys(("bad name", "half", "other half", "pickled", "nan", "broken"), "refused"),
     }
-    words = {"bad name": "bad name", "half": "weights", "pickled": "pickle", "nan": "NaN"}
+    words = {
+        "bad name": "bad name",
+        "half": "has adapter_config.json and 0 files of weights",
+        "other half": "has no adapter_config.json and 1 file of weights",
+        "pickled": "pickle",
+        "nan": "NaN",
+    }
     assert all(word in found[name].reason for name, word in words.items())
     assert list(snapshot(store)) == ["good.safetensors"]
     assert not [path for path in store.temporary.iterdir() if path.is_file()]

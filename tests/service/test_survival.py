@@ -21,6 +21,7 @@ from conftest import (
 
 from bonsai_lora.checkpoints import exponents
 from bonsai_lora.core import rounding
+from bonsai_lora.formats import safetensors
 from bonsai_lora.service import gain, survival
 from bonsai_lora.service.survival import Survival, survive
 
@@ -103,10 +104,14 @@ def test_q8_0_is_noise_of_its_step(rng):
     assert found.relative_error == pytest.approx(math.sqrt(np.mean(steps**2) / 6) / 1e-3, rel=0.03)
 
 
-def test_a_delta_of_zero_survives():
-    zeros = np.zeros((2, 128), np.float32)
-    found = survive(zeros, zeros, "BF16")
+@pytest.mark.parametrize("dtype", survival.STORED)
+def test_a_delta_of_zero_survives(dtype):
+    zeros = np.zeros((2, 256), np.float32)
+    found = survive(zeros, zeros, dtype)
     assert (found.unchanged, found.gain, found.relative_error) == (1.0, 1.0, 0.0)
+
+
+def test_without_entries_nothing_is_lost():
     assert (Survival().unchanged, Survival().gain) == (1.0, 1.0)
 
 
@@ -139,6 +144,23 @@ def test_large_tensors_are_sampled(based, monkeypatch):
     assert sampled != exact
     assert sampled["gain"] == pytest.approx(exact["gain"], abs=0.05)
     assert sampled["relative_error"] == pytest.approx(exact["relative_error"], rel=0.2)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (5, 0)])
+def test_of_an_empty_matrix_nothing_is_lost(based, tmp_path, rng, shape):
+    name = "model.layers.0.self_attn.q_proj"
+    base = tmp_path / "bases" / "empty"
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "qwen3"}')
+    empty = {f"{name}.weight": np.zeros(shape, np.float32)}
+    (base / "model.safetensors").write_bytes(safetensors.encode(empty))
+    based.post("/v1/sets", json={"name": "s", "config": {"rank": 2}})
+    body = {"d_out": shape[0], "d_in": shape[1]}
+    assert based.put(f"/v1/sets/s/adapters/{name}", json=body).status_code == 201
+    answer = based.get("/v1/bases/empty/survival/s?dtype=BF16")
+    assert answer.status_code == 200, answer.text
+    (module,) = answer.json()["modules"]
+    assert (module["unchanged"], module["gain"], module["relative_error"]) == (1, 1, 0)
 
 
 def test_the_exact_figures_are_a_job(based, monkeypatch):

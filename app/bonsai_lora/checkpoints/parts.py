@@ -132,7 +132,7 @@ def _rounded(dtype: str) -> Callable[[Array], memoryview]:
 
 
 def _q8_0(values: Array) -> memoryview:
-    return as_bytes(quantize_q8_0(values.reshape(-1)))
+    return as_bytes(quantize_q8_0(values))
 
 
 _ENCODERS = {"F32": as_bytes, "F16": _rounded("F16"), "BF16": _rounded("BF16"), "Q8_0": _q8_0}

@@ -17,7 +17,7 @@ _BELOW_HALF = np.nextafter(np.float32(0.5), np.float32(0)).view(np.uint32)
 
 
 def quantize_q8_0(values: Floats) -> npt.NDArray[np.uint8]:
-    """Return the bytes (n / 32 * 34,) of values (n,), n a multiple of 32.
+    """Return the bytes (n / 32 * 34,) of n values in memory order, n a multiple of 32.
 
     A block has the scale max|x| / 127, and codes rounded half away from zero. A block with an
     infinity or NaN, or with a scale beyond float16, has no finite values.

@@ -307,7 +307,7 @@ def _default_outputs(model: Model, request: InferRequest) -> list[str]:
     has_shared = SHARED_INPUT in request.inputs and SHARED_INPUT not in model.adapters
     aside = {SHARED_INPUT} if has_shared else set()
     if model.stored is None:
-        aside |= {SHARED_INPUT, SETS}
+        aside.add(SETS)
     named = [name for name in request.inputs if not name.endswith(BASE_ENDING)]
     own = [name for name in named if name not in aside]
     if not has_shared:

@@ -24,7 +24,7 @@ SAMPLE_VALUES = 1 << 18
 
 
 def _q8_0(rows: Floats) -> Floats:
-    raw = quantize_q8_0(rows.reshape(-1)).reshape(-1, 34)
+    raw = quantize_q8_0(rows).reshape(-1, 34)
     scale = raw[:, :2].copy().view("<f2").astype(np.float32)
     result: Floats = (raw[:, 2:].view(np.int8) * scale).reshape(rows.shape)
     return result
