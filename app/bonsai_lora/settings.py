@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from bonsai_lora.validation import expectation
+from bonsai_lora.validation import expectation, shown
 
 _MIB, _GIB = 1 << 20, 1 << 30
 _NO_BUDGET = 1 << 53
@@ -364,5 +364,5 @@ def read_settings(**given: Any) -> Settings:
 def _mistake(error: Any) -> str:
     name = str(error["loc"][0])
     flag, variable = f"--{name.replace('_', '-')}", f"BONSAI_LORA_{name.upper()}"
-    value = "missing" if error["input"] is None else repr(error["input"])
+    value = "missing" if error["input"] is None else shown(error["input"])
     return f"{flag} ({variable}) is {value}; {expectation(error)}"

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a value, in the words of all other errors; imports nothing."""
+"""How errors tell what is wrong with values of the operator's; imports nothing of the package."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -35,6 +35,32 @@ _EXPECTED = {
 }
 """By the type of pydantic's error."""
 
+_SECRETS = re.compile(r"(?<=:).*(?=@)|(?<=\?).*", re.DOTALL)
+_CREDENTIAL = re.compile("[!-~]+")
+
+
+def without_secrets(url: str) -> str:
+    """Return a URL, or what should be one, without the password and query that it may have."""
+    return _SECRETS.sub("...", url)
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it, without what may be a secret."""
+    return repr(without_secrets(value) if isinstance(value, str) else value)
+
+
+def check_credential(what: str, text: str) -> str:
+    """Return a key or token that a header can carry; `what` names it in the error, which hides it.
+
+    Raises ValueError.
+    """
+    if not _CREDENTIAL.fullmatch(text):
+        raise ValueError(
+            f"{what} has a space, a line end or a character beyond ASCII; pass the key as it was "
+            "given out, and nothing else"
+        )
+    return text
+
 
 def expectation(error: Mapping[str, Any]) -> str:
     """Return what one of pydantic's errors says of a value, or what was expected instead."""
@@ -43,7 +69,7 @@ def expectation(error: Mapping[str, Any]) -> str:
         found: str = error["msg"].removeprefix("Value error, ")
         return re.sub(r"^\w+ should ", "it should ", found)
     limits = error.get("ctx", {})
-    return text.format_map({key: _shown(value) for key, value in limits.items()})
+    return text.format_map({key: _number_or_text(value) for key, value in limits.items()})
 
 
 _NO_VALUE = ("missing", "extra_forbidden", "json_invalid", "value_error", "union_tag_invalid")
@@ -60,9 +86,9 @@ def fault_in_file(error: Any, *, tags: Sequence[str] = (), has_secrets: bool = F
     names = [f"[{one}]" if isinstance(one, int) else f".{one}" for one in first["loc"]]
     place = "".join(name for name in names if name[1:] not in tags).removeprefix(".")
     is_value = first["type"] not in _NO_VALUE and isinstance(first["input"], str | int | float)
-    found = f" is {first['input']!r};" if is_value and not has_secrets else ":"
+    found = f" is {shown(first['input'])};" if is_value and not has_secrets else ":"
     return f"{place or 'the file'}{found} {expectation(first)}"
 
 
-def _shown(value: Any) -> str:
+def _number_or_text(value: Any) -> str:
     return f"{value:.15g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,7 @@
 """The laboratory over HTTP: combine, compare, spectrum; refusals change nothing."""
 
 import json
+import time
 
 import httpx
 import numpy as np
@@ -310,6 +311,42 @@ def test_long_answers_are_refused(tmp_path, rng):
         upload_parts(client, "a", peft_config(), peft_tensors(rng))
         assert client.get("/v1/compare?set=a&set=a").is_success
         assert_problem(client.get("/v1/compare?set=a&set=a&set=a"), 413, "answer_too_large")
+
+
+@pytest.mark.parametrize(
+    ("path", "rank", "too_few_bytes"),
+    [
+        ("/v1/compare?" + "&".join(["set=a", "set=b"] * 32), 1, 64 << 20),
+        ("/v1/sets/a/spectrum", 40, 1 << 20),
+    ],
+    ids=["compare", "spectrum"],
+)
+def test_results_are_counted_until_they_are_sent(tmp_path, rng, path, rank, too_few_bytes):
+    """They may be longer than the sets, and a client slow to read them."""
+    sets = {}
+    for name in ("a", "b"):
+        for layer in range(400):
+            module = f"model.layers.{layer}.self_attn.q_proj"
+            sets.setdefault(name, {}).update(peft_tensors(rng, module, rank, 50, 50))
+    for budget in (too_few_bytes, 1 << 30):
+        app = create_app(Settings(store=str(tmp_path / str(budget)), threads=1))
+        memory = app.state.context.memory
+        with serving(app) as url, httpx.Client(base_url=url, timeout=60) as client:
+            for name, tensors in sets.items():
+                upload_parts(client, name, peft_config(r=rank), tensors).raise_for_status()
+            memory.total_bytes = budget
+            if budget == too_few_bytes:
+                assert_problem(client.get(path), 507, "memory_budget_exceeded")
+                continue
+            with client.stream("GET", path) as answer:
+                length = int(answer.headers["content-length"])
+                if length > 1 << 24:  # more than sockets keep
+                    assert memory.reserved_bytes >= length
+                assert len(answer.read()) == length
+            deadline = time.monotonic() + 10
+            while memory.reserved_bytes:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
 
 
 def test_spectrum(client):

@@ -352,6 +352,10 @@ ADDRESS = "https://example.com"
     [
         ({"kind": "https", "url": "http://example.com"}, r"sources\[0\]: the url 'http://example"),
         ({"kind": "https", "url": "https://u:p@example.com"}, "the url has a password"),
+        ({"kind": "https", "url": "http://u:hidden@example.com"}, "the url has a password"),
+        ({"kind": "https", "url": "https://u:hidden@ex\u2100.com"}, "the url has a password"),
+        ({"kind": "https", "url": f"{ADDRESS}/?t=hidden"}, r"the url 'https://example.com/\?...'"),
+        ({"kind": "s3", "url": "s3://u:s/hidden@bucket"}, "the url 's3:...@bucket' must be"),
         ({"kind": "https", "url": "https://example.com/?x"}, "and have no query"),
         ({"kind": "https", "url": 5}, r"sources\[0\]\.url is 5; expected a string"),
         (
@@ -368,9 +372,11 @@ ADDRESS = "https://example.com"
         ({"kind": "file", "path": "/proc/none"}, "the path '/proc/none' is not a folder"),
         (
             {"kind": "hub", "url": ADDRESS, "token_variable": "NOT_SET"},
-            "variable NOT_SET is not set",
+            "variable that token_variable of 'a' names is not set",
         ),
-        ({"kind": "hub", "url": ADDRESS, "token": "secret"}, r"\.token: it is unknown; remove it"),
+        ({"kind": "hub", "url": ADDRESS, "token_variable": "hidden"}, "names is not set"),
+        ({"kind": "hub", "url": ADDRESS, "token_variable": ["hidden"]}, ": expected a string"),
+        ({"kind": "hub", "url": ADDRESS, "token": "hidden"}, r"\.token: it is unknown; remove it"),
     ],
 )
 def test_a_bad_sources_file_says_why(tmp_path, entry, text):
@@ -378,7 +384,7 @@ def test_a_bad_sources_file_says_why(tmp_path, entry, text):
     path.write_text(json.dumps({"sources": [{"name": "a", **entry}]}))
     with pytest.raises(ValueError, match=f"sources file .*{text}") as refused:
         read_sources(path)
-    assert "secret'" not in str(refused.value)
+    assert "hidden" not in str(refused.value)
     good = {"name": "a", "kind": "https", "url": "https://example.com"}
     path.write_text(json.dumps({"sources": [good, good]}))
     with pytest.raises(ValueError, match="same name"):
@@ -387,6 +393,17 @@ def test_a_bad_sources_file_says_why(tmp_path, entry, text):
         ValueError, match=r"absent\.json cannot be read: No such file or directory; check"
     ):
         read_sources(tmp_path / "absent.json")
+
+
+def test_a_secret_that_no_header_can_carry_is_refused_at_the_start(tmp_path, monkeypatch):
+    path = tmp_path / "sources.json"
+    entry = {"name": "a", "kind": "hub", "url": ADDRESS, "token_variable": "TOKEN_OF_TEST"}
+    path.write_text(json.dumps({"sources": [entry]}))
+    for secret in ("hidden\n", "hidden\N{SNOWMAN}"):
+        monkeypatch.setenv("TOKEN_OF_TEST", secret)
+        with pytest.raises(ValueError, match="token_variable of 'a' names has a space") as refused:
+            read_sources(path)
+        assert "hidden" not in str(refused.value)
 
 
 @pytest.fixture

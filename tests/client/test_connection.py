@@ -10,7 +10,7 @@ from conftest import TINY
 from scripted import Answer, scripted
 
 import bonsai_lora
-from bonsai_lora import Client, errors
+from bonsai_lora import AsyncClient, Client, errors
 
 STATS = Answer(200, b'{"set_count": 1}')
 
@@ -97,6 +97,20 @@ def test_what_is_not_a_url():
     for url in ("localhost:8000", "ftp://localhost"):
         with pytest.raises(ValueError, match=f"'{url}' is not a valid URL; expected one such as"):
             Client(url)
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+def test_secrets_are_not_in_errors(monkeypatch, kind):
+    for token in ("hidden\n", "hid den", "\N{RIGHT SINGLE QUOTATION MARK}hidden", "hidden\r\nX: y"):
+        with pytest.raises(ValueError, match=r"the token .* has a space, a line end") as refused:
+            kind("http://127.0.0.1:9", token=token)
+        monkeypatch.setenv("BONSAI_LORA_TOKEN", token)
+        with pytest.raises(ValueError, match="BONSAI_LORA_TOKEN") as as_variable:
+            kind("http://127.0.0.1:9")
+        assert "hid" not in f"{refused.value} {as_variable.value}"
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"'ftp:...@localhost' is not a valid URL"):
+        kind("ftp://key:hidden@localhost")
 
 
 def test_sets_of_the_wrong_kind_are_refused_before_anything_is_sent():

@@ -230,6 +230,15 @@ def test_no_service(capsys):
     assert "no service at http://127.0.0.1:9: Connection refused; start one with" in error
 
 
+def test_secrets_are_not_in_errors(capsys, monkeypatch):
+    assert main(["ls", "--url", "http://key:hidden@127.0.0.1:9"]) == 3
+    assert "no service at http:...@127.0.0.1:9: " in (shown := capsys.readouterr().err)
+    monkeypatch.setenv("BONSAI_LORA_TOKEN", "hidden\n")
+    assert main(["ls"]) == 2
+    assert "(by default BONSAI_LORA_TOKEN) has a space, a line end" in capsys.readouterr().err
+    assert "hidden" not in shown
+
+
 def test_https_without_tls(service, capsys):
     assert main(["ls", "--url", service.replace("http:", "https:")]) == 3
     assert "it does not use TLS; begin the URL with http://" in capsys.readouterr().err

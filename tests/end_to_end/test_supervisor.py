@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import termios
 import time
 
 import httpx
@@ -150,6 +151,36 @@ def test_nohup_is_respected(tmp_path):
         assert httpx.get(f"{url}/healthz").status_code == 200
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
+
+
+def test_a_terminal_stops_no_worker_that_writes_to_it(tmp_path):
+    """As `stty tostop` makes one do with processes in the background."""
+    reader, terminal = os.openpty()
+    attributes = termios.tcgetattr(terminal)
+    attributes[3] |= termios.TOSTOP
+    termios.tcsetattr(terminal, termios.TCSANOW, attributes)
+    path = tmp_path / "x.sock"
+    flags = ["--store", str(tmp_path / "store"), "--uds", str(path), "--log-level", "debug"]
+    command = ["setsid", "--ctty", COMMAND, "serve", *flags]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    with subprocess.Popen(command, **streams) as process, open(reader, "rb", 0) as screen:
+        os.close(terminal)
+        try:
+            read_until(screen, b"serving on")
+            with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), timeout=5) as client:
+                for _ in range(2):
+                    assert client.get("http://localhost/v1/sets").status_code == 200
+                    read_until(screen, b"/v1/sets")
+            process.terminate()
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
+
+
+def read_until(screen, text):
+    shown = b""
+    while text not in shown:
+        shown += screen.read(1 << 16)
 
 
 def test_a_draining_service_serves_but_is_not_ready(tmp_path):

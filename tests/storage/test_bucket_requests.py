@@ -9,6 +9,7 @@ from s3 import serving_s3
 from test_bucket_gc import NOTHING, gc, keys_in
 
 from bonsai_lora.errors import StoreUnreachableError
+from bonsai_lora.settings import SettingsError, read_settings
 from bonsai_lora.storage.bucket import (
     PIECE_BYTES,
     Bucket,
@@ -138,3 +139,16 @@ def test_whatever_keeps_a_bucket_from_answering_is_one_error(bucket, server, tmp
 def test_what_is_not_a_url_of_a_bucket_is_refused(url):
     with pytest.raises(ValueError, match="expected such as s3://bucket/prefix"):
         open_bucket(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://key:secret@sets/p", "s3://key:a/secret@sets", "s5://k:secret@sets"]
+)
+def test_a_password_in_a_url_is_refused_and_not_shown(url):
+    with pytest.raises(ValueError, match=r"the store 's\d:...@sets") as refused:
+        open_bucket(url)
+    assert "secret" not in str(refused.value)
+    with pytest.raises(SettingsError) as refused:
+        read_settings(store=f"x{url}")
+    assert "'xs" in str(refused.value)
+    assert "secret" not in str(refused.value)

@@ -1,10 +1,12 @@
 """Uploads that wait for their commits: in a folder of two workers, and in a bucket of two machines."""
 
+import errno
 import os
 import stat
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from buckets import Machines
@@ -133,6 +135,28 @@ def test_files_of_a_folder_go_after_a_day_and_nothing_else_does(tmp_path, capsys
     assert sorted(path.name for path in (tmp_path / "staged").iterdir()) == ["notes", "secret"]
     assert store.staging.secret() == secret
     assert [one.name for one in store.records()] == ["mine"]
+
+
+def test_what_cannot_be_removed_keeps_nothing_else(tmp_path, monkeypatch):
+    """A folder under the name of a file, and all of a store that has become read-only."""
+    store = SetStore(tmp_path)
+    (tmp_path / "staged").mkdir()
+    in_the_way = tmp_path / "staged" / f"{'0' * 64}.folder"
+    in_the_way.mkdir()
+    add(store)
+    for path in (tmp_path / "staged").iterdir():
+        os.utime(path, (1, 1))
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        store.maintain()
+    assert store.staging.listed() == [ONE]
+    assert store.staging.expire() == 1
+    assert store.staging.listed() == []
+    assert in_the_way.is_dir()
 
 
 def test_objects_of_a_bucket_go_after_a_day_by_its_clock(tmp_path, monkeypatch):

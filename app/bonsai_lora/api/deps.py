@@ -1,5 +1,6 @@
 """Dependencies and path parameters shared by routes."""
 
+from collections.abc import AsyncIterator
 from typing import Annotated
 
 from fastapi import Depends, Path, Query
@@ -7,11 +8,21 @@ from fastapi import Depends, Path, Query
 from bonsai_lora.api.call import Call, get_call
 from bonsai_lora.api.context import Context, get_context
 from bonsai_lora.api.query import DECIMAL
+from bonsai_lora.service.budget import Reservation
 
 VERSION_DESCRIPTION = "the version that is wanted: this one, or 404 `version_not_found`"
 
 ContextDep = Annotated[Context, Depends(get_context)]
 CallDep = Annotated[Call, Depends(get_call)]
+
+
+async def _get_memory(context: ContextDep) -> AsyncIterator[Reservation]:
+    with Reservation(context.memory) as reserved:
+        yield reserved
+
+
+SentMemory = Annotated[Reservation, Depends(_get_memory)]
+"""Memory that is released when the response has been sent."""
 SetName = Annotated[str, Path(alias="set", description="name of a set", examples=["my-adapter"])]
 ModuleName = Annotated[
     str, Path(description="module name", examples=["q_proj", "model.layers.0.self_attn.q_proj"])

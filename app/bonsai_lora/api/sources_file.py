@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bonsai_lora.sources.origins import Origin
-from bonsai_lora.validation import fault_in_file
+from bonsai_lora.validation import check_credential, fault_in_file, shown
 
 _NAME = "^[a-z][a-z0-9-]{0,31}$"
 _BUCKET = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9][A-Za-z0-9._-]*)*/?")
@@ -44,7 +44,8 @@ class WebEntry(_Entry):
 
     def to_origin(self) -> Origin:
         """Return the origin; raises ValueError if the variable of the token is not set."""
-        token = None if self.token_variable is None else _secret(self.token_variable)
+        variable = self.token_variable
+        token = None if variable is None else _secret(self.name, "token_variable", variable)
         return Origin(
             self.name,
             self.kind,
@@ -71,7 +72,7 @@ class BucketEntry(_Entry):
     @model_validator(mode="after")
     def _check(self) -> "BucketEntry":
         if not _BUCKET.fullmatch(self.url):
-            raise ValueError(f"the url {self.url!r} must be s3://BUCKET or s3://BUCKET/PREFIX")
+            raise ValueError(f"the url {shown(self.url)} must be s3://BUCKET or s3://BUCKET/PREFIX")
         if self.endpoint:
             _check_address("endpoint", self.endpoint, allow_http=self.allow_http)
         if (self.access_key_variable is None) is not (self.secret_key_variable is None):
@@ -84,7 +85,10 @@ class BucketEntry(_Entry):
         """Return the origin; raises ValueError if the variable of a key is not set."""
         credentials = None
         if self.access_key_variable is not None and self.secret_key_variable is not None:
-            credentials = _secret(self.access_key_variable), _secret(self.secret_key_variable)
+            credentials = (
+                _secret(self.name, "access_key_variable", self.access_key_variable),
+                _secret(self.name, "secret_key_variable", self.secret_key_variable),
+            )
         return Origin(
             self.name,
             "s3",
@@ -130,21 +134,25 @@ class SourcesDocument(_Model):
 
 
 def _check_address(field: str, url: str, *, allow_http: bool) -> None:
+    if "@" in url.partition("//")[2].partition("/")[0]:
+        raise ValueError(f"the {field} has a password; name a variable with the secret instead")
     parts = urlsplit(url)
     schemes = ("https", "http") if allow_http else ("https",)
     if parts.scheme not in schemes or not parts.hostname or parts.query or parts.fragment:
         raise ValueError(
-            f"the {field} {url!r} must begin with {' or '.join(schemes)}:// and have no query"
+            f"the {field} {shown(url)} must begin with {' or '.join(schemes)}:// and have no query"
         )
-    if "@" in parts.netloc:
-        raise ValueError(f"the {field} has a password; name a variable with the secret instead")
 
 
-def _secret(variable: str) -> str:
-    found = os.environ.get(variable)
+def _secret(origin: str, field: str, variable: str) -> str:
+    """Return the value of a variable, whose name no error shows: it may be the secret itself."""
+    found, named = os.environ.get(variable), f"variable that {field} of {origin!r} names"
     if not found:
-        raise ValueError(f"the environment variable {variable} is not set; put the secret into it")
-    return found
+        raise ValueError(
+            f"the environment {named} is not set; put the secret into a variable, and its name "
+            "into the file"
+        )
+    return check_credential(f"the environment {named}", found)
 
 
 def read_sources(path: Path | None) -> dict[str, Origin]:

@@ -26,6 +26,7 @@ from bonsai_lora.client.connection import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIA
 from bonsai_lora.errors import BonsaiLoraError, FileNotInModelError, counted
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_base_name, is_set_name
 from bonsai_lora.formats.text import printable
+from bonsai_lora.validation import without_secrets
 
 EXIT_UNREACHABLE = 3
 """The service cannot be reached."""
@@ -181,6 +182,7 @@ def _guarded(run: Callable[[Client, argparse.Namespace], Any]) -> Callable[..., 
 
 def _describe_failure(error: BaseException, address: str) -> tuple[int, str]:
     """Return the exit code and the message for a failure; raises `error` if it is unexpected."""
+    address = without_secrets(address)
     match error:
         case BonsaiLoraError():
             how = f"; the command reads it from {TOKEN_VARIABLE}" * (

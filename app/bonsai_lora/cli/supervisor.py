@@ -110,6 +110,8 @@ def _become_worker(work: Callable[[], None]) -> NoReturn:
         # Ctrl-C is the supervisor's, which passes it on: a worker that got it twice would not let
         # requests finish.
         os.setpgid(0, 0)
+        # In a group of its own it would be stopped by a terminal that it logs to (stty tostop).
+        signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for ending in _ENDINGS:
             signal.signal(ending, _exit if ending in _FOR_WORKERS else signal.SIG_IGN)

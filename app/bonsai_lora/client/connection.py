@@ -6,6 +6,8 @@ from typing import Any
 
 import httpx
 
+from bonsai_lora.validation import check_credential, shown
+
 DEFAULT_URL = "http://127.0.0.1:8000"
 URL_VARIABLE = "BONSAI_LORA_URL"
 TOKEN_VARIABLE = "BONSAI_LORA_TOKEN"  # noqa: S105 - the name of the variable
@@ -35,18 +37,23 @@ def options_of(
 ) -> dict[str, Any]:
     """Return the arguments of `httpx.Client`; `transport` is the class for a Unix socket.
 
-    Raises ValueError if both `url` and `uds` are given or the URL is not one of HTTP, and
-    httpx.InvalidURL.
+    Raises ValueError if both `url` and `uds` are given, the URL is not one of HTTP, or no header
+    can carry the token, and httpx.InvalidURL.
     """
     if url is not None and uds is not None:
         raise ValueError("url and uds are both given; a service has one address")
     token = os.environ.get(TOKEN_VARIABLE) if token is None else token
-    lines = {**({"Authorization": f"Bearer {token}"} if token else {}), **(headers or {})}
+    lines = dict(headers or {})
+    if token:
+        source = f"the token (by default {TOKEN_VARIABLE})"
+        lines = {"Authorization": f"Bearer {check_credential(source, token)}", **lines}
     options = {"headers": lines, "timeout": timeout, "limits": LIMITS}
     if uds is None:
         address = url_of(url)
         if not address.startswith(("http://", "https://")):
-            raise ValueError(f"{address!r} is not a valid URL; expected one such as {DEFAULT_URL}")
+            raise ValueError(
+                f"{shown(address)} is not a valid URL; expected one such as {DEFAULT_URL}"
+            )
         return {**options, "base_url": address}
     socket = transport(uds=os.fspath(uds), limits=LIMITS)
     return {**options, "base_url": "http://localhost", "transport": socket}

@@ -6,6 +6,7 @@ from functools import partial
 
 from bonsai_lora.core.similarity import Similarity, joint, similarity, subspace_similarity
 from bonsai_lora.service.aligned import Aligned, align, present, read_sets, stacked_rank
+from bonsai_lora.service.limits import FIGURE_BYTES
 from bonsai_lora.service.view import SetView
 
 _NANOSECONDS_PER_OPERATION = 0.02
@@ -36,6 +37,14 @@ class Comparison:
         """Return the most that the computation of one module takes: its factors as float64."""
         return max(map(_work_bytes, self.modules.values()), default=0)
 
+    def figures(self) -> int:
+        """Return how many numbers the result has at most."""
+        return (len(self.modules) + 1) * (len(self.names) + 1) ** 2
+
+    def result_bytes(self) -> int:
+        """Return the most that the result takes, also as JSON."""
+        return FIGURE_BYTES * self.figures()
+
     def operations(self) -> list[int]:
         """Return the multiplications and additions that each module takes."""
         return [_operations(adapters) for adapters in self.modules.values()]
@@ -55,9 +64,9 @@ def compare(store: SetView, names: Sequence[str]) -> Comparison:
     Raises SetNotFoundError, ShapeMismatchError if a module has different shapes, and
     AnswerTooLargeError.
     """
-    modules = align(read_sets(store, names))
-    store.limits.check_answer((len(modules) + 1) * (len(names) + 1) ** 2)
-    return Comparison(names, modules)
+    comparison = Comparison(names, align(read_sets(store, names)))
+    store.limits.check_answer(comparison.figures())
+    return comparison
 
 
 def _work_bytes(adapters: Aligned) -> int:

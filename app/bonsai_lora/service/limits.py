@@ -14,6 +14,9 @@ from bonsai_lora.errors import (
 _TENSORS_PER_MODULE = 8
 """A and B, bias and magnitude, those of an embedding, and some of a replaced module."""
 
+FIGURE_BYTES = 96
+"""Most memory that a float64 takes on its way into JSON: as an object, in lists, and as text."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:

@@ -7,7 +7,10 @@ from functools import partial
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.factors import Values
 from bonsai_lora.core.spectrum import singular_values
+from bonsai_lora.service.limits import FIGURE_BYTES
 
+_FIGURES = 8
+"""Numbers of a module beside its singular values."""
 _NANOSECONDS_PER_OPERATION = 0.1
 """Of a QR decomposition of thin float64 matrices, on one core."""
 
@@ -21,6 +24,11 @@ class Spectra:
     def works(self) -> list["partial[Values]"]:
         """Return the computation of each module, whose result its adapter remembers."""
         return [partial(singular_values, one) for one in self.adapters.values()]
+
+    def result_bytes(self) -> int:
+        """Return the most that the result takes, also as JSON."""
+        figures = [len(one.a_matrix) + _FIGURES for one in self.adapters.values()]
+        return FIGURE_BYTES * sum(figures)
 
     def operations(self) -> list[int]:
         """Return the multiplications and additions that each module takes."""

@@ -25,6 +25,7 @@ from obstore import exceptions as failures
 from obstore.store import AzureStore, GCSStore, S3Store, from_url
 
 from bonsai_lora.errors import StoreUnreachableError
+from bonsai_lora.validation import shown
 
 _log = logging.getLogger(__name__)
 
@@ -271,12 +272,17 @@ def open_bucket(url: str) -> Bucket:
     Credentials, region and endpoint are those that AWS_*, GOOGLE_* or AZURE_* variables name, or
     those of the machine.
     """
+    if "@" in url.partition("//")[2].partition("/")[0]:
+        raise ValueError(
+            f"the store {shown(url)} has a password, which belongs into a variable; expected such "
+            "as s3://bucket/prefix"
+        )
     try:
         small, large = (_open(url, seconds) for seconds in (_SMALL_SECONDS, _LARGE_SECONDS))
     except (failures.BaseError, ValueError) as error:
         raise ValueError(
-            f"the store {url!r} cannot be opened: {str(error).partition(chr(10))[0]}; expected "
-            "such as s3://bucket/prefix"
+            f"the store {shown(url)} cannot be opened: {str(error).partition(chr(10))[0]}; "
+            "expected such as s3://bucket/prefix"
         ) from None
     return Bucket(small, large)
 

@@ -9,6 +9,7 @@ A file is staged for one set, so that nobody can use, or ask for, what others ha
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -150,12 +151,17 @@ class StagingFolder:
 
 
 def expire_folder(folder: Path) -> int:
-    """Remove the files of a folder that have waited too long, and return how many."""
-    before = time.time() - STAGED_SECONDS
-    old = [one for one, written in _entries(folder) if written < before]
-    for one in old:
-        (folder / one.key).unlink(missing_ok=True)
-    return len(old)
+    """Remove the files of a folder that have waited too long, and return how many.
+
+    One that cannot be removed, as in a store that is read-only, is tried again the next time.
+    """
+    before, removed = time.time() - STAGED_SECONDS, 0
+    for one, written in _entries(folder):
+        if written < before:
+            with suppress(OSError):
+                (folder / one.key).unlink()
+                removed += 1
+    return removed
 
 
 def _entries(folder: Path) -> list[tuple[Staged, float]]:
@@ -164,8 +170,8 @@ def _entries(folder: Path) -> list[tuple[Staged, float]]:
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):
-                status = entry.stat()
+                status = entry.stat(follow_symlinks=False)
                 one = staged_of(entry.name, status.st_size)
-                if one is not None:
+                if one is not None and stat.S_ISREG(status.st_mode):
                     found.append((one, status.st_mtime))
     return found

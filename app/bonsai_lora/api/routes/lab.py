@@ -12,8 +12,9 @@ from pydantic import BaseModel
 from bonsai_lora import errors
 from bonsai_lora.api import lab_schemas
 from bonsai_lora.api.body import read_model
+from bonsai_lora.api.call import BufferResponse
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
+from bonsai_lora.api.deps import ContextDep, SentMemory, SetName, WantedVersion
 from bonsai_lora.api.job_schemas import Job, JobKind
 from bonsai_lora.api.json_response import json_response, set_headers
 from bonsai_lora.api.openapi import (
@@ -34,6 +35,7 @@ from bonsai_lora.service.jobs import LONG_NANOSECONDS, Progress
 from bonsai_lora.service.spectrum import Spectra
 from bonsai_lora.service.work import Lane, Place
 from bonsai_lora.storage.setfile import StoredSet
+from bonsai_lora.wire.media import Form
 
 router = APIRouter(tags=["laboratory"])
 
@@ -187,6 +189,7 @@ async def _extract(context: Context, plan: extract.Plan, progress: Progress) -> 
 async def compare_sets(
     request: Request,
     context: ContextDep,
+    memory: SentMemory,
     names: Annotated[
         list[str],
         Query(
@@ -206,7 +209,7 @@ async def compare_sets(
         comparison = await context.long.run(compare.compare, context.store, names)
         show = partial(lab_schemas.ComparisonInfo.of, comparison)
         size = len(names) * len(comparison.modules)
-        return await _computed(request, context, "compare", comparison, show, size)
+        return await _computed(request, context, memory, "compare", comparison, show, size)
 
 
 @router.get(
@@ -222,6 +225,7 @@ async def compare_sets(
 async def get_spectrum(
     request: Request,
     context: ContextDep,
+    memory: SentMemory,
     name: SetName,
     modules: Annotated[
         list[str], Query(alias="module", description="only these modules; repeatable")
@@ -242,6 +246,7 @@ async def get_spectrum(
         return await _computed(
             request,
             context,
+            memory,
             "spectrum",
             spectra,
             lambda _: lab_schemas.SetSpectrum.of(spectra),
@@ -256,6 +261,7 @@ _NO_RECORD = (errors.StoreFullError, errors.StoreReadOnlyError, errors.StoreUnre
 async def _computed(
     request: Request,
     context: Context,
+    memory: Reservation,
     kind: JobKind,
     plan: compare.Comparison | Spectra,
     show: Callable[[list[Any]], BaseModel],
@@ -263,17 +269,22 @@ async def _computed(
 ) -> Response:
     """Compute each module, and answer with `size` numbers that `show` makes of the results.
 
+    `memory` counts the results until the answer has been sent.
     Answers with a job instead if the caller prefers that, the work is long, and jobs can be stored.
     """
     threads = context.settings.threads
     needed = threads * plan.work_bytes()
     if wants_job(request) and plan.nanoseconds() > threads * LONG_NANOSECONDS:
         with suppress(*_NO_RECORD):
-            return await start_job(context, kind, needed, partial(_as_job, context, plan, show))
+            work = partial(_as_job, context, plan, show)
+            return await start_job(context, kind, plan.result_bytes() + needed, work)
+    memory.add(plan.result_bytes())
     with Reservation(context.memory) as reserved:
         reserved.add(needed)
         found: list[Any] = await context.long.run_each(plan.works(), threads)
-        return await json_response(context, partial(show, found), size, {})
+    answer = await json_response(context, partial(show, found), size, {})
+    # In pieces, each of which waits for the client, so that `memory` is held as long.
+    return BufferResponse([bytes(answer.body)], Form.JSON.value)
 
 
 async def _as_job(
