@@ -298,7 +298,8 @@ def test_compare_refusals(pair, rng):
     upload_parts(pair, "wide", peft_config(), peft_tensors(rng, d_in=8))
     assert_problem(pair.get("/v1/compare"), 422, "invalid_request")
     assert_problem(pair.get("/v1/compare?set=a&set=absent"), 404, "set_not_found")
-    assert_problem(pair.get("/v1/compare?set=a&set=wide"), 422, "shape_mismatch")
+    problem = assert_problem(pair.get("/v1/compare?set=a&set=wide"), 422, "shape_mismatch")
+    assert (problem["got"], problem["expected"]) == ("linear 8 -> 5", "linear 6 -> 5")
     assert_problem(pair.get("/v1/compare?" + "&".join(["set=a"] * 65)), 422, "invalid_request")
     assert pair.get("/v1/compare?" + "&".join(["set=a"] * 64)).is_success
     assert_problem(pair.get("/v1/compare?set=a&sets=b"), 422, "invalid_request")

@@ -50,6 +50,8 @@ def test_whole_files_equal_pefts_merge_rounded_once(based, adapter):
         assert len(answer.content) == one["size_bytes"] == len(original)
         assert answer.headers["etag"] == one["etag"]
         assert answer.headers["content-length"] == str(len(original))
+        kind = "json" if one["name"].endswith(".json") else "octet-stream"
+        assert answer.headers["content-type"] == f"application/{kind}"
         if not one["name"].endswith(".safetensors"):
             assert answer.content == original
             continue

@@ -213,6 +213,26 @@ def test_rows_of_query_heads_are_permuted_for_llama(rng):
         encoded(lora_set, Model("llama"))
 
 
+SSM_OUT = "blk.0.ssm_out.weight"
+
+
+@pytest.mark.parametrize(
+    "folding",
+    [None, Folding(1, {}, frozenset({SSM_OUT})), Folding(1, {}, frozenset({SSM_OUT}), True)],
+    ids=["not folded", "folded", "grouped"],
+)
+def test_columns_of_value_heads_are_permuted_unless_the_base_has_them_grouped(rng, folding):
+    lora_set = peft_set(linear(rng, f"{LAYER}linear_attn.out_proj", d_in=48))
+    model = Model("qwen35", Heads(linear_keys=2, linear_values=6))
+    _, content = encoded(lora_set, model, folding=folding)
+    info = read_header(reader_of(content), len(content)).tensors[f"{SSM_OUT}.lora_a"]
+    stored = np.frombuffer(content[info.start : info.stop], "<f4").reshape(info.shape)
+    (adapter,) = lora_set.registry.adapters.values()
+    by_place = adapter.a_matrix.reshape(4, 2, 3, 8).swapaxes(1, 2).reshape(4, 48)
+    is_grouped = folding is not None and folding.is_grouped
+    assert np.array_equal(stored, adapter.a_matrix if is_grouped else by_place)
+
+
 def test_experts_of_different_ranks_become_one_stack(rng):
     modules = [f"{LAYER}mlp.experts.{one}.up_proj" for one in (0, 2)]
     tensors = linear(rng, modules[0], 4) | linear(rng, modules[1], 2)
