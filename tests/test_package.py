@@ -122,7 +122,7 @@ def test_the_client_loads_neither_the_server_nor_numpy(words):
     first = {name.partition(".")[0] for name in loaded}
     assert not first & {"numpy", "llvmlite", "fastapi", "starlette", "uvicorn", "pydantic"}
     parts = {name.split(".")[1] for name in loaded if name.startswith("bonsai_lora.")}
-    assert parts == {"cli", "client", "errors", "formats"}
+    assert parts == {"cli", "client", "errors", "formats", "validation"}
 
 
 def test_blas_threads_are_set_before_numpy_loads():
