@@ -67,7 +67,7 @@ def test_the_clients_of_the_hub_push(settings, tmp_path, no_xet, origin):
     assert refusals["nan"].startswith("422")
     assert "NaN" in refusals["nan"]
     assert refusals["merged"].startswith("422")
-    assert "adapters/{set}" in refusals["merged"]
+    assert "push to adapters/folder" in refusals["merged"]
     assert refusals["exists"].startswith("409")
     assert refusals["alone"].startswith("422")
     assert "adapter_model" in refusals["alone"]
