@@ -55,7 +55,7 @@ def running(*flags, port="0", command=(COMMAND,), **variables):
         finally:
             process.kill()
             process.wait(timeout=20)
-            drain.join(timeout=20)
+            drain.join(timeout=40)  # workers may finish requests for 30 seconds
         assert not drain.is_alive(), "a process of the service is still there"
         process.stderr.close()
 
