@@ -1,4 +1,4 @@
-"""How errors tell what is wrong with values of the operator's; imports nothing of the package."""
+"""How errors say what is wrong with a value without showing a secret; imports nothing else here."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -51,7 +51,7 @@ def test_a_new_key_is_printed_once_and_kept_as_a_digest(capsys, path):
 def test_a_date_in_the_past_is_refused(capsys, path):
     with pytest.raises(SystemExit):
         keys(path, "new", "--scope", "read", "--expires", "2020-01-01")
-    assert "'2020-01-01' is in the past; name a time to come" in capsys.readouterr().err
+    assert "'2020-01-01' is in the past; name a later time" in capsys.readouterr().err
     assert not path.exists()
 
 

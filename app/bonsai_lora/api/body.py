@@ -106,6 +106,18 @@ def body_form(request: Request, accepted: Collection[Form]) -> Form:
     return parse_content_type(request.headers.get("content-type"), accepted)
 
 
+def check_media_type(request: Request, expected: str, what: str) -> None:
+    """Raise UnsupportedMediaTypeError unless the body, called `what`, is of this type alone."""
+    check_not_compressed(request)
+    header = request.headers.get("content-type", "")
+    if header.partition(";")[0].strip().lower() != expected:
+        raise UnsupportedMediaTypeError(
+            f"Content-Type is {header[:100]!r}; send {what} as {expected}",
+            got=header[:100],
+            expected=[expected],
+        )
+
+
 def check_not_compressed(request: Request) -> None:
     """Raise UnsupportedMediaTypeError if the body is compressed."""
     lines = request.headers.getlist("content-encoding")

@@ -16,11 +16,11 @@ from bonsai_lora.api.body import (
     LONG_BYTES,
     MODEL_BYTES,
     check_length,
-    check_not_compressed,
+    check_media_type,
     content_length,
 )
 from bonsai_lora.api.uploads import WRITE_BYTES, write_weights
-from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, UnsupportedMediaTypeError
+from bonsai_lora.errors import InvalidRequestError, MalformedBodyError
 from bonsai_lora.formats.foreign import check_config_start
 from bonsai_lora.formats.peft_config import CONFIG_BYTES, CONFIG_FILE, MODEL_FILE
 from bonsai_lora.service.budget import Reservation
@@ -58,7 +58,7 @@ async def receive_commit(
     InvalidRequestError for an operation other than adding both files once, and the errors of
     `write_weights`.
     """
-    _check_media_type(request)
+    check_media_type(request, _MEDIA_TYPE, "a commit")
     declared = _decoded(content_length(request) or 0)
     check_length(declared, limit)
     reserved.budget.check(declared)
@@ -76,17 +76,6 @@ async def receive_commit(
     reader.end()
     await write_weights(upload, reader.take_model())
     return reader.commit()
-
-
-def _check_media_type(request: Request) -> None:
-    check_not_compressed(request)
-    header = request.headers.get("content-type", "")
-    if header.partition(";")[0].strip().lower() != _MEDIA_TYPE:
-        raise UnsupportedMediaTypeError(
-            f"Content-Type is {header[:100]!r}; send a commit as {_MEDIA_TYPE}",
-            got=header[:100],
-            expected=[_MEDIA_TYPE],
-        )
 
 
 def _decoded(length: int) -> int:

@@ -58,7 +58,7 @@ class WebEntry(_Entry):
 
 
 class BucketEntry(_Entry):
-    """A bucket of S3, or of what speaks it, with folders of adapters below a prefix."""
+    """An S3-compatible bucket with folders of adapters below a prefix."""
 
     kind: Literal["s3"]
     url: str

@@ -188,5 +188,5 @@ def _time(text: str) -> datetime:
         ) from None
     time = time if time.tzinfo else time.replace(tzinfo=UTC)
     if time < datetime.now(UTC):
-        raise argparse.ArgumentTypeError(f"{text!r} is in the past; name a time to come")
+        raise argparse.ArgumentTypeError(f"{text!r} is in the past; name a later time")
     return time

@@ -1,4 +1,4 @@
-"""Read objects of a bucket that speaks S3: obstore signs their URLs, and `web` fetches them.
+"""Read objects of an S3-compatible bucket: obstore signs their URLs, and `web` fetches them.
 
 obstore's own client would follow any redirect and connect to any address, so all that it sends
 itself is a request for the machine's credentials, if the operator has named none.

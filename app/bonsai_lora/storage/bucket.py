@@ -1,4 +1,4 @@
-"""Objects in a bucket of S3, Google Cloud Storage or Azure, or of what speaks S3, through obstore.
+"""Objects in a bucket of Google Cloud Storage or Azure, or in an S3-compatible one, by obstore.
 
 Small objects are compared and swapped by their ETag. Large ones are immutable: written once under a
 name of their own, and read in pieces. Whatever keeps the bucket from answering is a
@@ -274,7 +274,7 @@ def open_bucket(url: str) -> Bucket:
     """
     if "@" in url.partition("//")[2].partition("/")[0]:
         raise ValueError(
-            f"the store {shown(url)} has a password, which belongs into a variable; expected such "
+            f"the store {shown(url)} has a password, which belongs in a variable; expected such "
             "as s3://bucket/prefix"
         )
     try:

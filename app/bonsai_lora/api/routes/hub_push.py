@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
@@ -39,22 +39,18 @@ _MOST_WARNINGS = 8
 _WARNING_CHARACTERS = 400
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-
-class _NewRepo(_Model):
+class _NewRepo(BaseModel):
     name: str
     organization: str | None = None
     type: str | None = None
 
 
-class _File(_Model):
+class _File(BaseModel):
     path: str
     size: int = Field(0, ge=0)
 
 
-class _Preupload(_Model):
+class _Preupload(BaseModel):
     files: list[_File] = Field(max_length=1000)
 
 
@@ -203,14 +199,13 @@ def _precondition(pushed: Commit) -> Precondition:
 
 def _unchanged(request: Request, context: Context, name: str, pushed: Commit) -> Response:
     """Answer a commit of neither file: nothing changes, but the set has to exist."""
-    try:
-        record = context.store.read_record(name)
-    except errors.SetNotFoundError:
+    record = context.store.find_record(name)
+    if record is None:
         raise errors.InvalidRequestError(
             f"the commit has neither {CONFIG_FILE} nor {MODEL_FILE}; push a folder that PEFT's "
             "save_pretrained wrote",
             expected=[CONFIG_FILE, MODEL_FILE],
-        ) from None
+        )
     _precondition(pushed)(record)
     return _json(_commit_info(request, record))
 

@@ -10,13 +10,14 @@ from functools import partial
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from bonsai_lora import errors
 from bonsai_lora.api.body import (
     LONG_BYTES,
     MODEL_BYTES,
     check_length,
+    check_media_type,
     check_not_compressed,
     content_length,
     parse_model,
@@ -48,16 +49,12 @@ _REFUSALS = (
 _OBJECTS = "/adapters/{name}.git/info/lfs/objects"
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-
-class _Object(_Model):
+class _Object(BaseModel):
     oid: str
     size: int = Field(ge=0, lt=1 << 53)
 
 
-class _Batch(_Model):
+class _Batch(BaseModel):
     """A batch. Its `ref`, the branch that a client of git is on, means nothing here."""
 
     operation: str
@@ -70,7 +67,7 @@ class _Batch(_Model):
 async def batch(request: Request, context: ContextDep, name: str) -> Response:
     """Say where each object can be uploaded, or that it is there already."""
     check_target(context, ADAPTERS, name)
-    _check_media_type(request)
+    check_media_type(request, LFS_TYPE, "a batch")
     with Place(context.long) as place:
         wanted = parse_model(await read_body(request, MODEL_BYTES, place), _Batch)
         _check_batch(name, wanted)
@@ -101,17 +98,6 @@ async def put_object(request: Request, context: ContextDep, name: str, oid: str)
         most_bytes = context.spill.total_bytes
         await context.opening.run(partial(lfs.stage, store, file, link.staged, most_bytes))
     return Response()
-
-
-def _check_media_type(request: Request) -> None:
-    check_not_compressed(request)
-    header = request.headers.get("content-type", "")
-    if header.partition(";")[0].strip().lower() != LFS_TYPE:
-        raise errors.UnsupportedMediaTypeError(
-            f"Content-Type is {header[:100]!r}; send a batch as {LFS_TYPE}",
-            got=header[:100],
-            expected=[LFS_TYPE],
-        )
 
 
 def _check_batch(name: str, wanted: _Batch) -> None:

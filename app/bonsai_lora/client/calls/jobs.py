@@ -32,7 +32,7 @@ WAIT_SECONDS = (0.05, 1.0)
 def result_of(job: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the result of a job, None if it has not ended; raises the error of one that failed.
 
-    What is no job, but the result itself, is returned.
+    A result that came without a job is returned as it is.
     """
     if "state" not in job:
         return dict(job)
