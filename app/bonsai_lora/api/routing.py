@@ -80,7 +80,11 @@ def _router_of_all() -> tuple[APIRouter, list[BaseRoute]]:
         strict = [Depends(refuse_unknown_query)] if router in _STRICT_ROUTERS else []
         for one in (router, _heads_of(router)):
             # get_context checks the scope of the key; routes that use no context need it too.
-            whole.include_router(one, dependencies=[Depends(get_context), *strict])
+            whole.include_router(
+                one,
+                dependencies=[Depends(get_context), *strict],
+                generate_unique_id_function=lambda route: route.name,  # that of its function
+            )
             routes += one.routes
     return whole, routes
 
