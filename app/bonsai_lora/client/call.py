@@ -9,7 +9,7 @@ import os
 from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypedDict, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -17,6 +17,7 @@ import httpx
 from bonsai_lora.errors import BonsaiLoraError, InvalidNameError, InvalidRequestError
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 Part = bytes | os.PathLike[str] | BinaryIO
 """A file of an upload: its bytes, where it is, or the open file."""
@@ -33,12 +34,12 @@ def decode_json(answer: httpx.Response) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Call(Generic[T]):
+class Call(Generic[T_co]):
     """One request, and the function that decodes its answer."""
 
     method: str = "GET"
     path: str
-    decode: Callable[[httpx.Response], T] = decode_json
+    decode: Callable[[httpx.Response], T_co] = decode_json
     """Makes the result of an answer whose body has been read."""
     query: Query = ()
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -109,8 +110,18 @@ def query_of(**values: object) -> list[tuple[str, str]]:
     ]
 
 
-def mix_query(scale: float, sets: Mapping[str, float] | None, match: str | None) -> Query:
-    """Return the query of a merged model: its set's weight, further sets, and a prefix."""
+class MixOptions(TypedDict, total=False):
+    """Options of a merged model, which `list_merged_files` describes."""
+
+    scale: float
+    sets: Mapping[str, float] | None
+    match: str | None
+
+
+def mix_query(
+    *, scale: float = 1.0, sets: Mapping[str, float] | None = None, match: str | None = None
+) -> Query:
+    """Return the query of a merged model."""
     names = [("set", name) for name in sets or {}]
     weights = [("weight", str(weight)) for weight in (sets or {}).values()]
     return [*query_of(scale=None if scale == 1.0 else scale, match=match), *names, *weights]
@@ -164,7 +175,9 @@ def decode_bytes(answer: httpx.Response) -> bytes:
     return answer.content
 
 
-def blocks_of(source: BinaryIO | Iterable[bytes]) -> Iterable[bytes]:
+def blocks_of(
+    source: BinaryIO | Iterable[bytes] | AsyncIterable[bytes],
+) -> Iterable[bytes] | AsyncIterable[bytes]:
     """Return the blocks of a file opened in binary mode; other iterables as they are."""
     if hasattr(source, "read"):
         return iter(functools.partial(source.read, BLOCK_BYTES), b"")
