@@ -13,14 +13,14 @@ copy on this machine is a different one. No clock decides the order of anything.
 
 import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from io import BufferedRandom
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from bonsai_lora.errors import (
     BusyError,
@@ -56,7 +56,6 @@ _THREADS = 16
 _TRIES = 3
 _PROBE_SECONDS = 15
 _EXPIRE_SECONDS = 3600
-_PIECE_BYTES = 1 << 20
 
 
 def open_bucket_store(
@@ -202,7 +201,7 @@ class BucketStore:
         """
         pointer = _pointer_of(name, file)
         self._cache.make_room(pointer.size)
-        change = pointer.sums().minus(self.sums_of(name))
+        change = pointer.sums() - self.sums_of(name)
         self._usage.change(name, change, check)
         with self._undoing(name, change, StoreUnreachableError):
             self._bucket.write(pointer.blob, Path(str(file.name)))
@@ -228,7 +227,7 @@ class BucketStore:
             self._looks.note(name, self._looks.new(found, exists=False, at=at))
             self._locked[name], self._etags[name] = tombstone, found.etag
         with contextlib.suppress(StoreUnreachableError, ChangedMeanwhileError):
-            self._usage.change(name, Sums().minus(present.sums()), allowed)
+            self._usage.change(name, Sums() - present.sums(), allowed)
 
     def page(self, starts: Iterable[str], *, after: str, base: str | None, limit: int) -> Page:
         """Return up to `limit` records (-1: all) of names that begin with one of `starts`."""
@@ -340,7 +339,7 @@ class BucketStore:
             yield
         except error:
             with contextlib.suppress(StoreUnreachableError, ChangedMeanwhileError):
-                self._usage.change(name, Sums().minus(change), allowed)
+                self._usage.change(name, Sums() - change, allowed)
             raise
 
     def _swap(self, name: str, pointer: Pointer) -> Found:
@@ -356,9 +355,9 @@ class BucketStore:
 def _pointer_of(name: str, file: BinaryIO) -> Pointer:
     """Return the pointer to the content of a complete file of a set."""
     file.flush()
-    digest, size = hashlib.sha256(), os.fstat(file.fileno()).st_size
-    for start in range(0, size, _PIECE_BYTES):
-        digest.update(os.pread(file.fileno(), _PIECE_BYTES, start))
+    file.seek(0)
+    digest = hashlib.file_digest(cast("BufferedRandom", file), "sha256").hexdigest()
+    size = file.tell()
     file.seek(0)
     record = record_of(Path(f"{name}.safetensors"), file)
-    return Pointer(record.uid, record.version, record, size, digest.hexdigest())
+    return Pointer(record.uid, record.version, record, size, digest)
