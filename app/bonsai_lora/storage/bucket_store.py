@@ -36,17 +36,12 @@ from bonsai_lora.storage.bucket_reader import BucketReader
 from bonsai_lora.storage.bucket_staging import BucketStaging
 from bonsai_lora.storage.cache import Cache, Note
 from bonsai_lora.storage.disk import storage_errors
-from bonsai_lora.storage.dropped import Dropped
 from bonsai_lora.storage.freshness import Look, Looks
 from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.jobs import JobRecords
 from bonsai_lora.storage.newset import NextVersion
-from bonsai_lora.storage.pointer import (
-    POINTERS,
-    Pointer,
-    encode_pointer,
-)
-from bonsai_lora.storage.protocol import Page, StoreState, allowed
+from bonsai_lora.storage.pointer import POINTERS, Pointer, encode_pointer
+from bonsai_lora.storage.protocol import Page, Store, StoreState, allowed
 from bonsai_lora.storage.setfile import SetRecord, StoredSet, record_of
 from bonsai_lora.storage.staging import Staging
 from bonsai_lora.storage.usage import Usage
@@ -76,8 +71,8 @@ def open_bucket_store(
     )
 
 
-class BucketStore:
-    """The sets of `bucket`, with copies in `cache`. Thread-safe; a `Store`."""
+class BucketStore(Store):
+    """The sets of `bucket`, with copies in `cache`. Thread-safe."""
 
     def __init__(
         self,
@@ -276,14 +271,6 @@ class BucketStore:
     def count_bad_files(self) -> int:
         """Return the number of names of pointers, blobs and copies that cannot be used."""
         return self._files.count_bad_files() + len(self._reader.bad)
-
-    def newer_files(self) -> dict[str, int]:
-        """Return nothing: requests for sets of a newer release are refused one by one."""
-        return {}
-
-    def dropped(self) -> Dropped:
-        """Return nothing: nobody drops files into a cache."""
-        return Dropped()
 
     def is_writable(self) -> bool:
         """Return whether this process can make copies."""
