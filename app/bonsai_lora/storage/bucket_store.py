@@ -93,9 +93,8 @@ class BucketStore(Store):
         self._threads = ThreadPoolExecutor(_THREADS, "bucket")
         self._listing = BucketListing(bucket, self._threads)
         self._usage = Usage(bucket, stale_seconds, self._listing.count)
-        self._locked: dict[str, Pointer | None] = {}
-        self._etags: dict[str, str] = {}
-        """Pointers of the names whose lock is held, and their ETags: what a write replaces."""
+        self._locked: dict[str, tuple[Pointer | None, str | None]] = {}
+        """By name whose lock is held: the pointer and its ETag, which a write replaces."""
         self._expired_at = time.monotonic()
 
     @property
@@ -141,7 +140,7 @@ class BucketStore(Store):
     def read_record(self, name: str) -> SetRecord:
         """Return the record of a set; one that is not on this machine is not fetched for that."""
         if name in self._locked:
-            pointer = self._locked[name]
+            pointer, _ = self._locked[name]
             if pointer is None or pointer.record is None:
                 raise SetNotFoundError(name)
             return pointer.record
@@ -165,14 +164,13 @@ class BucketStore(Store):
             raise SetNotFoundError(name)
         with self._cache.writing(name):
             found = self._bucket.get(f"{POINTERS}/{name}")
-            self._locked[name] = None if found is None else self._reader.decode(name, found)
-            if found is not None:
-                self._etags[name] = found.etag
+            self._locked[name] = (
+                (None, None) if found is None else (self._reader.decode(name, found), found.etag)
+            )
             try:
                 yield
             finally:
                 del self._locked[name]
-                self._etags.pop(name, None)
 
     def new_file(self) -> AbstractContextManager[BinaryIO]:
         """Create a temporary file in `temporary`; it is removed on exit."""
@@ -181,7 +179,7 @@ class BucketStore(Store):
     def write(self, wanted: NextVersion, check: Callable[[], None] = allowed) -> StoredSet:
         """Write the next version of a set: sums, blob, pointer, then the copy. Call with `lock`."""
         name = wanted.name
-        present = self._locked[name]
+        present, _ = self._locked[name]
         if wanted.previous != (present and present.record):
             raise ChangedMeanwhileError
         version = present.version + 1 if present else 1
@@ -207,11 +205,11 @@ class BucketStore(Store):
                 found = self._swap(name, pointer)
             self._cache.install(name, file, Note(found, wall))
             self._looks.note(name, self._looks.new(found, exists=True, at=at))
-            self._locked[name], self._etags[name] = pointer, found.etag
+            self._locked[name] = pointer, found.etag
 
     def delete(self, name: str) -> None:
         """Leave a tombstone in place of the pointer. Call with `lock` held."""
-        present = self._locked.get(name)
+        present, _ = self._locked.get(name, (None, None))
         if present is None or present.record is None:
             raise SetNotFoundError(name)
         tombstone = Pointer(present.uid, present.version, None)
@@ -220,7 +218,7 @@ class BucketStore(Store):
             found = self._swap(name, tombstone)
             self._cache.drop(name)
             self._looks.note(name, self._looks.new(found, exists=False, at=at))
-            self._locked[name], self._etags[name] = tombstone, found.etag
+            self._locked[name] = tombstone, found.etag
         with contextlib.suppress(StoreUnreachableError, ChangedMeanwhileError):
             self._usage.change(name, Sums() - present.sums(), allowed)
 
@@ -239,7 +237,7 @@ class BucketStore(Store):
     def sums_of(self, name: str) -> Sums:
         """Return what one set adds to the sums."""
         if name in self._locked:
-            pointer = self._locked[name]
+            pointer, _ = self._locked[name]
             return Sums() if pointer is None else pointer.sums()
         look = self._looks.get(name)
         if look is None or look.found is None:
@@ -331,9 +329,9 @@ class BucketStore(Store):
 
     def _swap(self, name: str, pointer: Pointer) -> Found:
         """Replace the pointer that was read with the lock, or raise ChangedMeanwhileError."""
-        body = encode_pointer(pointer)
+        body, (_, replaced) = encode_pointer(pointer), self._locked[name]
         try:
-            etag = self._bucket.put(f"{POINTERS}/{name}", body, replaces=self._etags.get(name))
+            etag = self._bucket.put(f"{POINTERS}/{name}", body, replaces=replaced)
         except ConflictError:
             raise ChangedMeanwhileError from None
         return Found(body, etag)

@@ -90,6 +90,11 @@ class Sums:
         return Sums(*map(sub, astuple(self), astuple(other)))
 
 
+def sums_of(one: SetRecord) -> Sums:
+    """Return what one set adds to the sums."""
+    return Sums(1, one.adapter_count, one.total_trainable_params, one.total_memory_bytes)
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """What the table has of the file of one set."""
@@ -103,10 +108,9 @@ class Row:
 
     def sums(self) -> Sums:
         """Return what this file adds to the sums."""
-        one = self.record
-        if one is None:
+        if self.record is None:
             return Sums(newer=1, newer_bytes=self.file_bytes)
-        return Sums(1, one.adapter_count, one.total_trainable_params, one.total_memory_bytes)
+        return sums_of(self.record)
 
 
 class SetIndex:
