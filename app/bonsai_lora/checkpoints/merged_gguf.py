@@ -87,12 +87,12 @@ def _tensors(model: MergedModel, base: GgufBase) -> Iterator[tuple[str, _Tensor]
     for name, info in base.header.tensors.items():
         held = [(theirs, place.change) for theirs, place in base.places_in(name)]
         is_merged = any(
-            model.is_touched(theirs) or (is_grouped and change is Change.V_COLUMNS)
+            theirs in model.changes or (is_grouped and change is Change.V_COLUMNS)
             for theirs, change in held
         )
         yield name, _Tensor(name, info, held, is_merged)
         if name == GGUF_EMBEDDING and model.is_untied:
-            yield GGUF_HEAD, _Tensor(name, info, [(HEAD, Change.NONE)], model.is_touched(HEAD))
+            yield GGUF_HEAD, _Tensor(name, info, [(HEAD, Change.NONE)], HEAD in model.changes)
 
 
 def _must_change(base: GgufBase, tensor: _Tensor, *, is_widened: bool) -> bool:
