@@ -253,13 +253,10 @@ class BucketStore(Store):
         self._cache.keep(name)
 
     def release(self, name: str) -> None:
-        """Let the copy of a set make room for others again."""
-        self._cache.release(name)
-
-    def forget(self, name: str) -> None:
-        """Release this process's state of a set; it is compared and opened again on next use."""
+        """Let the copy of a set make room again; it is compared and opened again on next use."""
         self._looks.forget(name)
         self._files.forget(name)
+        self._cache.release(name)
 
     def bad_files(self, most: int | None = None) -> dict[str, str]:
         """Return the reasons, by set name, of pointers, blobs and copies that cannot be used."""

@@ -111,12 +111,8 @@ class Store(Protocol):
         """Keep the copy of a set on this machine, for all workers, until `release`."""
         return
 
-    def release(self, name: str) -> None:  # noqa: ARG002 - nothing to do for a folder
-        """End `keep`."""
-        return
-
-    def forget(self, name: str) -> None:
-        """Release this process's state of a set."""
+    def release(self, name: str) -> None:
+        """End `keep`, and release this process's state of a set; it is read again on next use."""
 
     def bad_files(self, most: int | None = None) -> dict[str, str]:
         """Return the reasons, by set name, of up to `most` files that cannot be read."""

@@ -94,6 +94,10 @@ class SetStore(SetFiles, Store):
         with self.lock_all():
             self.remove(name)
 
+    def release(self, name: str) -> None:
+        """Release this process's state of a set; it is read again on next use."""
+        self.forget(name)
+
     def newer_files(self) -> dict[str, int]:
         """Return the sizes in bytes, by set name, of files that a newer release wrote."""
         return self.listing.ask(SetIndex.newer_files)
