@@ -94,7 +94,6 @@ MERGE_ERRORS = (
 
 @router.get(
     "/v1/bases",
-    operation_id="list_bases",
     summary="List the base checkpoints",
     responses=problems(),
 )
@@ -115,7 +114,6 @@ async def list_bases(context: ContextDep) -> base_schemas.BaseList:
 
 @router.get(
     "/v1/bases/{base}",
-    operation_id="get_base",
     summary="Show a base checkpoint",
     responses=problems(errors.BaseNotFoundError, errors.InvalidBaseError),
 )
@@ -126,7 +124,6 @@ async def get_base(context: ContextDep, base: BaseName) -> base_schemas.BaseInfo
 
 @router.get(
     "/v1/bases/{base}/merged/{set}",
-    operation_id="list_merged_files",
     summary="List the files of a merged model",
     responses=problems(*MERGE_ERRORS),
 )
@@ -145,7 +142,6 @@ async def list_merged_files(context: ContextDep, query: FilesQuery) -> base_sche
 
 @router.get(
     "/v1/bases/{base}/merged/{set}/{filename:path}",
-    operation_id="get_merged_file",
     summary="Download a file of a merged model",
     response_class=Response,
     responses=file_responses("application/octet-stream", "Bonsai-Delta-Gain")
