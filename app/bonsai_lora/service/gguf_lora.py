@@ -28,8 +28,7 @@ from bonsai_lora.formats.peft_config import PeftConfig
 from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.service.sets import Imported, Precondition, store_import
 from bonsai_lora.service.view import SetView
-from bonsai_lora.storage.setfile import StoredSet
-from bonsai_lora.storage.source import Source
+from bonsai_lora.storage.setfile import Source, StoredSet
 from bonsai_lora.storage.upload import WholeUpload
 
 _ARCHITECTURES = {
