@@ -74,7 +74,8 @@ def content(file):
 def checkpoint_of(model, dtype="F32"):
     """The tensors and the configuration of the merged checkpoint."""
     files = merged_files(model, Rendering(dtype))
-    tensors = safetensors.decode(content(files["model.safetensors"]))[0]
+    tensors, metadata = safetensors.decode(content(files["model.safetensors"]))
+    assert metadata == {"format": "pt"}, "without it, transformers refuses the file"
     return tensors, json.loads(content(files["config.json"]))
 
 
@@ -447,20 +448,30 @@ def test_files_are_the_same_after_a_restart(tmp_path, rng):
 def test_a_large_checkpoint_is_divided_with_an_index(opened, rng, monkeypatch):
     monkeypatch.setattr("bonsai_lora.checkpoints.hugging_face.SHARD_BYTES", 600_000)
     raw, weights = gguf_models.model("Q1_0", rng)
-    model = merge(opened(raw), adapters(weights, ADAPTED, rng))
+    base = opened(raw)
+    model = merge(base, adapters(weights, ADAPTED, rng))
     files = hub_files(model)
     index = json.loads(content(files["model.safetensors.index.json"]))
     shards = sorted({*index["weight_map"].values()})
     assert shards == [one for one in files if one.endswith(".safetensors")]
     assert len(shards) > 1
     assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
-    found = {}
+    found, sizes = {}, []
     for shard in shards:
         tensors = safetensors.decode(content(files[shard]))[0]
         assert {index["weight_map"][name] for name in tensors} == {shard}
+        if sizes:  # the one before had no place for the first tensor of this one
+            assert sizes[-1] + next(iter(tensors.values())).nbytes > 600_000
+        sizes.append(sum(one.nbytes for one in tensors.values()))
+        assert sizes[-1] <= 600_000
         found |= tensors
     assert found.keys() == weights.keys()
-    assert index["metadata"]["total_size"] == sum(one.nbytes for one in found.values())
+    assert index["metadata"]["total_size"] == sum(sizes)
+    for limit, is_one in ((sum(sizes), True), (sum(sizes) - 1, False)):
+        monkeypatch.setattr("bonsai_lora.checkpoints.hugging_face.SHARD_BYTES", limit)
+        files = hub_files(merge(base, adapters(weights, ADAPTED, rng)))
+        assert ("model.safetensors" in files) == is_one
+        assert ("model.safetensors.index.json" in files) == (not is_one)
 
 
 def test_files_beside_the_gguf_file_belong_to_the_checkpoint(tmp_path, rng):
@@ -565,6 +576,29 @@ def test_files_that_are_no_whole_model_are_refused(opened, rng, keys, reason):
     raw, _ = gguf_models.model("Q1_0", rng, **keys)
     with pytest.raises(InvalidBaseError, match=reason):
         opened(raw)
+
+
+def test_the_largest_alignment_is_served(opened, rng):
+    raw, weights = gguf_models.model("Q1_0", rng, **{"general.alignment": np.uint32(1 << 16)})
+    model = merge(opened(raw), adapters(weights, ADAPTED, rng))
+    assert gguf_of(model)[0].alignment == 1 << 16
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_experts_are_counted_before_they_have_names(opened, more):
+    """Two stacks of 65,536 experts of one weight each, and one more."""
+    stacks = {
+        f"blk.{layer}.ffn_up_exps.weight": ("F32", (count, 1, 1), bytes(4 * count))
+        for layer, count in enumerate(((1 << 16) + more, 1 << 16))
+    }
+    raw = gguf_files.file_of(gguf_models.keys_of("qwen3moe"), stacks)
+    if more:
+        with pytest.raises(InvalidBaseError, match="131073 experts, more than 131072"):
+            opened(raw)
+    else:
+        base = opened(raw)
+        assert len(base.tensor_names) == 1 << 17
+        assert base.info("model.layers.1.mlp.experts.65535.up_proj.weight").shape == (1, 1)
 
 
 def test_an_unknown_architecture_is_listed_but_not_merged(opened, rng):

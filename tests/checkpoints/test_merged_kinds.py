@@ -168,6 +168,14 @@ def test_token_rows_replace_rows_of_the_embedding(base, rng):
         merged(found, replaced(rng, **{name: rows}), token_indices=[0, 5])
 
 
+def test_no_token_rows_replace_nothing(base, rng):
+    found = tied_base(base, rng)
+    before = merged(found, replaced(rng))["model.embed_tokens.weight"]
+    name = "embed_tokens.token_adapter.trainable_tokens_delta"
+    got = merged(found, replaced(rng, **{name: normal(rng, 0, 3)}), token_indices=[])
+    assert np.array_equal(got["model.embed_tokens.weight"], before)
+
+
 def test_token_rows_that_tie_and_that_do_not(base, rng):
     found = tied_base(base, rng)
     names = [f"{one}.token_adapter.trainable_tokens_delta" for one in ("embed_tokens", "lm_head")]
