@@ -9,7 +9,12 @@ import pytest
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.fit import check_tensor
 from bonsai_lora.checkpoints.merged_tensor import Touched
-from bonsai_lora.errors import BaseNotFoundError, InvalidBaseError, ShapeMismatchError
+from bonsai_lora.errors import (
+    BaseChangedError,
+    BaseNotFoundError,
+    InvalidBaseError,
+    ShapeMismatchError,
+)
 from bonsai_lora.formats import safetensors
 
 WEIGHTS = safetensors.encode({"a": np.ones((2, 3), np.float32)})
@@ -70,6 +75,17 @@ def test_the_files_of_a_base_that_was_removed_are_closed(tmp_path):
     with pytest.raises(BaseNotFoundError):
         bases.get("b")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_changes_is_named_with_its_base(tmp_path):
+    (tmp_path / "b").mkdir()
+    path = tmp_path / "b" / "model.safetensors"
+    path.write_bytes(WEIGHTS)
+    tensor = BaseFolder(tmp_path).get("b").tensor("a")
+    assert tensor[slice(0, 2), slice(0, 3)].tolist() == [[1, 1, 1], [1, 1, 1]]
+    os.truncate(path, 10)
+    with pytest.raises(BaseChangedError, match=r"^model\.safetensors of base 'b' became shorter"):
+        tensor[slice(0, 2), slice(0, 3)]
 
 
 def test_a_folder_that_is_called_like_a_file_of_weights_is_none(tmp_path):

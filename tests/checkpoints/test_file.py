@@ -110,7 +110,7 @@ def test_a_file_that_a_file_server_removed(opened, monkeypatch, number, error):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(error, match="was removed while it was read|Input/output error"):
+    with pytest.raises(error, match=r"was removed while it was read|Input/output error"):
         opened.read(0, 10)
 
 

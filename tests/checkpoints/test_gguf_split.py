@@ -96,6 +96,18 @@ def test_one_part_alone_is_refused(write, rng, counts, kept):
         bases.get("b")
 
 
+@pytest.mark.parametrize("most", [25, 24])
+def test_the_tensors_of_all_parts_are_counted(write, rng, monkeypatch, most):
+    raw, _ = gguf_models.model("Q1_0", rng)
+    bases = write(gguf_files.parts_of(raw, COUNTS))
+    monkeypatch.setattr(gguf, "MAX_TENSORS", most)
+    if most == 25:
+        assert len(bases.get("b").tensor_names) == 25
+    else:
+        with pytest.raises(InvalidBaseError, match="the parts have more than 24 tensors"):
+            bases.get("b")
+
+
 def test_a_folder_has_one_model(write, tmp_path, rng):
     raw, _ = gguf_models.model("Q1_0", rng)
     parts = gguf_files.parts_of(raw, COUNTS)

@@ -100,6 +100,17 @@ def test_fan_in_fan_out_changes_nothing_where_layers_are_linear(base, rng):
     assert close(got[name], weight + reference.delta_weight(one.a_matrix, one.b_matrix, 2.0))
 
 
+def test_a_targeted_matrix_without_a_layer_means_those_of_all_layers(base, rng):
+    """peft's target_parameters may name the weight of a linear layer, too."""
+    tensors = {f"model.layers.{one}.self_attn.q_proj.weight": normal(rng, 6, 6) for one in (0, 1)}
+    one = adapter(rng, 6, 6)
+    found = base(tensors, model_type="qwen3")
+    got = merged(found, lora_set({"q_proj": one}), target_parameters=("q_proj.weight",))
+    for name, weight in tensors.items():
+        delta = reference.delta_weight(one.a_matrix, one.b_matrix, 2.0)
+        assert close(got[name], weight + delta)
+
+
 def test_dora_of_conv1d_scales_columns(base, rng):
     weight = normal(rng, 6, 5)
     magnitude = np.abs(normal(rng, 5)) + 0.5
