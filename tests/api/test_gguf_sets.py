@@ -64,6 +64,7 @@ def test_ranges_tags_and_head(based):
     upload(based, "plain", TINY / "plain")
     whole = based.get(PATH)
     assert whole.headers["accept-ranges"] == "bytes"
+    assert whole.headers["content-type"] == "application/octet-stream"
     assert based.head(PATH).headers["content-length"] == str(len(whole.content))
     part = based.get(PATH, headers={"Range": "bytes=1000-9999", "If-Range": whole.headers["etag"]})
     assert part.status_code == 206

@@ -227,6 +227,26 @@ def test_the_configuration_is_made_from_the_keys(opened, rng):
     }
 
 
+def test_rows_that_are_no_whole_blocks_become_f16(opened, rng):
+    """As in llama.cpp's converter: a block of Q8_0 has 32 values."""
+    names = {"ffn_up": (8, 40), "ffn_gate": (8, 64)}
+    tensors = {
+        f"blk.0.{name}.weight": ("F32", shape, np.ones(shape, np.float32).tobytes())
+        for name, shape in names.items()
+    }
+    weights = {
+        f"model.layers.0.mlp.{one}_proj.weight": np.ones(names[f"ffn_{one}"])
+        for one in ("up", "gate")
+    }
+    base = opened(gguf_files.file_of(gguf_models.keys_of("qwen3"), tensors))
+    made = adapters(weights, [name.removesuffix(".weight") for name in weights], rng)
+    header, values = gguf_of(merge(base, made), "Q8_0")
+    kinds = {name: one.type.name for name, one in header.tensors.items()}
+    assert kinds == {"blk.0.ffn_up.weight": "F16", "blk.0.ffn_gate.weight": "Q8_0"}
+    want = expected(weights, made)["model.layers.0.mlp.up_proj.weight"]
+    assert reference.relative_error(values["blk.0.ffn_up.weight"], want) < 5e-4
+
+
 def test_a_tied_head_that_is_adapted_becomes_a_tensor(opened, rng):
     raw, weights = gguf_models.model("Q1_0", rng, is_tied=True)
     base = opened(raw)
