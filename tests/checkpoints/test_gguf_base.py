@@ -558,6 +558,16 @@ def test_a_tensor_without_a_name_stays_in_the_gguf_file_alone(opened, rng):
         hub_files(model)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("ffn_up_exps", (4, 32)), ("ffn_up", (2, 4, 32)), ("ffn_up_exps", (2, 4, 8, 32))],
+)
+def test_only_a_stack_of_matrices_is_one_of_experts(opened, name, shape):
+    tensors = {f"blk.0.{name}.weight": ("F32", shape, bytes(4 * int(np.prod(shape))))}
+    base = opened(gguf_files.file_of(gguf_models.keys_of("qwen3moe"), tensors))
+    assert not [one for one in base.tensor_names if ".experts." in one]
+
+
 def test_types_without_a_decoder_are_copied_or_refused(opened, rng):
     raw, weights = gguf_models.model("Q1_0", rng)
     header = gguf.read_header(gguf.reader_of(raw), len(raw))
@@ -641,8 +651,9 @@ def test_names_that_clash_are_refused_with_the_reason(tmp_path, rng):
         (tmp_path / name).write_bytes(raw)
     bases = BaseFolder(tmp_path)
     assert bases.names() == ["b", "c"]
-    with pytest.raises(InvalidBaseError, match=r"both a folder and the file b\.gguf"):
+    with pytest.raises(InvalidBaseError, match=r"both a folder and the file b\.gguf") as caught:
         bases.get("b")
+    assert caught.value.values == {"base": "b"}
     (tmp_path / "b.gguf").unlink()
     with pytest.raises(InvalidBaseError, match=r"2 GGUF files: one\.gguf, two\.gguf") as caught:
         bases.get("b")
