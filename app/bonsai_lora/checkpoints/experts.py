@@ -14,7 +14,7 @@ from bonsai_lora.errors import ShapeMismatchError, counted
 _SPLIT = {"gate_up_proj": ("gate_proj", "up_proj")}
 """Fused parameters -> the separate tensors of an expert, in the order of their outputs."""
 _OLD_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-"""Mixtral's names, under `block_sparse_moe`."""
+"""Mixtral's names."""
 
 
 def expert_weights(
@@ -53,9 +53,8 @@ def _another_count(base: Base, core: str, adapter: LoraAdapter, what: str) -> Sh
 
 
 def _find(base: Base, core: str, number: int, name: str, match: str | None) -> str | None:
-    old = core.replace("mlp.experts", "block_sparse_moe.experts")
     return base.paths.find_one(f"{core}.{number}.{name}.weight", match) or base.paths.find_one(
-        f"{old}.{number}.{_OLD_NAMES.get(name, name)}.weight", match
+        f"{core}.{number}.{_OLD_NAMES.get(name, name)}.weight", match
     )
 
 

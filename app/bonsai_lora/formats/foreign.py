@@ -10,6 +10,7 @@ _SAVE_AGAIN = (
     "save the adapter again with save_pretrained(folder, safe_serialization=True) and send "
     "adapter_model.safetensors"
 )
+_ONLY_LORA = "only LoRA can be served: train one"
 _CONVERT = "convert it to PEFT's names first:"
 _START_BYTES = 1 << 12
 """How much of a file is looked at."""
@@ -47,13 +48,25 @@ _STARTS = tuple(
 )
 
 _KEYS = (
+    (re.compile(r"\.hada_w[12]"), "are those of LoHa", _ONLY_LORA),
+    (re.compile(r"\.lokr_w[12]"), "are those of LoKr", _ONLY_LORA),
+    (
+        re.compile(r"^lycoris_|^lora_(?:unet|te\d?)_.*\.[ab][12]\.weight$"),
+        "are those of LyCORIS",
+        "only LoRA in PEFT's format can be served: convert it, or train one",
+    ),
+    (
+        re.compile(r"^blk\.\d+\."),
+        "are those of a GGUF LoRA",
+        "send the GGUF file alone, as the part adapter_gguf",
+    ),
     (
         re.compile(r"lora_(?:down|up)\.weight$|^lora_(?:unet|te\d?|transformer)_"),
         "are those of a kohya LoRA (lora_down, lora_up)",
         f"{_CONVERT} lora_down is lora_A, lora_up is lora_B, alpha belongs in adapter_config.json",
     ),
     (
-        re.compile(r"(?:_lora|\.lora|lora_linear_layer)\.(?:down|up)\.weight$"),
+        re.compile(r"(?:_lora\d*|\.lora|lora_linear_layer)\.(?:down|up)\.weight$"),
         "are those of an old diffusers LoRA (lora.down, lora.up)",
         f"{_CONVERT} lora.down is lora_A, lora.up is lora_B",
     ),
@@ -67,16 +80,24 @@ _KEYS = (
         "are those of MLX (lora_a, lora_b), but the configuration is PEFT's",
         "send the adapter_config.json that mlx_lm saved beside them",
     ),
-    (re.compile(r"\.hada_w[12]"), "are those of LoHa", "only LoRA can be served: train one"),
-    (re.compile(r"\.lokr_w[12]"), "are those of LoKr", "only LoRA can be served: train one"),
-    (re.compile(r"\.ia3_l(?:$|\.)"), "are those of IA3", "only LoRA can be served: train one"),
-    (re.compile(r"\.(?:oft_[rR]|boft_[rsRS])"), "are those of OFT", "only LoRA can be served"),
-    (re.compile(r"\.vera_lambda_"), "are those of VeRA", "only LoRA can be served: train one"),
-    (re.compile(r"\.lora_E(?:$|\.)"), "are those of AdaLoRA", "only LoRA can be served"),
-    (re.compile(r"^prompt_embeddings$"), "are those of prompt tuning", "only LoRA can be served"),
+    (
+        re.compile(r"\badapter(?:_layer)?\..*\blinear_(?:in|out)\.weight$"),
+        "are those of NeMo and Megatron Bridge (linear_in, linear_out)",
+        "export the adapter in PEFT's format first",
+    ),
+    (re.compile(r"\.ia3_l(?:$|\.)"), "are those of IA3", _ONLY_LORA),
+    (re.compile(r"\.(?:oft_[rR]|boft_[rsRS])"), "are those of OFT", _ONLY_LORA),
+    (re.compile(r"\.vera_lambda_"), "are those of VeRA", _ONLY_LORA),
+    (re.compile(r"\.lora_E(?:$|\.)"), "are those of AdaLoRA", _ONLY_LORA),
+    (re.compile(r"^prompt_embeddings$"), "are those of prompt tuning", _ONLY_LORA),
 )
 _ANY_KEY = re.compile("|".join(pattern.pattern for pattern, _, _ in _KEYS))
 """Matches the keys of all these formats at once, since large adapters have many keys."""
+_OTHER_METHODS = re.compile(
+    r"\.(?:adamss|beft|bone|c3a|deft|delora|fourierft|frod|glora|gralora|hira|hra|lily|miss|osf|"
+    r"peanut|poly|psoft|pvera|randlora|road|shadow|shira|tinylora|unilora|vblora|waveft|xlora)_"
+)
+"""Prefixes of peft 0.21 (src/peft/mapping.py) that a file without LoRA tensors may have."""
 
 
 def check_start(content: bytes | bytearray) -> None:
@@ -110,9 +131,19 @@ def check_config_start(content: bytes | bytearray) -> None:
 
 def check_keys(keys: Iterable[str]) -> None:
     """Raise UnsupportedAdapterError if the tensor names are those of a different format."""
-    for key in filter(_ANY_KEY.search, keys):
-        for pattern, what, advice in _KEYS:
-            if pattern.search(key):
-                raise UnsupportedAdapterError(
-                    f"tensor names such as {key[:200]!r} {what}; {advice}", key=key[:200]
-                )
+    candidates = list(filter(_ANY_KEY.search, keys))
+    for pattern, what, advice in _KEYS:
+        for key in filter(pattern.search, candidates):
+            raise UnsupportedAdapterError(
+                f"tensor names such as {key[:200]!r} {what}; {advice}", key=key[:200]
+            )
+
+
+def check_no_other_method(keys: Iterable[str]) -> None:
+    """Raise UnsupportedAdapterError if a file without LoRA tensors is of another PEFT method."""
+    for key in filter(_OTHER_METHODS.search, keys):
+        raise UnsupportedAdapterError(
+            f"tensor names such as {key[:200]!r} are those of a PEFT method other than LoRA; "
+            f"{_ONLY_LORA}",
+            key=key[:200],
+        )
