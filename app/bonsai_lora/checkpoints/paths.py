@@ -62,9 +62,9 @@ class TensorPaths:
         """Return the tensors that `parameter`, such as `layers.0.mlp.up_proj.weight`, means.
 
         That is at most one, or one per layer for a parameter without a layer number. The exact name
-        takes precedence, then names with a known prefix, then names that end with it, then its older
-        names. `match` limits the result to names that start with it, if any do. Raises
-        InvalidRequestError if several tensors remain.
+        takes precedence, then names with a known prefix, then names that end with it; then the same
+        for its older names. `match` limits the result to names that start with it, if any do.
+        Raises InvalidRequestError if several tensors remain.
         """
         older = (parameter.replace(new, old) for new, old in _RENAMED if new in parameter)
         names = (self._find(one, match) for one in (parameter, *older))

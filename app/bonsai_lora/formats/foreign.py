@@ -3,7 +3,11 @@
 import re
 from collections.abc import Iterable
 
-from bonsai_lora.errors import MalformedMultipartError, UnsupportedAdapterError
+from bonsai_lora.errors import (
+    BonsaiLoraError,
+    MalformedMultipartError,
+    UnsupportedAdapterError,
+)
 
 _TWO_FILES = "send adapter_config.json and adapter_model.safetensors"
 _SAVE_AGAIN = (
@@ -12,9 +16,10 @@ _SAVE_AGAIN = (
 )
 _ONLY_LORA = "only LoRA can be served: train one"
 _CONVERT = "convert it to PEFT's names first:"
-_START_BYTES = 1 << 12
+START_BYTES = 1 << 12
 """How much of a file is looked at."""
-_PATH = re.compile(rb"[\x20-\x7e\x80-\xff]{1,1024}")
+_TEXT = re.compile(rb"[\x20-\x7e\x80-\xff]{1,1024}")
+_PATH = re.compile(r"\S*[./]\S*|.*\.(?:safetensors|bin|gguf)")
 
 _ZIP = rb"PK\x03\x04"
 _STARTS = tuple(
@@ -32,14 +37,27 @@ _STARTS = tuple(
             "is a PyTorch pickle (.bin), which is never loaded",
             _SAVE_AGAIN,
         ),
-        (rb"\x80[\x02-\x05]", "is a pickle (.bin), which is never loaded", _SAVE_AGAIN),
+        (
+            rb"\x93NUMPY|" + _ZIP + rb".{26}[\x20-\x7e]*\.npy",
+            "is a NumPy file",
+            "save the tensors as safetensors",
+        ),
+        (
+            rb"\x80[\x02-\x05]|[}\]]q\x00|\([dl]p\d+\n",
+            "is a pickle (.bin), which is never loaded",
+            _SAVE_AGAIN,
+        ),
         (_ZIP, "is a zip archive", f"unpack it and {_TWO_FILES}"),
         (rb"\x1f\x8b", "is a gzip archive", f"unpack it and {_TWO_FILES}"),
         (rb".{257}ustar", "is a tar archive", f"unpack it and {_TWO_FILES}"),
-        (rb"7z\xbc\xaf", "is a 7z archive", f"unpack it and {_TWO_FILES}"),
+        (
+            rb"7z\xbc\xaf|Rar!|\xfd7zXZ|BZh\d|\x28\xb5\x2f\xfd",
+            "is a compressed file",
+            f"unpack it and {_TWO_FILES}",
+        ),
         (rb"\x89HDF", "is an HDF5 file", _TWO_FILES),
         (
-            rb"\s*<(?:!doctype html|html|\?xml)",
+            rb"\s*<(?:!doctype html|html|\?xml|error>)",
             "is a web page",
             "download the file itself (…/resolve/main/…, not …/blob/main/…)",
         ),
@@ -67,7 +85,7 @@ _KEYS = (
     ),
     (
         re.compile(r"(?:_lora\d*|\.lora|lora_linear_layer)\.(?:down|up)\.weight$"),
-        "are those of an old diffusers LoRA (lora.down, lora.up)",
+        "are those of an old diffusers or XLabs LoRA (lora.down, lora.up)",
         f"{_CONVERT} lora.down is lora_A, lora.up is lora_B",
     ),
     (
@@ -105,23 +123,31 @@ def check_start(content: bytes | bytearray) -> None:
 
     Raises UnsupportedAdapterError naming the format, MalformedMultipartError if a path was sent.
     """
-    start = bytes(content[:_START_BYTES])
+    start = bytes(content[:START_BYTES])
     if start[8:9] == b"{":
         return
     for pattern, what, advice in _STARTS:
         if pattern.match(start):
             raise UnsupportedAdapterError(f"adapter_model {what}; {advice}")
-    if _PATH.fullmatch(start) and (b"." in start or b"/" in start):
-        path = start[:200].decode("utf-8", "replace")
-        raise MalformedMultipartError(
-            f"adapter_model is the text {path!r}, not a file; with curl, put @ before the path: "
-            "-F adapter_model=@adapter_model.safetensors"
+    line = start.strip()
+    if _TEXT.fullmatch(line):
+        raise _not_a_file(line.decode("utf-8", "replace"))
+
+
+def _not_a_file(text: str) -> BonsaiLoraError:
+    if _PATH.fullmatch(text):
+        return MalformedMultipartError(
+            f"adapter_model is the text {text[:200]!r}, not a file; with curl, put @ before the "
+            "path: -F adapter_model=@adapter_model.safetensors"
         )
+    return UnsupportedAdapterError(
+        f"adapter_model is the text {text[:200]!r}, not a file; download the file again"
+    )
 
 
 def check_config_start(content: bytes | bytearray) -> None:
     """Raise MalformedMultipartError if a path was sent instead of adapter_config.json."""
-    text = bytes(content[:_START_BYTES]).strip()
+    text = bytes(content[:START_BYTES]).strip()
     if text.endswith(b".json") and not text.startswith((b"{", b"\xef\xbb\xbf")):
         raise MalformedMultipartError(
             f"adapter_config is the text {text[:200].decode('utf-8', 'replace')!r}, not a file; "
