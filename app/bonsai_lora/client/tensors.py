@@ -63,7 +63,7 @@ def stack_of(sets: Mapping[str, float] | None) -> dict[str, Any]:
 
 def rows_of(sets: Sequence[Row]) -> list[Any]:
     """Return the JSON value of what each row goes through."""
-    return [requests.encode_row(row) for row in sets]
+    return [weighted(row) if isinstance(row, Mapping) else row for row in sets]
 
 
 def inference_body(
@@ -74,7 +74,8 @@ def inference_body(
     request_id: str,
 ) -> dict[str, Any]:
     """Return the fields of a call that infers."""
-    body, length = requests.encode_inference(inputs, outputs, sets, scale, request_id)
+    rows = None if sets is None else rows_of(sets)
+    body, length = requests.encode_inference(inputs, outputs, rows, scale, request_id)
     return {"content": body, "headers": {"Content-Type": RAW, HEADER_LENGTH: str(length)}}
 
 

@@ -88,27 +88,17 @@ def encode_weights(value: npt.ArrayLike) -> list[bytes | memoryview]:
     return safetensors.encode_parts({"weights": array})
 
 
-def encode_stack(weights: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Return the JSON value of sets with their weights."""
-    return [{"set": name, "weight": weight} for name, weight in weights.items()]
-
-
-def encode_row(row: str | Mapping[str, float] | None) -> Any:
-    """Return the JSON value of what one row of a mixed batch goes through."""
-    return encode_stack(row) if isinstance(row, Mapping) else row
-
-
 def encode_inference(
     inputs: Mapping[str, npt.ArrayLike],
     outputs: Sequence[str] | None,
-    rows: Sequence[str | Mapping[str, float] | None] | None,
+    rows: Sequence[Any] | None,
     scale: float,
     request_id: str,
 ) -> tuple[bytes, int]:
     """Return the body of an inference with binary tensors, and the length of its JSON.
 
-    `rows` says what each row of the model `mixed` goes through; the input `experts` is sent as
-    int64. Raises as `to_floats`.
+    `rows` has the JSON value of what each row of the model `mixed` goes through: a name, a list of
+    weighted sets, or None. The input `experts` is sent as int64. Raises as `to_floats`.
     """
     arrays = _to_arrays(inputs)
     described = [
@@ -121,7 +111,7 @@ def encode_inference(
         for name, array in arrays.items()
     ]
     if rows is not None:
-        texts = [_text_of(row) for row in rows]
+        texts = [json.dumps(row) if isinstance(row, list) else row or "" for row in rows]
         described.append({"name": SETS, "datatype": BYTES, "shape": [len(texts)], "data": texts})
     request: dict[str, Any] = {
         "inputs": described,
@@ -151,8 +141,3 @@ def decode_inference(body: bytes, header_length: int) -> tuple[Mapping[str, Any]
         outputs[one["name"]] = flat.reshape(one["shape"]).copy()
         start += size
     return fields, outputs
-
-
-def _text_of(row: str | Mapping[str, float] | None) -> str:
-    """Return an element of the BYTES tensor `sets`."""
-    return row or "" if not isinstance(row, Mapping) else json.dumps(encode_stack(row))

@@ -16,7 +16,7 @@ from bonsai_lora.api.openapi import file_responses, problems
 from bonsai_lora.api.query import Factor
 from bonsai_lora.api.ranges import file_response
 from bonsai_lora.checkpoints.merged import MergedModel
-from bonsai_lora.checkpoints.merged_files import Rendering, merge_info
+from bonsai_lora.checkpoints.merged_files import Rendering
 from bonsai_lora.checkpoints.parts import MergedFile
 from bonsai_lora.service.merged import weighted_sets
 
@@ -132,8 +132,12 @@ async def list_merged_files(context: ContextDep, query: FilesQuery) -> base_sche
     file, named like the base, and the same model as a Hugging Face checkpoint.
     """
     _, files = await context.long.run(query.files, context)
-    found = merge_info(files)
-    return base_schemas.MergedFiles(files=[base_schemas.MergedFileInfo(**one) for one in found])
+    return base_schemas.MergedFiles(
+        files=[
+            base_schemas.MergedFileInfo(name=name, size_bytes=one.size_bytes, etag=one.etag)
+            for name, one in files.items()
+        ]
+    )
 
 
 @router.get(
