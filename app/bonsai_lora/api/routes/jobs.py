@@ -15,13 +15,7 @@ from bonsai_lora.wire.media import Form
 
 router = APIRouter(tags=["jobs"])
 
-JOB = extra_response(
-    202,
-    "with `Prefer: respond-async`: the job",
-    Job,
-    "Location",
-    "Preference-Applied",
-)
+JOB = extra_response(202, "with `Prefer: respond-async`: the job", Job)
 """The answer of a route that may become a job."""
 
 JobId = Annotated[
