@@ -106,11 +106,16 @@ def body_form(request: Request, accepted: Collection[Form]) -> Form:
     return parse_content_type(request.headers.get("content-type"), accepted)
 
 
+def media_type(request: Request, default: str = "") -> str:
+    """Return the media type that Content-Type names, in lower case and without parameters."""
+    return request.headers.get("content-type", default).partition(";")[0].strip().lower()
+
+
 def check_media_type(request: Request, expected: str, what: str) -> None:
     """Raise UnsupportedMediaTypeError unless the body, called `what`, is of this type alone."""
     check_not_compressed(request)
-    header = request.headers.get("content-type", "")
-    if header.partition(";")[0].strip().lower() != expected:
+    if media_type(request) != expected:
+        header = request.headers.get("content-type", "")
         raise UnsupportedMediaTypeError(
             f"Content-Type is {header[:100]!r}; send {what} as {expected}",
             got=header[:100],
