@@ -106,6 +106,12 @@ def body_form(request: Request, accepted: Collection[Form]) -> Form:
     return parse_content_type(request.headers.get("content-type"), accepted)
 
 
+def header_of(request: Request, name: str) -> str | None:
+    """Return all values of a header, joined with commas; None if it is missing."""
+    lines = request.headers.getlist(name)
+    return ", ".join(lines) if lines else None
+
+
 def media_type(request: Request, default: str = "") -> str:
     """Return the media type that Content-Type names, in lower case and without parameters."""
     return request.headers.get("content-type", default).partition(";")[0].strip().lower()
@@ -125,8 +131,7 @@ def check_media_type(request: Request, expected: str, what: str) -> None:
 
 def check_not_compressed(request: Request) -> None:
     """Raise UnsupportedMediaTypeError if the body is compressed."""
-    lines = request.headers.getlist("content-encoding")
-    check_coding(", ".join(lines) if lines else None)
+    check_coding(header_of(request, "content-encoding"))
 
 
 def check_coding(coding: str | None) -> None:

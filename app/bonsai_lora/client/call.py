@@ -6,7 +6,15 @@ Nothing here does I/O. `calls` makes these values; `Client` and `AsyncClient` se
 import functools
 import json
 import os
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Generic, TypedDict, TypeVar
@@ -48,13 +56,19 @@ class Call(Generic[T_co]):
     """The files of a multipart form, instead of `content`."""
     is_pure: bool = False
     """Whether it changes nothing, although it is not a GET."""
-    is_one_shot: bool = False
-    """Its body can be read only once."""
 
     @property
     def is_safe(self) -> bool:
         """Whether it changes nothing, so that it may be sent again after any failure."""
         return self.is_pure or self.method == "GET"
+
+    @property
+    def is_one_shot(self) -> bool:
+        """Whether its body can be read only once."""
+        parts = (self.parts or {}).values()
+        return isinstance(self.content, Iterator | AsyncIterator) or not all(
+            isinstance(one, bytes | os.PathLike) for one in parts
+        )
 
 
 @contextmanager

@@ -65,5 +65,4 @@ def merge_stream(
         content=blocks_of(weights),
         decode=decode_bytes,
         is_pure=True,
-        is_one_shot=True,
     )

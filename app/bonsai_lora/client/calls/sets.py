@@ -139,8 +139,7 @@ def upload_files(
 
     Each is bytes, a path, or a file opened in binary mode. Otherwise the same as `upload_set`.
     """
-    is_one_shot = not all(isinstance(part, bytes | os.PathLike) for part in files.values())
-    return _upload(name, {"parts": files, "is_one_shot": is_one_shot}, **options)
+    return _upload(name, {"parts": files}, **options)
 
 
 def pull_set(
