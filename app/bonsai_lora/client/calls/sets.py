@@ -182,7 +182,7 @@ def upload_tensors(
 
     Otherwise the same as `upload_set`.
     """
-    from bonsai_lora.wire.requests import encode_tensors  # noqa: PLC0415 - loads NumPy
+    from bonsai_lora.client.tensors import encode_tensors  # noqa: PLC0415 - loads NumPy
 
     files: dict[str, Part] = {
         "adapter_config": json.dumps(config).encode(),
