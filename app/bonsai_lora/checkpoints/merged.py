@@ -73,10 +73,6 @@ class MergedModel:
             parts.append(f"match={self._match}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
 
-    def is_touched(self, tensor: str) -> bool:
-        """Return whether a tensor differs from that of the base."""
-        return tensor in self._touched
-
     @property
     def changes(self) -> Mapping[str, Touched]:
         """The changes by tensor of the base."""

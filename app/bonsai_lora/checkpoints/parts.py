@@ -19,7 +19,9 @@ from bonsai_lora.core import backend
 from bonsai_lora.core.cast import Array
 from bonsai_lora.core.merge import BLOCK_VALUES, Block, blocks
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
+from bonsai_lora.formats.gguf_layouts import TensorInfo
 from bonsai_lora.formats.gguf_types import BY_NAME
+from bonsai_lora.formats.gguf_writer import Plan
 from bonsai_lora.formats.quantize import quantize_q8_0
 from bonsai_lora.formats.safetensors import as_bytes
 
@@ -146,6 +148,22 @@ def etag_of(seed: str) -> str:
 def media_type_of(name: str) -> str:
     """Return the Content-Type of a model's file."""
     return "application/json" if name.endswith(".json") else "application/octet-stream"
+
+
+def gguf_parts(
+    planned: Plan, make_head: Callable[[], bytes], part_of: Callable[[str, TensorInfo], Part]
+) -> list[Part]:
+    """Return the header of a GGUF file, and the part of each tensor, with zeros in between."""
+    parts: list[Part] = [Made(len(planned.head), make_head)]
+    position = len(planned.head)
+    for name, info in planned.tensors.items():
+        parts += [_zeros(info.start - position), part_of(name, info)]
+        position = info.stop
+    return [*parts, _zeros(planned.total_bytes - position)]
+
+
+def _zeros(size: int) -> Part:
+    return Made(size, lambda: bytes(size))
 
 
 class MergedFile:

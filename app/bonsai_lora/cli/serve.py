@@ -185,7 +185,7 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: Path) 
     values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
     from bonsai_lora.api.app import choose_backend  # noqa: PLC0415 - slow to import
 
-    _keep_freed_memory()
+    keep_freed_memory()
     choose_backend(settings)  # once for all workers
     if settings.sets is not None and not _import_sets(settings):
         return EXIT_USAGE
@@ -314,7 +314,7 @@ def _exit_with(supervisor: int) -> None:
         sys.exit(0)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Make glibc reuse large blocks instead of mapping and unmapping each one (mallopt(3)).
 
     Otherwise a body of 4 MiB costs a thousand page faults (benchmarks/throughput.py).

@@ -9,13 +9,9 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from bonsai_lora.errors import (
-    BonsaiLoraError,
-    HeaderTooLargeError,
-    NewerFormatError,
-)
+from bonsai_lora.errors import BonsaiLoraError, HeaderTooLargeError, NewerFormatError
 from bonsai_lora.formats.names import is_set_name
-from bonsai_lora.storage.index import Row, Sums
+from bonsai_lora.storage.index import Sums, sums_of
 from bonsai_lora.storage.setfile import SetRecord, record_from_text, record_to_text
 
 POINTERS = "sets"
@@ -55,7 +51,7 @@ class Pointer:
 
     def sums(self) -> Sums:
         """Return what the set adds to the sums."""
-        return Sums() if self.record is None else Row("", "", self.record, self.size).sums()
+        return Sums() if self.record is None else sums_of(self.record)
 
 
 def encode_pointer(pointer: Pointer) -> bytes:

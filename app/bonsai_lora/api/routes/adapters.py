@@ -48,7 +48,6 @@ _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
 
 @router.get(
     "/v1/sets/{set}/adapters",
-    operation_id="list_adapters",
     summary="List the adapters of a set",
     response_model=schemas.AdapterList,
     responses=sends(200, "ETag") | problems(*VERSION_ERRORS),
@@ -69,7 +68,6 @@ async def list_adapters(
 
 @router.get(
     "/v1/sets/{set}/adapters/{module}",
-    operation_id="get_adapter",
     summary="Show one adapter of a set",
     responses=sends(200, "ETag") | problems(*VERSION_ERRORS, errors.AdapterNotFoundError),
 )
@@ -88,7 +86,6 @@ async def get_adapter(
 
 @router.put(
     "/v1/sets/{set}/adapters/{module}",
-    operation_id="put_adapter",
     summary="Add or replace one adapter of a set",
     openapi_extra=_PUT_BODY,
     responses=extra_response(
@@ -188,7 +185,6 @@ def _alpha_of(value: dict[str, Any]) -> float | None:
 
 @router.delete(
     "/v1/sets/{set}/adapters/{module}",
-    operation_id="delete_adapter",
     summary="Remove one adapter from a set",
     status_code=204,
     responses=problems(

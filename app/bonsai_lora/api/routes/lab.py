@@ -42,7 +42,6 @@ router = APIRouter(tags=["laboratory"])
 
 @router.post(
     "/v1/combine",
-    operation_id="combine_sets",
     summary="Combine sets into a new one",
     status_code=201,
     response_model=lab_schemas.CombinedSet,
@@ -121,7 +120,6 @@ async def _combine(
 
 @router.post(
     "/v1/extract",
-    operation_id="extract_set",
     summary="Extract a set from a fine-tuned model, as a job",
     status_code=202,
     response_model=Job,
@@ -173,7 +171,6 @@ async def _extract(context: Context, plan: extract.Plan, progress: Progress) -> 
 
 @router.get(
     "/v1/compare",
-    operation_id="compare_sets",
     summary="Compare sets: norms, cosines and interference",
     response_model=lab_schemas.ComparisonInfo,
     responses=JOB
@@ -214,7 +211,6 @@ async def compare_sets(
 
 @router.get(
     "/v1/sets/{set}/spectrum",
-    operation_id="get_spectrum",
     summary="Show the singular values of a set's deltas",
     response_model=lab_schemas.SetSpectrum,
     responses=JOB
@@ -321,7 +317,6 @@ Followed = Annotated[survival.Followed, Depends(_followed)]
 
 @router.get(
     "/v1/bases/{base}/survival/{set}",
-    operation_id="get_survival",
     summary="Estimate what is left of a set's deltas in stored merged weights",
     response_model=lab_schemas.SurvivalInfo,
     responses=problems(*MERGE_ERRORS),
@@ -338,7 +333,6 @@ async def get_survival(context: ContextDep, followed: Followed) -> Response:
 
 @router.post(
     "/v1/bases/{base}/survival/{set}",
-    operation_id="start_survival",
     summary="Compute what is left of a set's deltas in stored merged weights, as a job",
     status_code=202,
     response_model=Job,

@@ -5,6 +5,7 @@ Implements the batch API and the basic transfer of git-lfs (`docs/api/batch.md`,
 """
 
 import json
+import math
 from collections.abc import Sequence
 from functools import partial
 from urllib.parse import urlencode
@@ -14,8 +15,8 @@ from pydantic import BaseModel, Field
 
 from bonsai_lora import errors
 from bonsai_lora.api.body import (
-    LONG_BYTES,
     MODEL_BYTES,
+    body_parts,
     check_length,
     check_media_type,
     check_not_compressed,
@@ -180,18 +181,15 @@ async def _receive(
         raise _wrong_file(staged, f"{content_length(request)} bytes")
     reserved.budget.check(staged.size)
     piece, received = bytearray(), 0
-    async for chunk in request.stream():
+    async for chunk in body_parts(request, math.inf, place):
         received += len(chunk)
         if received > staged.size:
             raise _wrong_file(staged, "more")
         reserved.add(len(chunk))
-        if received > LONG_BYTES:
-            place.take()
         piece += chunk
         if len(piece) >= WRITE_BYTES:
             await write_weights(upload, piece)
             piece = bytearray()
-    place.take()
     await write_weights(upload, piece)
     if received != staged.size or upload.sha256 != staged.sha256:
         raise _wrong_file(staged, f"{received} bytes with the SHA-256 {upload.sha256}")

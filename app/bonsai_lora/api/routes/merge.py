@@ -40,7 +40,6 @@ _SMALL_HEADER_BYTES = 1 << 13
 
 @router.post(
     "/v1/sets/{set}/adapters/{module}/merge",
-    operation_id="merge_weights",
     summary="Merge an adapter into weights",
     response_class=Response,
     openapi_extra=request_body(tensor_schemas.MergeRequest, Form.BINARY, Form.RAW),

@@ -24,7 +24,6 @@ _FILE_ERRORS = (
 
 @router.get(
     "/v1/sets/{set}/adapter_config.json",
-    operation_id="get_adapter_config",
     summary="Download a set's PEFT configuration",
     response_class=Response,
     responses=file_responses(Form.JSON.value) | problems(*_FILE_ERRORS),
@@ -42,7 +41,6 @@ async def get_adapter_config(
 
 @router.get(
     "/v1/sets/{set}/adapter_model.safetensors",
-    operation_id="get_adapter_model",
     summary="Download a set's weights under PEFT's names",
     response_class=Response,
     responses=file_responses(Form.BINARY.value) | problems(*_FILE_ERRORS),
@@ -58,7 +56,6 @@ async def get_adapter_model(
 
 @router.get(
     "/v1/sets/{set}/adapter.gguf",
-    operation_id="get_adapter_gguf",
     summary="Download a set as a GGUF LoRA for llama.cpp",
     response_class=Response,
     responses=file_responses("application/octet-stream")

@@ -23,7 +23,6 @@ Budget = Annotated[Count, Query(description="memory for all adapters, in bytes")
 
 @router.get(
     "/v1/sets/{set}/stats",
-    operation_id="get_set_stats",
     summary="Show the statistics of a set",
     responses=problems(*VERSION_ERRORS, errors.BusyError),
 )
@@ -59,7 +58,6 @@ async def get_set_stats(
 
 @router.get(
     "/v1/stats",
-    operation_id="get_stats",
     summary="Show the statistics of the store",
     response_model_exclude_unset=True,
     responses=problems(),
@@ -82,7 +80,6 @@ async def get_stats(context: ContextDep) -> schemas.StoreStatsInfo:
 
 @router.get(
     "/v1/estimate",
-    operation_id="estimate",
     summary="Estimate how many adapters fit in a budget",
     responses=problems(errors.InvalidRequestError),
 )
