@@ -74,6 +74,14 @@ def test_a_value_has_4096_characters_at_most(ends):
         read(text(4095))
 
 
+@pytest.mark.parametrize("text", ["[" * 2000 + "]" * 2000, '{"a":' * 2000 + "0" + "}" * 2000])
+def test_a_value_that_is_nested_too_deeply_is_refused_like_all_others(text):
+    with pytest.raises(ValueError, match="nested less deeply"):
+        ObjectReader(text).any_value()
+    with pytest.raises(ValueError, match=r"nested less deeply|a short value"):
+        ObjectReader(text).value()
+
+
 MANY = 300_000
 FLAT_NAMES = "{" + ",".join(f'"{number}":0' for number in range(MANY)) + "}"
 HOSTILE = {

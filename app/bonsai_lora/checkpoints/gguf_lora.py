@@ -44,7 +44,7 @@ from bonsai_lora.formats.gguf_writer import Plan, Writable, plan
 from bonsai_lora.formats.hadamard import Folding
 from bonsai_lora.formats.peft_options import BaseOptions
 
-_LARGEST = {"F32": 3.4028234e38, "BF16": 3.3895313e38, "F16": 65504.0, "Q8_0": 127 * 65504.0}
+_LARGEST = {"F32": 0xFFFFFF << 104, "BF16": 0xFF << 120, "F16": 65504, "Q8_0": 127 * 65504}
 """Largest finite value of each type."""
 _COPIES = 6
 """Float32 copies of a piece: widened, ordered, folded, placed and encoded; and one being sent."""

@@ -198,11 +198,6 @@ class SetIndex:
         """Return the stamp of each file by the set's name."""
         return dict(self._ask("SELECT name, stamp FROM sets"))
 
-    def stamp(self, name: str) -> str | None:
-        """Return the stamp of one file."""
-        found = self._ask("SELECT stamp FROM sets WHERE name = ?", name)
-        return found[0][0] if found else None
-
     def put(self, row: Row) -> None:
         """Insert or replace a row. Call in a transaction."""
         self.remove(row.name)

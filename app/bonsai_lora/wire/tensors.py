@@ -75,7 +75,7 @@ def decode_one(
         )
         sets = sets_of_metadata(metadata)
         _check_names(found)
-    return replace(_of_module(module, found), stack=_stack(sets), experts=experts)
+    return _of_module(module, found, experts, _stack(sets))
 
 
 def decode_many(
@@ -174,7 +174,7 @@ def decode_mixed(
             expected=rows,
         )
     stacks = [decode_row(one, f"{SETS}[{row}]") for row, one in enumerate(sets)]
-    return module, stacks, replace(_of_module(module, tensors), experts=experts)
+    return module, stacks, _of_module(module, tensors, experts)
 
 
 def _shown(value: Any) -> str:
@@ -209,9 +209,11 @@ def _arrays(fields: Mapping[str, Any], text: json.Text) -> dict[str, Floats]:
     return {name: json.decode_tensor(one, name, text) for name, one in fields.items()}
 
 
-def _of_module(module: str, tensors: Mapping[str, Floats]) -> Batches:
+def _of_module(
+    module: str, tensors: Mapping[str, Floats], experts: Integers | None, stack: Stack = ()
+) -> Batches:
     base_outputs = {module: tensors[BASE_OUTPUTS]} if BASE_OUTPUTS in tensors else {}
-    return Batches({module: tensors[INPUTS]}, base_outputs)
+    return Batches({module: tensors[INPUTS]}, base_outputs, stack, experts)
 
 
 def _shared(tensors: Mapping[str, Floats], modules: Sequence[str]) -> Batches:
@@ -258,7 +260,7 @@ def encode_outputs(
     In binary, `fields` becomes the metadata, and a single array is named `outputs`. Raises
     NonFiniteOutputError if a JSON output overflows float32.
     """
-    named = outputs if isinstance(outputs, Mapping) else {OUTPUTS: outputs}
+    named = {OUTPUTS: outputs} if isinstance(outputs, np.ndarray) else outputs
     if form is not Form.JSON:
         metadata = {
             key: dumps(one) if type(one) is dict else str(one) for key, one in fields.items()
