@@ -252,6 +252,8 @@ EXPERTS = {
     },
     "router": {"target_parameters": [*BOTH, "mlp.gate.weight"]},
     "one-by-one": {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    "with-attention": {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
 }
 
 
@@ -271,6 +273,42 @@ def test_fused_experts(service, tmp_path, case):
     assert report.status_code == 201, report.text
     assert report.json()["warnings"] == []
     check_reloaded(service, qwen3_moe(), model, tmp_path / "exported")
+    check_merged(
+        merged_files(service, "moe", "s"), saved(model.merge_and_unload(), tmp_path / "merged")
+    )
+
+
+def moe_of(kind):
+    """A small model of a class whose checkpoints have other names than its parameters."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, **experts)
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("Mixtral", {"target_modules": ["q_proj", "w1", "w2", "w3"]}),
+        ("Mixtral", {"target_modules": "all-linear"}),
+        ("Mixtral", {"target_parameters": [*BOTH, "mlp.gate.weight"]}),
+        ("GraniteMoe", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+        ("GptOss", {"target_parameters": BOTH}),
+    ],
+)
+def test_experts_of_other_classes(service, tmp_path, kind, options):
+    start = moe_of(kind)
+    saved(start, tmp_path / "bases" / "moe")
+    model = train(start, **options)
+    model.save_pretrained(tmp_path / "adapter")
+    report = upload(service, "s", tmp_path / "adapter")
+    assert report.status_code == 201, report.text
+    check_reloaded(service, moe_of(kind), model, tmp_path / "exported")
     check_merged(
         merged_files(service, "moe", "s"), saved(model.merge_and_unload(), tmp_path / "merged")
     )

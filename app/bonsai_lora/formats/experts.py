@@ -8,7 +8,7 @@ peft wraps the module once per parameter and names A and B after the wrappers: t
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from bonsai_lora.core.cast import Array
@@ -25,15 +25,19 @@ FIRST_RIGHT_VERSION = "0.19.0"
 _INNER = ".base_layer"
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "input_linear", "down_proj", "output_linear")
 """Order in which the classes of transformers 5 register their parameters."""
+_WEIGHT = "weight"
 _VERSION = re.compile(r"(\d+)\.(\d+)")
 
 
-def targeted_parameters(targets: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
+def targeted_parameters(
+    targets: Iterable[str], modules: Iterable[str], is_linear: Callable[[str], bool]
+) -> dict[str, str]:
     """Return the parameter that A and B adapt, for each module named by target_parameters.
 
-    `targets` are target_parameters, suffixes of parameter names. Raises InvalidAdapterError if
-    wrappers and target_parameters contradict each other, UnsupportedAdapterError if the parameter
-    of a wrapper cannot be determined.
+    `targets` are target_parameters, suffixes of parameter names. A suffix without a module, such as
+    `gate_up_proj`, means the parameters of all modules but those that `is_linear`. Raises
+    InvalidAdapterError if wrappers and target_parameters contradict each other,
+    UnsupportedAdapterError if the parameter of a wrapper cannot be determined.
     """
     leaves: dict[str, set[str]] = {}
     for target in targets:
@@ -43,9 +47,7 @@ def targeted_parameters(targets: Iterable[str], modules: Iterable[str]) -> dict[
         wrappers.setdefault(_unwrapped(module), []).append(module)
     found: dict[str, str] = {}
     for core, names in wrappers.items():
-        parameters = _ordered(
-            core, {one for path in ("", *endings(core)) for one in leaves.get(path, ())}
-        )
+        parameters = _ordered(core, _leaves_of(core, leaves, is_linear))
         depths = {name: (len(name) - len(core)) // len(_INNER) for name in names}
         if not parameters and names == [core]:
             continue  # not fused
@@ -59,6 +61,17 @@ def targeted_parameters(targets: Iterable[str], modules: Iterable[str]) -> dict[
             )
         found |= {name: f"{core}.{parameters[-1 - depth]}" for name, depth in depths.items()}
     return found
+
+
+def _leaves_of(
+    core: str, leaves: Mapping[str, set[str]], is_linear: Callable[[str], bool]
+) -> set[str]:
+    """Return the last parts of the targeted parameters of one module."""
+    found = {one for path in endings(core) for one in leaves.get(path, ())}
+    if _WEIGHT in found:  # such a module has no other parameter to adapt
+        return {_WEIGHT}
+    bare = leaves.get("", set())
+    return found | bare if bare and not is_linear(core) else found
 
 
 def _unwrapped(module: str) -> str:

@@ -78,8 +78,18 @@ def decode_experts(
 
 
 def rank_of(module: str, a_matrix: Array, b_matrix: Array) -> int:
-    """Return r of A (r, d_in) and B (d_out, r); raises InvalidAdapterError if they differ."""
+    """Return r of A (r, d_in) and B (d_out, r).
+
+    Raises InvalidAdapterError if they differ, UnsupportedAdapterError for those of a convolution.
+    """
     got = [list(a_matrix.shape), list(b_matrix.shape)]
+    if a_matrix.ndim == b_matrix.ndim > 2:
+        raise UnsupportedAdapterError(
+            f"module {module!r} is a convolution, with A {got[0]} and B {got[1]}, but only linear "
+            "layers and embeddings are supported; train the adapter without it",
+            module=module,
+            got=got,
+        )
     if a_matrix.ndim != 2 or b_matrix.ndim != 2:
         raise InvalidAdapterError(
             f"module {module!r}: A and B have shapes {got[0]} and {got[1]}, not matrices",

@@ -16,7 +16,7 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError, counted
 from bonsai_lora.formats.experts import ExpertLayout
-from bonsai_lora.formats.foreign import check_keys
+from bonsai_lora.formats.foreign import check_keys, check_no_other_method
 from bonsai_lora.formats.fused import decode_experts, in_one_layout, rank_of
 from bonsai_lora.formats.made_config import made_config
 from bonsai_lora.formats.names import endings
@@ -66,10 +66,8 @@ def decode_adapter(
     check_not_empty(tensors)
     keys = sort_uploaded(tensors)
     if not keys.modules and not any(one.endswith(TOKEN_ROWS) for one in keys.parameters):
-        raise InvalidAdapterError(
-            "the file has no LoRA tensors (lora_A, lora_B), so it is not an adapter; send "
-            "adapter_model.safetensors as PEFT saved it, not a full model"
-        )
+        check_no_other_method(tensors)
+        raise _no_adapter(tensors)
     parameters = config.options.parameters_of(keys.modules)
     _check_targets(config, keys.modules.keys() - parameters.keys())
     replaced, ignored = _replacements(config, keys)
@@ -156,6 +154,20 @@ def _exported_alpha(adapter: LoraAdapter) -> float:
     if np.float32(adapter.config.alpha / (adapter.rank or 1)) == np.float32(adapter.scaling):
         return adapter.config.alpha
     return adapter.scaling * adapter.rank
+
+
+def _no_adapter(keys: Iterable[str]) -> InvalidAdapterError:
+    odd = next((key for key in keys if "lora_" in key.lower()), None)
+    if odd is not None:
+        return InvalidAdapterError(
+            f"tensor names such as {odd[:200]!r} are not those of PEFT, which end in "
+            ".lora_A.weight and .lora_B.weight; save the adapter with peft",
+            key=odd[:200],
+        )
+    return InvalidAdapterError(
+        "the file has no LoRA tensors (lora_A, lora_B), so it is not an adapter; send "
+        "adapter_model.safetensors as PEFT saved it, not a full model"
+    )
 
 
 def _check_targets(config: PeftConfig, modules: Iterable[str]) -> None:
@@ -292,6 +304,8 @@ def _check_token_rows(config: PeftConfig, replaced: Mapping[str, Array]) -> None
 def _is_loaded(key: str, parameter: str, keys: Keys) -> bool:
     """Return whether a key is that of a weight in peft's wrapped model, or of its bias."""
     module, _, kind = parameter.rpartition(".")
+    if "lora_" in key:  # peft takes it for a part of an adapter
+        return False
     if (module in keys.modules) != (".base_layer." in key and ".token_adapter." not in key):
         return False
     return kind == "weight" or (kind == "bias" and f"{module}.weight" in keys.parameters)

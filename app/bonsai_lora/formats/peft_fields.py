@@ -43,7 +43,8 @@ FIELDS: Mapping[str, Field] = {
     "init_lora_weights": Field(
         "honored",
         "pissa, olora, corda, loftq and lora_ga are refused: they change the base weights, so A "
-        "and B do not fit the base unless they were converted",
+        "and B do not fit the base unless they were converted; so are values that peft 0.21 does "
+        "not know",
     ),
     "layers_to_transform": Field("honored", "tensors of other layers are refused"),
     "layers_pattern": Field(
