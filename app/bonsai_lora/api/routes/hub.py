@@ -81,7 +81,7 @@ class _Repo:
         return list(found.values())
 
     def _folder(self, path: str) -> dict[str, Any]:
-        oid = hashlib.sha256(f"{self.commit}/{path}".encode()).hexdigest()[:40]
+        oid = digest_of(f"{self.commit}/{path}")
         return {"type": "directory", "oid": oid, "size": 0, "path": path}
 
     def paths(self, wanted: Collection[str]) -> list[dict[str, Any]]:
