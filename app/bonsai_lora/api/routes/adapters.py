@@ -11,7 +11,7 @@ from bonsai_lora.api import schemas
 from bonsai_lora.api.body import body_form, parse_model, read_body
 from bonsai_lora.api.conditions import precondition
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import ContextDep, ModuleName, SetName, WantedVersion
+from bonsai_lora.api.deps import ContextDep, ModuleName, SetName, WantedSet, WantedVersion
 from bonsai_lora.api.json_response import json_response
 from bonsai_lora.api.openapi import (
     STORE_ERRORS,
@@ -52,11 +52,8 @@ _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
     response_model=schemas.AdapterList,
     responses=sends(200, "ETag") | problems(*VERSION_ERRORS),
 )
-async def list_adapters(
-    context: ContextDep, name: SetName, version: WantedVersion = None
-) -> Response:
+async def list_adapters(context: ContextDep, stored: WantedSet) -> Response:
     """Adapters are listed in the order in which they were added."""
-    stored = await context.open_version(name, version)
     adapters = stored.lora_set.registry.adapters
 
     def describe() -> schemas.AdapterList:
