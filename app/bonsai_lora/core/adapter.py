@@ -212,3 +212,14 @@ def check_factors(a_matrix: Array, b_matrix: Array) -> None:
             got=[list(a_matrix.shape), list(b_matrix.shape)],
             expected=[["r", "d_in"], ["d_out", "r"]],
         )
+
+
+def are_tied(head: LoraAdapter, embedding: LoraAdapter) -> bool:
+    """Return whether the delta of a linear head is that of an embedding, whose weight it shares."""
+    return (
+        (head.layer, embedding.layer) == ("linear", "embedding")
+        and head.scaling == embedding.scaling
+        and all(one is None for one in (head.bias, head.magnitude, embedding.magnitude))
+        and np.array_equal(head.a_matrix, embedding.b_matrix.T)
+        and np.array_equal(head.b_matrix, embedding.a_matrix.T)
+    )
