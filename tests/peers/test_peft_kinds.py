@@ -332,8 +332,9 @@ def moe_of(kind):
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, **experts)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 1}
+    name = "Llama4TextConfig" if kind == "Llama4" else f"{kind}Config"
+    config = getattr(transformers, name)(**sizes, **heads, **experts)
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 
 
@@ -345,6 +346,7 @@ def moe_of(kind):
         ("Mixtral", {"target_parameters": [*BOTH, "mlp.gate.weight"]}),
         ("GraniteMoe", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
         ("GptOss", {"target_parameters": BOTH}),
+        ("Llama4", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
     ],
 )
 def test_experts_of_other_classes(service, tmp_path, kind, options):
