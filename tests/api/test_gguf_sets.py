@@ -64,6 +64,7 @@ def test_ranges_tags_and_head(based):
     upload(based, "plain", TINY / "plain")
     whole = based.get(PATH)
     assert whole.headers["accept-ranges"] == "bytes"
+    assert whole.headers["content-type"] == "application/octet-stream"
     assert based.head(PATH).headers["content-length"] == str(len(whole.content))
     part = based.get(PATH, headers={"Range": "bytes=1000-9999", "If-Range": whole.headers["etag"]})
     assert part.status_code == 206
@@ -135,6 +136,36 @@ def test_heads_that_are_no_numbers_are_refused(based, tmp_path, rng):
     config = {"model_type": "llama", QUERIES: "8"}
     tensors = peft_tensors(rng, "model.layers.0.self_attn.q_proj", d_out=32)
     answer = export_for(based, tmp_path, config, tensors, "q_proj")
+    assert "head counts" in assert_problem(answer, 422, "unsupported_gguf")["detail"]
+
+
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 3,
+}
+
+
+def test_value_heads_are_in_the_order_of_a_served_base(based, tmp_path, rng):
+    tensors = peft_tensors(rng, "model.layers.0.linear_attn.in_proj_qkv", d_out=32)
+    config = {"model_type": "qwen3_5", "text_config": LINEAR}
+    answer = export_for(based, tmp_path, config, tensors, "in_proj_qkv")
+    b_matrix = [*tensors.values()][1]
+    # Queries and keys have 2 * 3 rows each, and the other 20 are four value heads of five rows.
+    values = b_matrix[12:].reshape(2, 2, 5, 4).swapaxes(0, 1).reshape(20, 4)
+    stored = tensors_of(answer)["blk.0.attn_qkv.weight.lora_b"]
+    assert np.array_equal(stored, np.concatenate([b_matrix[:12], values]))
+
+
+@pytest.mark.parametrize("value", [None, "2", 0])
+@pytest.mark.parametrize("key", [*LINEAR, "all"])
+def test_linear_attention_without_its_head_counts_is_refused(based, tmp_path, rng, key, value):
+    """transformers leaves out what has its default, and no order is as likely as any other."""
+    text = {one: value if key in (one, "all") else count for one, count in LINEAR.items()}
+    text = {one: count for one, count in text.items() if count is not None}
+    tensors = peft_tensors(rng, "model.layers.0.linear_attn.in_proj_qkv", d_out=32)
+    config = {"model_type": "qwen3_5", "text_config": text}
+    answer = export_for(based, tmp_path, config, tensors, "in_proj_qkv")
     assert "head counts" in assert_problem(answer, 422, "unsupported_gguf")["detail"]
 
 

@@ -57,6 +57,17 @@ def combine(client, *sets, query="", **options):
     return client.post(f"/v1/combine{query}", json={"name": "new", "sets": parts, **options})
 
 
+def test_sets_without_modules_make_one_without_modules(client, store):
+    for name in ("a", "b"):
+        client.post("/v1/sets", json={"name": name, "config": {"target_modules": []}})
+    answer = combine(client, ("a", 1), ("b", 1), query="?dry_run=true", method="svd")
+    report = {"method": "svd", "rank": 0, "energy_kept": 1, "relative_error": 0, "warnings": []}
+    assert answer.json() == {**report, "modules": []}
+    assert combine(client, ("a", 1), ("b", 1), method="svd").status_code == 201
+    assert deltas(store, "new") == {}
+    assert client.get("/v1/compare?set=a&set=b").json()["modules"] == []
+
+
 def test_exact(pair, store):
     response = combine(pair, ("a", 0.5), ("b", -2))
     assert response.status_code == 201

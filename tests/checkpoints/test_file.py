@@ -1,5 +1,6 @@
 """Files of a base that other programs change while they are read."""
 
+import errno
 import os
 
 import numpy as np
@@ -94,3 +95,32 @@ def test_the_descriptor_is_closed_with_the_object(path):
     assert len(os.listdir("/proc/self/fd")) == before + 1
     del opened
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_that_is_removed_while_the_folder_is_read(tmp_path):
+    with pytest.raises(BaseChangedError, match=r"x of base 'b' was removed while it was opened"):
+        BaseFile("b", "x", tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(errno.ESTALE, BaseChangedError), (errno.EIO, OSError)]
+)
+def test_a_file_that_a_file_server_removed(opened, monkeypatch, number, error):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(error, match=r"was removed while it was read|Input/output error"):
+        opened.read(0, 10)
+
+
+def test_a_file_that_could_change_unnoticed_is_not_opened_yet(path, monkeypatch):
+    """File systems with whole seconds in their times: two changes within one look like one."""
+    monkeypatch.setattr("bonsai_lora.checkpoints.file.is_unsettled", lambda _: True)
+    with pytest.raises(BaseChangedError, match="less than two seconds ago"):
+        BaseFile("b", path.name, path)
+
+
+def test_reads_end_with_the_file(opened):
+    assert bytes(opened.read_at(len(CONTENT) - 3, 10)) == CONTENT[-3:]
+    assert bytes(opened.read_at(5, 3)) == CONTENT[5:8]

@@ -93,6 +93,24 @@ def test_subfolders_are_files_of_the_base_but_other_models_are_not(folder):
     assert base.ignored == ["checkpoint-500/", "draft/", "original/"]
 
 
+def test_folders_are_read_four_deep(folder):
+    write(folder / "model.safetensors")
+    (folder / "1" / "2" / "3" / "4" / "5").mkdir(parents=True)
+    for name in ("1/2/3/4/x", "1/2/3/4/5/y"):
+        (folder / name).write_text("")
+    base = opened(folder)
+    assert sorted(base.files) == ["1/2/3/4/x", "config.json", "model.safetensors"]
+    assert base.ignored == ["1/2/3/4/5/"]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "null", "3", "", '["model"]'])
+def test_a_subfolder_without_a_valid_configuration_is_no_model(folder, text):
+    write(folder / "model.safetensors")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "config.json").write_text(text)
+    assert "sub/config.json" in opened(folder).files
+
+
 def test_links_that_lead_out_are_not_followed(folder, tmp_path):
     secret = tmp_path / "secret.txt"
     secret.write_text("secret")

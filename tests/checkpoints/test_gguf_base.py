@@ -74,7 +74,8 @@ def content(file):
 def checkpoint_of(model, dtype="F32"):
     """The tensors and the configuration of the merged checkpoint."""
     files = merged_files(model, Rendering(dtype))
-    tensors = safetensors.decode(content(files["model.safetensors"]))[0]
+    tensors, metadata = safetensors.decode(content(files["model.safetensors"]))
+    assert metadata == {"format": "pt"}, "without it, transformers refuses the file"
     return tensors, json.loads(content(files["config.json"]))
 
 
@@ -224,6 +225,26 @@ def test_the_configuration_is_made_from_the_keys(opened, rng):
         "eos_token_id": None,
         "pad_token_id": None,
     }
+
+
+def test_rows_that_are_no_whole_blocks_become_f16(opened, rng):
+    """As in llama.cpp's converter: a block of Q8_0 has 32 values."""
+    names = {"ffn_up": (8, 40), "ffn_gate": (8, 64)}
+    tensors = {
+        f"blk.0.{name}.weight": ("F32", shape, np.ones(shape, np.float32).tobytes())
+        for name, shape in names.items()
+    }
+    weights = {
+        f"model.layers.0.mlp.{one}_proj.weight": np.ones(names[f"ffn_{one}"])
+        for one in ("up", "gate")
+    }
+    base = opened(gguf_files.file_of(gguf_models.keys_of("qwen3"), tensors))
+    made = adapters(weights, [name.removesuffix(".weight") for name in weights], rng)
+    header, values = gguf_of(merge(base, made), "Q8_0")
+    kinds = {name: one.type.name for name, one in header.tensors.items()}
+    assert kinds == {"blk.0.ffn_up.weight": "F16", "blk.0.ffn_gate.weight": "Q8_0"}
+    want = expected(weights, made)["model.layers.0.mlp.up_proj.weight"]
+    assert reference.relative_error(values["blk.0.ffn_up.weight"], want) < 5e-4
 
 
 def test_a_tied_head_that_is_adapted_becomes_a_tensor(opened, rng):
@@ -447,20 +468,30 @@ def test_files_are_the_same_after_a_restart(tmp_path, rng):
 def test_a_large_checkpoint_is_divided_with_an_index(opened, rng, monkeypatch):
     monkeypatch.setattr("bonsai_lora.checkpoints.hugging_face.SHARD_BYTES", 600_000)
     raw, weights = gguf_models.model("Q1_0", rng)
-    model = merge(opened(raw), adapters(weights, ADAPTED, rng))
+    base = opened(raw)
+    model = merge(base, adapters(weights, ADAPTED, rng))
     files = hub_files(model)
     index = json.loads(content(files["model.safetensors.index.json"]))
     shards = sorted({*index["weight_map"].values()})
     assert shards == [one for one in files if one.endswith(".safetensors")]
     assert len(shards) > 1
     assert shards[0] == f"model-00001-of-{len(shards):05}.safetensors"
-    found = {}
+    found, sizes = {}, []
     for shard in shards:
         tensors = safetensors.decode(content(files[shard]))[0]
         assert {index["weight_map"][name] for name in tensors} == {shard}
+        if sizes:  # the one before had no place for the first tensor of this one
+            assert sizes[-1] + next(iter(tensors.values())).nbytes > 600_000
+        sizes.append(sum(one.nbytes for one in tensors.values()))
+        assert sizes[-1] <= 600_000
         found |= tensors
     assert found.keys() == weights.keys()
-    assert index["metadata"]["total_size"] == sum(one.nbytes for one in found.values())
+    assert index["metadata"]["total_size"] == sum(sizes)
+    for limit, is_one in ((sum(sizes), True), (sum(sizes) - 1, False)):
+        monkeypatch.setattr("bonsai_lora.checkpoints.hugging_face.SHARD_BYTES", limit)
+        files = hub_files(merge(base, adapters(weights, ADAPTED, rng)))
+        assert ("model.safetensors" in files) == is_one
+        assert ("model.safetensors.index.json" in files) == (not is_one)
 
 
 def test_files_beside_the_gguf_file_belong_to_the_checkpoint(tmp_path, rng):
@@ -527,6 +558,16 @@ def test_a_tensor_without_a_name_stays_in_the_gguf_file_alone(opened, rng):
         hub_files(model)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("ffn_up_exps", (4, 32)), ("ffn_up", (2, 4, 32)), ("ffn_up_exps", (2, 4, 8, 32))],
+)
+def test_only_a_stack_of_matrices_is_one_of_experts(opened, name, shape):
+    tensors = {f"blk.0.{name}.weight": ("F32", shape, bytes(4 * int(np.prod(shape))))}
+    base = opened(gguf_files.file_of(gguf_models.keys_of("qwen3moe"), tensors))
+    assert not [one for one in base.tensor_names if ".experts." in one]
+
+
 def test_types_without_a_decoder_are_copied_or_refused(opened, rng):
     raw, weights = gguf_models.model("Q1_0", rng)
     header = gguf.read_header(gguf.reader_of(raw), len(raw))
@@ -567,6 +608,29 @@ def test_files_that_are_no_whole_model_are_refused(opened, rng, keys, reason):
         opened(raw)
 
 
+def test_the_largest_alignment_is_served(opened, rng):
+    raw, weights = gguf_models.model("Q1_0", rng, **{"general.alignment": np.uint32(1 << 16)})
+    model = merge(opened(raw), adapters(weights, ADAPTED, rng))
+    assert gguf_of(model)[0].alignment == 1 << 16
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_experts_are_counted_before_they_have_names(opened, more):
+    """Two stacks of 65,536 experts of one weight each, and one more."""
+    stacks = {
+        f"blk.{layer}.ffn_up_exps.weight": ("F32", (count, 1, 1), bytes(4 * count))
+        for layer, count in enumerate(((1 << 16) + more, 1 << 16))
+    }
+    raw = gguf_files.file_of(gguf_models.keys_of("qwen3moe"), stacks)
+    if more:
+        with pytest.raises(InvalidBaseError, match="131073 experts, more than 131072"):
+            opened(raw)
+    else:
+        base = opened(raw)
+        assert len(base.tensor_names) == 1 << 17
+        assert base.info("model.layers.1.mlp.experts.65535.up_proj.weight").shape == (1, 1)
+
+
 def test_an_unknown_architecture_is_listed_but_not_merged(opened, rng):
     raw, weights = gguf_models.model("Q1_0", rng)
     header = gguf.read_header(gguf.reader_of(raw), len(raw))
@@ -587,8 +651,9 @@ def test_names_that_clash_are_refused_with_the_reason(tmp_path, rng):
         (tmp_path / name).write_bytes(raw)
     bases = BaseFolder(tmp_path)
     assert bases.names() == ["b", "c"]
-    with pytest.raises(InvalidBaseError, match=r"both a folder and the file b\.gguf"):
+    with pytest.raises(InvalidBaseError, match=r"both a folder and the file b\.gguf") as caught:
         bases.get("b")
+    assert caught.value.values == {"base": "b"}
     (tmp_path / "b.gguf").unlink()
     with pytest.raises(InvalidBaseError, match=r"2 GGUF files: one\.gguf, two\.gguf") as caught:
         bases.get("b")

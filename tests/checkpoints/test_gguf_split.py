@@ -96,6 +96,28 @@ def test_one_part_alone_is_refused(write, rng, counts, kept):
         bases.get("b")
 
 
+@pytest.mark.parametrize("most", [25, 24])
+def test_the_tensors_of_all_parts_are_counted(write, rng, monkeypatch, most):
+    raw, _ = gguf_models.model("Q1_0", rng)
+    bases = write(gguf_files.parts_of(raw, COUNTS))
+    monkeypatch.setattr(gguf, "MAX_TENSORS", most)
+    if most == 25:
+        assert len(bases.get("b").tensor_names) == 25
+    else:
+        with pytest.raises(InvalidBaseError, match="the parts have more than 24 tensors"):
+            bases.get("b")
+
+
+def test_a_folder_has_one_model(write, tmp_path, rng):
+    raw, _ = gguf_models.model("Q1_0", rng)
+    parts = gguf_files.parts_of(raw, COUNTS)
+    bases = write(parts)
+    for end, one in parts.items():
+        (tmp_path / "b" / f"other{end}").write_bytes(one)
+    with pytest.raises(InvalidBaseError, match=r"6 GGUF files.*a folder of its own"):
+        bases.get("b")
+
+
 def changed(parts, place, raw):
     return {end: raw if number == place else one for number, (end, one) in enumerate(parts.items())}
 
@@ -132,8 +154,9 @@ def test_parts_that_do_not_belong_together_are_refused(write, rng, case, reason)
         "an array": gguf_files.parts_of(raw, COUNTS, **{"split.count": np.ones(3, np.uint16)}),
     }
     bases = write(cases[case])
-    with pytest.raises(InvalidBaseError, match=reason):
+    with pytest.raises(InvalidBaseError, match=reason) as caught:
         bases.get("b")
+    assert caught.value.values == {"base": "b"}
 
 
 def test_a_changed_part_is_a_different_base(write, rng):

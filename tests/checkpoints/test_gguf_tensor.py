@@ -131,6 +131,21 @@ def test_what_cannot_be_read_is_refused_before_it_is(stored, shape, options, rea
         tensor.check()
 
 
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((3, MAX_WIDTH), {"folding": Folding(128, {})}),
+        ((1, MAX_WIDTH), {"conversion": Conversion(Change.V_COLUMNS, Heads(linear_keys=2, linear_values=4))}),
+        ((MAX_ROWS, 1), {"conversion": Conversion(Change.Q_ROWS, HEADS)}),
+        ((MAX_VECTOR,), {"is_matrix": False}),
+        ((MAX_ROWS + 1, 1), {}),
+        ((1, 2 * MAX_WIDTH), {"conversion": Conversion(Change.PLUS_ONE)}),
+    ],
+)  # fmt: skip
+def test_what_has_the_largest_size_or_stays_in_order_is_read(stored, shape, options):
+    stored("F32", shape, b"", **options).check()
+
+
 def test_a_stack_is_one_matrix(rng):
     parts = rng.standard_normal((3, 5, 4)).astype(np.float32)
     stack = Stacked([*parts])

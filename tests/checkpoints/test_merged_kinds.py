@@ -100,6 +100,17 @@ def test_fan_in_fan_out_changes_nothing_where_layers_are_linear(base, rng):
     assert close(got[name], weight + reference.delta_weight(one.a_matrix, one.b_matrix, 2.0))
 
 
+def test_a_targeted_matrix_without_a_layer_means_those_of_all_layers(base, rng):
+    """peft's target_parameters may name the weight of a linear layer, too."""
+    tensors = {f"model.layers.{one}.self_attn.q_proj.weight": normal(rng, 6, 6) for one in (0, 1)}
+    one = adapter(rng, 6, 6)
+    found = base(tensors, model_type="qwen3")
+    got = merged(found, lora_set({"q_proj": one}), target_parameters=("q_proj.weight",))
+    for name, weight in tensors.items():
+        delta = reference.delta_weight(one.a_matrix, one.b_matrix, 2.0)
+        assert close(got[name], weight + delta)
+
+
 def test_dora_of_conv1d_scales_columns(base, rng):
     weight = normal(rng, 6, 5)
     magnitude = np.abs(normal(rng, 5)) + 0.5
@@ -166,6 +177,14 @@ def test_token_rows_replace_rows_of_the_embedding(base, rng):
         assert np.array_equal(got["model.embed_tokens.weight"], expected)
     with pytest.raises(ShapeMismatchError, match="row 5"):
         merged(found, replaced(rng, **{name: rows}), token_indices=[0, 5])
+
+
+def test_no_token_rows_replace_nothing(base, rng):
+    found = tied_base(base, rng)
+    before = merged(found, replaced(rng))["model.embed_tokens.weight"]
+    name = "embed_tokens.token_adapter.trainable_tokens_delta"
+    got = merged(found, replaced(rng, **{name: normal(rng, 0, 3)}), token_indices=[])
+    assert np.array_equal(got["model.embed_tokens.weight"], before)
 
 
 def test_token_rows_that_tie_and_that_do_not(base, rng):

@@ -9,6 +9,7 @@ from bonsai_lora.checkpoints.merged import Ingredient, MergedModel
 from bonsai_lora.checkpoints.merged_files import merged_files
 from bonsai_lora.checkpoints.merged_tensor import MergedTensor, Touched
 from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.errors import ShapeMismatchError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.peft_options import BaseOptions
 
@@ -68,6 +69,35 @@ def test_match_chooses_between_towers(open_base, adapter):
     assert np.array_equal(got[towers[0]], tensors[towers[0]])
     expected = tensors[towers[1]].reshape(-1, D_IN) + delta_of(adapter)
     assert close(got[towers[1]].reshape(-1, D_IN), expected)
+
+
+def separate(tower, count):
+    return [f"{tower}.model.layers.0.mlp.experts.{one}.down_proj.weight" for one in range(count)]
+
+
+def test_match_chooses_between_towers_of_separate_experts(open_base, adapter):
+    names = separate("text", EXPERTS)
+    base, tensors = open_base(*separate("audio", EXPERTS + 1), *names, shape=(D_OUT, D_IN))
+    got = merge(base, adapter, "down_proj", "text.")
+    deltas = dict(zip(names, delta_of(adapter).reshape(EXPERTS, D_OUT, D_IN), strict=True))
+    for name, before in tensors.items():
+        assert close(got[name], before + deltas.get(name, 0))
+
+
+def test_a_base_may_have_one_expert(open_base, rng):
+    (name,) = separate("text", 1)
+    base, tensors = open_base(name, shape=(D_OUT, D_IN))
+    one = LoraAdapter(CONFIG, normal(rng, 2, D_IN), normal(rng, D_OUT, 2), 2.0, experts=1)
+    delta = 2.0 * one.b_matrix.astype(float) @ one.a_matrix
+    assert close(merge(base, one, "down_proj")[name], tensors[name] + delta)
+
+
+@pytest.mark.parametrize(("count", "words"), [(2, "has no expert 2"), (4, "has an expert 3")])
+def test_a_different_number_of_experts_is_refused(open_base, adapter, count, words):
+    base, _ = open_base(*separate("text", count), shape=(D_OUT, D_IN))
+    with pytest.raises(ShapeMismatchError, match=f"3 experts .* base 'b' {words}") as caught:
+        merge(base, adapter, "down_proj")
+    assert caught.value.values == {"module": "layers.0.mlp.experts", "base": "b"}
 
 
 @pytest.mark.parametrize(("leaf", "names"), [("down_proj", ["w2"]), ("gate_up_proj", ["w1", "w3"])])

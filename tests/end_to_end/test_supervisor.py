@@ -4,8 +4,10 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import termios
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -32,9 +34,11 @@ def wait_for_other_workers(process, before):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV])
-def test_a_killed_worker_is_replaced_within_two_seconds(tmp_path, count, number):
+@pytest.mark.parametrize(
+    ("number", "count"),
+    [(signal.SIGKILL, 1), (signal.SIGBUS, 1), (signal.SIGSEGV, 1), (signal.SIGKILL, 2)],
+)
+def test_a_killed_worker_is_replaced_within_two_seconds(tmp_path, number, count):
     with running("--store", str(tmp_path), "--workers", str(count)) as (url, process):
         httpx.post(f"{url}/v1/sets", json={"name": "s"})
         before = set(workers_of(process))
@@ -97,8 +101,10 @@ def test_ctrl_c_lets_requests_in_flight_finish(tmp_path):
         assert process.wait(timeout=20) == 0
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize("is_whole_group", [False, True], ids=["supervisor", "all processes"])
+@pytest.mark.parametrize(
+    ("ending", "is_whole_group"),
+    [(signal.SIGTERM, False), (signal.SIGHUP, False), *((one, True) for one in ENDINGS)],
+)
 def test_nothing_is_left_behind(tmp_path, ending, is_whole_group):
     path = tmp_path / "x.sock"
     flags = ["--store", "memory:", "--uds", str(path)]
@@ -115,7 +121,7 @@ def test_nothing_is_left_behind(tmp_path, ending, is_whole_group):
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
 def test_nothing_is_left_by_a_service_that_ends_while_it_starts(tmp_path, ending):
     command = [COMMAND, "serve", "--store", "memory:", "--port", "0"]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "BONSAI_LORA_KERNELS": "off"}
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 20
         while not any(tmp_path.glob("*/service.lock")):
@@ -143,6 +149,90 @@ def test_what_a_killed_service_leaves_is_removed_by_the_next(tmp_path):
     assert list(tmp_path.iterdir()) == [other]
 
 
+def states_of(pids):
+    return [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in pids]
+
+
+def wait_for_states(pids, *expected):
+    deadline = time.monotonic() + 10
+    while not set(states_of(pids)) <= set(expected):
+        assert time.monotonic() < deadline, states_of(pids)
+        time.sleep(0.01)
+
+
+def test_ctrl_z_stops_the_workers_too_until_the_service_is_continued(tmp_path):
+    with running("--store", str(tmp_path), "--workers", "2") as (url, process):
+        httpx.get(f"{url}/healthz").raise_for_status()
+        everyone = [process.pid, *workers_of(process)]
+        for _ in range(2):
+            process.send_signal(signal.SIGTSTP)
+            wait_for_states(everyone, "T")
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.get(f"{url}/healthz", timeout=0.2)
+            process.send_signal(signal.SIGCONT)
+            wait_for_states(everyone, "S", "R")
+            httpx.get(f"{url}/healthz").raise_for_status()
+        process.send_signal(signal.SIGTSTP)
+        wait_for_states(everyone, "T")
+        process.send_signal(signal.SIGTERM)  # as a shell does that ends a stopped job
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=20) == 0
+
+
+SWALLOWED = """
+import os, signal, time
+from bonsai_lora.cli.supervisor import Supervisor
+
+class Swallowing:
+    def __del__(self):
+        print("started", flush=True)
+        time.sleep(60)
+
+def work():
+    Swallowing()
+    time.sleep(60)
+
+Supervisor(work, 1, print).run()
+"""
+
+
+def test_a_worker_ends_by_a_signal_that_interrupts_a_finalizer(tmp_path):
+    """Python ignores exceptions in finalizers."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SWALLOWED], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "started\n"
+        process.terminate()
+        assert process.wait(timeout=10) == 0
+
+
+ORPHANED = """
+import os
+import uvicorn
+from bonsai_lora.cli.accept import Server
+
+async def app(scope, receive, send):
+    pass
+
+reader, writer = os.pipe()
+if os.fork():
+    os.read(reader, 1)
+    os._exit(0)
+server = Server(uvicorn.Config(app, lifespan="off", log_config=None), 1, 0, print)
+os.write(writer, b"x")
+server.run(sockets=[])
+print("ended", flush=True)
+"""
+
+
+def test_a_worker_without_a_supervisor_ends_without_a_signal():
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHANED], stdout=subprocess.PIPE, text=True
+    ) as process:
+        shown, _ = process.communicate(timeout=20)
+    assert shown == "ended\n"
+
+
 def test_nohup_is_respected(tmp_path):
     command = ("nohup", COMMAND)
     with running("--store", str(tmp_path), command=command) as (url, process):
@@ -161,7 +251,7 @@ def test_a_terminal_stops_no_worker_that_writes_to_it(tmp_path):
     termios.tcsetattr(terminal, termios.TCSANOW, attributes)
     path = tmp_path / "x.sock"
     flags = ["--store", str(tmp_path / "store"), "--uds", str(path), "--log-level", "debug"]
-    command = ["setsid", "--ctty", COMMAND, "serve", *flags]
+    command = ["setsid", "--ctty", COMMAND, "serve", "--kernels", "off", *flags]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
     with subprocess.Popen(command, **streams) as process, open(reader, "rb", 0) as screen:
         os.close(terminal)

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from bonsai_lora.checkpoints.gguf_lora import Model, encode_lora
+from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import to_float32
+from bonsai_lora.core.config import LoraConfig
+from bonsai_lora.core.loraset import BonsaiLoraSet
+from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import BonsaiLoraError, InvalidAdapterError, UnsupportedAdapterError
 from bonsai_lora.formats.gguf import read_header, reader_of
 from bonsai_lora.formats.gguf_lora import copied_bytes, count_modules, decode_lora
@@ -196,6 +200,88 @@ def test_values_beyond_the_type_are_refused(rng):
         encoded(peft_set(tensors), dtype="BF16")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "largest", "beyond"),
+    [("F16", 65504, 65536), ("BF16", 0xFF << 120, 0x1FF << 119), ("Q8_0", 8319008, 8319009)],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_value_of_a_type_is_written(rng, dtype, largest, beyond, sign):
+    tensors = linear(rng)
+    key = f"base_model.model.{Q}.lora_A.weight"
+    tensors[key][1, 5] = np.float32(sign * largest)
+    _, content = encoded(peft_set(tensors), dtype=dtype)
+    found = decode(content).tensors[key].astype(np.float32)
+    assert np.isfinite(found).all()
+    assert found[1, 5] == pytest.approx(sign * largest, rel=1e-6)
+    tensors[key][1, 5] = np.float32(sign * beyond)
+    with pytest.raises(UnsupportedAdapterError, match=f"beyond the largest {dtype}"):
+        encoded(peft_set(tensors), dtype=dtype)
+
+
+@pytest.mark.parametrize("way", ["scaling", "folding"])
+def test_float32_overflows_only_where_values_are_computed(rng, way):
+    """Factors are copied as they are, unless B is scaled or A folded."""
+    half = "A" if way == "folding" else "B"
+    tensors = linear(rng)
+    tensors[f"base_model.model.{Q}.lora_{half}.weight"][:] = 3e38
+    plain = peft_set(tensors, lora_alpha=64)
+    assert encoded(plain)
+    folding = Folding(16, {64: np.ones(64, np.float32)}, frozenset({KEY}))
+    with pytest.raises(UnsupportedAdapterError, match="beyond the largest F32"):
+        if way == "folding":
+            encoded(plain, folding=folding)
+        else:
+            other = linear(rng, f"{LAYER}mlp.up_proj")
+            encoded(peft_set(tensors | other, lora_alpha=64, alpha_pattern={"up_proj": 1}))
+
+
+@pytest.mark.parametrize("base", ["org/model", ""])
+def test_the_keys_of_a_file_say_what_it_is(rng, base):
+    lora_set = peft_set(linear(rng), base_model_name_or_path=base)
+    _, content = encoded(lora_set)
+    header = read_header(reader_of(content), len(content))
+    expected = {
+        **PAIRS,
+        "adapter.lora.alpha": 8.0,
+        "general.name": "mine",
+        "general.quantization_version": 2,
+        **(
+            {"general.base_model.count": 1, "general.base_model.0.name": "org/model"}
+            if base
+            else {}
+        ),
+    }
+    assert {key: header.get(key) for key in header.pairs} == expected
+
+
+def test_the_order_of_the_adapters_makes_no_difference(rng):
+    modules = [
+        f"model.layers.{layer}.mlp.{one}_proj" for layer in (10, 2) for one in ("up", "down")
+    ]
+    adapters = [linear(rng, module) for module in modules]
+    contents = []
+    for order in (adapters, adapters[::-1]):
+        tensors = {key: one for part in order for key, one in part.items()}
+        contents.append(encoded(peft_set(tensors))[1])
+    assert contents[0] == contents[1]
+    header = read_header(reader_of(contents[0]), len(contents[0]))
+    assert [key.split(".")[1] for key in header.tensors] == ["2"] * 4 + ["10"] * 4, "by layer"
+
+
+def test_a_set_without_adapters_is_refused():
+    empty = BonsaiLoraSet(LoraRegistry(LoraConfig(4, 8.0), {}), "", "mine", {})
+    with pytest.raises(UnsupportedAdapterError, match="has no adapters") as caught:
+        encoded(empty)
+    assert caught.value.values == {"set": "mine"}
+
+
+def test_experts_of_one_stack_have_one_shape(rng):
+    modules = [f"{LAYER}mlp.experts.{one}.up_proj" for one in (0, 1)]
+    tensors = linear(rng, modules[0]) | linear(rng, modules[1], d_in=32)
+    with pytest.raises(UnsupportedAdapterError, match=r"shapes \[\(32, 32\), \(64, 32\)\]"):
+        encoded(peft_set(tensors), Model("qwen3moe"))
+
+
 def test_rows_of_query_heads_are_permuted_for_llama(rng):
     lora_set = peft_set(linear(rng, d_out=32))
     model = Model("llama", Heads(4, 2))
@@ -248,6 +334,29 @@ def test_experts_of_different_ranks_become_one_stack(rng):
         assert np.allclose(found[name], expected.get(name, 0), rtol=1e-5, atol=1e-6)
     with pytest.raises(UnsupportedAdapterError, match="numbers below 2"):
         encoded(lora_set, Model("qwen3moe", experts=2))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "names"), [("down_proj", ["down_proj"]), ("gate_up_proj", ["gate_proj", "up_proj"])]
+)
+def test_fused_experts_become_the_stacks_of_their_tensors(rng, leaf, names):
+    experts, rank, d_in, d_out = 3, 2, 64, 32
+    a_matrix = rng.standard_normal((experts * rank, d_in)).astype(np.float32)
+    b_matrix = rng.standard_normal((d_out, rank * experts)).astype(np.float32)
+    config = LoraConfig(rank, 4.0)
+    fused = LoraAdapter(config, a_matrix, b_matrix, 2.0, experts=experts)
+    registry = LoraRegistry(config, {f"{LAYER}mlp.experts": fused})
+    lora_set = BonsaiLoraSet(registry, "", "mine", {})
+    raw = {"target_parameters": [f"mlp.experts.{leaf}"]}
+    _, content = encoded(lora_set, Model("qwen3moe", experts=experts), raw=raw)
+    found = deltas(set_of(content))
+    assert len(found) == experts * len(names)
+    a_matrix, b_matrix = a_matrix.reshape(experts, rank, d_in), b_matrix.reshape(d_out, rank, -1)
+    for expert in range(experts):
+        delta = 2.0 * b_matrix[:, :, expert].astype(float) @ a_matrix[expert]
+        for name, rows in zip(names, np.split(delta, len(names)), strict=True):
+            got = found[f"{LAYER}mlp.experts.{expert}.{name}"]
+            assert np.allclose(got, rows, rtol=1e-5, atol=1e-5)
 
 
 def test_the_number_of_an_expert_does_not_make_a_stack_large(rng):

@@ -158,6 +158,9 @@ def test_heads_that_do_not_divide_the_rows_are_refused():
         (Heads(linear_keys=2, linear_values=4), Change.V_ROWS, 14),
         (Heads(linear_keys=2, linear_values=4, linear_key_width=9), Change.QKV_ROWS, 14),
         (Heads(linear_keys=0, linear_values=4), Change.V_ROWS, 12),
+        (Heads(), Change.V_ROWS, 12),
+        (Heads(), Change.QKV_ROWS, 12),
+        (Heads(linear_keys=2, linear_values=4), Change.QKV_ROWS, 12),
     ):
         with pytest.raises(UnsupportedGgufError, match="are not divided by"):
             gguf_names.row_order(change, heads, rows)

@@ -32,12 +32,13 @@ HOOKS = Path(__file__).with_name("hooks.py")
 FOLDERS = {
     # Folder: what is changed, and the tests that may detect it.
     "core": (["core/*"], ["core", "api/test_experts.py", "api/test_apply.py", "api/test_combinations.py", "api/test_stats.py", "api/test_adapters.py", "api/test_sets.py", "api/test_lab.py", "service/test_survival.py", "service/test_extract.py", "formats/test_peft_export.py", "storage/test_records.py"]),
-    "formats": (["formats/*"], ["formats", "api/test_combinations.py", "api/test_experts.py", "api/test_variants.py", "api/test_hostile.py"]),
+    "formats": (["formats/*"], ["formats", "api/test_combinations.py", "api/test_experts.py", "api/test_variants.py", "api/test_hostile.py", "api/test_lab.py", "service/test_extract.py"]),
     "wire": (["wire/*"], ["wire", "formats/test_safetensors.py", "api/test_oip.py", "api/test_hostile.py", "api/test_apply.py", "api/test_mixed.py", "api/test_bodies.py", "api/test_limits.py", "api/test_shared_memory.py", "client/test_calls.py", "client/test_refusals.py"]),
-    "storage": (["storage/*"], ["storage", "formats/test_peft_tensors.py", "api/test_sets.py", "api/test_newer_format.py", "api/test_shared_memory.py", "api/test_oip.py", "api/test_operations.py", "api/test_bucket.py", "api/test_jobs.py", "api/test_versions.py", "api/test_keys.py", "api/test_key_limits.py", "api/test_hub_list.py", "api/test_hub_push.py", "service/test_sets_folder.py"]),
+    "storage": (["storage/*"], ["storage", "formats/test_peft_tensors.py", "api/test_sets.py", "api/test_newer_format.py", "api/test_shared_memory.py", "api/test_oip.py", "api/test_operations.py", "api/test_bucket.py", "api/test_jobs.py", "api/test_versions.py", "api/test_keys.py", "api/test_key_limits.py", "api/test_hub_list.py", "api/test_hub_push.py", "api/test_lfs.py", "service/test_sets_folder.py"]),
     "checkpoints": (["checkpoints/*"], ["checkpoints", "formats/test_gguf_lora.py", "service/test_lab_memory.py", "service/test_extract.py", "service/test_survival.py", "api/test_gguf_bases.py", "api/test_gguf_sets.py", "api/test_merged.py", "api/test_files.py", "api/test_combinations.py", "api/test_wide_rows.py", "api/test_experts.py", "api/test_variants.py"]),
-    "service": (["service/*"], ["service", *(f"api/test_{one}.py" for one in ("adapters", "apply", "bucket", "combinations", "experts", "files", "gguf_bases", "gguf_sets", "hub_list", "hub_push", "jobs", "key_limits", "keys", "lab", "limits", "merge", "merged", "mixed", "newer_format", "oip", "oip_experts", "operations", "sets", "shared_memory", "sources", "stats", "variants", "versions", "wide_rows"))]),
-    "api": (["api/ranges.py", "api/conditions.py", "api/body.py"], ["api/test_ranges.py", "api/test_files.py", "api/test_conditions.py", "api/test_bodies.py", "api/test_limits.py", "api/test_merge.py"]),
+    "service": (["service/*"], ["service", *(f"api/test_{one}.py" for one in ("adapters", "apply", "bucket", "combinations", "experts", "files", "gguf_bases", "gguf_sets", "hub_list", "hub_push", "jobs", "key_limits", "keys", "lab", "lfs", "limits", "merge", "merged", "mixed", "newer_format", "oip", "oip_experts", "operations", "sets", "shared_memory", "sources", "sources_s3", "stats", "variants", "versions", "wide_rows"))]),
+    "sources": (["sources/*"], ["api/test_sources.py", "api/test_sources_s3.py"]),
+    "api": ([f"api/{one}.py" for one in ("ranges", "conditions", "body", "json_response", "routes/lfs")], [f"api/test_{one}.py" for one in ("ranges", "files", "conditions", "bodies", "limits", "merge", "lfs", "sets", "hub_push")]),
 }  # fmt: skip
 
 ELSEWHERE = [
@@ -51,7 +52,7 @@ methods to the classes of which the last one compares all methods."""
 
 UNTESTED = [
     r'^\s+f?"[^"]*"[,)]?$',  # a line of a text
-    r"^\s+(got|got_bytes|expected|field|key|keys|limit|limit_bytes|module|modules|set|tensor)=",
+    r"^\s+(got|got_bytes|expected|field|key|keys|limit|limit_bytes|module|modules|set|tensor|tensors)=",
     r"""\braise \w+\(f?["'].*\)$""",
     r"_log\.|\bassert\b",
 ]

@@ -115,6 +115,7 @@ def test_a_known_delta_comes_back_with_the_error_of_rounding(
     put("tuned", tuned)
     result = made_by(extract(client, rank=16))
     assert (result["origin"], result["base_model_name"]) == ("extracted", "base")
+    assert result["config"]["target_modules"] == ["down_proj", "q_proj"]
     report = result["report"]
     assert (report["rank"], report["same"], report["warnings"]) == (16, 3, [])
     got = deltas(store)
@@ -265,10 +266,22 @@ def test_conv1d_weights_are_stored_the_other_way(client, put, store, rng):
     put("tuned", {name: base[name] + delta}, model_type="gpt2")
     assert made_by(extract(client, rank=2))["modules"][0]["d_in"] == 40
     assert relative_error(next(iter(deltas(store).values())), delta.T) < 1e-5
+    assert client.get("/v1/sets/new/adapter_config.json").json()["fan_in_fan_out"] is True
     merged = client.get("/v1/bases/base/merged/new/model.safetensors").content
     np.testing.assert_allclose(
         safetensors.decode(merged)[0][name], base[name] + delta, rtol=1e-4, atol=1e-5
     )
+
+
+def test_only_adapted_weights_say_how_they_are_stored(client, put, rng):
+    """A changed bias of a Conv1D layer has no orientation."""
+    bias = "transformer.h.0.attn.c_attn.bias"
+    base = {HEAD: rng.standard_normal((40, 120)).astype(np.float32), bias: np.ones(9, np.float32)}
+    delta = low_rank(rng, (40, 120), 2, 0.1).astype(np.float32)
+    put("base", base, model_type="gpt2")
+    put("tuned", {HEAD: base[HEAD] + delta, bias: 2 * base[bias]}, model_type="gpt2")
+    made_by(extract(client, rank=2))
+    assert client.get("/v1/sets/new/adapter_config.json").json()["fan_in_fan_out"] is False
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "llama"])

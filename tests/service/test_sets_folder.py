@@ -66,6 +66,15 @@ def test_an_adapter_is_imported_once(run, store, folder):
     assert SetStore(store.root).read_record("plain").source == stored.record.source
 
 
+def test_what_an_upload_would_warn_of_is_named(run, folder):
+    shutil.copytree(TINY / "plain", folder / "mine")
+    config = json.loads((folder / "mine" / "adapter_config.json").read_text())
+    (folder / "mine" / "adapter_config.json").write_text(json.dumps({**config, "lora_dropot": 0}))
+    (warning,) = run()["mine"].warnings
+    assert "lora_dropot" in warning
+    assert run()["mine"].warnings == []
+
+
 def test_a_changed_file_is_the_next_version(run, store, folder):
     shutil.copytree(TINY / "plain", folder / "mine")
     run()

@@ -2,6 +2,7 @@
 
 import os
 
+import obstore
 import pytest
 from buckets import Machines, create, delete
 from obstore.store import MemoryStore
@@ -104,6 +105,20 @@ def test_a_large_object_is_written_and_read_in_pieces(tmp_path, size):
     with pytest.raises(FileNotFoundError):
         list(bucket.pieces("absent", size))
     assert bucket.is_reachable
+
+
+def test_few_pieces_are_read_ahead_of_who_takes_them(tmp_path, monkeypatch):
+    """Each is in memory, and a slow disk must not make a large object collect there."""
+    bucket, asked = Bucket(MemoryStore()), []
+    (tmp_path / "file").write_bytes(bytes(12 * PIECE_BYTES))
+    bucket.write("k", tmp_path / "file")
+    get_range = obstore.get_range
+    monkeypatch.setattr(
+        obstore, "get_range", lambda *path, **span: (asked.append(1), get_range(*path, **span))[1]
+    )
+    for taken, _ in enumerate(bucket.pieces("k", 12 * PIECE_BYTES), 1):
+        assert len(asked) <= taken + 3
+    assert len(asked) == 12
 
 
 def test_a_small_object_that_is_too_large_is_not_read(bucket, server):

@@ -3,12 +3,14 @@
 import os
 
 import pytest
+from buckets import URL, Machines, create
 from test_records import NOW, rewrite
 
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import SetNotFoundError
-from bonsai_lora.storage import in_use
+from bonsai_lora.storage import bucket_store, in_use
+from bonsai_lora.storage.bucket import Bucket
 from bonsai_lora.storage.in_use import OpenNames, suspect_sets_of, suspects
 from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.store import SetStore
@@ -53,3 +55,20 @@ def test_a_suspect_is_verified_before_it_is_served(tmp_path):
         after.read("bad")
     assert "is damaged" in after.bad.reasons()["bad"]
     assert rewrite(after, "good").record.version == 2
+
+
+def test_a_store_of_a_bucket_keeps_the_names_too(tmp_path, monkeypatch):
+    shared, machines = tmp_path / "shared", Machines(tmp_path)
+    shared.mkdir()
+    create(machines.store(), "s")
+    monkeypatch.setattr(bucket_store, "open_bucket", lambda _: Bucket(machines.memory))
+    store = bucket_store.open_bucket_store(
+        URL,
+        tmp_path / "cache",
+        cache_bytes=1 << 20,
+        stale_seconds=60,
+        stale_if_error_seconds=3600,
+        shared=shared,
+    )
+    store.read("s")
+    assert suspect_sets_of(shared, os.getpid()) == ["s"]

@@ -257,6 +257,7 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
     job_lane = Lane("jobs", settings.max_jobs, threads, late_per_place=0)
     return Context(
         settings=settings,
+        limits=limits,
         store=view,
         memory=memory,
         spill=Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),

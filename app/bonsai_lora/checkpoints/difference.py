@@ -66,7 +66,7 @@ class Difference:
             is_changed[place] = delta.any(axis=1)
             if held is not None:
                 held[place] = delta
-        self._held = held if square else None
+        self._held = held
         return Survey(square, base_square, np.flatnonzero(is_changed))
 
     def blocks(self) -> Iterator[Floats]:

@@ -30,31 +30,35 @@ def expert_weights(
         yield stacked, adapter
         return
     core, _, leaf = parameter.rpartition(".")
-    first = _SPLIT.get(leaf, (leaf,))[0]
-    if _find(base, core, 0, first, match) is None:
+    first = _find_first(base, core, _SPLIT.get(leaf, (leaf,))[0], match)
+    if first is None:
         return
+    stack, _, own_name, _ = first.rsplit(".", 3)
+    renamed = _OLD_NAMES if own_name in _OLD_NAMES.values() else {}
     for number, expert in enumerate(adapter.each_expert):
         for name, part in split_outputs(leaf, expert):
-            found = _find(base, core, number, name, match)
-            if found is None:
+            tensor = f"{stack}.{number}.{renamed.get(name, name)}.weight"
+            if tensor not in base.tensor_names:
                 raise _another_count(base, core, adapter, f"has no expert {number}")
-            yield found, part
-    if _find(base, core, adapter.experts or 1, first, match) is not None:
-        raise _another_count(base, core, adapter, f"has an expert {adapter.experts or 1}")
+            yield tensor, part
+    count = len(adapter.each_expert)
+    if f"{stack}.{count}.{own_name}.weight" in base.tensor_names:
+        raise _another_count(base, core, adapter, f"has an expert {count}")
+
+
+def _find_first(base: Base, core: str, name: str, match: str | None) -> str | None:
+    """Return the tensor `name` of the first expert."""
+    return base.paths.find_one(f"{core}.0.{name}.weight", match) or base.paths.find_one(
+        f"{core}.0.{_OLD_NAMES.get(name, name)}.weight", match
+    )
 
 
 def _another_count(base: Base, core: str, adapter: LoraAdapter, what: str) -> ShapeMismatchError:
     return ShapeMismatchError(
-        f"the set is for {counted(adapter.experts or 1, 'expert')} in {core!r}, but base "
+        f"the set is for {counted(len(adapter.each_expert), 'expert')} in {core!r}, but base "
         f"{base.name!r} {what}; merge it into the model that it was trained on",
         module=core,
         base=base.name,
-    )
-
-
-def _find(base: Base, core: str, number: int, name: str, match: str | None) -> str | None:
-    return base.paths.find_one(f"{core}.{number}.{name}.weight", match) or base.paths.find_one(
-        f"{core}.{number}.{_OLD_NAMES.get(name, name)}.weight", match
     )
 
 

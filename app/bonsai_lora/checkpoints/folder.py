@@ -150,5 +150,5 @@ def _is_model(folder: Path) -> bool:
         return True
     try:
         return "model_type" in json.loads(_read(folder / CONFIG_FILE))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False

@@ -1,6 +1,5 @@
 """Merged models: a base, and what sets change of its tensors. Their files are in merged_files."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from bonsai_lora.checkpoints.experts import expert_weights
 from bonsai_lora.checkpoints.fit import check_not_empty, check_tensor
 from bonsai_lora.checkpoints.merged_tensor import MergedTensor, TokenRows, Touched
 from bonsai_lora.checkpoints.orientation import Fit, as_stored, is_any_transposed
+from bonsai_lora.checkpoints.parts import digest_of
 from bonsai_lora.checkpoints.ties import is_embedding, tied_adapters, tied_replacements
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array
@@ -71,11 +71,7 @@ class MergedModel:
         parts = [self.base.digest, *(f"{one.etag}*{one.weight!r}" for one in self._ingredients)]
         if self._match is not None:
             parts.append(f"match={self._match}")
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:40]
-
-    def is_touched(self, tensor: str) -> bool:
-        """Return whether a tensor differs from that of the base."""
-        return tensor in self._touched
+        return digest_of("\n".join(parts))
 
     @property
     def changes(self) -> Mapping[str, Touched]:

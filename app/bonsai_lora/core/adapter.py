@@ -108,14 +108,10 @@ class LoraAdapter:
         """Whether the product is prepared; if not, the first apply may read a file."""
         return "_product" in self.__dict__
 
-    def factors_of(self, rows: slice, columns: slice) -> tuple[Array, Floats]:
-        """Return A[:, columns] as stored, and B[rows] as float32."""
-        return self.a_matrix[:, columns], to_float32(self.b_matrix[rows])
-
     def stored_factors_of(self, rows: slice, columns: slice) -> tuple[Array, Floats]:
         """Return the right and left factors of a block of the delta, in the layout of the base."""
         if self.layer == "linear":
-            return self.factors_of(rows, columns)
+            return self.a_matrix[:, columns], to_float32(self.b_matrix[rows])
         # (B A)^T = A^T B^T
         return self.b_matrix[columns].T, to_float32(self.a_matrix[:, rows]).T
 
@@ -206,8 +202,8 @@ class LoraAdapter:
             )
         if not weights.flags.c_contiguous or not weights.flags.writeable:
             raise ValueError("expected weights that are C-contiguous and may be written")
-        factors = self.factors_of(slice(None), slice(None))
-        merge_rows(weights, *factors, self.scaling, out=weights)
+        b_matrix = to_float32(self.b_matrix)
+        merge_rows(weights, self.a_matrix, b_matrix, self.scaling, out=weights)
 
 
 def check_factors(a_matrix: Array, b_matrix: Array) -> None:

@@ -61,15 +61,15 @@ class Heads:
 
     queries: int = 1
     keys: int = 1
-    linear_keys: int = 1
-    linear_values: int = 1
-    """Heads of linear attention."""
+    linear_keys: int = 0
+    linear_values: int = 0
+    """Heads of linear attention; 0 if unknown, which row_order refuses."""
     linear_key_width: int = 0
     """Rows of one key head of linear attention."""
 
     @classmethod
     def of(cls, header: Header) -> "Heads":
-        """Return the counts of a model's header: 1 if there is none, 0 if it is one per layer."""
+        """Return the counts of a model's header; 0 for one per layer, which row_order refuses."""
 
         def number(key: str, default: int) -> int:
             key = f"{header.architecture}.{key}"
@@ -80,8 +80,8 @@ class Heads:
         return cls(
             queries,
             number("attention.head_count_kv", queries),
-            number("ssm.group_count", 1),
-            number("ssm.time_step_rank", 1),
+            number("ssm.group_count", 0),
+            number("ssm.time_step_rank", 0),
             number("ssm.state_size", 0),
         )
 
@@ -229,7 +229,10 @@ def row_order(change: Change, heads: Heads, rows: int) -> Order | None:
     if change in (Change.QKV_ROWS, Change.CONVOLUTION):
         first = 2 * heads.linear_keys * heads.linear_key_width
         values = _value_order(heads, rows - first)
-        return None if values is None else np.concatenate([np.arange(first), first + values])
+        if values is None:
+            return None
+        _check_divides(heads.linear_key_width, first)
+        return np.concatenate([np.arange(first), first + values])
     return None
 
 
@@ -239,7 +242,7 @@ def column_order(change: Change, heads: Heads, columns: int) -> Order | None:
 
 
 def _value_order(heads: Heads, size: int) -> Order | None:
-    if heads.linear_values == heads.linear_keys:
+    if heads.linear_values == heads.linear_keys > 0:
         return None
     _check_divides(heads.linear_keys, heads.linear_values)
     _check_divides(heads.linear_values, size)

@@ -5,7 +5,7 @@ The `json` module lets none run before it is done: 0.4 s for an object with a mi
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any, NoReturn
@@ -77,14 +77,20 @@ class ObjectReader:
             end = _LITERAL.match(self._text, self._at).end()  # type: ignore[union-attr]
         if end <= self._at:
             self._fail("a short value")
-        found, self._at = _DECODER.decode(self._text[self._at : end]), end
+        found, self._at = self._decoded(_DECODER.decode, self._text[self._at : end]), end
         return found
 
     def any_value(self) -> Any:
         """Return the value that begins here, read as a whole."""
         self._next()
-        found, self._at = _DECODER.raw_decode(self._text, self._at)
+        found, self._at = self._decoded(_DECODER.raw_decode, self._text, self._at)
         return found
+
+    def _decoded(self, decode: Callable[..., Any], *text: str | int) -> Any:
+        try:
+            return decode(*text)
+        except RecursionError:
+            self._fail("a value that is nested less deeply")
 
     def _string(self) -> str:
         self._expect('"')

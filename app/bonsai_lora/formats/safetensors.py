@@ -310,8 +310,6 @@ def _parse(raw: bytes) -> tuple[dict[str, TensorInfo], Mapping[str, str]]:
                 one.encode()
     except UnicodeError:
         raise _malformed("the header is not UTF-8, or has an unpaired surrogate") from None
-    except RecursionError:
-        raise _malformed("the header is nested too deeply") from None
     except ValueError as error:
         raise _malformed(f"the header is not as JSON should be: {error}") from None
     return tensors, metadata or {}

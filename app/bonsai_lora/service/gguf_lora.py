@@ -28,8 +28,7 @@ from bonsai_lora.formats.peft_config import PeftConfig
 from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.service.sets import Imported, Precondition, store_import
 from bonsai_lora.service.view import SetView
-from bonsai_lora.storage.setfile import StoredSet
-from bonsai_lora.storage.source import Source
+from bonsai_lora.storage.setfile import Source, StoredSet
 from bonsai_lora.storage.upload import WholeUpload
 
 _ARCHITECTURES = {
@@ -206,17 +205,17 @@ def _model_of_name(base_model_name: str) -> Model | None:
 
 
 def _heads_of(config: Mapping[str, Any]) -> Heads:
-    """Return the head counts of a config.json; 0, which row_order refuses, for a malformed one."""
+    """Return the head counts of a config.json; 0, which row_order refuses, for an unknown one."""
 
-    def count(key: str, default: int) -> int:
+    def count(key: str, default: int = 0) -> int:
         found = config.get(key, default)
         return found if type(found) is int else 0
 
-    queries = count("num_attention_heads", 0)
+    queries = count("num_attention_heads")
     return Heads(
         queries,
         count("num_key_value_heads", queries),
-        count("linear_num_key_heads", 1),
-        count("linear_num_value_heads", 1),
-        count("linear_key_head_dim", 0),
+        count("linear_num_key_heads"),
+        count("linear_num_value_heads"),
+        count("linear_key_head_dim"),
     )

@@ -19,8 +19,9 @@ from bonsai_lora.errors import (
     QuotaExceededError,
     StoreFullError,
 )
+from bonsai_lora.formats.names import is_sha256
 from bonsai_lora.service.view import SetView
-from bonsai_lora.storage.staging import Staged, is_sha256
+from bonsai_lora.storage.staging import Staged
 from bonsai_lora.storage.upload import Upload
 
 BATCH_PATH = "/adapters/{set}.git/info/lfs/objects/batch"

@@ -18,7 +18,7 @@ from bonsai_lora.service.view import SetView
 from bonsai_lora.sources import folder, web
 from bonsai_lora.sources.origins import Origin, Reference, find
 from bonsai_lora.sources.web import Sink
-from bonsai_lora.storage.source import Source
+from bonsai_lora.storage.setfile import Source
 from bonsai_lora.storage.upload import Upload
 
 _PULLS = 2

@@ -20,8 +20,7 @@ from bonsai_lora.service.retry import repeated
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.newset import NextVersion
 from bonsai_lora.storage.protocol import Page
-from bonsai_lora.storage.setfile import SetRecord, StoredSet
-from bonsai_lora.storage.source import Source
+from bonsai_lora.storage.setfile import SetRecord, Source, StoredSet
 from bonsai_lora.storage.upload import ReceivedUpload, Upload
 
 Precondition = Callable[[SetRecord | None], None]

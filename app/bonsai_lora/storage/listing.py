@@ -281,9 +281,6 @@ class Listing:
 
     def _compare_file(self, index: SetIndex, name: str) -> None:
         """Make the row of one set that of its file. Call in a transaction."""
-        stamp = _stamp_of(self._path(name))
-        if stamp is not None and stamp == index.stamp(name):
-            return
         row = self._read_row(name)
         if row is None:
             index.remove(name)

@@ -4,7 +4,6 @@
 Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request with HF_ENDPOINT set.
 """
 
-import hashlib
 import json
 from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
 from bonsai_lora.checkpoints.folder import CONFIG_FILE
 from bonsai_lora.checkpoints.merged import MergedModel
+from bonsai_lora.checkpoints.parts import digest_of, etag_of
 from bonsai_lora.service import sets
 from bonsai_lora.service.hub import ADAPTERS, BASES, PAGE, page_of
 from bonsai_lora.service.keys import ANYONE
@@ -81,7 +81,7 @@ class _Repo:
         return list(found.values())
 
     def _folder(self, path: str) -> dict[str, Any]:
-        oid = hashlib.sha256(f"{self.commit}/{path}".encode()).hexdigest()[:40]
+        oid = digest_of(f"{self.commit}/{path}")
         return {"type": "directory", "oid": oid, "size": 0, "path": path}
 
     def paths(self, wanted: Collection[str]) -> list[dict[str, Any]]:
@@ -271,7 +271,7 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
 
 def commit_of(record: SetRecord) -> str:
     """Return the commit that stands for a set's version."""
-    return hashlib.sha256(record.etag.encode()).hexdigest()[:40]
+    return digest_of(record.etag)
 
 
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
@@ -320,7 +320,7 @@ def _streamed(
         files = context.models.files(model)
     except errors.UnsupportedGgufError as error:
         refusal = errors.UnmergeableError(error.detail, **error.values)
-        tag = _tag(f"{model.digest}/refused", CONFIG_FILE)
+        tag = etag_of(f"{model.digest}/refused/{CONFIG_FILE}")
         return {CONFIG_FILE: _RefusedFile(1, tag, refusal)}, refusal
     return {
         path: StreamedFile(file, context.executor, context.settings.threads)
@@ -349,21 +349,14 @@ def _refused_repo(
     model = context.models.get(context.store, base, [])
     key = f"{model.digest}/{record.etag}/refused"
     files = {
-        path: _RefusedFile(file.size_bytes, _tag(key, path), refusal)
+        path: _RefusedFile(file.size_bytes, etag_of(f"{key}/{path}"), refusal)
         for path, file in _streamed(context, model)[0].items()
     }
-    commit = hashlib.sha256(key.encode()).hexdigest()[:40]
-    return _of_set(f"{base}/{record.name}", commit, record, files, refusal)
+    return _of_set(f"{base}/{record.name}", digest_of(key), record, files, refusal)
 
 
 def _bytes_file(content: bytes | memoryview, etag: str, part: str) -> BytesFile:
-    return BytesFile(memoryview(content), _tag(etag, part), "application/octet-stream")
-
-
-def _tag(etag: str, part: str) -> str:
-    # Hub clients name cached files by ETag, which must be unique per file: 40 hex digits.
-    digest = hashlib.sha256(f"{etag}/{part}".encode()).hexdigest()[:40]
-    return f'"{digest}"'
+    return BytesFile(memoryview(content), etag_of(f"{etag}/{part}"), "application/octet-stream")
 
 
 def _json(value: Any) -> Response:
