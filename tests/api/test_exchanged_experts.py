@@ -37,7 +37,7 @@ def deltas():
         factors = [tensors[f"base_model.model.{wrapper}.lora_{half}.weight"] for half in "AB"]
         a_matrix = factors[0].astype(np.float64).reshape(3, 2, -1)
         b_matrix = factors[1].astype(np.float64).reshape(-1, 2, 3)
-        delta = np.einsum("ore,eri->eoi", b_matrix, a_matrix)
+        delta = np.einsum("ope,epi->eoi", b_matrix, a_matrix)
         found[leaf] = config["lora_alpha"] / config["r"] * delta
     return found
 
