@@ -159,8 +159,7 @@ def _put(
             )
         own_alpha = _alpha_of(value)
         alpha = alpha if own_alpha is None else own_alpha
-        text = json.Text(body)
-        tensors = {key: json.decode_tensor(one, key, text) for key, one in value.items()}
+        tensors = {key: json.decode_tensor(one, key) for key, one in value.items()}
     return adapters.put_weights(store, name, module, tensors, alpha, check)
 
 
