@@ -195,6 +195,7 @@ def test_json_logs_carry_the_request_id(tmp_path):
         [COMMAND, "serve", "--port", "0", "--store", "memory:", "--log-format", "json"],
         stderr=subprocess.PIPE,
         text=True,
+        env={**os.environ, "BONSAI_LORA_KERNELS": "off"},
     )
     lines = []
     with process:

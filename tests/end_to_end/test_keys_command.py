@@ -172,7 +172,16 @@ def test_the_log_has_the_id_of_the_key_and_not_the_key(capsys, path, tmp_path, l
     token = new_key(capsys, path, "--scope", "read", "--scope", "apply")
     log = tmp_path / "log"
     flags = ["--store", str(tmp_path / "store"), "--keys-file", str(path), "--port", "0"]
-    flags += ["--log-format", "json", "--log-level", "debug", "--fast-lane", lane]
+    flags += [
+        "--log-format",
+        "json",
+        "--log-level",
+        "debug",
+        "--fast-lane",
+        lane,
+        "--kernels",
+        "off",
+    ]
     with log.open("wb") as out:
         process = subprocess.Popen([COMMAND, "serve", *flags], stderr=out)
         try:

@@ -234,7 +234,7 @@ def test_requests_forge_no_line(settings, capfd):
 
 
 def test_a_process_says_when_it_is_ready_and_when_it_stops(tmp_path):
-    flags = ["--port", "0", "--store", str(tmp_path), "--log-format", "json"]
+    flags = ["--port", "0", "--store", str(tmp_path), "--log-format", "json", "--kernels", "off"]
     with subprocess.Popen([COMMAND, "serve", *flags], stderr=subprocess.PIPE, text=True) as process:
         lines = []
         while not lines or lines[-1]["event"] != "ready":

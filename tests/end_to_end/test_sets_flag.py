@@ -35,6 +35,7 @@ def test_the_folder_of_a_single_adapter_is_named(tmp_path):
     log = tmp_path / "log"
     with log.open("w") as stderr:
         command = [COMMAND, "serve", "--port", "0", "--store", str(tmp_path / "store")]
+        command += ["--kernels", "off"]
         with subprocess.Popen([*command, "--sets", str(TINY / "plain")], stderr=stderr) as process:
             deadline = time.monotonic() + 20
             while "ready" not in log.read_text():

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 from conftest import peft_config
 
-from bonsai_lora.errors import BonsaiLoraError, MalformedMultipartError, UnsupportedAdapterError
+from bonsai_lora.errors import (
+    BonsaiLoraError,
+    MalformedMultipartError,
+    MalformedSafetensorsError,
+    UnsupportedAdapterError,
+)
 from bonsai_lora.formats.foreign import check_start
 from bonsai_lora.formats.peft import decode_adapter
 from bonsai_lora.formats.peft_config import PeftConfig
@@ -40,16 +45,21 @@ FILES = {
     "LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
     "GGUF": b"GGUF\3\0\0\0" + bytes(64),
     "web page": b"<Error><Code>AccessDenied</Code>",
-    "'Entry not found', not a file; download": b"Entry not found\n",
-    "'Invalid username or password.', not a file; download": b"Invalid username or password.",
 }
 
 
 @pytest.mark.parametrize("says", FILES)
-def test_a_file_of_another_format_is_named(says):
+def test_a_file_in_a_different_format_is_named(says):
     with pytest.raises(UnsupportedAdapterError) as caught:
         check_start(FILES[says])
     assert says in caught.value.detail
+
+
+@pytest.mark.parametrize("text", ["Entry not found\n", "Invalid username or password."])
+def test_a_server_s_refusal_that_was_saved_is_shown(text):
+    with pytest.raises(MalformedSafetensorsError) as caught:
+        check_start(text.encode())
+    assert f"is the text {text.strip()!r}, not a safetensors file; download" in caught.value.detail
 
 
 @pytest.mark.parametrize("path", [b"adapter_model.safetensors", b"./my run/a.bin\n", b"out/model"])
@@ -82,7 +92,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("says", KEYS)
-def test_tensor_names_of_another_format_are_named(says):
+def test_tensor_names_of_a_different_format_are_named(says):
     tensors = {key: np.ones((4, 8), np.float32) for key in ("lora_unet_x.alpha", KEYS[says])}
     if not KEYS[says].startswith("lora_unet"):
         del tensors["lora_unet_x.alpha"]

@@ -31,7 +31,7 @@ print(analyzed)
 
 
 def test_no_function_of_a_route_is_analyzed_for_the_first_request():
-    """FastAPI puts it off, and a worker that has just been started stood still for it."""
+    """FastAPI puts it off, and a worker that has just been started stalled meanwhile."""
     done = subprocess.run(
         [sys.executable, "-c", ANALYZED], capture_output=True, text=True, timeout=120, check=True
     )

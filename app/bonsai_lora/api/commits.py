@@ -24,10 +24,10 @@ from bonsai_lora.api.body import (
 from bonsai_lora.api.uploads import write_weights
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError
 from bonsai_lora.formats.foreign import check_config_start
+from bonsai_lora.formats.names import is_sha256
 from bonsai_lora.formats.peft_config import CONFIG_BYTES, CONFIG_FILE, MODEL_FILE
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.work import Place
-from bonsai_lora.storage.staging import is_sha256
 from bonsai_lora.storage.upload import Upload
 
 _MEDIA_TYPE = "application/x-ndjson"

@@ -140,9 +140,17 @@ def _q8_0(values: Array) -> memoryview:
 _ENCODERS = {"F32": as_bytes, "F16": _rounded("F16"), "BF16": _rounded("BF16"), "Q8_0": _q8_0}
 
 
+def digest_of(seed: str) -> str:
+    """Return 40 hexadecimal digits, as of a Git commit, that differ wherever `seed` does."""
+    return hashlib.sha256(seed.encode()).hexdigest()[:40]
+
+
 def etag_of(seed: str) -> str:
-    """Return a strong ETag that differs wherever `seed` does."""
-    return f'"{hashlib.sha256(seed.encode()).hexdigest()[:40]}"'
+    """Return a strong ETag that differs wherever `seed` does.
+
+    Hub clients name cached files by it, whence its length, so seeds must differ between files.
+    """
+    return f'"{digest_of(seed)}"'
 
 
 def media_type_of(name: str) -> str:

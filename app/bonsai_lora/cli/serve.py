@@ -270,7 +270,7 @@ def _work(
     _exit_with(supervisor)
     app = make_app(settings, shared)
     _collect_rarely()
-    # The event loop lets go of the interpreter at each system call, and gets it back only after
+    # the event loop releases the interpreter at each system call, and gets it back only after
     # this time if a thread is busy: 5 ms by default, and several times a request.
     sys.setswitchinterval(_SWITCH_SECONDS)
     config = uvicorn.Config(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from bonsai_lora.errors import (
     BonsaiLoraError,
     MalformedMultipartError,
+    MalformedSafetensorsError,
     UnsupportedAdapterError,
 )
 
@@ -121,7 +122,8 @@ _OTHER_METHODS = re.compile(
 def check_start(content: bytes | bytearray) -> None:
     """Raise if an upload that should be safetensors starts like a different known format.
 
-    Raises UnsupportedAdapterError naming the format, MalformedMultipartError if a path was sent.
+    Raises UnsupportedAdapterError naming the format, MalformedMultipartError if a path was sent,
+    MalformedSafetensorsError for another text.
     """
     start = bytes(content[:START_BYTES])
     if start[8:9] == b"{":
@@ -140,8 +142,8 @@ def _not_a_file(text: str) -> BonsaiLoraError:
             f"adapter_model is the text {text[:200]!r}, not a file; with curl, put @ before the "
             "path: -F adapter_model=@adapter_model.safetensors"
         )
-    return UnsupportedAdapterError(
-        f"adapter_model is the text {text[:200]!r}, not a file; download the file again"
+    return MalformedSafetensorsError(
+        f"adapter_model is the text {text[:200]!r}, not a safetensors file; download the file again"
     )
 
 

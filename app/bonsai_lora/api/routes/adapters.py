@@ -1,6 +1,5 @@
 """The adapters of a set."""
 
-import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ from bonsai_lora import errors
 from bonsai_lora.api import schemas
 from bonsai_lora.api.body import body_form, parse_model, read_body
 from bonsai_lora.api.conditions import precondition
-from bonsai_lora.api.deps import ContextDep, ModuleName, SetName, WantedVersion
+from bonsai_lora.api.deps import ContextDep, ModuleName, SetName, WantedSet, WantedVersion
 from bonsai_lora.api.json_response import json_response
 from bonsai_lora.api.openapi import (
     STORE_ERRORS,
@@ -27,6 +26,7 @@ from bonsai_lora.formats import safetensors
 from bonsai_lora.service import adapters
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
+from bonsai_lora.validation import as_written
 from bonsai_lora.wire import json
 from bonsai_lora.wire.media import Form
 
@@ -50,11 +50,8 @@ _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
     response_model=schemas.AdapterList,
     responses=sends(200, "ETag") | problems(*VERSION_ERRORS),
 )
-async def list_adapters(
-    context: ContextDep, name: SetName, version: WantedVersion = None
-) -> Response:
+async def list_adapters(context: ContextDep, stored: WantedSet) -> Response:
     """Adapters are listed in the order in which they were added."""
-    stored = await context.open_version(name, version)
     adapters = stored.lora_set.registry.adapters
 
     def describe() -> schemas.AdapterList:
@@ -161,8 +158,7 @@ def _decode(
     if not value.keys() & {"lora_A", "lora_B"}:
         return parse_model(body, schemas.NewAdapter), None
     alpha = _alpha_of(value)
-    text = json.Text(body)
-    return {key: json.decode_tensor(one, key, text) for key, one in value.items()}, alpha
+    return {key: json.decode_tensor(one, key) for key, one in value.items()}, alpha
 
 
 def _alpha_of(value: dict[str, Any]) -> float | None:
@@ -177,7 +173,7 @@ def _alpha_of(value: dict[str, Any]) -> float | None:
     alpha: float | None = value.pop("alpha", None)
     if alpha is not None and type(alpha) not in (int, float):
         raise errors.InvalidRequestError(
-            f"alpha is {reprlib.repr(alpha)}; expected a number", field="alpha"
+            f"alpha is {as_written(alpha)}; expected a number", field="alpha"
         )
     return alpha
 

@@ -14,7 +14,7 @@ from bonsai_lora.api import lab_schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.call import BufferResponse
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import ContextDep, SentMemory, SetName, WantedVersion
+from bonsai_lora.api.deps import ContextDep, SentMemory, WantedSet
 from bonsai_lora.api.job_schemas import Job, JobKind
 from bonsai_lora.api.json_response import json_response, set_headers
 from bonsai_lora.api.openapi import (
@@ -220,17 +220,15 @@ async def get_spectrum(
     request: Request,
     context: ContextDep,
     memory: SentMemory,
-    name: SetName,
+    stored: WantedSet,
     modules: Annotated[
         list[str], Query(alias="module", description="only these modules; repeatable")
     ] = [],  # noqa: B006 - FastAPI copies it
-    version: WantedVersion = None,
 ) -> Response:
     """Returns singular values, norms and ranks of scaling * B @ A, from small matrices. They are
     remembered as long as the version of the set is open. With `Prefer: respond-async`, what takes
     longer than a second becomes a job.
     """
-    stored = await context.open_version(name, version)
     adapters = {one: get_adapter(stored, one) for one in modules} or dict(
         stored.lora_set.registry.adapters
     )

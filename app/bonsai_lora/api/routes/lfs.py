@@ -7,7 +7,6 @@ Implements the batch API and the basic transfer of git-lfs (`docs/api/batch.md`,
 import json
 import math
 from collections.abc import Sequence
-from functools import partial
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Request, Response
@@ -73,9 +72,7 @@ async def batch(request: Request, context: ContextDep, name: str) -> Response:
         wanted = parse_model(await read_body(request, MODEL_BYTES, place), _Batch)
         _check_batch(name, wanted)
         address = f"{request.scope['address']}{context.settings.root_path}"
-        answers = await context.opening.run(
-            partial(_answers, context, name, wanted.objects, address)
-        )
+        answers = await context.opening.run(_answers, context, name, wanted.objects, address)
     body = {"transfer": "basic", "hash_algo": "sha256", "objects": answers}
     return Response(json.dumps(body), media_type=LFS_TYPE)
 
@@ -84,7 +81,7 @@ async def batch(request: Request, context: ContextDep, name: str) -> Response:
 async def put_object(request: Request, context: ContextDep, name: str, oid: str) -> Response:
     """Keep the file that a link of `batch` is for, until a commit names it."""
     link, signature = _link_of(request, name, oid)
-    await context.opening.run(partial(lfs.check_link, context.store, link, signature))
+    await context.opening.run(lfs.check_link, context.store, link, signature)
     caller = request.app.state.authenticator.caller_of(link.key)
     request.scope["key"] = caller.log_id
     store = caller.context("write").store
@@ -97,7 +94,7 @@ async def put_object(request: Request, context: ContextDep, name: str, oid: str)
     ):
         await _receive(request, HashedUpload(file), link.staged, reserved, place)
         most_bytes = context.spill.total_bytes
-        await context.opening.run(partial(lfs.stage, store, file, link.staged, most_bytes))
+        await context.opening.run(lfs.stage, store, file, link.staged, most_bytes)
     return Response()
 
 

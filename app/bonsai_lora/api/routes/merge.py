@@ -87,7 +87,7 @@ async def _merge_json(
 
         def compute() -> bytes:
             value = json.decode_object(body, frozenset({"weights"}))
-            weights = json.decode_tensor(value.get("weights"), "weights", json.Text(body))
+            weights = json.decode_tensor(value.get("weights"), "weights")
             merged = merge.merge_array(weights)
             check_json_output("weights", merged)
             record = stored.record

@@ -12,7 +12,7 @@ from bonsai_lora.api import schemas
 from bonsai_lora.api.body import media_type, read_model
 from bonsai_lora.api.conditions import not_modified, precondition
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
+from bonsai_lora.api.deps import ContextDep, SetName, WantedSet
 from bonsai_lora.api.json_response import json_response, set_headers
 from bonsai_lora.api.openapi import (
     CHANGE_ERRORS,
@@ -167,11 +167,8 @@ async def list_sets(
     responses=extra_response(304, "not modified: If-None-Match names the current ETag")
     | problems(*VERSION_ERRORS),
 )
-async def get_set(
-    request: Request, context: ContextDep, name: SetName, version: WantedVersion = None
-) -> Response:
+async def get_set(request: Request, context: ContextDep, stored: WantedSet) -> Response:
     """Returns the set's configuration and modules, without its weights."""
-    stored = await context.open_version(name, version)
     etag = stored.record.etag
     if not_modified(request, etag):
         return Response(status_code=304, headers={"ETag": etag})
@@ -179,7 +176,7 @@ async def get_set(
 
 
 @dataclass(frozen=True, slots=True)
-class _UploadOptions:
+class _UploadOptions(sets.ImportOptions):
     """The query of an upload."""
 
     base_model_name: Annotated[
@@ -268,19 +265,11 @@ async def upload_set(
                 gguf,
                 memory.add,
                 check,
-                base_model_name=options.base_model_name,
-                architecture=options.architecture,
+                options,
             )
         else:
             imported = await context.long.run(
-                sets.import_adapter,
-                context.store,
-                name,
-                config,
-                upload,
-                check,
-                base_model_name=options.base_model_name,
-                expert_layout=options.expert_b_layout,
+                sets.import_adapter, context.store, name, config, upload, check, options
             )
     return await _report(context, imported)
 
@@ -295,13 +284,11 @@ async def _pull(
         return await context.long.run(
             pull_set,
             context.store,
-            context.spill,
             context.origins,
             name,
             wanted.source,
             precondition(request),
-            base_model_name=options.base_model_name,
-            expert_layout=options.expert_b_layout,
+            options,
         )
 
 
