@@ -49,7 +49,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("says", FILES)
-def test_a_file_of_another_format_is_named(says):
+def test_a_file_in_a_different_format_is_named(says):
     with pytest.raises(UnsupportedAdapterError) as caught:
         check_start(FILES[says])
     assert says in caught.value.detail
@@ -92,7 +92,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("says", KEYS)
-def test_tensor_names_of_another_format_are_named(says):
+def test_tensor_names_of_a_different_format_are_named(says):
     tensors = {key: np.ones((4, 8), np.float32) for key in ("lora_unet_x.alpha", KEYS[says])}
     if not KEYS[says].startswith("lora_unet"):
         del tensors["lora_unet_x.alpha"]
