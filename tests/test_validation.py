@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from bonsai_lora.validation import _EXPECTED, expectation
+from bonsai_lora.validation import _EXPECTED, as_written, expectation
 
 
 class Cat(BaseModel):
@@ -76,3 +76,21 @@ def error_of_attributes():
 def test_other_texts_keep_their_words():
     error = error_of(bytes, 5)
     assert expectation(error) == "it should be a valid bytes"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (False, "false"),
+        (1.0, "1.0"),
+        ("a'b", '"a\'b"'),
+        ([None, True], "[null, true]"),
+        ({"größe": False}, "{'größe': false}"),
+        ([[[[[[[[1]]]]]]]], "[[[[[[[...]]]]]]]"),
+        (list(range(1000)), "[0, 1, 2, 3, 4, 5, ...]"),
+    ],
+)
+def test_values_are_shown_in_the_words_of_json(value, text):
+    assert as_written(value) == text

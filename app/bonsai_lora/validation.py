@@ -1,6 +1,7 @@
 """How errors say what is wrong with a value without showing a secret; imports nothing else here."""
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,6 +36,20 @@ _EXPECTED = {
 }
 """By the type of pydantic's error."""
 
+
+class _Json(reprlib.Repr):
+    """Shortens values as reprlib does, with JSON's words."""
+
+    def repr_NoneType(self, value: None, level: int) -> str:  # noqa: ARG002, N802 - named by type
+        return "null"
+
+    def repr_bool(self, value: bool, level: int) -> str:  # noqa: ARG002, FBT001
+        return "true" if value else "false"
+
+
+as_written = _Json().repr
+"""Return a JSON value as an error shows it, as it was written but not at any length."""
+
 _SECRETS = re.compile(r"(?<=:).*(?=@)|(?<=\?).*", re.DOTALL)
 _CREDENTIAL = re.compile("[!-~]+")
 
@@ -46,7 +61,9 @@ def without_secrets(url: str) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as an error shows it, without what may be a secret."""
-    return repr(without_secrets(value) if isinstance(value, str) else value)
+    if isinstance(value, str):
+        return repr(without_secrets(value))
+    return as_written(value)
 
 
 def check_credential(what: str, text: str) -> str:

@@ -13,6 +13,7 @@ from bonsai_lora.formats import safetensors
 
 MOE = DATA / "moe"
 EXPERTS = "model.layers.0.mlp.experts"
+Q_PROJ = "model.layers.0.self_attn.q_proj"
 VERSIONS = ["peft-0.18", "peft-0.21"]
 
 
@@ -128,6 +129,46 @@ def test_one_of_two_parameters(moe):
                 else base[name]
             )
             assert reference.relative_error(one, wanted.astype(np.float64)) < 1e-6, name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["model.layers.0.self_attn.q_proj"]},
+        {"target_modules": ".*q_proj"},
+        {"target_modules": ["q_proj"], "alpha_pattern": {".*down_proj": 8, "q_proj.gate_up": 1}},
+    ],
+)
+@pytest.mark.parametrize(
+    "targets", [["down_proj", "gate_up_proj"], ["down_proj", "experts.gate_up_proj"]]
+)
+def test_suffixes_without_a_module_mean_the_experts(moe, changes, targets):
+    """As peft 0.21 writes them after it converted gate_proj, up_proj and down_proj."""
+    config, tensors = uploaded("peft-0.21")
+    report = upload_parts(moe, "s", {**config, **changes, "target_parameters": targets}, tensors)
+    assert report.status_code == 201, report.text
+    experts = {one["name"]: one["experts"] for one in report.json()["modules"]}
+    assert experts == {f"{EXPERTS}.base_layer": 3, EXPERTS: 3, Q_PROJ: None}
+    got, expected = merged(moe, "s"), read_tensors(MOE / "peft-0.21" / "merged.safetensors")
+    for name, wanted in expected.items():
+        assert reference.relative_error(got[name], wanted.astype(np.float64)) < 1e-6, name
+
+
+def test_a_router_beside_such_suffixes(moe, rng):
+    config, tensors = uploaded("peft-0.21")
+    gate = "model.layers.0.mlp.gate"
+    width = read_tensors(MOE / "base" / "model.safetensors")[f"{gate}.weight"].shape
+    factors = {"A": rng.standard_normal((2, width[1])), "B": rng.standard_normal((width[0], 2))}
+    for half, one in factors.items():
+        tensors[f"base_model.model.{gate}.lora_{half}.weight"] = one.astype(np.float32)
+    targets = ["down_proj", "gate.weight", "gate_up_proj"]
+    report = upload_parts(moe, "s", {**config, "target_parameters": targets}, tensors)
+    assert report.status_code == 201, report.text
+    before = read_tensors(MOE / "base" / "model.safetensors")[f"{gate}.weight"]
+    scaling = config["lora_alpha"] / 2
+    wanted = before + scaling * factors["B"] @ factors["A"]
+    assert reference.relative_error(merged(moe, "s")[f"{gate}.weight"], wanted) < 1e-6
 
 
 def test_a_base_that_stacks_its_experts(moe, tmp_path):

@@ -529,3 +529,15 @@ def test_files_in_subfolders_are_files_of_the_model(based, tmp_path, rng):
     assert names == ["additional_chat_templates/tools.jinja", "config.json", "model.safetensors"]
     for url in (f"/v1/bases/b/merged/s/{names[0]}", f"/b/s/resolve/main/{names[0]}"):
         assert based.get(url).text == "{{ tools }}"
+    tree = "/api/models/b/s/tree/main"
+    top = {one["path"]: one["type"] for one in based.get(tree).json()}
+    assert top == {"additional_chat_templates": "directory", **dict.fromkeys(names[1:], "file")}
+    inner = based.get(f"{tree}/additional_chat_templates").json()
+    assert [(one["path"], one["size"]) for one in inner] == [(names[0], len("{{ tools }}"))]
+    every = based.get(tree, params={"recursive": True}).json()
+    assert [one["path"] for one in every] == ["additional_chat_templates", *names]
+    for missing in ("additional", "config.json", "no/folder"):
+        assert based.get(f"{tree}/{missing}").headers["x-error-code"] == "EntryNotFound"
+    asked = {"paths": ["additional_chat_templates", names[0], "no"]}
+    found = based.post("/api/models/b/s/paths-info/main", data=asked).json()
+    assert [one["type"] for one in found] == ["directory", "file"]

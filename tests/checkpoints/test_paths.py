@@ -38,6 +38,27 @@ def paths(*names, model_type="qwen3"):
         ),
         # An unknown prefix; no other name has this end.
         ([f"thinker.{LEAF}"], LEAF, f"thinker.{LEAF}"),
+        # Names that transformers 5 changed: those of the class, and those of the checkpoint.
+        (
+            ["model.layers.0.block_sparse_moe.gate.weight"],
+            "model.layers.0.mlp.gate.weight",
+            "model.layers.0.block_sparse_moe.gate.weight",
+        ),
+        (
+            ["model.layers.0.block_sparse_moe.gate.weight"],
+            "layers.0.mlp.router.weight",
+            "model.layers.0.block_sparse_moe.gate.weight",
+        ),
+        (
+            ["layers.0.mlp.gate.weight", "layers.0.block_sparse_moe.gate.weight"],
+            "layers.0.mlp.gate.weight",
+            "layers.0.mlp.gate.weight",
+        ),
+        (
+            ["model.layers.0.block_sparse_moe.input_linear.weight"],
+            "model.layers.0.block_sparse_moe.experts.gate_up_proj",
+            "model.layers.0.block_sparse_moe.input_linear.weight",
+        ),
         (["layers.10.q.weight", "model.layers.1.q.weight"], "layers.1.q.weight", "model.layers.1.q.weight"),
     ],
 )  # fmt: skip

@@ -64,11 +64,11 @@ def test_worked_values():
     np.testing.assert_allclose(
         delta(two.adapter), [[1.894427, 1.170820, 0], [1.170820, 0.723607, 0]], atol=1e-6
     )
-    assert two.energy_kept == pytest.approx(0.979157, abs=1e-6)
-    assert math.sqrt(two.error_square) == pytest.approx(0.381966, abs=1e-6)
+    assert two.loss.energy_kept == pytest.approx(0.979157, abs=1e-6)
+    assert math.sqrt(two.loss.error_square) == pytest.approx(0.381966, abs=1e-6)
     linear = by_hand("linear")
     assert delta(linear.adapter).tolist() == [[4, 2, 0], [2, 1, 0]]
-    assert linear.relative_error == pytest.approx(math.sqrt(6 / 7))
+    assert linear.loss.relative_error == pytest.approx(math.sqrt(6 / 7))
     np.testing.assert_allclose(
         delta(by_hand("iso_c").adapter), [[1.5, 0, 0], [0, 1.5, 0]], atol=1e-6
     )
@@ -122,7 +122,7 @@ def test_exact_is_the_weighted_sum(sets, d_in, d_out, seed):
     for method in ("exact", "cat", "svd"):
         got = combined(adapters, weights, method)
         assert (np.abs(delta(got.adapter) - expected) <= 1e-6 * size.max() + 1e-30).all(), method
-        assert got.relative_error == 0 or got.relative_error < 1e-7
+        assert got.loss.relative_error == 0 or got.loss.relative_error < 1e-7
         assert got.adapter.scaling == (1.0 if got.adapter.rank else 0.0)
 
 
@@ -143,8 +143,8 @@ def test_svd_is_the_best_of_its_rank(rng, rank):
     assert got.adapter.rank == rank
     assert relative_error(delta(got.adapter), best) < 1e-6
     lost = np.sum(values[rank:] ** 2) / np.sum(values**2)
-    assert got.energy_kept == pytest.approx(1 - lost)
-    assert got.relative_error == pytest.approx(math.sqrt(lost))
+    assert got.loss.energy_kept == pytest.approx(1 - lost)
+    assert got.loss.relative_error == pytest.approx(math.sqrt(lost))
 
 
 def test_energy_chooses_the_rank(rng):
@@ -154,7 +154,7 @@ def test_energy_chooses_the_rank(rng):
     for rank in range(1, 7):
         got = combined([one], [1.0], "svd", energy=shares[rank - 1] - 1e-9)
         assert got.adapter.rank == rank
-        assert got.energy_kept == pytest.approx(shares[rank - 1])
+        assert got.loss.energy_kept == pytest.approx(shares[rank - 1])
     assert combined([one], [1.0], "svd", energy=1.0).adapter.rank == 6
 
 
@@ -163,7 +163,7 @@ def test_linear_subtracts(rng):
     one = random_adapter(rng, 3, 30, 20, 0.25)
     got = combined([one], [-0.5], "linear")
     assert relative_error(delta(got.adapter), -0.5 * delta(one)) < 1e-6
-    assert got.relative_error == 0
+    assert got.loss.relative_error == 0
 
 
 def test_duplicates_and_cancelled_sums(rng):
@@ -232,7 +232,7 @@ def test_iso_c_is_cut_in_the_order_of_the_sum(rng):
     got = combined(pair, [1.0, 1.0], "iso_c", rank=1)
     expected = values[:4].mean() * np.outer(u[:, 0], vt[0])
     assert relative_error(delta(got.adapter), expected) < 1e-6
-    assert got.energy_kept == pytest.approx(0.25)
+    assert got.loss.energy_kept == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.4, 0.6), (3.0, 1.0)])
@@ -287,7 +287,7 @@ def test_untrained_sets_make_an_untrained_set(method):
     got = combined(pair, (0.5, 0.5), method, default_rank=2, **OPTIONS_OF.get(method, {}))
     assert got.adapter.rank >= 1
     assert not delta(got.adapter).any()
-    assert (got.energy_kept, got.relative_error) == (1.0, 0.0)
+    assert (got.loss.energy_kept, got.loss.relative_error) == (1.0, 0.0)
 
 
 def test_a_set_that_lacks_the_module_counts_as_zero(rng):
@@ -310,8 +310,8 @@ def test_empty_matrices_and_ranks_above_the_shape(rng, method):
         for one in options:
             got = combined(pair, (0.5, 0.5), method, default_rank=max(ranks), **one)
             assert delta(got.adapter).shape == (d_out, d_in)
-            assert 0 <= got.energy_kept <= 1 + 1e-9
-            assert got.relative_error >= 0
+            assert 0 <= got.loss.energy_kept <= 1 + 1e-9
+            assert got.loss.relative_error >= 0
 
 
 def test_overflow_is_refused(rng):

@@ -155,8 +155,8 @@ def test_deltas_are_merged_and_cut(rng, monkeypatch, method, density):
     error = np.linalg.norm(delta(got.adapter) - expected)
     size = np.linalg.norm(expected)
     assert error <= best * 1.02 + 1e-5 * size
-    assert got.relative_error == pytest.approx(error / size, rel=1e-4, abs=1e-5)
-    assert got.energy_kept == pytest.approx(1 - (error / size) ** 2, abs=1e-5)
+    assert got.loss.relative_error == pytest.approx(error / size, rel=1e-4, abs=1e-5)
+    assert got.loss.energy_kept == pytest.approx(1 - (error / size) ** 2, abs=1e-5)
 
 
 @pytest.mark.parametrize("method", ["dare_linear_svd", "dare_ties_svd", "breadcrumbs", "della"])

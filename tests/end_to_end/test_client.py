@@ -150,6 +150,11 @@ def test_pull_an_adapter_and_missing_models(run, tmp_path):
     assert run("pull", "nothing/plain", "-o", tmp_path / "b")[0] == 1
     assert run("pull", "plain", "-o", tmp_path / "b")[0] == 2
     assert run("push", "x", tmp_path / "nowhere")[0] == 2
+    code, _, shown = run("push", "x", TINY / "plain", "--architecture", "qwen3")
+    assert (code, "leave it out" in shown) == (2, True)
+    code, _, shown = run("pull", "adapters/plain", "-o", tmp_path / "x", "--parallel", "0")
+    assert (code, "parallel is 0" in shown) == (2, True)
+    assert not (tmp_path / "x").exists()
 
 
 def test_mistakes_with_folders_and_files(run, tmp_path):

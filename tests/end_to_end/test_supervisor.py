@@ -4,8 +4,10 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import termios
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -145,6 +147,90 @@ def test_what_a_killed_service_leaves_is_removed_by_the_next(tmp_path):
     with running("--store", "memory:", TMPDIR=str(tmp_path)):
         assert not mine[0].exists()
     assert list(tmp_path.iterdir()) == [other]
+
+
+def states_of(pids):
+    return [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] for pid in pids]
+
+
+def wait_for_states(pids, *expected):
+    deadline = time.monotonic() + 10
+    while not set(states_of(pids)) <= set(expected):
+        assert time.monotonic() < deadline, states_of(pids)
+        time.sleep(0.01)
+
+
+def test_ctrl_z_stops_the_workers_too_until_the_service_is_continued(tmp_path):
+    with running("--store", str(tmp_path), "--workers", "2") as (url, process):
+        httpx.get(f"{url}/healthz").raise_for_status()
+        everyone = [process.pid, *workers_of(process)]
+        for _ in range(2):
+            process.send_signal(signal.SIGTSTP)
+            wait_for_states(everyone, "T")
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.get(f"{url}/healthz", timeout=0.2)
+            process.send_signal(signal.SIGCONT)
+            wait_for_states(everyone, "S", "R")
+            httpx.get(f"{url}/healthz").raise_for_status()
+        process.send_signal(signal.SIGTSTP)
+        wait_for_states(everyone, "T")
+        process.send_signal(signal.SIGTERM)  # as a shell does that ends a stopped job
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=20) == 0
+
+
+SWALLOWED = """
+import os, signal, time
+from bonsai_lora.cli.supervisor import Supervisor
+
+class Swallowing:
+    def __del__(self):
+        print("started", flush=True)
+        time.sleep(60)
+
+def work():
+    Swallowing()
+    time.sleep(60)
+
+Supervisor(work, 1, print).run()
+"""
+
+
+def test_a_worker_ends_by_a_signal_that_interrupts_a_finalizer(tmp_path):
+    """Python ignores exceptions in finalizers."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SWALLOWED], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "started\n"
+        process.terminate()
+        assert process.wait(timeout=10) == 0
+
+
+ORPHANED = """
+import os
+import uvicorn
+from bonsai_lora.cli.accept import Server
+
+async def app(scope, receive, send):
+    pass
+
+reader, writer = os.pipe()
+if os.fork():
+    os.read(reader, 1)
+    os._exit(0)
+server = Server(uvicorn.Config(app, lifespan="off", log_config=None), 1, 0, print)
+os.write(writer, b"x")
+server.run(sockets=[])
+print("ended", flush=True)
+"""
+
+
+def test_a_worker_without_a_supervisor_ends_without_a_signal():
+    with subprocess.Popen(
+        [sys.executable, "-c", ORPHANED], stdout=subprocess.PIPE, text=True
+    ) as process:
+        shown, _ = process.communicate(timeout=20)
+    assert shown == "ended\n"
 
 
 def test_nohup_is_respected(tmp_path):

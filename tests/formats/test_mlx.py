@@ -62,6 +62,21 @@ def test_dora_and_embeddings(rng):
         decode(mlx_config(), embedding | {"model.embed_tokens.m": np.ones(9, np.float32)})
 
 
+def test_experts_of_mixtral_have_the_names_of_its_class(rng):
+    tensors = {}
+    for layer in ("gate_proj", "up_proj", "down_proj"):
+        module = f"model.layers.1.block_sparse_moe.switch_mlp.{layer}"
+        tensors[f"{module}.lora_a"] = rng.standard_normal((2, 3, 6)).astype(np.float32)
+        tensors[f"{module}.lora_b"] = rng.standard_normal((2, 5, 3)).astype(np.float32)
+    found = decode(mlx_config(), tensors)
+    for mlx, theirs in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
+        for expert in range(2):
+            one = found[f"model.layers.1.block_sparse_moe.experts.{expert}.{theirs}"]
+            module = f"model.layers.1.block_sparse_moe.switch_mlp.{mlx}"
+            assert np.array_equal(one.a_matrix, tensors[f"{module}.lora_a"][expert])
+            assert np.array_equal(one.b_matrix, tensors[f"{module}.lora_b"][expert])
+
+
 @pytest.mark.parametrize("flat", [False, True])
 def test_fused_experts_become_one_adapter_each(rng, flat):
     module = "model.layers.0.mlp.switch_mlp.up_proj"

@@ -280,6 +280,10 @@ def test_of_three_copies_the_plain_one_counts(rng):
         "base_model.model.base_model.model.{}",
         "_forward_module.base_model.model.module.{}",
         "base_model.model._fsdp_wrapped_module.{}",
+        "pretrained_model.base_model.model.{}",
+        "model.base_model.model.{}",
+        "module.policy.base_model.model._orig_mod.{}",
+        "_module.base_model.model.{}",
     ],
 )
 def test_names_of_wrappers_are_removed(rng, wrapper):
@@ -292,9 +296,21 @@ def test_names_of_wrappers_are_removed(rng, wrapper):
     assert "wrappers" in found.warnings[0]
 
 
-def test_wrappers_in_some_keys_only_are_refused(rng):
+@pytest.mark.parametrize("name", ["my_base_model.x", "base_model_x", "encoder.base_model.q"])
+def test_modules_that_are_named_like_the_prefix(rng, name):
+    tensors = {
+        f"base_model.model.{name}.q_proj.lora_{half}.weight": np.ones((4, 4), np.float32)
+        for half in "AB"
+    }
+    found = decode(rng, tensors)
+    assert list(adapters(found)) == [f"{name}.q_proj"]
+    assert found.warnings == []
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "pretrained_model."])
+def test_wrappers_in_some_keys_only_are_refused(rng, wrapper):
     first, second = peft_tensors(rng).items()
-    tensors = {first[0]: first[1], f"module.{second[0]}": second[1]}
+    tensors = {first[0]: first[1], wrapper + second[0]: second[1]}
     with pytest.raises(InvalidAdapterError, match=r"1 of 2 keys"):
         decode(rng, tensors)
 
@@ -320,7 +336,50 @@ def test_embeddings(rng):
     assert set_tensors(found.lora_set).keys() == tensors.keys()
 
 
+@pytest.mark.parametrize(
+    "part", ["lora_embedding_A.weight", "lora_B.x.y.weight", "lora_diag.weight"]
+)
+def test_what_peft_takes_for_another_part_of_an_adapter_replaces_nothing(rng, part):
+    tensors = with_extra(rng, **{f"model.embed_tokens.{part}": np.ones((4, 10), np.float32)})
+    with pytest.raises(UnsupportedAdapterError, match="would not load 1 tensor"):
+        decode(rng, tensors)
+
+
+@pytest.mark.parametrize("shapes", [((4, 3, 3, 3), (8, 4, 1, 1)), ((4, 6, 3), (8, 4, 1))])
+def test_convolutions_are_named(rng, shapes):
+    tensors = {
+        f"base_model.model.q_proj.lora_{half}.weight": np.ones(shape, np.float32)
+        for half, shape in zip("AB", shapes, strict=True)
+    }
+    with pytest.raises(UnsupportedAdapterError, match="'q_proj' is a convolution"):
+        decode(rng, tensors)
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_head_that_shares_the_adapter_of_the_embedding(rng, is_same):
+    """With ensure_weight_tying, peft saves the head's, which target_modules does not name."""
+    first, second = rng.standard_normal((2, 4, 10)).astype(np.float32)
+    tensors = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": first,
+        "base_model.model.model.embed_tokens.lora_embedding_B": np.ones((6, 4), np.float32),
+        "base_model.model.lm_head.lora_A.weight": np.ones((4, 6), np.float32),
+        "base_model.model.lm_head.lora_B.weight": (first if is_same else second).T,
+    }
+    options = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    if is_same:
+        assert list(adapters(decode(rng, tensors, **options))) == ["model.embed_tokens", "lm_head"]
+        options["ensure_weight_tying"] = False
+    with pytest.raises(InvalidAdapterError, match="do not select 1 module"):
+        decode(rng, tensors, **options)
+
+
 ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+def test_token_rows_with_the_name_of_the_adapter(rng):
+    tensors = with_extra(rng, **{f"{ROWS}.default": np.ones((2, 6), np.float32)})
+    found = decode(rng, tensors, trainable_token_indices=[7, 3])
+    assert found.lora_set.replacements.keys() == {ROWS}
 
 
 def test_token_rows(rng):

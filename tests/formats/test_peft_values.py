@@ -2,9 +2,13 @@
 
 import pytest
 
-from bonsai_lora.errors import InvalidAdapterError, MalformedMultipartError
+from bonsai_lora.errors import (
+    InvalidAdapterError,
+    MalformedMultipartError,
+    UnsupportedAdapterError,
+)
 from bonsai_lora.formats.foreign import check_config_start
-from bonsai_lora.formats.peft_config import PeftConfig
+from bonsai_lora.formats.peft_config import PeftConfig, parse_config
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, 4.0, True, "4", None, [4]])
@@ -24,3 +28,53 @@ def test_a_path_is_not_a_file(text):
 @pytest.mark.parametrize("text", [b"{}", b"[1]", b"", b'\xef\xbb\xbf{"a":"b.json', b'{"a":"b.json'])
 def test_what_may_be_a_file_is_left_to_its_reader(text):
     check_config_start(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ('"r": null', "r is null, but r must be a positive integer"),
+        ('"r": 0', "r is 0, but r must be"),
+        ('"lora_alpha": true', "lora_alpha is true; expected a finite number"),
+        ('"lora_alpha": "16"', "lora_alpha is '16'; expected"),
+        ('"target_modules": {"größe": null}', "target_modules is {'größe': null}; expected"),
+        ('"bias": null', "bias is null; expected none, all or lora_only"),
+        ('"rank_pattern": {"q": null}', "rank_pattern has the value null"),
+        ('"use_rslora": "false"', "use_rslora is 'false'; expected true or false"),
+        ('"use_dora": "no"', "use_dora is 'no'; expected true or false"),
+        ('"lora_bias": "none"', "lora_bias is 'none'; expected true or false"),
+        ('"fan_in_fan_out": [1]', "fan_in_fan_out is [1]; expected true or false"),
+    ],
+)
+def test_values_are_shown_as_they_were_written(changes, says):
+    raw = parse_config(f'{{"peft_type": "LORA", {changes}}}'.encode())
+    with pytest.raises(InvalidAdapterError) as caught:
+        PeftConfig(raw)
+    assert caught.value.detail.startswith(says)
+
+
+@pytest.mark.parametrize("text", [b"null", b"[1]", b"'a'", b"3"])
+def test_a_configuration_is_an_object(text):
+    with pytest.raises(InvalidAdapterError, match="expected an object") as caught:
+        parse_config(text.replace(b"'", b'"'))
+    assert f"is {text.decode()}; " in caught.value.detail
+
+
+@pytest.mark.parametrize("value", [True, False, None, 0, 1])
+def test_flags(value):
+    raw = {"peft_type": "LORA", "use_rslora": value, "fan_in_fan_out": value}
+    config = PeftConfig(raw)
+    assert config.scalings(["q_proj"])["q_proj"].is_rslora == bool(value)
+    assert config.options.is_transposed == bool(value)
+
+
+@pytest.mark.parametrize("value", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal"])
+def test_start_values_that_keep_the_base(value):
+    PeftConfig({"peft_type": "LORA", "init_lora_weights": value})
+
+
+@pytest.mark.parametrize("value", ["olora", "PiSSA_niter_4", "lora_ga", "true", "svd_of_the_base"])
+def test_start_values_that_may_have_changed_the_base(value):
+    with pytest.raises(UnsupportedAdapterError, match="base weights") as caught:
+        PeftConfig({"peft_type": "LORA", "init_lora_weights": value})
+    assert value in caught.value.detail

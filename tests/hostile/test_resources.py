@@ -536,7 +536,7 @@ def test_a_set_with_a_long_header_is_opened_and_described_in_a_thread(service, m
     )
     for name, modules in (("large", 1200), ("small", 3)):
         for path in ("", "/adapters"):
-            context.store.forget(name)
+            context.store.release(name)
             answer = client.get(f"/v1/sets/{name}{path}")
             assert len(answer.json()["modules" if not path else "adapters"]) == modules
             assert answer.headers["content-type"] == "application/json"

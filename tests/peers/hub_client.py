@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from huggingface_hub import (
     HfApi,
+    HfFileSystem,
     get_hf_file_metadata,
     get_safetensors_metadata,
     hf_hub_download,
@@ -58,6 +59,9 @@ described = {
     "path": [(file.path, file.size) for file in api.get_paths_info(repo, [weights, "no.txt"])]
     == [(weights, len(whole))],
     "size": sized[weights] == len(whole),
+    "folder": [one.path for one in api.list_repo_tree(repo, "templates")] == ["templates/a.jinja"],
+    "folders": "templates" in [one.path for one in api.list_repo_tree(repo)],
+    "found": f"{repo}/templates/a.jinja" in HfFileSystem().find(repo),
     "user": api.whoami(token="hf_any")["name"] == "anonymous",
 }
 errors = {}
@@ -90,7 +94,9 @@ print(
         {
             "sha": info.sha,
             "files": sorted(files),
-            "folder": sorted(path.name for path in Path(folder).iterdir()),
+            "folder": sorted(
+                str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file()
+            ),
             "config": one.exists(),
             "resumed": resumed,
             "parameters": sum(metadata.parameter_count.values()),

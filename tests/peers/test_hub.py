@@ -36,6 +36,8 @@ def single_float32(folder):
 def test_by_name(settings, tmp_path, base, adapter):
     single_float32(tmp_path / "bases" / "float32")
     shutil.copytree(TINY / "base", tmp_path / "bases" / "bfloat16")
+    (tmp_path / "bases" / base / "templates").mkdir()
+    (tmp_path / "bases" / base / "templates" / "a.jinja").write_text("{{ tools }}")
     known = settings.model_copy(update={"bases": str(tmp_path / "bases")})
     with serving(create_app(known)) as url:
         with httpx.Client(base_url=url) as client:

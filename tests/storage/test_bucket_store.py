@@ -356,9 +356,9 @@ def test_a_blob_is_checked_before_it_is_served(machines):
             other.read("s")
         assert "blob" in other.bad_files()["s"]
         assert os.listdir(machines.folder / "other" / "sets") == []
-        other.forget("s")
+        other.release("s")
     obstore.put(machines.memory, pointer.blob, body)
-    other.forget("s")
+    other.release("s")
     assert other.read("s").record == record
     assert other.bad_files() == {}
 

@@ -13,8 +13,7 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import NewerFormatError, SetNotFoundError
 from bonsai_lora.formats import safetensors
 from bonsai_lora.storage.newset import NextVersion
-from bonsai_lora.storage.setfile import RECORD_FORMAT, read_record
-from bonsai_lora.storage.source import Source
+from bonsai_lora.storage.setfile import RECORD_FORMAT, Source, read_record
 from bonsai_lora.storage.store import SetStore
 
 NOW = "2026-01-01T00:00:00.000000Z"

@@ -5,7 +5,11 @@ import hashlib
 import numpy as np
 import pytest
 
-from bonsai_lora.errors import HeaderTooLargeError, MalformedSafetensorsError
+from bonsai_lora.errors import (
+    HeaderTooLargeError,
+    MalformedSafetensorsError,
+    UnsupportedAdapterError,
+)
 from bonsai_lora.formats import safetensors
 from bonsai_lora.storage.upload import Upload
 
@@ -53,5 +57,33 @@ def test_a_header_over_the_limit_is_refused_before_it_is_received(tmp_path):
     with (tmp_path / "file").open("w+b") as file:
         upload = Upload(file, 100_000)
         with pytest.raises(HeaderTooLargeError):
-            upload.write(content[:8])
+            upload.write(content[:4096])
         assert (tmp_path / "file").stat().st_size == 0
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 9, 1 << 20])
+@pytest.mark.parametrize("length", [640, 1408])
+def test_a_header_length_that_looks_like_a_pickle(tmp_path, length, size):
+    """Its first bytes, 0x80 and 0x02, are those of a pickle, unless the next piece is awaited."""
+    short = FILES["short header"]
+    start = 8 + int.from_bytes(short[:8], "little")
+    content = length.to_bytes(8, "little") + short[8:start].ljust(length) + short[start:]
+    with (tmp_path / "file").open("w+b") as file:
+        assert receive(file, content, size).tensors.keys() == TENSORS.keys()
+
+
+@pytest.mark.parametrize("size", [1, 3, 9, 1 << 20])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"GGUF\3\0\0\0" + bytes(5000), "GGUF"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "LFS"),
+        (bytes(257) + b"ustar" + bytes(8000), "tar"),
+    ],
+)
+def test_another_format_is_named_whatever_the_pieces(tmp_path, content, says, size):
+    with (
+        (tmp_path / "file").open("w+b") as file,
+        pytest.raises(UnsupportedAdapterError, match=says),
+    ):
+        receive(file, content, size)

@@ -82,7 +82,6 @@ def test_a_batch_for_each_module(form, encode):
     [
         ([[1, 2], [3]], RaggedInputError, 1),
         ([[1, 2], [3, 4], 5], InvalidRequestError, 2),
-        ([1, 2, [3]], InvalidRequestError, 2),
     ],
 )
 def test_the_row_that_does_not_fit_is_named(inputs, error, row):

@@ -49,7 +49,7 @@ async def read_body(request: Request, limit: int, place: Place | None = None) ->
 
 
 async def body_parts(
-    request: Request, limit: int, place: Place | None = None
+    request: Request, limit: float, place: Place | None = None
 ) -> AsyncIterator[bytes]:
     """Yield the body as it arrives; raises and takes `place` as `read_body` does."""
     received = 0
@@ -148,7 +148,7 @@ def parse_length(declared: bytes) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def check_length(length: int, limit: int) -> None:
+def check_length(length: int, limit: float) -> None:
     """Raise BodyTooLargeError if `length` is over `limit` bytes."""
     if length > limit:
         raise BodyTooLargeError(

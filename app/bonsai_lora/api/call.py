@@ -39,7 +39,7 @@ class Call(ABC):
     that it needs is reserved.
     """
 
-    __slots__ = ("_has_place", "_reserved", "context", "headers", "query_string", "scope")
+    __slots__ = ("_has_place", "_reserved", "context", "headers", "length", "query_string", "scope")
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class Call(ABC):
         scope: MutableMapping[str, Any],
         headers: Mapping[bytes, bytes],
         query_string: bytes,
+        length: int | None,
     ) -> None:
         self.context = context
         self.scope = scope
@@ -54,6 +55,8 @@ class Call(ABC):
         self.headers = headers
         """Values by lower-case name; repeated headers are joined into one list."""
         self.query_string = query_string
+        self.length = length
+        """Declared length of the body in bytes; None if it is not declared."""
         self._has_place = False
         self._reserved = 0
 
@@ -63,11 +66,9 @@ class Call(ABC):
         Raises BusyError if the lane or the memory is full, BodyTooLargeError over `limit` bytes,
         StalledError, ClientDisconnect.
         """
-        declared = self.headers.get(b"content-length")
-        if declared is not None:
-            length = parse_length(declared)
-            check_length(length, limit)
-            if length > LONG_BYTES:
+        if self.length is not None:
+            check_length(self.length, limit)
+            if self.length > LONG_BYTES:
                 self.context.short.check()  # refuse what has no place now, before it is sent
         body = await self._read(limit)
         self.enter()
@@ -127,18 +128,20 @@ class RequestCall(Call):
 
     def __init__(self, context: Context, request: Request) -> None:
         scope = request.scope
-        super().__init__(context, scope, join_headers(scope["headers"]), scope["query_string"])
+        headers = join_headers(scope["headers"])
+        declared = headers.get(b"content-length")
+        length = None if declared is None else parse_length(declared)
+        super().__init__(context, scope, headers, scope["query_string"], length)
         self._request = request
 
     async def _read(self, limit: int) -> Buffer:
         parts: list[bytes] = []
         received = 0
-        declared = self.headers.get(b"content-length")
         async for part in self._request.stream():
             received += len(part)
             check_length(received, limit)
             if received > LONG_BYTES and not self._reserved:
-                self.begin_long(limit if declared is None else parse_length(declared))
+                self.begin_long(limit if self.length is None else self.length)
             if part:  # the last one is empty; a single one is not copied
                 parts.append(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)

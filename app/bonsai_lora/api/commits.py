@@ -5,7 +5,9 @@ The format is what huggingface_hub 2.4 sends (`_commit_api._prepare_commit_paylo
 """
 
 import binascii
+import math
 import re
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,25 +15,27 @@ import orjson
 from fastapi import Request
 
 from bonsai_lora.api.body import (
-    LONG_BYTES,
     MODEL_BYTES,
+    body_parts,
     check_length,
     check_media_type,
     content_length,
 )
-from bonsai_lora.api.uploads import WRITE_BYTES, write_weights
+from bonsai_lora.api.uploads import write_weights
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError
 from bonsai_lora.formats.foreign import check_config_start
+from bonsai_lora.formats.names import is_sha256
 from bonsai_lora.formats.peft_config import CONFIG_BYTES, CONFIG_FILE, MODEL_FILE
 from bonsai_lora.service.budget import Reservation
 from bonsai_lora.service.work import Place
-from bonsai_lora.storage.staging import is_sha256
 from bonsai_lora.storage.upload import Upload
 
 _MEDIA_TYPE = "application/x-ndjson"
 _MOST_LINES = 1024
 _CONTENT = re.compile(rb'(?<!\\)"content"\s*:\s*"')
 """What is before the characters of a file. Within a JSON string its quotes would be escaped."""
+_HELD_BYTES = 2 * CONFIG_BYTES
+"""Longer files must be the weights, and are written before their path is known."""
 _TAIL_BYTES = 64
 """Longest match of _CONTENT to look for."""
 
@@ -62,20 +66,13 @@ async def receive_commit(
     declared = _decoded(content_length(request) or 0)
     check_length(declared, limit)
     reserved.budget.check(declared)
-    reader = _CommitReader(limit)
-    received = 0
-    async for chunk in request.stream():
-        received += len(chunk)
+    return await _CommitReader(_chunks(request, reserved, place), upload, limit).read()
+
+
+async def _chunks(request: Request, reserved: Reservation, place: Place) -> AsyncIterator[bytes]:
+    async for chunk in body_parts(request, math.inf, place):
         reserved.add(_decoded(len(chunk)))
-        if received > LONG_BYTES:
-            place.take()
-        reader.feed(chunk)
-        if len(reader.model) >= WRITE_BYTES:
-            await write_weights(upload, reader.take_model())
-    place.take()
-    reader.end()
-    await write_weights(upload, reader.take_model())
-    return reader.commit()
+        yield chunk
 
 
 def _decoded(length: int) -> int:
@@ -117,97 +114,111 @@ class _Base64:
 
 @dataclass
 class _CommitReader:
-    """Finds the lines of a commit and the files in them."""
+    """Reads the lines of a commit, and the files in them."""
 
+    chunks: AsyncIterator[bytes]
+    upload: Upload
     limit: int
-    model: bytearray = field(default_factory=bytearray)
-    """Weights that are decoded and still to be written."""
-    _line: bytearray = field(default_factory=bytearray)
-    """The current line without the content of its file."""
-    _file: bytearray = field(default_factory=bytearray)
-    """The content of its file, as long as it may be the configuration."""
-    _base64: _Base64 | None = None
-    """The decoder while a file's content arrives."""
-    _searched: int = 0
-    """Bytes of the line that are known to be before the next content."""
+    _chunk: bytes = b""
+    _at: int = 0
+    """How much of the chunk has been read."""
+    _lines: int = 0
+    _text_size: int = 0
+    """Bytes of all lines without the contents of their files."""
+    _size: int = 0
+    """Bytes of all files."""
     _has_content: bool = False
+    """Whether the present line has a file's content."""
+    _file: bytearray = field(default_factory=bytearray)
+    """What of that content is still to be written or kept."""
     _is_model: bool = False
-    """Whether the file is too long for a configuration."""
+    """Whether some of it is written already."""
     _config: bytes | None = None
     _has_model: bool = False
     _pointer: tuple[str, int] | None = None
     _parent: str | None = None
-    _lines: int = 0
-    _text_size: int = 0
-    _size: int = 0
 
-    def feed(self, chunk: bytes) -> None:
-        """Take the next bytes of the body."""
-        start = 0
-        while start < len(chunk):
-            take = self._take_text if self._base64 is None else self._take_content
-            start = take(chunk, start)
+    async def read(self) -> Commit:
+        """Read the whole body; raises InvalidRequestError if it has one file of the two."""
+        while (line := await self._read_line()) is not None:
+            self._lines += 1
+            if self._lines > _MOST_LINES:
+                raise InvalidRequestError(
+                    f"the commit has more than {_MOST_LINES} lines; send the two adapter files "
+                    "only",
+                    limit=_MOST_LINES,
+                )
+            if text := line.strip():
+                await self._run(*self._parsed(text))
+        if (self._config is None) is self._has_model:
+            missing = CONFIG_FILE if self._config is None else MODEL_FILE
+            raise InvalidRequestError(
+                f"the commit lacks {missing}; push both adapter files in one commit, such as by "
+                "upload_folder",
+                expected=[CONFIG_FILE, MODEL_FILE],
+            )
+        return Commit(self._config, self._parent, self._pointer)
 
-    def _take_text(self, chunk: bytes, start: int) -> int:
-        """Take what is not content, up to where it begins or the line ends; return its end."""
-        newline = chunk.find(b"\n", start)
-        stop = len(chunk) if newline < 0 else newline + 1
-        self._text_size += stop - start
-        check_length(self._text_size, MODEL_BYTES)
-        search_from = max(self._searched, len(self._line) - _TAIL_BYTES)
-        self._line += chunk[start:stop]
-        found = _CONTENT.search(self._line, search_from)
-        if found is not None:
-            stop -= len(self._line) - found.end()
-            self._begin_content(found.end())
-        elif newline >= 0:
-            self._end_line()
-        return stop
+    async def _read_line(self) -> bytearray | None:
+        """Return the next line without the content of its file, which is read; None at the end."""
+        line, searched = bytearray(), 0
+        self._file = bytearray()
+        self._has_content = self._is_model = False
+        while await self._has_more():
+            newline = self._chunk.find(b"\n", self._at)
+            before, start = len(line), self._at
+            line += self._chunk[start : None if newline < 0 else newline + 1]
+            found = _CONTENT.search(line, max(searched, before - _TAIL_BYTES))
+            if found is not None:
+                del line[found.end() :]
+            self._at = start + len(line) - before
+            self._text_size += len(line) - before
+            check_length(self._text_size, MODEL_BYTES)
+            if found is not None:
+                searched = len(line)
+                await self._read_content()
+            elif newline >= 0:
+                return line
+        return line or None
 
-    def _begin_content(self, end: int) -> None:
+    async def _read_content(self) -> None:
+        """Read a file's characters, up to the quote that ends them."""
         if self._has_content:
             raise MalformedBodyError(
                 f"line {self._lines + 1} of the commit has two contents; send one per line"
             )
-        del self._line[end:]
-        self._searched = end
-        self._has_content, self._base64 = True, _Base64()
+        self._has_content = True
+        decoder = _Base64()
+        while await self._has_more():
+            quote = self._chunk.find(b'"', self._at)
+            text = self._chunk[self._at : None if quote < 0 else quote]
+            self._at += len(text)
+            decoded = decoder.feed(text)
+            self._size += len(decoded)
+            check_length(self._size, self.limit)
+            self._file += decoded
+            if len(self._file) > _HELD_BYTES:
+                self._is_model = True
+                await self._write_model()
+            if quote >= 0:
+                decoder.end()
+                return
+        raise MalformedBodyError("the body ends within a file; send the whole commit")
 
-    def _take_content(self, chunk: bytes, start: int) -> int:
-        """Take a file's characters, up to the quote that ends them; return their end."""
-        assert self._base64 is not None
-        quote = chunk.find(b'"', start)
-        stop = len(chunk) if quote < 0 else quote
-        decoded = self._base64.feed(chunk[start:stop])
-        self._size += len(decoded)
-        check_length(self._size, self.limit)
-        self._file += decoded
-        if len(self._file) > CONFIG_BYTES:
-            self._is_model = True
-            self._move_to_model()
-        if quote >= 0:
-            self._base64.end()
-            self._base64 = None
-        return stop
+    async def _has_more(self) -> bool:
+        """Return whether the body goes on, and get its next chunk if the last one is read."""
+        while self._at == len(self._chunk):
+            try:
+                self._chunk, self._at = await anext(self.chunks), 0
+            except StopAsyncIteration:
+                return False
+        return True
 
-    def _move_to_model(self) -> None:
+    async def _write_model(self) -> None:
         if self._has_model:
             raise _twice(MODEL_FILE)
-        self.model += self._file
-        self._file = bytearray()
-
-    def _end_line(self) -> None:
-        self._lines += 1
-        if self._lines > _MOST_LINES:
-            raise InvalidRequestError(
-                f"the commit has more than {_MOST_LINES} lines; send the two adapter files only",
-                limit=_MOST_LINES,
-            )
-        line, self._line = self._line.strip(), bytearray()
-        if line:
-            self._run(*self._parsed(line))
-        self._file, self._searched = bytearray(), 0
-        self._has_content = self._is_model = False
+        piece, self._file = self._file, bytearray()
+        await write_weights(self.upload, piece)
 
     def _parsed(self, line: bytearray) -> tuple[str, dict[str, Any]]:
         try:
@@ -219,12 +230,12 @@ class _CommitReader:
                 "one operation per line"
             ) from None
 
-    def _run(self, operation: str, value: dict[str, Any]) -> None:
+    async def _run(self, operation: str, value: dict[str, Any]) -> None:
         if operation == "header":
             parent = value.get("parentCommit")
             self._parent = None if parent is None else str(parent)
         elif operation == "file":
-            self._add(value)
+            await self._add(value)
         elif operation == "lfsFile":
             self._point(value)
         else:
@@ -261,7 +272,7 @@ class _CommitReader:
         check_length(self._size, self.limit)
         self._has_model, self._pointer = True, (oid, size)
 
-    def _add(self, value: dict[str, Any]) -> None:
+    async def _add(self, value: dict[str, Any]) -> None:
         path = str(value.get("path"))
         if value.get("encoding") != "base64" or not self._has_content:
             raise InvalidRequestError(
@@ -270,7 +281,7 @@ class _CommitReader:
                 field="encoding",
             )
         if path == MODEL_FILE:
-            self._move_to_model()
+            await self._write_model()
             self._has_model = True
         elif path == CONFIG_FILE:
             self._keep_config()
@@ -283,35 +294,11 @@ class _CommitReader:
             )
 
     def _keep_config(self) -> None:
-        if self._is_model:
-            check_length(CONFIG_BYTES + 1, CONFIG_BYTES)
+        check_length(_HELD_BYTES if self._is_model else len(self._file), CONFIG_BYTES)
         if self._config is not None:
             raise _twice(CONFIG_FILE)
         check_config_start(self._file)
         self._config = bytes(self._file)
-
-    def take_model(self) -> bytearray:
-        """Return the weights that are still to be written, and forget them."""
-        model, self.model = self.model, bytearray()
-        return model
-
-    def end(self) -> None:
-        """Take the end of the body; raises MalformedBodyError within a file's content."""
-        if self._base64 is not None:
-            raise MalformedBodyError("the body ends within a file; send the whole commit")
-        if self._line:
-            self._end_line()
-
-    def commit(self) -> Commit:
-        """Return the commit; raises InvalidRequestError if it has one file of the two."""
-        if (self._config is None) is self._has_model:
-            missing = CONFIG_FILE if self._config is None else MODEL_FILE
-            raise InvalidRequestError(
-                f"the commit lacks {missing}; push both adapter files in one commit, such as by "
-                "upload_folder",
-                expected=[CONFIG_FILE, MODEL_FILE],
-            )
-        return Commit(self._config, self._parent, self._pointer)
 
 
 def _twice(path: str) -> InvalidRequestError:

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import httptools
-import structlog
 from starlette.responses import Response
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import (
@@ -20,11 +19,13 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
+from bonsai_lora.api.body import parse_length
 from bonsai_lora.api.call import JOINED_BYTES, HeaderLines
 from bonsai_lora.api.errors import problem_response
 from bonsai_lora.api.heads import check_version, resolve_target
 from bonsai_lora.api.middleware import request_id_of
 from bonsai_lora.api.pace import Pace
+from bonsai_lora.api.reading import ReadingTimeout
 from bonsai_lora.errors import BonsaiLoraError, HeadTooLargeError, MalformedRequestError
 from bonsai_lora.wire.buffers import Buffer
 
@@ -32,6 +33,11 @@ MAX_HEAD_BYTES = 1 << 16
 """Longest request head in bytes: the request line and all header lines."""
 MAX_HEAD_LINES = 100
 """Most header lines of a request."""
+
+_PIECE_BYTES = 1 << 10
+"""Most bytes to parse at once, but for a body of known length: few requests begin in so many."""
+_CHUNKED_BYTES = 1 << 12
+"""The same in a body that comes in chunks."""
 
 LINGER_SECONDS = 1.0
 """How long a connection stays open after a refusal while the client is still sending."""
@@ -49,8 +55,6 @@ _TOO_LARGE = HeadTooLargeError(
 _UNREADABLE = MalformedRequestError(
     "the request is not HTTP/1.1 as RFC 9112 defines it; check the client, and what is between"
 )
-
-_log = structlog.get_logger("bonsai_lora.requests")
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -74,6 +78,12 @@ class GuardedProtocol(HttpToolsProtocol):
         """Bytes of a header line that is not complete."""
         self._plain_head = b""
         """A head to be parsed again."""
+        self.unparsed = b""
+        """What follows the requests that wait for their turn."""
+        self._is_ended = False
+        """Whether the client has ended its side meanwhile."""
+        self._body_bytes = 0
+        """How much of a body of known length is missing."""
         self.is_chunked = False
         """Whether the body of the present request comes in chunks."""
         self._refusal = _UNREADABLE
@@ -81,23 +91,31 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._start_head_timer()
         self._read_pace = Pace(self.stall_seconds, self.app.state.context.is_crowded)
-        self._read_timer: asyncio.TimerHandle | None = None
-        """Runs while the client has to read."""
-        self._read_since = 0.0
-        self._unread_bytes = 0
-        """Bytes that the client had not read at `_read_since`."""
-        self._close_timer: asyncio.TimerHandle | None = None
-        self._check_closing(was_closing=False)
+        self._reading = ReadingTimeout(self.loop, transport, self._read_pace)
         self._linger_bytes: int | None = None
         """Once lingering: how many more bytes to drop."""
 
     def data_received(self, data: bytes) -> None:
-        """Parse `data`, within the limits of a request head."""
+        """Parse `data` until a request has to wait for the response to the one before it."""
         if self._linger_bytes is not None:
             self._drop(len(data))
             return
-        counted = self._head_bytes
+        self.unparsed += data
         self._unset_keepalive_if_required()
+        while self.unparsed and not self.pipeline and not self.is_ending:
+            size = _PIECE_BYTES
+            if self._body_bytes:
+                size = self._body_bytes
+            elif self.is_chunked and not self._is_in_head:
+                size = _CHUNKED_BYTES
+            piece, self.unparsed = self.unparsed[:size], self.unparsed[size:]
+            self._parse_piece(piece)
+        if self.unparsed:
+            self.flow.pause_reading()
+
+    def _parse_piece(self, data: bytes) -> None:
+        """Parse `data`, within the limits of a request head."""
+        counted = self._head_bytes
         self._parse(data)
         if self.is_ending:
             return
@@ -165,15 +183,41 @@ class GuardedProtocol(HttpToolsProtocol):
             raise
         self.expect_100_continue &= version == "1.1"
         self.is_chunked = any(name == b"transfer-encoding" for name, _ in self.headers)
+        if not self.is_chunked:
+            lengths = [value for name, value in self.headers if name == b"content-length"]
+            self._body_bytes = parse_length(lengths[0]) if lengths else 0
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Count the body."""
+        self._body_bytes = max(0, self._body_bytes - len(body))
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Note that the request is complete."""
         if not self._plain_head:
+            self._body_bytes, self.is_chunked = 0, False
             super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """Go on with what the client sent meanwhile; uvicorn reads more of it first."""
+        super().on_response_complete()
+        if self.pipeline or self.unparsed:
+            self.flow.pause_reading()
+        if self.unparsed and not self.pipeline:
+            self.loop.call_soon(self._parse_more)
+
+    def _parse_more(self) -> None:
+        if self.is_ending:
+            return
+        self.flow.resume_reading()
+        GuardedProtocol.data_received(self, b"")
+        if self._is_ended and not self.unparsed and not self.eof_received():
+            self.transport.close()
 
     def _refuse_unreadable(self) -> None:
         """Reject an unreadable request and close, once earlier requests have their responses."""
+        self.unparsed = b""
         self._drop_incomplete()
         cycle = self.cycle
         if cycle is not None and not cycle.response_complete:
@@ -193,6 +237,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
         A client may close its side after sending its last request (RFC 9112, section 9.6).
         """
+        if self.unparsed:
+            self._is_ended = True
+            return True
         self._drop_incomplete()
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
@@ -209,21 +256,20 @@ class GuardedProtocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Wait for the client to read."""
         super().pause_writing()
-        self._await_reading()
+        self._reading.start()
 
     def resume_writing(self) -> None:
         """Note that the client has read almost everything."""
-        self._note_reading()
+        self._reading.stop()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop all timers, including uvicorn's keep-alive timer, which it leaves running."""
+        self.unparsed = b""
         if self._running is not None:  # uvicorn tells only the last of pipelined requests
             self._running.disconnected = True
             self._running.message_event.set()
-        for timer in (self._read_timer, self._close_timer):
-            if timer is not None:
-                timer.cancel()
+        self._reading.close()
         self.stop_head_timer()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
@@ -340,40 +386,3 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
         else:  # a pipelined head: the response in flight continues
             self._start_head_timer()
-
-    def _await_reading(self) -> None:
-        """Start the timeout for reading enough."""
-        self._read_since = self.loop.time()
-        self._unread_bytes = self.transport.get_write_buffer_size()
-        self._read_timer = self.loop.call_later(self._read_pace.left_seconds, self._check_reading)
-
-    def _note_reading(self) -> None:
-        """Count what the client has read since `_await_reading`, and stop the timeout."""
-        if self._read_timer is not None:
-            self._read_timer.cancel()
-            self._read_timer = None
-            waited = self.loop.time() - self._read_since
-            read = self._unread_bytes - self.transport.get_write_buffer_size()
-            self._read_pace.note(waited, read)
-
-    def _check_reading(self) -> None:
-        """Disconnect the client if it has not read enough in time."""
-        self._note_reading()
-        if self._read_pace.left_seconds > 0:
-            self._await_reading()
-        else:
-            self._disconnect()
-
-    def _check_closing(self, *, was_closing: bool) -> None:
-        """Disconnect a client that does not read the rest of a response after the close."""
-        is_closing = self.transport.get_write_buffer_size() > 0 and self.transport.is_closing()
-        if is_closing and was_closing and not self.flow.write_paused:
-            self._disconnect()
-            return
-        check = partial(self._check_closing, was_closing=is_closing)
-        self._close_timer = self.loop.call_later(self.stall_seconds, check)
-
-    def _disconnect(self) -> None:
-        unread = self.transport.get_write_buffer_size()
-        _log.warning("disconnected: the client read too slowly", unread_bytes=unread)
-        self.transport.abort()

@@ -43,6 +43,7 @@ class Context:
     """The objects of one running application."""
 
     settings: Settings
+    limits: Limits
     store: SetView
     memory: Budget
     spill: Budget
@@ -64,11 +65,6 @@ class Context:
     stopping: Event = field(default_factory=Event)
     """Set once the service is about to stop, for balancers that ask whether it is ready."""
     started: float = field(default_factory=monotonic)
-
-    @property
-    def limits(self) -> Limits:
-        """The limits on requests."""
-        return self.store.limits
 
     def is_crowded(self) -> bool:
         """Return whether requests were refused recently because of slow clients."""

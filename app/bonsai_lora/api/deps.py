@@ -9,6 +9,7 @@ from bonsai_lora.api.call import Call, get_call
 from bonsai_lora.api.context import Context, get_context
 from bonsai_lora.api.query import DECIMAL
 from bonsai_lora.service.budget import Reservation
+from bonsai_lora.storage.setfile import StoredSet
 
 VERSION_DESCRIPTION = "the version that is wanted: this one, or 404 `version_not_found`"
 
@@ -30,3 +31,13 @@ ModuleName = Annotated[
 WantedVersion = Annotated[
     int | None, Query(alias="version", ge=1, lt=1 << 53, description=VERSION_DESCRIPTION), DECIMAL
 ]
+
+
+async def _get_stored(
+    context: ContextDep, name: SetName, version: WantedVersion = None
+) -> StoredSet:
+    return await context.open_version(name, version)
+
+
+WantedSet = Annotated[StoredSet, Depends(_get_stored)]
+"""The set that the path names, in the version that the query asks for."""

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 from bonsai_lora.api.schemas import InfoModel, Names, RequestModel, SetInfo
 from bonsai_lora.checkpoints.extraction import Change, Kind
 from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.combine import Loss
 from bonsai_lora.core.factors import rank_for
 from bonsai_lora.core.recipe import Method, Recipe, Sign
 from bonsai_lora.core.similarity import Similarity
@@ -95,19 +96,17 @@ class CombineReport(BaseModel):
         return cls(
             method=report.recipe.method,
             rank=report.rank,
-            energy_kept=report.energy_kept,
-            relative_error=report.relative_error,
+            **_kept(report.loss),
             warnings=report.warnings,
             modules=[
-                CombinedModule(
-                    name=name,
-                    rank=one.adapter.rank,
-                    energy_kept=one.energy_kept,
-                    relative_error=one.relative_error,
-                )
+                CombinedModule(name=name, rank=one.adapter.rank, **_kept(one.loss))
                 for name, one in report.modules.items()
             ],
         )
+
+
+def _kept(loss: Loss) -> dict[str, float]:
+    return {"energy_kept": loss.energy_kept, "relative_error": loss.relative_error}
 
 
 class CombinedSet(SetInfo):
@@ -158,7 +157,6 @@ class ExtractedTensor(BaseModel):
     @classmethod
     def of(cls, change: Change) -> "ExtractedTensor":
         """Return the schema of a change."""
-        lost = change.lost_square / change.square
         return cls(
             name=change.pair.name,
             kind=change.kind,
@@ -168,8 +166,7 @@ class ExtractedTensor(BaseModel):
             relative_norm=math.sqrt(change.square / change.base_square)
             if change.base_square
             else None,
-            energy_kept=1 - lost,
-            relative_error=math.sqrt(lost),
+            **_kept(change.loss),
         )
 
 
@@ -196,8 +193,7 @@ class ExtractedSet(SetInfo):
         """Return the schema of a new set with its report."""
         found = ExtractReport(
             rank=report.rank,
-            energy_kept=report.energy_kept,
-            relative_error=report.relative_error,
+            **_kept(report.loss),
             same=report.same,
             warnings=report.warnings,
             modules=[ExtractedTensor.of(one) for one in report.changes],

@@ -59,12 +59,8 @@ class Metrics:
         self._service_registry = CollectorRegistry()
         self._service_registry.register(_ServiceCollector(collect_service))
         self._service_registry.register(_WorkersCollector())
-        self._requests = Counter(
-            "bonsai_lora_requests",
-            "Requests answered.",
-            ["method", "route", "status"],
-            registry=registry,
-        )
+        counter = partial(_counter, registry)
+        self._requests = counter("requests", "Requests answered.", "method", "route", "status")
         self._latency = Histogram(
             "bonsai_lora_request_seconds",
             "Time from the request head to the last byte of the response.",
@@ -72,33 +68,16 @@ class Metrics:
             buckets=_LATENCY_SECONDS,
             registry=registry,
         )
-        self._refusals = Counter(
-            "bonsai_lora_refusals",
-            "Requests refused, by the code of the error.",
-            ["code"],
-            registry=registry,
-        )
+        self._refusals = counter("refusals", "Requests refused, by the code of the error.", "code")
         self._read_store = read_store
-        self._of_bucket = (
-            None if read_store().is_reachable is None else _BucketMetrics(self._registry)
-        )
+        self._of_bucket = None if read_store().is_reachable is None else _BucketMetrics(registry)
         self._children: dict[tuple[str, str, int], tuple[Counter, Histogram]] = {}
-        self.rows_applied = Counter(
-            "bonsai_lora_rows_applied",
-            "Vectors that adapters were applied to.",
-            registry=registry,
-        )
-        self.bytes_merged = Counter(
-            "bonsai_lora_merged_bytes",
-            "Bytes of merged weights produced.",
-            registry=registry,
-        )
+        self.rows_applied = counter("rows_applied", "Vectors that adapters were applied to.")
+        self.bytes_merged = counter("merged_bytes", "Bytes of merged weights produced.")
         self._read_load = read_load
         self._load = {one[0]: _load_gauge(registry, *one) for one in _LOAD_GAUGES}
-        self.keys_file_errors = Counter(
-            "bonsai_lora_keys_file_errors",
-            "Times that the keys file was changed to one that cannot be used.",
-            registry=self._registry,
+        self.keys_file_errors = counter(
+            "keys_file_errors", "Times that the keys file was changed to one that cannot be used."
         )
 
     def count_request(self, method: str, route: str, status: int, seconds: float) -> None:
@@ -138,6 +117,10 @@ class Metrics:
         return generate_latest(registry) + generate_latest(self._service_registry)
 
 
+def _counter(registry: CollectorRegistry, name: str, description: str, *labels: str) -> Counter:
+    return Counter(f"bonsai_lora_{name}", description, labels, registry=registry)
+
+
 def _load_gauge(registry: CollectorRegistry, name: str, description: str, label: str) -> Gauge:
     return Gauge(
         f"bonsai_lora_{name}",
@@ -152,9 +135,7 @@ class _BucketMetrics:
     """What this process did with the bucket that is its store, and with the copies of its sets."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        def counter(name: str, description: str, *labels: str) -> Counter:
-            return Counter(f"bonsai_lora_{name}", description, labels, registry=registry)
-
+        counter = partial(_counter, registry)
         self._requests = counter("store_requests", "Requests to the bucket.", "kind")
         self._looks = counter("store_looks", "Comparisons with the bucket.", "result")
         self._others = {

@@ -4,51 +4,41 @@ Most follow from the statuses of an operation: one that can return 412 reads con
 can return 206 reads ranges. Routes declare only the ETag and Location that they send.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 _STRING = {"type": "string"}
 
-_RESPONSE_HEADERS: dict[str, dict[str, Any]] = {
-    "X-Request-Id": {
-        "description": "id of the request in the service's log",
-        "required": True,
-        "schema": _STRING,
-    },
-    "ETag": {
-        "description": "strong tag of this version, for If-Match and If-None-Match",
-        "required": True,
-        "schema": _STRING,
-    },
-    "Location": {
-        "description": "path of what was created",
-        "required": True,
-        "schema": {"type": "string", "format": "uri-reference"},
-    },
-    "Accept-Ranges": {
-        "description": "byte ranges can be requested",
-        "required": True,
-        "schema": {"type": "string", "enum": ["bytes"]},
-    },
-    "Content-Range": {
-        "description": "the range sent, unless there are several; the file's size after a 416",
-        "schema": _STRING,
-    },
-    "Bonsai-Delta-Gain": {
-        "description": "estimate of <D', D> / |D|^2 for the deltas D and what D' is left of them "
-        "after the merged weights were rounded: 1 if all, 0 if nothing; missing until it is known",
-        "schema": {"type": "number"},
-    },
-    "Preference-Applied": {
-        "description": "`respond-async`: the answer is a job",
-        "required": True,
-        "schema": _STRING,
-    },
-    "WWW-Authenticate": {"description": "Bearer", "required": True, "schema": _STRING},
-    "Retry-After": {
-        "description": "seconds after which a retry can succeed",
-        "schema": {"type": "integer", "minimum": 1},
-    },
+
+def _header(
+    description: str, schema: Mapping[str, Any] = _STRING, *, is_always_sent: bool = True
+) -> dict[str, Any]:
+    required = {"required": True} if is_always_sent else {}
+    return {"description": description, **required, "schema": schema}
+
+
+_RESPONSE_HEADERS = {
+    "X-Request-Id": _header("id of the request in the service's log"),
+    "ETag": _header("strong tag of this version, for If-Match and If-None-Match"),
+    "Location": _header("path of what was created", {"type": "string", "format": "uri-reference"}),
+    "Accept-Ranges": _header("byte ranges can be requested", {"type": "string", "enum": ["bytes"]}),
+    "Content-Range": _header(
+        "the range sent, unless there are several; the file's size after a 416",
+        is_always_sent=False,
+    ),
+    "Bonsai-Delta-Gain": _header(
+        "estimate of <D', D> / |D|^2 for the deltas D and what D' is left of them after the merged "
+        "weights were rounded: 1 if all, 0 if nothing; missing until it is known",
+        {"type": "number"},
+        is_always_sent=False,
+    ),
+    "Preference-Applied": _header("`respond-async`: the answer is a job"),
+    "WWW-Authenticate": _header("Bearer"),
+    "Retry-After": _header(
+        "seconds after which a retry can succeed",
+        {"type": "integer", "minimum": 1},
+        is_always_sent=False,
+    ),
 }
 _REQUEST_HEADERS: dict[str, str] = {
     "X-Request-Id": "up to 128 letters, digits and `._:-`, to find the request in the log; made if "

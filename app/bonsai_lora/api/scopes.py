@@ -69,6 +69,7 @@ SCOPES: Mapping[Need, Mapping[str, tuple[str, ...]]] = {
             _HUB,
             f"{_HUB}/revision/{{revision}}",
             f"{_HUB}/tree/{{revision}}",
+            f"{_HUB}/tree/{{revision}}/{{path:path}}",
             f"{_HUB}/refs",
             f"{_HUB}/commits/{{revision}}",
             f"{_HUB}/auth-check",

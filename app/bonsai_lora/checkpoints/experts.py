@@ -14,7 +14,7 @@ from bonsai_lora.errors import ShapeMismatchError, counted
 _SPLIT = {"gate_up_proj": ("gate_proj", "up_proj")}
 """Fused parameters -> the separate tensors of an expert, in the order of their outputs."""
 _OLD_NAMES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-"""Mixtral's names, under `block_sparse_moe`."""
+"""Mixtral's names."""
 
 
 def expert_weights(
@@ -48,9 +48,8 @@ def expert_weights(
 
 def _find_first(base: Base, core: str, name: str, match: str | None) -> str | None:
     """Return the tensor `name` of the first expert."""
-    old = core.replace("mlp.experts", "block_sparse_moe.experts")
     return base.paths.find_one(f"{core}.0.{name}.weight", match) or base.paths.find_one(
-        f"{old}.0.{_OLD_NAMES.get(name, name)}.weight", match
+        f"{core}.0.{_OLD_NAMES.get(name, name)}.weight", match
     )
 
 
@@ -68,6 +67,13 @@ def split_outputs(leaf: str, expert: LoraAdapter) -> Sequence[tuple[str, LoraAda
     names = _SPLIT.get(leaf, (leaf,))
     rows = expert.d_out // len(names)
     return [
-        (name, replace(expert, b_matrix=expert.b_matrix[place * rows : (place + 1) * rows]))
+        (
+            name,
+            replace(
+                expert,
+                b_matrix=expert.b_matrix[place * rows : (place + 1) * rows],
+                layer="linear",
+            ),
+        )
         for place, name in enumerate(names)
     ]

@@ -4,7 +4,7 @@ import numpy as np
 
 from bonsai_lora.checkpoints.base import Base, Tensor
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, to_float32
-from bonsai_lora.core.merge import blocks
+from bonsai_lora.core.merge import sampled_rows
 from bonsai_lora.core.rounding import Weights
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
 
@@ -34,17 +34,13 @@ def _count(tensor: Tensor) -> Weights:
     rows, columns = tensor.shape
     counts = np.zeros(2 * _OFFSET, np.int64)
     exact = dict.fromkeys(_TYPES, 0)
-    step = 1 if rows * columns <= SMALL_VALUES else EVERY
-    for place, whole in blocks(rows, columns, most=SMALL_VALUES, whole_rows=True):
-        first = -(-place.start // step) * step
-        for start in range(first, place.stop, step) if step > 1 else [place.start]:
-            stop = start + 1 if step > 1 else place.stop
-            values = to_float32(tensor[slice(start, stop), whole])
-            values = values[np.isfinite(values) & (values != 0)]
-            counts += np.bincount(np.frexp(values)[1] - 1 + _OFFSET, minlength=len(counts))
-            with np.errstate(over="ignore"):
-                for name, dtype in _TYPES.items():
-                    exact[name] += int(np.count_nonzero(values.astype(dtype) == values))
+    for block in sampled_rows(rows, columns, most=SMALL_VALUES, distance=EVERY):
+        values = to_float32(tensor[block])
+        values = values[np.isfinite(values) & (values != 0)]
+        counts += np.bincount(np.frexp(values)[1] - 1 + _OFFSET, minlength=len(counts))
+        with np.errstate(over="ignore"):
+            for name, dtype in _TYPES.items():
+                exact[name] += int(np.count_nonzero(values.astype(dtype) == values))
     total = max(1, int(counts.sum()))
     return Weights(
         {int(one) - _OFFSET: int(counts[one]) for one in np.flatnonzero(counts)},

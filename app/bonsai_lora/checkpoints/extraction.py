@@ -15,6 +15,7 @@ from bonsai_lora.checkpoints.orientation import CONV1D_TYPES, is_conv1d_name
 from bonsai_lora.checkpoints.ties import is_embedding
 from bonsai_lora.core.adapter import LayerKind, LoraAdapter
 from bonsai_lora.core.cast import FLOAT32, Array
+from bonsai_lora.core.combine import Loss
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.factors import Factors
 from bonsai_lora.core.lowrank import Approximation, approximate, columns_for
@@ -75,6 +76,11 @@ class Change:
     replacement: Array | None = None
     rows: npt.NDArray[np.intp] | None = None
     """Numbers of the changed rows, whose new values are the replacement."""
+
+    @property
+    def loss(self) -> Loss:
+        """What the form leaves out of the difference."""
+        return Loss(self.square, self.lost_square, self.lost_square)
 
     @property
     def parameter(self) -> str:

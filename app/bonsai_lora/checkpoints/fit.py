@@ -31,6 +31,13 @@ def check_tensor(base: Base, name: str, touched: Touched, *, is_one_set: bool) -
     tensor is missing, has no float dtype or cannot hold the sum, ShapeMismatchError if its shape is
     different.
     """
+    if name not in base.tensor_names and touched.biases:
+        raise UnsupportedAdapterError(
+            f"the set adds a bias (lora_bias), but base {base.name!r} has no tensor {name!r} that "
+            "could hold it; apply the set instead of merging it",
+            tensor=name,
+            base=base.name,
+        )
     if name not in base.tensor_names:
         raise UnsupportedAdapterError(
             f"base {base.name!r} has no tensor {name!r} to replace or add to; merge the set "

@@ -15,9 +15,8 @@ from functools import cached_property, partial
 import numpy as np
 
 from bonsai_lora.checkpoints.experts import split_outputs
-from bonsai_lora.checkpoints.gguf_file import file_parts
 from bonsai_lora.checkpoints.gguf_tensor import Conversion, Stacked
-from bonsai_lora.checkpoints.parts import MergedFile, Part, Values, computed_as
+from bonsai_lora.checkpoints.parts import MergedFile, Part, Values, computed_as, gguf_parts
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Floats, to_float32
 from bonsai_lora.core.loraset import BonsaiLoraSet
@@ -153,7 +152,7 @@ class LoraFile(MergedFile):
         def part_of(name: str, info: TensorInfo) -> Part:
             return computed_as(info.type.name, values[name])
 
-        parts = file_parts(planned, lambda: planned.head, part_of)
+        parts = gguf_parts(planned, lambda: planned.head, part_of)
         super().__init__(parts, etag, "application/octet-stream")
         largest = max(
             max(width, min(height * width, BLOCK_VALUES))

@@ -8,7 +8,6 @@ Face checkpoint.
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from bonsai_lora.checkpoints.gguf_base import GgufBase
 from bonsai_lora.checkpoints.hugging_face import checkpoint_files
@@ -83,14 +82,6 @@ def hub_files(model: MergedModel) -> Mapping[str, MergedFile]:
     )
 
 
-def merge_info(files: Mapping[str, MergedFile]) -> list[Mapping[str, Any]]:
-    """Return the name, size and ETag of each file."""
-    return [
-        {"name": name, "size_bytes": file.size_bytes, "etag": file.etag}
-        for name, file in files.items()
-    ]
-
-
 def _like_base(model: MergedModel, base: SafetensorsBase, name: str) -> MergedFile:
     """Return a file that differs from the base's only in changed tensors."""
     file, header = base.files[name], base.headers.get(name)
@@ -98,7 +89,7 @@ def _like_base(model: MergedModel, base: SafetensorsBase, name: str) -> MergedFi
     parts: list[Part] = []
     if header is not None:
         for tensor, info in header.tensors.items():
-            if model.is_touched(tensor):
+            if tensor in model.changes:
                 merged = model.tensor(tensor)
                 parts.append(Stored(file, position, header.data_start + info.start))
                 parts.append(Computed(merged, merged.dtype.itemsize.__mul__))

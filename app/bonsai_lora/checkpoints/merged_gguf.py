@@ -15,10 +15,17 @@ from math import prod
 import numpy as np
 
 from bonsai_lora.checkpoints.gguf_base import GgufBase
-from bonsai_lora.checkpoints.gguf_file import file_parts
 from bonsai_lora.checkpoints.gguf_tensor import Conversion, InGgufOrder, Stacked
 from bonsai_lora.checkpoints.merged import MergedModel
-from bonsai_lora.checkpoints.parts import MergedFile, Part, Stored, Values, computed_as, etag_of
+from bonsai_lora.checkpoints.parts import (
+    MergedFile,
+    Part,
+    Stored,
+    Values,
+    computed_as,
+    etag_of,
+    gguf_parts,
+)
 from bonsai_lora.errors import UnsupportedGgufError
 from bonsai_lora.formats import gguf_writer, hadamard
 from bonsai_lora.formats.dequantize import can_dequantize
@@ -69,7 +76,7 @@ def merged_gguf(model: MergedModel, base: GgufBase, dtype: str, *, is_widened: b
             return computed_as(info.type.name, _values(model, base, one))
         return Stored(base.holders[one.stored], one.info.start, one.info.stop)
 
-    parts = file_parts(planned, lambda: _plan(base, layout).head, part_of)
+    parts = gguf_parts(planned, lambda: _plan(base, layout).head, part_of)
     etag = etag_of(f"{model.digest}/gguf/{dtype}/{is_widened}")
     return MergedFile(parts, etag, "application/octet-stream")
 
@@ -80,12 +87,12 @@ def _tensors(model: MergedModel, base: GgufBase) -> Iterator[tuple[str, _Tensor]
     for name, info in base.header.tensors.items():
         held = [(theirs, place.change) for theirs, place in base.places_in(name)]
         is_merged = any(
-            model.is_touched(theirs) or (is_grouped and change is Change.V_COLUMNS)
+            theirs in model.changes or (is_grouped and change is Change.V_COLUMNS)
             for theirs, change in held
         )
         yield name, _Tensor(name, info, held, is_merged)
         if name == GGUF_EMBEDDING and model.is_untied:
-            yield GGUF_HEAD, _Tensor(name, info, [(HEAD, Change.NONE)], model.is_touched(HEAD))
+            yield GGUF_HEAD, _Tensor(name, info, [(HEAD, Change.NONE)], HEAD in model.changes)
 
 
 def _must_change(base: GgufBase, tensor: _Tensor, *, is_widened: bool) -> bool:

@@ -34,15 +34,15 @@ class Touched:
     replacement: Array | None = None
     rows: TokenRows | None = None
 
-    def is_plain(self) -> bool:
-        """Return whether the only change is one added delta."""
+    @property
+    def is_sum(self) -> bool:
+        """Whether the only changes are added deltas."""
         return (
-            len(self.deltas) == 1
-            and self.deltas[0][0].magnitude is None
-            and self.deltas[0][0].experts is None
+            bool(self.deltas)
             and not self.biases
             and self.replacement is None
             and self.rows is None
+            and all(one.magnitude is None and one.experts is None for one, _ in self.deltas)
         )
 
 
@@ -71,7 +71,7 @@ class MergedTensor:
     def __getitem__(self, block: Block) -> Array:
         """Return the merged values of a block, rounded once to the dtype of the base."""
         deltas = self._touched.deltas
-        if self._touched.is_plain() and self._dtype is np.float32:
+        if len(deltas) == 1 and self._touched.is_sum and self._dtype is np.float32:
             only, weight = deltas[0]
             values = self._base[block]
             factors = only.stored_factors_of(*block)

@@ -19,7 +19,9 @@ from bonsai_lora.core import backend
 from bonsai_lora.core.cast import Array
 from bonsai_lora.core.merge import BLOCK_VALUES, Block, blocks
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES
+from bonsai_lora.formats.gguf_layouts import TensorInfo
 from bonsai_lora.formats.gguf_types import BY_NAME
+from bonsai_lora.formats.gguf_writer import Plan
 from bonsai_lora.formats.quantize import quantize_q8_0
 from bonsai_lora.formats.safetensors import as_bytes
 
@@ -138,14 +140,38 @@ def _q8_0(values: Array) -> memoryview:
 _ENCODERS = {"F32": as_bytes, "F16": _rounded("F16"), "BF16": _rounded("BF16"), "Q8_0": _q8_0}
 
 
+def digest_of(seed: str) -> str:
+    """Return 40 hexadecimal digits, as of a Git commit, that differ wherever `seed` does."""
+    return hashlib.sha256(seed.encode()).hexdigest()[:40]
+
+
 def etag_of(seed: str) -> str:
-    """Return a strong ETag that differs wherever `seed` does."""
-    return f'"{hashlib.sha256(seed.encode()).hexdigest()[:40]}"'
+    """Return a strong ETag that differs wherever `seed` does.
+
+    Hub clients name cached files by it, whence its length, so seeds must differ between files.
+    """
+    return f'"{digest_of(seed)}"'
 
 
 def media_type_of(name: str) -> str:
     """Return the Content-Type of a model's file."""
     return "application/json" if name.endswith(".json") else "application/octet-stream"
+
+
+def gguf_parts(
+    planned: Plan, make_head: Callable[[], bytes], part_of: Callable[[str, TensorInfo], Part]
+) -> list[Part]:
+    """Return the header of a GGUF file, and the part of each tensor, with zeros in between."""
+    parts: list[Part] = [Made(len(planned.head), make_head)]
+    position = len(planned.head)
+    for name, info in planned.tensors.items():
+        parts += [_zeros(info.start - position), part_of(name, info)]
+        position = info.stop
+    return [*parts, _zeros(planned.total_bytes - position)]
+
+
+def _zeros(size: int) -> Part:
+    return Made(size, lambda: bytes(size))
 
 
 class MergedFile:

@@ -31,6 +31,15 @@ _PREFIX_OF_TYPE = {
 }
 """base_model_prefix of the model types whose prefix is not their name (transformers 5)."""
 
+_RENAMED = (
+    (".mlp.router.", ".block_sparse_moe.gate."),
+    (".mlp.", ".block_sparse_moe."),
+    (".experts.gate_up_proj", ".input_linear.weight"),
+    (".experts.down_proj", ".output_linear.weight"),
+)
+"""Names in the classes of transformers 5 -> names in the checkpoints of Mixtral, Phi-3.5-MoE and
+Granite (src/transformers/conversion_mapping.py)."""
+
 _NUMBER = re.compile(r"(?:^|\.)\d+(?=\.)")
 
 
@@ -53,10 +62,15 @@ class TensorPaths:
         """Return the tensors that `parameter`, such as `layers.0.mlp.up_proj.weight`, means.
 
         That is at most one, or one per layer for a parameter without a layer number. The exact name
-        takes precedence, then names with a known prefix, then names that end with it. `match`
-        limits the result to names that start with it, if any do. Raises InvalidRequestError if
-        several tensors remain.
+        takes precedence, then names with a known prefix, then names that end with it; then the same
+        for its older names. `match` limits the result to names that start with it, if any do.
+        Raises InvalidRequestError if several tensors remain.
         """
+        older = (parameter.replace(new, old) for new, old in _RENAMED if new in parameter)
+        names = (self._find(one, match) for one in (parameter, *older))
+        return next(filter(None, names), ())
+
+    def _find(self, parameter: str, match: str | None) -> Sequence[str]:
         if match is None and parameter in self.names:
             return (parameter,)
         known = sorted({one for one in self._with_prefixes(parameter) if one in self.names})
@@ -65,7 +79,7 @@ class TensorPaths:
             every = dict.fromkeys([*known, *ending])
             meant = [name for name in every if name.startswith(match)]
             if not meant:
-                return self.find(parameter)
+                return self._find(parameter, None)
             return self._one(parameter, meant)
         return self._one(parameter, known or ending)
 

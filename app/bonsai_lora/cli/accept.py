@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import logging
+import os
 import resource
 import signal
 import socket
@@ -33,7 +34,8 @@ class Server(uvicorn.Server):
     """uvicorn's server, with an `Acceptor` for each socket.
 
     `handshake_seconds` is how long a TLS handshake may take, and the end of a TLS connection.
-    After SIGTERM it calls `drain`, and goes on for `drain_seconds`.
+    After SIGTERM it calls `drain`, and goes on for `drain_seconds`. It ends when its parent process
+    is gone.
     """
 
     def __init__(
@@ -48,6 +50,13 @@ class Server(uvicorn.Server):
         self._drain_seconds = drain_seconds
         self._drain = drain
         self._is_draining = False
+        self._parent = os.getppid()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to end; called ten times a second."""
+        if os.getppid() != self._parent:
+            self.should_exit = True  # the signal for it came too early, or this is not Linux
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain after the first SIGTERM; end after any other signal, and after a second one."""

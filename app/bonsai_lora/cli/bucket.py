@@ -54,7 +54,7 @@ def verify_bucket(url: str, names: list[str]) -> int:
     try:
         check_bucket(url)
         bucket = open_bucket(url)
-        for name in names or _names(bucket):
+        for name in names or (one.name for one in bucket.list_all(POINTERS)):
             line = _verified(bucket, name) or ("missing" if names else None)
             if line is not None:
                 is_sound = is_sound and line == "ok"
@@ -62,12 +62,6 @@ def verify_bucket(url: str, names: list[str]) -> int:
     except (ValueError, StoreUnreachableError) as error:
         return failed(str(error))
     return 0 if is_sound else EXIT_REFUSED
-
-
-def _names(bucket: Bucket) -> Iterator[str]:
-    for chunk in bucket.list(POINTERS):
-        for listed in chunk:
-            yield listed.key.rpartition("/")[2]
 
 
 def _verified(bucket: Bucket, name: str) -> str | None:

@@ -265,12 +265,17 @@ def remove_set(client: Client, arguments: argparse.Namespace) -> Any:
 def push_set(client: Client, arguments: argparse.Namespace) -> Any:
     """Upload a PEFT or MLX folder; print the new version and warnings."""
     name, base = set_name(arguments.name), arguments.base_model_name
+    is_gguf = arguments.folder.suffix == ".gguf"
+    if arguments.architecture is not None and not is_gguf:
+        raise UsageError(
+            "--architecture is for GGUF LoRA files, which end in .gguf; leave it out for a folder"
+        )
     try:
         report = (
             client.upload_gguf(
                 name, arguments.folder, architecture=arguments.architecture, base_model_name=base
             )
-            if arguments.folder.suffix == ".gguf"
+            if is_gguf
             else client.upload_set(name, arguments.folder, base_model_name=base)
         )
     except (FileNotFoundError, NotADirectoryError) as error:

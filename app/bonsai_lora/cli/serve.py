@@ -50,6 +50,8 @@ _MAPPED_BYTES = 8 << 20
 """Blocks up to this size are allocated from the heap; larger ones are mapped and unmapped."""
 _KEPT_BYTES = 256 << 20
 """Most free memory kept at the end of the heap."""
+_SWITCH_SECONDS = 5e-4
+"""How long a thread may run Python code while others wait for their turn."""
 _COLLECTIONS = 1000
 """Collections of younger objects before one of all, which is 7 million new objects."""
 _NAMED = 32
@@ -183,7 +185,7 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: Path) 
     values.ValueClass = values.get_value_class()  # type: ignore[no-untyped-call]
     from bonsai_lora.api.app import choose_backend  # noqa: PLC0415 - slow to import
 
-    _keep_freed_memory()
+    keep_freed_memory()
     choose_backend(settings)  # once for all workers
     if settings.sets is not None and not _import_sets(settings):
         return EXIT_USAGE
@@ -270,6 +272,9 @@ def _work(
     _exit_with(supervisor)
     app = make_app(settings, shared)
     _collect_rarely()
+    # the event loop releases the interpreter at each system call, and gets it back only after
+    # this time if a thread is busy: 5 ms by default, and several times a request.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -309,7 +314,7 @@ def _exit_with(supervisor: int) -> None:
         sys.exit(0)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Make glibc reuse large blocks instead of mapping and unmapping each one (mallopt(3)).
 
     Otherwise a body of 4 MiB costs a thousand page faults (benchmarks/throughput.py).

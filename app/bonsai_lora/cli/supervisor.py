@@ -17,7 +17,7 @@ _FOR_WORKERS = (signal.SIGTERM, signal.SIGINT)
 """They let a worker finish its requests and end."""
 _OTHERS = (signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2)
 _ENDINGS = (*_FOR_WORKERS, *_OTHERS)
-_SIGNALS = {*_ENDINGS, signal.SIGCHLD}
+_SIGNALS = {*_ENDINGS, signal.SIGCHLD, signal.SIGTSTP}
 _YOUNG_SECONDS = 1.0
 """A worker that dies younger is replaced only after this time."""
 
@@ -55,6 +55,8 @@ class Supervisor:
                 self._collect()
             elif signal.getsignal(received) == signal.SIG_IGN:
                 continue  # as nohup(1) asks
+            elif received == signal.SIGTSTP:
+                self._stop()
             elif self._is_ending:
                 self._send(received)
             else:
@@ -70,6 +72,12 @@ class Supervisor:
     def _end(self, number: int = signal.SIGTERM) -> None:
         self._is_ending = True
         self._send(number)
+
+    def _stop(self) -> None:
+        """Stop until a shell continues this process: Ctrl-Z reaches no worker, nor does fg(1)."""
+        self._send(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._send(signal.SIGCONT)
 
     def _send(self, number: int) -> None:
         for pid in self._started:
@@ -114,7 +122,7 @@ def _become_worker(work: Callable[[], None]) -> NoReturn:
         signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for ending in _ENDINGS:
-            signal.signal(ending, _exit if ending in _FOR_WORKERS else signal.SIG_IGN)
+            signal.signal(ending, _exit_at_once if ending in _FOR_WORKERS else signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         work()
         code = 0
@@ -135,3 +143,8 @@ def end_by_signals() -> None:
 
 def _exit(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(0)
+
+
+def _exit_at_once(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """Exit without an exception, which callbacks and finalizers swallow."""
+    os._exit(0)

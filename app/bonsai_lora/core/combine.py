@@ -6,8 +6,9 @@ are rounded to float32 once.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
+from operator import add
 
 import numpy as np
 
@@ -23,38 +24,36 @@ from bonsai_lora.errors import NonFiniteOutputError
 
 
 @dataclass(frozen=True, slots=True)
-class Combined:
-    """The combination of one module, and what it lost; squares of Frobenius norms."""
+class Loss:
+    """What an approximation loses of its target, or several together; squares of norms."""
 
-    adapter: LoraAdapter
-    target_square: float
-    """Of what the method defines."""
-    cut_square: float
+    target_square: float = 0.0
+    """Of what is approximated; of a combination, what the method defines."""
+    cut_square: float = 0.0
     """Of what was cut off to reach the rank."""
-    error_square: float
+    error_square: float = 0.0
     """Of the difference to the target, or, for PEFT's types on factors, to the weighted sum."""
+
+    def __add__(self, other: "Loss") -> "Loss":
+        return Loss(*map(add, astuple(self), astuple(other)))
 
     @property
     def energy_kept(self) -> float:
-        """The share of the squared norm that the rank keeps."""
-        return energy_kept([self])
+        """The share of the squared Frobenius norm that the rank keeps."""
+        return 1 - self.cut_square / self.target_square if self.target_square else 1.0
 
     @property
     def relative_error(self) -> float:
         """The norm of the difference over that of the target."""
-        return relative_error([self])
+        return math.sqrt(self.error_square / self.target_square) if self.target_square else 0.0
 
 
-def energy_kept(parts: Sequence[Combined]) -> float:
-    """Return the share of the squared norm of all parts that their ranks keep."""
-    total = sum(part.target_square for part in parts)
-    return 1 - sum(part.cut_square for part in parts) / total if total else 1.0
+@dataclass(frozen=True, slots=True)
+class Combined:
+    """The combination of one module, and what it lost."""
 
-
-def relative_error(parts: Sequence[Combined]) -> float:
-    """Return the norm of the difference over that of the target, for all parts together."""
-    total = sum(part.target_square for part in parts)
-    return math.sqrt(sum(part.error_square for part in parts) / total) if total else 0.0
+    adapter: LoraAdapter
+    loss: Loss
 
 
 _CANCELLED = 1e-12
@@ -69,9 +68,7 @@ class _Part:
     """The result for one expert."""
 
     matrices: Matrices
-    target_square: float = 0.0
-    cut_square: float = 0.0
-    error_square: float = 0.0
+    loss: Loss = field(default_factory=Loss)
 
 
 def combine(
@@ -101,9 +98,7 @@ def combine(
     config = LoraConfig(rank, float(rank), 0.0, first.config.target_modules)
     return Combined(
         LoraAdapter(config, a_matrix, b_matrix, config.scaling, layer=first.layer, experts=experts),
-        sum(part.target_square for part in parts),
-        sum(part.cut_square for part in parts),
-        sum(part.error_square for part in parts),
+        sum((part.loss for part in parts), Loss()),
     )
 
 
@@ -139,7 +134,8 @@ def _combine_experts(
 
 def _slots(adapters: Sequence[LoraAdapter | None], weights: Sequence[float]) -> list[Slot]:
     """Return the terms of each expert; of an ordinary module, one slot."""
-    each = [None if one is None else one.each_expert for one in adapters]
+    # Exchanged factors stay so: they are combined as they are stored.
+    each = [None if one is None else replace(one, layer="linear").each_expert for one in adapters]
     count = max(len(one) for one in each if one is not None)
     return [
         [
@@ -185,7 +181,7 @@ def _on_factors(terms: Sequence[Term], recipe: Recipe, key: str) -> _Part:
     if error < _CANCELLED * float(np.abs(products).sum()):
         error = 0.0
     target = max(0.0, float(products[1:, 1:].sum()))
-    return _Part((a_matrix, b_matrix), target, error_square=error)
+    return _Part((a_matrix, b_matrix), Loss(target, error_square=error))
 
 
 def _merge_arrays(
@@ -201,7 +197,7 @@ def _merge_arrays(
 
 def _on_deltas(terms: Sequence[Term], recipe: Recipe, key: str, rank: int) -> _Part:
     factors, total, cut = cut_delta(terms, recipe, key, rank)
-    return _Part(_rounded(factors), total, cut, cut)
+    return _Part(_rounded(factors), Loss(total, cut, cut))
 
 
 def _rounded(factors: Factors) -> Matrices:
@@ -240,7 +236,8 @@ def _svd_of(factors: Factors, recipe: Recipe) -> Svd:
 def _cut(svd: Svd, rank: int, padded_rank: int) -> _Part:
     squares = svd.values**2
     cut = float(squares[rank:].sum())
-    return _Part(_rounded(_padded(svd.cut(rank), padded_rank)), float(squares.sum()), cut, cut)
+    matrices = _rounded(_padded(svd.cut(rank), padded_rank))
+    return _Part(matrices, Loss(float(squares.sum()), cut, cut))
 
 
 def _padded(factors: Factors, rank: int) -> Factors:

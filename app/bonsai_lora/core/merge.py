@@ -35,6 +35,15 @@ def blocks(
             yield slice(row, row + 1), slice(start, min(start + most, d_in))
 
 
+def sampled_rows(rows: int, columns: int, *, most: int, distance: int) -> Iterator[Block]:
+    """Yield a matrix of up to `most` values as one block, of a larger one rows at this distance."""
+    if rows * columns > most:
+        for row in range(0, rows, max(1, distance)):
+            yield slice(row, row + 1), slice(0, columns)
+    elif rows * columns:
+        yield slice(0, rows), slice(0, columns)
+
+
 def stacked_rows(rows: slice, height: int) -> Iterator[tuple[int, slice]]:
     """Yield which matrices of a stack have `rows`, counted over all, and which of their own.
 

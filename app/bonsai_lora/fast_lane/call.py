@@ -45,6 +45,7 @@ class LaneCall(Call):
         "_status",
         "is_started",
         "keep_alive",
+        "missing",
     )
 
     def __init__(self, http: "LaneProtocol", head: RequestHead, match: RouteMatch) -> None:
@@ -57,21 +58,18 @@ class LaneCall(Call):
             "route": match.route.scope_route,
             "path_params": match.path_params,
         }
-        super().__init__(http.lane.context, scope, head.headers, head.query_string)
+        super().__init__(http.lane.context, scope, head.headers, head.query_string, head.length)
         self._http = http
         self._head = head
         self._match = match
         self._body: Buffer = b""
+        self.missing = head.length
+        """Bytes of the body that are still to be received."""
         self._is_stalled = False
         self._status = 0
         self.is_started = False
         """Whether the route's function has been called."""
         self.keep_alive = True
-
-    @property
-    def missing(self) -> int:
-        """Bytes of the body that are still to be received."""
-        return self._head.length - len(self._body)
 
     def feed(self, data: bytes) -> bytes:
         """Append `data` to the body; return the bytes after its end.
@@ -82,8 +80,9 @@ class LaneCall(Call):
         missing = self.missing
         if data and missing:
             self._body = bytes(self._body) + data[:missing]
+            self.missing = self._head.length - len(self._body)
         if not self.is_started:
-            if missing <= len(data) or self._head.length > LONG_BYTES:
+            if not self.missing or self._head.length > LONG_BYTES:
                 self._start()
             elif self._head.expects and not self._body:
                 self._http.send_continue()
@@ -179,12 +178,12 @@ class LaneCall(Call):
             target = as_bytes(room[shift:])
             filled = len(self._body)
             target[:filled] = self._body
-            self._body = target
+            self._body, self.missing = target, 0  # the connection knows how much it has read
             begin = partial(self.begin_long, self._head.length)
             await http.fill(target, filled, stall_seconds, begin)
         except BaseException:
             self.keep_alive = False  # the rest of the body would be parsed as a request
-            self._body = b""
+            self._body, self.missing = b"", self._head.length
             raise
 
 

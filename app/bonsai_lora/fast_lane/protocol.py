@@ -153,6 +153,11 @@ class LaneProtocol(GuardedProtocol):
         """Whether uvicorn's parser is in the middle of a body."""
         return self.is_parsing and not self._is_in_head
 
+    @property
+    def _is_idle(self) -> bool:
+        """Whether uvicorn's parser waits for no response."""
+        return self.cycle is None or self.cycle.response_complete
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Initialize the timers."""
         super().connection_made(transport)
@@ -176,7 +181,7 @@ class LaneProtocol(GuardedProtocol):
                 if data and self._call is not None:
                     self._postpone(data)
                     return
-            elif self.is_parsing or not (self.cycle is None or self.cycle.response_complete):
+            elif self.is_parsing or self.unparsed or not self._is_idle:
                 super().data_received(data)
                 return
             elif self.flow.write_paused:

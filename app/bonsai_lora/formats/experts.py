@@ -8,7 +8,7 @@ peft wraps the module once per parameter and names A and B after the wrappers: t
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from bonsai_lora.core.cast import Array
@@ -21,19 +21,24 @@ LAYOUT_FIELD = "lora_B_layout"
 """Field in which newer versions of unsloth record the column order of B."""
 FIRST_RIGHT_VERSION = "0.19.0"
 """First peft version that reads (E, out, in) parameters correctly."""
+_RIGHT = (0, 19)
 
 _INNER = ".base_layer"
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "input_linear", "down_proj", "output_linear")
 """Order in which the classes of transformers 5 register their parameters."""
+_WEIGHT = "weight"
 _VERSION = re.compile(r"(\d+)\.(\d+)")
 
 
-def targeted_parameters(targets: Iterable[str], modules: Iterable[str]) -> dict[str, str]:
+def targeted_parameters(
+    targets: Iterable[str], modules: Iterable[str], is_linear: Callable[[str], bool]
+) -> dict[str, str]:
     """Return the parameter that A and B adapt, for each module named by target_parameters.
 
-    `targets` are target_parameters, suffixes of parameter names. Raises InvalidAdapterError if
-    wrappers and target_parameters contradict each other, UnsupportedAdapterError if the parameter
-    of a wrapper cannot be determined.
+    `targets` are target_parameters, suffixes of parameter names. A suffix without a module, such as
+    `gate_up_proj`, means the parameters of all modules but those that `is_linear`. Raises
+    InvalidAdapterError if wrappers and target_parameters contradict each other,
+    UnsupportedAdapterError if the parameter of a wrapper cannot be determined.
     """
     leaves: dict[str, set[str]] = {}
     for target in targets:
@@ -43,9 +48,7 @@ def targeted_parameters(targets: Iterable[str], modules: Iterable[str]) -> dict[
         wrappers.setdefault(_unwrapped(module), []).append(module)
     found: dict[str, str] = {}
     for core, names in wrappers.items():
-        parameters = _ordered(
-            core, {one for path in ("", *endings(core)) for one in leaves.get(path, ())}
-        )
+        parameters = _ordered(core, _leaves_of(core, leaves, is_linear))
         depths = {name: (len(name) - len(core)) // len(_INNER) for name in names}
         if not parameters and names == [core]:
             continue  # not fused
@@ -59,6 +62,17 @@ def targeted_parameters(targets: Iterable[str], modules: Iterable[str]) -> dict[
             )
         found |= {name: f"{core}.{parameters[-1 - depth]}" for name, depth in depths.items()}
     return found
+
+
+def _leaves_of(
+    core: str, leaves: Mapping[str, set[str]], is_linear: Callable[[str], bool]
+) -> set[str]:
+    """Return the last parts of the targeted parameters of one module."""
+    found = {one for path in endings(core) for one in leaves.get(path, ())}
+    if _WEIGHT in found:  # such a module has no other parameter to adapt
+        return {_WEIGHT}
+    bare = leaves.get("", set())
+    return found | bare if bare and not is_linear(core) else found
 
 
 def _unwrapped(module: str) -> str:
@@ -95,8 +109,18 @@ def is_swapped(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) ->
         is_wrong = a_out == b_in and a_in == 2 * b_out
         if is_right != is_wrong:
             return is_wrong
+    version = _version(raw)
+    return version is not None and version < _RIGHT
+
+
+def is_kept_swapped(raw: Mapping[str, Any]) -> bool:
+    """Return whether exchanged A and B are right, because the class stores (E, in, out)."""
+    return (_version(raw) or (0, 0)) >= _RIGHT
+
+
+def _version(raw: Mapping[str, Any]) -> tuple[int, int] | None:
     version = _VERSION.match(str(raw.get("peft_version") or ""))
-    return version is not None and (int(version[1]), int(version[2])) < (0, 19)
+    return None if version is None else (int(version[1]), int(version[2]))
 
 
 def swapped(a_matrix: Array, b_matrix: Array, experts: int) -> tuple[Array, Array]:

@@ -3,17 +3,24 @@
 import re
 from collections.abc import Iterable
 
-from bonsai_lora.errors import MalformedMultipartError, UnsupportedAdapterError
+from bonsai_lora.errors import (
+    BonsaiLoraError,
+    MalformedMultipartError,
+    MalformedSafetensorsError,
+    UnsupportedAdapterError,
+)
 
 _TWO_FILES = "send adapter_config.json and adapter_model.safetensors"
 _SAVE_AGAIN = (
     "save the adapter again with save_pretrained(folder, safe_serialization=True) and send "
     "adapter_model.safetensors"
 )
+_ONLY_LORA = "only LoRA can be served: train one"
 _CONVERT = "convert it to PEFT's names first:"
-_START_BYTES = 1 << 12
+START_BYTES = 1 << 12
 """How much of a file is looked at."""
-_PATH = re.compile(rb"[\x20-\x7e\x80-\xff]{1,1024}")
+_TEXT = re.compile(rb"[\x20-\x7e\x80-\xff]{1,1024}")
+_PATH = re.compile(r"\S*[./]\S*|.*\.(?:safetensors|bin|gguf)")
 
 _ZIP = rb"PK\x03\x04"
 _STARTS = tuple(
@@ -31,14 +38,27 @@ _STARTS = tuple(
             "is a PyTorch pickle (.bin), which is never loaded",
             _SAVE_AGAIN,
         ),
-        (rb"\x80[\x02-\x05]", "is a pickle (.bin), which is never loaded", _SAVE_AGAIN),
+        (
+            rb"\x93NUMPY|" + _ZIP + rb".{26}[\x20-\x7e]*\.npy",
+            "is a NumPy file",
+            "save the tensors as safetensors",
+        ),
+        (
+            rb"\x80[\x02-\x05]|[}\]]q\x00|\([dl]p\d+\n",
+            "is a pickle (.bin), which is never loaded",
+            _SAVE_AGAIN,
+        ),
         (_ZIP, "is a zip archive", f"unpack it and {_TWO_FILES}"),
         (rb"\x1f\x8b", "is a gzip archive", f"unpack it and {_TWO_FILES}"),
         (rb".{257}ustar", "is a tar archive", f"unpack it and {_TWO_FILES}"),
-        (rb"7z\xbc\xaf", "is a 7z archive", f"unpack it and {_TWO_FILES}"),
+        (
+            rb"7z\xbc\xaf|Rar!|\xfd7zXZ|BZh\d|\x28\xb5\x2f\xfd",
+            "is a compressed file",
+            f"unpack it and {_TWO_FILES}",
+        ),
         (rb"\x89HDF", "is an HDF5 file", _TWO_FILES),
         (
-            rb"\s*<(?:!doctype html|html|\?xml)",
+            rb"\s*<(?:!doctype html|html|\?xml|error>)",
             "is a web page",
             "download the file itself (…/resolve/main/…, not …/blob/main/…)",
         ),
@@ -47,14 +67,26 @@ _STARTS = tuple(
 )
 
 _KEYS = (
+    (re.compile(r"\.hada_w[12]"), "are those of LoHa", _ONLY_LORA),
+    (re.compile(r"\.lokr_w[12]"), "are those of LoKr", _ONLY_LORA),
+    (
+        re.compile(r"^lycoris_|^lora_(?:unet|te\d?)_.*\.[ab][12]\.weight$"),
+        "are those of LyCORIS",
+        "only LoRA in PEFT's format can be served: convert it, or train one",
+    ),
+    (
+        re.compile(r"^blk\.\d+\."),
+        "are those of a GGUF LoRA",
+        "send the GGUF file alone, as the part adapter_gguf",
+    ),
     (
         re.compile(r"lora_(?:down|up)\.weight$|^lora_(?:unet|te\d?|transformer)_"),
         "are those of a kohya LoRA (lora_down, lora_up)",
         f"{_CONVERT} lora_down is lora_A, lora_up is lora_B, alpha belongs in adapter_config.json",
     ),
     (
-        re.compile(r"(?:_lora|\.lora|lora_linear_layer)\.(?:down|up)\.weight$"),
-        "are those of an old diffusers LoRA (lora.down, lora.up)",
+        re.compile(r"(?:_lora\d*|\.lora|lora_linear_layer)\.(?:down|up)\.weight$"),
+        "are those of an old diffusers or XLabs LoRA (lora.down, lora.up)",
         f"{_CONVERT} lora.down is lora_A, lora.up is lora_B",
     ),
     (
@@ -67,40 +99,57 @@ _KEYS = (
         "are those of MLX (lora_a, lora_b), but the configuration is PEFT's",
         "send the adapter_config.json that mlx_lm saved beside them",
     ),
-    (re.compile(r"\.hada_w[12]"), "are those of LoHa", "only LoRA can be served: train one"),
-    (re.compile(r"\.lokr_w[12]"), "are those of LoKr", "only LoRA can be served: train one"),
-    (re.compile(r"\.ia3_l(?:$|\.)"), "are those of IA3", "only LoRA can be served: train one"),
-    (re.compile(r"\.(?:oft_[rR]|boft_[rsRS])"), "are those of OFT", "only LoRA can be served"),
-    (re.compile(r"\.vera_lambda_"), "are those of VeRA", "only LoRA can be served: train one"),
-    (re.compile(r"\.lora_E(?:$|\.)"), "are those of AdaLoRA", "only LoRA can be served"),
-    (re.compile(r"^prompt_embeddings$"), "are those of prompt tuning", "only LoRA can be served"),
+    (
+        re.compile(r"\badapter(?:_layer)?\..*\blinear_(?:in|out)\.weight$"),
+        "are those of NeMo and Megatron Bridge (linear_in, linear_out)",
+        "export the adapter in PEFT's format first",
+    ),
+    (re.compile(r"\.ia3_l(?:$|\.)"), "are those of IA3", _ONLY_LORA),
+    (re.compile(r"\.(?:oft_[rR]|boft_[rsRS])"), "are those of OFT", _ONLY_LORA),
+    (re.compile(r"\.vera_lambda_"), "are those of VeRA", _ONLY_LORA),
+    (re.compile(r"\.lora_E(?:$|\.)"), "are those of AdaLoRA", _ONLY_LORA),
+    (re.compile(r"^prompt_embeddings$"), "are those of prompt tuning", _ONLY_LORA),
 )
 _ANY_KEY = re.compile("|".join(pattern.pattern for pattern, _, _ in _KEYS))
 """Matches the keys of all these formats at once, since large adapters have many keys."""
+_OTHER_METHODS = re.compile(
+    r"\.(?:adamss|beft|bone|c3a|deft|delora|fourierft|frod|glora|gralora|hira|hra|lily|miss|osf|"
+    r"peanut|poly|psoft|pvera|randlora|road|shadow|shira|tinylora|unilora|vblora|waveft|xlora)_"
+)
+"""Prefixes of peft 0.21 (src/peft/mapping.py) that a file without LoRA tensors may have."""
 
 
 def check_start(content: bytes | bytearray) -> None:
     """Raise if an upload that should be safetensors starts like a different known format.
 
-    Raises UnsupportedAdapterError naming the format, MalformedMultipartError if a path was sent.
+    Raises UnsupportedAdapterError naming the format, MalformedMultipartError if a path was sent,
+    MalformedSafetensorsError for another text.
     """
-    start = bytes(content[:_START_BYTES])
+    start = bytes(content[:START_BYTES])
     if start[8:9] == b"{":
         return
     for pattern, what, advice in _STARTS:
         if pattern.match(start):
             raise UnsupportedAdapterError(f"adapter_model {what}; {advice}")
-    if _PATH.fullmatch(start) and (b"." in start or b"/" in start):
-        path = start[:200].decode("utf-8", "replace")
-        raise MalformedMultipartError(
-            f"adapter_model is the text {path!r}, not a file; with curl, put @ before the path: "
-            "-F adapter_model=@adapter_model.safetensors"
+    line = start.strip()
+    if _TEXT.fullmatch(line):
+        raise _not_a_file(line.decode("utf-8", "replace"))
+
+
+def _not_a_file(text: str) -> BonsaiLoraError:
+    if _PATH.fullmatch(text):
+        return MalformedMultipartError(
+            f"adapter_model is the text {text[:200]!r}, not a file; with curl, put @ before the "
+            "path: -F adapter_model=@adapter_model.safetensors"
         )
+    return MalformedSafetensorsError(
+        f"adapter_model is the text {text[:200]!r}, not a safetensors file; download the file again"
+    )
 
 
 def check_config_start(content: bytes | bytearray) -> None:
     """Raise MalformedMultipartError if a path was sent instead of adapter_config.json."""
-    text = bytes(content[:_START_BYTES]).strip()
+    text = bytes(content[:START_BYTES]).strip()
     if text.endswith(b".json") and not text.startswith((b"{", b"\xef\xbb\xbf")):
         raise MalformedMultipartError(
             f"adapter_config is the text {text[:200].decode('utf-8', 'replace')!r}, not a file; "
@@ -110,9 +159,19 @@ def check_config_start(content: bytes | bytearray) -> None:
 
 def check_keys(keys: Iterable[str]) -> None:
     """Raise UnsupportedAdapterError if the tensor names are those of a different format."""
-    for key in filter(_ANY_KEY.search, keys):
-        for pattern, what, advice in _KEYS:
-            if pattern.search(key):
-                raise UnsupportedAdapterError(
-                    f"tensor names such as {key[:200]!r} {what}; {advice}", key=key[:200]
-                )
+    candidates = list(filter(_ANY_KEY.search, keys))
+    for pattern, what, advice in _KEYS:
+        for key in filter(pattern.search, candidates):
+            raise UnsupportedAdapterError(
+                f"tensor names such as {key[:200]!r} {what}; {advice}", key=key[:200]
+            )
+
+
+def check_no_other_method(keys: Iterable[str]) -> None:
+    """Raise UnsupportedAdapterError if a file without LoRA tensors is of another PEFT method."""
+    for key in filter(_OTHER_METHODS.search, keys):
+        raise UnsupportedAdapterError(
+            f"tensor names such as {key[:200]!r} are those of a PEFT method other than LoRA; "
+            f"{_ONLY_LORA}",
+            key=key[:200],
+        )

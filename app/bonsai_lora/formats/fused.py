@@ -12,6 +12,7 @@ from bonsai_lora.formats.experts import (
     FIRST_RIGHT_VERSION,
     LAYOUT_FIELD,
     ExpertLayout,
+    is_kept_swapped,
     is_swapped,
     layout_of,
     may_be_grouped,
@@ -78,8 +79,18 @@ def decode_experts(
 
 
 def rank_of(module: str, a_matrix: Array, b_matrix: Array) -> int:
-    """Return r of A (r, d_in) and B (d_out, r); raises InvalidAdapterError if they differ."""
+    """Return r of A (r, d_in) and B (d_out, r).
+
+    Raises InvalidAdapterError if they differ, UnsupportedAdapterError for those of a convolution.
+    """
     got = [list(a_matrix.shape), list(b_matrix.shape)]
+    if a_matrix.ndim == b_matrix.ndim > 2:
+        raise UnsupportedAdapterError(
+            f"module {module!r} is a convolution, with A {got[0]} and B {got[1]}, but only linear "
+            "layers and embeddings are supported; train the adapter without it",
+            module=module,
+            got=got,
+        )
     if a_matrix.ndim != 2 or b_matrix.ndim != 2:
         raise InvalidAdapterError(
             f"module {module!r}: A and B have shapes {got[0]} and {got[1]}, not matrices",
@@ -112,8 +123,11 @@ def in_one_layout(
     changed: dict[str, LoraAdapter] = {}
     if layout == "grouped_by_expert":
         changed = {module: _regrouped(one) for module, one in fused.items()}
-    old = _old_ones(raw, parameters, fused)
-    changed |= {module: _turned(changed.get(module, fused[module])) for module in old}
+    exchanged = _exchanged_ones(raw, parameters, fused)
+    old = [] if is_kept_swapped(raw) else exchanged
+    for module in exchanged:
+        one = changed.get(module, fused[module])
+        changed[module] = _turned(one) if old else replace(one, layer="exchanged")
     config = dict(raw)
     if changed and (asked or LAYOUT_FIELD in raw):
         config[LAYOUT_FIELD] = "rank_major"
@@ -122,7 +136,7 @@ def in_one_layout(
     return OneLayout(changed, config, _warnings(raw, fused, asked, has_old=bool(old)))
 
 
-def _old_ones(
+def _exchanged_ones(
     raw: Mapping[str, Any], parameters: Mapping[str, str], fused: Mapping[str, LoraAdapter]
 ) -> list[str]:
     """Return the modules whose A and B are exchanged."""

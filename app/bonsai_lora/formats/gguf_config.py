@@ -246,13 +246,17 @@ def _attention_scalar(keys: _Keys, largest: int) -> int:
 
 
 def _windows(keys: _Keys, every: int) -> list[str]:
-    """Return the kinds of layers; llama.cpp counts the last of each `every` as full attention."""
     key = "attention.sliding_window_pattern"
-    flags = keys.array(key, keys.layers)
+    return _kinds_of_layers(keys, "sliding_attention", key, key, every)
+
+
+def _kinds_of_layers(keys: _Keys, kind: str, flags_key: str, key: str, every: int) -> list[str]:
+    """Return the kind of attention of each layer, by flags, or full for each `every`-th."""
+    flags = keys.array(flags_key, keys.layers)
     if flags is None:
         every = keys.find(key) or every
         flags = [bool((layer + 1) % every) for layer in range(keys.layers)]
-    return ["sliding_attention" if one else "full_attention" for one in flags]
+    return [kind if one else "full_attention" for one in flags]
 
 
 def _phi3(keys: _Keys) -> dict[str, Any]:
@@ -290,11 +294,12 @@ def _qwen35(keys: _Keys) -> dict[str, Any]:
     keys.need("feed_forward_length")
     heads = keys.need("ssm.time_step_rank")
     rotated = keys.find("rope.dimension_count") or keys.head_dim
+    flags, interval = "attention.recurrent_layers", "full_attention_interval"
     return {
         "hidden_act": "silu",
         "head_dim": keys.head_dim,
         "attn_output_gate": True,
-        "layer_types": _attention_types(keys),
+        "layer_types": _kinds_of_layers(keys, "linear_attention", flags, interval, 4),
         "linear_conv_kernel_dim": keys.need("ssm.conv_kernel"),
         "linear_key_head_dim": keys.need("ssm.state_size"),
         "linear_value_head_dim": keys.need("ssm.inner_size") // heads,
@@ -308,14 +313,6 @@ def _qwen35(keys: _Keys) -> dict[str, Any]:
             "mrope_interleaved": True,
         },
     }
-
-
-def _attention_types(keys: _Keys) -> list[str]:
-    flags = keys.array("attention.recurrent_layers", keys.layers)
-    if flags is None:
-        every = keys.find("full_attention_interval") or 4
-        flags = [bool((layer + 1) % every) for layer in range(keys.layers)]
-    return ["linear_attention" if one else "full_attention" for one in flags]
 
 
 def _whole_rotation(keys: _Keys) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import UnsupportedAdapterError
-from bonsai_lora.formats.experts import targeted_parameters
 from bonsai_lora.formats.peft_keys import TOKEN_ROWS
 from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.formats.peft_patterns import keys_of
@@ -87,25 +86,26 @@ def combined_config(lora_set: BonsaiLoraSet, sources: Sources) -> dict[str, Any]
     adapters = lora_set.registry.adapters
     named = {parameters.get(module, module): one for module, one in adapters.items()}
     usual = lora_set.registry.config
-    config = made_config(
+    made = made_config(
         lora_set.base_model_name or None,
         {name: one.rank for name, one in named.items()},
         {name: one.config.alpha for name, one in named.items()},
         (usual.rank, usual.alpha),
     )
     targets = dict.fromkeys(name for one in options for name in one.target_parameters)
-    if targeted_parameters(targets, adapters) != parameters:
-        raise UnsupportedAdapterError(
-            "the sets adapt different parameters of the same fused experts; use sets with the "
-            "same target_parameters"
-        )
-    return config | {
+    config = made | {
         "fan_in_fan_out": is_transposed,
         "target_modules": sorted(
             {name.rpartition(".")[2] for name in adapters if name not in parameters}
         ),
         "target_parameters": list(targets) or None,
     }
+    if BaseOptions.of(config).parameters_of(adapters) != parameters:
+        raise UnsupportedAdapterError(
+            "the sets adapt different parameters of the same fused experts; use sets with the "
+            "same target_parameters"
+        )
+    return config
 
 
 def extracted_config(

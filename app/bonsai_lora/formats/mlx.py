@@ -6,6 +6,7 @@ Layouts: mlx_lm 0.32, tuner/lora.py and tuner/dora.py. lora_a is (d_in, r), lora
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,9 @@ from bonsai_lora.formats.peft import check_not_empty
 from bonsai_lora.formats.peft_keys import PREFIX, tensor_name
 
 _EMBEDDINGS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings"})
-_EXPERTS = ".mlp.switch_mlp."
+_EXPERTS = re.compile(r"(.+\.(mlp|block_sparse_moe))\.switch_mlp\.(\w+)")
+_MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+"""Names of MLX -> those of the class, under `block_sparse_moe` (mlx_lm, models/mixtral.py)."""
 _PARTS = ("lora_a", "lora_b", "m")
 
 Factors = dict[str, Array]
@@ -138,11 +141,15 @@ def _as_peft(module: str, factors: Factors) -> Iterator[tuple[str, Factors]]:
 def _experts(module: str, lora_a: Array, lora_b: Array) -> Iterator[tuple[str, Factors]]:
     """Yield one adapter per expert of a SwitchLinear."""
     count, _, rank = lora_b.shape
-    if _EXPERTS not in module:
+    match = _EXPERTS.fullmatch(module)
+    if match is None:
         raise UnsupportedAdapterError(
-            f"{module!r} adapts fused experts with no known PEFT names; expected …mlp.switch_mlp.…",
+            f"{module!r} adapts fused experts with no known PEFT names; expected names such as "
+            "mlp.switch_mlp.up_proj, or train the adapter without it",
             module=module,
         )
+    container, kind, layer = match.groups()
+    name = _MIXTRAL.get(layer, layer) if kind == "block_sparse_moe" else layer
     if lora_a.size % (count * rank) or lora_a.shape[-1] * count * rank != lora_a.size:
         raise InvalidAdapterError(
             f"module {module!r}: lora_a {list(lora_a.shape)} does not match lora_b "
@@ -151,5 +158,4 @@ def _experts(module: str, lora_a: Array, lora_b: Array) -> Iterator[tuple[str, F
         )
     stacked = lora_a.reshape(count, rank, lora_a.shape[-1])
     for expert in range(count):
-        name = module.replace(_EXPERTS, f".mlp.experts.{expert}.")
-        yield name, {"A": stacked[expert], "B": lora_b[expert]}
+        yield f"{container}.experts.{expert}.{name}", {"A": stacked[expert], "B": lora_b[expert]}

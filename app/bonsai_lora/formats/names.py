@@ -1,4 +1,4 @@
-"""Names of sets and modules."""
+"""Names of sets, modules and content."""
 
 import re
 
@@ -14,6 +14,7 @@ RESERVED_BASE_NAMES = RESERVED_SET_NAMES | {"docs", "page", "v1", "v2"}
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 _SET_NAME = re.compile(SET_NAME_PATTERN)
 _MODULE_NAME = re.compile(MODULE_NAME_PATTERN)
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def check_set_name(name: str) -> str:
@@ -42,6 +43,11 @@ def is_set_name(name: str) -> bool:
 def is_base_name(name: str) -> bool:
     """Return whether a base can have this name."""
     return is_set_name(name) and name not in RESERVED_BASE_NAMES
+
+
+def is_sha256(text: str) -> bool:
+    """Return whether `text` is a SHA-256 in lower-case hexadecimal."""
+    return _SHA256.fullmatch(text) is not None
 
 
 def check_module_name(name: str) -> str:

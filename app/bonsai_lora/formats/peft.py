@@ -16,7 +16,7 @@ from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidAdapterError, UnsupportedAdapterError, counted
 from bonsai_lora.formats.experts import ExpertLayout
-from bonsai_lora.formats.foreign import check_keys
+from bonsai_lora.formats.foreign import check_keys, check_no_other_method
 from bonsai_lora.formats.fused import decode_experts, in_one_layout, rank_of
 from bonsai_lora.formats.made_config import made_config
 from bonsai_lora.formats.names import endings
@@ -66,12 +66,10 @@ def decode_adapter(
     check_not_empty(tensors)
     keys = sort_uploaded(tensors)
     if not keys.modules and not any(one.endswith(TOKEN_ROWS) for one in keys.parameters):
-        raise InvalidAdapterError(
-            "the file has no LoRA tensors (lora_A, lora_B), so it is not an adapter; send "
-            "adapter_model.safetensors as PEFT saved it, not a full model"
-        )
+        check_no_other_method(tensors)
+        raise _no_adapter(tensors)
     parameters = config.options.parameters_of(keys.modules)
-    _check_targets(config, keys.modules.keys() - parameters.keys())
+    _check_targets(config, keys.modules.keys() - parameters.keys(), keys, tensors)
     replaced, ignored = _replacements(config, keys)
     _check_token_rows(config, {one: tensors[key] for one, key in replaced.items()})
     canonical = _canonical_names(keys, replaced)
@@ -158,8 +156,26 @@ def _exported_alpha(adapter: LoraAdapter) -> float:
     return adapter.scaling * adapter.rank
 
 
-def _check_targets(config: PeftConfig, modules: Iterable[str]) -> None:
+def _no_adapter(keys: Iterable[str]) -> InvalidAdapterError:
+    odd = next((key for key in keys if "lora_" in key.lower()), None)
+    if odd is not None:
+        return InvalidAdapterError(
+            f"tensor names such as {odd[:200]!r} are not those of PEFT, which end in "
+            ".lora_A.weight and .lora_B.weight; save the adapter with peft",
+            key=odd[:200],
+        )
+    return InvalidAdapterError(
+        "the file has no LoRA tensors (lora_A, lora_B), so it is not an adapter; send "
+        "adapter_model.safetensors as PEFT saved it, not a full model"
+    )
+
+
+def _check_targets(
+    config: PeftConfig, modules: Iterable[str], keys: Keys, tensors: Mapping[str, Array]
+) -> None:
     stray = [module for module in modules if not config.targets(module)]
+    if stray and config.raw.get("ensure_weight_tying"):
+        stray = [module for module in stray if not _is_tied(keys, module, tensors)]
     if stray:
         raise InvalidAdapterError(
             f"target_modules, exclude_modules and layers_to_transform do not select "
@@ -167,6 +183,17 @@ def _check_targets(config: PeftConfig, modules: Iterable[str]) -> None:
             f"{', '.join(stray[:8])}; correct the configuration",
             modules=stray[:64],
         )
+
+
+def _is_tied(keys: Keys, module: str, tensors: Mapping[str, Array]) -> bool:
+    """Return whether peft saved A and B of an embedding once more, transposed, for `module`."""
+    own = keys.modules[module]
+    return own.keys() == {"A", "B"} and any(
+        {"embedding_A", "embedding_B"} <= other.keys()
+        and np.array_equal(tensors[own["A"]], tensors[other["embedding_B"]].T)
+        and np.array_equal(tensors[own["B"]], tensors[other["embedding_A"]].T)
+        for other in keys.modules.values()
+    )
 
 
 def _decode_module(
@@ -292,6 +319,8 @@ def _check_token_rows(config: PeftConfig, replaced: Mapping[str, Array]) -> None
 def _is_loaded(key: str, parameter: str, keys: Keys) -> bool:
     """Return whether a key is that of a weight in peft's wrapped model, or of its bias."""
     module, _, kind = parameter.rpartition(".")
+    if "lora_" in key:  # peft takes it for a part of an adapter
+        return False
     if (module in keys.modules) != (".base_layer." in key and ".token_adapter." not in key):
         return False
     return kind == "weight" or (kind == "bias" and f"{module}.weight" in keys.parameters)

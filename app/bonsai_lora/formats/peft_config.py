@@ -19,6 +19,7 @@ from bonsai_lora.formats.names import endings
 from bonsai_lora.formats.peft_fields import FIELDS
 from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.formats.peft_patterns import STEPS_PER_LOOKUP, Choice, Steps, choose
+from bonsai_lora.validation import as_written
 
 CONFIG_FILE = "adapter_config.json"
 MODEL_FILE = "adapter_model.safetensors"
@@ -32,6 +33,8 @@ _MOST_VALUES = 1 << 16
 _NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 """A literal module name; anything else is an expression."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_KEEPS_BASE = ("gaussian", "eva", "orthogonal", "mica")
+_FLAGS = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,11 @@ class PeftConfig:
         """The set's configuration."""
         rank = self.raw.get("r", 8)
         if type(rank) is not int or rank < 1:
-            raise _invalid("r", rank, "a positive integer")
+            raise InvalidAdapterError(
+                f"r is {as_written(rank)}, but r must be a positive integer; send the "
+                "adapter_config.json that was saved with the weights",
+                field="r",
+            )
         targets = self.raw.get("target_modules")
         return LoraConfig(
             rank,
@@ -237,7 +244,7 @@ def parse_config(raw: bytes) -> dict[str, Any]:
         ) from None
     if not isinstance(value, dict):
         raise InvalidAdapterError(
-            f"adapter_config.json is a JSON {type(value).__name__}; expected an object"
+            f"adapter_config.json is {as_written(value)}; expected an object with PEFT's fields"
         )
     return value
 
@@ -257,7 +264,7 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
     kind = raw["peft_type"]
     if kind != "LORA":
         raise UnsupportedAdapterError(
-            f"peft_type is {str(kind)[:100]!r}; expected LORA, the type that LoraConfig trains",
+            f"peft_type is {as_written(kind)}; expected LORA, the type that LoraConfig trains",
             got=str(kind)[:100],
         )
     for name, field in FIELDS.items():
@@ -274,18 +281,32 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
         )
     if raw.get("bias", "none") not in ("none", "all", "lora_only"):
         raise _invalid("bias", raw["bias"], "none, all or lora_only")
-    init = raw.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
+    for name in _FLAGS:
+        if raw.get(name) not in (None, False, True):
+            raise _invalid(name, raw[name], "true or false")
+    _check_start(raw.get("init_lora_weights"))
+
+
+def _check_start(init: Any) -> None:
+    """Raise UnsupportedAdapterError if the start values of A and B changed the base weights."""
+    if not isinstance(init, str) or init.lower() in _KEEPS_BASE:
+        return
+    if init.lower().startswith(_CHANGES_BASE):
         raise UnsupportedAdapterError(
             f"init_lora_weights is {init!r}, which changes the base weights before training, so "
             "A and B do not fit the original base; save the adapter again with "
             "path_initial_model_for_weight_conversion",
             field="init_lora_weights",
         )
+    raise UnsupportedAdapterError(
+        f"init_lora_weights is {init[:100]!r}, which peft 0.21 does not know, so the base weights "
+        "may have been changed before training; set it to true if they were not",
+        field="init_lora_weights",
+    )
 
 
 def _invalid(field: str, value: Any, expected: str) -> InvalidAdapterError:
-    return InvalidAdapterError(f"{field} is {value!r:.200}; expected {expected}", field=field)
+    return InvalidAdapterError(f"{field} is {as_written(value)}; expected {expected}", field=field)
 
 
 def _strings(raw: Mapping[str, Any], name: str) -> list[str]:
@@ -304,7 +325,7 @@ def _number(value: Any, name: str) -> float:
 def _positive(value: Any) -> int:
     if type(value) is not int or value < 1:
         raise InvalidAdapterError(
-            f"rank_pattern has the value {value!r}; expected positive integers",
+            f"rank_pattern has the value {as_written(value)}; expected positive integers",
             field="rank_pattern",
         )
     return value

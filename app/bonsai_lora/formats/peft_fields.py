@@ -43,7 +43,8 @@ FIELDS: Mapping[str, Field] = {
     "init_lora_weights": Field(
         "honored",
         "pissa, olora, corda, loftq and lora_ga are refused: they change the base weights, so A "
-        "and B do not fit the base unless they were converted",
+        "and B do not fit the base unless they were converted; so are values that peft 0.21 does "
+        "not know",
     ),
     "layers_to_transform": Field("honored", "tensors of other layers are refused"),
     "layers_pattern": Field(
@@ -78,7 +79,9 @@ FIELDS: Mapping[str, Field] = {
     ),
     "use_bdlora": Field("refused", "block-diagonal factors have a different shape"),
     "arrow_config": Field("refused", "a router over several adapters is not one delta"),
-    "ensure_weight_tying": Field("ignored", "tied tensors are compared when merging"),
+    "ensure_weight_tying": Field(
+        "honored", "a head may have the embedding's adapter, transposed; a tied base adds it once"
+    ),
     "kasa_config": Field("refused", "KaSA truncates the base weights and adds a diagonal"),
     "velora_config": Field("ignored", "training only: A and B are those of plain LoRA"),
     "monteclora_config": Field("ignored", "training only: A and B are those of plain LoRA"),

@@ -23,10 +23,13 @@ _LORA_KEY = re.compile(
     r"(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?!weight$|bias$)(?P<adapter>[^.]+))?(?P<ending>\.weight|\.bias)?"
 )
-_PREFIX = re.compile(r"base_model\.(?:model\.)?")
+_PREFIX = re.compile(r"^base_model\.(?:model\.)?")
+_HEAD = re.compile(r"(?!base_model\.)(.+?\.)base_model\.model\.")
+"""What precedes peft's prefix: the name of a class that holds the model, such as TRL's."""
 _BASE_LAYER = re.compile(r"(?:\.token_adapter)?\.base_layer(?=\.(?:weight|bias)$)")
 _SAVED = re.compile(r"\.modules_to_save(?:\.(?!weight$|bias$)[^.]+)?(?=\.)")
 _ORIGINAL = re.compile(r"\.original_module(?=\.)")
+_NAMED_ROWS = re.compile(rf"({re.escape(TOKEN_ROWS)})\.[^.]+$")
 _WRAPPERS = frozenset(
     {"_orig_mod", "_fsdp_wrapped_module", "_forward_module", "_checkpoint_wrapped_module"}
 )
@@ -102,7 +105,7 @@ def _sort(paths: Mapping[str, str]) -> Keys:
 
 def parameter_of(path: str) -> str:
     """Return the base's name of a parameter, without the parts that peft inserts."""
-    before = None
+    before, path = None, _NAMED_ROWS.sub(r"\1", path)
     while path != before:
         before, path = path, _BASE_LAYER.sub("", _SAVED.sub("", path))
     return path
@@ -167,6 +170,9 @@ def _unwrapped(keys: list[str], wrappers: set[str]) -> dict[str, str]:
         wrappers |= _WRAPPERS.intersection(parts)
         paths[key] = ".".join(part for part in parts if part not in _WRAPPERS)
     paths = _without(_DDP, paths, wrappers)
+    heads = {match[1] for path in paths.values() if (match := _HEAD.match(path))}
+    for head in sorted(heads)[:1]:
+        paths = _without(head, paths, wrappers)
     paths = _without_prefix(paths)
     while True:
         rest = _without(_DDP, _without(PREFIX, paths, wrappers), wrappers)

@@ -5,6 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bonsai_lora.formats.experts import targeted_parameters
+from bonsai_lora.formats.names import endings
+
+_EXPERTS = "experts"
+"""How nearly all classes of transformers 5 name the module that stacks its experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,17 +23,21 @@ class BaseOptions:
     """trainable_token_indices: row numbers, by module or for all embeddings."""
     target_parameters: tuple[str, ...] = ()
     """Name suffixes of the 3-D parameters that fused experts adapt."""
+    target_modules: frozenset[str] | None = frozenset()
+    """Name suffixes of the layers that are adapted as a whole; None for an expression."""
 
     @classmethod
     def of(cls, raw: Mapping[str, Any] | None) -> "BaseOptions":
         """Return the options of a configuration; None means plain LoRA."""
         if raw is None:
             return PLAIN
+        targets = raw.get("target_modules") or ()
         return cls(
-            raw.get("fan_in_fan_out") is True,
+            bool(raw.get("fan_in_fan_out")),
             tuple(raw.get("modules_to_save") or ()),
             raw.get("trainable_token_indices") or (),
             tuple(raw.get("target_parameters") or ()),
+            None if isinstance(targets, str) else frozenset(targets),
         )
 
     def is_saved(self, module: str) -> bool:
@@ -38,7 +46,13 @@ class BaseOptions:
 
     def parameters_of(self, modules: Iterable[str]) -> Mapping[str, str]:
         """Return the parameter that each module of fused experts adapts."""
-        return targeted_parameters(self.target_parameters, modules)
+        return targeted_parameters(self.target_parameters, modules, self._is_linear)
+
+    def _is_linear(self, module: str) -> bool:
+        """Return whether `module` is adapted as a whole, not a parameter of it."""
+        if self.target_modules is None:
+            return _EXPERTS not in module.split(".")
+        return not self.target_modules.isdisjoint(endings(module))
 
     def rows_of(self, module: str) -> Sequence[int]:
         """Return the numbers of the replaced rows of `module`."""

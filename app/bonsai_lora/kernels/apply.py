@@ -1,5 +1,7 @@
 """factor * (x A^T) B^T in one call: the down-projection to scratch, then the outer products."""
 
+from functools import lru_cache
+
 from llvmlite import ir
 
 from bonsai_lora.kernels import down, outer
@@ -12,6 +14,7 @@ ARGUMENTS = "pnnnpnnnpnnpnpp"
 (`scratch_bytes`), out. Row i has its factor at factors + i * factor_step."""
 
 
+@lru_cache
 def scratch_bytes(n: int, r: int, panel: int) -> int:
     """Return the scratch bytes of an apply, aligned to a cache line."""
     hidden = -(-4 * n * r // 64) * 64  # x A^T, in whole cache lines

@@ -77,14 +77,13 @@ class ArrayKernels:
         panel = min(_panel(right.shape[0], _MERGE_PANEL_VALUES), max(1, shape[1]))
         with np.errstate(over="ignore"):
             factors = np.array([factor], np.float32)
-        scratch, held = _scratch(outer.scratch_bytes(right.shape[0], panel))
+        scratch, _owner = _scratch(outer.scratch_bytes(right.shape[0], panel))
         self._library.get("merge", right_kind, kind)(
             *(address_of(left), shape[0], *left.strides),
             *(address_of(right), right.shape[0], right.strides[0], shape[1]),
             *(panel, scratch, address_of(factors), 0),
             *(address_of(out), out.strides[0], address_of(base), base.strides[0]),
         )
-        del held
         return True
 
     def cast(self, array: Array, out: Array) -> bool:
@@ -150,12 +149,11 @@ class Apply:
             with np.errstate(over="ignore"):
                 x = np.ascontiguousarray(x, np.float32)
         outputs = np.empty((len(x), self._d_out), np.float32)
-        scratch, held = _scratch(apply.scratch_bytes(len(x), self._rank, self._panel))
+        scratch, _owner = _scratch(apply.scratch_bytes(len(x), self._rank, self._panel))
         self._function(
             *(*self._arguments, address_of(x), len(x), x.strides[0]),
             *(address_of(factors), 0 if len(factors) == 1 else 4, scratch, address_of(outputs)),
         )
-        del held
         return outputs
 
 

@@ -32,11 +32,9 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {
-    "apply": Kernel(apply.write_apply, apply.ARGUMENTS),  # of A and B
-    "merge": Kernel(
-        lambda code, *kinds: outer.Outer(*kinds).write(code), outer.ARGUMENTS
-    ),  # of R; of base and out
-    "cast": Kernel(numbers.write_cast, numbers.ARGUMENTS),  # from; to
+    "apply": Kernel(apply.write_apply, apply.ARGUMENTS),
+    "merge": Kernel(lambda code, *kinds: outer.Outer(*kinds).write(code), outer.ARGUMENTS),
+    "cast": Kernel(numbers.write_cast, numbers.ARGUMENTS),
     "find": Kernel(read_json.write_find, read_json.ARGUMENTS, "n", level=2),
     "write": Kernel(
         lambda code, target: write_json.Rows(code, target).write(),
@@ -45,7 +43,7 @@ KERNELS = {
         level=2,
     ),
 }
-"""The comments say which numbers the kinds are of."""
+"""Kinds of numbers: apply, of A and B; merge, of R, and of base and out; cast, from and to."""
 
 
 class Library:

@@ -98,6 +98,8 @@ def stack_on(stored: StoredSet, stack: Stack, scale: float, read: ReadSet) -> li
 
     `stored` has weight 1 unless `stack` names it. Raises SetNotFoundError.
     """
+    if not stack:
+        return [SetSegment(stored, scale)]
     own = stored.record.name
     weights = {own: 1.0} | dict(stack)
     return [

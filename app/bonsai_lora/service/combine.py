@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from bonsai_lora.core import combine
-from bonsai_lora.core.combine import Combined
+from bonsai_lora.core.combine import Combined, Loss
 from bonsai_lora.core.combine_deltas import pass_bytes
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
@@ -42,14 +42,9 @@ class Report:
         return max((one.adapter.rank for one in self.modules.values()), default=0)
 
     @property
-    def energy_kept(self) -> float:
-        """The share of the squared norm that the ranks keep."""
-        return combine.energy_kept([*self.modules.values()])
-
-    @property
-    def relative_error(self) -> float:
-        """The norm of the difference over that of the target."""
-        return combine.relative_error([*self.modules.values()])
+    def loss(self) -> Loss:
+        """That of all modules together."""
+        return sum((one.loss for one in self.modules.values()), Loss())
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,15 +229,16 @@ def _base_warnings(sets: Sequence[StoredSet]) -> list[str]:
 
 
 def _loss_warnings(report: Report) -> list[str]:
-    recipe, error = report.recipe, report.relative_error
-    if recipe.method == "linear" and error > 0:
+    recipe, loss = report.recipe, report.loss
+    if recipe.method == "linear" and loss.relative_error > 0:
         text = (
-            f"linear adds A to A and B to B: products of different sets are {error:.3g} times the "
-            "size of the weighted sum; use exact or svd for the sum itself"
+            "linear adds A to A and B to B: products of different sets are "
+            f"{loss.relative_error:.3g} times the size of the weighted sum; use exact or svd for "
+            "the sum itself"
         )
-    elif recipe.energy is None and report.energy_kept < _LITTLE:
+    elif recipe.energy is None and loss.energy_kept < _LITTLE:
         text = (
-            f"rank {report.rank} keeps {report.energy_kept:.1%} of the squared norm of the result; "
+            f"rank {report.rank} keeps {loss.energy_kept:.1%} of the squared norm of the result; "
             "raise rank to keep more"
         )
     else:

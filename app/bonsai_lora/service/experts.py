@@ -18,19 +18,18 @@ def check_experts(
     numbers are missing, out of range, or given although no module is fused, ShapeMismatchError if
     there are more or fewer than rows.
     """
-    counts = {
-        module: min(found)
-        for module, some in adapters.items()
-        if (found := [one.experts for one in some if one.experts is not None])
-    }
-    if experts is not None and not counts:
+    is_fused = False
+    for module, some in adapters.items():
+        for one in some:
+            if one.experts is not None:
+                is_fused = True
+                _check_module(module, one.experts, rows[module], experts)
+    if experts is not None and not is_fused:
         raise InvalidRequestError(
             f"the request has experts, but {', '.join(list(adapters)[:8])} is not fused; remove "
             "experts",
             field="experts",
         )
-    for module, count in counts.items():
-        _check_module(module, count, rows[module], experts)
 
 
 def _check_module(module: str, count: int, rows: int, experts: Integers | None) -> None:

@@ -1,6 +1,5 @@
 """Extract a set from a fine-tuned model and its base: check, compute by tensor, report, store."""
 
-import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from bonsai_lora.checkpoints import extraction
 from bonsai_lora.checkpoints.base import Base
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.checkpoints.extraction import Change, Pair, Size
+from bonsai_lora.core.combine import Loss
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.core.registry import LoraRegistry
@@ -43,18 +43,9 @@ class Report:
         return max((one.adapter.rank for one in self.changes if one.adapter), default=0)
 
     @property
-    def energy_kept(self) -> float:
-        """The share of the squared norm of all differences that the set keeps."""
-        return 1 - self._lost()
-
-    @property
-    def relative_error(self) -> float:
-        """The norm of what the set leaves out, over that of all differences."""
-        return math.sqrt(self._lost())
-
-    def _lost(self) -> float:
-        total = sum(one.square for one in self.changes)
-        return sum(one.lost_square for one in self.changes) / total if total else 0.0
+    def loss(self) -> Loss:
+        """That of all differences together."""
+        return sum((one.loss for one in self.changes), Loss())
 
     @property
     def warnings(self) -> list[str]:

@@ -16,7 +16,6 @@ from bonsai_lora.core.cast import Array, to_float32
 from bonsai_lora.core.factors import Values
 from bonsai_lora.core.rounding import MANTISSA_BITS, Weights, kept_squares
 from bonsai_lora.errors import BonsaiLoraError
-from bonsai_lora.service.survival import is_sum
 from bonsai_lora.storage.exponents import ExponentFolder
 
 LITTLE = 0.5
@@ -103,7 +102,7 @@ def gain_of(model: MergedModel, weights: Mapping[str, Weights], dtype: str | Non
     for name, touched in model.changes.items():
         info = model.base.info(name)
         stored = dtype or info.dtype
-        if not is_sum(touched) or name not in weights or stored not in MANTISSA_BITS:
+        if not touched.is_sum or name not in weights or stored not in MANTISSA_BITS:
             continue
         squares = _row_squares(
             [

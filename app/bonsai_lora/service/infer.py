@@ -212,7 +212,7 @@ class _Tensors:
         """Return a float tensor as float32."""
         known = self._known.get(tensor.name)
         if known is None:
-            known = decode_floats(tensor, self._content(tensor), self._text)
+            known = decode_floats(tensor, self._content(tensor))
             self._known[tensor.name] = known
         return known
 

@@ -24,8 +24,7 @@ from bonsai_lora.formats.peft_config import CONFIG_BYTES, CONFIG_FILE, MODEL_FIL
 from bonsai_lora.service import gguf_lora, sets
 from bonsai_lora.service.budget import Budget, Reservation
 from bonsai_lora.service.view import SetView
-from bonsai_lora.storage.setfile import SetRecord
-from bonsai_lora.storage.source import Source
+from bonsai_lora.storage.setfile import SetRecord, Source
 from bonsai_lora.storage.upload import Upload, WholeUpload
 
 MODEL_FILES = (MODEL_FILE, "adapters.safetensors")

@@ -1,9 +1,10 @@
 """What is left of a set's deltas after the merged weights are stored in few bits."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from functools import partial
+from operator import add
 from typing import Literal
 
 import numpy as np
@@ -12,8 +13,10 @@ from bonsai_lora.checkpoints.base import Tensor
 from bonsai_lora.checkpoints.merged import MergedModel
 from bonsai_lora.checkpoints.merged_tensor import Touched
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, Floats, to_float32
-from bonsai_lora.core.merge import Block, blocks
+from bonsai_lora.core.merge import Block, blocks, sampled_rows
 from bonsai_lora.errors import InvalidRequestError, counted
+from bonsai_lora.formats.dequantize import dequantize
+from bonsai_lora.formats.gguf_types import BY_NAME
 from bonsai_lora.formats.quantize import quantize_q8_0
 
 _BLOCK_VALUES = 1 << 18
@@ -24,10 +27,7 @@ SAMPLE_VALUES = 1 << 18
 
 
 def _q8_0(rows: Floats) -> Floats:
-    raw = quantize_q8_0(rows).reshape(-1, 34)
-    scale = raw[:, :2].copy().view("<f2").astype(np.float32)
-    result: Floats = (raw[:, 2:].view(np.int8) * scale).reshape(rows.shape)
-    return result
+    return dequantize(BY_NAME["Q8_0"], quantize_q8_0(rows)).reshape(rows.shape)
 
 
 def _q1_0(rows: Floats) -> Floats:
@@ -82,13 +82,7 @@ class Survival:
 
     def __add__(self, other: "Survival") -> "Survival":
         """Return the sums over the entries of both."""
-        return Survival(
-            self.count + other.count,
-            self.same + other.same,
-            self.wanted + other.wanted,
-            self.got + other.got,
-            self.product + other.product,
-        )
+        return Survival(*map(add, astuple(self), astuple(other)))
 
     def times(self, factor: float) -> "Survival":
         """Return the sums as of `factor` times as many entries."""
@@ -165,7 +159,7 @@ def follow(model: MergedModel, dtype: StoredDtype) -> Followed:
     tensors, skipped = {}, []
     for name, touched in model.changes.items():
         weight = model.base.tensor(name)
-        if is_sum(touched) and len(weight.shape) == 2 and weight.shape[1] % block == 0:
+        if touched.is_sum and len(weight.shape) == 2 and weight.shape[1] % block == 0:
             tensors[name] = weight, touched
         else:
             skipped.append(name)
@@ -178,21 +172,12 @@ def follow(model: MergedModel, dtype: StoredDtype) -> Followed:
     return Followed(tensors, skipped, dtype)
 
 
-def is_sum(touched: Touched) -> bool:
-    """Return whether a tensor is changed by added deltas only."""
-    return (
-        bool(touched.deltas)
-        and touched.replacement is None
-        and touched.rows is None
-        and all(one.magnitude is None and one.experts is None for one, _ in touched.deltas)
-    )
-
-
 def _sample(weight: Tensor, touched: Touched, dtype: StoredDtype) -> Survival:
     """Return the sums of some rows, extended to the whole tensor."""
     rows, columns = weight.shape
     found = Survival()
-    for block in _sampled_rows(rows, columns):
+    distance = rows // max(1, SAMPLE_VALUES // max(1, columns))
+    for block in sampled_rows(rows, columns, most=SAMPLE_VALUES, distance=distance):
         found += _of_rows(weight, touched, dtype, block)
     return found.times(rows * columns / found.count) if found.count else found
 
@@ -214,14 +199,3 @@ def _of_rows(weight: Tensor, touched: Touched, dtype: StoredDtype, block: Block)
         right, left = adapter.stored_factors_of(*block)
         delta += np.float32(factor * adapter.scaling) * (left @ to_float32(right))
     return survive(to_float32(weight[block]), delta, dtype)
-
-
-def _sampled_rows(rows: int, columns: int) -> Iterator[Block]:
-    """Yield all rows of a small matrix in one block, single rows of a larger one."""
-    count = max(1, SAMPLE_VALUES // max(1, columns))
-    if rows * columns <= SAMPLE_VALUES:
-        if rows * columns:
-            yield slice(0, rows), slice(0, columns)
-        return
-    for row in range(0, rows, max(1, rows // count)):
-        yield slice(row, row + 1), slice(0, columns)

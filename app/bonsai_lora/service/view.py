@@ -248,11 +248,6 @@ class SetView:
         self._store.keep(name)
 
     def release(self, name: str) -> None:
-        """End `keep`, and release this process's state of a set."""
-        self.forget(name)
-        self._store.release(name)
-
-    def forget(self, name: str) -> None:
-        """Release this process's state of a set; it is read again on next use."""
+        """End `keep`, and release this process's state of a set; it is read again on next use."""
         self._check(name)
-        self._store.forget(name)
+        self._store.release(name)

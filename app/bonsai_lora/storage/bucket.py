@@ -77,6 +77,11 @@ class Listed:
     modified: datetime
     """By the clock of the bucket."""
 
+    @property
+    def name(self) -> str:
+        """The last part of the key."""
+        return self.key.rpartition("/")[2]
+
 
 class Bucket:
     """The objects below a prefix. Thread-safe; all methods raise StoreUnreachableError.
@@ -196,6 +201,11 @@ class Bucket:
             ]
             with self._asking("list"), _in_bucket():
                 chunk = next(chunks, [])
+
+    def list_all(self, folder: str) -> Iterator[Listed]:
+        """Yield all objects in `folder`, by name."""
+        for chunk in self.list(folder):
+            yield from chunk
 
     def delete(self, key: str) -> None:
         """Delete an object, if it exists."""

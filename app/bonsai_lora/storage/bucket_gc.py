@@ -4,7 +4,6 @@ A blob may go if it is older than the grace and no pointer names it: blobs are l
 pointers are read, and a writer names its blob within minutes. Ages are by the bucket's clock alone.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -56,7 +55,7 @@ def collect(bucket: Bucket, file: BinaryIO, grace: timedelta) -> Collected:
     """
     as_of = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     before = bucket.now() - grace
-    old_blobs = [one for one in _listed(bucket, BLOBS) if one.modified < before]
+    old_blobs = [one for one in bucket.list_all(BLOBS) if one.modified < before]
     with ThreadPoolExecutor(_THREADS, "gc") as threads:
         is_corrected, entries, times, unreadable = _corrected(bucket, threads)
         named = {pointer.blob for _, _, pointer in entries if pointer.record is not None}
@@ -70,7 +69,7 @@ def collect(bucket: Bucket, file: BinaryIO, grace: timedelta) -> Collected:
         removed = _remove_tombstones(bucket, threads, tombs)
     entries = [one for one in entries if one[0] not in removed]
     key = write_index(bucket, file, entries, as_of)
-    for one in _listed(bucket, FOLDER):
+    for one in bucket.list_all(FOLDER):
         if one.modified < before and one.key != key:
             bucket.delete(one.key)
     return Collected(
@@ -124,15 +123,16 @@ def _read_all(
     unreadable: list[str] = []
 
     def read(listed: Listed) -> Entry | str | None:
-        name = listed.key.rpartition("/")[2]
-        present = known.get(name)
+        present = known.get(listed.name)
         if present is not None and present[0] == listed.etag:
-            return name, *present
+            return listed.name, *present
         found = bucket.get(listed.key)
         try:
-            return None if found is None else (name, found.etag, decode_pointer(name, found.body))
+            if found is None:
+                return None
+            return listed.name, found.etag, decode_pointer(listed.name, found.body)
         except (MalformedPointerError, NewerFormatError):
-            return name
+            return listed.name
 
     for chunk in bucket.list(POINTERS):
         for listed, one in zip(chunk, threads.map(read, chunk), strict=True):
@@ -157,13 +157,4 @@ def _remove_tombstones(bucket: Bucket, threads: Executor, tombs: list[tuple[str,
 
 
 def _sums(entries: list[Entry], start: str) -> Sums:
-    total = Sums()
-    for name, _, pointer in entries:
-        if name.startswith(start):
-            total = total.plus(pointer.sums())
-    return total
-
-
-def _listed(bucket: Bucket, folder: str) -> Iterator[Listed]:
-    for chunk in bucket.list(folder):
-        yield from chunk
+    return sum((one.sums() for name, _, one in entries if name.startswith(start)), Sums())

@@ -30,12 +30,14 @@ class BucketJobs:
     def add(self, record: JobRecord) -> None:
         """Write a new record, and forget those that are too old or too many."""
         self._bucket.put(f"{_RECORDS}/{record.id}", encode(record), replaces=None)
-        listed = {one.key.rpartition("/")[2]: one for one in self._listed(_RECORDS)}
-        sizes = {one.key.rpartition("/")[2]: one.size for one in self._listed(_RESULTS)}
-        known = [
-            (number, listed[number].modified.timestamp(), sizes.get(number, 0))
-            for number in sorted(listed, reverse=True)
-        ]
+        sizes = {one.name: one.size for one in self._bucket.list_all(_RESULTS)}
+        known = sorted(
+            (
+                (one.name, one.modified.timestamp(), sizes.get(one.name, 0))
+                for one in self._bucket.list_all(_RECORDS)
+            ),
+            reverse=True,
+        )
         for number in forgettable(known, time.time()):
             self._bucket.delete(f"{_RECORDS}/{number}")
             self._bucket.delete(f"{_RESULTS}/{number}")
@@ -73,8 +75,5 @@ class BucketJobs:
 
     def ids(self) -> list[str]:
         """Return the ids of all jobs, the newest first."""
-        names = (one.key.rpartition("/")[2] for one in self._listed(_RECORDS))
+        names = (one.name for one in self._bucket.list_all(_RECORDS))
         return sorted(filter(is_job_id, names), reverse=True)
-
-    def _listed(self, folder: str) -> list[Any]:
-        return [one for chunk in self._bucket.list(folder) for one in chunk]

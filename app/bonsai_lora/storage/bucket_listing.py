@@ -76,10 +76,7 @@ class BucketListing:
 
     def count(self, start: str) -> Sums:
         """Return the sums over the sets whose names begin with `start`, from their pointers."""
-        total = Sums()
-        for one in self.pointers([start], "", _BATCH):
-            total = total.plus(one.sums())
-        return total
+        return sum((one.sums() for one in self.pointers([start], "", _BATCH)), Sums())
 
     def pointers(self, starts: Iterable[str], after: str, batch: int) -> Iterator[Pointer]:
         """Yield the pointers of names that begin with one of `starts`, by name.
@@ -90,7 +87,7 @@ class BucketListing:
         for start in filter(_may_start, sorted(starts)):
             first = max(after, _before(start))
             for listed in self._bucket.list(POINTERS, after=first, count=size):
-                names = [one for one in listed if _name_of(one).startswith(start)]
+                names = [one for one in listed if one.name.startswith(start)]
                 found = self._threads.map(self._pointer, names)
                 yield from (one for one in found if one is not None)
                 if len(names) < len(listed):
@@ -98,18 +95,17 @@ class BucketListing:
 
     def _pointer(self, listed: Listed) -> Pointer | None:
         """Return a pointer, which is read only if it has changed since the last time."""
-        name = _name_of(listed)
-        known = self._known.get(name)
+        known = self._known.get(listed.name)
         if known is not None and known[0] == listed.etag:
             return known[1]
         found = self._bucket.get(listed.key)
         pointer = None
         if found is not None:
             with contextlib.suppress(MalformedPointerError, NewerFormatError):
-                pointer = decode_pointer(name, found.body)
+                pointer = decode_pointer(listed.name, found.body)
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
-            self._known[name] = found.etag, pointer
+            self._known[listed.name] = found.etag, pointer
         return pointer
 
     def _indexed(self) -> tuple[SetIndex, str] | None:
@@ -144,10 +140,6 @@ class BucketListing:
 def _may_start(start: str) -> bool:
     """Return whether a name can begin with `start`."""
     return start == "" or is_set_name(start)
-
-
-def _name_of(listed: Listed) -> str:
-    return listed.key.rpartition("/")[2]
 
 
 def _before(start: str) -> str:

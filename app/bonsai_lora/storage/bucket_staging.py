@@ -74,8 +74,7 @@ class BucketStaging:
         return len(old)
 
     def _entries(self) -> list[tuple[Staged, Listed]]:
-        listed = [one for chunk in self._bucket.list(FOLDER) for one in chunk]
-        named = [(staged_of(one.key.rpartition("/")[2], one.size), one) for one in listed]
+        named = [(staged_of(one.name, one.size), one) for one in self._bucket.list_all(FOLDER)]
         return [(staged, one) for staged, one in named if staged is not None]
 
 

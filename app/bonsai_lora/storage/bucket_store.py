@@ -13,14 +13,14 @@ copy on this machine is a different one. No clock decides the order of anything.
 
 import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from io import BufferedRandom
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from bonsai_lora.errors import (
     BusyError,
@@ -36,17 +36,12 @@ from bonsai_lora.storage.bucket_reader import BucketReader
 from bonsai_lora.storage.bucket_staging import BucketStaging
 from bonsai_lora.storage.cache import Cache, Note
 from bonsai_lora.storage.disk import storage_errors
-from bonsai_lora.storage.dropped import Dropped
 from bonsai_lora.storage.freshness import Look, Looks
 from bonsai_lora.storage.index import Sums
 from bonsai_lora.storage.jobs import JobRecords
 from bonsai_lora.storage.newset import NextVersion
-from bonsai_lora.storage.pointer import (
-    POINTERS,
-    Pointer,
-    encode_pointer,
-)
-from bonsai_lora.storage.protocol import Page, StoreState, allowed
+from bonsai_lora.storage.pointer import POINTERS, Pointer, encode_pointer
+from bonsai_lora.storage.protocol import Page, Store, StoreState, allowed
 from bonsai_lora.storage.setfile import SetRecord, StoredSet, record_of
 from bonsai_lora.storage.staging import Staging
 from bonsai_lora.storage.usage import Usage
@@ -56,7 +51,6 @@ _THREADS = 16
 _TRIES = 3
 _PROBE_SECONDS = 15
 _EXPIRE_SECONDS = 3600
-_PIECE_BYTES = 1 << 20
 
 
 def open_bucket_store(
@@ -77,8 +71,8 @@ def open_bucket_store(
     )
 
 
-class BucketStore:
-    """The sets of `bucket`, with copies in `cache`. Thread-safe; a `Store`."""
+class BucketStore(Store):
+    """The sets of `bucket`, with copies in `cache`. Thread-safe."""
 
     def __init__(
         self,
@@ -99,9 +93,8 @@ class BucketStore:
         self._threads = ThreadPoolExecutor(_THREADS, "bucket")
         self._listing = BucketListing(bucket, self._threads)
         self._usage = Usage(bucket, stale_seconds, self._listing.count)
-        self._locked: dict[str, Pointer | None] = {}
-        self._etags: dict[str, str] = {}
-        """Pointers of the names whose lock is held, and their ETags: what a write replaces."""
+        self._locked: dict[str, tuple[Pointer | None, str | None]] = {}
+        """By name whose lock is held: the pointer and its ETag, which a write replaces."""
         self._expired_at = time.monotonic()
 
     @property
@@ -147,7 +140,7 @@ class BucketStore:
     def read_record(self, name: str) -> SetRecord:
         """Return the record of a set; one that is not on this machine is not fetched for that."""
         if name in self._locked:
-            pointer = self._locked[name]
+            pointer, _ = self._locked[name]
             if pointer is None or pointer.record is None:
                 raise SetNotFoundError(name)
             return pointer.record
@@ -171,14 +164,13 @@ class BucketStore:
             raise SetNotFoundError(name)
         with self._cache.writing(name):
             found = self._bucket.get(f"{POINTERS}/{name}")
-            self._locked[name] = None if found is None else self._reader.decode(name, found)
-            if found is not None:
-                self._etags[name] = found.etag
+            self._locked[name] = (
+                (None, None) if found is None else (self._reader.decode(name, found), found.etag)
+            )
             try:
                 yield
             finally:
                 del self._locked[name]
-                self._etags.pop(name, None)
 
     def new_file(self) -> AbstractContextManager[BinaryIO]:
         """Create a temporary file in `temporary`; it is removed on exit."""
@@ -187,7 +179,7 @@ class BucketStore:
     def write(self, wanted: NextVersion, check: Callable[[], None] = allowed) -> StoredSet:
         """Write the next version of a set: sums, blob, pointer, then the copy. Call with `lock`."""
         name = wanted.name
-        present = self._locked[name]
+        present, _ = self._locked[name]
         if wanted.previous != (present and present.record):
             raise ChangedMeanwhileError
         version = present.version + 1 if present else 1
@@ -202,7 +194,7 @@ class BucketStore:
         """
         pointer = _pointer_of(name, file)
         self._cache.make_room(pointer.size)
-        change = pointer.sums().minus(self.sums_of(name))
+        change = pointer.sums() - self.sums_of(name)
         self._usage.change(name, change, check)
         with self._undoing(name, change, StoreUnreachableError):
             self._bucket.write(pointer.blob, Path(str(file.name)))
@@ -213,11 +205,11 @@ class BucketStore:
                 found = self._swap(name, pointer)
             self._cache.install(name, file, Note(found, wall))
             self._looks.note(name, self._looks.new(found, exists=True, at=at))
-            self._locked[name], self._etags[name] = pointer, found.etag
+            self._locked[name] = pointer, found.etag
 
     def delete(self, name: str) -> None:
         """Leave a tombstone in place of the pointer. Call with `lock` held."""
-        present = self._locked.get(name)
+        present, _ = self._locked.get(name, (None, None))
         if present is None or present.record is None:
             raise SetNotFoundError(name)
         tombstone = Pointer(present.uid, present.version, None)
@@ -226,9 +218,9 @@ class BucketStore:
             found = self._swap(name, tombstone)
             self._cache.drop(name)
             self._looks.note(name, self._looks.new(found, exists=False, at=at))
-            self._locked[name], self._etags[name] = tombstone, found.etag
+            self._locked[name] = tombstone, found.etag
         with contextlib.suppress(StoreUnreachableError, ChangedMeanwhileError):
-            self._usage.change(name, Sums().minus(present.sums()), allowed)
+            self._usage.change(name, Sums() - present.sums(), allowed)
 
     def page(self, starts: Iterable[str], *, after: str, base: str | None, limit: int) -> Page:
         """Return up to `limit` records (-1: all) of names that begin with one of `starts`."""
@@ -245,7 +237,7 @@ class BucketStore:
     def sums_of(self, name: str) -> Sums:
         """Return what one set adds to the sums."""
         if name in self._locked:
-            pointer = self._locked[name]
+            pointer, _ = self._locked[name]
             return Sums() if pointer is None else pointer.sums()
         look = self._looks.get(name)
         if look is None or look.found is None:
@@ -261,13 +253,10 @@ class BucketStore:
         self._cache.keep(name)
 
     def release(self, name: str) -> None:
-        """Let the copy of a set make room for others again."""
-        self._cache.release(name)
-
-    def forget(self, name: str) -> None:
-        """Release this process's state of a set; it is compared and opened again on next use."""
+        """Let the copy of a set make room again; it is compared and opened again on next use."""
         self._looks.forget(name)
         self._files.forget(name)
+        self._cache.release(name)
 
     def bad_files(self, most: int | None = None) -> dict[str, str]:
         """Return the reasons, by set name, of pointers, blobs and copies that cannot be used."""
@@ -277,14 +266,6 @@ class BucketStore:
     def count_bad_files(self) -> int:
         """Return the number of names of pointers, blobs and copies that cannot be used."""
         return self._files.count_bad_files() + len(self._reader.bad)
-
-    def newer_files(self) -> dict[str, int]:
-        """Return nothing: requests for sets of a newer release are refused one by one."""
-        return {}
-
-    def dropped(self) -> Dropped:
-        """Return nothing: nobody drops files into a cache."""
-        return Dropped()
 
     def is_writable(self) -> bool:
         """Return whether this process can make copies."""
@@ -340,14 +321,14 @@ class BucketStore:
             yield
         except error:
             with contextlib.suppress(StoreUnreachableError, ChangedMeanwhileError):
-                self._usage.change(name, Sums().minus(change), allowed)
+                self._usage.change(name, Sums() - change, allowed)
             raise
 
     def _swap(self, name: str, pointer: Pointer) -> Found:
         """Replace the pointer that was read with the lock, or raise ChangedMeanwhileError."""
-        body = encode_pointer(pointer)
+        body, (_, replaced) = encode_pointer(pointer), self._locked[name]
         try:
-            etag = self._bucket.put(f"{POINTERS}/{name}", body, replaces=self._etags.get(name))
+            etag = self._bucket.put(f"{POINTERS}/{name}", body, replaces=replaced)
         except ConflictError:
             raise ChangedMeanwhileError from None
         return Found(body, etag)
@@ -356,9 +337,9 @@ class BucketStore:
 def _pointer_of(name: str, file: BinaryIO) -> Pointer:
     """Return the pointer to the content of a complete file of a set."""
     file.flush()
-    digest, size = hashlib.sha256(), os.fstat(file.fileno()).st_size
-    for start in range(0, size, _PIECE_BYTES):
-        digest.update(os.pread(file.fileno(), _PIECE_BYTES, start))
+    file.seek(0)
+    digest = hashlib.file_digest(cast("BufferedRandom", file), "sha256").hexdigest()
+    size = file.tell()
     file.seek(0)
     record = record_of(Path(f"{name}.safetensors"), file)
-    return Pointer(record.uid, record.version, record, size, digest.hexdigest())
+    return Pointer(record.uid, record.version, record, size, digest)

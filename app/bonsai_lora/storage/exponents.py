@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,10 +36,6 @@ class ExponentFolder:
             temporary = self._root / f"{secrets.token_hex(8)}.tmp"
             temporary.write_text(json.dumps(weights), encoding="utf-8")
             temporary.replace(self._root / f"{digest}.json")
-            paths = sorted((Path(one.path) for one in os.scandir(self._root)), key=_age)
+            paths = sorted(self._root.iterdir(), key=lambda path: path.stat().st_mtime)
             for path in paths[:-_MOST_FILES]:
                 path.unlink()
-
-
-def _age(path: Path) -> float:
-    return path.stat().st_mtime

@@ -9,7 +9,8 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add, sub
 from pathlib import Path
 
 from bonsai_lora.errors import BonsaiLoraError
@@ -82,13 +83,16 @@ class Sums:
     """Files that a newer release wrote; they are not counted as sets."""
     newer_bytes: int = 0
 
-    def plus(self, other: "Sums") -> "Sums":
-        """Return the sums of both."""
-        return Sums(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(*map(add, astuple(self), astuple(other)))
 
-    def minus(self, other: "Sums") -> "Sums":
-        """Return how much more these are than `other`."""
-        return Sums(*(a - b for a, b in zip(_values(self), _values(other), strict=True)))
+    def __sub__(self, other: "Sums") -> "Sums":
+        return Sums(*map(sub, astuple(self), astuple(other)))
+
+
+def sums_of(one: SetRecord) -> Sums:
+    """Return what one set adds to the sums."""
+    return Sums(1, one.adapter_count, one.total_trainable_params, one.total_memory_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +108,9 @@ class Row:
 
     def sums(self) -> Sums:
         """Return what this file adds to the sums."""
-        one = self.record
-        if one is None:
+        if self.record is None:
             return Sums(newer=1, newer_bytes=self.file_bytes)
-        return Sums(1, one.adapter_count, one.total_trainable_params, one.total_memory_bytes)
+        return sums_of(self.record)
 
 
 class SetIndex:
@@ -199,7 +202,7 @@ class SetIndex:
         """Insert or replace a row. Call in a transaction."""
         self.remove(row.name)
         self._ask("INSERT INTO sets VALUES(?, ?, ?, ?, ?, ?, ?, ?)", *_columns(row))
-        self._add(row.name, _values(row.sums()))
+        self._add(row.name, astuple(row.sums()))
 
     def fill(self, rows: Iterable[Row]) -> None:
         """Insert rows of a new table; its sums are counted when needed. Call in a transaction."""
@@ -221,10 +224,7 @@ class SetIndex:
         No start may begin with a different one. The first call for a start counts its sets, and
         changes keep its sums from then on.
         """
-        total = Sums()
-        for start in starts:
-            total = total.plus(self._kept_sums(start) or self._new_sums(start))
-        return total
+        return sum((self._kept_sums(one) or self._new_sums(one) for one in starts), Sums())
 
     def sums_of(self, name: str) -> Sums:
         """Return what one file adds to the sums."""
@@ -292,10 +292,3 @@ def _record_of(row: tuple[str, str]) -> SetRecord:
         return record_from_text(*row)
     except _UNREADABLE as error:
         raise DamagedIndexError(f"the row of {row[0]!r} is unreadable: {error!r}") from None
-
-
-def _values(sums: Sums) -> tuple[int, ...]:
-    return (
-        *(sums.sets, sums.adapters, sums.params, sums.held_bytes),
-        *(sums.newer, sums.newer_bytes),
-    )

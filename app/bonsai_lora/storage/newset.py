@@ -21,9 +21,9 @@ from bonsai_lora.storage.setfile import (
     MODULES_KEY,
     RECORD_KEY,
     SetRecord,
+    Source,
     record_to_text,
 )
-from bonsai_lora.storage.source import Source
 from bonsai_lora.storage.upload import ReceivedUpload
 
 _NO_DIGEST = "0" * 64

@@ -9,13 +9,9 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from bonsai_lora.errors import (
-    BonsaiLoraError,
-    HeaderTooLargeError,
-    NewerFormatError,
-)
-from bonsai_lora.formats.names import is_set_name
-from bonsai_lora.storage.index import Row, Sums
+from bonsai_lora.errors import BonsaiLoraError, HeaderTooLargeError, NewerFormatError
+from bonsai_lora.formats.names import is_set_name, is_sha256
+from bonsai_lora.storage.index import Sums, sums_of
 from bonsai_lora.storage.setfile import SetRecord, record_from_text, record_to_text
 
 POINTERS = "sets"
@@ -25,7 +21,6 @@ BLOBS = "blobs"
 FORMAT = 1
 """The format that is written and the newest that can be read."""
 MOST_BYTES = 1 << 20
-_SHA256 = re.compile("[0-9a-f]{64}")
 _UID = re.compile("[A-Za-z0-9._-]{1,64}")
 _INTEGER_END = 1 << 53
 
@@ -55,7 +50,7 @@ class Pointer:
 
     def sums(self) -> Sums:
         """Return what the set adds to the sums."""
-        return Sums() if self.record is None else Row("", "", self.record, self.size).sums()
+        return Sums() if self.record is None else sums_of(self.record)
 
 
 def encode_pointer(pointer: Pointer) -> bytes:
@@ -118,7 +113,7 @@ def _checked(name: str, fields: dict[str, Any]) -> Pointer:
     except (BonsaiLoraError, LookupError, ValueError, TypeError, AttributeError) as error:
         raise MalformedPointerError(getattr(error, "detail", "it has no record")) from None
     size, sha256 = fields.get("size"), fields.get("sha256")
-    if not _is_count(size) or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+    if not _is_count(size) or not isinstance(sha256, str) or not is_sha256(sha256):
         raise MalformedPointerError("it has no size and SHA-256 of a blob")
     pointer = Pointer(record.uid, record.version, record, int(size), sha256)  # type: ignore[arg-type]
     if fields.get("blob") != pointer.blob:

@@ -41,7 +41,10 @@ class StoreState:
 
 
 class Store(Protocol):
-    """Named sets. Thread-safe; all methods raise StoreUnreachableError if the store is away."""
+    """Named sets. Thread-safe; all methods raise StoreUnreachableError if the store is away.
+
+    A folder inherits what only a bucket has to do, or to report.
+    """
 
     root: Path
     """Folder on this machine, also for what other modules keep beside the sets."""
@@ -63,8 +66,9 @@ class Store(Protocol):
     def read_record(self, name: str) -> SetRecord:
         """Return the record of a set; raises SetNotFoundError, NewerFormatError."""
 
-    def refresh(self, name: str) -> None:
+    def refresh(self, name: str) -> None:  # noqa: ARG002 - nothing to do for a folder
         """Make the next look-up of `name` see all changes that were made before this call."""
+        return
 
     def verify(self, name: str, on_piece: OnPiece | None = None) -> SetRecord:
         """Read the file of a set on this machine, and move it aside if it is damaged."""
@@ -103,14 +107,12 @@ class Store(Protocol):
     def open_sets(self) -> list[StoredSet]:
         """Return the sets that this process has open."""
 
-    def keep(self, name: str) -> None:
+    def keep(self, name: str) -> None:  # noqa: ARG002 - nothing to do for a folder
         """Keep the copy of a set on this machine, for all workers, until `release`."""
+        return
 
     def release(self, name: str) -> None:
-        """End `keep`."""
-
-    def forget(self, name: str) -> None:
-        """Release this process's state of a set."""
+        """End `keep`, and release this process's state of a set; it is read again on next use."""
 
     def bad_files(self, most: int | None = None) -> dict[str, str]:
         """Return the reasons, by set name, of up to `most` files that cannot be read."""
@@ -120,9 +122,11 @@ class Store(Protocol):
 
     def newer_files(self) -> dict[str, int]:
         """Return the sizes in bytes, by set name, of files that a newer release wrote."""
+        return {}
 
     def dropped(self) -> Dropped:
         """Return what others put into the store's folder, from which no adapter is imported."""
+        return Dropped()
 
     def is_writable(self) -> bool:
         """Return whether this process may change sets."""
@@ -132,6 +136,8 @@ class Store(Protocol):
 
     def state(self) -> StoreState:
         """Return how the store is doing."""
+        return StoreState()
 
     def close(self) -> None:
         """Stop work in the background."""
+        return

@@ -7,9 +7,8 @@ first entry of the header, so that listing sets reads only a few kilobytes of ea
 import json
 import os
 import re
-import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
@@ -32,7 +31,7 @@ from bonsai_lora.formats.mapped import map_file
 from bonsai_lora.formats.peft import set_tensors
 from bonsai_lora.formats.peft_keys import group_keys
 from bonsai_lora.formats.text import is_unicode
-from bonsai_lora.storage.source import SOURCE_KEY, Source, decode_source, encode_source
+from bonsai_lora.validation import as_written
 
 RECORD_FORMAT = 1
 """The record format that is written and the newest that can be read; the default if missing.
@@ -46,6 +45,7 @@ RECORD_KEY = "bonsai_lora"
 MODULES_KEY = "bonsai_lora_modules"
 CONFIG_KEY = "adapter_config"
 _DIGEST_KEY = "digest"
+_SOURCE_KEY = "source"
 _PEEK_BYTES = 1 << 14
 _MOST_FLOAT32 = float(np.finfo(np.float32).max)
 _INTEGER_END = 1 << 53
@@ -74,6 +74,16 @@ _CONFIG_TYPES: Mapping[str, tuple[type, ...]] = {
     "dropout": (int, float),
     "target_modules": (list,),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one version of a set was taken from."""
+
+    reference: str
+    """Such as `folder:my-set`."""
+    sha256: str
+    """Digest of the files that were read, in hexadecimal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +206,7 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
         is_valid = _is_finite(alpha) and _is_finite(scaling) and layer in get_args(LayerKind)
         if not is_valid or not (experts is None or (type(experts) is int and experts > 0)):
             raise MalformedSafetensorsError(
-                f"module {module!r} has {reprlib.repr([alpha, scaling, layer, *more])}; expected "
+                f"module {module!r} has {as_written([alpha, scaling, layer, *more])}; expected "
                 "alpha, scaling, the kind of layer and a number of experts, if it has any"
             )
         parts = modules[module]
@@ -233,10 +243,10 @@ def record_to_text(record: SetRecord) -> str:
     """Return a record as JSON, as it stands in the file."""
     known = {name: getattr(record, name) for name in _RECORD_TYPES}
     known["config"] = record.config.to_dict()
-    # With the version, as an earlier release keeps this key when it changes the tensors.
+    # With the version, as an earlier release keeps these keys when it changes the set.
     known[_DIGEST_KEY] = {"version": record.version, "sha256": record.digest}
     if record.source is not None:
-        known[SOURCE_KEY] = encode_source(record.source, record.version)
+        known[_SOURCE_KEY] = {"version": record.version, **asdict(record.source)}
     return json.dumps({"format": RECORD_FORMAT, **known, **record.unknown})
 
 
@@ -258,17 +268,17 @@ def _decode_record(path: Path, metadata: Any) -> SetRecord:
         raise MalformedSafetensorsError(f"{path.name} is a copy of set {fields['name']!r}")
     known = {name: fields.pop(name) for name in _RECORD_TYPES}
     known["config"] = _decode_config(path, known["config"])
-    digest = _decode_digest(fields.pop(_DIGEST_KEY, None), known["version"])
-    source = decode_source(fields.pop(SOURCE_KEY, None), known["version"])
+    (digest,) = _texts_of(fields.pop(_DIGEST_KEY, None), known["version"], "sha256")
+    found = _texts_of(fields.pop(_SOURCE_KEY, None), known["version"], "reference", "sha256")
+    source = None if None in found else Source(*found)
     return SetRecord(**known, digest=digest, source=source, unknown=fields)
 
 
-def _decode_digest(value: Any, version: int) -> str | None:
-    """Return the digest of this version of the set, if there is one."""
+def _texts_of(value: Any, version: int, *names: str) -> list[Any]:
+    """Return fields of an object that is of this version of the set; None for each that is not."""
     if not isinstance(value, dict) or value.get("version") != version:
-        return None
-    digest = value.get("sha256")
-    return digest if isinstance(digest, str) else None
+        return [None] * len(names)
+    return [one if isinstance(one, str) else None for one in map(value.get, names)]
 
 
 def _decode_config(path: Path, fields: Mapping[str, Any]) -> LoraConfig:
@@ -290,7 +300,7 @@ def _check_types(
         value = fields.get(name)
         if type(value) not in kinds or not _is_usable(name, value):
             raise MalformedSafetensorsError(
-                f"{path.name} has a record whose {name} is {reprlib.repr(value)}"
+                f"{path.name} has a record whose {name} is {as_written(value)}"
             )
 
 

@@ -7,7 +7,6 @@ A file is staged for one set, so that nobody can use, or ask for, what others ha
 """
 
 import os
-import re
 import secrets
 import stat
 import time
@@ -18,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from bonsai_lora.formats.names import is_set_name
+from bonsai_lora.formats.names import is_set_name, is_sha256
 from bonsai_lora.storage.disk import storage_errors, synced
 from bonsai_lora.storage.files import SetFiles
 
@@ -28,7 +27,6 @@ STAGED_SECONDS = 86400
 """How long a file waits for its commit."""
 SECRET_BYTES = 32
 _PIECE_BYTES = 1 << 20
-_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +67,6 @@ class Staging(Protocol):
 
     def expire(self) -> int:
         """Remove what has waited too long, and return how many files that were."""
-
-
-def is_sha256(text: str) -> bool:
-    """Return whether `text` is a SHA-256 in lower-case hexadecimal."""
-    return _SHA256.fullmatch(text) is not None
 
 
 def staged_of(key: str, size: int) -> Staged | None:

@@ -17,13 +17,13 @@ from bonsai_lora.storage.index import SetIndex, Sums
 from bonsai_lora.storage.jobs import JobFolder, JobRecords
 from bonsai_lora.storage.listing import Listing
 from bonsai_lora.storage.newset import NextVersion
-from bonsai_lora.storage.protocol import Page, StoreState, allowed
+from bonsai_lora.storage.protocol import Page, Store, allowed
 from bonsai_lora.storage.setfile import SetRecord, StoredSet
 from bonsai_lora.storage.staging import Staging, StagingFolder
 
 
-class SetStore(SetFiles):
-    """A folder of sets, with a table of them. Thread-safe; a `Store`.
+class SetStore(SetFiles, Store):
+    """A folder of sets, with a table of them. Thread-safe.
 
     The arguments are those of `SetFiles`.
     """
@@ -94,6 +94,10 @@ class SetStore(SetFiles):
         with self.lock_all():
             self.remove(name)
 
+    def release(self, name: str) -> None:
+        """Release this process's state of a set; it is read again on next use."""
+        self.forget(name)
+
     def newer_files(self) -> dict[str, int]:
         """Return the sizes in bytes, by set name, of files that a newer release wrote."""
         return self.listing.ask(SetIndex.newer_files)
@@ -102,26 +106,10 @@ class SetStore(SetFiles):
         """Return what others put into the folder, a minute ago at the latest."""
         return self.listing.ask(SetIndex.dropped).plus(dropped_beside_sets(self.root))
 
-    def keep(self, name: str) -> None:
-        """Do nothing: all sets are on this machine."""
-
-    def release(self, name: str) -> None:
-        """Do nothing."""
-
-    def refresh(self, name: str) -> None:
-        """Do nothing: every look-up asks the file."""
-
     def maintain(self) -> None:
         """Find what others have put into the folder within a minute, and drop old uploads."""
         self.listing.compare(only_if_due=True)
         self.staging.expire()
-
-    def state(self) -> StoreState:
-        """Return that the folder needs nothing else."""
-        return StoreState()
-
-    def close(self) -> None:
-        """Do nothing: everything is closed with the object."""
 
     def _change(self, name: str, work: Callable[[], None]) -> None:
         self.listing.change(name, work)

@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from bonsai_lora.core.cast import Array
 from bonsai_lora.formats import safetensors
-from bonsai_lora.formats.foreign import check_start
+from bonsai_lora.formats.foreign import START_BYTES, check_start
 from bonsai_lora.formats.mapped import map_file
 
 _ALIGNMENT = 4096
@@ -75,6 +75,7 @@ class Upload:
     def __init__(self, file: BinaryIO, max_header_bytes: int) -> None:
         self._file = file
         self._limit = max_header_bytes
+        self._start: bytearray | None = bytearray()
         self._head = bytearray()
         self._missing = 8
         self._data_start = 0
@@ -86,8 +87,21 @@ class Upload:
 
         Raises HeaderTooLargeError, MalformedSafetensorsError, and the errors of `check_start`.
         """
-        if not self._received:
-            check_start(piece)
+        if self._start is None:
+            self._write(piece)
+            return
+        self._start += piece
+        if len(self._start) >= START_BYTES:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Check and write the start, once enough of it is known whatever the size of the pieces."""
+        start, self._start = self._start, None
+        if start is not None:
+            check_start(start)
+            self._write(start)
+
+    def _write(self, piece: bytes | bytearray) -> None:
         self._received += len(piece)
         rest = memoryview(piece)
         while self._missing and rest:
@@ -107,15 +121,20 @@ class Upload:
             self._digest.update(rest)
 
     def count_tensors(self) -> int:
-        """Return how many tensors the header has at most; cheap, before it is parsed."""
+        """Return how many tensors the header has at most; cheap, before it is parsed.
+
+        Raises the errors of `write` if the file is short.
+        """
+        self._begin()
         return self._head.count(b'"data_offsets"')
 
     def finish(self) -> ReceivedUpload:
         """Return the complete upload.
 
-        Raises MalformedSafetensorsError unless it is exactly one file, InvalidRequestError for
-        tensors of an unsupported dtype.
+        Raises the errors of `write`, MalformedSafetensorsError unless it is exactly one file,
+        InvalidRequestError for tensors of an unsupported dtype.
         """
+        self._begin()
         self._file.flush()
         header = safetensors.decode_header(bytes(self._head), limit=self._limit)
         safetensors.check_total(header, self._received)

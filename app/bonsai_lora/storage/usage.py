@@ -52,34 +52,37 @@ class Usage:
 
         While the bucket is away, those of the last answer.
         """
-        total = Sums()
         with self._lock:
             try:
                 if self._last is None or time.monotonic() - self._last.at > self._fresh_seconds:
                     self._last = self._read()
-                for start in starts:
-                    total = total.plus(self._sums(start))
+                return sum(map(self._sums, starts), Sums())
             except StoreUnreachableError:
                 known = {} if self._last is None else self._last.sums
-                total = Sums()
-                for start in starts:
-                    total = total.plus(known.get(start, Sums()))
-        return total
+                return sum((known.get(start, Sums()) for start in starts), Sums())
 
     def change(self, name: str, change: Sums, check: Callable[[], None]) -> None:
         """Add `change` to the sums of every start of `name`, unless `check` raises.
 
         `check` sees the sums that are changed. Raises ChangedMeanwhileError after many conflicts.
         """
-
-        def add(sums: SumsByStart) -> SumsByStart:
-            self._sums("")  # counts them if this is the first write
-            return {
-                start: one.plus(change) if name.startswith(start) else one
-                for start, one in (self._last.sums if self._last else sums).items()
-            }
-
-        self._swap(add, check)
+        for number in range(_TRIES):
+            with self._lock:  # one writer of this process at a time
+                self._last = self._read()
+                check()
+                self._sums("")  # counts them if this is the first write
+                sums = {
+                    start: one + change if name.startswith(start) else one
+                    for start, one in self._last.sums.items()
+                }
+                try:
+                    self._write(sums, self._last.etag)
+                except ConflictError:
+                    pass
+                else:
+                    return
+            time.sleep(random.uniform(0, _PAUSE_SECONDS * 2 ** min(number, 5)))  # noqa: S311
+        raise ChangedMeanwhileError
 
     def correct(self, known: SumsByStart, counted: Count) -> SumsByStart | None:
         """Replace the sums by counted ones, if they are still `known`; return these."""
@@ -97,23 +100,6 @@ class Usage:
     def read(self) -> SumsByStart:
         """Return the present sums by start."""
         return self._read().sums
-
-    def _swap(
-        self, change: Callable[[SumsByStart], SumsByStart], check: Callable[[], None]
-    ) -> None:
-        for number in range(_TRIES):
-            with self._lock:  # one writer of this process at a time
-                self._last = self._read()
-                check()
-                sums = change(self._last.sums)
-                try:
-                    self._write(sums, self._last.etag)
-                except ConflictError:
-                    pass
-                else:
-                    return
-            time.sleep(random.uniform(0, _PAUSE_SECONDS * 2 ** min(number, 5)))  # noqa: S311
-        raise ChangedMeanwhileError
 
     def _read(self) -> _Read:
         started = time.monotonic()

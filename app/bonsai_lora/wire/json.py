@@ -1,9 +1,10 @@
 """Tensors as JSON: nested lists of finite numbers, parsed and written in bulk."""
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from itertools import chain, islice
 from secrets import token_hex
 from typing import Any
 
@@ -22,6 +23,7 @@ from bonsai_lora.errors import (
 )
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.finite import check_finite
+from bonsai_lora.wire.long_lists import find_long_lists
 
 _TENSOR_KEYS = frozenset({"inputs", "base_outputs", "data", "weights", "lora_A", "lora_B"})
 """Fields whose lists of numbers may be parsed straight into arrays."""
@@ -36,6 +38,8 @@ thread runs until all are there."""
 _MOST_STRINGS = 1 << 19
 _BLOCK_BYTES = 1 << 16
 """So much stays in the cache of a core."""
+_PIECE_NUMBERS = 1 << 14
+"""Numbers that NumPy converts from a list at a time."""
 _LONG_TEXT_BYTES = 1 << 18
 """Parsing more text into lists takes milliseconds, too long for the event loop."""
 _PLACEHOLDER = token_hex(8)
@@ -76,8 +80,8 @@ def decode(body: Buffer, what: str = "the body", hint: str = "") -> Any:
     Raises MalformedJsonError, whose text calls the value `what` and ends with `hint`.
     """
     try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
+        return _parse_in_pieces(body)
+    except ValueError as error:
         found = _decode_more(body)
         if found is None:
             fault = f"is not JSON: {error}" if body else "is empty"
@@ -102,7 +106,7 @@ def decode_with_arrays(
         raise TakesLongError
     if arrays:
         try:
-            return _with_arrays(orjson.loads(text), arrays)
+            return _with_values(orjson.loads(text), arrays)
         except (ValueError, RecursionError):  # invalid or unusual: fall back to the normal path
             if len(body) > _LONG_TEXT_BYTES and not may_take_long:
                 raise TakesLongError from None
@@ -143,27 +147,56 @@ def _extract_lists(body: Buffer) -> tuple[bytes, list[Floats]]:
     string.
     """
     lists = find_lists(body, _LEAST_NUMBERS) if len(body) > _SHORT_BYTES else []
+    text = _without_lists(body, [(one.start, one.end) for one in lists])
+    return text, [one.numbers for one in lists]
+
+
+def _without_lists(body: Buffer, spans: Iterable[tuple[int, int]]) -> bytes:
+    """Return JSON text with a placeholder for each span, numbered in order."""
     parts: list[Buffer] = []
     at = 0
-    for number, one in enumerate(lists):
-        parts += (body[at : one.start], b'{"%b":%d}' % (_PLACEHOLDER.encode(), number))
-        at = one.end
-    return b"".join([*parts, body[at:]]), [one.numbers for one in lists]
+    for number, (start, end) in enumerate(spans):
+        parts += (body[at:start], b'{"%b":%d}' % (_PLACEHOLDER.encode(), number))
+        at = end
+    return b"".join([*parts, body[at:]])
 
 
-def _with_arrays(value: Any, arrays: Sequence[Floats], *, is_tensor: bool = False) -> Any:
-    """Replace placeholders by their arrays, in place; raises ValueError for one not in a tensor."""
+def _with_values(
+    value: Any, values: Sequence[Floats] | Sequence[list[Any]], *, is_tensor: bool = False
+) -> Any:
+    """Replace placeholders by their values, in place.
+
+    Raises ValueError for an array that is not in a tensor.
+    """
     if isinstance(value, list):
         for place, one in enumerate(value):
-            value[place] = _with_arrays(one, arrays)
+            value[place] = _with_values(one, values)
     elif isinstance(value, dict):
         if _PLACEHOLDER in value:
-            if not is_tensor:
+            found = values[value[_PLACEHOLDER]]
+            if not is_tensor and not isinstance(found, list):
                 raise ValueError
-            return arrays[value[_PLACEHOLDER]]
+            return found
         for key, one in value.items():
-            value[key] = _with_arrays(one, arrays, is_tensor=is_tensor or key in _TENSOR_KEYS)
+            value[key] = _with_values(one, values, is_tensor=is_tensor or key in _TENSOR_KEYS)
     return value
+
+
+def _parse_in_pieces(body: Buffer) -> Any:
+    """Return the JSON value `body`, long lists parsed piece by piece; raises ValueError."""
+    lists = find_long_lists(body, _parse_piece) if len(body) > _LONG_TEXT_BYTES else []
+    if lists:
+        text = _without_lists(body, [(start, end) for start, end, _ in lists])
+        with contextlib.suppress(ValueError, RecursionError):  # invalid: orjson says where
+            return _with_values(orjson.loads(text), [values for *_, values in lists])
+    return orjson.loads(body)
+
+
+def _parse_piece(text: bytes) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return json.loads(text)  # NaN is refused later, with its position
 
 
 def _decode_more(body: Buffer) -> Any:
@@ -181,25 +214,11 @@ def _decode_more(body: Buffer) -> Any:
         return None
 
 
-class Text:
-    """The JSON text that values were parsed from."""
-
-    def __init__(self, body: Buffer) -> None:
-        self.body = body
-
-    @cached_property
-    def may_hold_booleans(self) -> bool:
-        """Whether booleans may be among the numbers; NumPy would convert them to 0 and 1."""
-        text = bytes(self.body)
-        return b"true" in text or b"false" in text
-
-
-def decode_tensor(value: Any, name: str, text: Text) -> Floats:
+def decode_tensor(value: Any, name: str) -> Floats:
     """Return nested lists, or an array parsed from them, as float32 (width,) or (rows, width).
 
-    `text` is the JSON that `value` was parsed from. Raises InvalidRequestError for anything but
-    lists of numbers one or two deep, RaggedInputError for rows of different lengths,
-    NonFiniteInputError for a number beyond float32.
+    Raises InvalidRequestError for anything but lists of numbers one or two deep, RaggedInputError
+    for rows of different lengths, NonFiniteInputError for a number beyond float32.
     """
     if isinstance(value, np.ndarray):
         check_finite(value, name)
@@ -209,15 +228,7 @@ def decode_tensor(value: Any, name: str, text: Text) -> Floats:
             f"{name!r} is {_kind(value)}; expected a list of numbers, or a list of such lists",
             field=name,
         )
-    if text.may_hold_booleans:
-        _check_elements(value, name)
-    array = _to_array(value, name)
-    if array.ndim > 2:
-        raise InvalidRequestError(
-            f"{name!r} is nested {array.ndim} deep; expected one vector or a list of vectors",
-            field=name,
-        )
-    floats = to_float32(array)
+    floats = _to_floats(value, name)
     check_finite(floats, name)
     return floats
 
@@ -235,43 +246,41 @@ def encode(value: dict[str, Any]) -> list[Buffer]:
     return [first, *(part for pair in zip(lists, others, strict=True) for part in pair)]
 
 
-def _to_array(value: list[Any], name: str) -> Array:
-    try:
-        array: Array = np.array(value) if value else np.empty(0, np.float32)
-    except ValueError:  # rows of different lengths, or a mix of lists and numbers
+def _to_floats(value: list[Any], name: str) -> Floats:
+    """Return lists of numbers as float32; beyond it, they become infinite.
+
+    In pieces, as NumPy lets no other thread run before it has converted a whole list. Each element
+    is checked first: of numbers and one string of 1000 characters, NumPy makes strings of 4 kB.
+    """
+    shape: tuple[int, ...] = (len(value),)
+    elements: Iterable[Any] = value
+    if value and isinstance(value[0], list):
         _check_rows(value, name)
-        _check_elements(value, name)
-        raise InvalidRequestError(
-            f"{name!r} is nested too deep; expected one vector or a list of vectors", field=name
-        ) from None
-    if array.dtype.kind not in "fiu":
-        _check_elements(value, name)
-        return array if array.ndim > 2 else _to_doubles(array)
-    return array
+        shape, elements = (len(value), len(value[0])), chain.from_iterable(value)
+    floats = np.empty(shape, np.float32)
+    left, at = iter(elements), 0
+    while piece := list(islice(left, _PIECE_NUMBERS)):
+        _check_numbers(piece, name, at, shape)
+        to_float32(_to_array(piece), floats.reshape(-1)[at : at + len(piece)])
+        at += len(piece)
+    return floats
 
 
-def _to_doubles(array: Array) -> Array:
-    """Return numbers as float64; integers beyond float64 become infinite."""
+def _to_array(numbers: list[int | float]) -> Array:
+    """Return numbers in a dtype that has them all; integers beyond float64 become infinite."""
+    array: Array = np.array(numbers)
+    if array.dtype.kind in "fiu":
+        return array
     most = 10**308
     doubles = [
         one if isinstance(one, float) or abs(one) <= most else math.inf if one > 0 else -math.inf
-        for one in array.flat
+        for one in numbers
     ]
-    return np.array(doubles, np.float64).reshape(array.shape)
+    return np.array(doubles, np.float64)
 
 
 def _check_rows(value: list[Any], name: str) -> None:
     """Raise for the first row that is not a list, or differs in length from row 0."""
-    lists = [index for index, row in enumerate(value) if isinstance(row, list)]
-    if not lists:
-        return
-    if lists[0] > 0:
-        raise InvalidRequestError(
-            f"{name}[{lists[0]}] is a list, but {name}[0] is {_kind(value[0])}; send a list of "
-            "numbers, or a list of such lists",
-            field=name,
-            row=lists[0],
-        )
     for index, row in enumerate(value):
         if not isinstance(row, list):
             raise InvalidRequestError(
@@ -291,22 +300,15 @@ def _check_rows(value: list[Any], name: str) -> None:
             )
 
 
-def _check_elements(value: list[Any], name: str) -> None:
-    """Raise for the first element, one or two deep, that is not a number."""
-    for index, row in enumerate(value):
-        if not isinstance(row, list):
-            _check_number(row, f"{name}[{index}]")
-        elif others := set(map(type, row)) - {int, float}:
-            if set(map(type, row)) == {list}:
-                continue
-            kinds = list(map(type, row))
-            column = min(map(kinds.index, others))
-            _check_number(row[column], f"{name}[{index}][{column}]")
-
-
-def _check_number(value: Any, where: str) -> None:
-    if type(value) not in (int, float):
-        raise InvalidRequestError(f"{where} is {_kind(value)}; expected a number", field=where)
+def _check_numbers(values: list[Any], name: str, start: int, shape: tuple[int, ...]) -> None:
+    """Raise for the first of `values`, which are at `start` of a tensor, that is not a number."""
+    if others := set(map(type, values)) - {int, float}:
+        kinds = list(map(type, values))
+        place = min(map(kinds.index, others))
+        where = name + "".join(f"[{one}]" for one in np.unravel_index(start + place, shape))
+        raise InvalidRequestError(
+            f"{where} is {_kind(values[place])}; expected a number", field=where
+        )
 
 
 def _kind(value: Any) -> str:

@@ -6,9 +6,8 @@ docs/protocol). Error texts are close to Triton's, because people search for tho
 """
 
 import math
-import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +16,9 @@ import numpy as np
 from bonsai_lora.core.cast import Array, Floats
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, ShapeMismatchError, counted
 from bonsai_lora.formats.safetensors import as_bytes
+from bonsai_lora.validation import as_written
 from bonsai_lora.wire import json
+from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.stacks import decode_weight
 from bonsai_lora.wire.tensors import check_json_output
 
@@ -80,8 +81,8 @@ class InferRequest:
     """None: all outputs; `is_binary` then applies to each."""
     is_binary: bool = False
     scale: float = 1.0
-    text: json.Text = field(default_factory=lambda: json.Text(b""))
-    """The JSON of the request, kept to detect booleans among numbers."""
+    text: Buffer = b""
+    """The JSON of the request, from which integers are read as they were sent."""
 
 
 def decode_request(
@@ -130,10 +131,7 @@ def decode_request(
 
 def _decode_text(body: memoryview | bytes, *, may_take_long: bool = True) -> InferRequest:
     """Decode the JSON of a request; the content of a binary input is its length for now."""
-    text = json.Text(body)
-    fields = json.decode_with_arrays(
-        text.body, "the request's JSON", _HINT, may_take_long=may_take_long
-    )
+    fields = json.decode_with_arrays(body, "the request's JSON", _HINT, may_take_long=may_take_long)
     if not isinstance(fields, dict) or not is_list_of(dict, fields.get("inputs")):
         raise InvalidRequestError(
             "the request has no list of inputs; send a JSON object with the list 'inputs'",
@@ -160,7 +158,7 @@ def _decode_text(body: memoryview | bytes, *, may_take_long: bool = True) -> Inf
         [_decode_output(one, default=is_binary) for one in requested] if requested else None,
         is_binary,
         decode_weight(parameters.get("scale", 1.0), "parameters.scale"),
-        text,
+        body,
     )
 
 
@@ -279,7 +277,7 @@ def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
         raise InvalidRequestError(
-            f"the parameter '{name}' is {reprlib.repr(value)}; expected true or false", field=name
+            f"the parameter '{name}' is {as_written(value)}; expected true or false", field=name
         )
     return value
 
@@ -287,7 +285,7 @@ def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
 def _size(value: Any, what: str, name: str) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise InvalidRequestError(
-            f"the parameter '{what}' of '{name}' is {reprlib.repr(value)}; expected a number of "
+            f"the parameter '{what}' of '{name}' is {as_written(value)}; expected a number of "
             "bytes",
             field=name,
         )
@@ -298,7 +296,7 @@ def _string(value: Any, what: str) -> str:
     if value is None:
         raise InvalidRequestError(f"{what} is missing; add it")
     if not isinstance(value, str):
-        raise InvalidRequestError(f"{what} is {reprlib.repr(value)}; expected a string")
+        raise InvalidRequestError(f"{what} is {as_written(value)}; expected a string")
     return value
 
 

@@ -11,6 +11,7 @@ from bonsai_lora.core.batch import Integers
 from bonsai_lora.core.cast import BFLOAT16, FLOAT16, FLOAT32, Array, Floats, to_float32
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, ShapeMismatchError
 from bonsai_lora.wire import json
+from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.finite import check_finite
 from bonsai_lora.wire.oip import InferInput, Placement, is_list_of
 from bonsai_lora.wire.tensors import decode_experts
@@ -45,25 +46,23 @@ def check_floats(tensor: InferInput) -> np.dtype[Any]:
     return dtype
 
 
-def decode_floats(
-    tensor: InferInput, content: memoryview | Array | list[Any], text: json.Text
-) -> Floats:
+def decode_floats(tensor: InferInput, content: memoryview | Array | list[Any]) -> Floats:
     """Return a numeric tensor as float32 in its own shape, (width,) or (rows, width).
 
-    `text` is the JSON of the request. Raises the errors of `check_floats`, ShapeMismatchError if a
-    JSON list has a different shape, NonFiniteInputError.
+    Raises the errors of `check_floats`, ShapeMismatchError if a JSON list has a different shape,
+    NonFiniteInputError.
     """
     name, shape = tensor.name, tensor.shape
     dtype = check_floats(tensor)
     if not isinstance(content, memoryview):
-        return _from_json(tensor, content, text)
+        return _from_json(tensor, content)
     floats = to_float32(np.frombuffer(content, dtype).reshape(shape))
     check_finite(floats, name)
     return floats
 
 
 def decode_integers(
-    tensor: InferInput, content: memoryview | Array | list[Any], text: json.Text
+    tensor: InferInput, content: memoryview | Array | list[Any], text: Buffer
 ) -> Integers:
     """Return the tensor `experts` (rows,).
 
@@ -152,13 +151,13 @@ def _check_size(tensor: InferInput, dtype: np.dtype[Any]) -> None:
         )
 
 
-def _list_of(name: str, text: json.Text) -> Any:
+def _list_of(name: str, text: Buffer) -> Any:
     """Return the JSON data of an input as it was sent; parsed requests have float32 arrays."""
-    inputs = json.decode(text.body)["inputs"]
+    inputs = json.decode(text)["inputs"]
     return next(one["data"] for one in inputs if one["name"] == name)
 
 
-def _from_json(tensor: InferInput, content: Array | list[Any], text: json.Text) -> Floats:
+def _from_json(tensor: InferInput, content: Array | list[Any]) -> Floats:
     name = tensor.name
     if tensor.datatype in _BINARY_ONLY:
         raise InvalidRequestError(
@@ -166,7 +165,7 @@ def _from_json(tensor: InferInput, content: Array | list[Any], text: json.Text) 
             f"data format for input '{name}'",
             field=name,
         )
-    floats = json.decode_tensor(content, name, text)
+    floats = json.decode_tensor(content, name)
     flat = floats.ndim == 1 and floats.size == math.prod(tensor.shape)
     if not flat and floats.shape != tensor.shape:
         raise ShapeMismatchError(

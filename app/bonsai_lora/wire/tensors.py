@@ -1,6 +1,5 @@
 """Decode the inputs and encode the outputs of an apply, as JSON or safetensors."""
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from json import dumps
@@ -16,6 +15,7 @@ from bonsai_lora.errors import (
     ShapeMismatchError,
     counted,
 )
+from bonsai_lora.validation import as_written
 from bonsai_lora.wire import binary, json
 from bonsai_lora.wire.binary import EXPERTS
 from bonsai_lora.wire.buffers import Buffer
@@ -65,17 +65,16 @@ def decode_one(
     fields or tensors.
     """
     if form is Form.JSON:
-        text = json.Text(body)
-        fields = _fields(text, _TENSORS | {SETS, EXPERTS}, may_take_long)
+        fields = _fields(body, _TENSORS | {SETS, EXPERTS}, may_take_long)
         sets, experts = fields.pop(SETS, None), decode_experts(fields.pop(EXPERTS, None))
-        found = _arrays(fields, text)
+        found = _arrays(fields)
     else:
         found, metadata, experts = binary.decode_batch(
             body, max_header_bytes, may_take_long=may_take_long
         )
         sets = sets_of_metadata(metadata)
         _check_names(found)
-    return replace(_of_module(module, found), stack=_stack(sets), experts=experts)
+    return _of_module(module, found, experts, _stack(sets))
 
 
 def decode_many(
@@ -97,11 +96,10 @@ def decode_many(
         )
         batches = _shared(tensors, modules) if modules else _split(tensors)
         return replace(batches, stack=_stack(sets_of_metadata(metadata)), experts=experts)
-    text = json.Text(body)
-    fields = _fields(text, _TENSORS | {SETS, EXPERTS}, may_take_long)
+    fields = _fields(body, _TENSORS | {SETS, EXPERTS}, may_take_long)
     stack, experts = _stack(fields.pop(SETS, None)), decode_experts(fields.pop(EXPERTS, None))
     if modules:
-        return replace(_shared(_arrays(fields, text), modules), stack=stack, experts=experts)
+        return replace(_shared(_arrays(fields), modules), stack=stack, experts=experts)
     for name, value in fields.items():
         if not isinstance(value, dict):
             raise InvalidRequestError(
@@ -119,8 +117,7 @@ def decode_many(
             )
     decoded = {
         name: {
-            module: json.decode_tensor(batch, f"{name}.{module}", text)
-            for module, batch in value.items()
+            module: json.decode_tensor(batch, f"{name}.{module}") for module, batch in value.items()
         }
         for name, value in fields.items()
     }
@@ -137,11 +134,10 @@ def decode_mixed(
     `decode_row`, and ShapeMismatchError unless `sets` has one entry per row.
     """
     if form is Form.JSON:
-        text = json.Text(body)
-        fields = _fields(text, _TENSORS | {MODULE, SETS, EXPERTS}, may_take_long)
+        fields = _fields(body, _TENSORS | {MODULE, SETS, EXPERTS}, may_take_long)
         module, sets = fields.pop(MODULE, None), fields.pop(SETS, None)
         experts = decode_experts(fields.pop(EXPERTS, None))
-        tensors = _arrays(fields, text)
+        tensors = _arrays(fields)
     else:
         tensors, metadata, experts = binary.decode_batch(
             body, max_header_bytes, may_take_long=may_take_long
@@ -174,11 +170,11 @@ def decode_mixed(
             expected=rows,
         )
     stacks = [decode_row(one, f"{SETS}[{row}]") for row, one in enumerate(sets)]
-    return module, stacks, replace(_of_module(module, tensors), experts=experts)
+    return module, stacks, _of_module(module, tensors, experts)
 
 
 def _shown(value: Any) -> str:
-    return "missing" if value is None else reprlib.repr(value)
+    return "missing" if value is None else as_written(value)
 
 
 def decode_experts(value: Any) -> Integers | None:
@@ -187,15 +183,16 @@ def decode_experts(value: Any) -> Integers | None:
         return None
     if not isinstance(value, list) or not all(type(one) is int for one in value):
         raise InvalidRequestError(
-            f"{EXPERTS!r} is {reprlib.repr(value)}; expected a list with the number of an expert "
+            f"{EXPERTS!r} is {as_written(value)}; expected a list with the number of an expert "
             "per row",
             field=EXPERTS,
         )
     try:
-        return np.array(value, np.int64)
+        # Of a generator, so that other threads run in between.
+        return np.fromiter((one for one in value), np.int64, len(value))
     except OverflowError:
         raise InvalidRequestError(
-            f"{EXPERTS!r} is {reprlib.repr(value)}, with numbers beyond 64 bits; send the numbers "
+            f"{EXPERTS!r} is {as_written(value)}, with numbers beyond 64 bits; send the numbers "
             "of experts",
             field=EXPERTS,
         ) from None
@@ -205,13 +202,15 @@ def _stack(sets: Any) -> Stack:
     return () if sets is None else decode_stack(sets, SETS)
 
 
-def _arrays(fields: Mapping[str, Any], text: json.Text) -> dict[str, Floats]:
-    return {name: json.decode_tensor(one, name, text) for name, one in fields.items()}
+def _arrays(fields: Mapping[str, Any]) -> dict[str, Floats]:
+    return {name: json.decode_tensor(one, name) for name, one in fields.items()}
 
 
-def _of_module(module: str, tensors: Mapping[str, Floats]) -> Batches:
+def _of_module(
+    module: str, tensors: Mapping[str, Floats], experts: Integers | None, stack: Stack = ()
+) -> Batches:
     base_outputs = {module: tensors[BASE_OUTPUTS]} if BASE_OUTPUTS in tensors else {}
-    return Batches({module: tensors[INPUTS]}, base_outputs)
+    return Batches({module: tensors[INPUTS]}, base_outputs, stack, experts)
 
 
 def _shared(tensors: Mapping[str, Floats], modules: Sequence[str]) -> Batches:
@@ -233,8 +232,8 @@ def _split(tensors: Mapping[str, Floats]) -> Batches:
     )
 
 
-def _fields(text: json.Text, allowed: frozenset[str], may_take_long: bool) -> dict[str, Any]:  # noqa: FBT001
-    value = json.decode_object(text.body, allowed, may_take_long=may_take_long)
+def _fields(body: Buffer, allowed: frozenset[str], may_take_long: bool) -> dict[str, Any]:  # noqa: FBT001
+    value = json.decode_object(body, allowed, may_take_long=may_take_long)
     if INPUTS not in value:
         raise InvalidRequestError(f"the body has no {INPUTS!r}; add it", field=INPUTS)
     return value
@@ -258,7 +257,7 @@ def encode_outputs(
     In binary, `fields` becomes the metadata, and a single array is named `outputs`. Raises
     NonFiniteOutputError if a JSON output overflows float32.
     """
-    named = outputs if isinstance(outputs, Mapping) else {OUTPUTS: outputs}
+    named = {OUTPUTS: outputs} if isinstance(outputs, np.ndarray) else outputs
     if form is not Form.JSON:
         metadata = {
             key: dumps(one) if type(one) is dict else str(one) for key, one in fields.items()

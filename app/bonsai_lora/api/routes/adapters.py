@@ -1,6 +1,5 @@
 """The adapters of a set."""
 
-import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -11,7 +10,7 @@ from bonsai_lora.api import schemas
 from bonsai_lora.api.body import body_form, parse_model, read_body
 from bonsai_lora.api.conditions import precondition
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import ContextDep, ModuleName, SetName, WantedVersion
+from bonsai_lora.api.deps import ContextDep, ModuleName, SetName, WantedSet, WantedVersion
 from bonsai_lora.api.json_response import json_response
 from bonsai_lora.api.openapi import (
     STORE_ERRORS,
@@ -29,6 +28,7 @@ from bonsai_lora.service import adapters
 from bonsai_lora.service.sets import Precondition
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
+from bonsai_lora.validation import as_written
 from bonsai_lora.wire import json
 from bonsai_lora.wire.media import Form
 
@@ -48,16 +48,12 @@ _PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
 
 @router.get(
     "/v1/sets/{set}/adapters",
-    operation_id="list_adapters",
     summary="List the adapters of a set",
     response_model=schemas.AdapterList,
     responses=sends(200, "ETag") | problems(*VERSION_ERRORS),
 )
-async def list_adapters(
-    context: ContextDep, name: SetName, version: WantedVersion = None
-) -> Response:
+async def list_adapters(context: ContextDep, stored: WantedSet) -> Response:
     """Adapters are listed in the order in which they were added."""
-    stored = await context.open_version(name, version)
     adapters = stored.lora_set.registry.adapters
 
     def describe() -> schemas.AdapterList:
@@ -69,7 +65,6 @@ async def list_adapters(
 
 @router.get(
     "/v1/sets/{set}/adapters/{module}",
-    operation_id="get_adapter",
     summary="Show one adapter of a set",
     responses=sends(200, "ETag") | problems(*VERSION_ERRORS, errors.AdapterNotFoundError),
 )
@@ -88,7 +83,6 @@ async def get_adapter(
 
 @router.put(
     "/v1/sets/{set}/adapters/{module}",
-    operation_id="put_adapter",
     summary="Add or replace one adapter of a set",
     openapi_extra=_PUT_BODY,
     responses=extra_response(
@@ -165,8 +159,7 @@ def _put(
             )
         own_alpha = _alpha_of(value)
         alpha = alpha if own_alpha is None else own_alpha
-        text = json.Text(body)
-        tensors = {key: json.decode_tensor(one, key, text) for key, one in value.items()}
+        tensors = {key: json.decode_tensor(one, key) for key, one in value.items()}
     return adapters.put_weights(store, name, module, tensors, alpha, check)
 
 
@@ -182,14 +175,13 @@ def _alpha_of(value: dict[str, Any]) -> float | None:
     alpha: float | None = value.pop("alpha", None)
     if alpha is not None and type(alpha) not in (int, float):
         raise errors.InvalidRequestError(
-            f"alpha is {reprlib.repr(alpha)}; expected a number", field="alpha"
+            f"alpha is {as_written(alpha)}; expected a number", field="alpha"
         )
     return alpha
 
 
 @router.delete(
     "/v1/sets/{set}/adapters/{module}",
-    operation_id="delete_adapter",
     summary="Remove one adapter from a set",
     status_code=204,
     responses=problems(

@@ -16,7 +16,7 @@ from bonsai_lora.api.openapi import file_responses, problems
 from bonsai_lora.api.query import Factor
 from bonsai_lora.api.ranges import file_response
 from bonsai_lora.checkpoints.merged import MergedModel
-from bonsai_lora.checkpoints.merged_files import Rendering, merge_info
+from bonsai_lora.checkpoints.merged_files import Rendering
 from bonsai_lora.checkpoints.parts import MergedFile
 from bonsai_lora.service.merged import weighted_sets
 
@@ -94,7 +94,6 @@ MERGE_ERRORS = (
 
 @router.get(
     "/v1/bases",
-    operation_id="list_bases",
     summary="List the base checkpoints",
     responses=problems(),
 )
@@ -115,7 +114,6 @@ async def list_bases(context: ContextDep) -> base_schemas.BaseList:
 
 @router.get(
     "/v1/bases/{base}",
-    operation_id="get_base",
     summary="Show a base checkpoint",
     responses=problems(errors.BaseNotFoundError, errors.InvalidBaseError),
 )
@@ -126,7 +124,6 @@ async def get_base(context: ContextDep, base: BaseName) -> base_schemas.BaseInfo
 
 @router.get(
     "/v1/bases/{base}/merged/{set}",
-    operation_id="list_merged_files",
     summary="List the files of a merged model",
     responses=problems(*MERGE_ERRORS),
 )
@@ -135,13 +132,16 @@ async def list_merged_files(context: ContextDep, query: FilesQuery) -> base_sche
     file, named like the base, and the same model as a Hugging Face checkpoint.
     """
     _, files = await context.long.run(query.files, context)
-    found = merge_info(files)
-    return base_schemas.MergedFiles(files=[base_schemas.MergedFileInfo(**one) for one in found])
+    return base_schemas.MergedFiles(
+        files=[
+            base_schemas.MergedFileInfo(name=name, size_bytes=one.size_bytes, etag=one.etag)
+            for name, one in files.items()
+        ]
+    )
 
 
 @router.get(
     "/v1/bases/{base}/merged/{set}/{filename:path}",
-    operation_id="get_merged_file",
     summary="Download a file of a merged model",
     response_class=Response,
     responses=file_responses("application/octet-stream", "Bonsai-Delta-Gain")

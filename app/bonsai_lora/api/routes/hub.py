@@ -4,9 +4,8 @@
 Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request with HF_ENDPOINT set.
 """
 
-import hashlib
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -24,6 +23,7 @@ from bonsai_lora.api.middleware import decode_slashes
 from bonsai_lora.api.ranges import BytesFile, RangedFile, file_response
 from bonsai_lora.checkpoints.folder import CONFIG_FILE
 from bonsai_lora.checkpoints.merged import MergedModel
+from bonsai_lora.checkpoints.parts import digest_of, etag_of
 from bonsai_lora.service import sets
 from bonsai_lora.service.hub import ADAPTERS, BASES, PAGE, page_of
 from bonsai_lora.service.keys import ANYONE
@@ -64,6 +64,29 @@ class _Repo:
             "size": file.size_bytes,
             "path": path,
         }
+
+    def tree(self, folder: str, *, recursive: bool) -> list[dict[str, Any]]:
+        """Return the entries in a folder, that of the repository if empty; empty if it has none."""
+        start = f"{folder}/" if folder else ""
+        found: dict[str, dict[str, Any]] = {}
+        for path in self.files:
+            parts = path.removeprefix(start).split("/")
+            if not path.startswith(start):
+                continue
+            for depth in range(1, len(parts) if recursive else min(len(parts), 2)):
+                inner = start + "/".join(parts[:depth])
+                found[inner] = self._folder(inner)
+            if recursive or len(parts) == 1:
+                found[path] = self.entry(path)
+        return list(found.values())
+
+    def _folder(self, path: str) -> dict[str, Any]:
+        oid = digest_of(f"{self.commit}/{path}")
+        return {"type": "directory", "oid": oid, "size": 0, "path": path}
+
+    def paths(self, wanted: Collection[str]) -> list[dict[str, Any]]:
+        """Return the entries of `wanted`, files and folders; leave out unknown paths."""
+        return [one for one in self.tree("", recursive=True) if one["path"] in wanted]
 
     def info(self, blobs: bool = False) -> dict[str, Any]:
         """Return the Hub's description of a model, with the files' sizes if `blobs`."""
@@ -154,22 +177,34 @@ async def model_info(
 
 
 @router.get("/api/models/{owner}/{name}/tree/{revision}")
-async def tree(context: ContextDep, owner: str, name: str, revision: str) -> Response:
-    """Return a repository's files with their sizes."""
+@router.get("/api/models/{owner}/{name}/tree/{revision}/{path:path}")
+async def tree(
+    context: ContextDep,
+    owner: str,
+    name: str,
+    revision: str,
+    path: str = "",
+    recursive: bool = False,
+) -> Response:
+    """Return the files of a folder with their sizes, and its folders."""
     repo = await _repo(context, owner, name, revision)
-    return _json([repo.entry(path) for path in repo.files])
+    folder = decode_slashes(path).strip("/")
+    found = repo.tree(folder, recursive=recursive)
+    if folder and not found:
+        raise HubError("EntryNotFound", f"{repo.id} has no folder {folder!r}")
+    return _json(found)
 
 
 @router.post("/api/models/{owner}/{name}/paths-info/{revision}")
 async def paths_info(
     request: Request, context: ContextDep, owner: str, name: str, revision: str
 ) -> Response:
-    """Return the files that the form's `paths` name; like the Hub, leave out unknown paths."""
+    """Return the files and folders that the form's `paths` name; leave out others, like the Hub."""
     body = await read_body(request, MODEL_BYTES)
     form = await context.long.run(parse_qs, body.decode("utf-8", "replace"))
     wanted = set(form.get("paths", ()))
     repo = await _repo(context, owner, name, revision)
-    return _json([repo.entry(path) for path in repo.files if path in wanted])
+    return _json(repo.paths(wanted))
 
 
 @router.get("/api/models/{owner}/{name}/refs")
@@ -236,7 +271,7 @@ def _adapter_repo(context: Context, owner: str, name: str) -> _Repo:
 
 def commit_of(record: SetRecord) -> str:
     """Return the commit that stands for a set's version."""
-    return hashlib.sha256(record.etag.encode()).hexdigest()[:40]
+    return digest_of(record.etag)
 
 
 def _merged_repo(context: Context, owner: str, name: str) -> _Repo:
@@ -285,7 +320,7 @@ def _streamed(
         files = context.models.files(model)
     except errors.UnsupportedGgufError as error:
         refusal = errors.UnmergeableError(error.detail, **error.values)
-        tag = _tag(f"{model.digest}/refused", CONFIG_FILE)
+        tag = etag_of(f"{model.digest}/refused/{CONFIG_FILE}")
         return {CONFIG_FILE: _RefusedFile(1, tag, refusal)}, refusal
     return {
         path: StreamedFile(file, context.executor, context.settings.threads)
@@ -314,21 +349,14 @@ def _refused_repo(
     model = context.models.get(context.store, base, [])
     key = f"{model.digest}/{record.etag}/refused"
     files = {
-        path: _RefusedFile(file.size_bytes, _tag(key, path), refusal)
+        path: _RefusedFile(file.size_bytes, etag_of(f"{key}/{path}"), refusal)
         for path, file in _streamed(context, model)[0].items()
     }
-    commit = hashlib.sha256(key.encode()).hexdigest()[:40]
-    return _of_set(f"{base}/{record.name}", commit, record, files, refusal)
+    return _of_set(f"{base}/{record.name}", digest_of(key), record, files, refusal)
 
 
 def _bytes_file(content: bytes | memoryview, etag: str, part: str) -> BytesFile:
-    return BytesFile(memoryview(content), _tag(etag, part), "application/octet-stream")
-
-
-def _tag(etag: str, part: str) -> str:
-    # Hub clients name cached files by ETag, which must be unique per file: 40 hex digits.
-    digest = hashlib.sha256(f"{etag}/{part}".encode()).hexdigest()[:40]
-    return f'"{digest}"'
+    return BytesFile(memoryview(content), etag_of(f"{etag}/{part}"), "application/octet-stream")
 
 
 def _json(value: Any) -> Response:

@@ -7,7 +7,6 @@ files are "regular" ones, whose content is in the commit, unless the client asks
 
 import json
 from collections.abc import Iterable
-from functools import partial
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
@@ -67,7 +66,7 @@ async def create_repo(request: Request, context: ContextDep) -> Response:
     check_target(context, owner, wanted.name)
     url = _url_of(request, owner, wanted.name)
     try:
-        await context.opening.run(partial(context.store.read_record, wanted.name))
+        await context.opening.run(context.store.read_record, wanted.name)
     except errors.SetNotFoundError:
         return _json({"url": url, "name": f"{owner}/{wanted.name}"})
     # huggingface_hub reads the URL even from the refusal, if the caller accepts an existing one.
@@ -134,11 +133,11 @@ async def commit(
         limit = context.limits.max_upload_bytes
         pushed = await receive_commit(request, upload, limit, reserved, place)
         if pushed.config is None:
-            return await context.opening.run(partial(_unchanged, request, context, name, pushed))
+            return await context.opening.run(_unchanged, request, context, name, pushed)
         if pushed.pointer is not None:
             reserved.add(pushed.pointer[1])
-        imported = await context.long.run(partial(_import, context, name, pushed, upload))
-        return await context.long.run(partial(_committed, request, name, imported))
+        imported = await context.long.run(_import, context, name, pushed, upload)
+        return await context.long.run(_committed, request, name, imported)
 
 
 def check_target(context: Context, owner: str, name: str, revision: str = "main") -> None:

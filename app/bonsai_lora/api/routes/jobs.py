@@ -35,7 +35,6 @@ JobId = Annotated[
 
 @router.get(
     "/v1/jobs",
-    operation_id="list_jobs",
     summary="List the jobs of the caller, the newest first",
     responses=problems(errors.InvalidRequestError, errors.StoreUnreachableError),
 )
@@ -56,7 +55,6 @@ async def list_jobs(
 
 @router.get(
     "/v1/jobs/{job}",
-    operation_id="get_job",
     summary="Show a job",
     responses=problems(errors.JobNotFoundError, errors.StoreUnreachableError),
 )
@@ -68,7 +66,6 @@ async def get_job(context: ContextDep, job: JobId) -> Job:
 
 @router.delete(
     "/v1/jobs/{job}",
-    operation_id="cancel_job",
     summary="Cancel a job",
     responses=problems(
         errors.JobNotFoundError,

@@ -14,7 +14,7 @@ from bonsai_lora.api import lab_schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.call import BufferResponse
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import ContextDep, SentMemory, SetName, WantedVersion
+from bonsai_lora.api.deps import ContextDep, SentMemory, WantedSet
 from bonsai_lora.api.job_schemas import Job, JobKind
 from bonsai_lora.api.json_response import json_response, set_headers
 from bonsai_lora.api.openapi import (
@@ -42,7 +42,6 @@ router = APIRouter(tags=["laboratory"])
 
 @router.post(
     "/v1/combine",
-    operation_id="combine_sets",
     summary="Combine sets into a new one",
     status_code=201,
     response_model=lab_schemas.CombinedSet,
@@ -121,7 +120,6 @@ async def _combine(
 
 @router.post(
     "/v1/extract",
-    operation_id="extract_set",
     summary="Extract a set from a fine-tuned model, as a job",
     status_code=202,
     response_model=Job,
@@ -173,7 +171,6 @@ async def _extract(context: Context, plan: extract.Plan, progress: Progress) -> 
 
 @router.get(
     "/v1/compare",
-    operation_id="compare_sets",
     summary="Compare sets: norms, cosines and interference",
     response_model=lab_schemas.ComparisonInfo,
     responses=JOB
@@ -214,7 +211,6 @@ async def compare_sets(
 
 @router.get(
     "/v1/sets/{set}/spectrum",
-    operation_id="get_spectrum",
     summary="Show the singular values of a set's deltas",
     response_model=lab_schemas.SetSpectrum,
     responses=JOB
@@ -226,17 +222,15 @@ async def get_spectrum(
     request: Request,
     context: ContextDep,
     memory: SentMemory,
-    name: SetName,
+    stored: WantedSet,
     modules: Annotated[
         list[str], Query(alias="module", description="only these modules; repeatable")
     ] = [],  # noqa: B006 - FastAPI copies it
-    version: WantedVersion = None,
 ) -> Response:
     """Returns singular values, norms and ranks of scaling * B @ A, from small matrices. They are
     remembered as long as the version of the set is open. With `Prefer: respond-async`, what takes
     longer than a second becomes a job.
     """
-    stored = await context.open_version(name, version)
     adapters = {one: get_adapter(stored, one) for one in modules} or dict(
         stored.lora_set.registry.adapters
     )
@@ -321,7 +315,6 @@ Followed = Annotated[survival.Followed, Depends(_followed)]
 
 @router.get(
     "/v1/bases/{base}/survival/{set}",
-    operation_id="get_survival",
     summary="Estimate what is left of a set's deltas in stored merged weights",
     response_model=lab_schemas.SurvivalInfo,
     responses=problems(*MERGE_ERRORS),
@@ -338,7 +331,6 @@ async def get_survival(context: ContextDep, followed: Followed) -> Response:
 
 @router.post(
     "/v1/bases/{base}/survival/{set}",
-    operation_id="start_survival",
     summary="Compute what is left of a set's deltas in stored merged weights, as a job",
     status_code=202,
     response_model=Job,

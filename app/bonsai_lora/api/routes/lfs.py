@@ -5,8 +5,8 @@ Implements the batch API and the basic transfer of git-lfs (`docs/api/batch.md`,
 """
 
 import json
+import math
 from collections.abc import Sequence
-from functools import partial
 from urllib.parse import urlencode
 
 from fastapi import APIRouter, Request, Response
@@ -14,8 +14,8 @@ from pydantic import BaseModel, Field
 
 from bonsai_lora import errors
 from bonsai_lora.api.body import (
-    LONG_BYTES,
     MODEL_BYTES,
+    body_parts,
     check_length,
     check_media_type,
     check_not_compressed,
@@ -72,9 +72,7 @@ async def batch(request: Request, context: ContextDep, name: str) -> Response:
         wanted = parse_model(await read_body(request, MODEL_BYTES, place), _Batch)
         _check_batch(name, wanted)
         address = f"{request.scope['address']}{context.settings.root_path}"
-        answers = await context.opening.run(
-            partial(_answers, context, name, wanted.objects, address)
-        )
+        answers = await context.opening.run(_answers, context, name, wanted.objects, address)
     body = {"transfer": "basic", "hash_algo": "sha256", "objects": answers}
     return Response(json.dumps(body), media_type=LFS_TYPE)
 
@@ -83,7 +81,7 @@ async def batch(request: Request, context: ContextDep, name: str) -> Response:
 async def put_object(request: Request, context: ContextDep, name: str, oid: str) -> Response:
     """Keep the file that a link of `batch` is for, until a commit names it."""
     link, signature = _link_of(request, name, oid)
-    await context.opening.run(partial(lfs.check_link, context.store, link, signature))
+    await context.opening.run(lfs.check_link, context.store, link, signature)
     caller = request.app.state.authenticator.caller_of(link.key)
     request.scope["key"] = caller.log_id
     store = caller.context("write").store
@@ -96,7 +94,7 @@ async def put_object(request: Request, context: ContextDep, name: str, oid: str)
     ):
         await _receive(request, HashedUpload(file), link.staged, reserved, place)
         most_bytes = context.spill.total_bytes
-        await context.opening.run(partial(lfs.stage, store, file, link.staged, most_bytes))
+        await context.opening.run(lfs.stage, store, file, link.staged, most_bytes)
     return Response()
 
 
@@ -180,18 +178,15 @@ async def _receive(
         raise _wrong_file(staged, f"{content_length(request)} bytes")
     reserved.budget.check(staged.size)
     piece, received = bytearray(), 0
-    async for chunk in request.stream():
+    async for chunk in body_parts(request, math.inf, place):
         received += len(chunk)
         if received > staged.size:
             raise _wrong_file(staged, "more")
         reserved.add(len(chunk))
-        if received > LONG_BYTES:
-            place.take()
         piece += chunk
         if len(piece) >= WRITE_BYTES:
             await write_weights(upload, piece)
             piece = bytearray()
-    place.take()
     await write_weights(upload, piece)
     if received != staged.size or upload.sha256 != staged.sha256:
         raise _wrong_file(staged, f"{received} bytes with the SHA-256 {upload.sha256}")

@@ -40,7 +40,6 @@ _SMALL_HEADER_BYTES = 1 << 13
 
 @router.post(
     "/v1/sets/{set}/adapters/{module}/merge",
-    operation_id="merge_weights",
     summary="Merge an adapter into weights",
     response_class=Response,
     openapi_extra=request_body(tensor_schemas.MergeRequest, Form.BINARY, Form.RAW),
@@ -88,7 +87,7 @@ async def _merge_json(
 
         def compute() -> bytes:
             value = json.decode_object(body, frozenset({"weights"}))
-            weights = json.decode_tensor(value.get("weights"), "weights", json.Text(body))
+            weights = json.decode_tensor(value.get("weights"), "weights")
             merged = merge.merge_array(weights)
             check_json_output("weights", merged)
             record = stored.record

@@ -133,7 +133,7 @@ def _of_model(
     return declare
 
 
-@router.get("", operation_id="get_server", summary="Show the server's metadata")
+@router.get("", summary="Show the server's metadata")
 @router.get("/", include_in_schema=False)
 async def get_server(context: ContextDep) -> oip_schemas.ServerMetadata:
     """Returns the server's name, version and protocol extensions."""
@@ -145,19 +145,18 @@ async def get_server(context: ContextDep) -> oip_schemas.ServerMetadata:
     )
 
 
-@router.get("/health/live", operation_id="get_server_live", summary="Is the server alive?")
-async def get_live() -> oip_schemas.ServerLive:
+@router.get("/health/live", summary="Is the server alive?")
+async def get_server_live() -> oip_schemas.ServerLive:
     """Responds as long as the process is running."""
     return oip_schemas.ServerLive()
 
 
 @router.get(
     "/health/ready",
-    operation_id="get_server_ready",
     summary="Is the server ready?",
     responses=oip_errors(503),
 )
-async def get_ready(context: ContextDep) -> oip_schemas.ServerReady:
+async def get_server_ready(context: ContextDep) -> oip_schemas.ServerReady:
     """The server is ready from its first answer until it is about to stop."""
     context.check_ready()
     return oip_schemas.ServerReady()
@@ -165,7 +164,6 @@ async def get_ready(context: ContextDep) -> oip_schemas.ServerReady:
 
 @router.get(
     "/models/stats",
-    operation_id="get_all_statistics",
     summary="Show the statistics of all models",
     responses=oip_errors(503),
 )
@@ -226,7 +224,6 @@ async def get_model_statistics(context: ContextDep, model: ModelDep) -> oip_sche
 
 @router.post(
     f"{_MODEL}/infer",
-    operation_id="infer",
     summary="Run inference: apply a set to the inputs",
     response_class=Response,
     openapi_extra=_INFER_EXTRA,
@@ -245,7 +242,6 @@ async def infer(call: CallDep, model: ModelPath) -> BufferResponse:
 
 @router.post(
     f"{_VERSION}/infer",
-    operation_id="infer_version",
     summary="Run inference on one version of a set",
     response_class=Response,
     openapi_extra=_INFER_EXTRA,
@@ -282,12 +278,13 @@ async def _infer(call: Call, model: Model) -> BufferResponse:
 
 @router.post(
     "/repository/index",
-    operation_id="get_repository_index",
     summary="List all models",
     openapi_extra=request_body(oip_schemas.IndexRequest, required=False),
     responses=oip_errors(400, 503),
 )
-async def get_index(request: Request, context: ContextDep) -> list[oip_schemas.IndexEntry]:
+async def get_repository_index(
+    request: Request, context: ContextDep
+) -> list[oip_schemas.IndexEntry]:
     """Every set is ready; `reason` tells which ones are not in memory yet."""
     await _read_optional(request, oip_schemas.IndexRequest)
     found = await anyio.to_thread.run_sync(models.list_models, context.store)
@@ -296,7 +293,6 @@ async def get_index(request: Request, context: ContextDep) -> list[oip_schemas.I
 
 @router.post(
     "/repository/models/{model}/load",
-    operation_id="load_model",
     summary="Load a set into memory",
     response_class=Response,
     openapi_extra=request_body(oip_schemas.RepositoryRequest, required=False),
@@ -320,7 +316,6 @@ async def load_model(request: Request, context: ContextDep, model: ModelDep) -> 
 
 @router.post(
     "/repository/models/{model}/unload",
-    operation_id="unload_model",
     summary="Release a set's memory",
     response_class=Response,
     openapi_extra=request_body(oip_schemas.RepositoryRequest, required=False),

@@ -17,9 +17,7 @@ router = APIRouter(tags=["operations"])
 _MOST_NAMES = 1000
 
 
-@router.get(
-    "/healthz", operation_id="get_health", summary="Is the process alive?", responses=problems()
-)
+@router.get("/healthz", summary="Is the process alive?", responses=problems())
 async def get_health() -> Health:
     """Responds as long as the process is running."""
     return Health()
@@ -27,7 +25,6 @@ async def get_health() -> Health:
 
 @router.get(
     "/readyz",
-    operation_id="get_readiness",
     summary="Is the store readable?",
     response_model_exclude_unset=True,
     responses=problems(errors.BusyError, errors.ShuttingDownError),
@@ -67,7 +64,6 @@ def _readiness(context: Context) -> Readiness:
 
 @router.get(
     "/metrics",
-    operation_id="get_metrics",
     summary="Prometheus metrics",
     response_class=Response,
     responses=problems()

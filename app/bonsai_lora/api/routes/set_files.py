@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from bonsai_lora import errors
-from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
+from bonsai_lora.api.deps import ContextDep, WantedSet
 from bonsai_lora.api.merged_file import CountedFile
 from bonsai_lora.api.openapi import VERSION_ERRORS, file_responses, problems
 from bonsai_lora.api.ranges import BytesFile, file_response
@@ -24,16 +24,12 @@ _FILE_ERRORS = (
 
 @router.get(
     "/v1/sets/{set}/adapter_config.json",
-    operation_id="get_adapter_config",
     summary="Download a set's PEFT configuration",
     response_class=Response,
     responses=file_responses(Form.JSON.value) | problems(*_FILE_ERRORS),
 )
-async def get_adapter_config(
-    request: Request, context: ContextDep, name: SetName, version: WantedVersion = None
-) -> Response:
+async def get_adapter_config(request: Request, context: ContextDep, stored: WantedSet) -> Response:
     """Put it in a folder with `adapter_model.safetensors`, and `peft` loads the folder."""
-    stored = await context.open_version(name, version)
     # The ETag must differ per file: Hub clients name cached files by it.
     etag = f'{stored.record.etag[:-1]}-config"'
     file = BytesFile(memoryview(sets.export_config(stored)), etag, Form.JSON.value)
@@ -42,23 +38,18 @@ async def get_adapter_config(
 
 @router.get(
     "/v1/sets/{set}/adapter_model.safetensors",
-    operation_id="get_adapter_model",
     summary="Download a set's weights under PEFT's names",
     response_class=Response,
     responses=file_responses(Form.BINARY.value) | problems(*_FILE_ERRORS),
 )
-async def get_adapter_model(
-    request: Request, context: ContextDep, name: SetName, version: WantedVersion = None
-) -> Response:
+async def get_adapter_model(request: Request, context: ContextDep, stored: WantedSet) -> Response:
     """Uploaded tensors keep their dtype and are returned bit for bit."""
-    stored = await context.open_version(name, version)
     file = BytesFile(stored.file, stored.record.etag, Form.BINARY.value)
     return file_response(request, file, context.long)
 
 
 @router.get(
     "/v1/sets/{set}/adapter.gguf",
-    operation_id="get_adapter_gguf",
     summary="Download a set as a GGUF LoRA for llama.cpp",
     response_class=Response,
     responses=file_responses("application/octet-stream")
@@ -73,7 +64,7 @@ async def get_adapter_model(
 async def get_adapter_gguf(
     request: Request,
     context: ContextDep,
-    name: SetName,
+    stored: WantedSet,
     dtype: Annotated[
         gguf_lora.LoraDtype, Query(description="type of the tensors; F32 is exact")
     ] = "F32",
@@ -84,13 +75,11 @@ async def get_adapter_gguf(
     folded: Annotated[
         bool, Query(description="fold A for a base whose weights are Hadamard-folded")
     ] = False,
-    version: WantedVersion = None,
 ) -> Response:
     """With it, llama.cpp computes exactly this set: rsLoRA and patterns become part of the factors.
     The architecture is, unless given, that of the base if it is served here, else that of the GGUF
     LoRA that was uploaded, else qwen3 if all modules have names in it.
     """
-    stored = await context.open_version(name, version)
     made = await context.long.run(
         gguf_lora.export_gguf, stored, context.bases, dtype, architecture, is_folded=folded
     )

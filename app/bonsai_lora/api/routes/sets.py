@@ -12,7 +12,7 @@ from bonsai_lora.api import schemas
 from bonsai_lora.api.body import read_model
 from bonsai_lora.api.conditions import not_modified, precondition
 from bonsai_lora.api.context import Context
-from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
+from bonsai_lora.api.deps import ContextDep, SetName, WantedSet
 from bonsai_lora.api.json_response import json_response, set_headers
 from bonsai_lora.api.openapi import (
     CHANGE_ERRORS,
@@ -69,7 +69,6 @@ _UPLOAD_BODY = {
 
 @router.post(
     "/v1/sets",
-    operation_id="create_set",
     summary="Create a set of newly initialized adapters",
     status_code=201,
     response_model=schemas.SetInfo,
@@ -123,7 +122,6 @@ def _check_not_an_upload(request: Request) -> None:
 
 @router.get(
     "/v1/sets",
-    operation_id="list_sets",
     summary="List the sets by name, a page at a time",
     response_model_exclude_unset=True,
     responses=problems(
@@ -164,17 +162,13 @@ async def list_sets(
 
 @router.get(
     "/v1/sets/{set}",
-    operation_id="get_set",
     summary="Show a set",
     response_model=schemas.SetInfo,
     responses=extra_response(304, "not modified: If-None-Match names the current ETag")
     | problems(*VERSION_ERRORS),
 )
-async def get_set(
-    request: Request, context: ContextDep, name: SetName, version: WantedVersion = None
-) -> Response:
+async def get_set(request: Request, context: ContextDep, stored: WantedSet) -> Response:
     """Returns the set's configuration and modules, without its weights."""
-    stored = await context.open_version(name, version)
     etag = stored.record.etag
     if not_modified(request, etag):
         return Response(status_code=304, headers={"ETag": etag})
@@ -182,7 +176,7 @@ async def get_set(
 
 
 @dataclass(frozen=True, slots=True)
-class _UploadOptions:
+class _UploadOptions(sets.ImportOptions):
     """The query of an upload."""
 
     base_model_name: Annotated[
@@ -207,7 +201,6 @@ UploadOptions = Annotated[_UploadOptions, Depends()]
 
 @router.put(
     "/v1/sets/{set}",
-    operation_id="upload_set",
     summary="Upload a PEFT, MLX or GGUF adapter as a set",
     response_model=schemas.ImportReport,
     openapi_extra=_UPLOAD_BODY,
@@ -272,19 +265,11 @@ async def upload_set(
                 gguf,
                 memory.add,
                 check,
-                base_model_name=options.base_model_name,
-                architecture=options.architecture,
+                options,
             )
         else:
             imported = await context.long.run(
-                sets.import_adapter,
-                context.store,
-                name,
-                config,
-                upload,
-                check,
-                base_model_name=options.base_model_name,
-                expert_layout=options.expert_b_layout,
+                sets.import_adapter, context.store, name, config, upload, check, options
             )
     return await _report(context, imported)
 
@@ -304,13 +289,11 @@ async def _pull(
         return await context.long.run(
             pull_set,
             context.store,
-            context.spill,
             context.origins,
             name,
             wanted.source,
             precondition(request),
-            base_model_name=options.base_model_name,
-            expert_layout=options.expert_b_layout,
+            options,
         )
 
 
@@ -327,7 +310,6 @@ async def _report(context: Context, imported: sets.Imported) -> Response:
 
 @router.patch(
     "/v1/sets/{set}",
-    operation_id="change_set",
     summary="Change the name of a set's base model",
     response_model=schemas.SetInfo,
     openapi_extra=request_body(schemas.PatchSet),
@@ -354,7 +336,6 @@ async def change_set(request: Request, context: ContextDep, name: SetName) -> Re
 
 @router.delete(
     "/v1/sets/{set}",
-    operation_id="delete_set",
     summary="Delete a set",
     status_code=204,
     responses=problems(

@@ -22,7 +22,6 @@ RegionPath = Annotated[
 
 @router.get(
     "/status",
-    operation_id="get_shared_memory",
     summary="List all shared-memory regions",
     responses=oip_errors(501),
 )
@@ -33,7 +32,6 @@ async def get_shared_memory(context: ContextDep) -> list[oip_schemas.RegionInfo]
 
 @router.get(
     "/region/{region}/status",
-    operation_id="get_shared_memory_region",
     summary="Show a shared-memory region",
     responses=oip_errors(404, 501),
 )
@@ -46,13 +44,14 @@ async def get_shared_memory_region(
 
 @router.post(
     "/region/{region}/register",
-    operation_id="register_shared_memory",
     summary="Register a shared-memory region",
     response_class=Response,
     openapi_extra=request_body(oip_schemas.RegisterRequest),
     responses=empty_responses() | oip_errors(400, 501),
 )
-async def register(request: Request, context: ContextDep, region: RegionPath) -> Response:
+async def register_shared_memory(
+    request: Request, context: ContextDep, region: RegionPath
+) -> Response:
     """The shared memory must exist. The service never deletes it."""
     requested = parse_model(await read_body(request, _REGISTER_BYTES), oip_schemas.RegisterRequest)
     context.regions.register(region, requested.key, requested.offset, requested.byte_size)
@@ -61,12 +60,11 @@ async def register(request: Request, context: ContextDep, region: RegionPath) ->
 
 @router.post(
     "/region/{region}/unregister",
-    operation_id="unregister_shared_memory_region",
     summary="Unregister a shared-memory region",
     response_class=Response,
     responses=empty_responses() | oip_errors(501),
 )
-async def unregister(context: ContextDep, region: RegionPath) -> Response:
+async def unregister_shared_memory_region(context: ContextDep, region: RegionPath) -> Response:
     """Does nothing if no region has this name."""
     context.regions.unregister(region)
     return Response()
@@ -74,12 +72,11 @@ async def unregister(context: ContextDep, region: RegionPath) -> Response:
 
 @router.post(
     "/unregister",
-    operation_id="unregister_shared_memory",
     summary="Unregister all shared-memory regions",
     response_class=Response,
     responses=empty_responses() | oip_errors(501),
 )
-async def unregister_all(context: ContextDep) -> Response:
+async def unregister_shared_memory(context: ContextDep) -> Response:
     """The shared memory itself is kept."""
     for one in context.regions.registered():
         context.regions.unregister(one.name)

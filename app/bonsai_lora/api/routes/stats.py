@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
-from bonsai_lora.api.deps import ContextDep, SetName, WantedVersion
+from bonsai_lora.api.deps import ContextDep, WantedSet
 from bonsai_lora.api.openapi import VERSION_ERRORS, problems
 from bonsai_lora.api.query import Count
 from bonsai_lora.core.registry import LoraRegistry, adapter_bytes
@@ -23,22 +23,19 @@ Budget = Annotated[Count, Query(description="memory for all adapters, in bytes")
 
 @router.get(
     "/v1/sets/{set}/stats",
-    operation_id="get_set_stats",
     summary="Show the statistics of a set",
     responses=problems(*VERSION_ERRORS, errors.BusyError),
 )
 async def get_set_stats(
     context: ContextDep,
-    name: SetName,
+    stored: WantedSet,
     base_param_count: Annotated[
         Count | None, Query(description="parameters of the base model")
     ] = None,
-    version: WantedVersion = None,
 ) -> schemas.SetStats:
     """Returns parameter counts, and the norm and effective rank of each delta, computed from r x r
     Gram matrices.
     """
-    stored = await context.open_version(name, version)
     with context.long.admit():
         # One module at a time, so that other work can run in between.
         adapters = stored.lora_set.registry.adapters
@@ -59,7 +56,6 @@ async def get_set_stats(
 
 @router.get(
     "/v1/stats",
-    operation_id="get_stats",
     summary="Show the statistics of the store",
     response_model_exclude_unset=True,
     responses=problems(),
@@ -82,7 +78,6 @@ async def get_stats(context: ContextDep) -> schemas.StoreStatsInfo:
 
 @router.get(
     "/v1/estimate",
-    operation_id="estimate",
     summary="Estimate how many adapters fit in a budget",
     responses=problems(errors.InvalidRequestError),
 )

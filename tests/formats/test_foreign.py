@@ -1,0 +1,114 @@
+"""Files and tensor names of other formats, which are named in the refusal."""
+
+import gzip
+import io
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import peft_config
+
+from bonsai_lora.errors import (
+    BonsaiLoraError,
+    MalformedMultipartError,
+    MalformedSafetensorsError,
+    UnsupportedAdapterError,
+)
+from bonsai_lora.formats.foreign import check_start
+from bonsai_lora.formats.peft import decode_adapter
+from bonsai_lora.formats.peft_config import PeftConfig
+
+
+def zipped(name):
+    file = io.BytesIO()
+    zipfile.ZipFile(file, "w").writestr(name, b"x" * 40)
+    return file.getvalue()
+
+
+def saved(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+FILES = {
+    "is a PyTorch pickle": zipped("archive/data.pkl"),
+    "is a zip archive": zipped("adapter/adapter_config.json"),
+    "is a NumPy file": zipped("layers.0.lora_a.npy"),
+    "NumPy": saved(np.zeros(3)),
+    "is a pickle": pickle.dumps({"a": 1}, 4),
+    "pickle": pickle.dumps({"a": 1}, 0),
+    "a pickle": pickle.dumps({"a": 1}, 1),
+    "gzip": gzip.compress(b"x"),
+    "is a compressed file": b"BZh91AY&SY",
+    "LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "GGUF": b"GGUF\3\0\0\0" + bytes(64),
+    "web page": b"<Error><Code>AccessDenied</Code>",
+}
+
+
+@pytest.mark.parametrize("says", FILES)
+def test_a_file_in_a_different_format_is_named(says):
+    with pytest.raises(UnsupportedAdapterError) as caught:
+        check_start(FILES[says])
+    assert says in caught.value.detail
+
+
+@pytest.mark.parametrize("text", ["Entry not found\n", "Invalid username or password."])
+def test_a_server_s_refusal_that_was_saved_is_shown(text):
+    with pytest.raises(MalformedSafetensorsError) as caught:
+        check_start(text.encode())
+    assert f"is the text {text.strip()!r}, not a safetensors file; download" in caught.value.detail
+
+
+@pytest.mark.parametrize("path", [b"adapter_model.safetensors", b"./my run/a.bin\n", b"out/model"])
+def test_a_path_is_not_a_file(path):
+    with pytest.raises(MalformedMultipartError, match="put @ before"):
+        check_start(path)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0580, 0x4280, 0x717D])
+def test_a_length_that_looks_like_a_format_is_left_to_its_reader(length):
+    check_start(length.to_bytes(8, "little") + b"{" + b" " * length)
+
+
+KEYS = {
+    "kohya": "lora_unet_x.lora_down.weight",
+    "LoHa": "lora_unet_x.hada_w1_a",
+    "LoKr": "lycoris_x.lokr_w1",
+    "LyCORIS": "lora_unet_x.b1.weight",
+    "those of LyCORIS": "lycoris_x.diff",
+    "XLabs": "double_blocks.0.processor.qkv_lora1.down.weight",
+    "diffusers": "unet.x.processor.to_q_lora.up.weight",
+    "GGUF LoRA": "blk.0.attn_q.weight.lora_a",
+    "NeMo": "decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight",
+    "method other than LoRA": "base_model.model.layers.0.q_proj.miss_block",
+    "PEFT method other": "base_model.model.layers.0.q_proj.fourierft_spectrum.default",
+    "not those of PEFT": "transformer.h.0.attn.attn.lora_A",
+    "such as 'layers.0.q_proj.lora_A.v1.2.weight'": "layers.0.q_proj.lora_A.v1.2.weight",
+    "it is not an adapter": "model.layers.0.self_attn.q_proj.weight",
+}
+
+
+@pytest.mark.parametrize("says", KEYS)
+def test_tensor_names_of_a_different_format_are_named(says):
+    tensors = {key: np.ones((4, 8), np.float32) for key in ("lora_unet_x.alpha", KEYS[says])}
+    if not KEYS[says].startswith("lora_unet"):
+        del tensors["lora_unet_x.alpha"]
+    with pytest.raises(BonsaiLoraError) as caught:
+        decode_adapter(PeftConfig(peft_config(r=4)), tensors, "s")
+    assert says in caught.value.detail
+
+
+@pytest.mark.parametrize("part", ["road_encoder", "miss_net", "adapter.block", "poly_x", "b1"])
+def test_names_of_modules_are_no_format(part):
+    tensors = {
+        f"base_model.model.{part}.q_proj.lora_A.weight": np.ones((4, 8), np.float32),
+        f"base_model.model.{part}.q_proj.lora_B.weight": np.ones((8, 4), np.float32),
+        f"base_model.model.{part}.weight": np.ones(3, np.float32),
+    }
+    config = PeftConfig(peft_config(r=4, target_modules=["q_proj"]))
+    assert list(decode_adapter(config, tensors, "s").lora_set.registry.adapters) == [
+        f"{part}.q_proj"
+    ]
