@@ -166,7 +166,7 @@ def check_keys(keys: Iterable[str]) -> None:
 
 
 def check_no_other_method(keys: Iterable[str]) -> None:
-    """Raise UnsupportedAdapterError if a file without LoRA tensors is of another PEFT method."""
+    """Raise UnsupportedAdapterError if a file without LoRA tensors has those of other methods."""
     for key in filter(_OTHER_METHODS.search, keys):
         raise UnsupportedAdapterError(
             f"tensor names such as {key[:200]!r} are those of a PEFT method other than LoRA; "
