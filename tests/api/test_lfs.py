@@ -344,26 +344,57 @@ def test_what_waits_is_counted(settings, tmp_path):
     own = made.add()
     small = made.add(prefixes=["small."], quota={"bytes": len(CONTENT)})
     other = made.add(prefixes=["other."])
-    changes = {"keys_file": made.path, "max_spill_bytes": 3 * len(CONTENT)}
+    whole = made.add(prefixes=[""])
+    changes = {"keys_file": made.path, "max_spill_bytes": 6 * len(CONTENT)}
     app = create_app(settings.model_copy(update=changes))
     with contextlib.ExitStack() as stack:
         url = stack.enter_context(serving(app))
-        own, small, other = (stack.enter_context(caller(url, one)) for one in (own, small, other))
+        own, small, other, whole = (
+            stack.enter_context(caller(url, one)) for one in (own, small, other, whole)
+        )
         links = [link_to(small, f"small.{number}") for number in range(2)]
         assert put(small, links[0]).status_code == 200
         assert "quota" in assert_refused(put(small, links[1]), 507)
         [told] = ask(small, "small.2").json()["objects"]
         assert told["error"]["code"] == 507
+        # Two and one of six leave three; three would leave two.
         links = [link_to(own, f"acme.{number}") for number in range(3)]
         assert [put(own, one).status_code for one in links] == [200, 200, 507]
         assert [put(own, one).status_code for one in links[:2]] == [200, 200]  # replaces it
+        [told] = ask(own, "acme.2").json()["objects"]
+        assert f"leave {2 * len(CONTENT)} to other" in told["error"]["message"]
+        links = [link_to(whole, f"x.{number}") for number in range(4)]
+        assert [put(whole, one).status_code for one in links] == [200, 200, 200, 507]
         [told] = ask(other, "other.1").json()["objects"]
         assert told["error"]["code"] == 507
         assert re.search("max_spill_bytes", told["error"]["message"])
-        assert len(staged_in(app.state.store)) == 3
+        assert len(staged_in(app.state.store)) == 6
         assert push(own, "acme.0", *pointing_lines()).status_code == 200
+        assert push(whole, "x.0", *pointing_lines()).status_code == 200
         assert put(other, link_to(other, "other.1")).status_code == 200
         assert app.state.context.spill.reserved_bytes == 0
+
+
+def test_keys_that_fill_the_room_for_what_waits_leave_some_to_the_next(settings, tmp_path):
+    """Each may have as much as it leaves: one a half, the next a quarter."""
+    made = KeysFileMaker(tmp_path / "keys.json")
+    tokens = [made.add(prefixes=[f"t{number}."]) for number in range(4)]
+    app = create_app(
+        settings.model_copy(update={"keys_file": made.path, "max_spill_bytes": 160_000})
+    )
+    held = []
+    with serving(app) as url:
+        for number, token in enumerate(tokens):
+            with caller(url, token) as client:
+                for file in range(20):
+                    content = f"{number} {file}".encode().ljust(10_000)
+                    ask_for = ask(client, f"t{number}.s", content).json()["objects"][0]
+                    if "error" in ask_for:
+                        break
+                    link = ask_for["actions"]["upload"]["href"]
+                    assert put(client, link, content).status_code == 200
+                held.append(file)
+    assert held == [8, 4, 2, 1]
 
 
 def test_a_key_has_a_number_of_files_that_may_wait(client, store):

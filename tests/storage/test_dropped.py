@@ -77,6 +77,15 @@ def test_only_adapters_are_named_beside_the_sets(store):
     assert store.dropped().names == [f"sets/{CONFIG}"]
 
 
+def test_a_link_to_nothing_is_named(store):
+    path = store.root / "sets" / "gone.safetensors"
+    path.symlink_to(store.root / "nowhere")
+    assert store.dropped().names == ["sets/gone.safetensors"]
+    assert [one.name for one in store.records()] == ["mine"]
+    path.unlink()
+    assert store.dropped() == Dropped()
+
+
 def test_weights_under_the_name_of_a_set_are_kept_aside_with_advice(store):
     weights = (TINY / "plain" / MODEL).read_bytes()
     (store.root / "sets" / "other.safetensors").write_bytes(weights)

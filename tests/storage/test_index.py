@@ -387,6 +387,32 @@ def test_a_rebuild_takes_all_processes_along(tmp_path):
     assert [path.name for path in (tmp_path / "index-1").glob("*.sqlite")] == ["2.sqlite"]
 
 
+def test_others_list_and_change_sets_while_the_table_is_rebuilt(tmp_path, monkeypatch):
+    store = SetStore(tmp_path)
+    for name in ("a", "b"):
+        write(store, name)
+    monkeypatch.setattr(listing, "_FEW", 1)
+    seen = []
+    real = listing.Listing._look
+
+    def look(one):
+        found = real(one)
+        if not seen:  # the files have been looked at, and nothing is in the new table yet
+            seen.append([row.name for row in store.records()])
+            write(store, "c")
+            store.delete("a")
+            seen.append([row.name for row in store.records()])
+        return found
+
+    monkeypatch.setattr(listing.Listing, "_look", look)
+    (tmp_path / "index-1" / "new.sqlite").write_bytes(b"of a process that was killed")
+    SetStore(tmp_path).listing.rebuild()
+    assert seen == [["a", "b"], ["b", "c"]]
+    assert_agrees(store)
+    assert_agrees(SetStore(tmp_path))
+    assert [path.name for path in (tmp_path / "index-1").glob("*.sqlite")] == ["2.sqlite"]
+
+
 def test_a_large_folder_that_has_not_changed_is_not_looked_at_when_a_process_begins(
     tmp_path, monkeypatch
 ):

@@ -254,13 +254,14 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
     places, threads = settings.max_concurrency, settings.threads
     has_spare_cores = min(threads, usable_cores()) > settings.workers
     long = Lane("long", places, threads)
+    spill = Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError)
     job_lane = Lane("jobs", settings.max_jobs, threads, late_per_place=0)
     return Context(
         settings=settings,
         limits=limits,
         store=view,
         memory=memory,
-        spill=Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
+        spill=spill,
         short=ShortLane(places, threads, has_spare_cores=has_spare_cores),
         long=long,
         opening=Lane("opening", places, _OPENING_THREADS) if settings.is_bucket else long,
@@ -273,7 +274,7 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
         executor=ThreadPoolExecutor(threads, "merge"),
         jobs=Jobs(store.jobs, job_lane, memory),
         gains=Gains(ExponentFolder(store.root / "exponents")),
-        origins=Origins(read_sources(settings.sources), settings.stall_seconds),
+        origins=Origins(read_sources(settings.sources), settings.stall_seconds, spill),
         metrics=metrics,
     )
 

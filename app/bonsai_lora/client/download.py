@@ -86,9 +86,11 @@ def download(
     leads out of `folder`, and for a file whose size or tag differs from the listing; other files
     are left as they are then.
     """
+    if parallel < 1:
+        raise ValueError(f"parallel is {parallel}; download at least one file at a time")
     wanted = [_checked(one, folder) for one in files]
     progress = _Progress(sum(one.size_bytes for one in wanted), on_progress)
-    threads = ThreadPoolExecutor(max(1, parallel))
+    threads = ThreadPoolExecutor(parallel)
     futures = [threads.submit(_fetch, client, rest_of, one, progress) for one in wanted]
     try:
         wait(futures, return_when=FIRST_EXCEPTION)

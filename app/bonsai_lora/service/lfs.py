@@ -96,10 +96,18 @@ def _check_room(store: SetView, staged: Staged, most_bytes: int, present: Sequen
             limit=_MOST_STAGED,
         )
     store.check_quota(staged.name, staged.size + sum(one.size for one in own))
-    if staged.size + sum(one.size for one in others) > most_bytes:
+    free = most_bytes - sum(one.size for one in others) - staged.size
+    if free < 0:
         raise StoreFullError(
             f"the file has {staged.size} bytes, but the uploads that wait for their commits may "
             f"have {most_bytes} in all; commit yours, retry later, or raise max_spill_bytes"
+        )
+    # However many keys do this, there is room for one more.
+    waiting = sum(one.size for one in own) + staged.size
+    if waiting > free and not store.key.sees_all:
+        raise StoreFullError(
+            f"{waiting} bytes of this key would wait for their commits, and leave {free} to other "
+            "keys, which is less; commit some, wait a day, or raise max_spill_bytes"
         )
 
 

@@ -116,11 +116,17 @@ class Listing:
                 self._give_up(error)
 
     def rebuild(self) -> None:
-        """Make a new table from the files; running processes change to it at their next use."""
-        with self._lock:
+        """Make a new table from the files; running processes use the old one until it is whole."""
+        new = self._folder / "new.sqlite"
+        with self._lock, self._opening():
             self._close()
-            self._replace()
-            self._opened()
+            _remove(new)  # what is left of a process that was killed
+            index = SetIndex(new)
+            try:
+                self._compare(index)
+            finally:
+                index.close()
+            self._replace(new)
 
     def _opened(self) -> SetIndex:
         """Return the present table; a newly opened one agrees with the folder's time."""
@@ -181,12 +187,15 @@ class Listing:
         numbers = [int(one.stem) for one in self._folder.glob("*.sqlite") if one.stem.isdecimal()]
         return self._folder / f"{max(numbers, default=1)}.sqlite"
 
-    def _replace(self) -> None:
-        """Make a new, empty file the newest one, and remove the present one."""
+    def _replace(self, new: Path | None = None) -> None:
+        """Make `new`, or an empty file, the newest one, and remove the present one."""
         path = self._newest_path()
-        path.with_name(f"{int(path.stem) + 1}.sqlite").touch()  # first, so that one always exists
-        for ending in ("", "-wal", "-shm"):
-            path.with_name(f"{path.name}{ending}").unlink(missing_ok=True)
+        newest = path.with_name(f"{int(path.stem) + 1}.sqlite")
+        if new is None:
+            newest.touch()
+        else:
+            new.rename(newest)
+        _remove(path)  # last, so that one always exists
 
     def _close(self) -> None:
         if self._index is not None and self._pid == os.getpid():
@@ -272,7 +281,7 @@ class Listing:
         found, dropped = {}, Dropped()
         for entry in os.scandir(self._sets):
             name = entry.name.removesuffix(SUFFIX)
-            if is_set_name(name) and name != entry.name:
+            if is_set_name(name) and name != entry.name and not _leads_nowhere(entry):
                 found[name] = _stamp_of(entry)
             else:
                 dropped.add(f"{self._sets.name}/", entry)
@@ -316,6 +325,24 @@ class Listing:
         except OSError:  # only its owner may; the kernel's times are milliseconds apart
             return self._folder_time()
         return self._folder_time()
+
+
+def _leads_nowhere(entry: "os.DirEntry[str]") -> bool:
+    """Return whether an entry is a symbolic link to nothing, which looks like no file at all."""
+    try:
+        if entry.is_symlink():
+            entry.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # a loop, which is set aside
+        pass
+    return False
+
+
+def _remove(path: Path) -> None:
+    """Remove a file of SQLite, if there is one, and those that belong to it."""
+    for ending in ("", "-wal", "-shm"):
+        path.with_name(f"{path.name}{ending}").unlink(missing_ok=True)
 
 
 def _differing(known: dict[str, str], found: dict[str, str | None]) -> list[str]:

@@ -176,7 +176,7 @@ async def get_set(request: Request, context: ContextDep, stored: WantedSet) -> R
 
 
 @dataclass(frozen=True, slots=True)
-class _UploadOptions:
+class _UploadOptions(sets.ImportOptions):
     """The query of an upload."""
 
     base_model_name: Annotated[
@@ -265,19 +265,11 @@ async def upload_set(
                 gguf,
                 memory.add,
                 check,
-                base_model_name=options.base_model_name,
-                architecture=options.architecture,
+                options,
             )
         else:
             imported = await context.long.run(
-                sets.import_adapter,
-                context.store,
-                name,
-                config,
-                upload,
-                check,
-                base_model_name=options.base_model_name,
-                expert_layout=options.expert_b_layout,
+                sets.import_adapter, context.store, name, config, upload, check, options
             )
     return await _report(context, imported)
 
@@ -297,13 +289,11 @@ async def _pull(
         return await context.long.run(
             pull_set,
             context.store,
-            context.spill,
             context.origins,
             name,
             wanted.source,
             precondition(request),
-            base_model_name=options.base_model_name,
-            expert_layout=options.expert_b_layout,
+            options,
         )
 
 
