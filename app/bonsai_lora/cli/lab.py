@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from bonsai_lora.cli.client import UsageError, add_command, set_name
+from bonsai_lora.cli.client import add_command
+from bonsai_lora.cli.mistakes import UsageError, set_name
 from bonsai_lora.cli.output import print_rows, print_table, warn
 from bonsai_lora.cli.pictures import curves, heat_map
 from bonsai_lora.cli.progress import JobLine
