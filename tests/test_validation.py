@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from bonsai_lora.validation import _EXPECTED, expectation
+from bonsai_lora.validation import _EXPECTED, brief, expectation
 
 
 class Cat(BaseModel):
@@ -76,3 +76,20 @@ def error_of_attributes():
 def test_other_texts_keep_their_words():
     error = error_of(bytes, 5)
     assert expectation(error) == "it should be a valid bytes"
+
+
+def test_a_large_object_is_shown_without_looking_at_all_of_it():
+    compared = 0
+
+    class Name(str):
+        __slots__ = ()
+
+        def __lt__(self, other):
+            nonlocal compared
+            compared += 1
+            return str(self) < str(other)
+
+    large = {Name(number): [number] for number in range(10_000)}
+    assert brief({"sets": [large]}) == "{'sets': [{'0': [0], '1': [1], '2': [2], '3': [3], ...}]}"
+    assert compared < 100
+    assert brief({"b": 1, "a": "x" * 100}) == "{'a': 'xxxxxxxxxxxx...xxxxxxxxxxxxx', 'b': 1}"

@@ -1,7 +1,9 @@
 """How errors say what is wrong with a value without showing a secret; imports nothing else here."""
 
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 _EXPECTED = {
@@ -47,6 +49,22 @@ def without_secrets(url: str) -> str:
 def shown(value: Any) -> str:
     """Return a value as an error shows it, without what may be a secret."""
     return repr(without_secrets(value) if isinstance(value, str) else value)
+
+
+class _Brief(reprlib.Repr):
+    """Shows the first fields of an object; reprlib sorts all of them before."""
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """Return `x` with as many fields as reprlib shows."""
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
+
+
+_BRIEF = _Brief()
+
+
+def brief(value: Any) -> str:
+    """Return a value of a request as an error shows it, shortened."""
+    return _BRIEF.repr(value)
 
 
 def check_credential(what: str, text: str) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import reprlib
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from math import isfinite
@@ -17,7 +16,7 @@ from starlette.types import Scope
 
 from bonsai_lora import errors
 from bonsai_lora.errors import BonsaiLoraError
-from bonsai_lora.validation import expectation
+from bonsai_lora.validation import brief, expectation
 
 PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
@@ -288,7 +287,7 @@ def _reason(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         meant = _PEFT_NAMES.get(str(error["loc"][-1]))
         return f"is PEFT's name for {meant!r}; use that" if meant else "is unknown; remove it"
-    return f"is {reprlib.repr(error.get('input'))}; {expectation(error)}"
+    return f"is {brief(error.get('input'))}; {expectation(error)}"
 
 
 def _allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:

@@ -6,7 +6,6 @@ docs/protocol). Error texts are close to Triton's, because people search for tho
 """
 
 import math
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +16,7 @@ import numpy as np
 from bonsai_lora.core.cast import Array, Floats
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, ShapeMismatchError, counted
 from bonsai_lora.formats.safetensors import as_bytes
+from bonsai_lora.validation import brief
 from bonsai_lora.wire import json
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.stacks import decode_weight
@@ -277,7 +277,7 @@ def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
         raise InvalidRequestError(
-            f"the parameter '{name}' is {reprlib.repr(value)}; expected true or false", field=name
+            f"the parameter '{name}' is {brief(value)}; expected true or false", field=name
         )
     return value
 
@@ -285,8 +285,7 @@ def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
 def _size(value: Any, what: str, name: str) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise InvalidRequestError(
-            f"the parameter '{what}' of '{name}' is {reprlib.repr(value)}; expected a number of "
-            "bytes",
+            f"the parameter '{what}' of '{name}' is {brief(value)}; expected a number of bytes",
             field=name,
         )
     return value
@@ -296,7 +295,7 @@ def _string(value: Any, what: str) -> str:
     if value is None:
         raise InvalidRequestError(f"{what} is missing; add it")
     if not isinstance(value, str):
-        raise InvalidRequestError(f"{what} is {reprlib.repr(value)}; expected a string")
+        raise InvalidRequestError(f"{what} is {brief(value)}; expected a string")
     return value
 
 

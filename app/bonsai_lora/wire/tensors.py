@@ -1,6 +1,5 @@
 """Decode the inputs and encode the outputs of an apply, as JSON or safetensors."""
 
-import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from json import dumps
@@ -16,6 +15,7 @@ from bonsai_lora.errors import (
     ShapeMismatchError,
     counted,
 )
+from bonsai_lora.validation import brief
 from bonsai_lora.wire import binary, json
 from bonsai_lora.wire.binary import EXPERTS
 from bonsai_lora.wire.buffers import Buffer
@@ -174,7 +174,7 @@ def decode_mixed(
 
 
 def _shown(value: Any) -> str:
-    return "missing" if value is None else reprlib.repr(value)
+    return "missing" if value is None else brief(value)
 
 
 def decode_experts(value: Any) -> Integers | None:
@@ -183,8 +183,7 @@ def decode_experts(value: Any) -> Integers | None:
         return None
     if not isinstance(value, list) or not all(type(one) is int for one in value):
         raise InvalidRequestError(
-            f"{EXPERTS!r} is {reprlib.repr(value)}; expected a list with the number of an expert "
-            "per row",
+            f"{EXPERTS!r} is {brief(value)}; expected a list with the number of an expert per row",
             field=EXPERTS,
         )
     try:
@@ -192,7 +191,7 @@ def decode_experts(value: Any) -> Integers | None:
         return np.fromiter((one for one in value), np.int64, len(value))
     except OverflowError:
         raise InvalidRequestError(
-            f"{EXPERTS!r} is {reprlib.repr(value)}, with numbers beyond 64 bits; send the numbers "
+            f"{EXPERTS!r} is {brief(value)}, with numbers beyond 64 bits; send the numbers "
             "of experts",
             field=EXPERTS,
         ) from None
@@ -241,10 +240,10 @@ def _fields(body: Buffer, allowed: frozenset[str], may_take_long: bool) -> dict[
 
 def _check_names(tensors: Mapping[str, Any]) -> None:
     if INPUTS not in tensors or tensors.keys() - _TENSORS:
+        found = json.first_names(tensors)
         raise InvalidRequestError(
-            f"the body has the tensors {sorted(tensors)[:8]}; expected {INPUTS!r}, and for DoRA "
-            f"{BASE_OUTPUTS!r}",
-            got=sorted(tensors)[:8],
+            f"the body has the tensors {found}; expected {INPUTS!r}, and for DoRA {BASE_OUTPUTS!r}",
+            got=found,
             expected=[INPUTS],
         )
 

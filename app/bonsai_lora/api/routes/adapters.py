@@ -1,6 +1,5 @@
 """The adapters of a set."""
 
-import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -29,6 +28,7 @@ from bonsai_lora.service import adapters
 from bonsai_lora.service.sets import Precondition
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
+from bonsai_lora.validation import brief
 from bonsai_lora.wire import json
 from bonsai_lora.wire.media import Form
 
@@ -175,7 +175,7 @@ def _alpha_of(value: dict[str, Any]) -> float | None:
     alpha: float | None = value.pop("alpha", None)
     if alpha is not None and type(alpha) not in (int, float):
         raise errors.InvalidRequestError(
-            f"alpha is {reprlib.repr(alpha)}; expected a number", field="alpha"
+            f"alpha is {brief(alpha)}; expected a number", field="alpha"
         )
     return alpha
 
