@@ -17,7 +17,7 @@ run: setup ## serve on 127.0.0.1:8000 with the store in ./bonsai-lora-data
 test coverage: export PYTHONDONTWRITEBYTECODE =
 
 test: setup-dev ## run the tests
-	@$(BIN)/python -m pytest -q -n 3 --dist loadfile $(COVERAGE)
+	@$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder $(COVERAGE)
 
 coverage: COVERAGE = --cov --cov-report=term:skip-covered
 coverage: test ## run the tests and measure the branches they reach, which takes a fifth longer

@@ -66,6 +66,12 @@ DATA = Path(__file__).parent / "data"
 TINY = DATA / "tiny-qwen3"
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that no core has nothing to do at the end."""
+    longest = ("end_to_end", "hostile", "test_documents_run.py")
+    items.sort(key=lambda item: not any(part in longest for part in item.path.parts))
+
+
 @pytest.fixture(autouse=True)
 def own_logging():
     """Undo what `serve` configures in this process: its stream is closed after the test."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from bonsai_lora.validation import _EXPECTED, brief, expectation
+from bonsai_lora.validation import _EXPECTED, as_written, expectation
 
 
 class Cat(BaseModel):
@@ -90,6 +90,26 @@ def test_a_large_object_is_shown_without_looking_at_all_of_it():
             return str(self) < str(other)
 
     large = {Name(number): [number] for number in range(10_000)}
-    assert brief({"sets": [large]}) == "{'sets': [{'0': [0], '1': [1], '2': [2], '3': [3], ...}]}"
+    assert (
+        as_written({"sets": [large]}) == "{'sets': [{'0': [0], '1': [1], '2': [2], '3': [3], ...}]}"
+    )
     assert compared < 100
-    assert brief({"b": 1, "a": "x" * 100}) == "{'a': 'xxxxxxxxxxxx...xxxxxxxxxxxxx', 'b': 1}"
+    assert as_written({"b": 1, "a": "x" * 100}) == "{'a': 'xxxxxxxxxxxx...xxxxxxxxxxxxx', 'b': 1}"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "null"),
+        (True, "true"),
+        (False, "false"),
+        (1.0, "1.0"),
+        ("a'b", '"a\'b"'),
+        ([None, True], "[null, true]"),
+        ({"größe": False}, "{'größe': false}"),
+        ([[[[[[[[1]]]]]]]], "[[[[[[[...]]]]]]]"),
+        (list(range(1000)), "[0, 1, 2, 3, 4, 5, ...]"),
+    ],
+)
+def test_values_are_shown_in_the_words_of_json(value, text):
+    assert as_written(value) == text

@@ -37,6 +37,24 @@ _EXPECTED = {
 }
 """By the type of pydantic's error."""
 
+
+class _Json(reprlib.Repr):
+    """Shortens values as reprlib does, with JSON's words."""
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """Return the first fields; reprlib would sort all of them."""
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
+
+    def repr_NoneType(self, value: None, level: int) -> str:  # noqa: ARG002, N802 - named by type
+        return "null"
+
+    def repr_bool(self, value: bool, level: int) -> str:  # noqa: ARG002, FBT001
+        return "true" if value else "false"
+
+
+as_written = _Json().repr
+"""Return a JSON value as an error shows it, as it was written but not at any length."""
+
 _SECRETS = re.compile(r"(?<=:).*(?=@)|(?<=\?).*", re.DOTALL)
 _CREDENTIAL = re.compile("[!-~]+")
 
@@ -48,23 +66,9 @@ def without_secrets(url: str) -> str:
 
 def shown(value: Any) -> str:
     """Return a value as an error shows it, without what may be a secret."""
-    return repr(without_secrets(value) if isinstance(value, str) else value)
-
-
-class _Brief(reprlib.Repr):
-    """Shows the first fields of an object; reprlib sorts all of them before."""
-
-    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
-        """Return `x` with as many fields as reprlib shows."""
-        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
-
-
-_BRIEF = _Brief()
-
-
-def brief(value: Any) -> str:
-    """Return a value of a request as an error shows it, shortened."""
-    return _BRIEF.repr(value)
+    if isinstance(value, str):
+        return repr(without_secrets(value))
+    return as_written(value)
 
 
 def check_credential(what: str, text: str) -> str:

@@ -207,3 +207,52 @@ def test_a_head_with_a_different_name_is_not_tied(base, rng):
     got = merged(base(tensors, model_type="gpt_neox"), replaced(rng, **changed))
     assert np.array_equal(got["gpt_neox.embed_in.weight"], embedding)
     assert np.array_equal(got["embed_out.weight"], head)
+
+
+def tied_head(embedding):
+    """The adapter that peft saves for the head with ensure_weight_tying."""
+    a_matrix, b_matrix = embedding.b_matrix.T.copy(), embedding.a_matrix.T.copy()
+    return LoraAdapter(CONFIG, a_matrix, b_matrix, 2.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens", "backbone.embeddings", "model.tok_embeddings"]
+)
+def test_a_tied_base_gets_the_adapter_of_embedding_and_head_once(base, rng, name):
+    before = normal(rng, 9, 6)
+    found = base({f"{name}.weight": before}, tie_word_embeddings=True)
+    embedding = adapter(rng, 9, 6, layer="embedding")
+    got = merged(found, lora_set({name: embedding, "lm_head": tied_head(embedding)}))
+    delta = reference.delta_weight(embedding.a_matrix, embedding.b_matrix, 2.0)
+    assert close(got[f"{name}.weight"], before + delta.T)
+    for other in ({}, {"lm_head": adapter(rng, 6, 9)}):
+        with pytest.raises(UnsupportedAdapterError, match="ties its head"):
+            merged(found, lora_set({name: embedding, **other}))
+
+
+def test_an_untied_base_gets_it_twice(base, rng):
+    tensors = {"model.embed_tokens.weight": normal(rng, 9, 6), "lm_head.weight": normal(rng, 9, 6)}
+    embedding = adapter(rng, 9, 6, layer="embedding")
+    both = lora_set({"model.embed_tokens": embedding, "lm_head": tied_head(embedding)})
+    got = merged(base(tensors, tie_word_embeddings=False), both)
+    delta = reference.delta_weight(embedding.a_matrix, embedding.b_matrix, 2.0)
+    for name, before in tensors.items():
+        assert close(got[name], before + delta.T)
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+@pytest.mark.parametrize("kind", ["BertForSequenceClassification", "XForQuestionAnswering"])
+def test_a_class_without_a_language_model_s_head_ties_nothing(base, rng, kind, is_saved):
+    """BERT's configuration ties the embedding, but not to this head."""
+    name = "bert.embeddings.word_embeddings"
+    before = normal(rng, 9, 6)
+    tensors = {f"{name}.weight": before, "classifier.weight": normal(rng, 2, 6)}
+    found = base(tensors, architectures=[kind], tie_word_embeddings=True)
+    embedding, after = adapter(rng, 9, 6, layer="embedding"), normal(rng, 9, 6)
+    if is_saved:
+        one = lora_set({}, {f"{name}.weight": after})
+        got = merged(found, one, saved=("word_embeddings",))
+    else:
+        got = merged(found, lora_set({name: embedding}))
+        after = before + reference.delta_weight(embedding.a_matrix, embedding.b_matrix, 2.0).T
+    assert close(got[f"{name}.weight"], after)

@@ -176,6 +176,33 @@ def test_mistakes_with_folders_and_files(run, tmp_path):
     assert file.read_bytes() == b""
 
 
+def test_mistakes_with_what_peft_saves(run, tmp_path):
+    """A pickle, a folder of checkpoints, a file in place of its folder, a repository's name."""
+    pickled, around = tmp_path / "pickled", tmp_path / "around"
+    shutil.copytree(TINY / "plain", around / "checkpoint-5")
+    shutil.copytree(TINY / "plain", pickled)
+    weights = pickled / "adapter_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    for words, text in (
+        (("push", "x", pickled), "a pickle, which is never loaded; save the adapter again with"),
+        (("push", "x", around), f"give one of them, such as {around}/checkpoint-5"),
+        (("push", "x", pickled / "adapter_config.json"), f"the folder that it is in: {pickled}"),
+        (("push", "adapters/x", TINY / "plain"), "is a repository; name the set alone: x"),
+        (("apply", "x", "q_proj", "[[1]]"), "there is no file [[1]]; name a JSON file, or none"),
+    ):
+        code, _, err = run(*words)
+        assert (code, text in err) == (2, True), err
+    assert run("ls", "--json")[1].strip() == "[]"
+
+
+@pytest.mark.parametrize("word", ["--url=http://127.0.0.1:1", "--json"])
+def test_a_flag_in_front_of_the_command(word, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([word, "ls"])
+    assert ended.value.code == 2
+    assert f"put {word.partition('=')[0]} after the command" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words", [("show", ".."), ("stats", "."), ("rm", ""), ("pull", "../..", "-o", "x")]
 )
@@ -295,5 +322,8 @@ def test_what_cannot_be_read_is_named_without_a_number(run, tmp_path):
     missing = tmp_path / "x.json"
     assert run("apply", "plain", "q_proj", missing) == (
         *(2, ""),
-        f"bonsai-lora: {missing}: No such file or directory\n",
+        (
+            f"bonsai-lora: there is no file {missing}; name a JSON file, or none to read "
+            "standard input\n"
+        ),
     )

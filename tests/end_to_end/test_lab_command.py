@@ -70,7 +70,7 @@ def test_warnings_go_to_standard_error(run):
     [
         (("new", "one=half"), "the weight 'half' is not a number; use SET=WEIGHT"),
         (("new", "one", "one=2"), "a set is named twice; add up its weights"),
-        (("a/b", "one"), "'a/b' is not a valid set name"),
+        (("a/b", "one"), "'a/b' cannot name a set; expected a letter or digit"),
     ],
 )
 def test_wrong_arguments(run, words, message):

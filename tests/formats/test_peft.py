@@ -355,6 +355,24 @@ def test_convolutions_are_named(rng, shapes):
         decode(rng, tensors)
 
 
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_head_that_shares_the_adapter_of_the_embedding(rng, is_same):
+    """With ensure_weight_tying, peft saves the head's, which target_modules does not name."""
+    first, second = rng.standard_normal((2, 4, 10)).astype(np.float32)
+    tensors = {
+        "base_model.model.model.embed_tokens.lora_embedding_A": first,
+        "base_model.model.model.embed_tokens.lora_embedding_B": np.ones((6, 4), np.float32),
+        "base_model.model.lm_head.lora_A.weight": np.ones((4, 6), np.float32),
+        "base_model.model.lm_head.lora_B.weight": (first if is_same else second).T,
+    }
+    options = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
+    if is_same:
+        assert list(adapters(decode(rng, tensors, **options))) == ["model.embed_tokens", "lm_head"]
+        options["ensure_weight_tying"] = False
+    with pytest.raises(InvalidAdapterError, match="do not select 1 module"):
+        decode(rng, tensors, **options)
+
+
 ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
 
 

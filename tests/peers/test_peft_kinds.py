@@ -121,6 +121,52 @@ def test_resized_vocabularies(service, tmp_path, case, is_tied):
     check_merged(merged_files(service, "grown", "s"), numbers(model.merge_and_unload()))
 
 
+def test_an_adapter_that_ties_head_and_embedding(service, tmp_path):
+    """peft adds the delta twice when it merges; the model of its forward pass is meant."""
+    import torch
+    from transformers import Qwen3ForCausalLM
+
+    start = qwen3(tie_word_embeddings=True)
+    start.save_pretrained(tmp_path / "bases" / "b")
+    targets = ["q_proj", "embed_tokens"]
+    model = train(start, target_modules=targets, ensure_weight_tying=True)
+    model.save_pretrained(tmp_path / "adapter")
+    report = upload(service, "s", tmp_path / "adapter")
+    assert report.status_code == 201, report.text
+    check_reloaded(service, qwen3(tie_word_embeddings=True), model, tmp_path / "exported")
+    folder = tmp_path / "merged"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes(service.get(f"/v1/bases/b/merged/s/{name}").content)
+    with torch.no_grad():
+        got = Qwen3ForCausalLM.from_pretrained(folder)(torch.tensor(TOKENS)).logits.numpy()
+        wanted = model(torch.tensor(TOKENS)).logits.double().numpy()
+    assert reference.relative_error(got, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"target_modules": ["query", "word_embeddings"]}, {"modules_to_save": ["word_embeddings"]}],
+)
+def test_embeddings_of_a_classifier(service, tmp_path, options):
+    """BERT's configuration ties its embedding, but not to the head of a classifier."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    def bert():
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48}
+        heads = {"num_hidden_layers": 1, "num_attention_heads": 2}
+        return BertForSequenceClassification(BertConfig(**sizes, **heads))
+
+    bert().save_pretrained(tmp_path / "bases" / "b")
+    model = train(bert(), **{"target_modules": ["query"], "task_type": "SEQ_CLS", **options})
+    model.save_pretrained(tmp_path / "adapter")
+    assert upload(service, "s", tmp_path / "adapter").status_code == 201
+    check_reloaded(service, bert(), model, tmp_path / "exported")
+    check_merged(merged_files(service, "b", "s"), numbers(model.merge_and_unload()))
+
+
 def gpt2():
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -286,8 +332,9 @@ def moe_of(kind):
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    config = getattr(transformers, f"{kind}Config")(**sizes, **heads, **experts)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 1}
+    name = "Llama4TextConfig" if kind == "Llama4" else f"{kind}Config"
+    config = getattr(transformers, name)(**sizes, **heads, **experts)
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 
 
@@ -299,6 +346,7 @@ def moe_of(kind):
         ("Mixtral", {"target_parameters": [*BOTH, "mlp.gate.weight"]}),
         ("GraniteMoe", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
         ("GptOss", {"target_parameters": BOTH}),
+        ("Llama4", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
     ],
 )
 def test_experts_of_other_classes(service, tmp_path, kind, options):

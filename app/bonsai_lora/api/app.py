@@ -23,7 +23,7 @@ import structlog
 from fastapi import FastAPI
 from prometheus_client.core import Metric
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from bonsai_lora.api.auth import Authenticator, AuthMiddleware
 from bonsai_lora.api.context import Context
@@ -227,13 +227,13 @@ def create_default_app() -> FastAPI:
     return create_app(Settings())
 
 
-def _include_routes(app: FastAPI) -> list[BaseRoute]:
+def _include_routes(app: FastAPI) -> list[Route]:
     """Add all routes to `app`, and return them."""
     routes = [*(route for route in app.routes if isinstance(route, Route)), *ROUTES]
     app.router.routes.extend(ROUTER.routes)
     for route in routes:
-        for method in getattr(route, "methods", None) or ():
-            scope_of(method, getattr(route, "path", ""))  # raises KeyError for a forgotten one
+        for method in route.methods or ():
+            scope_of(method, route.path)  # raises KeyError for a forgotten one
     return routes
 
 
@@ -254,13 +254,14 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
     places, threads = settings.max_concurrency, settings.threads
     has_spare_cores = min(threads, usable_cores()) > settings.workers
     long = Lane("long", places, threads)
+    spill = Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError)
     job_lane = Lane("jobs", settings.max_jobs, threads, late_per_place=0)
     return Context(
         settings=settings,
         limits=limits,
         store=view,
         memory=memory,
-        spill=Budget(settings.max_spill_bytes, "disk space", "max_spill_bytes", StoreFullError),
+        spill=spill,
         short=ShortLane(places, threads, has_spare_cores=has_spare_cores),
         long=long,
         opening=Lane("opening", places, _OPENING_THREADS) if settings.is_bucket else long,
@@ -273,7 +274,7 @@ def _make_context(settings: Settings, store: Store, shared: Path, metrics: Metri
         executor=ThreadPoolExecutor(threads, "merge"),
         jobs=Jobs(store.jobs, job_lane, memory),
         gains=Gains(ExponentFolder(store.root / "exponents")),
-        origins=Origins(read_sources(settings.sources), settings.stall_seconds),
+        origins=Origins(read_sources(settings.sources), settings.stall_seconds, spill),
         metrics=metrics,
     )
 

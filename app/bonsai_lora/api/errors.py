@@ -11,12 +11,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Match
+from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from bonsai_lora import errors
 from bonsai_lora.errors import BonsaiLoraError
-from bonsai_lora.validation import brief, expectation
+from bonsai_lora.validation import as_written, expectation
 
 PROBLEM_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
@@ -196,7 +196,7 @@ def _shortened(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+def install_error_handlers(app: FastAPI, routes: Sequence[Route]) -> None:
     """Make every error response of `app`, including the framework's own, a problem.
 
     `routes` are all routes of `app`; they determine which methods a path allows.
@@ -287,12 +287,12 @@ def _reason(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         meant = _PEFT_NAMES.get(str(error["loc"][-1]))
         return f"is PEFT's name for {meant!r}; use that" if meant else "is unknown; remove it"
-    return f"is {brief(error.get('input'))}; {expectation(error)}"
+    return f"is {as_written(error.get('input'))}; {expectation(error)}"
 
 
-def _allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
+def _allowed_methods(routes: Sequence[Route], scope: Scope) -> list[str]:
     methods: set[str] = set()
     for route in routes:
         if route.matches(scope)[0] is not Match.NONE:
-            methods |= getattr(route, "methods", None) or set()
+            methods |= route.methods or set()
     return sorted(methods)

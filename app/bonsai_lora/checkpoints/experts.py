@@ -67,6 +67,13 @@ def split_outputs(leaf: str, expert: LoraAdapter) -> Sequence[tuple[str, LoraAda
     names = _SPLIT.get(leaf, (leaf,))
     rows = expert.d_out // len(names)
     return [
-        (name, replace(expert, b_matrix=expert.b_matrix[place * rows : (place + 1) * rows]))
+        (
+            name,
+            replace(
+                expert,
+                b_matrix=expert.b_matrix[place * rows : (place + 1) * rows],
+                layer="linear",
+            ),
+        )
         for place, name in enumerate(names)
     ]

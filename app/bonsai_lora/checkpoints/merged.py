@@ -11,7 +11,7 @@ from bonsai_lora.checkpoints.fit import check_not_empty, check_tensor
 from bonsai_lora.checkpoints.merged_tensor import MergedTensor, TokenRows, Touched
 from bonsai_lora.checkpoints.orientation import Fit, as_stored, is_any_transposed
 from bonsai_lora.checkpoints.parts import digest_of
-from bonsai_lora.checkpoints.ties import is_embedding, tied_replacements
+from bonsai_lora.checkpoints.ties import is_embedding, tied_adapters, tied_replacements
 from bonsai_lora.core.adapter import LoraAdapter
 from bonsai_lora.core.cast import Array
 from bonsai_lora.core.loraset import BonsaiLoraSet
@@ -96,8 +96,8 @@ class MergedModel:
     def _add(self, one: Ingredient) -> bool:
         """Add the changes of a set; return whether it needs a head that is not tied."""
         check_not_empty(one.lora_set)
-        self._add_adapters(one)
         replacements, is_untied = tied_replacements(self.base, one.lora_set, one.options)
+        self._add_adapters(one)
         self._add_replacements(one, replacements)
         return is_untied
 
@@ -117,7 +117,10 @@ class MergedModel:
         names: list[str] = []
         adapters = one.lora_set.registry.adapters
         parameters = one.options.parameters_of(adapters)
+        tied = tied_adapters(self.base, one.lora_set)
         for module, adapter in adapters.items():
+            if module in tied:
+                continue
             found = list(self._weights_of(module, adapter, parameters.get(module)))
             if not found:
                 lost.append(module)

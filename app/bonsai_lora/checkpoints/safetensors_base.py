@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from bonsai_lora.checkpoints.file import BaseFile, StoredTensor
 from bonsai_lora.checkpoints.folder import INDEX_FILE, MOST_JSON_BYTES, FolderFiles, weight_map_of
 from bonsai_lora.errors import BonsaiLoraError, InvalidBaseError
 from bonsai_lora.formats import safetensors
+
+_HAS_NO_LM_HEAD = re.compile("Classification|QuestionAnswering|MultipleChoice")
+"""In the names of classes with a different head, although their configurations tie embeddings."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +58,8 @@ class SafetensorsBase(Base):
     @cached_property
     def is_tied(self) -> bool:
         """Whether the head shares the embedding, by config.json or because there is no head."""
+        if _HAS_NO_LM_HEAD.search(str(self.config.get("architectures"))):
+            return False
         return bool(self.config.get("tie_word_embeddings", "lm_head.weight" not in self.weight_map))
 
     @cached_property

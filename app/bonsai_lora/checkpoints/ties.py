@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from bonsai_lora.checkpoints.base import Base
+from bonsai_lora.core.adapter import are_tied
 from bonsai_lora.core.cast import Array
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import UnsupportedAdapterError
@@ -12,7 +13,19 @@ from bonsai_lora.formats.peft_keys import TOKEN_ROWS
 from bonsai_lora.formats.peft_options import BaseOptions
 
 _HEADS = frozenset({"lm_head", "embed_out"})
-_EMBEDDINGS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "shared"})
+_EMBEDDINGS = frozenset(
+    {
+        "embed_tokens",
+        "wte",
+        "embed_in",
+        "word_embeddings",
+        "shared",
+        "embeddings",
+        "tok_embeddings",
+        "tokens_embed",
+        "word_embedding",
+    }
+)
 _ENDS = (TOKEN_ROWS, ".weight", ".bias")
 
 
@@ -26,10 +39,14 @@ def tied_replacements(
     head and embedding would differ and the base cannot be untied: one tensor cannot hold both.
     """
     replacements = lora_set.replacements
-    has_head = any(_last(_module(name)) in _HEADS for name in base.tensor_names)
-    if not base.is_tied or (has_head and not base.can_untie):
+    if not _is_one_tensor(base):
         return replacements, False
-    adapted = [name for name in lora_set.registry.adapters if _last(name) in _HEADS | _EMBEDDINGS]
+    tied = tied_adapters(base, lora_set)
+    adapted = [
+        name
+        for name in lora_set.registry.adapters
+        if _last(name) in _HEADS | _EMBEDDINGS and name not in {*tied, *tied.values()}
+    ]
     heads = {_ending(name): name for name in replacements if _last(_module(name)) in _HEADS}
     embeddings = {
         _ending(name): name for name in replacements if _last(_module(name)) in _EMBEDDINGS
@@ -47,6 +64,31 @@ def tied_replacements(
     if base.can_untie and (heads or TOKEN_ROWS not in embeddings):
         return replacements, True
     raise _differs(base, differing)
+
+
+def tied_adapters(base: Base, lora_set: BonsaiLoraSet) -> Mapping[str, str]:
+    """Return the adapted heads of a tied base that its adapted embedding changes already.
+
+    With ensure_weight_tying peft saves the embedding's adapter a second time, transposed, for the
+    head. Head -> embedding.
+    """
+    if not _is_one_tensor(base):
+        return {}
+    adapters = lora_set.registry.adapters
+    embeddings = [name for name, one in adapters.items() if one.layer == "embedding"]
+    return {
+        head: embedding
+        for head in adapters
+        for embedding in embeddings
+        if are_tied(adapters[head], adapters[embedding])
+    }
+
+
+def _is_one_tensor(base: Base) -> bool:
+    """Return whether the embedding's tensor is also the head's."""
+    if not base.is_tied:
+        return False
+    return base.can_untie or all(_last(_module(one)) not in _HEADS for one in base.tensor_names)
 
 
 def is_embedding(parameter: str) -> bool:

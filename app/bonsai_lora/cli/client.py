@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from bonsai_lora.cli.mistakes import UsageError, check_output, set_name, why_no_adapter
 from bonsai_lora.cli.output import (
     EXIT_REFUSED,
     EXIT_USAGE,
@@ -24,7 +25,7 @@ from bonsai_lora.client.blocking import Client
 from bonsai_lora.client.call import Call, json_body, path_of
 from bonsai_lora.client.connection import DEFAULT_URL, TOKEN_VARIABLE, URL_VARIABLE, url_of
 from bonsai_lora.errors import BonsaiLoraError, FileNotInModelError, counted
-from bonsai_lora.formats.names import SET_NAME_PATTERN, is_base_name, is_set_name
+from bonsai_lora.formats.names import is_base_name, is_set_name
 from bonsai_lora.formats.text import printable
 from bonsai_lora.validation import without_secrets
 
@@ -43,10 +44,6 @@ _OWNERS = ("adapters", "bases")
 """First parts of names that are not bases."""
 _HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\x20-\x7e\t]*)")
 """A header field (RFC 9110 section 5.1)."""
-
-
-class UsageError(ValueError):
-    """The arguments are wrong; the message says what to give instead."""
 
 
 def add_commands(commands: Any) -> None:
@@ -279,7 +276,7 @@ def push_set(client: Client, arguments: argparse.Namespace) -> Any:
             else client.upload_set(name, arguments.folder, base_model_name=base)
         )
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(_why_no_adapter(arguments, Path(error.filename).name)) from None
+        raise UsageError(why_no_adapter(arguments, Path(error.filename).name)) from None
     if not arguments.json:
         name = printable(report["name"])
         print(f"{name}: version {report['version']}, {counted(report['adapter_count'], 'adapter')}")
@@ -288,31 +285,9 @@ def push_set(client: Client, arguments: argparse.Namespace) -> Any:
     return report
 
 
-def _why_no_adapter(arguments: argparse.Namespace, missing: str) -> str:
-    """Return what is wrong with the folder to push, which lacks the file `missing`."""
-    folder = arguments.folder
-    if not folder.exists():
-        if Path(arguments.name).exists():
-            return f"there is no folder {folder}; name the set first, then the folder"
-        found = f"there is no file or folder {folder}"
-    elif folder.is_file():
-        found = f"{folder} is a file"
-    else:
-        found = f"{folder} has no {missing}"
-    return (
-        f"{found}; give a folder saved by PEFT or mlx_lm, or a GGUF LoRA file, which ends in .gguf"
-    )
-
-
 def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
     """Print the outputs of a module's adapter for a JSON list of vectors."""
-    is_file = arguments.file not in (None, "-")
-    try:
-        value = json.loads(Path(arguments.file).read_text("utf-8") if is_file else sys.stdin.read())
-    except ValueError as error:
-        raise UsageError(
-            f"the vectors are not JSON: {error}; expected a list of lists of numbers"
-        ) from None
+    value = _read_vectors(arguments.file)
     body = value if isinstance(value, dict) else {"inputs": value}
     # Sent as JSON, not as an array: the service then reports a NaN by its index in the file.
     call: Call[Any] = Call(
@@ -325,6 +300,22 @@ def apply_set(client: Client, arguments: argparse.Namespace) -> Any:
     if not arguments.json:
         print(json.dumps(answer["outputs"]))
     return answer
+
+
+def _read_vectors(file: str | None) -> Any:
+    """Return the JSON value of a file, or of standard input for None and `-`."""
+    try:
+        return json.loads(
+            sys.stdin.read() if file in (None, "-") else Path(file).read_text("utf-8")
+        )
+    except FileNotFoundError:
+        raise UsageError(
+            f"there is no file {file}; name a JSON file, or none to read standard input"
+        ) from None
+    except ValueError as error:
+        raise UsageError(
+            f"the vectors are not JSON: {error}; expected a list of lists of numbers"
+        ) from None
 
 
 def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
@@ -341,7 +332,7 @@ def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
         raise UsageError(
             "--dtype, --architecture, --folded and --widen are for GGUF files; add --gguf"
         )
-    _check_output(arguments)
+    check_output(arguments)
     with ProgressLine() as line:
         pulled = (
             _pull_gguf(client, owner, name, arguments, line.update)
@@ -361,14 +352,6 @@ def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
             f"{wider}"
         )
     return pulled
-
-
-def _check_output(arguments: argparse.Namespace) -> None:
-    output = arguments.output
-    if arguments.gguf and output.is_dir():
-        raise UsageError(f"{output} is a folder; name a GGUF file, such as {output / 'model.gguf'}")
-    if not arguments.gguf and output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file; name a folder")
 
 
 def _pull_gguf(
@@ -394,10 +377,3 @@ def _pull_gguf(
         )
     except FileNotInModelError:
         raise UsageError(f"base {owner!r} is not a GGUF file; leave out --gguf") from None
-
-
-def set_name(name: str) -> str:
-    """Return `name`; raises UsageError unless it may be the name of a set."""
-    if not is_set_name(name):
-        raise UsageError(f"{name!r} is not a valid set name; it must match {SET_NAME_PATTERN}")
-    return name

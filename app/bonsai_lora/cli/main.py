@@ -24,6 +24,9 @@ _LOCAL = {
 }
 """Module, function that adds the arguments, and help of each command that needs no service."""
 
+_OF_COMMANDS = frozenset(("--url", "--uds", "--header", "--json", "--store", "--keys-file"))
+"""Flags that belong to a command, which people expect in front of it."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
@@ -39,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_local(commands, list(words[:1]))
     client.add_commands(commands)
     lab.add_commands(commands)
+    if words and words[0].partition("=")[0] in _OF_COMMANDS:
+        parser.error(f"put {words[0].partition('=')[0]} after the command")
     chosen = parser.parse_args(words)
     code: int = chosen.run(chosen)
     return code

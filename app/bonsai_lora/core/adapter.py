@@ -13,8 +13,12 @@ from bonsai_lora.core.kaiming import kaiming_uniform
 from bonsai_lora.core.merge import merge_rows
 from bonsai_lora.errors import ShapeMismatchError, UnsupportedAdapterError
 
-LayerKind = Literal["linear", "embedding", "conv1d"]
-"""linear: the base weight is (d_out, d_in); embedding, conv1d: it is stored (d_in, d_out)."""
+LayerKind = Literal["linear", "embedding", "conv1d", "exchanged"]
+"""linear: the base weight is (d_out, d_in); embedding, conv1d: it is stored (d_in, d_out).
+
+exchanged: fused experts, stored (E, d_in, d_out), whose A is (E * r, d_out) and B (d_in, r * E), as
+peft 0.19 and later save them for classes that it does not know to store them so (Llama 4).
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,23 +73,26 @@ class LoraAdapter:
     @cached_property
     def d_in(self) -> int:
         """Width of the inputs."""
-        return int(self.a_matrix.shape[1])
+        return len(self.b_matrix) if self.layer == "exchanged" else int(self.a_matrix.shape[1])
 
     @cached_property
     def d_out(self) -> int:
         """Width of the outputs."""
-        return int(self.b_matrix.shape[0])
+        return int(self.a_matrix.shape[1]) if self.layer == "exchanged" else len(self.b_matrix)
 
     @cached_property
     def each_expert(self) -> "tuple[LoraAdapter, ...]":
         """One adapter per expert, as views; the adapter itself if it has no experts."""
         if self.experts is None:
             return (self,)
-        rows = self.a_matrix.reshape(self.experts, self.rank, self.d_in)
-        columns = self.b_matrix.reshape(self.d_out, self.rank, self.experts)
+        rows = self.a_matrix.reshape(self.experts, self.rank, -1)
+        columns = self.b_matrix.reshape(-1, self.rank, self.experts).transpose(2, 0, 1)
+        if self.layer != "exchanged":
+            pairs = zip(rows, columns, strict=True)
+            return tuple(replace(self, a_matrix=a, b_matrix=b, experts=None) for a, b in pairs)
         return tuple(
-            replace(self, a_matrix=rows[one], b_matrix=columns[:, :, one], experts=None)
-            for one in range(self.experts)
+            replace(self, a_matrix=b.T, b_matrix=a.T, layer="conv1d", experts=None)
+            for a, b in zip(rows, columns, strict=True)
         )
 
     @cached_property
@@ -208,3 +215,14 @@ def check_factors(a_matrix: Array, b_matrix: Array) -> None:
             got=[list(a_matrix.shape), list(b_matrix.shape)],
             expected=[["r", "d_in"], ["d_out", "r"]],
         )
+
+
+def are_tied(head: LoraAdapter, embedding: LoraAdapter) -> bool:
+    """Return whether the delta of a linear head is that of an embedding, whose weight it shares."""
+    return (
+        (head.layer, embedding.layer) == ("linear", "embedding")
+        and head.scaling == embedding.scaling
+        and all(one is None for one in (head.bias, head.magnitude, embedding.magnitude))
+        and np.array_equal(head.a_matrix, embedding.b_matrix.T)
+        and np.array_equal(head.b_matrix, embedding.a_matrix.T)
+    )

@@ -6,7 +6,7 @@ are rounded to float32 once.
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from operator import add
 
@@ -134,7 +134,8 @@ def _combine_experts(
 
 def _slots(adapters: Sequence[LoraAdapter | None], weights: Sequence[float]) -> list[Slot]:
     """Return the terms of each expert; of an ordinary module, one slot."""
-    each = [None if one is None else one.each_expert for one in adapters]
+    # Exchanged factors stay so: they are combined as they are stored.
+    each = [None if one is None else replace(one, layer="linear").each_expert for one in adapters]
     count = max(len(one) for one in each if one is not None)
     return [
         [

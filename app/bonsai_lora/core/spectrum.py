@@ -58,7 +58,7 @@ def _doubles(adapter: LoraAdapter) -> tuple[Values, Values]:
     a_matrix, b_matrix = doubles(adapter.a_matrix), doubles(adapter.b_matrix)
     if adapter.experts is None:
         return a_matrix, b_matrix
-    columns = b_matrix.reshape(adapter.d_out, adapter.rank, adapter.experts)
+    columns = b_matrix.reshape(-1, adapter.rank, adapter.experts)
     return a_matrix.reshape(adapter.experts, adapter.rank, -1), columns.transpose(2, 0, 1)
 
 

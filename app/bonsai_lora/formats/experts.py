@@ -21,6 +21,7 @@ LAYOUT_FIELD = "lora_B_layout"
 """Field in which newer versions of unsloth record the column order of B."""
 FIRST_RIGHT_VERSION = "0.19.0"
 """First peft version that reads (E, out, in) parameters correctly."""
+_RIGHT = (0, 19)
 
 _INNER = ".base_layer"
 _ORDER = ("gate_up_proj", "gate_proj", "up_proj", "input_linear", "down_proj", "output_linear")
@@ -108,8 +109,18 @@ def is_swapped(raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, int]]) ->
         is_wrong = a_out == b_in and a_in == 2 * b_out
         if is_right != is_wrong:
             return is_wrong
+    version = _version(raw)
+    return version is not None and version < _RIGHT
+
+
+def is_kept_swapped(raw: Mapping[str, Any]) -> bool:
+    """Return whether exchanged A and B are right, because the class stores (E, in, out)."""
+    return (_version(raw) or (0, 0)) >= _RIGHT
+
+
+def _version(raw: Mapping[str, Any]) -> tuple[int, int] | None:
     version = _VERSION.match(str(raw.get("peft_version") or ""))
-    return version is not None and (int(version[1]), int(version[2])) < (0, 19)
+    return None if version is None else (int(version[1]), int(version[2]))
 
 
 def swapped(a_matrix: Array, b_matrix: Array, experts: int) -> tuple[Array, Array]:

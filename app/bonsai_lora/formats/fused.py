@@ -12,6 +12,7 @@ from bonsai_lora.formats.experts import (
     FIRST_RIGHT_VERSION,
     LAYOUT_FIELD,
     ExpertLayout,
+    is_kept_swapped,
     is_swapped,
     layout_of,
     may_be_grouped,
@@ -122,8 +123,11 @@ def in_one_layout(
     changed: dict[str, LoraAdapter] = {}
     if layout == "grouped_by_expert":
         changed = {module: _regrouped(one) for module, one in fused.items()}
-    old = _old_ones(raw, parameters, fused)
-    changed |= {module: _turned(changed.get(module, fused[module])) for module in old}
+    exchanged = _exchanged_ones(raw, parameters, fused)
+    old = [] if is_kept_swapped(raw) else exchanged
+    for module in exchanged:
+        one = changed.get(module, fused[module])
+        changed[module] = _turned(one) if old else replace(one, layer="exchanged")
     config = dict(raw)
     if changed and (asked or LAYOUT_FIELD in raw):
         config[LAYOUT_FIELD] = "rank_major"
@@ -132,7 +136,7 @@ def in_one_layout(
     return OneLayout(changed, config, _warnings(raw, fused, asked, has_old=bool(old)))
 
 
-def _old_ones(
+def _exchanged_ones(
     raw: Mapping[str, Any], parameters: Mapping[str, str], fused: Mapping[str, LoraAdapter]
 ) -> list[str]:
     """Return the modules whose A and B are exchanged."""

@@ -69,7 +69,7 @@ def decode_adapter(
         check_no_other_method(tensors)
         raise _no_adapter(tensors)
     parameters = config.options.parameters_of(keys.modules)
-    _check_targets(config, keys.modules.keys() - parameters.keys())
+    _check_targets(config, keys.modules.keys() - parameters.keys(), keys, tensors)
     replaced, ignored = _replacements(config, keys)
     _check_token_rows(config, {one: tensors[key] for one, key in replaced.items()})
     canonical = _canonical_names(keys, replaced)
@@ -170,8 +170,12 @@ def _no_adapter(keys: Iterable[str]) -> InvalidAdapterError:
     )
 
 
-def _check_targets(config: PeftConfig, modules: Iterable[str]) -> None:
+def _check_targets(
+    config: PeftConfig, modules: Iterable[str], keys: Keys, tensors: Mapping[str, Array]
+) -> None:
     stray = [module for module in modules if not config.targets(module)]
+    if stray and config.raw.get("ensure_weight_tying"):
+        stray = [module for module in stray if not _is_tied(keys, module, tensors)]
     if stray:
         raise InvalidAdapterError(
             f"target_modules, exclude_modules and layers_to_transform do not select "
@@ -179,6 +183,17 @@ def _check_targets(config: PeftConfig, modules: Iterable[str]) -> None:
             f"{', '.join(stray[:8])}; correct the configuration",
             modules=stray[:64],
         )
+
+
+def _is_tied(keys: Keys, module: str, tensors: Mapping[str, Array]) -> bool:
+    """Return whether peft saved A and B of an embedding once more, transposed, for `module`."""
+    own = keys.modules[module]
+    return own.keys() == {"A", "B"} and any(
+        {"embedding_A", "embedding_B"} <= other.keys()
+        and np.array_equal(tensors[own["A"]], tensors[other["embedding_B"]].T)
+        and np.array_equal(tensors[own["B"]], tensors[other["embedding_A"]].T)
+        for other in keys.modules.values()
+    )
 
 
 def _decode_module(

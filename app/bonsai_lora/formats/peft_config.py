@@ -19,6 +19,7 @@ from bonsai_lora.formats.names import endings
 from bonsai_lora.formats.peft_fields import FIELDS
 from bonsai_lora.formats.peft_options import BaseOptions
 from bonsai_lora.formats.peft_patterns import STEPS_PER_LOOKUP, Choice, Steps, choose
+from bonsai_lora.validation import as_written
 
 CONFIG_FILE = "adapter_config.json"
 MODEL_FILE = "adapter_model.safetensors"
@@ -58,7 +59,7 @@ class PeftConfig:
         rank = self.raw.get("r", 8)
         if type(rank) is not int or rank < 1:
             raise InvalidAdapterError(
-                f"r is {_written(rank)}, but r must be a positive integer; send the "
+                f"r is {as_written(rank)}, but r must be a positive integer; send the "
                 "adapter_config.json that was saved with the weights",
                 field="r",
             )
@@ -243,7 +244,7 @@ def parse_config(raw: bytes) -> dict[str, Any]:
         ) from None
     if not isinstance(value, dict):
         raise InvalidAdapterError(
-            f"adapter_config.json is {_written(value)}; expected an object, with the file's fields"
+            f"adapter_config.json is {as_written(value)}; expected an object with PEFT's fields"
         )
     return value
 
@@ -263,7 +264,7 @@ def _check_supported(raw: Mapping[str, Any]) -> None:
     kind = raw["peft_type"]
     if kind != "LORA":
         raise UnsupportedAdapterError(
-            f"peft_type is {_written(kind)}; expected LORA, the type that LoraConfig trains",
+            f"peft_type is {as_written(kind)}; expected LORA, the type that LoraConfig trains",
             got=str(kind)[:100],
         )
     for name, field in FIELDS.items():
@@ -305,12 +306,7 @@ def _check_start(init: Any) -> None:
 
 
 def _invalid(field: str, value: Any, expected: str) -> InvalidAdapterError:
-    return InvalidAdapterError(f"{field} is {_written(value)}; expected {expected}", field=field)
-
-
-def _written(value: Any) -> str:
-    """Return a value of the file as JSON, cut to a length that an error can show."""
-    return json.dumps(value, ensure_ascii=False)[:200]
+    return InvalidAdapterError(f"{field} is {as_written(value)}; expected {expected}", field=field)
 
 
 def _strings(raw: Mapping[str, Any], name: str) -> list[str]:
@@ -329,7 +325,7 @@ def _number(value: Any, name: str) -> float:
 def _positive(value: Any) -> int:
     if type(value) is not int or value < 1:
         raise InvalidAdapterError(
-            f"rank_pattern has the value {_written(value)}; expected positive integers",
+            f"rank_pattern has the value {as_written(value)}; expected positive integers",
             field="rank_pattern",
         )
     return value

@@ -79,7 +79,9 @@ FIELDS: Mapping[str, Field] = {
     ),
     "use_bdlora": Field("refused", "block-diagonal factors have a different shape"),
     "arrow_config": Field("refused", "a router over several adapters is not one delta"),
-    "ensure_weight_tying": Field("ignored", "tied tensors are compared when merging"),
+    "ensure_weight_tying": Field(
+        "honored", "a head may have the embedding's adapter, transposed; a tied base adds it once"
+    ),
     "kasa_config": Field("refused", "KaSA truncates the base weights and adds a diagonal"),
     "velora_config": Field("ignored", "training only: A and B are those of plain LoRA"),
     "monteclora_config": Field("ignored", "training only: A and B are those of plain LoRA"),

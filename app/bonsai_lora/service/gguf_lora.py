@@ -13,6 +13,7 @@ from bonsai_lora.checkpoints.safetensors_base import SafetensorsBase
 from bonsai_lora.core.shapes import MODELS
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError
 from bonsai_lora.formats import peft
+from bonsai_lora.formats.foreign import check_gguf_start
 from bonsai_lora.formats.gguf import read_header, reader_of
 from bonsai_lora.formats.gguf_lora import (
     BASE_NAME_KEY,
@@ -26,7 +27,7 @@ from bonsai_lora.formats.gguf_names import ARCHITECTURES, Heads, to_gguf
 from bonsai_lora.formats.names import base_names, check_set_name
 from bonsai_lora.formats.peft_config import PeftConfig
 from bonsai_lora.formats.peft_options import BaseOptions
-from bonsai_lora.service.sets import Imported, Precondition, store_import
+from bonsai_lora.service.sets import AS_SENT, Imported, ImportOptions, Precondition, store_import
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.setfile import Source, StoredSet
 from bonsai_lora.storage.upload import WholeUpload
@@ -70,19 +71,19 @@ def import_gguf(
     upload: WholeUpload,
     reserve: Callable[[int], None],
     precondition: Precondition,
-    *,
-    base_model_name: str | None = None,
-    architecture: str | None = None,
+    options: ImportOptions = AS_SENT,
     source: Source | None = None,
 ) -> Imported:
     """Create or replace a set from a GGUF LoRA.
 
-    `reserve` counts memory before it is taken. `base_model_name` replaces the name in the file,
-    `architecture` the file's own. Raises the errors of `read_header`, `reserve`, `decode_lora`,
-    `peft.decode_adapter` and `store_import`, and then changes nothing.
+    `reserve` counts memory before it is taken. Raises the errors of `check_gguf_start`,
+    `read_header`, `reserve`, `decode_lora`, `peft.decode_adapter` and `store_import`, and then
+    changes nothing.
     """
     check_set_name(name)
+    architecture = options.architecture
     content = upload.finish()
+    check_gguf_start(content)
     read = reader_of(content)
     header = read_header(read, len(content), limit=store.limits.max_header_bytes)
     check_is_lora(header)
@@ -90,7 +91,8 @@ def import_gguf(
     store.limits.check_modules(count_modules(header))
     store.check_budget(name, float32_bytes(header))
     reserve(copied_bytes(header, architecture))
-    named = header.get(BASE_NAME_KEY) if base_model_name is None else base_model_name
+    own_name = header.get(BASE_NAME_KEY)
+    named = own_name if options.base_model_name is None else options.base_model_name
     base = named if isinstance(named, str) else ""
     model = _model_of(bases.find(base), base)
     found = decode_lora(header, read, architecture, None if model is None else model.heads)

@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from bonsai_lora.errors import BusyError
-from bonsai_lora.formats.experts import ExpertLayout
 from bonsai_lora.formats.foreign import check_config_start
 from bonsai_lora.formats.peft_config import CONFIG_BYTES, CONFIG_FILE, MODEL_FILE
-from bonsai_lora.service import sets
 from bonsai_lora.service.budget import Budget, Reservation
-from bonsai_lora.service.sets import Imported, Precondition
+from bonsai_lora.service.sets import AS_SENT, Imported, ImportOptions, Precondition, import_adapter
 from bonsai_lora.service.view import SetView
 from bonsai_lora.sources import folder, web
 from bonsai_lora.sources.origins import Origin, Reference, find
@@ -31,6 +29,8 @@ class Origins:
 
     by_name: Mapping[str, Origin]
     stall_seconds: float
+    disk: Budget
+    """Counts the bytes of pulls before they are written."""
     _places: threading.BoundedSemaphore = field(
         default_factory=partial(threading.BoundedSemaphore, _PULLS)
     )
@@ -50,20 +50,17 @@ class Origins:
 
 def pull_set(
     store: SetView,
-    disk: Budget,
     origins: Origins,
     name: str,
     reference: str,
     precondition: Precondition,
-    *,
-    base_model_name: str | None = None,
-    expert_layout: ExpertLayout | None = None,
+    options: ImportOptions = AS_SENT,
 ) -> Imported:
     """Create or replace a set from an adapter in an origin: of one commit, if the origin has them.
 
-    If the stored version came from the same one, or the same files, nothing changes. `disk` counts
-    bytes before they are written. Raises the errors of `find`, `web.fetch`, `s3.pin`, `folder.read`
-    and `sets.import_adapter`, BusyError, and then changes nothing.
+    If the stored version came from the same one, or the same files, nothing changes. Raises the
+    errors of `find`, `web.fetch`, `s3.pin`, `folder.read` and `import_adapter`, BusyError, and then
+    changes nothing.
     """
     store.check_name(name)
     found = find(origins.by_name, reference)
@@ -75,20 +72,12 @@ def pull_set(
         if pinned.revision is not None and source is not None and source.reference == reference:
             precondition(present)
             return Imported.unchanged(store.read(name))
-        with store.new_file() as file, Reservation(disk) as reserved:
+        with store.new_file() as file, Reservation(origins.disk) as reserved:
             upload = Upload(file, store.limits.max_header_bytes)
             limit = store.limits.max_upload_bytes
             config, digest = _receive(origins, pinned, upload, limit, reserved)
-            return sets.import_adapter(
-                store,
-                name,
-                config,
-                upload,
-                precondition,
-                base_model_name=base_model_name,
-                expert_layout=expert_layout,
-                source=Source(reference, digest),
-            )
+            source = Source(reference, digest)
+            return import_adapter(store, name, config, upload, precondition, options, source)
 
 
 def _pin(origins: Origins, found: Reference) -> Reference:

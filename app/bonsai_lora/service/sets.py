@@ -31,6 +31,21 @@ _BASE_FIELD = "base_model_name_or_path"
 
 
 @dataclass(frozen=True, slots=True)
+class ImportOptions:
+    """What a caller says of an upload; None is what its files say."""
+
+    base_model_name: str | None = None
+    expert_b_layout: ExpertLayout | None = None
+    """Column order of B for fused experts."""
+    architecture: str | None = None
+    """The `general.architecture` whose tensor names a GGUF LoRA has."""
+
+
+AS_SENT = ImportOptions()
+"""Nothing: an upload is imported as its files say."""
+
+
+@dataclass(frozen=True, slots=True)
 class Imported:
     """A set made from an upload, and the report of the import."""
 
@@ -90,16 +105,13 @@ def import_adapter(
     raw_config: bytes,
     upload: Upload,
     precondition: Precondition,
-    *,
-    base_model_name: str | None = None,
-    expert_layout: ExpertLayout | None = None,
+    options: ImportOptions = AS_SENT,
     source: Source | None = None,
 ) -> Imported:
     """Create or replace a set from a PEFT or MLX adapter: its configuration and safetensors file.
 
-    `base_model_name` replaces the name in the configuration; `expert_layout` overrides the column
-    order of B for fused experts. Raises the errors of `peft.decode_adapter`, `mlx.decode_mlx`,
-    `Upload.finish` and `store_import`, and InvalidNameError, and then changes nothing.
+    Raises the errors of `peft.decode_adapter`, `mlx.decode_mlx`, `Upload.finish` and
+    `store_import`, and InvalidNameError, and then changes nothing.
     """
     check_set_name(name)
     raw = parse_config(raw_config)
@@ -109,9 +121,9 @@ def import_adapter(
     is_mlx = mlx.is_mlx(raw, tensors)
     if is_mlx:
         raw, tensors = mlx.decode_mlx(raw, tensors)
-    if base_model_name is not None:
-        raw = {**raw, _BASE_FIELD: base_model_name}
-    adapter = peft.decode_adapter(PeftConfig(raw), tensors, name, expert_layout)
+    if options.base_model_name is not None:
+        raw = {**raw, _BASE_FIELD: options.base_model_name}
+    adapter = peft.decode_adapter(PeftConfig(raw), tensors, name, options.expert_b_layout)
     origin = "mlx" if is_mlx else "peft"
     kept = received if adapter.is_as_it_came and not is_mlx else None
     return store_import(store, adapter, origin, precondition, received=kept, source=source)

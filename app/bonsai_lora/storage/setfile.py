@@ -7,7 +7,6 @@ first entry of the header, so that listing sets reads only a few kilobytes of ea
 import json
 import os
 import re
-import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from bonsai_lora.formats.mapped import map_file
 from bonsai_lora.formats.peft import set_tensors
 from bonsai_lora.formats.peft_keys import group_keys
 from bonsai_lora.formats.text import is_unicode
+from bonsai_lora.validation import as_written
 
 RECORD_FORMAT = 1
 """The record format that is written and the newest that can be read; the default if missing.
@@ -206,7 +206,7 @@ def _open_set(mapped: memoryview, header: safetensors.Header, record: SetRecord)
         is_valid = _is_finite(alpha) and _is_finite(scaling) and layer in get_args(LayerKind)
         if not is_valid or not (experts is None or (type(experts) is int and experts > 0)):
             raise MalformedSafetensorsError(
-                f"module {module!r} has {reprlib.repr([alpha, scaling, layer, *more])}; expected "
+                f"module {module!r} has {as_written([alpha, scaling, layer, *more])}; expected "
                 "alpha, scaling, the kind of layer and a number of experts, if it has any"
             )
         parts = modules[module]
@@ -300,7 +300,7 @@ def _check_types(
         value = fields.get(name)
         if type(value) not in kinds or not _is_usable(name, value):
             raise MalformedSafetensorsError(
-                f"{path.name} has a record whose {name} is {reprlib.repr(value)}"
+                f"{path.name} has a record whose {name} is {as_written(value)}"
             )
 
 

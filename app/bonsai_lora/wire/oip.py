@@ -16,7 +16,7 @@ import numpy as np
 from bonsai_lora.core.cast import Array, Floats
 from bonsai_lora.errors import InvalidRequestError, MalformedBodyError, ShapeMismatchError, counted
 from bonsai_lora.formats.safetensors import as_bytes
-from bonsai_lora.validation import brief
+from bonsai_lora.validation import as_written
 from bonsai_lora.wire import json
 from bonsai_lora.wire.buffers import Buffer
 from bonsai_lora.wire.stacks import decode_weight
@@ -277,7 +277,7 @@ def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
         raise InvalidRequestError(
-            f"the parameter '{name}' is {brief(value)}; expected true or false", field=name
+            f"the parameter '{name}' is {as_written(value)}; expected true or false", field=name
         )
     return value
 
@@ -285,7 +285,8 @@ def _flag(parameters: Mapping[str, Any], name: str, *, default: bool) -> bool:
 def _size(value: Any, what: str, name: str) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise InvalidRequestError(
-            f"the parameter '{what}' of '{name}' is {brief(value)}; expected a number of bytes",
+            f"the parameter '{what}' of '{name}' is {as_written(value)}; expected a number of "
+            "bytes",
             field=name,
         )
     return value
@@ -295,7 +296,7 @@ def _string(value: Any, what: str) -> str:
     if value is None:
         raise InvalidRequestError(f"{what} is missing; add it")
     if not isinstance(value, str):
-        raise InvalidRequestError(f"{what} is {brief(value)}; expected a string")
+        raise InvalidRequestError(f"{what} is {as_written(value)}; expected a string")
     return value
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bonsai_lora.errors import InvalidRequestError
-from bonsai_lora.validation import brief
+from bonsai_lora.validation import as_written
 from bonsai_lora.wire import json
 
 SETS = "sets"
@@ -56,7 +56,7 @@ def decode_stack(value: Any, where: str) -> Stack:
     """
     if not isinstance(value, list) or len(value) > MAX_STACK:
         raise InvalidRequestError(
-            f"{where} is {brief(value)}; expected a list of at most {MAX_STACK} objects "
+            f"{where} is {as_written(value)}; expected a list of at most {MAX_STACK} objects "
             '{"set": name, "weight": number}, or names of sets',
             field=where,
         )
@@ -73,7 +73,7 @@ def _decode_weighted(value: Any, where: str) -> tuple[str, float]:
         return value, 1.0
     if not isinstance(value, dict) or "set" not in value:
         raise InvalidRequestError(
-            f"{where} is {brief(value)}; expected the name of a set, or "
+            f"{where} is {as_written(value)}; expected the name of a set, or "
             '{"set": name, "weight": number}',
             field=where,
         )
@@ -86,7 +86,7 @@ def _decode_weighted(value: Any, where: str) -> tuple[str, float]:
     name, weight = value["set"], value.get("weight", 1.0)
     if not isinstance(name, str):
         raise InvalidRequestError(
-            f"{where}.set is {brief(name)}; expected the name of a set", field=where
+            f"{where}.set is {as_written(name)}; expected the name of a set", field=where
         )
     return name, decode_weight(weight, f"{where}.weight")
 
@@ -95,7 +95,8 @@ def decode_weight(value: Any, where: str) -> float:
     """Return a number from -MAX_SCALE to MAX_SCALE; raises InvalidRequestError for others."""
     if type(value) not in (int, float) or not abs(value) <= MAX_SCALE:
         raise InvalidRequestError(
-            f"{where} is {brief(value)}; expected a number from -{MAX_SCALE:g} to {MAX_SCALE:g}",
+            f"{where} is {as_written(value)}; expected a number from -{MAX_SCALE:g} to "
+            f"{MAX_SCALE:g}",
             field=where,
         )
     return float(value)

@@ -15,7 +15,7 @@ from bonsai_lora.errors import (
     ShapeMismatchError,
     counted,
 )
-from bonsai_lora.validation import brief
+from bonsai_lora.validation import as_written
 from bonsai_lora.wire import binary, json
 from bonsai_lora.wire.binary import EXPERTS
 from bonsai_lora.wire.buffers import Buffer
@@ -174,7 +174,7 @@ def decode_mixed(
 
 
 def _shown(value: Any) -> str:
-    return "missing" if value is None else brief(value)
+    return "missing" if value is None else as_written(value)
 
 
 def decode_experts(value: Any) -> Integers | None:
@@ -183,7 +183,8 @@ def decode_experts(value: Any) -> Integers | None:
         return None
     if not isinstance(value, list) or not all(type(one) is int for one in value):
         raise InvalidRequestError(
-            f"{EXPERTS!r} is {brief(value)}; expected a list with the number of an expert per row",
+            f"{EXPERTS!r} is {as_written(value)}; expected a list with the number of an expert "
+            "per row",
             field=EXPERTS,
         )
     try:
@@ -191,7 +192,7 @@ def decode_experts(value: Any) -> Integers | None:
         return np.fromiter((one for one in value), np.int64, len(value))
     except OverflowError:
         raise InvalidRequestError(
-            f"{EXPERTS!r} is {brief(value)}, with numbers beyond 64 bits; send the numbers "
+            f"{EXPERTS!r} is {as_written(value)}, with numbers beyond 64 bits; send the numbers "
             "of experts",
             field=EXPERTS,
         ) from None

@@ -112,13 +112,7 @@ async def _load(request: Request, context: Context) -> _Load:
                 )
 
         await context.long.run(
-            pull_set,
-            context.store,
-            context.spill,
-            context.origins,
-            wanted.lora_name,
-            wanted.lora_path,
-            check,
+            pull_set, context.store, context.origins, wanted.lora_name, wanted.lora_path, check
         )
     return wanted
 
