@@ -322,6 +322,8 @@ def test_what_cannot_be_read_is_named_without_a_number(run, tmp_path):
     missing = tmp_path / "x.json"
     assert run("apply", "plain", "q_proj", missing) == (
         *(2, ""),
-        f"bonsai-lora: there is no file {missing}; name a JSON file, or none to read standard "
-        "input\n",
+        (
+            f"bonsai-lora: there is no file {missing}; name a JSON file, or none to read "
+            "standard input\n"
+        ),
     )

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from bonsai_lora.client.answers import Applied, AppliedMany, Inferred, Row
 from bonsai_lora.client.call import BLOCK_BYTES, weighted
+from bonsai_lora.errors import InvalidRequestError
 from bonsai_lora.wire import requests
 
 Array = npt.NDArray[Any]
@@ -62,7 +63,12 @@ def stack_of(sets: Mapping[str, float] | None) -> dict[str, Any]:
 
 
 def rows_of(sets: Sequence[Row]) -> list[Any]:
-    """Return the JSON value of what each row goes through."""
+    """Return the JSON value of what each row goes through; raises InvalidRequestError."""
+    if isinstance(sets, str | Mapping):
+        raise InvalidRequestError(
+            f"sets is a {type(sets).__name__}; expected a list with an entry per row",
+            field="sets",
+        )
     return [requests.encode_row(row) for row in sets]
 
 
