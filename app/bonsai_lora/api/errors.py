@@ -253,9 +253,11 @@ _REMEDIES = (
     ("/v1/v1/", "remove one /v1"),
     ("/v1/completions", _OF_AN_ENGINE),
     ("/v1/chat/completions", _OF_AN_ENGINE),
-    ("/api/models/", "name a repository as BASE/SET, adapters/SET or bases/BASE"),
+    ("/api/repos/delete", "use DELETE /v1/sets/{set}"),
 )
 """What to do about paths that people expect, by how they begin."""
+_NO_OWNER = re.compile(r"/api/models/[^/]*(?:$|/(?:preupload|revision|tree|commits?|paths-info)/)")
+_OF_REPOSITORIES = "name a repository as BASE/SET, adapters/SET or bases/BASE"
 
 
 def _remedy(path: str) -> str:
@@ -265,7 +267,7 @@ def _remedy(path: str) -> str:
     for start, remedy in _REMEDIES:
         if path.startswith(start):
             return remedy
-    return "see /docs for all paths"
+    return _OF_REPOSITORIES if _NO_OWNER.match(path) else "see /docs for all paths"
 
 
 _SHOWN = 3

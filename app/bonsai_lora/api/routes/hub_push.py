@@ -31,6 +31,7 @@ from bonsai_lora.storage.upload import Upload
 
 router = APIRouter(include_in_schema=False)
 
+_STORED = (CONFIG_FILE, MODEL_FILE)
 _SILENT = ("README.md", ".gitattributes", ".gitignore")
 """Files of every pushed folder, whose absence surprises nobody."""
 _LFS_ORIGIN = "origin/lfs"
@@ -94,19 +95,16 @@ async def preupload(
     for file in wanted.files:
         if file.path == MODEL_FILE:
             check_length(file.size, context.limits.max_upload_bytes)
-    known = (CONFIG_FILE, MODEL_FILE)
     special = {MODEL_FILE: "lfs"} if _asks_for_lfs(request) else {}
     modes = [
         {
             "path": one.path,
             "uploadMode": special.get(one.path, "regular"),
-            "shouldIgnore": one.path not in known,
+            "shouldIgnore": one.path not in _STORED,
         }
         for one in wanted.files
     ]
-    ignored = [one.path for one in wanted.files if one.path not in (*known, *_SILENT)]
-    text = f"a set has two files; not stored: {', '.join(ignored[:8])}"
-    return _json({"files": modes}, _warnings(f"{owner}/{name} files", [text] if ignored else []))
+    return _json({"files": modes}, _about_ignored(f"{owner}/{name}", wanted.files))
 
 
 @router.post("/api/models/{owner}/{name}/commit/{revision}")
@@ -155,6 +153,20 @@ def check_target(context: Context, owner: str, name: str, revision: str = "main"
             field="revision",
         )
     context.store.check_name(name)
+
+
+def _about_ignored(repository: str, files: Iterable[_File]) -> list[tuple[str, str]]:
+    """Return the headers that warn of files that are not stored."""
+    paths = [one.path for one in files]
+    ignored = [path for path in paths if path not in (*_STORED, *_SILENT)]
+    if not ignored:
+        return []
+    named = ", ".join(ignored[:8])
+    if any(path in _STORED for path in paths):
+        return _warnings(f"{repository} files", [f"a set has two files; not stored: {named}"])
+    # huggingface_hub makes no commit then, and reports success.
+    text = f"push a folder with {' and '.join(_STORED)} in it; none of these is stored: {named}"
+    return _warnings(f"{repository} nothing", [text])
 
 
 def _asks_for_lfs(request: Request) -> bool:
