@@ -170,7 +170,7 @@ def authenticator_with_a_key(app) -> tuple[Authenticator, bytes]:
 
 def read_json(text: bytes) -> None:
     fields = json.decode_object(text, frozenset({"inputs"}))
-    json.decode_tensor(fields["inputs"], "inputs", json.Text(text))
+    json.decode_tensor(fields["inputs"], "inputs")
 
 
 def main() -> None:

@@ -19,6 +19,10 @@ def one_of(names: Sequence[str]) -> str:
     return ", ".join(names) if len(names) == 1 else f"one of {', '.join(names)}"
 
 
+BY_CODE: dict[str, type["BonsaiLoraError"]] = {}
+"""Classes by code; of those that share one, the first, which is the parent."""
+
+
 class BonsaiLoraError(Exception):
     """Base class: a stable `code`, a text for people, and the values that it is about."""
 
@@ -31,6 +35,7 @@ class BonsaiLoraError(Exception):
         """Set the code, by default the parent's, and the title."""
         cls.code = code or cls.code
         cls.title = title or cls.code.replace("_", " ").capitalize()
+        BY_CODE.setdefault(cls.code, cls)
 
     def __init__(self, detail: str, **values: Any) -> None:
         super().__init__(detail)

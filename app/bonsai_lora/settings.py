@@ -3,9 +3,11 @@
 import os
 import re
 import sys
+from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -287,8 +289,13 @@ class Settings(BaseSettings):
     @field_validator("store")
     @classmethod
     def _check_store(cls, value: str) -> str:
-        """Refuse an address that is no bucket's, which would be taken for the name of a folder."""
-        if _SCHEME.match(value) and value != "memory:" and not is_bucket(value):
+        """Refuse an address that is no bucket's, or that nothing here can connect to."""
+        if is_bucket(value):
+            if not urlsplit(value).netloc:
+                raise ValueError("it names no bucket; add it, as in s3://bucket/prefix")
+            if find_spec("obstore") is None:
+                raise ValueError("it needs obstore, which is not installed; pip install obstore")
+        elif _SCHEME.match(value) and value != "memory:":
             raise ValueError(
                 "expected a folder, or a bucket that starts with "
                 f"{', '.join(_BUCKETS[:-1])} or {_BUCKETS[-1]}"

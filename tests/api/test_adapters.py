@@ -95,6 +95,28 @@ def test_wrong_adapters_change_nothing(empty, store, body, status, code):
     assert snapshot(store) == before
 
 
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+@pytest.mark.parametrize(
+    ("value", "dtype", "words"),
+    [
+        (np.nan, np.float32, "has NaN or infinity"),
+        (-np.inf, ml_dtypes.bfloat16, "has NaN or infinity"),
+        (1.0, np.float64, "is F64; expected F32, F16 or BF16"),
+    ],
+)
+def test_weights_that_no_set_can_have_change_nothing(empty, store, half, value, dtype, words):
+    tensors = {"lora_A": np.ones((2, 5), np.float32), "lora_B": np.ones((3, 2), np.float32)}
+    tensors[half] = tensors[half].astype(dtype)
+    tensors[half][1, 1] = value
+    before = snapshot(store)
+    body, headers = safetensors.encode(tensors), {"Content-Type": BINARY}
+    answer = empty.put("/v1/sets/s/adapters/m", content=body, headers=headers)
+    problem = assert_problem(answer, 422, "invalid_adapter")
+    assert problem["detail"].startswith(f"{half} {words}")
+    assert problem["field"] == half
+    assert snapshot(store) == before
+
+
 @pytest.mark.parametrize("name", ["a..b", ".a", "a.", "x" * 257, "a b"])
 def test_wrong_module_names(empty, name):
     answer = empty.put(f"/v1/sets/s/adapters/{name}", json={"d_in": 1, "d_out": 1})

@@ -425,17 +425,21 @@ def test_the_hub_describes_a_repository(based):
     assert old.headers["x-error-code"] == "RevisionNotFound"
 
 
+@pytest.mark.parametrize("tower", ["", "text."])
 @pytest.mark.parametrize("is_transposed", [True, False])
-def test_dora_norms_are_of_the_weight_as_its_base_stores_it(based, tmp_path, rng, is_transposed):
+def test_dora_norms_are_of_the_weight_as_its_base_stores_it(
+    based, tmp_path, rng, is_transposed, tower
+):
     """An oblong weight shows how the base stores a square one, (in, out) or (out, in)."""
     shapes = {"h.0.attn.c_proj": (6, 6), "h.0.mlp.c_fc": (6, 9)}
     weights = {module: rng.standard_normal((d_out, d_in)).astype(np.float32)
                for module, (d_in, d_out) in shapes.items()}  # fmt: skip
     stored = {
-        f"{module}.weight": np.ascontiguousarray(weight.T if is_transposed else weight)
+        f"{tower}{module}.weight": np.ascontiguousarray(weight.T if is_transposed else weight)
         for module, weight in weights.items()
     }
-    write_base(tmp_path / "bases" / "b", stored)
+    others = {f"audio.{module}.weight": weight for module, weight in weights.items() if tower}
+    write_base(tmp_path / "bases" / "b", stored | others)
     tensors, loras = {}, {}
     for module, (d_in, d_out) in shapes.items():
         tensors |= peft_tensors(rng, module, d_in=d_in, d_out=d_out)
@@ -450,7 +454,8 @@ def test_dora_norms_are_of_the_weight_as_its_base_stores_it(based, tmp_path, rng
     x = rng.standard_normal(6).astype(np.float32)
     for module, weight in weights.items():
         body = {"inputs": [x.tolist()], "base_outputs": [(weight @ x).tolist()]}
-        got = based.post(f"/v1/sets/d/adapters/{module}/apply", json=body).json()["outputs"]
+        path = f"/v1/sets/d/adapters/{module}/apply{'?match=text.' if tower else ''}"
+        got = based.post(path, json=body).json()["outputs"]
         expected = reference.adds(loras[module], x, weights=weight)
         assert reference.relative_error(np.array(got[0]), expected) < 1e-6
 

@@ -98,6 +98,7 @@ def test_a_set_is_a_model(server):
     assert server.get_model_metadata("plain", "1") == model
     config = server.get_model_config("plain", "1")
     assert (config["name"], config["max_batch_size"]) == ("plain", 0)
+    assert config["version_policy"] == {"latest": {"num_versions": 1}}
     assert {one["name"] for one in config["input"]} == inputs.keys()
     assert {"name": Q_PROJ, "data_type": "TYPE_FP32", "dims": [-1, 128], "label_filename": ""} in (
         config["output"]

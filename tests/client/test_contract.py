@@ -53,7 +53,7 @@ CALLS = [
     applying.apply_many("s", {"m": X}),
     applying.apply_mixed("m", ["s"], X),
     merging.merge("s", "m", X),
-    merging.merge_blocks("s", "m", [], "F32", unmerge=False),
+    merging.merge_stream("s", "m", [], dtype="F32"),
     stats.get_set_stats("s"),
     stats.get_stats(),
     stats.estimate(1, 1, 1, 1),
@@ -143,7 +143,7 @@ def test_every_operation_with_a_version_has_a_call_with_one():
         applying.apply("s", "m", X, version=3),
         applying.apply_many("s", {"m": X}, version=3),
         merging.merge("s", "m", X, version=3),
-        merging.merge_blocks("s", "m", [], "F32", unmerge=False, version=3),
+        merging.merge_stream("s", "m", [], dtype="F32", version=3),
         stats.get_set_stats("s", version=3),
         lab.get_spectrum("s", version=3),
         lab.start_spectrum("s", version=3),
@@ -172,7 +172,6 @@ HUB = {"get_repository", "list_repository", "resolve", "result_of"}
 @pytest.mark.parametrize("client", [bonsai_lora.Client, bonsai_lora.AsyncClient])
 def test_both_clients_have_every_call_with_its_docstring_and_parameters(client):
     made = {make.__name__: make for make in functions() if make.__name__ not in HUB}
-    made.pop("merge_blocks")  # behind merge_stream
     assert len(made) > 40
     for name, make in made.items():
         method = getattr(client, name)

@@ -78,9 +78,8 @@ def test_a_socket_answers_to_any_host_name(path, tmp_path, rng):
         assert client.post("/v1/sets", json={"name": "u"}, headers=page).status_code == 403
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_only_the_socket_is_served_and_it_is_removed_on_exit(path, tmp_path, rng, workers):
-    with serve(path, tmp_path / "s", "--workers", str(workers)) as (address, process):
+def test_only_the_socket_is_served_and_it_is_removed_on_exit(path, tmp_path, rng):
+    with serve(path, tmp_path / "s", "--workers", "2") as (address, process):
         assert address == f"unix:{path}"
         status = path.lstat()
         assert stat.S_ISSOCK(status.st_mode)
@@ -118,9 +117,8 @@ def listening_ports(pid):
     return ports
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_port_is_served_too_if_given(path, tmp_path, workers):
-    flags = ["--uds", str(path), "--workers", str(workers), "--store", str(tmp_path / "s")]
+def test_a_port_is_served_too_if_given(path, tmp_path):
+    flags = ["--uds", str(path), "--workers", "2", "--store", str(tmp_path / "s")]
     with running(*flags, port=None, BONSAI_LORA_PORT="0") as (address, process):
         url, _, rest = address.partition(" and ")
         assert rest == f"unix:{path}"
@@ -130,9 +128,8 @@ def test_a_port_is_served_too_if_given(path, tmp_path, workers):
         assert listening_ports(process.pid) == {int(url.rpartition(":")[2])}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_socket_of_a_killed_service_is_replaced(path, tmp_path, workers):
-    with serve(path, tmp_path / "s", "--workers", str(workers)) as (_, process):
+def test_the_socket_of_a_killed_service_is_replaced(path, tmp_path):
+    with serve(path, tmp_path / "s", "--workers", "2") as (_, process):
         process.kill()
         process.wait(timeout=20)
     assert stat.S_ISSOCK(path.lstat().st_mode)

@@ -11,11 +11,13 @@ from conftest import peft_config
 
 from bonsai_lora.errors import (
     BonsaiLoraError,
+    MalformedGgufError,
     MalformedMultipartError,
     MalformedSafetensorsError,
     UnsupportedAdapterError,
 )
-from bonsai_lora.formats.foreign import check_start
+from bonsai_lora.formats import safetensors
+from bonsai_lora.formats.foreign import check_gguf_start, check_start
 from bonsai_lora.formats.peft import decode_adapter
 from bonsai_lora.formats.peft_config import PeftConfig
 
@@ -55,17 +57,35 @@ def test_a_file_in_a_different_format_is_named(says):
     assert says in caught.value.detail
 
 
-@pytest.mark.parametrize("text", ["Entry not found\n", "Invalid username or password."])
-def test_a_server_s_refusal_that_was_saved_is_shown(text):
-    with pytest.raises(MalformedSafetensorsError) as caught:
-        check_start(text.encode())
-    assert f"is the text {text.strip()!r}, not a safetensors file; download" in caught.value.detail
+@pytest.mark.parametrize("line", [b"Entry not found\n", b"Invalid username or password.", b"x"])
+def test_a_line_of_text_is_shown(line):
+    for check, error in (
+        (check_start, MalformedSafetensorsError),
+        (check_gguf_start, MalformedGgufError),
+    ):
+        with pytest.raises(error, match="not a file; download it again") as caught:
+            check(line)
+        assert repr(line.strip().decode()) in caught.value.detail
 
 
 @pytest.mark.parametrize("path", [b"adapter_model.safetensors", b"./my run/a.bin\n", b"out/model"])
 def test_a_path_is_not_a_file(path):
     with pytest.raises(MalformedMultipartError, match="put @ before"):
         check_start(path)
+
+
+def test_what_is_sent_in_place_of_gguf_is_named():
+    for says, content in FILES.items():
+        if says != "GGUF":
+            with pytest.raises(UnsupportedAdapterError, match=r"^adapter_gguf is ") as caught:
+                check_gguf_start(content)
+            assert says in caught.value.detail
+    with pytest.raises(UnsupportedAdapterError, match="send it as the part adapter_model"):
+        check_gguf_start(safetensors.encode({"a": np.zeros(3, np.float32)}))
+    with pytest.raises(MalformedMultipartError, match="-F adapter_gguf=@"):
+        check_gguf_start(b"lora.gguf")
+    check_gguf_start(FILES["GGUF"])
+    check_gguf_start(bytes(100))  # left to its reader
 
 
 @pytest.mark.parametrize("length", [0x0280, 0x0580, 0x4280, 0x717D])

@@ -7,7 +7,8 @@
     python tests/mutants/all.py formats --list         show what no test detected, and is not accepted
 
 Works in .mutants/FOLDER, a copy of the tree whose source root is called src, as mutmut wants it.
-What was judged there stays judged until its code changes. A larger sample contains the smaller.
+What was detected there stays detected until its code changes; what was not is judged again after any
+change. A larger sample contains the smaller.
 
 Not changed: functions with decorators, code outside functions (mutmut cannot), and texts of
 refusals (UNTESTED below). accepted.toml lists changes that make no difference, and why.
@@ -172,16 +173,20 @@ def interval(killed, judged):
 
 
 def judge(folder, work, size, seed, processes, *, again):
-    """Judge the mutants of a sample (all if `size` is None) that have no verdict yet."""
+    """Judge the mutants of a sample (all if `size` is None) that no test has detected yet.
+
+    Those that were judged before, only after a change, or `again`.
+    """
     shutil.rmtree(work / "mutants" / "tests", ignore_errors=True)
-    if stage(folder):  # else mutmut asks only tests that reached the code as it was
+    is_changed = stage(folder)
+    if is_changed:  # else mutmut asks only tests that reached the code as it was
         (work / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
     # No mutant has this name: mutmut makes the mutants, learns which tests reach them, and stops.
     made = mutmut(work, "run", "none", capture_output=True, text=True)
     if "nothing matches" not in made.stderr:
         sys.exit(made.stdout + made.stderr)
     found = verdicts(work)
-    open_ = ["not checked", *UNDETECTED * again]
+    open_ = ["not checked", *UNDETECTED * (again or is_changed)]
     names = [one for one in sample(found, size, seed) if found[one] in open_]
     if not names:
         return

@@ -478,7 +478,7 @@ def test_writers_need_not_wait_while_files_are_read(tmp_path, monkeypatch):
 
     def read_row(one, name):
         path = tmp_path / "index-1" / "1.sqlite"
-        with contextlib.closing(sqlite3.connect(path, 0, isolation_level=None)) as other:
+        with contextlib.closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             free.append(name)
         return real(one, name)

@@ -23,7 +23,7 @@ import structlog
 from fastapi import FastAPI
 from prometheus_client.core import Metric
 from starlette.middleware.cors import CORSMiddleware
-from starlette.routing import BaseRoute, Route
+from starlette.routing import Route
 
 from bonsai_lora.api.auth import Authenticator, AuthMiddleware
 from bonsai_lora.api.context import Context
@@ -227,13 +227,13 @@ def create_default_app() -> FastAPI:
     return create_app(Settings())
 
 
-def _include_routes(app: FastAPI) -> list[BaseRoute]:
+def _include_routes(app: FastAPI) -> list[Route]:
     """Add all routes to `app`, and return them."""
     routes = [*(route for route in app.routes if isinstance(route, Route)), *ROUTES]
     app.router.routes.extend(ROUTER.routes)
     for route in routes:
-        for method in getattr(route, "methods", None) or ():
-            scope_of(method, getattr(route, "path", ""))  # raises KeyError for a forgotten one
+        for method in route.methods or ():
+            scope_of(method, route.path)  # raises KeyError for a forgotten one
     return routes
 
 

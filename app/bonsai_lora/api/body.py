@@ -106,11 +106,22 @@ def body_form(request: Request, accepted: Collection[Form]) -> Form:
     return parse_content_type(request.headers.get("content-type"), accepted)
 
 
+def header_of(request: Request, name: str) -> str | None:
+    """Return all values of a header, joined with commas; None if it is missing."""
+    lines = request.headers.getlist(name)
+    return ", ".join(lines) if lines else None
+
+
+def media_type(request: Request, default: str = "") -> str:
+    """Return the media type that Content-Type names, in lower case and without parameters."""
+    return request.headers.get("content-type", default).partition(";")[0].strip().lower()
+
+
 def check_media_type(request: Request, expected: str, what: str) -> None:
     """Raise UnsupportedMediaTypeError unless the body, called `what`, is of this type alone."""
     check_not_compressed(request)
-    header = request.headers.get("content-type", "")
-    if header.partition(";")[0].strip().lower() != expected:
+    if media_type(request) != expected:
+        header = request.headers.get("content-type", "")
         raise UnsupportedMediaTypeError(
             f"Content-Type is {header[:100]!r}; send {what} as {expected}",
             got=header[:100],
@@ -120,8 +131,7 @@ def check_media_type(request: Request, expected: str, what: str) -> None:
 
 def check_not_compressed(request: Request) -> None:
     """Raise UnsupportedMediaTypeError if the body is compressed."""
-    lines = request.headers.getlist("content-encoding")
-    check_coding(", ".join(lines) if lines else None)
+    check_coding(header_of(request, "content-encoding"))
 
 
 def check_coding(coding: str | None) -> None:

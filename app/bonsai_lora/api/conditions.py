@@ -2,6 +2,7 @@
 
 from fastapi import Request
 
+from bonsai_lora.api.body import header_of
 from bonsai_lora.errors import PreconditionFailedError
 from bonsai_lora.service.sets import Precondition
 from bonsai_lora.storage.setfile import SetRecord
@@ -9,8 +10,8 @@ from bonsai_lora.storage.setfile import SetRecord
 
 def precondition(request: Request) -> Precondition:
     """Return a function that checks the request's conditions before a change."""
-    if_match = _header(request, "if-match")
-    if_none_match = _header(request, "if-none-match")
+    if_match = header_of(request, "if-match")
+    if_none_match = header_of(request, "if-none-match")
 
     def check(present: SetRecord | None) -> None:
         etag = present.etag if present else None
@@ -38,14 +39,8 @@ def precondition(request: Request) -> Precondition:
 
 def not_modified(request: Request, etag: str) -> bool:
     """Return whether If-None-Match names `etag`, so that the response is 304."""
-    if_none_match = _header(request, "if-none-match")
+    if_none_match = header_of(request, "if-none-match")
     return if_none_match is not None and _matches(if_none_match, etag, weak=True)
-
-
-def _header(request: Request, name: str) -> str | None:
-    """Return all values of a header, joined with commas; None if it is missing."""
-    lines = request.headers.getlist(name)
-    return ", ".join(lines) if lines else None
 
 
 def _matches(header: str, etag: str | None, *, weak: bool) -> bool:

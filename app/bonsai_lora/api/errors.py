@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Match
+from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from bonsai_lora import errors
@@ -196,7 +196,7 @@ def _shortened(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def install_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+def install_error_handlers(app: FastAPI, routes: Sequence[Route]) -> None:
     """Make every error response of `app`, including the framework's own, a problem.
 
     `routes` are all routes of `app`; they determine which methods a path allows.
@@ -308,9 +308,9 @@ def _reason(error: Any) -> str:
     return f"is {as_written(error.get('input'))}; {expectation(error)}"
 
 
-def _allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> list[str]:
+def _allowed_methods(routes: Sequence[Route], scope: Scope) -> list[str]:
     methods: set[str] = set()
     for route in routes:
         if route.matches(scope)[0] is not Match.NONE:
-            methods |= getattr(route, "methods", None) or set()
+            methods |= route.methods or set()
     return sorted(methods)

@@ -11,6 +11,7 @@ from typing import Annotated
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from bonsai_lora.formats.identity import Identity, identity_of
 from bonsai_lora.formats.names import SET_NAME_PATTERN, is_set_name
 from bonsai_lora.service.keys import Key, KeyRing, Quota, Rates, Scope
 from bonsai_lora.validation import fault_in_file
@@ -177,9 +178,8 @@ class WatchedKeys:
         _log.info("read %d keys from %s", len(self.ring.keys), self._path)
         return True
 
-    def _identity(self) -> tuple[int, ...] | None:
+    def _identity(self) -> Identity | None:
         try:
-            found = self._path.stat()
+            return identity_of(self._path.stat())
         except OSError:
             return None
-        return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns, found.st_size

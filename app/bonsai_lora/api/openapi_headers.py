@@ -106,6 +106,8 @@ def _sent(status: str, responses: dict[str, Any]) -> Iterator[str]:
         yield "Retry-After"
     if status == "401":
         yield "WWW-Authenticate"
+    if status == "202":
+        yield from ("Location", "Preference-Applied")
     if status in ("200", "206", "304") and "304" in responses:
         yield "ETag"
     if status in ("200", "206", "304") and "206" in responses:

@@ -29,7 +29,9 @@ def refine_schemas(document: dict[str, Any]) -> None:
         for operation in item.values():
             for parameter in operation.get("parameters", ()):
                 _drop_null(parameter["schema"])
-    schemas["Problem"]["properties"]["code"]["x-extensible-enum"] = sorted(_codes())
+    schemas["Problem"]["properties"]["code"]["x-extensible-enum"] = sorted(
+        errors.BY_CODE.keys() - {errors.TooLargeError.code, errors.InvalidError.code}
+    )
 
 
 def _describe_default(field: dict[str, Any]) -> None:
@@ -69,10 +71,3 @@ def _references(part: Any) -> Iterator[str]:
     if isinstance(part, list):
         for one in part:
             yield from _references(one)
-
-
-def _codes(kind: type[errors.BonsaiLoraError] = errors.BonsaiLoraError) -> set[str]:
-    """Return the codes of all errors but those that only group others."""
-    grouping = (errors.BonsaiLoraError, errors.TooLargeError, errors.InvalidError)
-    codes = set() if kind in grouping else {kind.code}
-    return codes.union(*map(_codes, kind.__subclasses__()))

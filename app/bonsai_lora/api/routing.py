@@ -2,7 +2,6 @@
 
 from fastapi import APIRouter, Depends
 from fastapi.routing import APIRoute
-from starlette.routing import BaseRoute
 
 from bonsai_lora.api.context import get_context
 from bonsai_lora.api.query import refuse_unknown_query
@@ -73,17 +72,17 @@ _STRICT_ROUTERS = [
 Open Inference Protocol send additional ones."""
 
 
-def _router_of_all() -> tuple[APIRouter, list[BaseRoute]]:
+def _router_of_all() -> tuple[APIRouter, list[APIRoute]]:
     """Return a router that includes all routes, and the routes."""
     # Without an `operation_id` of its own, a route has the name of its function.
     whole = APIRouter(generate_unique_id_function=lambda route: route.name)
-    routes = list[BaseRoute]()
+    routes = list[APIRoute]()
     for router in _ROUTERS:
         strict = [Depends(refuse_unknown_query)] if router in _STRICT_ROUTERS else []
         for one in (router, _heads_of(router)):
             # get_context checks the scope of the key; routes that use no context need it too.
             whole.include_router(one, dependencies=[Depends(get_context), *strict])
-            routes += one.routes
+            routes += [route for route in one.routes if isinstance(route, APIRoute)]
     return whole, routes
 
 

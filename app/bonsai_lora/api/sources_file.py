@@ -2,12 +2,13 @@
 
 import os
 import re
+from abc import ABC, abstractmethod
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from bonsai_lora.sources.origins import Origin
 from bonsai_lora.validation import check_credential, fault_in_file, shown
@@ -22,17 +23,44 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class _Entry(_Model):
+Url = Annotated[str, AfterValidator(lambda url: url.rstrip("/"))]
+
+
+class _Entry(_Model, ABC):
     name: str = Field(pattern=_NAME)
-    repositories: list[str] = ["*"]
+    repositories: tuple[str, ...] = ("*",)
+
+    def to_origin(self) -> Origin:
+        """Return the origin; raises ValueError if a variable or folder that it names is missing."""
+        return Origin(**{**self.model_dump(include=set(Origin.__slots__)), **self._more()})
+
+    @abstractmethod
+    def _more(self) -> dict[str, Any]:
+        """Return the fields of the origin that the entry does not have itself."""
+
+    def _secret(self, field: str) -> str | None:
+        """Return the value of the variable that a field names, if it does.
+
+        No error shows that name: it may be the secret itself.
+        """
+        variable: str | None = getattr(self, field)
+        if variable is None:
+            return None
+        found, named = os.environ.get(variable), f"variable that {field} of {self.name!r} names"
+        if not found:
+            raise ValueError(
+                f"the environment {named} is not set; put the secret into a variable, and its name "
+                "into the file"
+            )
+        return check_credential(f"the environment {named}", found)
 
 
 class WebEntry(_Entry):
     """A hub, or a web server with folders of adapters."""
 
     kind: Literal["hub", "https"]
-    url: str
-    hosts: list[str] = []
+    url: Url
+    hosts: frozenset[str] = frozenset()
     token_variable: str | None = None
     allow_private: bool = False
     allow_http: bool = False
@@ -42,27 +70,16 @@ class WebEntry(_Entry):
         _check_address("url", self.url, allow_http=self.allow_http)
         return self
 
-    def to_origin(self) -> Origin:
-        """Return the origin; raises ValueError if the variable of the token is not set."""
-        variable = self.token_variable
-        token = None if variable is None else _secret(self.name, "token_variable", variable)
-        return Origin(
-            self.name,
-            self.kind,
-            url=self.url.rstrip("/"),
-            repositories=tuple(self.repositories),
-            hosts=frozenset(self.hosts),
-            token=token,
-            allow_private=self.allow_private,
-        )
+    def _more(self) -> dict[str, Any]:
+        return {"token": self._secret("token_variable")}
 
 
 class BucketEntry(_Entry):
     """An S3-compatible bucket with folders of adapters below a prefix."""
 
     kind: Literal["s3"]
-    url: str
-    endpoint: str = ""
+    url: Url
+    endpoint: Url = ""
     region: str = Field("", pattern="^[a-z0-9-]*$")
     access_key_variable: str | None = None
     secret_key_variable: str | None = None
@@ -81,25 +98,9 @@ class BucketEntry(_Entry):
             raise ValueError("a bucket needs obstore, which is not installed; pip install obstore")
         return self
 
-    def to_origin(self) -> Origin:
-        """Return the origin; raises ValueError if the variable of a key is not set."""
-        credentials = None
-        if self.access_key_variable is not None and self.secret_key_variable is not None:
-            credentials = (
-                _secret(self.name, "access_key_variable", self.access_key_variable),
-                _secret(self.name, "secret_key_variable", self.secret_key_variable),
-            )
-        return Origin(
-            self.name,
-            "s3",
-            url=self.url.rstrip("/"),
-            repositories=tuple(self.repositories),
-            endpoint=self.endpoint.rstrip("/"),
-            region=self.region,
-            credentials=credentials,
-            allow_private=self.allow_private,
-            allow_http=self.allow_http,
-        )
+    def _more(self) -> dict[str, Any]:
+        access, secret = map(self._secret, ("access_key_variable", "secret_key_variable"))
+        return {"credentials": None if access is None else (access, secret)}
 
 
 class FolderEntry(_Entry):
@@ -108,14 +109,13 @@ class FolderEntry(_Entry):
     kind: Literal["file"]
     path: str
 
-    def to_origin(self) -> Origin:
-        """Return the origin; raises ValueError if the folder does not exist."""
+    def _more(self) -> dict[str, Any]:
         folder = Path(self.path)
         if not folder.is_absolute():
             raise ValueError(f"the path {self.path!r} is relative; make it absolute")
         if not folder.is_dir():
             raise ValueError(f"the path {self.path!r} is not a folder; correct it")
-        return Origin(self.name, "file", folder=folder, repositories=tuple(self.repositories))
+        return {"folder": folder}
 
 
 class SourcesDocument(_Model):
@@ -142,17 +142,6 @@ def _check_address(field: str, url: str, *, allow_http: bool) -> None:
         raise ValueError(
             f"the {field} {shown(url)} must begin with {' or '.join(schemes)}:// and have no query"
         )
-
-
-def _secret(origin: str, field: str, variable: str) -> str:
-    """Return the value of a variable, whose name no error shows: it may be the secret itself."""
-    found, named = os.environ.get(variable), f"variable that {field} of {origin!r} names"
-    if not found:
-        raise ValueError(
-            f"the environment {named} is not set; put the secret into a variable, and its name "
-            "into the file"
-        )
-    return check_credential(f"the environment {named}", found)
 
 
 def read_sources(path: Path | None) -> dict[str, Origin]:

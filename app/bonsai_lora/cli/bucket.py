@@ -6,7 +6,6 @@ from datetime import timedelta
 from typing import BinaryIO, cast
 
 from bonsai_lora.cli.output import EXIT_REFUSED, failed
-from bonsai_lora.cli.store import check_bucket
 from bonsai_lora.errors import (
     BonsaiLoraError,
     NewerFormatError,
@@ -22,7 +21,6 @@ from bonsai_lora.storage.pointer import POINTERS, MalformedPointerError, decode_
 def collect_bucket(url: str, grace_hours: float) -> int:
     """Run `gc` over a bucket; return the exit code."""
     try:
-        check_bucket(url)
         with tempfile.NamedTemporaryFile(prefix="bonsai-lora-") as file:
             found = collect(open_bucket(url), cast("BinaryIO", file), timedelta(hours=grace_hours))
     except (ValueError, StoreUnreachableError) as error:
@@ -52,7 +50,6 @@ def verify_bucket(url: str, names: list[str]) -> int:
     """Compare the blobs of the named sets, or of all, with their pointers; return the exit code."""
     is_sound = True
     try:
-        check_bucket(url)
         bucket = open_bucket(url)
         for name in names or (one.name for one in bucket.list_all(POINTERS)):
             line = _verified(bucket, name) or ("missing" if names else None)

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bonsai_lora.cli.client import add_command
 from bonsai_lora.cli.mistakes import UsageError, set_name
@@ -92,15 +92,8 @@ def combine_sets(client: Client, arguments: argparse.Namespace) -> Any:
     weights = dict(map(_weighted, arguments.sets))
     if len(weights) < len(arguments.sets):
         raise UsageError("a set is named twice; add up its weights")
-    options: CombineOptions = {
-        "rank": arguments.rank,
-        "energy": arguments.energy,
-        "density": arguments.density,
-        "sign": arguments.sign,
-        "gamma": arguments.gamma,
-        "epsilon": arguments.epsilon,
-        "seed": arguments.seed,
-    }
+    given = {one: getattr(arguments, one) for one in CombineOptions.__annotations__}
+    options = cast("CombineOptions", given)
     job = client.start_combine(
         name, weights, method=arguments.method, dry_run=arguments.dry_run, **options
     )

@@ -56,6 +56,10 @@ class ProgressLine(_Line):
             self._shown = now
             self._show_bytes()
 
+    def advance(self, total_bytes: int, more_bytes: int) -> None:
+        """Show that there are so many bytes more."""
+        self.update(self._done + more_bytes, total_bytes)
+
     def _show_bytes(self) -> None:
         rate = self._done / max(time.monotonic() - self._started, 1e-6)
         amount = f" {self._done / 1e6:.0f}/{self._total / 1e6:.0f} MB {rate / 1e6:.0f} MB/s"

@@ -30,7 +30,6 @@ from bonsai_lora.cli.accept import Server
 from bonsai_lora.cli.listen import ListenError, address_of, listening
 from bonsai_lora.cli.logs import configure_logging
 from bonsai_lora.cli.output import EXIT_USAGE, failed, plain
-from bonsai_lora.cli.store import check_bucket
 from bonsai_lora.cli.supervisor import Supervisor, end_by_signals
 from bonsai_lora.cli.temporary import temporary_folder
 from bonsai_lora.client.connection import TOKEN_VARIABLE, URL_VARIABLE
@@ -251,7 +250,6 @@ def _import_each(settings: Settings, folder: Path) -> None:
 def _check_store(settings: Settings) -> None:
     """Raise OSError or ValueError if the store cannot be opened; warn if it is read-only."""
     if settings.is_bucket:
-        check_bucket(settings.store)
         claim(Path(settings.cache), settings.store)
         release_all(Path(settings.cache))
         return

@@ -7,9 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from bonsai_lora.cli.output import EXIT_REFUSED, failed, plain
 from bonsai_lora.cli.progress import ProgressLine
@@ -109,8 +107,6 @@ def run_restore(arguments: argparse.Namespace) -> int:
     """Restore a backup; print each set that could not be, and return the exit code."""
     place, wrong, count = store_of(arguments), 0, 0
     try:
-        if is_bucket(place):
-            check_bucket(place)
         listing = read_listing(arguments.folder)
         with ProgressLine() as progress, _opened(place) as store:
             for name, problem in restore(store, arguments.folder, listing, progress.update):
@@ -155,16 +151,6 @@ def run_gc(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def check_bucket(url: str) -> None:
-    """Raise ValueError if `url` does not name a bucket, or what connects to it is missing."""
-    if not urlsplit(url).netloc:
-        raise ValueError(f"the store {url!r} names no bucket; add it, as in s3://bucket/prefix")
-    if find_spec("obstore") is None:
-        raise ValueError(
-            f"the store {url} needs obstore, which is not installed; pip install obstore"
-        )
-
-
 def store_of(arguments: argparse.Namespace) -> str:
     """Return the store that the arguments or the settings name: a folder, or a bucket's URL.
 
@@ -179,7 +165,7 @@ def store_of(arguments: argparse.Namespace) -> str:
 
 @contextlib.contextmanager
 def _opened(place: str) -> Iterator[Store]:
-    """Open the store at a place; that of a bucket, which was checked, has a temporary cache."""
+    """Open the store at a place; that of a bucket has a temporary cache."""
     if not is_bucket(place):
         yield SetStore(Path(place))
         return

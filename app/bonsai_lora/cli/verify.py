@@ -1,6 +1,7 @@
 """The `verify` command: read set files and compare their tensors with what was written."""
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from bonsai_lora.cli.output import EXIT_REFUSED, failed
@@ -46,8 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
     names = arguments.names or store.list_names()
     sizes = {name: _size_of(folder, name) for name in names}
     with ProgressLine() as progress:
-        counted = _Counter(progress, sum(sizes.values()))
-        results = {name: _verify(store, name, counted) for name in names}
+        read = partial(progress.advance, sum(sizes.values()))
+        results = {name: _verify(store, name, read) for name in names}
     width = max(map(len, names), default=0)
     for name, (_, text) in results.items():
         print(f"{name:<{width}}  {sizes[name]:>14,} B  {text}")
@@ -60,19 +61,6 @@ def _run_bucket(place: str, arguments: argparse.Namespace) -> int:
     if arguments.rebuild:
         return failed("the index of a bucket is made by bonsai-lora gc; leave out --rebuild")
     return verify_bucket(place, arguments.names)
-
-
-class _Counter:
-    """Adds up the bytes read, for the progress line."""
-
-    def __init__(self, progress: ProgressLine, total_bytes: int) -> None:
-        self._progress = progress
-        self._total = total_bytes
-        self._done = 0
-
-    def __call__(self, size_bytes: int) -> None:
-        self._done += size_bytes
-        self._progress.update(self._done, self._total)
 
 
 def _verify(store: SetStore, name: str, on_piece: OnPiece) -> tuple[bool, str]:

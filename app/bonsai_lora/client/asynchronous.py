@@ -10,14 +10,14 @@ from collections.abc import (
     Iterable,
     Mapping,
 )
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 
 from bonsai_lora.client import connection
-from bonsai_lora.client.answers import Dtype, SetSummary, Weights
-from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, opened
-from bonsai_lora.client.calls import bases, jobs, merging
+from bonsai_lora.client.answers import SetSummary
+from bonsai_lora.client.call import BLOCK_BYTES, Call, decoded, opened
+from bonsai_lora.client.calls import jobs
 from bonsai_lora.client.methods import Methods
 from bonsai_lora.client.refusals import refusal_of
 from bonsai_lora.client.retries import Retries
@@ -76,6 +76,11 @@ class AsyncClient(Methods):
             yield answer
         finally:
             await answer.aclose()
+
+    async def _blocks(self, call: Call[bytes]) -> AsyncIterator[bytes]:
+        async with self.stream(call) as answer:
+            async for block in answer.aiter_raw(BLOCK_BYTES):
+                yield block
 
     async def _exchange(self, call: Call[Any], *, is_stream: bool) -> httpx.Response:
         retries = Retries(call, self.retries)
@@ -136,53 +141,6 @@ class AsyncClient(Methods):
             if on_progress is not None:
                 on_progress(job["progress"])
         return result
-
-    async def merge_stream(
-        self,
-        set_name: str,
-        module: str,
-        weights: BinaryIO | Iterable[bytes] | AsyncIterable[bytes],
-        *,
-        dtype: Dtype,
-        unmerge: bool = False,
-        version: int | None = None,
-    ) -> AsyncIterator[bytes]:
-        """Yield the merged bytes of weights that come in blocks, in constant memory.
-
-        `weights` is a file opened in binary mode, or an iterable of bytes, synchronous or not: W
-        (d_out, d_in) row by row, as `dtype`. All of it is sent before the first block comes back.
-        Raises as `merge`.
-        """
-        blocks = weights if isinstance(weights, AsyncIterable) else blocks_of(weights)
-        call = merging.merge_blocks(
-            set_name, module, blocks, dtype, unmerge=unmerge, version=version
-        )
-        async with self.stream(call) as answer:
-            async for block in answer.aiter_raw(BLOCK_BYTES):
-                yield block
-
-    async def stream_merged_file(
-        self,
-        base: str,
-        set_name: str,
-        filename: str,
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        scale: float = 1.0,
-        sets: Weights | None = None,
-        match: str | None = None,
-        dtype: str | None = None,
-        widen: str | None = None,
-    ) -> AsyncIterator[bytes]:
-        """Yield a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
-        call = bases.get_merged_file(
-            base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets, match=match,
-            dtype=dtype, widen=widen,
-        )  # fmt: skip
-        async with self.stream(call) as answer:
-            async for block in answer.aiter_raw(BLOCK_BYTES):
-                yield block
 
 
 async def _as_async(blocks: Iterable[bytes] | AsyncIterable[bytes]) -> AsyncIterator[bytes]:

@@ -3,16 +3,16 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import httpx
 
 from bonsai_lora.client import connection
-from bonsai_lora.client.answers import Dtype, Pulled, PulledFile, PulledMerged, SetSummary, Weights
-from bonsai_lora.client.call import BLOCK_BYTES, Call, blocks_of, decoded, opened
-from bonsai_lora.client.calls import bases, jobs, merging, sets
+from bonsai_lora.client.answers import Pulled, PulledFile, PulledMerged, SetSummary
+from bonsai_lora.client.call import BLOCK_BYTES, Call, decoded, opened
+from bonsai_lora.client.calls import bases, jobs, sets
 from bonsai_lora.client.download import OnProgress, download
 from bonsai_lora.client.methods import Methods
 from bonsai_lora.client.refusals import refusal_of
@@ -93,6 +93,10 @@ class Client(Methods):
         finally:
             answer.close()
 
+    def _blocks(self, call: Call[bytes]) -> Iterator[bytes]:
+        with self.stream(call) as answer:
+            yield from answer.iter_raw(BLOCK_BYTES)
+
     def _exchange(self, call: Call[Any], *, is_stream: bool) -> httpx.Response:
         retries = Retries(call, self.retries)
         while True:
@@ -149,50 +153,6 @@ class Client(Methods):
             if on_progress is not None:
                 on_progress(job["progress"])
         return result
-
-    def merge_stream(
-        self,
-        set_name: str,
-        module: str,
-        weights: BinaryIO | Iterable[bytes],
-        *,
-        dtype: Dtype,
-        unmerge: bool = False,
-        version: int | None = None,
-    ) -> Iterator[bytes]:
-        """Yield the merged bytes of weights that come in blocks, in constant memory.
-
-        `weights` is a file opened in binary mode or an iterable of bytes: W (d_out, d_in) row by
-        row, as `dtype`. All of it is sent before the first block comes back. Raises as `merge`.
-        """
-        blocks = blocks_of(weights)
-        call = merging.merge_blocks(
-            set_name, module, blocks, dtype, unmerge=unmerge, version=version
-        )
-        with self.stream(call) as answer:
-            yield from answer.iter_raw(BLOCK_BYTES)
-
-    def stream_merged_file(
-        self,
-        base: str,
-        set_name: str,
-        filename: str,
-        *,
-        start: int = 0,
-        stop: int | None = None,
-        scale: float = 1.0,
-        sets: Weights | None = None,
-        match: str | None = None,
-        dtype: str | None = None,
-        widen: str | None = None,
-    ) -> Iterator[bytes]:
-        """Yield a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
-        call = bases.get_merged_file(
-            base, set_name, filename, start=start, stop=stop, scale=scale, sets=sets, match=match,
-            dtype=dtype, widen=widen,
-        )  # fmt: skip
-        with self.stream(call) as answer:
-            yield from answer.iter_raw(BLOCK_BYTES)
 
     def pull(
         self,

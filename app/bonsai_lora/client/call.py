@@ -6,10 +6,18 @@ Nothing here does I/O. `calls` makes these values; `Client` and `AsyncClient` se
 import functools
 import json
 import os
-from collections.abc import AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypedDict, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -17,6 +25,7 @@ import httpx
 from bonsai_lora.errors import BonsaiLoraError, InvalidNameError, InvalidRequestError
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 Part = bytes | os.PathLike[str] | BinaryIO
 """A file of an upload: its bytes, where it is, or the open file."""
@@ -33,12 +42,12 @@ def decode_json(answer: httpx.Response) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Call(Generic[T]):
+class Call(Generic[T_co]):
     """One request, and the function that decodes its answer."""
 
     method: str = "GET"
     path: str
-    decode: Callable[[httpx.Response], T] = decode_json
+    decode: Callable[[httpx.Response], T_co] = decode_json
     """Makes the result of an answer whose body has been read."""
     query: Query = ()
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -47,13 +56,19 @@ class Call(Generic[T]):
     """The files of a multipart form, instead of `content`."""
     is_pure: bool = False
     """Whether it changes nothing, although it is not a GET."""
-    is_one_shot: bool = False
-    """Its body can be read only once."""
 
     @property
     def is_safe(self) -> bool:
         """Whether it changes nothing, so that it may be sent again after any failure."""
         return self.is_pure or self.method == "GET"
+
+    @property
+    def is_one_shot(self) -> bool:
+        """Whether its body can be read only once."""
+        parts = (self.parts or {}).values()
+        return isinstance(self.content, Iterator | AsyncIterator) or not all(
+            isinstance(one, bytes | os.PathLike) for one in parts
+        )
 
 
 @contextmanager
@@ -109,8 +124,18 @@ def query_of(**values: object) -> list[tuple[str, str]]:
     ]
 
 
-def mix_query(scale: float, sets: Mapping[str, float] | None, match: str | None) -> Query:
-    """Return the query of a merged model: its set's weight, further sets, and a prefix."""
+class MixOptions(TypedDict, total=False):
+    """Options of a merged model, which `list_merged_files` describes."""
+
+    scale: float
+    sets: Mapping[str, float] | None
+    match: str | None
+
+
+def mix_query(
+    *, scale: float = 1.0, sets: Mapping[str, float] | None = None, match: str | None = None
+) -> Query:
+    """Return the query of a merged model."""
     names = [("set", name) for name in sets or {}]
     weights = [("weight", str(weight)) for weight in (sets or {}).values()]
     return [*query_of(scale=None if scale == 1.0 else scale, match=match), *names, *weights]
@@ -164,7 +189,9 @@ def decode_bytes(answer: httpx.Response) -> bytes:
     return answer.content
 
 
-def blocks_of(source: BinaryIO | Iterable[bytes]) -> Iterable[bytes]:
+def blocks_of(
+    source: BinaryIO | Iterable[bytes] | AsyncIterable[bytes],
+) -> Iterable[bytes] | AsyncIterable[bytes]:
     """Return the blocks of a file opened in binary mode; other iterables as they are."""
     if hasattr(source, "read"):
         return iter(functools.partial(source.read, BLOCK_BYTES), b"")

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from bonsai_lora.client.call import Call
@@ -33,14 +33,7 @@ class Method(Generic[P, T]):
     """
 
     def __init__(self, make: Callable[P, Call[T]]) -> None:
-        @functools.wraps(make)
-        def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> Any:
-            return self.send(make(*args, **kwargs))
-
-        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = [own, *inspect.signature(make).parameters.values()]
-        method.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        self._method: Any = method
+        self._method = _method("send", make)
 
     @overload
     def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
@@ -55,8 +48,38 @@ class Method(Generic[P, T]):
         return self._method.__get__(client, owner)
 
 
+class Stream(Generic[P]):
+    """As `Method`, but it yields the body of the answer in blocks."""
+
+    def __init__(self, make: Callable[P, Call[bytes]]) -> None:
+        self._method = _method("_blocks", make)
+
+    @overload
+    def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
+    @overload
+    def __get__(self, client: "Client", owner: type) -> Callable[P, Iterator[bytes]]: ...
+    @overload
+    def __get__(self, client: "AsyncClient", owner: type) -> Callable[P, AsyncIterator[bytes]]: ...
+
+    def __get__(self, client: Any, owner: type) -> Any:
+        return self._method.__get__(client, owner)
+
+
+def _method(sender: str, make: Callable[..., Call[Any]]) -> Any:
+    """Return a method that gives the call of `make` to the client's method `sender`."""
+
+    @functools.wraps(make)
+    def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, sender)(make(*args, **kwargs))
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [own, *inspect.signature(make).parameters.values()]
+    method.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return method
+
+
 class Methods:
-    """The calls; a subclass has `send`."""
+    """The calls; a subclass has `send` and `_blocks`."""
 
     create_set = Method(sets.create_set)
     list_page = Method(sets.list_page)
@@ -83,6 +106,7 @@ class Methods:
     apply_many = Method(applying.apply_many)
     apply_mixed = Method(applying.apply_mixed)
     merge = Method(merging.merge)
+    merge_stream = Stream(merging.merge_stream)
 
     get_set_stats = Method(stats.get_set_stats)
     get_stats = Method(stats.get_stats)
@@ -110,6 +134,7 @@ class Methods:
     get_base = Method(bases.get_base)
     list_merged_files = Method(bases.list_merged_files)
     get_merged_file = Method(bases.get_merged_file)
+    stream_merged_file = Stream(bases.stream_merged_file)
 
     infer = Method(inference.infer)
     get_server = Method(inference.get_server)

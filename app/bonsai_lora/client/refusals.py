@@ -1,6 +1,6 @@
 """From a refusal on the wire to the error that it stands for."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -34,17 +34,6 @@ _STANDARD = frozenset({"type", "title", "detail", "instance", "code"})
 """Members of a problem (RFC 9457) that are not values."""
 
 
-def _family(kind: type[BonsaiLoraError]) -> Iterator[type[BonsaiLoraError]]:
-    """Yield the class and its descendants, a class before its ancestors."""
-    for child in kind.__subclasses__():
-        yield from _family(child)
-    yield kind
-
-
-# An ancestor comes later and wins if it shares its code with a descendant.
-_BY_CODE = {kind.code: kind for kind in _family(BonsaiLoraError)}
-
-
 def refusal_of(answer: httpx.Response) -> BonsaiLoraError:
     """Return the error of an answer that is not a success; its body must have been read.
 
@@ -70,7 +59,7 @@ def error_of(
     problem: Mapping[str, Any], unknown: type[BonsaiLoraError] = BonsaiLoraError
 ) -> BonsaiLoraError:
     """Return the error that a problem with a `code` stands for; `unknown` for an unknown code."""
-    kind = _BY_CODE.get(problem["code"]) or unknown
+    kind = errors.BY_CODE.get(problem["code"]) or unknown
     values = {name: value for name, value in problem.items() if name not in _STANDARD}
     return _made(kind, problem["code"], str(problem.get("detail")), values)
 

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable
 
 from bonsai_lora.errors import (
-    BonsaiLoraError,
+    MalformedBodyError,
+    MalformedGgufError,
     MalformedMultipartError,
     MalformedSafetensorsError,
     UnsupportedAdapterError,
@@ -123,28 +124,43 @@ def check_start(content: bytes | bytearray) -> None:
     """Raise if an upload that should be safetensors starts like a different known format.
 
     Raises UnsupportedAdapterError naming the format, MalformedMultipartError if a path was sent,
-    MalformedSafetensorsError for another text.
+    MalformedSafetensorsError for a different line of text.
     """
     start = bytes(content[:START_BYTES])
-    if start[8:9] == b"{":
+    if start[8:9] != b"{":
+        _check(start, "adapter_model", "adapter_model.safetensors", MalformedSafetensorsError)
+
+
+def check_gguf_start(content: bytes | bytearray | memoryview) -> None:
+    """Raise if an upload that should be GGUF starts like a different known format.
+
+    Raises the errors of `check_start`, but MalformedGgufError for a line of text.
+    """
+    start = bytes(content[:START_BYTES])
+    if start.startswith(b"GGUF"):
         return
+    if start[8:9] == b"{":
+        raise UnsupportedAdapterError(
+            "adapter_gguf is a safetensors file; send it as the part adapter_model, with "
+            "adapter_config"
+        )
+    _check(start, "adapter_gguf", "adapter.gguf", MalformedGgufError)
+
+
+def _check(start: bytes, part: str, file: str, malformed: type[MalformedBodyError]) -> None:
     for pattern, what, advice in _STARTS:
         if pattern.match(start):
-            raise UnsupportedAdapterError(f"adapter_model {what}; {advice}")
+            raise UnsupportedAdapterError(f"{part} {what}; {advice}")
     line = start.strip()
-    if _TEXT.fullmatch(line):
-        raise _not_a_file(line.decode("utf-8", "replace"))
-
-
-def _not_a_file(text: str) -> BonsaiLoraError:
+    if not _TEXT.fullmatch(line):
+        return
+    text = line.decode("utf-8", "replace")
+    what = f"{part} is the text {text[:200]!r}, not a file"
     if _PATH.fullmatch(text):
-        return MalformedMultipartError(
-            f"adapter_model is the text {text[:200]!r}, not a file; with curl, put @ before the "
-            "path: -F adapter_model=@adapter_model.safetensors"
+        raise MalformedMultipartError(
+            f"{what}; with curl, put @ before the path: -F {part}=@{file}"
         )
-    return MalformedSafetensorsError(
-        f"adapter_model is the text {text[:200]!r}, not a safetensors file; download the file again"
-    )
+    raise malformed(f"{what}; download it again")
 
 
 def check_config_start(content: bytes | bytearray) -> None:
@@ -168,7 +184,7 @@ def check_keys(keys: Iterable[str]) -> None:
 
 
 def check_no_other_method(keys: Iterable[str]) -> None:
-    """Raise UnsupportedAdapterError if a file without LoRA tensors is of another PEFT method."""
+    """Raise UnsupportedAdapterError if a file without LoRA tensors has those of other methods."""
     for key in filter(_OTHER_METHODS.search, keys):
         raise UnsupportedAdapterError(
             f"tensor names such as {key[:200]!r} are those of a PEFT method other than LoRA; "

@@ -13,6 +13,7 @@ from bonsai_lora.checkpoints.safetensors_base import SafetensorsBase
 from bonsai_lora.core.shapes import MODELS
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError
 from bonsai_lora.formats import peft
+from bonsai_lora.formats.foreign import check_gguf_start
 from bonsai_lora.formats.gguf import read_header, reader_of
 from bonsai_lora.formats.gguf_lora import (
     BASE_NAME_KEY,
@@ -75,12 +76,14 @@ def import_gguf(
 ) -> Imported:
     """Create or replace a set from a GGUF LoRA.
 
-    `reserve` counts memory before it is taken. Raises the errors of `read_header`, `reserve`,
-    `decode_lora`, `peft.decode_adapter` and `store_import`, and then changes nothing.
+    `reserve` counts memory before it is taken. Raises the errors of `check_gguf_start`,
+    `read_header`, `reserve`, `decode_lora`, `peft.decode_adapter` and `store_import`, and then
+    changes nothing.
     """
     check_set_name(name)
     architecture = options.architecture
     content = upload.finish()
+    check_gguf_start(content)
     read = reader_of(content)
     header = read_header(read, len(content), limit=store.limits.max_header_bytes)
     check_is_lora(header)

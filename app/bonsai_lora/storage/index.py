@@ -126,7 +126,7 @@ class SetIndex:
         self._lock = threading.RLock()
         self._connection = sqlite3.connect(
             path or ("" if may_spill else ":memory:"),
-            _BUSY_SECONDS,
+            timeout=_BUSY_SECONDS,
             isolation_level=None,
             check_same_thread=False,
         )

@@ -9,7 +9,6 @@ from bonsai_lora import errors
 from bonsai_lora.api import schemas
 from bonsai_lora.api.body import body_form, parse_model, read_body
 from bonsai_lora.api.conditions import precondition
-from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, ModuleName, SetName, WantedSet, WantedVersion
 from bonsai_lora.api.json_response import json_response
 from bonsai_lora.api.openapi import (
@@ -25,7 +24,6 @@ from bonsai_lora.api.query import FiniteNumber
 from bonsai_lora.core.cast import Array
 from bonsai_lora.formats import safetensors
 from bonsai_lora.service import adapters
-from bonsai_lora.service.sets import Precondition
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.validation import as_written
@@ -121,46 +119,46 @@ async def put_adapter(
         limit = limits.max_json_bytes if form is Form.JSON else limits.max_body_bytes
         body = await read_body(request, limit, place)
         check = precondition(request)
-        stored, created = await context.long.run(
-            _put, context, name, module, form, body, alpha, check
-        )
+
+        def put() -> tuple[StoredSet, bool]:
+            found, own_alpha = _decode(form, body, limits.max_header_bytes)
+            if not isinstance(found, schemas.NewAdapter):
+                used = alpha if own_alpha is None else own_alpha
+                return adapters.put_weights(context.store, name, module, found, used, check)
+            return adapters.put_new_adapter(
+                context.store,
+                context.memory,
+                name,
+                module,
+                found.d_in,
+                found.d_out,
+                found.config.to_core() if found.config else None,
+                check,
+            )
+
+        stored, created = await context.long.run(put)
     response.status_code = 201 if created else 200
     response.headers["ETag"] = stored.record.etag
     return schemas.ModuleInfo.of(module, adapters.get_adapter(stored, module))
 
 
-def _put(
-    context: Context,
-    name: str,
-    module: str,
-    form: Form,
-    body: bytes,
-    alpha: float | None,
-    check: Precondition,
-) -> tuple[StoredSet, bool]:
-    store = context.store
-    tensors: Mapping[str, Array]
+def _decode(
+    form: Form, body: bytes, max_header_bytes: int
+) -> tuple[Mapping[str, Array] | schemas.NewAdapter, float | None]:
+    """Return weights by name, or the dimensions of an adapter to initialize; and alpha, if sent."""
     if form is Form.BINARY:
-        tensors, _ = safetensors.decode(
-            body, limit=store.limits.max_header_bytes, most=safetensors.FEW_TENSORS
+        tensors, _ = safetensors.decode(body, limit=max_header_bytes, most=safetensors.FEW_TENSORS)
+        return tensors, None
+    value = json.decode_object(body, _PUT_FIELDS)
+    if not value:
+        raise errors.InvalidRequestError(
+            "the body is an empty object; send d_in and d_out to initialize the adapter, or "
+            "lora_A and lora_B to set its weights"
         )
-    else:
-        value = json.decode_object(body, _PUT_FIELDS)
-        if not value:
-            raise errors.InvalidRequestError(
-                "the body is an empty object; send d_in and d_out to initialize the adapter, or "
-                "lora_A and lora_B to set its weights"
-            )
-        if not value.keys() & {"lora_A", "lora_B"}:
-            new = parse_model(body, schemas.NewAdapter)
-            config = new.config.to_core() if new.config else None
-            return adapters.put_new_adapter(
-                store, context.memory, name, module, new.d_in, new.d_out, config, check
-            )
-        own_alpha = _alpha_of(value)
-        alpha = alpha if own_alpha is None else own_alpha
-        tensors = {key: json.decode_tensor(one, key) for key, one in value.items()}
-    return adapters.put_weights(store, name, module, tensors, alpha, check)
+    if not value.keys() & {"lora_A", "lora_B"}:
+        return parse_model(body, schemas.NewAdapter), None
+    alpha = _alpha_of(value)
+    return {key: json.decode_tensor(one, key) for key, one in value.items()}, alpha
 
 
 def _alpha_of(value: dict[str, Any]) -> float | None:

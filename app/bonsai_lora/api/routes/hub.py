@@ -4,7 +4,6 @@
 Implements what huggingface_hub 2.4, transformers 5.23 and peft 0.21 request with HF_ENDPOINT set.
 """
 
-import json
 from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 from urllib.parse import parse_qs, urlencode
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import JSONResponse
 
 from bonsai_lora import errors
 from bonsai_lora.api.body import MODEL_BYTES, read_body
@@ -158,7 +158,7 @@ async def list_models(
             continue
         if repo.refusal is None:
             found.append(repo.info())
-    answer = _json(found)
+    answer = JSONResponse(found)
     if more:
         query = {**request.query_params, "cursor": more}
         address = f"{request.scope['address']}{context.settings.root_path}/api/models"
@@ -173,7 +173,7 @@ async def model_info(
 ) -> Response:
     """Return a repository's metadata and file names, with sizes if `blobs`."""
     repo = await _repo(context, owner, name, revision)
-    return _json(repo.info(blobs))
+    return JSONResponse(repo.info(blobs))
 
 
 @router.get("/api/models/{owner}/{name}/tree/{revision}")
@@ -192,7 +192,7 @@ async def tree(
     found = repo.tree(folder, recursive=recursive)
     if folder and not found:
         raise HubError("EntryNotFound", f"{repo.id} has no folder {folder!r}")
-    return _json(found)
+    return JSONResponse(found)
 
 
 @router.post("/api/models/{owner}/{name}/paths-info/{revision}")
@@ -204,7 +204,7 @@ async def paths_info(
     form = await context.long.run(parse_qs, body.decode("utf-8", "replace"))
     wanted = set(form.get("paths", ()))
     repo = await _repo(context, owner, name, revision)
-    return _json(repo.paths(wanted))
+    return JSONResponse(repo.paths(wanted))
 
 
 @router.get("/api/models/{owner}/{name}/refs")
@@ -212,7 +212,7 @@ async def refs(context: ContextDep, owner: str, name: str) -> Response:
     """Return the one branch of a repository, main."""
     repo = await _repo(context, owner, name, "main")
     main = {"name": "main", "ref": "refs/heads/main", "targetCommit": repo.commit}
-    return _json({"branches": [main], "converts": [], "tags": [], "pullRequests": []})
+    return JSONResponse({"branches": [main], "converts": [], "tags": [], "pullRequests": []})
 
 
 @router.get("/api/models/{owner}/{name}/commits/{revision}")
@@ -221,14 +221,16 @@ async def commits(context: ContextDep, owner: str, name: str, revision: str) -> 
     repo = await _repo(context, owner, name, revision)
     title = f"Version {repo.version}"
     date = repo.updated_at
-    return _json([{"id": repo.commit, "title": title, "message": "", "authors": [], "date": date}])
+    return JSONResponse(
+        [{"id": repo.commit, "title": title, "message": "", "authors": [], "date": date}]
+    )
 
 
 @router.get("/api/models/{owner}/{name}/auth-check")
 async def auth_check(context: ContextDep, owner: str, name: str) -> Response:
     """Return 200 if the repository exists for the caller, who may then read it."""
     await _repo(context, owner, name, "main")
-    return _json({})
+    return JSONResponse({})
 
 
 @router.get("/api/whoami-v2")
@@ -236,7 +238,7 @@ async def whoami(context: ContextDep) -> Response:
     """Return the key as a user. Without keys, there are no accounts, and the token is ignored."""
     key = context.store.key
     name = "anonymous" if key is ANYONE else key.id
-    return _json({"type": "user", "id": name, "name": name, "fullname": name, "orgs": []})
+    return JSONResponse({"type": "user", "id": name, "name": name, "fullname": name, "orgs": []})
 
 
 async def _repo(context: Context, owner: str, name: str, revision: str) -> _Repo:
@@ -357,7 +359,3 @@ def _refused_repo(
 
 def _bytes_file(content: bytes | memoryview, etag: str, part: str) -> BytesFile:
     return BytesFile(memoryview(content), etag_of(f"{etag}/{part}"), "application/octet-stream")
-
-
-def _json(value: Any) -> Response:
-    return Response(json.dumps(value), media_type="application/json")

@@ -5,10 +5,10 @@ files are "regular" ones, whose content is in the commit, unless the client asks
 `lfs` implements.
 """
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from bonsai_lora import errors
@@ -69,7 +69,7 @@ async def create_repo(request: Request, context: ContextDep) -> Response:
     try:
         await context.opening.run(context.store.read_record, wanted.name)
     except errors.SetNotFoundError:
-        return _json({"url": url, "name": f"{owner}/{wanted.name}"})
+        return JSONResponse({"url": url, "name": f"{owner}/{wanted.name}"})
     # huggingface_hub reads the URL even from the refusal, if the caller accepts an existing one.
     raise errors.SetExistsError(
         f"{owner}/{wanted.name} exists; push to it, which replaces the set", url=url
@@ -81,7 +81,7 @@ async def validate_yaml(request: Request, context: ContextDep) -> Response:
     """Accept any README.md, as it is not stored."""
     with Place(context.long) as place:
         await read_body(request, MODEL_BYTES, place)
-    return _json({"errors": [], "warnings": []})
+    return JSONResponse({"errors": [], "warnings": []})
 
 
 @router.post("/api/models/{owner}/{name}/preupload/{revision}")
@@ -104,7 +104,8 @@ async def preupload(
         }
         for one in wanted.files
     ]
-    return _json({"files": modes}, _about_ignored(f"{owner}/{name}", wanted.files))
+    topic, texts = _about_ignored([one.path for one in wanted.files])
+    return _warned(JSONResponse({"files": modes}), f"{owner}/{name} {topic}", texts)
 
 
 @router.post("/api/models/{owner}/{name}/commit/{revision}")
@@ -155,18 +156,17 @@ def check_target(context: Context, owner: str, name: str, revision: str = "main"
     context.store.check_name(name)
 
 
-def _about_ignored(repository: str, files: Iterable[_File]) -> list[tuple[str, str]]:
-    """Return the headers that warn of files that are not stored."""
-    paths = [one.path for one in files]
+def _about_ignored(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the topic and the texts of the warning about files that are not stored."""
     ignored = [path for path in paths if path not in (*_STORED, *_SILENT)]
     if not ignored:
-        return []
+        return "files", []
     named = ", ".join(ignored[:8])
     if any(path in _STORED for path in paths):
-        return _warnings(f"{repository} files", [f"a set has two files; not stored: {named}"])
+        return "files", [f"a set has two files; not stored: {named}"]
     # huggingface_hub makes no commit then, and reports success.
-    text = f"push a folder with {' and '.join(_STORED)} in it; none of these is stored: {named}"
-    return _warnings(f"{repository} nothing", [text])
+    wanted = " and ".join(_STORED)
+    return "nothing", [f"push a folder with {wanted} in it; none of these is stored: {named}"]
 
 
 def _asks_for_lfs(request: Request) -> bool:
@@ -218,7 +218,7 @@ def _unchanged(request: Request, context: Context, name: str, pushed: Commit) ->
             expected=[CONFIG_FILE, MODEL_FILE],
         )
     _precondition(pushed)(record)
-    return _json(_commit_info(request, record))
+    return JSONResponse(_commit_info(request, record))
 
 
 def _committed(request: Request, name: str, imported: Imported) -> Response:
@@ -226,10 +226,10 @@ def _committed(request: Request, name: str, imported: Imported) -> Response:
     report = schemas.ImportReport.of(imported)
     ignored = [f"not imported, by design: {key}" for key in imported.ignored_keys]
     topic = f"{ADAPTERS}/{name} version {record.version}"
-    return _json(
-        {**_commit_info(request, record), "report": report.model_dump(mode="json")},
-        _warnings(topic, [*imported.warnings, *ignored]),
+    answer = JSONResponse(
+        {**_commit_info(request, record), "report": report.model_dump(mode="json")}
     )
+    return _warned(answer, topic, [*imported.warnings, *ignored])
 
 
 def _commit_info(request: Request, record: SetRecord) -> dict[str, object]:
@@ -242,22 +242,14 @@ def _url_of(request: Request, owner: str, name: str) -> str:
     return f"{str(request.base_url).rstrip('/')}/{owner}/{name}"
 
 
-def _warnings(topic: str, texts: Iterable[str]) -> list[tuple[str, str]]:
-    """Return headers that huggingface_hub logs as warnings, one per topic."""
-    return [
-        ("X-HF-Warning", f"{topic} {number}; {_printable(text)}")
-        for number, text in enumerate(list(texts)[:_MOST_WARNINGS], 1)
-    ]
+def _warned(answer: Response, topic: str, texts: Iterable[str]) -> Response:
+    """Add headers that huggingface_hub logs as warnings, one per topic; return `answer`."""
+    for number, text in enumerate(list(texts)[:_MOST_WARNINGS], 1):
+        answer.headers.append("X-HF-Warning", f"{topic} {number}; {_printable(text)}")
+    return answer
 
 
 def _printable(text: str) -> str:
     """Return `text` as a header may carry it."""
     ascii_text = text.encode("ascii", "replace").decode()
     return "".join(one if one.isprintable() else "?" for one in ascii_text)[:_WARNING_CHARACTERS]
-
-
-def _json(value: object, headers: Iterable[tuple[str, str]] = ()) -> Response:
-    response = Response(json.dumps(value), media_type="application/json")
-    for name, text in headers:
-        response.headers.append(name, text)
-    return response

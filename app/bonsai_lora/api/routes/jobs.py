@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query, Request, Response
 
 from bonsai_lora import errors
+from bonsai_lora.api.body import header_of
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep
 from bonsai_lora.api.job_schemas import Job, JobKind, JobPage
@@ -15,13 +16,7 @@ from bonsai_lora.wire.media import Form
 
 router = APIRouter(tags=["jobs"])
 
-JOB = extra_response(
-    202,
-    "with `Prefer: respond-async`: the job",
-    Job,
-    "Location",
-    "Preference-Applied",
-)
+JOB = extra_response(202, "with `Prefer: respond-async`: the job", Job)
 """The answer of a route that may become a job."""
 
 JobId = Annotated[
@@ -84,7 +79,7 @@ async def cancel_job(context: ContextDep, job: JobId) -> Job:
 
 def wants_job(request: Request) -> bool:
     """Return whether the caller prefers a job to waiting (RFC 7240, section 4.1)."""
-    preferences = ",".join(request.headers.getlist("prefer")).lower().split(",")
+    preferences = (header_of(request, "prefer") or "").lower().split(",")
     return any(one.partition(";")[0].strip() == "respond-async" for one in preferences)
 
 

@@ -124,8 +124,7 @@ async def _combine(
     status_code=202,
     response_model=Job,
     openapi_extra=request_body(lab_schemas.ExtractSet),
-    responses=sends(202, "Location", "Preference-Applied")
-    | problems(
+    responses=problems(
         *CHANGE_ERRORS,
         errors.SetExistsError,
         errors.InvalidNameError,
@@ -205,8 +204,7 @@ async def compare_sets(
     with context.long.admit():
         comparison = await context.long.run(compare.compare, context.store, names)
         show = partial(lab_schemas.ComparisonInfo.of, comparison)
-        size = len(names) * len(comparison.modules)
-        return await _computed(request, context, memory, "compare", comparison, show, size)
+        return await _computed(request, context, memory, "compare", comparison, show)
 
 
 @router.get(
@@ -235,7 +233,6 @@ async def get_spectrum(
         stored.lora_set.registry.adapters
     )
     spectra = Spectra(adapters)
-    size = sum(len(one.a_matrix) for one in adapters.values())
     with context.long.admit():
         return await _computed(
             request,
@@ -244,7 +241,6 @@ async def get_spectrum(
             "spectrum",
             spectra,
             lambda _: lab_schemas.SetSpectrum.of(spectra),
-            size,
         )
 
 
@@ -259,9 +255,8 @@ async def _computed(
     kind: JobKind,
     plan: compare.Comparison | Spectra,
     show: Callable[[list[Any]], BaseModel],
-    size: int,
 ) -> Response:
-    """Compute each module, and answer with `size` numbers that `show` makes of the results.
+    """Compute each module, and answer with what `show` makes of the results.
 
     `memory` counts the results until the answer has been sent.
     Answers with a job instead if the caller prefers that, the work is long, and jobs can be stored.
@@ -276,9 +271,9 @@ async def _computed(
     with Reservation(context.memory) as reserved:
         reserved.add(needed)
         found: list[Any] = await context.long.run_each(plan.works(), threads)
-    answer = await json_response(context, partial(show, found), size, {})
+    content = await context.long.run(lambda: show(found).model_dump_json().encode())
     # In pieces, each of which waits for the client, so that `memory` is held as long.
-    return BufferResponse([bytes(answer.body)], Form.JSON.value)
+    return BufferResponse([content], Form.JSON.value)
 
 
 async def _as_job(
@@ -334,8 +329,7 @@ async def get_survival(context: ContextDep, followed: Followed) -> Response:
     summary="Compute what is left of a set's deltas in stored merged weights, as a job",
     status_code=202,
     response_model=Job,
-    responses=sends(202, "Location", "Preference-Applied")
-    | problems(
+    responses=problems(
         *MERGE_ERRORS, errors.MemoryBudgetError, errors.StoreFullError, errors.StoreReadOnlyError
     ),
 )

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 
 from bonsai_lora import errors
 from bonsai_lora.api import schemas
-from bonsai_lora.api.body import read_model
+from bonsai_lora.api.body import media_type, read_model
 from bonsai_lora.api.conditions import not_modified, precondition
 from bonsai_lora.api.context import Context
 from bonsai_lora.api.deps import ContextDep, SetName, WantedSet
@@ -110,7 +110,7 @@ async def _info(context: Context, stored: StoredSet, status: int = 200) -> Respo
 
 def _check_not_an_upload(request: Request) -> None:
     """Raise UnsupportedMediaTypeError for anything but JSON, as it is probably an adapter."""
-    media = request.headers.get("content-type", Form.JSON.value).partition(";")[0].strip().lower()
+    media = media_type(request, Form.JSON.value)
     if media != Form.JSON.value:
         raise errors.UnsupportedMediaTypeError(
             f"POST /v1/sets creates a set from JSON, but Content-Type is {media[:100]!r}; send "
@@ -243,7 +243,7 @@ async def upload_set(
     in an origin of the operator's instead, which the service pulls; that needs the scope `pull`.
     """
     context.store.check_name(name)
-    if _is_json(request):
+    if media_type(request) == Form.JSON.value:
         return await _report(context, await _pull(request, context, name, options))
     with (
         Place(context.long) as place,
@@ -272,11 +272,6 @@ async def upload_set(
                 sets.import_adapter, context.store, name, config, upload, check, options
             )
     return await _report(context, imported)
-
-
-def _is_json(request: Request) -> bool:
-    header = request.headers.get("content-type", "")
-    return header.partition(";")[0].strip().lower() == Form.JSON.value
 
 
 async def _pull(

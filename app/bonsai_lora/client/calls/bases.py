@@ -1,10 +1,11 @@
 """Bases and merged files."""
 
-from typing import Any
+from typing import Any, Unpack
 
-from bonsai_lora.client.answers import BaseInfo, BaseList, MergedFile, PulledFile, Weights
+from bonsai_lora.client.answers import BaseInfo, BaseList, MergedFile, PulledFile
 from bonsai_lora.client.call import (
     Call,
+    MixOptions,
     Query,
     decode_bytes,
     decode_field,
@@ -13,6 +14,13 @@ from bonsai_lora.client.call import (
     query_of,
     range_of,
 )
+
+
+class FilesOptions(MixOptions, total=False):
+    """Options of the files of a merged model, which `list_merged_files` describes."""
+
+    dtype: str | None
+    widen: str | None
 
 
 def list_bases() -> Call[BaseList]:
@@ -26,14 +34,7 @@ def get_base(name: str) -> Call[BaseInfo]:
 
 
 def list_merged_files(
-    base: str,
-    set_name: str,
-    *,
-    scale: float = 1.0,
-    sets: Weights | None = None,
-    match: str | None = None,
-    dtype: str | None = None,
-    widen: str | None = None,
+    base: str, set_name: str, **options: Unpack[FilesOptions]
 ) -> Call[list[MergedFile]]:
     """Return the files of a merged model with their sizes and ETags; nothing is computed.
 
@@ -44,7 +45,7 @@ def list_merged_files(
     """
     return Call(
         path=path_of("v1", "bases", base, "merged", set_name),
-        query=_mix(scale, sets, match, dtype, widen),
+        query=_query(**options),
         decode=decode_field("files"),
     )
 
@@ -56,24 +57,34 @@ def get_merged_file(
     *,
     start: int = 0,
     stop: int | None = None,
-    scale: float = 1.0,
-    sets: Weights | None = None,
-    match: str | None = None,
-    dtype: str | None = None,
-    widen: str | None = None,
     tag: str | None = None,
+    **options: Unpack[FilesOptions],
 ) -> Call[bytes]:
     """Return a file of a merged model, or its bytes from `start` to `stop` (exclusive).
 
     Only these bytes are computed. With `tag`, an ETag without quotes, all of the file if that has
-    changed. Raises FileNotInModelError, RangeNotSatisfiableError.
+    changed. `options` are those of `list_merged_files`. Raises FileNotInModelError,
+    RangeNotSatisfiableError.
     """
     return Call(
         path=path_of("v1", "bases", base, "merged", set_name, *filename.split("/")),
-        query=_mix(scale, sets, match, dtype, widen),
+        query=_query(**options),
         headers=range_of(start, stop, tag),
         decode=decode_bytes,
     )
+
+
+def stream_merged_file(
+    base: str,
+    set_name: str,
+    filename: str,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    **options: Unpack[FilesOptions],
+) -> Call[bytes]:
+    """Yield a file of a merged model in blocks. Otherwise the same as `get_merged_file`."""
+    return get_merged_file(base, set_name, filename, start=start, stop=stop, **options)
 
 
 def get_repository(model: str) -> Call[dict[str, Any]]:
@@ -95,7 +106,7 @@ def resolve(model: str, commit: str, filename: str, *, start: int, tag: str) -> 
     )
 
 
-def _mix(
-    scale: float, sets: Weights | None, match: str | None, dtype: str | None, widen: str | None
+def _query(
+    *, dtype: str | None = None, widen: str | None = None, **mix: Unpack[MixOptions]
 ) -> Query:
-    return [*mix_query(scale, sets, match), *query_of(dtype=dtype, widen=widen)]
+    return [*mix_query(**mix), *query_of(dtype=dtype, widen=widen)]

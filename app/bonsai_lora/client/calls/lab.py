@@ -1,11 +1,13 @@
 """The laboratory: combine sets, compare and extract them, look at their spectra."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 from bonsai_lora.client.answers import Weights
 from bonsai_lora.client.call import (
     Call,
+    MixOptions,
     checked_names,
     decode_tagged,
     given,
@@ -105,9 +107,7 @@ def start_compare(sets: Sequence[str]) -> Call[Job | Comparison]:
 
     `wait_for` takes either.
     """
-    return Call(
-        path="/v1/compare", query=[("set", name) for name in checked_names(sets)], headers=_ASYNC
-    )
+    return replace(compare(sets), headers=_ASYNC)
 
 
 def get_spectrum(
@@ -124,21 +124,11 @@ def start_spectrum(
     name: str, *, modules: Sequence[str] = (), version: int | None = None
 ) -> Call[Job | SetSpectrum]:
     """Begin what `get_spectrum` does, and return as `start_compare`."""
-    return Call(
-        path=path_of("v1", "sets", name, "spectrum"),
-        query=[*query_of(version=version), *(("module", module) for module in modules)],
-        headers=_ASYNC,
-    )
+    return replace(get_spectrum(name, modules=modules, version=version), headers=_ASYNC)
 
 
 def get_survival(
-    base: str,
-    name: str,
-    *,
-    dtype: str | None = None,
-    scale: float = 1.0,
-    sets: Weights | None = None,
-    match: str | None = None,
+    base: str, name: str, *, dtype: str | None = None, **mix: Unpack[MixOptions]
 ) -> Call[SetSurvival]:
     """Return an estimate of what is left of a set's deltas in merged weights of a `dtype`.
 
@@ -147,22 +137,16 @@ def get_survival(
     """
     return Call(
         path=path_of("v1", "bases", base, "survival", name),
-        query=[*query_of(dtype=dtype), *mix_query(scale, sets, match)],
+        query=[*query_of(dtype=dtype), *mix_query(**mix)],
     )
 
 
 def start_survival(
-    base: str,
-    name: str,
-    *,
-    dtype: str | None = None,
-    scale: float = 1.0,
-    sets: Weights | None = None,
-    match: str | None = None,
+    base: str, name: str, *, dtype: str | None = None, **mix: Unpack[MixOptions]
 ) -> Call[Job]:
     """Start to compute exactly what `get_survival` estimates, and return the job."""
     return Call(
         method="POST",
         path=path_of("v1", "bases", base, "survival", name),
-        query=[*query_of(dtype=dtype), *mix_query(scale, sets, match)],
+        query=[*query_of(dtype=dtype), *mix_query(**mix)],
     )

@@ -1,17 +1,15 @@
 """Merging an adapter into weights."""
 
 from collections.abc import AsyncIterable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from bonsai_lora.client.answers import Dtype
-from bonsai_lora.client.call import Call, decode_bytes, path_of, query_of
+from bonsai_lora.client.call import Call, blocks_of, decode_bytes, path_of, query_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from bonsai_lora.client.answers import Array
-
-_RAW = {"Content-Type": "application/octet-stream"}
 
 
 def _path(set_name: str, module: str) -> str:
@@ -44,23 +42,27 @@ def merge(
     )
 
 
-def merge_blocks(
+def merge_stream(
     set_name: str,
     module: str,
-    blocks: Iterable[bytes] | AsyncIterable[bytes],
-    dtype: Dtype,
+    weights: BinaryIO | Iterable[bytes] | AsyncIterable[bytes],
     *,
-    unmerge: bool,
+    dtype: Dtype,
+    unmerge: bool = False,
     version: int | None = None,
 ) -> Call[bytes]:
-    """Return the call that streams row-major bytes of W; its body can be read once."""
+    """Yield the merged bytes of weights that come in blocks, in constant memory.
+
+    `weights` is a file opened in binary mode, or an iterable of bytes, of `AsyncClient` also an
+    asynchronous one: W (d_out, d_in) row by row, as `dtype`. All of it is sent before the first
+    block comes back. Raises as `merge`.
+    """
     return Call(
         method="POST",
         path=_path(set_name, module),
         query=query_of(dtype=dtype, unmerge=unmerge or None, version=version),
-        headers=_RAW,
-        content=blocks,
+        headers={"Content-Type": "application/octet-stream"},
+        content=blocks_of(weights),
         decode=decode_bytes,
         is_pure=True,
-        is_one_shot=True,
     )

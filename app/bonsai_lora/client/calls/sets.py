@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from bonsai_lora.client.answers import (
     Attention,
@@ -37,6 +37,16 @@ if TYPE_CHECKING:
 _CONFIG_FILE = "adapter_config.json"
 _MODEL_FILE = "adapter_model.safetensors"
 _MLX_FILE = "adapters.safetensors"
+
+
+class UploadOptions(TypedDict, total=False):
+    """Options of an upload, which `upload_set` and `upload_gguf` describe."""
+
+    base_model_name: str | None
+    expert_b_layout: ExpertLayout | None
+    architecture: str | None
+    if_match: str | None
+    if_none_match: str | None
 
 
 def create_set(
@@ -93,11 +103,7 @@ def get_set(name: str, *, version: int | None = None) -> Call[SetInfo]:
 def upload_set(
     name: str,
     folder: str | os.PathLike[str],
-    *,
-    base_model_name: str | None = None,
-    expert_b_layout: ExpertLayout | None = None,
-    if_match: str | None = None,
-    if_none_match: str | None = None,
+    **options: Unpack[UploadOptions],
 ) -> Call[ImportReport]:
     """Upload a PEFT or MLX adapter folder; creates the set or replaces it, in one step.
 
@@ -114,10 +120,7 @@ def upload_set(
     return upload_files(
         name,
         files,
-        base_model_name=base_model_name,
-        expert_b_layout=expert_b_layout,
-        if_match=if_match,
-        if_none_match=if_none_match,
+        **options,
     )
 
 
@@ -130,47 +133,42 @@ def _model_file(folder: Path) -> Path:
 def upload_files(
     name: str,
     files: Mapping[str, Part],
-    *,
-    base_model_name: str | None = None,
-    expert_b_layout: ExpertLayout | None = None,
-    if_match: str | None = None,
-    if_none_match: str | None = None,
+    **options: Unpack[UploadOptions],
 ) -> Call[ImportReport]:
     """Upload an adapter whose files are `adapter_config` and `adapter_model`.
 
     Each is bytes, a path, or a file opened in binary mode. Otherwise the same as `upload_set`.
     """
-    is_one_shot = not all(isinstance(part, bytes | os.PathLike) for part in files.values())
-    return Call(
-        method="PUT",
-        path=path_of("v1", "sets", name),
-        query=query_of(base_model_name=base_model_name, expert_b_layout=expert_b_layout),
-        headers=header_lines(if_match=if_match, if_none_match=if_none_match),
-        parts=files,
-        decode=decode_tagged,
-        is_one_shot=is_one_shot,
-    )
+    return _upload(name, {"parts": files}, **options)
 
 
 def pull_set(
     name: str,
     source: str,
-    *,
-    base_model_name: str | None = None,
-    expert_b_layout: ExpertLayout | None = None,
-    if_match: str | None = None,
-    if_none_match: str | None = None,
+    **options: Unpack[UploadOptions],
 ) -> Call[ImportReport]:
     """Make the service pull an adapter from one of its sources, such as `hub:acme/sql-lora@main`.
 
     Otherwise the same as `upload_set`. Raises SourceUnknownError, SourceUnreachableError.
     """
+    return _upload(name, json_body({"source": source}), **options)
+
+
+def _upload(
+    name: str,
+    sent: Mapping[str, Any],
+    *,
+    if_match: str | None = None,
+    if_none_match: str | None = None,
+    **query: str | None,
+) -> Call[ImportReport]:
+    conditions = header_lines(if_match=if_match, if_none_match=if_none_match)
     return Call(
         method="PUT",
         path=path_of("v1", "sets", name),
-        query=query_of(base_model_name=base_model_name, expert_b_layout=expert_b_layout),
+        query=query_of(**query),
         decode=decode_tagged,
-        **json_body({"source": source}, if_match=if_match, if_none_match=if_none_match),
+        **{**sent, "headers": {**sent.get("headers", {}), **conditions}},
     )
 
 
@@ -178,17 +176,13 @@ def upload_tensors(
     name: str,
     config: Mapping[str, Any],
     tensors: "Mapping[str, npt.ArrayLike]",
-    *,
-    base_model_name: str | None = None,
-    expert_b_layout: ExpertLayout | None = None,
-    if_match: str | None = None,
-    if_none_match: str | None = None,
+    **options: Unpack[UploadOptions],
 ) -> Call[ImportReport]:
     """Upload an adapter from memory: PEFT's configuration, and arrays under PEFT's key names.
 
     Otherwise the same as `upload_set`.
     """
-    from bonsai_lora.wire.requests import encode_tensors  # noqa: PLC0415 - loads NumPy
+    from bonsai_lora.client.tensors import encode_tensors  # noqa: PLC0415 - loads NumPy
 
     files: dict[str, Part] = {
         "adapter_config": json.dumps(config).encode(),
@@ -197,36 +191,17 @@ def upload_tensors(
     return upload_files(
         name,
         files,
-        base_model_name=base_model_name,
-        expert_b_layout=expert_b_layout,
-        if_match=if_match,
-        if_none_match=if_none_match,
+        **options,
     )
 
 
-def upload_gguf(
-    name: str,
-    file: Part,
-    *,
-    architecture: str | None = None,
-    base_model_name: str | None = None,
-    if_match: str | None = None,
-    if_none_match: str | None = None,
-) -> Call[ImportReport]:
+def upload_gguf(name: str, file: Part, **options: Unpack[UploadOptions]) -> Call[ImportReport]:
     """Upload a GGUF LoRA file, as llama.cpp reads it.
 
     `architecture` says whose tensor names it has, in place of its own. Otherwise the same as
     `upload_set`.
     """
-    return Call(
-        method="PUT",
-        path=path_of("v1", "sets", name),
-        query=query_of(base_model_name=base_model_name, architecture=architecture),
-        headers=header_lines(if_match=if_match, if_none_match=if_none_match),
-        parts={"adapter_gguf": file},
-        decode=decode_tagged,
-        is_one_shot=not isinstance(file, bytes | os.PathLike),
-    )
+    return upload_files(name, {"adapter_gguf": file}, **options)
 
 
 def change_set(name: str, *, base_model_name: str, if_match: str | None = None) -> Call[SetInfo]:

@@ -1,6 +1,7 @@
 """The runner of jobs, without HTTP: progress, heartbeats, cancelling, stores that are away."""
 
 import asyncio
+import errno
 import time
 
 import pytest
@@ -153,15 +154,18 @@ def test_the_end_of_a_job_is_written_when_the_store_is_back(folder, monkeypatch,
     asyncio.run(run())
 
 
-def test_a_beat_that_cannot_be_written_does_not_end_a_job(folder):
+@pytest.mark.parametrize("error", [StoreUnreachableError("away"), OSError(errno.EIO, "broken")])
+def test_a_beat_that_cannot_be_written_is_not_the_last(folder, error):
     async def run():
         runner = runner_of(folder)
 
-        async def work(_):
-            folder.error = StoreUnreachableError("away")
+        async def work(progress):
+            folder.error = error
             asked = folder.asked
             await until(lambda: folder.asked >= asked + 3)
             folder.error = None
+            progress.share = 0.5
+            await until(lambda: folder.read(folder.ids()[0]).progress == 0.5)
             return {}
 
         number = (await runner.submit(ANYONE, "combine", 1, work)).id
