@@ -1,6 +1,8 @@
 """Values of adapter_config.json that are no values, and texts that are not adapter_config.json."""
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from bonsai_lora.errors import (
     InvalidAdapterError,
@@ -83,3 +85,10 @@ def test_start_values_that_may_have_changed_the_base(value):
     with pytest.raises(UnsupportedAdapterError, match="base weights") as caught:
         PeftConfig({"peft_type": "LORA", "init_lora_weights": value})
     assert value in caught.value.detail
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_configuration_is_not_the_weights(dtype):
+    weights = save({"lora_A": np.ones((2, 4), dtype)})
+    with pytest.raises(InvalidAdapterError, match="is not JSON: it is binary; send the file"):
+        parse_config(weights)

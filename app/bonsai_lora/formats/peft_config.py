@@ -243,8 +243,9 @@ def parse_config(raw: bytes) -> dict[str, Any]:
             "with the weights"
         ) from None
     except ValueError as error:
+        fault = "it is binary" if isinstance(error, UnicodeDecodeError) else error
         raise InvalidAdapterError(
-            f"adapter_config.json is not JSON: {error}; send the file that "
+            f"adapter_config.json is not JSON: {fault}; send the file that "
             "was saved with the weights"
         ) from None
     if not isinstance(value, dict):

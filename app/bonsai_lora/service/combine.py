@@ -222,12 +222,14 @@ def _check_equal_ranks(module: str, adapters: Aligned, recipe: Recipe) -> None:
 
 
 def _base_warnings(sets: Sequence[StoredSet]) -> list[str]:
-    names = list(dict.fromkeys(one.record.base_model_name for one in sets))
+    names = list(dict.fromkeys(filter(None, (one.record.base_model_name for one in sets))))
+    if len(names) < 2:
+        return []
     text = (
         f"the sets are for different base models ({', '.join(map(repr, names[:8]))}); the new set "
-        f"is recorded for {next(filter(None, names), '')!r}"
+        f"is recorded for {names[0]!r}"
     )
-    return [text] if len(names) > 1 else []
+    return [text]
 
 
 def _loss_warnings(report: Report) -> list[str]:
