@@ -99,6 +99,11 @@ REQUESTS = [
     (errors.RouteNotFoundError, "GET", "/other", {}),
     (errors.RouteNotFoundError, "GET", "/v1/sets/", {}),
     (errors.RouteNotFoundError, "GET", "/api/models/my-set", {}),
+    (errors.RouteNotFoundError, "POST", "/api/models/my-set/preupload/main", {"json": {}}),
+    (errors.RouteNotFoundError, "POST", "/api/models/adapters/plain/discussions", {"json": {}}),
+    (errors.RouteNotFoundError, "DELETE", "/api/repos/delete", {}),
+    (errors.RouteNotFoundError, "GET", "/v1/v1/sets", {}),
+    (errors.RouteNotFoundError, "POST", "/v1/chat/completions", {"json": {}}),
     (errors.MethodNotAllowedError, "PATCH", "/v1/sets", {}),
     (
         errors.NotAcceptableError,
@@ -154,6 +159,14 @@ REQUESTS = [
         APPLY,
         {"json": {}, "headers": {"Content-Encoding": "br"}},
     ),
+    (errors.UnsupportedMediaTypeError, "POST", "/v1/sets", {"data": {"name": "n"}}),
+    (errors.UnsupportedMediaTypeError, "PUT", "/v1/sets/n", {"content": b"abcd"}),
+    (
+        errors.UnsupportedMediaTypeError,
+        "PUT",
+        "/v1/sets/n",
+        {"content": b"abcd", "headers": {"Content-Type": "multipart/form-data"}},
+    ),
     (
         errors.RangeNotSatisfiableError,
         "GET",
@@ -171,6 +184,7 @@ REQUESTS = [
     (errors.InvalidRequestError, "GET", "/v1/compare?sets=a", {}),
     (errors.InvalidRequestError, "GET", "/v1/sets?limit=ten", {}),
     (errors.InvalidRequestError, "POST", "/v1/sets", {"json": {}}),
+    (errors.InvalidRequestError, "POST", "/v1/sets", {"json": {"nam": "n"}}),
     (
         errors.InvalidRequestError,
         "POST",

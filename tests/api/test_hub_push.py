@@ -249,6 +249,10 @@ def test_what_comes_before_a_commit(client):
     ]
     assert {one["uploadMode"] for one in answer.json()["files"]} == {"regular"}
     assert "tokenizer.json" in answer.headers["x-hf-warning"]
+    answer = client.post("/api/models/adapters/pushed/preupload/main", json={"files": files[2:]})
+    assert "none of these is stored: tokenizer.json, sub/" in answer.headers["x-hf-warning"]
+    answer = client.post("/api/models/adapters/pushed/preupload/main", json={"files": files[:3]})
+    assert "x-hf-warning" not in answer.headers
     push(client, "pushed")
     exists = client.post("/api/repos/create", json=wanted)
     assert assert_problem(exists, 409, "set_exists")["url"] == f"{client.base_url}/adapters/pushed"

@@ -378,6 +378,22 @@ def test_no_key_or_an_unknown_one_is_401(world, header):
         assert client.get("/v2/models/x", headers=headers).json().keys() == {"error"}
 
 
+@pytest.mark.parametrize(
+    ("header", "fault"),
+    [
+        ("bl_aaaaaaaa_hidden", "the Authorization header has no Bearer or Basic credentials"),
+        ("Token hidden", "the Authorization header has no Bearer or Basic credentials"),
+        ("Basic hidden!", "the Authorization header has no Bearer or Basic credentials"),
+        ("Bearer", "the request has no key"),
+        ("Bearer hidden", "the key is unknown"),
+    ],
+)
+def test_what_is_wrong_with_the_header_is_named(world, header, fault):
+    answer = httpx.get(f"{world.url}/v1/sets", headers={"Authorization": header})
+    assert answer.json()["detail"].startswith(fault)
+    assert "hidden" not in answer.text
+
+
 def test_a_large_body_without_a_key_is_refused_at_its_head(world):
     before = snapshot(world.app.state.store)
     body = bytes(64 << 20)

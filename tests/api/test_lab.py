@@ -251,6 +251,15 @@ def test_different_bases_are_a_warning(client, rng):
     assert "products of different sets" in made["report"]["warnings"][1]
 
 
+def test_a_set_without_a_base_is_not_for_a_different_one(client, rng):
+    for name, base in (("none", ""), ("one", "one")):
+        config = peft_config(base_model_name_or_path=base)
+        upload_parts(client, name, config, peft_tensors(rng))
+    made = combine(client, ("none", 1), ("one", 1)).json()
+    assert made["base_model_name"] == "one"
+    assert made["report"]["warnings"] == []
+
+
 def test_everything_is_counted_first(tmp_path, rng):
     settings = Settings(
         store=str(tmp_path / "store"), max_rank=6, memory_budget_bytes=1000, work_memory_bytes=1500

@@ -124,3 +124,9 @@ def test_sets_of_the_wrong_kind_are_refused_before_anything_is_sent():
         for call in (client.compare, client.start_compare):
             with pytest.raises(errors.InvalidRequestError, match="sets is the text 'demo'"):
                 call("demo")
+        for rows in ("demo", {"demo": 1.0}):
+            with pytest.raises(errors.InvalidRequestError, match="a list with an entry per row"):
+                client.apply_mixed("q_proj", rows, np.ones((4, 2)))
+        for inputs in (np.ones(2), ["q_proj"]):
+            with pytest.raises(errors.InvalidRequestError, match="inputs is a batch without mod"):
+                client.apply_many("demo", inputs)

@@ -55,6 +55,7 @@ def test_a_wrong_width_is_refused_not_truncated(shape):
     with pytest.raises(ShapeMismatchError) as caught:
         LoraAdapter.new(8, 4, LoraConfig()).apply(np.zeros(shape, np.float32))
     assert caught.value.values["got"] == list(shape)
+    assert str(caught.value) == f"the input has shape {list(shape)}; expected [8] or [rows, 8]"
 
 
 @pytest.mark.parametrize(

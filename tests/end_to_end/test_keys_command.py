@@ -55,6 +55,12 @@ def test_a_date_in_the_past_is_refused(capsys, path):
     assert not path.exists()
 
 
+def test_a_folder_that_does_not_exist_is_named(capsys, path):
+    assert keys(path.parent / "absent" / "keys.json", "new", "--scope", "read") == 2
+    absent = path.parent / "absent"
+    assert capsys.readouterr().err == f"bonsai-lora: {absent}: No such file or directory\n"
+
+
 def test_keys_are_listed_and_removed(capsys, path):
     first = new_key(capsys, path, "--scope", "admin")
     new_key(capsys, path, "--scope", "read", "--prefix", "b-", "--expires", "0h")

@@ -204,6 +204,7 @@ def test_jobs_of_the_client(run, service):
         assert report["rank"] == 2
         assert shares[-1] == 1.0
         assert client.get_job(job["id"])["state"] == "done"
+        assert client.wait_for(job["id"]) == report
         assert client.cancel_job(job["id"])["state"] == "done"
         failing = client.start_extract("new", "tiny-qwen3", "tiny-qwen3", energy=0.9)
         with pytest.raises(InvalidRequestError, match="have the same") as refused:
@@ -214,7 +215,8 @@ def test_jobs_of_the_client(run, service):
 
     async def wait():
         async with AsyncClient(service) as client:
-            return await client.wait_for(await client.start_combine("made", {"two": 2.0}))
+            job = await client.start_combine("made", {"two": 2.0})
+            return await client.wait_for(job["id"])
 
     assert asyncio.run(wait())["name"] == "made"
 

@@ -1,6 +1,8 @@
 """Values of adapter_config.json that are no values, and texts that are not adapter_config.json."""
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from bonsai_lora.errors import (
     InvalidAdapterError,
@@ -60,6 +62,11 @@ def test_a_configuration_is_an_object(text):
     assert f"is {text.decode()}; " in caught.value.detail
 
 
+def test_a_configuration_that_is_nested_too_deeply():
+    with pytest.raises(InvalidAdapterError, match="nested too deeply to be read; send"):
+        parse_config(b"[" * 100_000)
+
+
 @pytest.mark.parametrize("value", [True, False, None, 0, 1])
 def test_flags(value):
     raw = {"peft_type": "LORA", "use_rslora": value, "fan_in_fan_out": value}
@@ -78,3 +85,10 @@ def test_start_values_that_may_have_changed_the_base(value):
     with pytest.raises(UnsupportedAdapterError, match="base weights") as caught:
         PeftConfig({"peft_type": "LORA", "init_lora_weights": value})
     assert value in caught.value.detail
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_a_configuration_is_not_the_weights(dtype):
+    weights = save({"lora_A": np.ones((2, 4), dtype)})
+    with pytest.raises(InvalidAdapterError, match="is not JSON: it is binary; send the file"):
+        parse_config(weights)

@@ -160,11 +160,7 @@ class Authenticator:
         token = _token_of(header)
         key = None if token is None else self._keys.ring.find(token)
         if key is None:
-            raise UnauthenticatedError(
-                "the key is unknown; check it, or ask the operator for one"
-                if token
-                else "the request has no key; send it as Authorization: Bearer KEY"
-            )
+            raise UnauthenticatedError(_why_no_key(header, token))
         known = self._known(key)
         _forget_some(self._by_header)
         if len(header) <= _REMEMBERED_BYTES:
@@ -210,6 +206,18 @@ def _host_of(headers: Headers, peer: Peer) -> bytes:
 def _forget_some(remembered: dict[bytes, Caller] | set[bytes]) -> None:
     if len(remembered) >= _REMEMBERED:
         remembered.clear()
+
+
+def _why_no_key(header: bytes, token: bytes | None) -> str:
+    """Return why no key is known by an Authorization header, without showing it."""
+    if token:
+        return "the key is unknown; check it, or ask the operator for one"
+    if token is None and header:
+        return (
+            "the Authorization header has no Bearer or Basic credentials; send it as "
+            "Authorization: Bearer KEY"
+        )
+    return "the request has no key; send it as Authorization: Bearer KEY"
 
 
 def _token_of(header: bytes) -> bytes | None:

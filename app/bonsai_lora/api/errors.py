@@ -248,13 +248,30 @@ def _on_system_error(request: Request, error: Exception) -> Response:
     return problem_response(errors.TooManyFilesError(), request.scope)
 
 
+_OF_AN_ENGINE = "send it to an inference engine, as this service generates no text"
+_REMEDIES = (
+    ("/v1/v1/", "remove one /v1"),
+    ("/v1/completions", _OF_AN_ENGINE),
+    ("/v1/chat/completions", _OF_AN_ENGINE),
+    ("/api/repos/delete", "use DELETE /v1/sets/{set}"),
+)
+"""What to do about paths that people expect, by how they begin."""
+_NO_OWNER = re.compile(r"/api/models/[^/]*(?:$|/(?:preupload|revision|tree|commits?|paths-info)/)")
+_OF_REPOSITORIES = "name a repository as BASE/SET, adapters/SET or bases/BASE"
+
+
 def _remedy(path: str) -> str:
     """Return what to do about a path at which there is nothing."""
     if path.endswith("/"):
         return "remove the last slash"
-    if path.startswith("/api/models/"):
-        return "name a repository as BASE/SET, adapters/SET or bases/BASE"
-    return "see /docs for all paths"
+    for start, remedy in _REMEDIES:
+        if path.startswith(start):
+            return remedy
+    return _OF_REPOSITORIES if _NO_OWNER.match(path) else "see /docs for all paths"
+
+
+_SHOWN = 3
+"""Faults of a request that a text names; its field `errors` has more."""
 
 
 def validation_problem(found: Any) -> BonsaiLoraError:
@@ -264,9 +281,10 @@ def validation_problem(found: Any) -> BonsaiLoraError:
         fault = f"is not JSON: {reason}" if found[0]["input"] else "is empty"
         return errors.MalformedJsonError(f"the body {fault}; send JSON")
     reasons = [(_field(one), _reason(one)) for one in found[:16]]
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    more = f" (and {len(found) - _SHOWN} more)" if len(found) > _SHOWN else ""
+    text = ". ".join(" ".join(one) for one in reasons[:_SHOWN]) + more
     return errors.InvalidRequestError(
-        " ".join(reasons[0]) + more,
+        text,
         errors=[{"field": field, "reason": reason} for field, reason in reasons],
     )
 

@@ -156,7 +156,7 @@ def read_sources(path: Path | None) -> dict[str, Origin]:
         return {one.name: one.to_origin() for one in document.sources}
     except ValidationError as error:
         fault = fault_in_file(error, tags=("hub", "https", "s3", "file"))
-        raise ValueError(f"the sources file {path} is not valid: {fault}") from None
+        raise ValueError(f"the sources file {path} is not valid ({fault}); correct it") from None
     except OSError as error:
         raise ValueError(
             f"the sources file {path} cannot be read: {error.strerror or error}; check --sources"

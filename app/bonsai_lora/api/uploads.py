@@ -85,9 +85,15 @@ def _boundary(request: Request) -> bytes:
     header = request.headers.get("content-type", "")
     media, options = parse_options_header(header)
     if media != b"multipart/form-data" or not options.get(b"boundary"):
+        fault = f"Content-Type is {header[:100]!r}" if header else "the request has no Content-Type"
+        remedy = (
+            "remove the header, which the HTTP library then writes with a boundary"
+            if media == b"multipart/form-data"
+            else f"send an adapter as multipart/form-data (with curl, -F {CONFIG_PART}=@"
+            f"adapter_config.json -F {MODEL_PART}=@adapter_model.safetensors)"
+        )
         raise UnsupportedMediaTypeError(
-            f"Content-Type is {header[:100]!r}; upload an adapter as multipart/form-data with a "
-            "boundary",
+            f"{fault}; {remedy}",
             got=header[:100],
             expected=["multipart/form-data"],
         )

@@ -23,7 +23,7 @@ from bonsai_lora.api.keys_file import (
     QuotaEntry,
     read_keys,
 )
-from bonsai_lora.cli.output import failed, print_table
+from bonsai_lora.cli.output import failed, plain, print_table
 from bonsai_lora.service.keys import SCOPES, digest_of, new_token
 from bonsai_lora.settings import SettingsError, read_settings
 from bonsai_lora.validation import expectation
@@ -77,7 +77,7 @@ def _run(action: Callable[[Path, argparse.Namespace], int], arguments: argparse.
     try:
         return action(_path_of(arguments), arguments)
     except (KeysFileError, SettingsError, ValidationError, OSError) as error:
-        return failed(_mistake(error) if isinstance(error, ValidationError) else str(error))
+        return failed(_mistake(error) if isinstance(error, ValidationError) else plain(error))
 
 
 def _mistake(error: ValidationError) -> str:

@@ -134,14 +134,17 @@ class Client(Methods):
                 return
 
     def wait_for(
-        self, job: Mapping[str, Any], on_progress: Callable[[float], object] | None = None
+        self, job: Mapping[str, Any] | str, on_progress: Callable[[float], object] | None = None
     ) -> dict[str, Any]:
         """Return the result of a job when it is done, what its request would have answered.
 
-        What `start_compare` and `start_spectrum` have answered without a job is returned as it is.
-        `on_progress` gets the share that is done, from 0 to 1. Raises the error of a job that
-        failed, and JobInterruptedError if it was cancelled.
+        `job` is what a `start_…` call returned, or the id of a job. What `start_compare` and
+        `start_spectrum` have answered without a job is returned as it is. `on_progress` gets the
+        share that is done, from 0 to 1. Raises the error of a job that failed, and
+        JobInterruptedError if it was cancelled.
         """
+        if isinstance(job, str):
+            job = self.get_job(job)
         wait, longest = jobs.WAIT_SECONDS
         while (result := jobs.result_of(job)) is None:
             time.sleep(wait)

@@ -129,7 +129,12 @@ def stack_of(sets: Mapping[str, float] | None) -> dict[str, Any]:
 
 
 def rows_of(sets: Sequence[Row]) -> list[Any]:
-    """Return the JSON value of what each row goes through."""
+    """Return the JSON value of what each row goes through; raises InvalidRequestError."""
+    if isinstance(sets, str | Mapping):
+        raise InvalidRequestError(
+            f"sets is a {type(sets).__name__}; expected a list with an entry per row",
+            field="sets",
+        )
     return [weighted(row) if isinstance(row, Mapping) else row for row in sets]
 
 

@@ -135,8 +135,8 @@ class LoraAdapter:
     def _apply(self, x: Floats, weight: float | Floats = 1.0) -> Floats:
         if x.ndim not in (1, 2) or x.shape[-1] != self.d_in:
             raise ShapeMismatchError(
-                f"the input has width {x.shape[-1] if x.ndim else 0}, "
-                f"but this adapter takes {self.d_in}",
+                f"the input has shape {list(x.shape)}; expected [{self.d_in}] or "
+                f"[rows, {self.d_in}]",
                 got=list(x.shape),
                 expected=[self.d_in] if x.ndim == 1 else ["rows", self.d_in],
             )
@@ -190,8 +190,7 @@ class LoraAdapter:
         """
         if weights.shape != (self.d_out, self.d_in):
             raise ShapeMismatchError(
-                f"the weights have shape {list(weights.shape)}, "
-                f"but this adapter changes {[self.d_out, self.d_in]}",
+                f"the weights have shape {list(weights.shape)}; expected {[self.d_out, self.d_in]}",
                 got=list(weights.shape),
                 expected=[self.d_out, self.d_in],
             )

@@ -74,7 +74,7 @@ class BackgroundCheck:
             self._waiting.append(record.name)
             if not self._is_running:
                 self._is_running = True
-                # Thread.start waits for it to run: up to 70 ms of the event loop, on busy cores.
+                # Thread.start waits until it runs: 70 ms of the event loop on a busy machine.
                 _thread.start_new_thread(self._run, ())
 
     def _run(self) -> None:

@@ -11,6 +11,7 @@ from bonsai_lora.errors import (
     MalformedSafetensorsError,
     ShapeMismatchError,
     TakesLongError,
+    counted,
 )
 from bonsai_lora.formats import safetensors
 from bonsai_lora.formats.dtypes import FLOAT_DTYPES, INTEGER_DTYPES
@@ -36,7 +37,7 @@ def decode_batch(
     NonFiniteInputError for NaN or infinity, and TakesLongError for a long header, unless it
     `may_take_long`.
     """
-    _check_not_json(body)
+    _check_start(body)
     if not may_take_long and int.from_bytes(body[:8], "little") > _LONG_HEADER_BYTES:
         raise TakesLongError
     header = safetensors.decode_header(body, limit=max_header_bytes, most=_MOST_TENSORS)
@@ -62,9 +63,14 @@ def _experts(body: bytes | memoryview, header: safetensors.Header) -> Integers:
     return safetensors.view(body, header, EXPERTS, INTEGER_DTYPES).astype(np.int64)
 
 
-def _check_not_json(body: bytes | memoryview) -> None:
-    """Raise MalformedSafetensorsError for JSON, which would be a header longer than the body."""
+def _check_start(body: bytes | memoryview) -> None:
+    """Raise MalformedSafetensorsError for JSON, and for less than the length of a header."""
     start = bytes(body[:8])
+    if len(start) < 8:  # curl's -d ends a file at its first zero byte
+        raise MalformedSafetensorsError(
+            f"the body has {counted(len(start), 'byte')}, too few for safetensors; send all bytes "
+            "of the file (with curl, --data-binary, as -d changes them)"
+        )
     if start[:1] == b"{" and int.from_bytes(start, "little") > len(body):
         raise MalformedSafetensorsError(
             "the body looks like JSON, but its Content-Type is that of safetensors; send it with "

@@ -14,14 +14,16 @@ class Form(Enum):
     RAW = "application/octet-stream"
 
 
-_FORMS = {
-    "application/json": Form.JSON,
-    "application/vnd.safetensors": Form.BINARY,
-    "application/safetensors": Form.BINARY,
-    "application/octet-stream": Form.RAW,
-}
+_FORMS = {**{form.value: form for form in Form}, "application/safetensors": Form.BINARY}
 
 RESPONSE_DTYPES = ("F32", "F16", "BF16")
+
+
+def curl_hint(media: str) -> str:
+    """Return what to add to an error about the Content-Type `media`, if curl may have chosen it."""
+    if media != "application/x-www-form-urlencoded":
+        return ""
+    return " (curl's default is a form; add -H 'Content-Type: application/json')"
 
 
 def parse_content_type(content_type: str | None, accepted: Collection[Form]) -> Form:
@@ -29,20 +31,13 @@ def parse_content_type(content_type: str | None, accepted: Collection[Form]) -> 
 
     Raises UnsupportedMediaTypeError for a form that is not in `accepted`.
     """
-    if content_type == "application/json":  # the common case, without parsing
-        return Form.JSON
     media = (content_type or Form.JSON.value).partition(";")[0].strip().lower()
     form = _FORMS.get(media)
     if form is None or form not in accepted:
         expected = [form.value for form in accepted]
-        hint = (
-            " (curl's default is a form; add -H 'Content-Type: application/json')"
-            if "form" in media
-            else ""
-        )
         raise UnsupportedMediaTypeError(
             f"Content-Type {media[:100]!r} is not supported here; "
-            f"send {' or '.join(expected)}{hint}",
+            f"send {' or '.join(expected)}{curl_hint(media)}",
             got=media,
             expected=expected,
         )

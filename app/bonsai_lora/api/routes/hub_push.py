@@ -5,7 +5,7 @@ files are "regular" ones, whose content is in the commit, unless the client asks
 `lfs` implements.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -31,6 +31,7 @@ from bonsai_lora.storage.upload import Upload
 
 router = APIRouter(include_in_schema=False)
 
+_STORED = (CONFIG_FILE, MODEL_FILE)
 _SILENT = ("README.md", ".gitattributes", ".gitignore")
 """Files of every pushed folder, whose absence surprises nobody."""
 _LFS_ORIGIN = "origin/lfs"
@@ -94,20 +95,17 @@ async def preupload(
     for file in wanted.files:
         if file.path == MODEL_FILE:
             check_length(file.size, context.limits.max_upload_bytes)
-    known = (CONFIG_FILE, MODEL_FILE)
     special = {MODEL_FILE: "lfs"} if _asks_for_lfs(request) else {}
     modes = [
         {
             "path": one.path,
             "uploadMode": special.get(one.path, "regular"),
-            "shouldIgnore": one.path not in known,
+            "shouldIgnore": one.path not in _STORED,
         }
         for one in wanted.files
     ]
-    ignored = [one.path for one in wanted.files if one.path not in (*known, *_SILENT)]
-    text = f"a set has two files; not stored: {', '.join(ignored[:8])}"
-    answer = JSONResponse({"files": modes})
-    return _warned(answer, f"{owner}/{name} files", [text] if ignored else [])
+    topic, texts = _about_ignored([one.path for one in wanted.files])
+    return _warned(JSONResponse({"files": modes}), f"{owner}/{name} {topic}", texts)
 
 
 @router.post("/api/models/{owner}/{name}/commit/{revision}")
@@ -156,6 +154,19 @@ def check_target(context: Context, owner: str, name: str, revision: str = "main"
             field="revision",
         )
     context.store.check_name(name)
+
+
+def _about_ignored(paths: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the topic and the texts of the warning about files that are not stored."""
+    ignored = [path for path in paths if path not in (*_STORED, *_SILENT)]
+    if not ignored:
+        return "files", []
+    named = ", ".join(ignored[:8])
+    if any(path in _STORED for path in paths):
+        return "files", [f"a set has two files; not stored: {named}"]
+    # huggingface_hub makes no commit then, and reports success.
+    wanted = " and ".join(_STORED)
+    return "nothing", [f"push a folder with {wanted} in it; none of these is stored: {named}"]
 
 
 def _asks_for_lfs(request: Request) -> bool:

@@ -34,7 +34,7 @@ from bonsai_lora.service.pull import pull_set
 from bonsai_lora.service.work import Place
 from bonsai_lora.storage.setfile import StoredSet
 from bonsai_lora.storage.upload import Upload, WholeUpload
-from bonsai_lora.wire.media import Form
+from bonsai_lora.wire.media import Form, curl_hint
 
 router = APIRouter(tags=["sets"])
 
@@ -114,7 +114,7 @@ def _check_not_an_upload(request: Request) -> None:
     if media != Form.JSON.value:
         raise errors.UnsupportedMediaTypeError(
             f"POST /v1/sets creates a set from JSON, but Content-Type is {media[:100]!r}; send "
-            f"{Form.JSON.value}, or upload an adapter with PUT /v1/sets/{{set}}",
+            f"{Form.JSON.value}{curl_hint(media)}, or upload an adapter with PUT /v1/sets/{{set}}",
             got=media,
             expected=[Form.JSON.value],
         )

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from bonsai_lora.client.answers import Applied, AppliedMany, Dtype, Row, Weights
 from bonsai_lora.client.call import Call, given, path_of, query_of
+from bonsai_lora.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -65,6 +66,12 @@ def apply_many(
     """
     from bonsai_lora.client import tensors  # noqa: PLC0415 - loads NumPy
 
+    if not modules and not isinstance(inputs, Mapping):
+        raise InvalidRequestError(
+            "inputs is a batch without modules; expected a mapping from modules to vectors, or "
+            "the names of the modules as modules=",
+            field="inputs",
+        )
     sent = dict(inputs) if isinstance(inputs, Mapping) else {"inputs": inputs}
     for module, value in (base_outputs or {}).items():
         sent[f"{module}.base_outputs"] = value
