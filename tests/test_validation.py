@@ -78,6 +78,25 @@ def test_other_texts_keep_their_words():
     assert expectation(error) == "it should be a valid bytes"
 
 
+def test_a_large_object_is_shown_without_looking_at_all_of_it():
+    compared = 0
+
+    class Name(str):
+        __slots__ = ()
+
+        def __lt__(self, other):
+            nonlocal compared
+            compared += 1
+            return str(self) < str(other)
+
+    large = {Name(number): [number] for number in range(10_000)}
+    assert (
+        as_written({"sets": [large]}) == "{'sets': [{'0': [0], '1': [1], '2': [2], '3': [3], ...}]}"
+    )
+    assert compared < 100
+    assert as_written({"b": 1, "a": "x" * 100}) == "{'a': 'xxxxxxxxxxxx...xxxxxxxxxxxxx', 'b': 1}"
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -3,6 +3,7 @@
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 _EXPECTED = {
@@ -39,6 +40,10 @@ _EXPECTED = {
 
 class _Json(reprlib.Repr):
     """Shortens values as reprlib does, with JSON's words."""
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """Return the first fields; reprlib would sort all of them."""
+        return super().repr_dict(dict(islice(x.items(), self.maxdict + 1)), level)
 
     def repr_NoneType(self, value: None, level: int) -> str:  # noqa: ARG002, N802 - named by type
         return "null"

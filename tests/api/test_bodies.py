@@ -249,3 +249,26 @@ def test_what_follows_a_body_over_the_limit_is_not_answered(service, path):
 )
 def test_lengths_that_a_body_declares(declared, length):
     assert parse_length(declared) == length
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda more: {"name": "new", **dict.fromkeys(map(str, range(4095 + more)), 0)},
+            "4097 fields",
+        ),
+        (lambda more: {"name": [0] * (16_385 + more)}, "16385 commas"),
+    ],
+    ids=["fields", "values"],
+)
+def test_what_a_model_may_be_wrong_in_is_counted_before_it_is_reported(service, make, words, more):
+    """Each field that does not exist is an error with a text of its own."""
+    client, store = service
+    before = snapshot(store)
+    content = json.dumps(make(more), separators=(",", ":"))
+    answer = client.post("/v1/sets", content=content, headers={"Content-Type": "application/json"})
+    problem = assert_problem(answer, 422, "invalid_request")
+    assert (words in problem["detail"]) == (more == 1)
+    assert snapshot(store) == before

@@ -51,8 +51,8 @@ def gate(monkeypatch):
     opened = threading.Event()
     compute = combine.Plan.works
 
-    def works(plan):
-        return [partial(run, one) for one in compute(plan)]
+    def works(plan, progress):
+        return [partial(run, one) for one in compute(plan, progress)]
 
     def run(one):
         assert opened.wait(10)

@@ -6,6 +6,8 @@ rounds the same way for a whole binade, so a float32 sum of a million terms is o
 of the product, each at most 2^-24.
 """
 
+import json
+
 import httpx
 import numpy as np
 import pytest
@@ -18,16 +20,24 @@ from bonsai_lora.settings import Settings
 WIDTH, VALUES = 1 << 20, (1.1, 0.3)
 TOLERANCE = 4 * 2.0**-24
 BINARY = {"Content-Type": "application/vnd.safetensors"}
-MODULE = "m"
+MODULE = "c_attn"
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    """A client, W (2, 2^20) of two constant rows, the magnitudes, and the exact m / norm."""
+@pytest.fixture(scope="module", params=["linear", "conv1d"])
+def service(request, tmp_path_factory):
+    """A client, W (2, 2^20) of two constant rows, and the exact m / norm.
+
+    A base with Conv1D layers has the transposed W, whose columns are summed one row after the other.
+    """
     root = tmp_path_factory.mktemp("wide")
     weights = np.repeat(np.array(VALUES, np.float32)[:, None], WIDTH, axis=1)
     (root / "bases" / "base").mkdir(parents=True)
-    body = safetensors.encode({f"{MODULE}.weight": weights})
+    is_conv1d = request.param == "conv1d"
+    stored = np.ascontiguousarray(weights.T) if is_conv1d else weights
+    (root / "bases" / "base" / "config.json").write_text(
+        json.dumps({"model_type": "gpt2" if is_conv1d else "llama"})
+    )
+    body = safetensors.encode({f"{MODULE}.weight": stored})
     (root / "bases" / "base" / "model.safetensors").write_bytes(body)
     magnitude = np.array([3.0, 700.0], np.float32)
     start = f"base_model.model.{MODULE}"
@@ -59,6 +69,7 @@ def test_a_merged_file_with_wide_rows(service):
     client, weights, ratio = service
     answer = client.get("/v1/bases/base/merged/s/model.safetensors")
     merged = safetensors.decode(answer.content)[0][f"{MODULE}.weight"].astype(np.float64)
+    merged = merged if merged.shape == weights.shape else merged.T
     exact = ratio[:, None] * weights
     assert (np.abs(merged - exact) <= TOLERANCE * exact).all()
 

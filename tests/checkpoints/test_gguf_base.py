@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 
 import gguf_files
 import gguf_hostile
@@ -642,6 +643,21 @@ def test_an_unknown_architecture_is_listed_but_not_merged(opened, rng):
     assert base.architecture == "mamba"
     with pytest.raises(UnsupportedGgufError, match=r"'mamba'.*qwen3"):
         merge(base, adapters(weights, ADAPTED, rng))
+
+
+def test_all_of_a_long_header_identifies_a_base(tmp_path):
+    """Of the rest of a file, samples do."""
+    digests, path = set(), tmp_path / "b.gguf"
+    for place in (None, 1_300_000, 2_300_000):
+        labels = np.zeros(3_000_000, np.int8)
+        labels[place or 0] = place is not None
+        raw, _ = gguf_models.model("Q1_0", np.random.default_rng(1), **{"general.labels": labels})
+        path.write_bytes(raw)
+        os.utime(path, ns=(10**18, 10**18))
+        base = BaseFolder(tmp_path).get("b")
+        assert base.header.data_start > 3_000_000
+        digests.add(base.digest)
+    assert len(digests) == 3
 
 
 def test_names_that_clash_are_refused_with_the_reason(tmp_path, rng):

@@ -147,6 +147,8 @@ def test_a_peft_folder_goes_in_and_comes_out(client, tmp_path):
     with pytest.raises(errors.PreconditionFailedError):
         client.upload_set("plain", str(folder), if_none_match="*")
     assert client.upload_set("plain", folder, if_match=report["etag"])["version"] == 2
+    with pytest.raises(errors.InvalidRequestError, match="unknown query parameter 'if_macth'"):
+        client.upload_set("plain", folder, if_macth=report["etag"])
     config = json.loads((folder / "adapter_config.json").read_text())
     assert client.get_adapter_config("plain")["r"] == config["r"]
     tensors = read_tensors(folder / "adapter_model.safetensors")

@@ -50,6 +50,7 @@ def misuse(client: Client, aclient: AsyncClient) -> None:
     client.get_set("s")["nothing"]  # type: ignore[misc]
     client.apply("s", "q_proj", [1.0], dtype="F64")  # type: ignore[arg-type]
     client.create_set("s", config={"r": 8})  # type: ignore[arg-type]
+    client.upload_set("s", "folder", if_macth="x")  # type: ignore[call-arg]
     client.no_such_call()  # type: ignore[attr-defined]
     wrong: Applied = aclient.apply("s", "q_proj", [1.0])  # type: ignore[assignment]
 """

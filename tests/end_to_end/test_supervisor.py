@@ -66,6 +66,27 @@ def test_counters_outlive_a_worker(tmp_path):
         assert 'requests_total{method="GET",route="/v1/sets",status="200"} 6.0' in text
 
 
+def test_a_worker_goes_on_with_the_counters_of_the_one_that_died(tmp_path):
+    """Each scrape reads the files of all; with new ones after each death it took ever longer."""
+    store, temporary = tmp_path / "store", tmp_path / "temporary"
+    temporary.mkdir()
+    flags = ["--store", str(store), "--workers", "2"]
+    with running(*flags, TMPDIR=str(temporary)) as (url, process):
+        files = set()
+        for count in range(1, 5):
+            for _ in range(6):  # both workers
+                httpx.get(f"{url}/v1/sets", timeout=30).raise_for_status()
+            text = httpx.get(f"{url}/metrics", timeout=30).text
+            total = f'requests_total{{method="GET",route="/v1/sets",status="200"}} {6.0 * count}'
+            assert total in text
+            files.add(len(list(temporary.glob("*/counter_*.db"))))
+            before = set(workers_of(process))
+            for pid in before:
+                os.kill(pid, signal.SIGKILL)
+            wait_for_other_workers(process, before)
+        assert max(files) <= 2
+
+
 def test_workers_number_their_requests_differently(tmp_path):
     with running("--store", str(tmp_path), "--workers", "3") as (url, _):
         answers = [httpx.get(f"{url}/healthz", timeout=30) for _ in range(40)]

@@ -102,6 +102,8 @@ KEYS = {
     "XLabs": "double_blocks.0.processor.qkv_lora1.down.weight",
     "diffusers": "unet.x.processor.to_q_lora.up.weight",
     "GGUF LoRA": "blk.0.attn_q.weight.lora_a",
+    "bitsandbytes": "base_model.model.layers.0.q_proj.base_layer.weight.absmax",
+    "quantized": "base_model.model.layers.0.q_proj.base_layer.SCB",
     "NeMo": "decoder.layers.0.self_attention.linear_qkv.adapter.linear_in.weight",
     "method other than LoRA": "base_model.model.layers.0.q_proj.miss_block",
     "PEFT method other": "base_model.model.layers.0.q_proj.fourierft_spectrum.default",

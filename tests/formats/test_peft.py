@@ -296,11 +296,11 @@ def test_names_of_wrappers_are_removed(rng, wrapper):
     assert "wrappers" in found.warnings[0]
 
 
+@pytest.mark.parametrize("prefix", ["base_model.model.", ""])
 @pytest.mark.parametrize("name", ["my_base_model.x", "base_model_x", "encoder.base_model.q"])
-def test_modules_that_are_named_like_the_prefix(rng, name):
+def test_modules_that_are_named_like_the_prefix(rng, name, prefix):
     tensors = {
-        f"base_model.model.{name}.q_proj.lora_{half}.weight": np.ones((4, 4), np.float32)
-        for half in "AB"
+        f"{prefix}{name}.q_proj.lora_{half}.weight": np.ones((4, 4), np.float32) for half in "AB"
     }
     found = decode(rng, tensors)
     assert list(adapters(found)) == [f"{name}.q_proj"]

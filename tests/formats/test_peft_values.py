@@ -62,6 +62,11 @@ def test_a_configuration_is_an_object(text):
     assert f"is {text.decode()}; " in caught.value.detail
 
 
+def test_a_configuration_that_is_nested_too_deeply():
+    with pytest.raises(InvalidAdapterError, match="nested too deeply to be read; send"):
+        parse_config(b"[" * 100_000)
+
+
 @pytest.mark.parametrize("value", [True, False, None, 0, 1])
 def test_flags(value):
     raw = {"peft_type": "LORA", "use_rslora": value, "fan_in_fan_out": value}

@@ -101,6 +101,18 @@ def test_what_is_forgotten():
     assert forgettable(many, now) == ["1000", "1001", "1002"]
 
 
+def test_a_key_with_many_jobs_does_not_push_out_those_of_others(monkeypatch):
+    monkeypatch.setattr(jobs, "MOST_RECORDS", 50)
+    now = 1e9
+    mine = [new_record("combine", "mine").id for _ in range(7)]
+    theirs = [new_record("combine", "theirs").id for _ in range(60)]
+    assert len({one[12:16] for one in mine + theirs}) == 2
+    known = [(one, now - 100, 1) for one in [*theirs, *mine]]  # mine are the oldest
+    assert forgettable(known, now) == [*theirs[50:], *mine[5:]]
+    large = [(theirs[0], now - 100, 1 << 28), (mine[0], now - 100, 1 << 20)]
+    assert forgettable(large, now) == []
+
+
 def test_a_bucket_that_is_away_says_so(tmp_path):
     store = Machines(tmp_path).store()
     record = new_record("combine", "key")

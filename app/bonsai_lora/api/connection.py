@@ -35,7 +35,7 @@ MAX_HEAD_LINES = 100
 """Most header lines of a request."""
 
 _PIECE_BYTES = 1 << 10
-"""Most bytes to parse at once, but for a body of known length: few requests begin in so many."""
+"""Most bytes of a head to parse at once: few requests begin in so many."""
 _CHUNKED_BYTES = 1 << 12
 """The same in a body that comes in chunks."""
 
@@ -96,22 +96,33 @@ class GuardedProtocol(HttpToolsProtocol):
         """Once lingering: how many more bytes to drop."""
 
     def data_received(self, data: bytes) -> None:
-        """Parse `data` until a request has to wait for the response to the one before it."""
+        """Parse `data` up to the end of a request, and the rest once that has its response."""
         if self._linger_bytes is not None:
             self._drop(len(data))
             return
         self.unparsed += data
         self._unset_keepalive_if_required()
-        while self.unparsed and not self.pipeline and not self.is_ending:
-            size = _PIECE_BYTES
-            if self._body_bytes:
-                size = self._body_bytes
-            elif self.is_chunked and not self._is_in_head:
-                size = _CHUNKED_BYTES
+        while self.unparsed and not self._is_waiting and not self.is_ending:
+            size = self._piece_bytes()
             piece, self.unparsed = self.unparsed[:size], self.unparsed[size:]
             self._parse_piece(piece)
         if self.unparsed:
             self.flow.pause_reading()
+
+    @property
+    def _is_waiting(self) -> bool:
+        """Whether a complete request has no response yet."""
+        cycle = self.cycle
+        return cycle is not None and not cycle.response_complete and not cycle.more_body
+
+    def _piece_bytes(self) -> int:
+        """Return how much to parse at once: the rest of a body, or a head, if it is short."""
+        if self._body_bytes:
+            return self._body_bytes
+        if self.is_chunked and not self._is_in_head:
+            return _CHUNKED_BYTES
+        end = self.unparsed.find(b"\r\n\r\n", 0, _PIECE_BYTES)
+        return _PIECE_BYTES if end < 0 else end + 4
 
     def _parse_piece(self, data: bytes) -> None:
         """Parse `data`, within the limits of a request head."""
@@ -320,7 +331,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._running = cycle
         close = partial(self._end, cycle)
         cycle.transport = SimpleNamespace(  # type: ignore[assignment]
-            write=self.transport.write, close=close, is_closing=self.transport.is_closing
+            write=self.transport.write, close=close, is_closing=lambda: self.is_ending
         )
         super()._start_asgi_task(cycle, app)
 

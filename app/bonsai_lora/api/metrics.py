@@ -107,14 +107,36 @@ class Metrics:
     def render(self) -> bytes:
         """Return the metrics in Prometheus's text format."""
         self.publish_load()
-        registry = self._registry
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-            for worker in _workers():
-                if not _is_running(worker):
-                    mark_process_dead(worker)  # type: ignore[no-untyped-call]
-            registry = CollectorRegistry()
-            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        return generate_latest(registry) + generate_latest(self._service_registry)
+        own = (
+            _text_of_all_workers()
+            if "PROMETHEUS_MULTIPROC_DIR" in os.environ
+            else generate_latest(self._registry)
+        )
+        return own + generate_latest(self._service_registry)
+
+
+def inherit_counters(folder: Path, died: int) -> None:
+    """Let this process, which has no metrics yet, go on with the counters of a process that died.
+
+    Otherwise there would be more files with each death, all of which are read by each scrape.
+    """
+    for path in folder.glob(f"*_{died}.db"):
+        if not path.name.startswith("gauge"):
+            path.rename(path.with_name(path.name.replace(f"_{died}.", f"_{os.getpid()}.")))
+
+
+def _text_of_all_workers() -> bytes:
+    """Return the sums of what all workers have written."""
+    for worker in _workers():
+        if not _is_running(worker):
+            mark_process_dead(worker)  # type: ignore[no-untyped-call]
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    while True:
+        try:
+            return generate_latest(registry)
+        except FileNotFoundError:  # a process has just inherited it
+            continue
 
 
 def _counter(registry: CollectorRegistry, name: str, description: str, *labels: str) -> Counter:

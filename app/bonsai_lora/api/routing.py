@@ -17,11 +17,11 @@ from bonsai_lora.api.routes import (
     oip,
     operations,
     page,
-    peers,
     set_files,
     sets,
     shared_memory,
     stats,
+    vllm,
 )
 from bonsai_lora.api.routes import bases as bases_routes
 
@@ -41,7 +41,7 @@ _ROUTERS = [
         jobs,
         operations,
         page,
-        peers,
+        vllm,
         hub_push,
         lfs,
         hub,  # last: its paths match almost anything

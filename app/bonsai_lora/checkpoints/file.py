@@ -7,6 +7,7 @@ process with SIGBUS; a read returns fewer bytes.
 import errno
 import os
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,7 @@ class StoredTensor:
 
     def as_matrix(self, rows: int) -> "StoredTensor":
         """Return the same values as a matrix of `rows` rows."""
-        size = int(np.prod(self.shape, dtype=np.int64))
-        return replace(self, shape=(rows, size // max(rows, 1)))
+        return replace(self, shape=(rows, prod(self.shape) // max(rows, 1)))
 
     def __getitem__(self, block: Block) -> Array:
         """Return a copy of a block of a matrix; raises BaseChangedError."""

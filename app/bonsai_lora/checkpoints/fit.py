@@ -41,7 +41,7 @@ def check_tensor(base: Base, name: str, touched: Touched, *, is_one_set: bool) -
     if name not in base.tensor_names:
         raise UnsupportedAdapterError(
             f"base {base.name!r} has no tensor {name!r} to replace or add to; merge the set "
-            "into the model that it was trained on",
+            "into the model that it was trained on, or upload the adapter without that tensor",
             tensor=name,
             base=base.name,
         )

@@ -24,6 +24,7 @@ from prometheus_client import values
 
 from bonsai_lora.api.connection import GuardedProtocol
 from bonsai_lora.api.keys_file import read_keys
+from bonsai_lora.api.metrics import inherit_counters
 from bonsai_lora.api.sources_file import read_sources
 from bonsai_lora.checkpoints.bases import BaseFolder
 from bonsai_lora.cli.accept import Server
@@ -192,8 +193,9 @@ def _serve(settings: Settings, listeners: list[socket.socket], temporary: Path) 
     addresses = " and ".join(address_of(one, scheme) for one in listeners)
     place = settings.store if settings.is_bucket else Path(settings.store).resolve()
     _log.info("serving on %s, sets in %s", addresses, place)
-    work = partial(_work, settings, listeners, temporary, os.getpid())
-    return Supervisor(work, settings.workers, partial(_note_death, temporary)).run()
+    died: list[int] = []
+    work = partial(_work, settings, listeners, temporary, os.getpid(), died)
+    return Supervisor(work, settings.workers, partial(_note_death, temporary, died)).run()
 
 
 def _import_sets(settings: Settings) -> bool:
@@ -264,10 +266,16 @@ def _check_store(settings: Settings) -> None:
 
 
 def _work(
-    settings: Settings, listeners: list[socket.socket], shared: Path, supervisor: int
+    settings: Settings,
+    listeners: list[socket.socket],
+    shared: Path,
+    supervisor: int,
+    died: list[int],
 ) -> None:
-    """Serve in this process, a worker of the process `supervisor`."""
+    """Serve in this process, a worker of the process `supervisor`, in place of those that died."""
     _exit_with(supervisor)
+    for pid in died:
+        inherit_counters(shared, pid)
     app = make_app(settings, shared)
     _collect_rarely()
     # the event loop releases the interpreter at each system call, and gets it back only after
@@ -290,9 +298,13 @@ def _work(
     server.run(sockets=listeners)
 
 
-def _note_death(shared: Path, pid: int) -> None:
-    """Count a worker that died, and log its open sets; they are checked before their next use."""
+def _note_death(shared: Path, died: list[int], pid: int) -> None:
+    """Count a worker that died, and log its open sets; they are checked before their next use.
+
+    The next worker finds it in `died`.
+    """
     count_restart(shared)
+    died[:] = [pid]
     names = suspect_sets_of(shared, pid)
     if names:
         _log.warning(

@@ -107,6 +107,11 @@ _KEYS = (
         "are those of NeMo and Megatron Bridge (linear_in, linear_out)",
         "export the adapter in PEFT's format first",
     ),
+    (
+        re.compile(r"\.(?:nested_)?(?:absmax|quant_map)$|\.SCB$|\.quant_state\."),
+        "are those of weights that bitsandbytes quantized",
+        "save the adapter alone, with save_pretrained of the PeftModel",
+    ),
     (re.compile(r"\.ia3_l(?:$|\.)"), "are those of IA3", _ONLY_LORA),
     (re.compile(r"\.(?:oft_[rR]|boft_[rsRS])"), "are those of OFT", _ONLY_LORA),
     (re.compile(r"\.vera_lambda_"), "are those of VeRA", _ONLY_LORA),

@@ -93,14 +93,15 @@ def rank_of(module: str, a_matrix: Array, b_matrix: Array) -> int:
         )
     if a_matrix.ndim != 2 or b_matrix.ndim != 2:
         raise InvalidAdapterError(
-            f"module {module!r}: A and B have shapes {got[0]} and {got[1]}; expected matrices",
+            f"module {module!r}: A and B have shapes {got[0]} and {got[1]}; expected (r, d_in) and "
+            "(d_out, r)",
             module=module,
             got=got,
         )
     if a_matrix.shape[0] != b_matrix.shape[1]:
         raise InvalidAdapterError(
             f"module {module!r}: A {got[0]} has rank {a_matrix.shape[0]}, but B {got[1]} has rank "
-            f"{b_matrix.shape[1]}; expected A (rank, d_in) and B (d_out, rank)",
+            f"{b_matrix.shape[1]}; expected (r, d_in) and (d_out, r) with the same r",
             module=module,
             got=got,
         )

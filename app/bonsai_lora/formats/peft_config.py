@@ -237,7 +237,12 @@ def parse_config(raw: bytes) -> dict[str, Any]:
         value = json.loads(raw, parse_constant=refuse_constant)
         if b"\\u" in raw:  # half a surrogate pair cannot be written
             json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise InvalidAdapterError(
+            "adapter_config.json is nested too deeply to be read; send the file that was saved "
+            "with the weights"
+        ) from None
+    except ValueError as error:
         fault = "it is binary" if isinstance(error, UnicodeDecodeError) else error
         raise InvalidAdapterError(
             f"adapter_config.json is not JSON: {fault}; send the file that "

@@ -1,7 +1,7 @@
 """Combine sets into a new one: check everything, compute module by module, report, store."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from bonsai_lora.core.registry import LoraRegistry
 from bonsai_lora.errors import InvalidRequestError, UnsupportedAdapterError
 from bonsai_lora.formats.made_config import adapted_parameters, combined_config
 from bonsai_lora.service.aligned import Aligned, align, present, read_sets, stacked_rank
+from bonsai_lora.service.jobs import Progress
 from bonsai_lora.service.sets import refuse_existing, store_new
 from bonsai_lora.service.view import SetView
 from bonsai_lora.storage.newset import NextVersion
@@ -58,12 +59,13 @@ class Plan:
     modules: Mapping[str, Aligned]
     default_rank: int
 
-    def works(self) -> list["partial[Combined]"]:
+    def works(self, progress: Progress) -> list[Callable[[], Combined]]:
         """Return the computation of each module."""
-        return [
+        works = [
             partial(combine.combine, module, adapters, self.weights, self.recipe, self.default_rank)
             for module, adapters in self.modules.items()
         ]
+        return progress.follow(works, [1] * len(works))
 
     def result_bytes(self) -> int:
         """Return the most that the new set takes as float32."""

@@ -1,11 +1,12 @@
 """Compare sets: norms, cosines and interference, whole and by module."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from bonsai_lora.core.similarity import Similarity, joint, similarity, subspace_similarity
 from bonsai_lora.service.aligned import Aligned, align, present, read_sets, stacked_rank
+from bonsai_lora.service.jobs import Progress
 from bonsai_lora.service.limits import FIGURE_BYTES
 from bonsai_lora.service.view import SetView
 
@@ -29,9 +30,10 @@ class Comparison:
     names: Sequence[str]
     modules: Mapping[str, Aligned]
 
-    def works(self) -> list["partial[ModuleComparison]"]:
+    def works(self, progress: Progress) -> list[Callable[[], ModuleComparison]]:
         """Return the computation of each module."""
-        return [partial(_compare, adapters) for adapters in self.modules.values()]
+        works = [partial(_compare, adapters) for adapters in self.modules.values()]
+        return progress.follow(works, self._operations())
 
     def work_bytes(self) -> int:
         """Return the most that the computation of one module takes: its factors as float64."""
@@ -45,13 +47,13 @@ class Comparison:
         """Return the most that the result takes, also as JSON."""
         return FIGURE_BYTES * self.figures()
 
-    def operations(self) -> list[int]:
+    def _operations(self) -> list[int]:
         """Return the multiplications and additions that each module takes."""
         return [_operations(adapters) for adapters in self.modules.values()]
 
     def nanoseconds(self) -> float:
         """Estimate the processor time of all modules."""
-        return _NANOSECONDS_PER_OPERATION * sum(self.operations())
+        return _NANOSECONDS_PER_OPERATION * sum(self._operations())
 
     def whole(self, modules: Sequence[ModuleComparison]) -> Similarity:
         """Return the similarity of the sets over all modules."""

@@ -18,6 +18,7 @@ from bonsai_lora.errors import InvalidRequestError, counted
 from bonsai_lora.formats.dequantize import dequantize
 from bonsai_lora.formats.gguf_types import BY_NAME
 from bonsai_lora.formats.quantize import quantize_q8_0
+from bonsai_lora.service.jobs import Progress
 
 _BLOCK_VALUES = 1 << 18
 _COPIES = 12
@@ -139,13 +140,10 @@ class Followed:
         """Return the computation of each tensor from a sample of its rows."""
         return [partial(_sample, *one, self.dtype) for one in self.tensors.values()]
 
-    def works(self, check: Callable[[], None]) -> list["partial[Survival]"]:
-        """Return the exact computation of each tensor; `check` is called before each block."""
-        return [partial(_exact, *one, self.dtype, check) for one in self.tensors.values()]
-
-    def sizes(self) -> list[int]:
-        """Return the number of values of each tensor."""
-        return [math.prod(weight.shape) for weight, _ in self.tensors.values()]
+    def works(self, progress: Progress) -> list[Callable[[], Survival]]:
+        """Return the exact computation of each tensor; it can be stopped before each block."""
+        works = [partial(_exact, *one, self.dtype, progress.check) for one in self.tensors.values()]
+        return progress.follow(works, [math.prod(one.shape) for one, _ in self.tensors.values()])
 
     def work_bytes(self) -> int:
         """Return the most that the exact computation of one tensor takes."""

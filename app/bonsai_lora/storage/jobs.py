@@ -7,11 +7,13 @@ the one that runs it never overwrite what the other wrote. The result, which may
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -30,6 +32,10 @@ KEPT_SECONDS = 86_400.0
 MOST_RECORDS = 1000
 MOST_BYTES = 1 << 28
 """Finished jobs beyond these are forgotten earlier, the oldest first."""
+_SHARE = 10
+"""A key keeps its newest jobs, up to this part of the most, however many others have."""
+_OWNER = slice(12, 16)
+"""Where an id has the hash of a key's, which tells most keys apart."""
 _ID = re.compile(r"[0-9a-f]{28}")
 _LOCK = "lock"
 _SUFFIX = ".json"
@@ -40,7 +46,7 @@ class JobRecord:
     """A job as it is stored; times in seconds since 1970."""
 
     id: str
-    """Begins with the time of its creation, so that ids sort by age."""
+    """Begins with the time of its creation, so that ids sort by age, and a hash of the key's id."""
     kind: str
     key: str
     """Id of the key that asked for it."""
@@ -69,7 +75,8 @@ class JobRecord:
 def new_record(kind: str, key: str) -> JobRecord:
     """Return the record of a new job."""
     now = time.time()
-    return JobRecord(f"{int(now * 1000):012x}{secrets.token_hex(8)}", kind, key, now, now)
+    owner = hashlib.sha256(key.encode()).hexdigest()[:4]
+    return JobRecord(f"{int(now * 1000):012x}{owner}{secrets.token_hex(6)}", kind, key, now, now)
 
 
 class JobRecords(Protocol):
@@ -197,9 +204,16 @@ def forgettable(known: Sequence[tuple[str, float, int]], now: float) -> list[str
     second, so one that is not has ended.
     """
     found, total = [], 0
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     for place, (number, written_at, size) in enumerate(known):
+        owner = number[_OWNER]
         total += size
-        is_too_much = place >= MOST_RECORDS or total > MOST_BYTES
+        counts[owner] += 1
+        sizes[owner] += size
+        is_too_much = (place >= MOST_RECORDS or total > MOST_BYTES) and (
+            counts[owner] > MOST_RECORDS // _SHARE or sizes[owner] > MOST_BYTES // _SHARE
+        )
         idle = now - written_at
         if idle > KEPT_SECONDS or (is_too_much and idle > HEARTBEAT_SECONDS):
             found.append(number)

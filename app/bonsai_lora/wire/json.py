@@ -1,6 +1,7 @@
 """Tensors as JSON: nested lists of finite numbers, parsed and written in bulk."""
 
 import contextlib
+import heapq
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -64,14 +65,19 @@ def decode_object(
         raise InvalidRequestError(
             f"the body is {_kind(value)}; expected a JSON object", expected=sorted(allowed)
         )
-    unknown = sorted(value.keys() - allowed)
+    unknown = first_names(name for name in value if name not in allowed)
     if unknown:
         raise InvalidRequestError(
             f"unknown field {unknown[0][:100]!r}; expected {one_of(sorted(allowed))}",
-            got=[name[:100] for name in unknown[:8]],
+            got=[name[:100] for name in unknown],
             expected=sorted(allowed),
         )
     return value
+
+
+def first_names(names: Iterable[str]) -> list[str]:
+    """Return up to eight names that are first in order; sorting many lets no thread run."""
+    return heapq.nsmallest(8, names)
 
 
 def decode(body: Buffer, what: str = "the body", hint: str = "") -> Any:

@@ -14,12 +14,7 @@ class Form(Enum):
     RAW = "application/octet-stream"
 
 
-_FORMS = {
-    "application/json": Form.JSON,
-    "application/vnd.safetensors": Form.BINARY,
-    "application/safetensors": Form.BINARY,
-    "application/octet-stream": Form.RAW,
-}
+_FORMS = {**{form.value: form for form in Form}, "application/safetensors": Form.BINARY}
 
 RESPONSE_DTYPES = ("F32", "F16", "BF16")
 
@@ -36,8 +31,6 @@ def parse_content_type(content_type: str | None, accepted: Collection[Form]) -> 
 
     Raises UnsupportedMediaTypeError for a form that is not in `accepted`.
     """
-    if content_type == "application/json":  # the common case, without parsing
-        return Form.JSON
     media = (content_type or Form.JSON.value).partition(";")[0].strip().lower()
     form = _FORMS.get(media)
     if form is None or form not in accepted:

@@ -77,7 +77,7 @@ def _decode_weighted(value: Any, where: str) -> tuple[str, float]:
             '{"set": name, "weight": number}',
             field=where,
         )
-    unknown = sorted(value.keys() - {"set", "weight"})
+    unknown = json.first_names(one for one in value if one not in ("set", "weight"))
     if unknown:
         raise InvalidRequestError(
             f"{where} has the unknown field {unknown[0][:100]!r}; expected 'set' and 'weight'",

@@ -241,10 +241,10 @@ def _fields(body: Buffer, allowed: frozenset[str], may_take_long: bool) -> dict[
 
 def _check_names(tensors: Mapping[str, Any]) -> None:
     if INPUTS not in tensors or tensors.keys() - _TENSORS:
+        found = json.first_names(tensors)
         raise InvalidRequestError(
-            f"the body has the tensors {sorted(tensors)[:8]}; expected {INPUTS!r}, and for DoRA "
-            f"{BASE_OUTPUTS!r}",
-            got=sorted(tensors)[:8],
+            f"the body has the tensors {found}; expected {INPUTS!r}, and for DoRA {BASE_OUTPUTS!r}",
+            got=found,
             expected=[INPUTS],
         )
 

@@ -108,8 +108,7 @@ async def _combine(
     context: Context, lane: Lane, plan: combine.Plan, dry_run: bool, progress: Progress
 ) -> tuple[Callable[[], BaseModel], StoredSet | None]:
     """Compute a combination, and store it unless it is a dry run; return what shows it."""
-    works = progress.follow(plan.works(), [1] * len(plan.modules))
-    combined = await lane.run_each(works, context.settings.threads)
+    combined = await lane.run_each(plan.works(progress), context.settings.threads)
     report = await lane.run(plan.report, combined)
     progress.check()
     if dry_run:
@@ -270,7 +269,7 @@ async def _computed(
     memory.add(plan.result_bytes())
     with Reservation(context.memory) as reserved:
         reserved.add(needed)
-        found: list[Any] = await context.long.run_each(plan.works(), threads)
+        found: list[Any] = await context.long.run_each(plan.works(Progress()), threads)
     content = await context.long.run(lambda: show(found).model_dump_json().encode())
     # In pieces, each of which waits for the client, so that `memory` is held as long.
     return BufferResponse([content], Form.JSON.value)
@@ -278,11 +277,11 @@ async def _computed(
 
 async def _as_job(
     context: Context,
-    plan: compare.Comparison | Spectra,
+    plan: compare.Comparison | Spectra | survival.Followed,
     show: Callable[[list[Any]], BaseModel],
     progress: Progress,
 ) -> dict[str, Any]:
-    works = progress.follow(plan.works(), plan.operations())
+    works: list[Callable[[], Any]] = [*plan.works(progress)]
     found = await context.jobs.lane.run_each(works, context.settings.threads)
     return await _result(context, partial(show, found))
 
@@ -338,13 +337,6 @@ async def start_survival(context: ContextDep, followed: Followed) -> Response:
     result is as that of the GET.
     """
     needed = context.settings.threads * followed.work_bytes()
-    return await start_job(context, "survival", needed, partial(_survive, context, followed))
-
-
-async def _survive(
-    context: Context, followed: survival.Followed, progress: Progress
-) -> dict[str, Any]:
-    works = progress.follow(followed.works(progress.check), followed.sizes())
-    found = await context.jobs.lane.run_each(works, context.settings.threads)
-    show = partial(lab_schemas.SurvivalInfo.of, followed, found, is_exact=True)
-    return await _result(context, show)
+    show = partial(lab_schemas.SurvivalInfo.of, followed, is_exact=True)
+    work = partial(_as_job, context, followed, show)
+    return await start_job(context, "survival", needed, work)

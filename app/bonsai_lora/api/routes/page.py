@@ -1,22 +1,16 @@
 """The page of the service, and Swagger UI for its OpenAPI document, served from this host only."""
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+import os
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
-
-from bonsai_lora.api.conditions import not_modified
-from bonsai_lora.errors import RouteNotFoundError
+from fastapi.staticfiles import StaticFiles
+from starlette.types import Scope
 
 router = APIRouter(include_in_schema=False)
 
 FOLDER = Path(__file__).parents[2] / "page"
-
-_MEDIA_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript"}
-"""By suffix; everything else is plain text."""
 
 _HEADERS = {
     # Swagger UI's style sheet has icons in data: URLs.
@@ -30,51 +24,36 @@ _HEADERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class PageFile:
-    """A static file."""
+class _Page(StaticFiles):
+    """The files of the page, with `_HEADERS`."""
 
-    content: bytes
-    media_type: str
-    etag: str
-
-
-@cache
-def page_files() -> Mapping[str, PageFile]:
-    """Return all files in `FOLDER` by relative path, read once per process (about 2 MB)."""
-    paths = (path for path in FOLDER.rglob("*") if path.is_file())
-    return {path.relative_to(FOLDER).as_posix(): _read(path) for path in paths}
+    def file_response(
+        self, full_path: Any, stat_result: os.stat_result, scope: Scope, status_code: int = 200
+    ) -> Response:
+        """Return the response for a file: 200, or 304."""
+        response = super().file_response(full_path, stat_result, scope, status_code)
+        response.headers.update(_HEADERS)
+        if not Path(full_path).suffix:  # a license
+            response.headers["Content-Type"] = "text/plain; charset=utf-8"
+        return response
 
 
-def _read(path: Path) -> PageFile:
-    content = path.read_bytes()
-    media_type = _MEDIA_TYPES.get(path.suffix, "text/plain")
-    return PageFile(content, media_type, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+_FILES = _Page(directory=FOLDER)
 
 
 @router.get("/")
 async def get_root(request: Request) -> Response:
     """Return the page that shows the service, whose scripts call the same routes as everybody."""
-    return _respond(request, page_files()["index.html"])
+    return await _FILES.get_response("index.html", request.scope)
 
 
 @router.get("/docs")
 async def get_docs(request: Request) -> Response:
     """Return the documentation of the HTTP API."""
-    return _respond(request, page_files()["docs.html"])
+    return await _FILES.get_response("docs.html", request.scope)
 
 
 @router.get("/page/{path:path}")
 async def get_page_file(request: Request, path: str) -> Response:
-    """Return a script, a style sheet or a license; raises RouteNotFoundError."""
-    file = page_files().get(path)
-    if file is None:
-        raise RouteNotFoundError(f"there is no file {path[:200]!r} under /page; open /docs")
-    return _respond(request, file)
-
-
-def _respond(request: Request, file: PageFile) -> Response:
-    headers = {"ETag": file.etag, **_HEADERS}
-    if not_modified(request, file.etag):
-        return Response(status_code=304, headers=headers)
-    return Response(file.content, headers=headers, media_type=file.media_type)
+    """Return a script, a style sheet or a license."""
+    return await _FILES.get_response(path, request.scope)
