@@ -138,5 +138,5 @@ def test_sets_of_the_wrong_kind_are_refused_before_anything_is_sent():
             with pytest.raises(errors.InvalidRequestError, match="modules is the text 'q_proj'"):
                 call()
         for weights in ("w.bin", Path("w.bin")):
-            with pytest.raises(errors.InvalidRequestError, match="expected a file opened in binar"):
+            with pytest.raises(errors.InvalidRequestError, match="expected a file opened in"):
                 list(client.merge_stream("demo", "q_proj", weights, dtype="F32"))

@@ -135,8 +135,8 @@ class LoraAdapter:
     def _apply(self, x: Floats, weight: float | Floats = 1.0) -> Floats:
         if x.ndim not in (1, 2) or x.shape[-1] != self.d_in:
             raise ShapeMismatchError(
-                f"the input has shape {list(x.shape)}; "
-                f"expected [{self.d_in}] or [rows, {self.d_in}]",
+                f"the input has shape {list(x.shape)}; expected [{self.d_in}] or "
+                f"[rows, {self.d_in}]",
                 got=list(x.shape),
                 expected=[self.d_in] if x.ndim == 1 else ["rows", self.d_in],
             )
