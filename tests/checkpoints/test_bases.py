@@ -64,6 +64,17 @@ def test_broken_bases_are_refused_by_name(tmp_path, files):
     assert bases.get("good").info("a").shape == (2, 3)
 
 
+@pytest.mark.parametrize("name", ["b/model.safetensors", "b.gguf"])
+def test_a_git_lfs_pointer_is_named(tmp_path, name):
+    (tmp_path / "b").mkdir()
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(
+        InvalidBaseError, match=r"of base 'b': the file is a Git LFS .*git lfs pull"
+    ):
+        BaseFolder(tmp_path).get("b")
+
+
 def test_the_files_of_a_base_that_was_removed_are_closed(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "model.safetensors").write_bytes(WEIGHTS)

@@ -130,3 +130,13 @@ def test_sets_of_the_wrong_kind_are_refused_before_anything_is_sent():
         for inputs in (np.ones(2), ["q_proj"]):
             with pytest.raises(errors.InvalidRequestError, match="inputs is a batch without mod"):
                 client.apply_many("demo", inputs)
+        for call in (
+            lambda: client.get_spectrum("demo", modules="q_proj"),
+            lambda: client.start_extract("n", "a", "b", rank=2, modules="q_proj"),
+            lambda: client.apply_many("demo", np.ones(2), modules="q_proj"),
+        ):
+            with pytest.raises(errors.InvalidRequestError, match="modules is the text 'q_proj'"):
+                call()
+        for weights in ("w.bin", Path("w.bin")):
+            with pytest.raises(errors.InvalidRequestError, match="expected a file opened in"):
+                list(client.merge_stream("demo", "q_proj", weights, dtype="F32"))

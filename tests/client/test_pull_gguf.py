@@ -24,7 +24,7 @@ def test_pull_resumes_and_push_takes_the_file(based, tmp_path, capsys):
     assert "base 'tiny-qwen3' is not a GGUF file; leave out --gguf" in capsys.readouterr().err
     refused[1] = "bases/tiny-qwen3"
     assert main(refused) == 2
-    assert "a base is no GGUF LoRA" in capsys.readouterr().err
+    assert "a base is not a GGUF LoRA" in capsys.readouterr().err
 
 
 def test_folded_is_for_folded_bases(based, tmp_path, capsys):

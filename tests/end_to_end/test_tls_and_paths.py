@@ -74,7 +74,8 @@ def connection_to(address):
     [
         (["--tls-cert", CERTIFICATE], "give both or neither"),
         (["--tls-key", KEY], "give both or neither"),
-        (["--tls-cert", CERTIFICATE, "--tls-key", "absent.pem"], "cannot be used"),
+        (["--tls-cert", CERTIFICATE, "--tls-key", "absent.pem"], "directory; check --tls-key"),
+        (["--tls-cert", "absent.pem", "--tls-key", KEY], "directory; check --tls-cert"),
         (["--tls-cert", KEY, "--tls-key", KEY], "cannot be used"),
         (["--tls-cert", CERTIFICATE, "--tls-key", KEY, "--uds", "x.sock"], "is for a port"),
     ],

@@ -74,7 +74,11 @@ def test_a_value_has_4096_characters_at_most(ends):
         read(text(4095))
 
 
-@pytest.mark.parametrize("text", ["[" * 2000 + "]" * 2000, '{"a":' * 2000 + "0" + "}" * 2000])
+DEEP = 100_000
+"""Deeper than any Python reads: 3.12 reads ten times as deep as 3.11."""
+
+
+@pytest.mark.parametrize("text", ["[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "0" + "}" * DEEP])
 def test_a_value_that_is_nested_too_deeply_is_refused_like_all_others(text):
     with pytest.raises(ValueError, match="nested less deeply"):
         ObjectReader(text).any_value()

@@ -153,13 +153,13 @@ def test_a_newer_file_that_is_deleted_or_replaced_is_forgotten(folder):
     ("change", "reason"),
     [
         (with_keys(version="1"), "whose version is '1'"),
-        (with_keys(version=True), "whose version is True"),
+        (with_keys(version=True), "whose version is true"),
         (with_keys(adapter_count=-1), "whose adapter_count is -1"),
-        (with_keys(name=None), "whose name is None"),
+        (with_keys(name=None), "whose name is null"),
         (with_keys(config=[]), "whose config is []"),
         (with_keys(config={"rank": "8", "alpha": 8, "dropout": 0, "target_modules": []}), "rank"),
         (with_keys(config={"rank": 8, "alpha": 8, "dropout": 2, "target_modules": []}), "dropout"),
-        (with_keys(config={"rank": 8}), "whose alpha is None"),
+        (with_keys(config={"rank": 8}), "whose alpha is null"),
         (
             with_keys(config={"rank": 8, "alpha": 8.0, "dropout": 0.0, "target_modules": [1]}),
             "text",
@@ -181,7 +181,7 @@ def test_a_newer_file_that_is_deleted_or_replaced_is_forgotten(folder):
         ),
         (lambda _: [1], "has no record of a set"),
         (lambda _: None, "has no record of a set"),
-        (lambda _: {}, "whose name is None"),
+        (lambda _: {}, "whose name is null"),
     ],
 )
 def test_a_record_with_wrong_types_is_bad(folder, change, reason):

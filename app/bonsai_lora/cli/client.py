@@ -322,7 +322,9 @@ def pull_model(client: Client, arguments: argparse.Namespace) -> Any:
     """Download the files of BASE/SET, adapters/SET or bases/BASE."""
     owner, slash, name = arguments.model.partition("/")
     if arguments.gguf and owner == "bases":
-        raise UsageError("a base is no GGUF LoRA; with --gguf, expected BASE/SET or adapters/SET")
+        raise UsageError(
+            "a base is not a GGUF LoRA; with --gguf, expected BASE/SET or adapters/SET"
+        )
     if not slash or not is_set_name(name) or not (owner in _OWNERS or is_base_name(owner)):
         raise UsageError(
             f"{arguments.model!r} does not name a model; expected BASE/SET, adapters/SET or "

@@ -133,6 +133,14 @@ def _guarded(settings: Settings) -> Settings:
 
 
 def _check_certificate(certificate: Path, key: Path | None) -> None:
+    for flag, path in (("--tls-cert", certificate), ("--tls-key", key)):
+        try:
+            if path is not None:
+                path.read_bytes()
+        except OSError as error:  # that of `load_cert_chain` does not name the file
+            raise ValueError(
+                f"the file {path} cannot be read: {error.strerror}; check {flag}"
+            ) from None
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, lambda: "")
     except OSError as error:  # an SSLError is one

@@ -192,7 +192,16 @@ def decode_bytes(answer: httpx.Response) -> bytes:
 def blocks_of(
     source: BinaryIO | Iterable[bytes] | AsyncIterable[bytes],
 ) -> Iterable[bytes] | AsyncIterable[bytes]:
-    """Return the blocks of a file opened in binary mode; other iterables as they are."""
+    """Return the blocks of a file opened in binary mode; other iterables as they are.
+
+    Raises InvalidRequestError for a path, which would be sent as the weights.
+    """
+    if isinstance(source, str | os.PathLike):
+        raise InvalidRequestError(
+            f"weights is a {type(source).__name__}; expected a file opened in binary mode, or an "
+            "iterable of bytes",
+            field="weights",
+        )
     if hasattr(source, "read"):
         return iter(functools.partial(source.read, BLOCK_BYTES), b"")
     return source
@@ -222,10 +231,10 @@ def weighted(sets: Mapping[str, float]) -> list[dict[str, Any]]:
     return [{"set": name, "weight": weight} for name, weight in sets.items()]
 
 
-def checked_names(sets: Sequence[str]) -> Sequence[str]:
-    """Return the names of sets; raises InvalidRequestError for a text, which has letters."""
-    if isinstance(sets, str):
+def checked_names(names: Sequence[str], what: str = "sets") -> Sequence[str]:
+    """Return names of sets or modules; raises InvalidRequestError for a text, which has letters."""
+    if isinstance(names, str):
         raise InvalidRequestError(
-            f"sets is the text {sets[:100]!r}; expected a list of names", field="sets"
+            f"{what} is the text {names[:100]!r}; expected a list of names", field=what
         )
-    return sets
+    return names

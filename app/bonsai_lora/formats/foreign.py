@@ -18,6 +18,8 @@ _SAVE_AGAIN = (
 )
 _ONLY_LORA = "only LoRA can be served: train one"
 _CONVERT = "convert it to PEFT's names first:"
+LFS_POINTER = "a Git LFS pointer, not the weights; run `git lfs pull` where it was cloned"
+"""What a base model's file that begins with `version` is, and what to do."""
 START_BYTES = 1 << 12
 """How much of a file is looked at."""
 _TEXT = re.compile(rb"[\x20-\x7e\x80-\xff]{1,1024}")

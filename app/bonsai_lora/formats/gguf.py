@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from bonsai_lora.errors import UnsupportedGgufError, counted
+from bonsai_lora.errors import MalformedGgufError, UnsupportedGgufError, counted
+from bonsai_lora.formats.foreign import LFS_POINTER
 from bonsai_lora.formats.gguf_layouts import Entry, TensorInfo, padded, place
 from bonsai_lora.formats.gguf_types import TYPES
 from bonsai_lora.formats.gguf_values import Cursor, ReadAt, Scalar, Value, ValueType, malformed
@@ -94,6 +95,8 @@ def read_header(read: ReadAt, total_bytes: int, *, limit: int = MAX_HEADER_BYTES
 
 def _read_version(cursor: Cursor) -> int:
     magic = cursor.take(min(4, cursor.remaining))
+    if magic == b"vers":
+        raise MalformedGgufError(f"the file is {LFS_POINTER}")
     if magic != MAGIC:
         raise malformed(f"it starts with {magic!r}, not {MAGIC!r}")
     version = cursor.u32()

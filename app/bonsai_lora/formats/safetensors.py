@@ -23,6 +23,7 @@ from bonsai_lora.errors import (
     counted,
 )
 from bonsai_lora.formats.dtypes import DTYPE_NAMES, ELEMENT_BITS, FLOAT_DTYPES
+from bonsai_lora.formats.foreign import LFS_POINTER
 from bonsai_lora.formats.large_json import ObjectReader, dump
 
 MAX_HEADER_BYTES = 100_000_000
@@ -78,6 +79,8 @@ def header_length(prefix: bytes | memoryview, limit: int = MAX_HEADER_BYTES) -> 
     length = int.from_bytes(prefix[:_LENGTH_BYTES], "little")
     if length > MAX_HEADER_BYTES:
         start = bytes(prefix[:_LENGTH_BYTES])
+        if start == b"version ":
+            raise MalformedSafetensorsError(f"the file is {LFS_POINTER}")
         raise _malformed(f"it starts with {start!r}, which is not the length of a header")
     if length > limit:
         raise HeaderTooLargeError(

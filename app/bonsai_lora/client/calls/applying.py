@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from bonsai_lora.client.answers import Applied, AppliedMany, Dtype, Row, Weights
-from bonsai_lora.client.call import Call, given, path_of, query_of
+from bonsai_lora.client.call import Call, checked_names, given, path_of, query_of
 from bonsai_lora.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def apply_many(
         path=path_of("v1", "sets", set_name, "apply"),
         query=[
             *query_of(scale=scale, dtype=dtype, match=match, version=version),
-            *(("module", one) for one in modules),
+            *(("module", one) for one in checked_names(modules, "modules")),
         ],
         decode=tensors.decode_applied_many,
         is_pure=True,

@@ -88,7 +88,9 @@ def start_extract(
     `rank` is that of each module; with `energy`, it is the highest. The result of the job is an
     `ExtractedSet`. Raises BaseNotFoundError, SetExistsError, ShapeMismatchError.
     """
-    wanted = given(rank=rank, energy=energy, modules=list(modules) or None)
+    wanted = given(
+        rank=rank, energy=energy, modules=list(checked_names(modules, "modules")) or None
+    )
     body = json_body({"name": name, "base": base, "tuned": tuned, **wanted})
     return Call(method="POST", path="/v1/extract", **body)
 
@@ -116,7 +118,10 @@ def get_spectrum(
     """Return singular values, norms and ranks of a set's deltas, or of some `modules` only."""
     return Call(
         path=path_of("v1", "sets", name, "spectrum"),
-        query=[*query_of(version=version), *(("module", module) for module in modules)],
+        query=[
+            *query_of(version=version),
+            *(("module", one) for one in checked_names(modules, "modules")),
+        ],
     )
 
 
