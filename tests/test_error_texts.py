@@ -52,8 +52,8 @@ GOLDEN = DATA / "error_texts.txt"
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 APPLY = f"/v1/sets/plain/adapters/{Q_PROJ}/apply"
 MERGE = f"/v1/sets/plain/adapters/{Q_PROJ}/merge"
-BINARY = {"Content-Type": Form.BINARY.value}
-RAW = {"Content-Type": Form.RAW.value}
+BINARY = {"Content-Type": Form.BINARY}
+RAW = {"Content-Type": Form.RAW}
 ROW = [0.0] * 64
 
 FORGED = "size=1&key=anyone&expires=0&signature=0"

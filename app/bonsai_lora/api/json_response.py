@@ -26,7 +26,7 @@ async def json_response(
         return describe().model_dump_json().encode()
 
     content = write() if modules <= _QUICK_MODULES else await context.long.run(write)
-    return Response(content, status, dict(headers), Form.JSON.value)
+    return Response(content, status, dict(headers), Form.JSON)
 
 
 def set_headers(context: Context, stored: StoredSet, status: int) -> dict[str, str]:

@@ -109,7 +109,7 @@ def request_body(
     """Return the `openapi_extra` of a route whose body is the JSON of `model`, or in `forms`."""
     content = _content(model, forms)
     if example is not None:
-        content[Form.JSON.value]["example"] = example
+        content[Form.JSON]["example"] = example
     return {"requestBody": {"required": required, "content": content}}
 
 
@@ -121,13 +121,13 @@ def tensor_responses(model: type[BaseModel], *forms: Form) -> Responses:
 
 def _content(model: type[BaseModel], forms: Iterable[Form]) -> dict[str, Any]:
     """Return the content of a body that is the JSON of `model`, or in `forms`."""
-    binary = {form.value: {"schema": _BINARY} for form in forms}
-    return {Form.JSON.value: {"schema": _ref(model)}, **binary}
+    binary: dict[str, Any] = {form: {"schema": _BINARY} for form in forms}
+    return {Form.JSON: {"schema": _ref(model)}, **binary}
 
 
 def oip_errors(*statuses: int) -> Responses:
     """Return the error `responses` of an Open Inference Protocol route."""
-    content = {Form.JSON.value: {"schema": _ref(oip_schemas.OipError)}}
+    content = {Form.JSON: {"schema": _ref(oip_schemas.OipError)}}
     words = {status: HTTPStatus(status).phrase for status in sorted({*statuses, 500})}
     return {status: {"description": word, "content": content} for status, word in words.items()}
 
@@ -139,7 +139,7 @@ def empty_responses() -> Responses:
 
 def file_responses(media_type: str, *headers: str) -> Responses:
     """Return the `responses` of a route that serves a file and its byte ranges, with `headers`."""
-    schema = {"type": "object"} if media_type == Form.JSON.value else _BINARY
+    schema = {"type": "object"} if media_type == Form.JSON else _BINARY
     content, sent = {media_type: {"schema": schema}}, references(headers)
     return {
         200: {"description": "the whole file", "content": content, "headers": sent},

@@ -77,7 +77,7 @@ def read_options(call: Call, options: Options, make: Callable[[Mapping[str, Any]
     errors of the parsers and of `make`.
     """
     lines = tuple(map(call.headers.get, _header_names(options)))
-    size = len(call.query_string) + sum([len(one) for one in lines if one is not None])
+    size = len(call.query_string) + sum(map(len, filter(None, lines)))
     read = _read if size <= _REMEMBERED_BYTES else _read.__wrapped__
     return read(options, make, call.query_string, lines)  # type: ignore[no-any-return]
 

@@ -144,13 +144,13 @@ class Applier:
         inputs = batches.inputs
         if not inputs:
             raise InvalidRequestError("the request has no inputs; send vectors for a module")
-        adapters = {
-            module: _adapters_of(module, set_segments, batch) for module, batch in inputs.items()
-        }
-        rows = {module: count_rows(batch) for module, batch in inputs.items()}
+        adapters, rows, values = {}, {}, 0
+        for module, batch in inputs.items():
+            some = adapters[module] = _adapters_of(module, set_segments, batch)
+            count = rows[module] = count_rows(batch)
+            values += count * some[0].d_out
         check_experts(adapters, rows, batches.experts)
         self.limits.check_rows(max(rows.values()))
-        values = sum(rows[one] * some[0].d_out for one, some in adapters.items())
         self.limits.check_answer(values)
         planned = {
             module: self._plan(module, set_segments, some, batches, match)
@@ -294,7 +294,7 @@ def check_width(module: str, adapter: LoraAdapter, inputs: Floats) -> None:
 
 def total_rows(inputs: Inputs) -> int:
     """Return the number of vectors in all batches."""
-    return sum(count_rows(one) for one in inputs.values())
+    return sum(map(count_rows, inputs.values()))
 
 
 def cost_of_body(

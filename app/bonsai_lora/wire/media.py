@@ -1,12 +1,12 @@
 """Content types: the form of a request body, and the negotiated form of the response."""
 
 from collections.abc import Collection
-from enum import Enum
+from enum import StrEnum
 
 from bonsai_lora.errors import InvalidRequestError, NotAcceptableError, UnsupportedMediaTypeError
 
 
-class Form(Enum):
+class Form(StrEnum):
     """An encoding of tensors; the value is its media type."""
 
     JSON = "application/json"
@@ -14,7 +14,7 @@ class Form(Enum):
     RAW = "application/octet-stream"
 
 
-_FORMS = {**{form.value: form for form in Form}, "application/safetensors": Form.BINARY}
+_FORMS: dict[str, Form] = {**{form: form for form in Form}, "application/safetensors": Form.BINARY}
 
 RESPONSE_DTYPES = ("F32", "F16", "BF16")
 
@@ -31,10 +31,10 @@ def parse_content_type(content_type: str | None, accepted: Collection[Form]) -> 
 
     Raises UnsupportedMediaTypeError for a form that is not in `accepted`.
     """
-    media = (content_type or Form.JSON.value).partition(";")[0].strip().lower()
+    media = (content_type or Form.JSON).partition(";")[0].strip().lower()
     form = _FORMS.get(media)
     if form is None or form not in accepted:
-        expected = [form.value for form in accepted]
+        expected = list(accepted)
         raise UnsupportedMediaTypeError(
             f"Content-Type {media[:100]!r} is not supported here; "
             f"send {' or '.join(expected)}{curl_hint(media)}",
@@ -58,7 +58,7 @@ def negotiate_form(accept: str | None, default: Form, offered: Collection[Form])
         if quality > best_quality:
             best, best_quality = form, quality
     if best is None:
-        expected = [form.value for form in offered]
+        expected = list(offered)
         raise NotAcceptableError(
             f"Accept is {accept[:200]!r}, which the response cannot satisfy; "
             f"accept {' or '.join(expected)}",
@@ -111,7 +111,7 @@ def check_response_dtype(dtype: str | None, form: Form) -> str:
     if dtype != "F32" and form is Form.JSON:
         raise InvalidRequestError(
             f"dtype {dtype!r} cannot be returned as JSON; request a binary response with "
-            f"Accept: {Form.BINARY.value}",
+            f"Accept: {Form.BINARY}",
             got=dtype,
             expected="F32",
         )

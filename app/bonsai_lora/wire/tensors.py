@@ -273,6 +273,6 @@ def check_json_output(name: str, array: Floats) -> None:
     if not all_finite(array):
         raise NonFiniteOutputError(
             f"the result {name!r} overflows float32, which JSON cannot carry; request binary "
-            f"({Form.BINARY.value}), or send smaller inputs",
+            f"({Form.BINARY}), or send smaller inputs",
             field=name,
         )

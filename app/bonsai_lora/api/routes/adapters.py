@@ -36,7 +36,7 @@ _PUT_FIELDS = frozenset({"d_in", "d_out", "config", "lora_A", "lora_B", "alpha"}
 _NEW_FIELDS = frozenset({"d_in", "d_out", "config"})
 
 _PUT_BODY = request_body(schemas.NewAdapter, Form.BINARY)
-_PUT_BODY["requestBody"]["content"][Form.JSON.value]["schema"] = {
+_PUT_BODY["requestBody"]["content"][Form.JSON]["schema"] = {
     "anyOf": [
         {"$ref": "#/components/schemas/NewAdapter"},
         {"$ref": "#/components/schemas/SetWeights"},

@@ -228,4 +228,4 @@ async def _answer(
         else cost_of_body(adapter, len(body), request_form, response_form)
     )
     parts = await context.apply(partial(compute, body), cost)
-    return BufferResponse(parts, response_form.value)
+    return BufferResponse(parts, response_form)

@@ -90,4 +90,4 @@ async def start_job(context: Context, kind: JobKind, needed_bytes: int, work: Wo
         "Location": f"{context.settings.root_path}/v1/jobs/{record.id}",
         "Preference-Applied": "respond-async",
     }
-    return Response(Job.of(record).model_dump_json(), 202, headers, Form.JSON.value)
+    return Response(Job.of(record).model_dump_json(), 202, headers, Form.JSON)

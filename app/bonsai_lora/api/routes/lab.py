@@ -272,7 +272,7 @@ async def _computed(
         found: list[Any] = await context.long.run_each(plan.works(Progress()), threads)
     content = await context.long.run(lambda: show(found).model_dump_json().encode())
     # In pieces, each of which waits for the client, so that `memory` is held as long.
-    return BufferResponse([content], Form.JSON.value)
+    return BufferResponse([content], Form.JSON)
 
 
 async def _as_job(

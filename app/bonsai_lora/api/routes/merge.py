@@ -96,7 +96,7 @@ async def _merge_json(
 
         content = await context.long.run(compute)
     context.metrics.bytes_merged.inc(merge.total_bytes)
-    return Response(content, media_type=Form.JSON.value)
+    return Response(content, media_type=Form.JSON)
 
 
 @dataclass(eq=False)
@@ -122,7 +122,7 @@ class _StreamedMerge(StarletteResponse):
                 merge,
                 reader,
                 prefix,
-                self.form.value,
+                self.form,
                 lane=self.context.long,
                 spool=Spool(
                     self.context.spill, settings.stall_seconds, self.context.store.temporary

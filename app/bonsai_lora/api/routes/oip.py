@@ -273,7 +273,7 @@ async def _infer(call: Call, model: Model) -> BufferResponse:
     if options.response_coding is not None:
         parts = [await context.short.run(compress, b"".join(parts), options.response_coding)]
         headers.append((b"content-encoding", options.response_coding.encode()))
-    return BufferResponse(parts, (Form.JSON if length is None else Form.RAW).value, headers)
+    return BufferResponse(parts, Form.JSON if length is None else Form.RAW, headers)
 
 
 @router.post(

@@ -26,13 +26,13 @@ _FILE_ERRORS = (
     "/v1/sets/{set}/adapter_config.json",
     summary="Download a set's PEFT configuration",
     response_class=Response,
-    responses=file_responses(Form.JSON.value) | problems(*_FILE_ERRORS),
+    responses=file_responses(Form.JSON) | problems(*_FILE_ERRORS),
 )
 async def get_adapter_config(request: Request, context: ContextDep, stored: WantedSet) -> Response:
     """Put it in a folder with `adapter_model.safetensors`, and `peft` loads the folder."""
     # The ETag must differ per file: Hub clients name cached files by it.
     etag = f'{stored.record.etag[:-1]}-config"'
-    file = BytesFile(memoryview(sets.export_config(stored)), etag, Form.JSON.value)
+    file = BytesFile(memoryview(sets.export_config(stored)), etag, Form.JSON)
     return file_response(request, file, context.long)
 
 
@@ -40,11 +40,11 @@ async def get_adapter_config(request: Request, context: ContextDep, stored: Want
     "/v1/sets/{set}/adapter_model.safetensors",
     summary="Download a set's weights under PEFT's names",
     response_class=Response,
-    responses=file_responses(Form.BINARY.value) | problems(*_FILE_ERRORS),
+    responses=file_responses(Form.BINARY) | problems(*_FILE_ERRORS),
 )
 async def get_adapter_model(request: Request, context: ContextDep, stored: WantedSet) -> Response:
     """Uploaded tensors keep their dtype and are returned bit for bit."""
-    file = BytesFile(stored.file, stored.record.etag, Form.BINARY.value)
+    file = BytesFile(stored.file, stored.record.etag, Form.BINARY)
     return file_response(request, file, context.long)
 
 

@@ -110,13 +110,13 @@ async def _info(context: Context, stored: StoredSet, status: int = 200) -> Respo
 
 def _check_not_an_upload(request: Request) -> None:
     """Raise UnsupportedMediaTypeError for anything but JSON, as it is probably an adapter."""
-    media = media_type(request, Form.JSON.value)
-    if media != Form.JSON.value:
+    media = media_type(request, Form.JSON)
+    if media != Form.JSON:
         raise errors.UnsupportedMediaTypeError(
             f"POST /v1/sets creates a set from JSON, but Content-Type is {media[:100]!r}; send "
-            f"{Form.JSON.value}{curl_hint(media)}, or upload an adapter with PUT /v1/sets/{{set}}",
+            f"{Form.JSON}{curl_hint(media)}, or upload an adapter with PUT /v1/sets/{{set}}",
             got=media,
-            expected=[Form.JSON.value],
+            expected=[Form.JSON],
         )
 
 
@@ -243,7 +243,7 @@ async def upload_set(
     in an origin of the operator's instead, which the service pulls; that needs the scope `pull`.
     """
     context.store.check_name(name)
-    if media_type(request) == Form.JSON.value:
+    if media_type(request) == Form.JSON:
         return await _report(context, await _pull(request, context, name, options))
     with (
         Place(context.long) as place,
