@@ -1,8 +1,10 @@
 """Files and tensor names of other formats, which are named in the refusal."""
 
+import contextlib
 import gzip
 import io
 import pickle
+import time
 import zipfile
 
 import numpy as np
@@ -17,7 +19,7 @@ from bonsai_lora.errors import (
     UnsupportedAdapterError,
 )
 from bonsai_lora.formats import safetensors
-from bonsai_lora.formats.foreign import check_gguf_start, check_start
+from bonsai_lora.formats.foreign import check_gguf_start, check_keys, check_start
 from bonsai_lora.formats.peft import decode_adapter
 from bonsai_lora.formats.peft_config import PeftConfig
 
@@ -111,6 +113,15 @@ KEYS = {
     "such as 'layers.0.q_proj.lora_A.v1.2.weight'": "layers.0.q_proj.lora_A.v1.2.weight",
     "it is not an adapter": "model.layers.0.self_attn.q_proj.weight",
 }
+
+
+@pytest.mark.parametrize("part", ["adapter.", "adapter_layer.x.", "lora_unet_", ".lora.", ".a1."])
+def test_a_long_name_takes_no_longer_than_reading_it(part):
+    """A pattern that looks at the rest of the name from each part took minutes for this one."""
+    before = time.process_time()
+    with contextlib.suppress(UnsupportedAdapterError):
+        check_keys([part * 50_000])
+    assert time.process_time() - before < 5
 
 
 @pytest.mark.parametrize("says", KEYS)

@@ -103,7 +103,7 @@ _KEYS = (
         "send the adapter_config.json that mlx_lm saved beside them",
     ),
     (
-        re.compile(r"\badapter(?:_layer)?\..*\blinear_(?:in|out)\.weight$"),
+        re.compile(r"\badapter(?:_layer)?(?:\.\w+)?\.linear_(?:in|out)\.weight$"),
         "are those of NeMo and Megatron Bridge (linear_in, linear_out)",
         "export the adapter in PEFT's format first",
     ),
