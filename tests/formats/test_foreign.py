@@ -52,9 +52,15 @@ FILES = {
 }
 
 
+MALFORMED = {"NumPy", "pickle", "a pickle", "is a compressed file", "web page"}
+"""Those that are malformed_safetensors, not unsupported_adapter."""
+
+
 @pytest.mark.parametrize("says", FILES)
 def test_a_file_in_a_different_format_is_named(says):
-    with pytest.raises(UnsupportedAdapterError) as caught:
+    with pytest.raises(
+        MalformedSafetensorsError if says in MALFORMED else UnsupportedAdapterError
+    ) as caught:
         check_start(FILES[says])
     assert says in caught.value.detail
 
@@ -79,12 +85,12 @@ def test_a_path_is_not_a_file(path):
 def test_what_is_sent_in_place_of_gguf_is_named():
     for says, content in FILES.items():
         if says != "GGUF":
-            with pytest.raises(UnsupportedAdapterError, match=r"^adapter_gguf is ") as caught:
+            with pytest.raises(MalformedGgufError, match=r"^adapter_gguf is ") as caught:
                 check_gguf_start(content)
             assert says in caught.value.detail
-    with pytest.raises(UnsupportedAdapterError, match="send it as the part adapter_model"):
+    with pytest.raises(MalformedGgufError, match="send it as the part adapter_model"):
         check_gguf_start(safetensors.encode({"a": np.zeros(3, np.float32)}))
-    with pytest.raises(MalformedMultipartError, match="-F adapter_gguf=@"):
+    with pytest.raises(MalformedGgufError, match="-F adapter_gguf=@"):
         check_gguf_start(b"lora.gguf")
     check_gguf_start(FILES["GGUF"])
     check_gguf_start(bytes(100))  # left to its reader
