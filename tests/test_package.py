@@ -148,7 +148,7 @@ def without(*names):
 
 def test_client_and_library_import_no_posix_only_modules():
     elsewhere = without(*POSIX_ONLY) + (
-        "import os\n"
+        "import asyncio, os\n"  # elsewhere, asyncio needs no sysconf
         "for name in ('sched_getaffinity', 'sysconf', 'fork'): delattr(os, name)\n"
         "import bonsai_lora\n"
         "from bonsai_lora.cli.main import main\n"

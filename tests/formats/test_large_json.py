@@ -74,7 +74,11 @@ def test_a_value_has_4096_characters_at_most(ends):
         read(text(4095))
 
 
-@pytest.mark.parametrize("text", ["[" * 2000 + "]" * 2000, '{"a":' * 2000 + "0" + "}" * 2000])
+DEEP = 100_000
+"""Deeper than any Python reads: 3.12 reads ten times as deep as 3.11."""
+
+
+@pytest.mark.parametrize("text", ["[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "0" + "}" * DEEP])
 def test_a_value_that_is_nested_too_deeply_is_refused_like_all_others(text):
     with pytest.raises(ValueError, match="nested less deeply"):
         ObjectReader(text).any_value()
@@ -105,7 +109,17 @@ def test_a_hostile_header_is_refused(name):
 def test_other_threads_run_while_a_long_header_is_read_and_written():
     names = [f"model.layers.{number}.self_attn.q_proj.lora_A.weight" for number in range(60_000)]
     layout = dict.fromkeys(reversed(names), ("F32", (2, 2)))
-    metadata = {"a": "b"}
+
+    def work():
+        header = safetensors.encode_header(layout, {"a": "b"})
+        assert len(safetensors.decode_header(header).tensors) == len(names)
+
+    # More than once: a busy machine may stop the other thread at any moment.
+    assert any(longest_turn(work) < 1 / 3 for _ in range(5))
+
+
+def longest_turn(work):
+    """The most processor time that `work` takes while no other thread runs, as a part of all."""
     done, used = threading.Event(), []
     clock = time.pthread_getcpuclockid(threading.get_ident())
 
@@ -117,10 +131,8 @@ def test_other_threads_run_while_a_long_header_is_read_and_written():
     watching = threading.Thread(target=watch)
     watching.start()
     used.append(time.clock_gettime(clock))
-    header = safetensors.encode_header(layout, metadata)
-    assert len(safetensors.decode_header(header).tensors) == len(names)
+    work()
     used.append(time.clock_gettime(clock))
     done.set()
     watching.join()
-    # Of this thread's processor time: a busy machine may stop both threads at any moment.
-    assert max(map(float.__sub__, used[1:], used)) < (used[-1] - used[0]) / 3
+    return max(map(float.__sub__, used[1:], used)) / (used[-1] - used[0])

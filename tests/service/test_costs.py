@@ -66,6 +66,9 @@ def test_the_length_of_a_body_tells_its_rows():
     adapter.make_ready()
     rows = cost_of(adapter, 3, Form.BINARY, Form.JSON)
     assert cost_of_body(adapter, 3 * 64 * 4, Form.BINARY, Form.JSON) == pytest.approx(rows)
+    json_rows = cost_of(adapter, 3, Form.JSON, Form.JSON)
+    # A number and its comma are about ten characters.
+    assert cost_of_body(adapter, 3 * 64 * 10, Form.JSON, Form.JSON) == pytest.approx(json_rows)
     one = cost_of(adapter, 1, Form.BINARY, Form.JSON)
     assert cost_of_body(adapter, 1, Form.BINARY, Form.JSON) == pytest.approx(one)
 

@@ -16,6 +16,8 @@ from bonsai_lora.formats import safetensors
 from bonsai_lora.service.combine import Plan
 from bonsai_lora.service.compare import Comparison
 
+UNTRACED = 1.0 if np.lib.NumpyVersion(np.__version__) >= "2.5.0" else 1.5
+"""Before NumPy 2.5, LAPACK's copies of a matrix are not traced."""
 SETS = [(2, 16, 400, 300, None), (24, 8, 200, 150, None), (2, 32, 150, 100, 8)]
 """Number of sets, rank, d_in, d_out, experts."""
 
@@ -116,5 +118,4 @@ def test_extractions(rng, monkeypatch, tmp_path, shape, rank):
     (pair,) = extraction.pairs_of(base, tuned, [])
     size, kept = extraction.Size(rank), []
     peak = peak_of(lambda: extraction.extract(base, pair, size, lambda: None, kept.append))
-    # LAPACK's copies of a matrix are not traced.
-    assert sum(kept) <= 1.5 * peak <= extraction.work_bytes(pair, size) + sum(kept)
+    assert sum(kept) <= UNTRACED * peak <= extraction.work_bytes(pair, size) + sum(kept)

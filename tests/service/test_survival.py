@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import gguf_models
@@ -242,6 +243,24 @@ def test_merged_downloads_say_what_is_left_once_it_is_known(based, settings, mon
     assert len(json.loads(file.read_bytes())) == 16  # every matrix
     plain = based.get("/bases/tiny-qwen3/resolve/main/model-00001-of-00003.safetensors")
     assert "bonsai-delta-gain" not in plain.headers
+
+
+def test_what_is_left_of_several_models_is_computed_one_after_the_other(based, monkeypatch):
+    upload(based, "plain", TINY / "plain")
+    path = "/v1/bases/tiny-qwen3/merged/plain/model-00001-of-00003.safetensors"
+    begun, computed = threading.Event(), gain.gain_of
+
+    def slow(*model):
+        assert begun.wait(10)
+        return computed(*model)
+
+    monkeypatch.setattr(gain, "gain_of", slow)
+    scales = ("1", "0.5", "0.25")
+    for scale in scales:
+        assert "bonsai-delta-gain" not in based.head(f"{path}?scale={scale}").headers
+    begun.set()
+    found = [gain_of(based, f"{path}?scale={scale}") for scale in scales]
+    assert found == sorted(found, reverse=True)
 
 
 def test_every_64th_row_of_a_large_tensor_is_counted(monkeypatch, rng):
