@@ -123,7 +123,7 @@ def test_white_space_may_be_long(gap):
     assert json.decode(text.encode()) == {"inputs": [1]}
 
 
-def test_bytes_that_are_no_text_are_no_json():
+def test_bytes_that_are_not_text_are_malformed():
     with pytest.raises(MalformedJsonError):
         json.decode(bytes(5 * MIB))
 
