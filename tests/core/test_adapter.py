@@ -1,4 +1,5 @@
 import dataclasses
+import time
 
 import ml_dtypes
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bonsai_lora.core import merge
-from bonsai_lora.core.adapter import LoraAdapter
+from bonsai_lora.core.adapter import LoraAdapter, find_transposed
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.errors import ShapeMismatchError
 
@@ -169,3 +170,28 @@ def test_short_rows_share_a_block():
 def test_merge_of_a_different_shape_is_refused():
     with pytest.raises(ShapeMismatchError):
         LoraAdapter.new(8, 4, LoraConfig()).merge_into_weights(np.zeros((8, 4), np.float32))
+
+
+def test_factors_that_are_transposed_find_each_other(rng):
+    one, two, other = (random_adapter(rng, 9, 6, 2, dtype=ml_dtypes.bfloat16) for _ in range(3))
+    flat = random_adapter(rng, 6, 9, 2, dtype=ml_dtypes.bfloat16)
+    embeddings = {"one": (one.a_matrix, one.b_matrix), "two": (two.a_matrix, two.b_matrix)}
+    factors = {
+        "head": (two.b_matrix.T.copy(), two.a_matrix.T.copy()),
+        "not transposed": (one.a_matrix, one.b_matrix),
+        "half": (two.b_matrix.T, other.a_matrix.T),
+        "same shape": (flat.a_matrix, flat.b_matrix),
+        "no matrix": (np.zeros(3, np.float32), np.zeros((), np.float32)),
+    }
+    assert find_transposed(factors, embeddings) == {"head": "two"}
+    assert find_transposed(factors, {}) == find_transposed({}, embeddings) == {}
+
+
+def test_many_factors_of_one_shape_are_compared_in_linear_time():
+    """Each with each would be 400 million comparisons."""
+    same = np.zeros((2, 2), np.float32)
+    embeddings = {f"e{number}": (same + number, same) for number in range(20_000)}
+    heads = {f"h{number}": (same, same - number - 1) for number in range(20_000)}
+    before = time.process_time()
+    assert find_transposed(heads, embeddings) == {}
+    assert time.process_time() - before < 20

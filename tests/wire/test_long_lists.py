@@ -8,7 +8,7 @@ import numpy as np
 import orjson
 import pytest
 
-from bonsai_lora.errors import BonsaiLoraError, InvalidRequestError
+from bonsai_lora.errors import BonsaiLoraError, InvalidRequestError, MalformedJsonError
 from bonsai_lora.wire import json, long_lists
 
 MIB = 1 << 20
@@ -73,8 +73,21 @@ LONG = {
     "22 digits": "[" + "0.1234567890123456789012, " * (MIB // 2) + "1]",
     "rows": "[" + "[1,2.5,NaN],\n" * (MIB // 6) + "[1,2,3]]",
     "a string": "[" + "1," * (8 * MIB - 100) + '"a"]',
+    "a string first": '["a"' + ",1" * (8 * MIB - 100) + "]",
+    "lists of lists": "[[" + "[1,2]," * MIB + "[3]]]",
     "not JSON": "[" + "1," * (8 * MIB - 100) + "1]]",
+    "two commas": "[" + "1," * (8 * MIB - 100) + ",1]",
+    "no end": "[" + "1," * (8 * MIB - 100) + "1",
 }
+REFUSALS = {
+    "a string": InvalidRequestError,
+    "a string first": InvalidRequestError,
+    "lists of lists": InvalidRequestError,
+    "not JSON": MalformedJsonError,
+    "two commas": MalformedJsonError,
+    "no end": MalformedJsonError,
+}
+"""As for short lists: 422 for JSON that is no tensor, 400 for what is not JSON."""
 
 
 @pytest.mark.parametrize("field", ["inputs", "other"])
@@ -95,13 +108,24 @@ def test_no_long_list_is_parsed_at_once(name, field, monkeypatch):
     monkeypatch.setattr(standard, "loads", noted(standard.loads))
     monkeypatch.setattr(json, "_MOST_LISTS", 1 << 30)
     text = f'{{"{field}": {LONG[name]}}}'.encode()
-    if name in ("a string", "not JSON"):
-        with pytest.raises(InvalidRequestError, match="characters from character"):
+    if name in REFUSALS:
+        with pytest.raises(REFUSALS[name], match="characters from character"):
             json.decode_with_arrays(text)
     else:
         values = json.decode_with_arrays(text)[field]
         assert len(values) == LONG[name].count("]," if name == "rows" else ",") + 1
     assert longest <= 1 << 17
+
+
+@pytest.mark.parametrize("gap", [" ", "\n"])
+def test_white_space_may_be_long(gap):
+    text = f'{{{gap * 5 * MIB}"inputs": [1]}}'
+    assert json.decode(text.encode()) == {"inputs": [1]}
+
+
+def test_bytes_that_are_not_text_are_malformed():
+    with pytest.raises(MalformedJsonError):
+        json.decode(bytes(5 * MIB))
 
 
 @pytest.mark.parametrize(

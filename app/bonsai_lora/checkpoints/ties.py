@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from bonsai_lora.checkpoints.base import Base
-from bonsai_lora.core.adapter import are_tied
+from bonsai_lora.core.adapter import find_transposed
 from bonsai_lora.core.cast import Array
 from bonsai_lora.core.loraset import BonsaiLoraSet
 from bonsai_lora.errors import UnsupportedAdapterError
@@ -75,12 +75,18 @@ def tied_adapters(base: Base, lora_set: BonsaiLoraSet) -> Mapping[str, str]:
     if not _is_one_tensor(base):
         return {}
     adapters = lora_set.registry.adapters
-    embeddings = [name for name, one in adapters.items() if one.layer == "embedding"]
+    heads, embeddings = (
+        {
+            name: (one.a_matrix, one.b_matrix)
+            for name, one in adapters.items()
+            if one.layer == layer and one.bias is None and one.magnitude is None
+        }
+        for layer in ("linear", "embedding")
+    )
     return {
         head: embedding
-        for head in adapters
-        for embedding in embeddings
-        if are_tied(adapters[head], adapters[embedding])
+        for head, embedding in find_transposed(heads, embeddings).items()
+        if adapters[head].scaling == adapters[embedding].scaling
     }
 
 

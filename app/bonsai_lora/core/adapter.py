@@ -1,7 +1,9 @@
 """One LoRA adapter: the two thin matrices beside one weight matrix (Hu et al. 2021)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from hashlib import sha256
 from typing import Literal
 
 import numpy as np
@@ -10,7 +12,7 @@ from bonsai_lora.core import backend
 from bonsai_lora.core.cast import FLOAT32, Array, Floats, to_float32
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.kaiming import kaiming_uniform
-from bonsai_lora.core.merge import merge_rows
+from bonsai_lora.core.merge import blocks, merge_rows
 from bonsai_lora.errors import ShapeMismatchError, UnsupportedAdapterError
 
 LayerKind = Literal["linear", "embedding", "conv1d", "exchanged"]
@@ -19,6 +21,9 @@ LayerKind = Literal["linear", "embedding", "conv1d", "exchanged"]
 exchanged: fused experts, stored (E, d_in, d_out), whose A is (E * r, d_out) and B (d_in, r * E), as
 peft 0.19 and later save them for classes that it does not know to store them so (Llama 4).
 """
+
+Factors = tuple[Array, Array]
+"""A and B."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,12 +221,30 @@ def check_factors(a_matrix: Array, b_matrix: Array) -> None:
         )
 
 
-def are_tied(head: LoraAdapter, embedding: LoraAdapter) -> bool:
-    """Return whether the delta of a linear head is that of an embedding, whose weight it shares."""
-    return (
-        (head.layer, embedding.layer) == ("linear", "embedding")
-        and head.scaling == embedding.scaling
-        and all(one is None for one in (head.bias, head.magnitude, embedding.magnitude))
-        and np.array_equal(head.a_matrix, embedding.b_matrix.T)
-        and np.array_equal(head.b_matrix, embedding.a_matrix.T)
-    )
+def find_transposed(
+    factors: Mapping[str, Factors], embeddings: Mapping[str, Factors]
+) -> dict[str, str]:
+    """Return the names whose A and B are those of an embedding transposed, with its name.
+
+    The time is in proportion to their sizes: factors of equal shapes are compared by digest.
+    """
+    shapes = {(b.T.shape, a.T.shape) for a, b in embeddings.values() if a.ndim == b.ndim == 2}
+    alike = {name: (a, b) for name, (a, b) in factors.items() if (a.shape, b.shape) in shapes}
+    if not alike:
+        return {}
+    known = {
+        _digest(b.T, a.T): name
+        for name, (a, b) in embeddings.items()
+        if (b.T.shape, a.T.shape) in shapes
+    }
+    found = {name: known.get(_digest(*one)) for name, one in alike.items()}
+    return {name: embedding for name, embedding in found.items() if embedding is not None}
+
+
+def _digest(*matrices: Array) -> bytes:
+    digest = sha256()
+    for matrix in matrices:
+        digest.update(repr(matrix.shape).encode())
+        for block in blocks(*matrix.shape):
+            digest.update(matrix[block].tobytes())
+    return digest.digest()

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable
 
 from bonsai_lora.errors import (
-    MalformedBodyError,
     MalformedGgufError,
     MalformedMultipartError,
     MalformedSafetensorsError,
@@ -26,48 +25,53 @@ _TEXT = re.compile(rb"[\x20-\x7e\x80-\xff]{1,1024}")
 _PATH = re.compile(r"\S*[./]\S*|.*\.(?:safetensors|bin|gguf)")
 
 _ZIP = rb"PK\x03\x04"
-_STARTS = tuple(
-    (re.compile(start, re.DOTALL | re.IGNORECASE), what, advice)
-    for start, what, advice in (
-        (rb"GGUF", "is a GGUF file", "send a GGUF LoRA alone, as the part adapter_gguf"),
+_NUMPY = "is a NumPy file", "save the tensors as safetensors"
+_PICKLE = "is a pickle (.bin), which is never loaded", _SAVE_AGAIN
+_COMPRESSED = "is a compressed file", f"unpack it and {_TWO_FILES}"
+_PAGE = "is a web page", "download the file itself (…/resolve/main/…, not …/blob/main/…)"
+
+
+_Formats = tuple[tuple[re.Pattern[bytes], tuple[str, str]], ...]
+"""How a file begins -> what it is, and what to do."""
+
+
+def _compiled(*formats: tuple[bytes, tuple[str, str]]) -> _Formats:
+    flags = re.DOTALL | re.IGNORECASE
+    return tuple((re.compile(start, flags), texts) for start, texts in formats)
+
+
+_STARTS = _compiled(
+    (rb"GGUF", ("is a GGUF file", "send a GGUF LoRA alone, as the part adapter_gguf")),
+    (
+        rb"version https://git-lfs",
         (
-            rb"version https://git-lfs",
             "is a Git LFS pointer, not the file itself",
             "run `git lfs pull` and send the downloaded file",
         ),
-        # The first zip entry that torch.save writes.
-        (
-            _ZIP + rb".{26}[\x20-\x7e]*(?:data\.pkl|\.format_version|byteorder|/version)",
-            "is a PyTorch pickle (.bin), which is never loaded",
-            _SAVE_AGAIN,
-        ),
-        (
-            rb"\x93NUMPY|" + _ZIP + rb".{26}[\x20-\x7e]*\.npy",
-            "is a NumPy file",
-            "save the tensors as safetensors",
-        ),
-        (
-            rb"\x80[\x02-\x05]|[}\]]q\x00|\([dl]p\d+\n",
-            "is a pickle (.bin), which is never loaded",
-            _SAVE_AGAIN,
-        ),
-        (_ZIP, "is a zip archive", f"unpack it and {_TWO_FILES}"),
-        (rb"\x1f\x8b", "is a gzip archive", f"unpack it and {_TWO_FILES}"),
-        (rb".{257}ustar", "is a tar archive", f"unpack it and {_TWO_FILES}"),
-        (
-            rb"7z\xbc\xaf|Rar!|\xfd7zXZ|BZh\d|\x28\xb5\x2f\xfd",
-            "is a compressed file",
-            f"unpack it and {_TWO_FILES}",
-        ),
-        (rb"\x89HDF", "is an HDF5 file", _TWO_FILES),
-        (
-            rb"\s*<(?:!doctype html|html|\?xml|error>)",
-            "is a web page",
-            "download the file itself (…/resolve/main/…, not …/blob/main/…)",
-        ),
-        (rb"\s*\{", "is JSON", "send adapter_config.json as the part adapter_config"),
-    )
+    ),
+    # The first zip entry that torch.save writes.
+    (
+        _ZIP + rb".{26}[\x20-\x7e]*(?:data\.pkl|\.format_version|byteorder|/version)",
+        ("is a PyTorch pickle (.bin), which is never loaded", _SAVE_AGAIN),
+    ),
+    (_ZIP + rb".{26}[\x20-\x7e]*\.npy", _NUMPY),
+    (rb"\x80[\x02-\x05]", _PICKLE),
+    (_ZIP, ("is a zip archive", f"unpack it and {_TWO_FILES}")),
+    (rb"\x1f\x8b", ("is a gzip archive", f"unpack it and {_TWO_FILES}")),
+    (rb".{257}ustar", ("is a tar archive", f"unpack it and {_TWO_FILES}")),
+    (rb"7z\xbc\xaf", _COMPRESSED),
+    (rb"\x89HDF", ("is an HDF5 file", _TWO_FILES)),
+    (rb"\s*<(?:!doctype html|html|\?xml)", _PAGE),
+    (rb"\s*\{", ("is JSON", "send adapter_config.json as the part adapter_config")),
 )
+"""How files begin in place of safetensors that are unsupported_adapter."""
+_MALFORMED_STARTS = _compiled(
+    (rb"\x93NUMPY", _NUMPY),
+    (rb"[}\]]q\x00|\([dl]p\d+\n", _PICKLE),
+    (rb"Rar!|\xfd7zXZ|BZh\d|\x28\xb5\x2f\xfd", _COMPRESSED),
+    (rb"\s*<error>", _PAGE),
+)
+"""The same for malformed_safetensors: callers know these by that code."""
 
 _KEYS = (
     (re.compile(r"\.hada_w[12]"), "are those of LoHa", _ONLY_LORA),
@@ -103,7 +107,7 @@ _KEYS = (
         "send the adapter_config.json that mlx_lm saved beside them",
     ),
     (
-        re.compile(r"\badapter(?:_layer)?\..*\blinear_(?:in|out)\.weight$"),
+        re.compile(r"\badapter(?:_layer)?(?:\.\w+)?\.linear_(?:in|out)\.weight$"),
         "are those of NeMo and Megatron Bridge (linear_in, linear_out)",
         "export the adapter in PEFT's format first",
     ),
@@ -130,44 +134,64 @@ _OTHER_METHODS = re.compile(
 def check_start(content: bytes | bytearray) -> None:
     """Raise if an upload that should be safetensors starts like a different known format.
 
-    Raises UnsupportedAdapterError naming the format, MalformedMultipartError if a path was sent,
-    MalformedSafetensorsError for a different line of text.
+    Raises UnsupportedAdapterError or MalformedSafetensorsError naming the format,
+    MalformedMultipartError if a path was sent, MalformedSafetensorsError for other lines of text.
     """
     start = bytes(content[:START_BYTES])
-    if start[8:9] != b"{":
-        _check(start, "adapter_model", "adapter_model.safetensors", MalformedSafetensorsError)
+    if start[8:9] == b"{":
+        return
+    part = "adapter_model"
+    for error, text in (
+        (UnsupportedAdapterError, _format(start, part, _STARTS)),
+        (MalformedSafetensorsError, _format(start, part, _MALFORMED_STARTS)),
+        (MalformedMultipartError, _path(start, part, "adapter_model.safetensors")),
+        (MalformedSafetensorsError, _line(start, part)),
+    ):
+        if text:
+            raise error(text)
 
 
 def check_gguf_start(content: bytes | bytearray | memoryview) -> None:
-    """Raise if an upload that should be GGUF starts like a different known format.
-
-    Raises the errors of `check_start`, but MalformedGgufError for a line of text.
-    """
-    start = bytes(content[:START_BYTES])
+    """Raise MalformedGgufError if an upload that should be GGUF starts like something known."""
+    start, part = bytes(content[:START_BYTES]), "adapter_gguf"
     if start.startswith(b"GGUF"):
         return
     if start[8:9] == b"{":
-        raise UnsupportedAdapterError(
-            "adapter_gguf is a safetensors file; send it as the part adapter_model, with "
-            "adapter_config"
+        raise MalformedGgufError(
+            f"{part} is a safetensors file; send it as the part adapter_model, with adapter_config"
         )
-    _check(start, "adapter_gguf", "adapter.gguf", MalformedGgufError)
+    text = _format(start, part, (*_STARTS, *_MALFORMED_STARTS))
+    text = text or _path(start, part, "adapter.gguf") or _line(start, part)
+    if text:
+        raise MalformedGgufError(text)
 
 
-def _check(start: bytes, part: str, file: str, malformed: type[MalformedBodyError]) -> None:
-    for pattern, what, advice in _STARTS:
+def _format(start: bytes, part: str, formats: _Formats) -> str:
+    """Return that `part` is one of `formats`; empty if it is none."""
+    for pattern, (what, advice) in formats:
         if pattern.match(start):
-            raise UnsupportedAdapterError(f"{part} {what}; {advice}")
+            return f"{part} {what}; {advice}"
+    return ""
+
+
+def _path(start: bytes, part: str, file: str) -> str:
+    """Return that `part` is a path; empty if it is none."""
+    text = _text_of(start)
+    if not _PATH.fullmatch(text):
+        return ""
+    advice = f"with curl, put @ before the path: -F {part}=@{file}"
+    return f"{part} is the text {text[:200]!r}, not a file; {advice}"
+
+
+def _line(start: bytes, part: str) -> str:
+    """Return that `part` is a line of text; empty if it is none."""
+    text = _text_of(start)
+    return text and f"{part} is the text {text[:200]!r}, not a file; download it again"
+
+
+def _text_of(start: bytes) -> str:
     line = start.strip()
-    if not _TEXT.fullmatch(line):
-        return
-    text = line.decode("utf-8", "replace")
-    what = f"{part} is the text {text[:200]!r}, not a file"
-    if _PATH.fullmatch(text):
-        raise MalformedMultipartError(
-            f"{what}; with curl, put @ before the path: -F {part}=@{file}"
-        )
-    raise malformed(f"{what}; download it again")
+    return line.decode("utf-8", "replace") if _TEXT.fullmatch(line) else ""
 
 
 def check_config_start(content: bytes | bytearray) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bonsai_lora.core.adapter import LayerKind, LoraAdapter
+from bonsai_lora.core.adapter import LayerKind, LoraAdapter, find_transposed
 from bonsai_lora.core.cast import Array, all_finite
 from bonsai_lora.core.config import LoraConfig
 from bonsai_lora.core.loraset import BonsaiLoraSet
@@ -175,7 +175,8 @@ def _check_targets(
 ) -> None:
     stray = [module for module in modules if not config.targets(module)]
     if stray and config.raw.get("ensure_weight_tying"):
-        stray = [module for module in stray if not _is_tied(keys, module, tensors)]
+        tied = _tied_heads(stray, keys, tensors)
+        stray = [module for module in stray if module not in tied]
     if stray:
         raise InvalidAdapterError(
             f"target_modules, exclude_modules and layers_to_transform do not select "
@@ -185,15 +186,22 @@ def _check_targets(
         )
 
 
-def _is_tied(keys: Keys, module: str, tensors: Mapping[str, Array]) -> bool:
-    """Return whether peft saved A and B of an embedding once more, transposed, for `module`."""
-    own = keys.modules[module]
-    return own.keys() == {"A", "B"} and any(
-        {"embedding_A", "embedding_B"} <= other.keys()
-        and np.array_equal(tensors[own["A"]], tensors[other["embedding_B"]].T)
-        and np.array_equal(tensors[own["B"]], tensors[other["embedding_A"]].T)
-        for other in keys.modules.values()
-    )
+def _tied_heads(
+    modules: Iterable[str], keys: Keys, tensors: Mapping[str, Array]
+) -> Mapping[str, str]:
+    """Return those for which peft saved A and B of an embedding once more, transposed."""
+    parts = keys.modules
+    heads = {
+        one: (tensors[parts[one]["A"]], tensors[parts[one]["B"]])
+        for one in modules
+        if parts[one].keys() == {"A", "B"}
+    }
+    embeddings = {
+        module: (tensors[own["embedding_A"]], tensors[own["embedding_B"]])
+        for module, own in parts.items()
+        if {"embedding_A", "embedding_B"} <= own.keys()
+    }
+    return find_transposed(heads, embeddings)
 
 
 def _decode_module(

@@ -76,7 +76,7 @@ def import_gguf(
 ) -> Imported:
     """Create or replace a set from a GGUF LoRA.
 
-    `reserve` counts memory before it is taken. Raises the errors of `check_gguf_start`,
+    `reserve` counts memory before it is taken. Raises MalformedGgufError, the errors of
     `read_header`, `reserve`, `decode_lora`, `peft.decode_adapter` and `store_import`, and then
     changes nothing.
     """

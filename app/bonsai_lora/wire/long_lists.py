@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bonsai_lora.errors import InvalidRequestError
+from bonsai_lora.errors import BonsaiLoraError, InvalidRequestError, MalformedJsonError
 from bonsai_lora.wire.buffers import Buffer
 
 _LONG_BYTES = 1 << 16
@@ -22,6 +22,7 @@ _IS_MARK = np.isin(np.arange(256), list(b'"{}'))
 """Characters that lists of numbers, or of lists of numbers, do not have."""
 _AFTER_NUMBER, _AFTER_LIST = re.compile(rb","), re.compile(rb"\][ \t\n\r]*,")
 _NESTED = re.compile(rb"[ \t\n\r]*\[")
+_DEEP = re.compile(rb"\[[ \t\n\r]*\[[ \t\n\r]*\[")
 
 Parse = Callable[[bytes], Any]
 LongList = tuple[int, int, list[Any]]
@@ -31,30 +32,38 @@ LongList = tuple[int, int, list[Any]]
 def find_long_lists(text: Buffer, parse: Parse) -> list[LongList]:
     """Return long lists without strings and objects; others, and invalid ones, may be left out.
 
-    `parse` returns the value of JSON text, and raises ValueError if it is none. Raises
-    InvalidRequestError if too much is left out.
+    `parse` returns the value of JSON text, and raises ValueError if it is none. If too much is left
+    out, raises InvalidRequestError for lists of anything else, MalformedJsonError for no list.
     """
     found = []
     for start, end in _stretches(text):
         content = bytes(text[start:end])
         first, last = content.find(b"["), content.rfind(b"]") + 1
+        if b"," not in content:  # white space, or no JSON: neither takes a parser long
+            continue
         try:
             pieces = _pieces(content, first + 1, last - 1)
             values = [one for piece in pieces for one in parse(piece)]
         except (ValueError, RecursionError):
             if len(content) > _MOST_ODD_BYTES:
-                raise _is_odd(start, len(content)) from None
+                raise _refusal(content, start, bytes(text[end : end + 1])) from None
         else:
             found.append((start + first, start + last, values))
     return found
 
 
-def _is_odd(start: int, size: int) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"the JSON has {size} characters from character {start} on that are not a list of numbers, "
-        "nor a list of such lists; correct them, or send safetensors",
-        got=size,
-        limit=_MOST_ODD_BYTES,
+def _refusal(content: bytes, start: int, following: bytes) -> BonsaiLoraError:
+    where = f"{len(content)} characters from character {start} on"
+    is_open = content.count(b"[") > content.count(b"]")
+    has_others = content.lstrip().startswith(b",") or (is_open and following in (b'"', b"{"))
+    if has_others or _DEEP.search(content):
+        return InvalidRequestError(
+            f"the JSON has {where} in lists of more than numbers, or of lists of numbers; send one "
+            "vector, or a list of vectors"
+        )
+    return MalformedJsonError(
+        f"the body is not JSON: {where} are not a list of numbers, nor a list of such lists; "
+        "correct them, or send safetensors"
     )
 
 
