@@ -3,6 +3,7 @@
 import os
 import re
 from abc import ABC, abstractmethod
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -32,7 +33,8 @@ class _Entry(_Model, ABC):
 
     def to_origin(self) -> Origin:
         """Return the origin; raises ValueError if a variable or folder that it names is missing."""
-        return Origin(**{**self.model_dump(include=set(Origin.__slots__)), **self._more()})
+        names = {one.name for one in fields(Origin)}
+        return Origin(**{**self.model_dump(include=names), **self._more()})
 
     @abstractmethod
     def _more(self) -> dict[str, Any]:

@@ -286,7 +286,7 @@ def _work(
         inherit_counters(shared, pid)
     app = make_app(settings, shared)
     _collect_rarely()
-    # the event loop releases the interpreter at each system call, and gets it back only after
+    # The event loop releases the interpreter at each system call, and gets it back only after
     # this time if a thread is busy: 5 ms by default, and several times a request.
     sys.setswitchinterval(_SWITCH_SECONDS)
     config = uvicorn.Config(
