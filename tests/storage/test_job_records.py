@@ -66,6 +66,27 @@ def test_changes_do_not_get_lost(machines):
     assert machines().read(record.id).progress == 75
 
 
+def test_the_same_change_by_two_machines_counts_twice(tmp_path):
+    """Both write the same record at the same time, so that one of them has to begin again."""
+    shared = Machines(tmp_path)
+    one, other = (shared.store(name).jobs for name in ("one", "other"))
+    record = new_record("combine", "key")
+    one.add(record)
+    present = []
+
+    def count(found):
+        return replace(found, progress=found.progress + 1)
+
+    def count_late(found):
+        present.append(found.progress)
+        if len(present) == 1:
+            other.update(record.id, count)
+        return count(found)
+
+    assert one.update(record.id, count_late).progress == 2
+    assert present == [0, 1]
+
+
 def test_too_many_are_forgotten_with_their_results(machines, monkeypatch):
     monkeypatch.setattr(jobs, "MOST_RECORDS", 2)
     monkeypatch.setattr(jobs, "HEARTBEAT_SECONDS", -1.0)  # whatever is there is idle

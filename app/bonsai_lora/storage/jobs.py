@@ -232,8 +232,8 @@ def failed(record: JobRecord, error: BonsaiLoraError) -> JobRecord:
 
 
 def encode(record: JobRecord) -> bytes:
-    """Return a record as JSON."""
-    return json.dumps(asdict(record)).encode()
+    """Return a record as JSON, which is different each time, as `Bucket.put` needs it."""
+    return json.dumps(asdict(record) | {"nonce": secrets.token_hex(8)}).encode()
 
 
 def decode(content: bytes) -> JobRecord | None:
