@@ -104,7 +104,10 @@ def test_a_pipelined_chunk_that_is_none_is_refused_at_once(settings):
     with serving(app) as url, httpx.Client(base_url=url) as client, connect(client) as connection:
         head = b"POST /v1/sets HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
         connection.sendall(HEALTH + head + b"zz\r\n")
-        assert read_answer(connection)[0] == 200
+        status, _, rest = read_answer(connection)
+        assert status == 200
+        status, answer, _ = read_answer(connection, rest)
+        assert (status, json.loads(answer)["code"]) == (400, "malformed_request")
         assert ends(connection)
 
 
